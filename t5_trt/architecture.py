@@ -1,0 +1,138 @@
+"""What a T5-family model computes, read once from its config and tensors: sizes, activation, bias and head variants.
+
+Nothing else in the library looks at a Hugging Face config for a size. Loading weights is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from t5_trt.errors import UnsupportedModelError
+
+#: model_type -> what it is, for the families whose graphs this library can write
+SUPPORTED_FAMILIES = {
+    "t5": "T5 v1.0, T5 v1.1, Flan-T5, ByT5, UL2 and their fine-tuned forms",
+    "mt5": "mT5",
+    "umt5": "UMT5",
+}
+#: names of T5's relatives that look alike but compute something else, and what they add
+KNOWN_RELATIVES = {
+    "switch_transformers": "mixture-of-experts layers",
+    "longt5": "local and transient-global attention",
+    "t5gemma": "a Gemma decoder stack with rotary positions",
+    "t5gemma2": "a Gemma decoder stack with rotary positions",
+    "pop2piano": "audio inputs",
+    "udop": "layout and image inputs",
+}
+ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Every size and switch that the graphs depend on.
+
+    Attributes:
+        vocab_size: V, the rows of the embedding (not of the tokenizer).
+        d_model: E. d_kv: D, which need not be d_model / num_heads. num_heads: H. d_ff: inner feed-forward size.
+        encoder_layers, decoder_layers: they may differ.
+        num_buckets, max_distance: of the relative position bias.
+        activation: one of `ACTIVATIONS`. gated: whether the feed-forward has two input matrices.
+        epsilon: of every RMSNorm.
+        tied_head: the output matrix is the embedding. output_scale: factor on the decoder's output before it.
+        bias_per_layer: every layer has its own relative bias table (UMT5) instead of sharing the first layer's.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    num_heads: int
+    d_ff: int
+    encoder_layers: int
+    decoder_layers: int
+    num_buckets: int
+    max_distance: int
+    activation: str
+    gated: bool
+    epsilon: float
+    tied_head: bool
+    output_scale: float
+    bias_per_layer: bool
+
+    @property
+    def head_weight(self) -> str:
+        """State-dict key of the output matrix [V, E]."""
+        return "shared.weight" if self.tied_head else "lm_head.weight"
+
+    def bias_weight(self, stack: str, layer: int) -> str:
+        """State-dict key of the relative bias table [buckets, H] that a layer of "encoder" or "decoder" uses."""
+        owner = layer if self.bias_per_layer else 0
+        return f"{stack}.block.{owner}.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def check_family(config: Any) -> str:
+    """Return the config's model type if this library can run it.
+
+    Raises:
+        UnsupportedModelError: naming the family that was got and those that work.
+    """
+    model_type = str(getattr(config, "model_type", "") or type(config).__name__)
+    works = "; ".join(f"{name} ({text})" for name, text in SUPPORTED_FAMILIES.items())
+    if model_type not in SUPPORTED_FAMILIES:
+        reason = KNOWN_RELATIVES.get(model_type)
+        because = f", which adds {reason}" if reason else ""
+        raise UnsupportedModelError(
+            f"got a checkpoint of model type {model_type!r}{because}; t5_trt runs encoder-decoder models of the types "
+            f"{works}. Use the Transformers class of that model instead."
+        )
+    names = [str(name) for name in (getattr(config, "architectures", None) or [])]
+    encoder_only = any(name.endswith("EncoderModel") for name in names)
+    if encoder_only or not getattr(config, "is_encoder_decoder", True):
+        raise UnsupportedModelError(
+            f"got an encoder-only checkpoint (architectures {names}); expected an encoder-decoder model of the types "
+            f"{works}. Load a checkpoint that has decoder weights, or use Transformers' T5EncoderModel for this one."
+        )
+    activation = str(config.dense_act_fn)
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"feed_forward_proj is {config.feed_forward_proj!r}; t5_trt has graphs for the activations "
+            f"{', '.join(ACTIVATIONS)}, plain or gated."
+        )
+    return model_type
+
+
+def read_architecture(config: Any, shapes: Mapping[str, tuple[int, ...]], *, tied_head: bool) -> Architecture:
+    """Build the `Architecture` of a model from its config and the shapes of its loaded tensors.
+
+    Args:
+        config: a T5Config, MT5Config or UMT5Config (of Transformers 4 or 5).
+        shapes: state-dict key -> shape.
+        tied_head: whether ``lm_head.weight`` is the same tensor as ``shared.weight``.
+
+    Raises:
+        UnsupportedModelError: the family or its activation has no graph.
+    """
+    model_type = check_family(config)
+    if model_type == "t5":  # Transformers 5 keeps the old meaning of tie_word_embeddings under this name
+        scaled = bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
+    else:  # MT5 never scales; UMT5 follows tie_word_embeddings, exactly as the stock classes do
+        scaled = model_type == "umt5" and bool(config.tie_word_embeddings)
+    query = shapes["decoder.block.0.layer.0.SelfAttention.q.weight"]
+    return Architecture(
+        vocab_size=shapes["shared.weight"][0],
+        d_model=shapes["shared.weight"][1],
+        d_kv=query[0] // config.num_heads,
+        num_heads=config.num_heads,
+        d_ff=shapes["decoder.block.0.layer.2.DenseReluDense.wo.weight"][1],
+        encoder_layers=config.num_layers,
+        decoder_layers=config.num_decoder_layers,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+        activation=config.dense_act_fn,
+        gated=bool(config.is_gated_act),
+        epsilon=float(config.layer_norm_epsilon),
+        tied_head=tied_head,
+        output_scale=float(config.d_model) ** -0.5 if scaled else 1.0,
+        bias_per_layer=model_type == "umt5",
+    )

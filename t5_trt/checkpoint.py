@@ -1,0 +1,135 @@
+"""Loading a checkpoint through Transformers, and refusing what is not whole.
+
+Transformers resolves hub ids and folders, prefers safetensors, maps them instead of reading them, and loads ``.bin``
+files with torch's weights-only unpickler. This module adds the checks that it leaves to a warning (missing tensors),
+takes the vocabulary size from the embedding's rows, and turns every failure into a `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from t5_trt.architecture import check_family
+from t5_trt.errors import CheckpointError, T5TRTError
+
+#: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+_EMBEDDING = "shared.weight"
+Loader = Callable[..., tuple[Any, dict[str, Any]]]
+
+
+def load_config(name_or_path: str, **hub_arguments: Any) -> Any:
+    """Load the config of a hub id or folder and check that its family can be run.
+
+    Raises:
+        CheckpointError: there is no readable config.
+        UnsupportedModelError: it is of another family.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / hub_arguments.get("subfolder", "") / "config.json").is_file():
+        found = sorted(entry.name for entry in folder.iterdir())[:10]
+        raise CheckpointError(
+            f"the folder {name_or_path!r} has no config.json (it holds {found}); expected a folder written by "
+            "save_pretrained(). Check the path, or save the model and its config there first."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
+    except T5TRTError:
+        raise
+    except ValueError as error:  # a model_type that Transformers does not know, or damaged JSON
+        raise CheckpointError(f"the config of {name_or_path!r} cannot be used: {error}") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"cannot load {name_or_path!r}: {error} Expected a folder written by save_pretrained() or the id of a model "
+            "on the Hugging Face hub."
+        ) from error
+    check_family(config)
+    return config
+
+
+def correct_vocabulary(name_or_path: str, config: Any, **hub_arguments: Any) -> None:
+    """Set the config's vocab_size to the number of rows of the embedding, where a safetensors header tells it.
+
+    Published configs disagree with their weights now and then (sonoisa's name 32128 or 32000, the tokenizer 32100); the
+    matrix is what is looked up.
+    """
+    path = _find(name_or_path, SAFE_WEIGHTS_NAME, hub_arguments)
+    if path is None:
+        index = _find(name_or_path, SAFE_WEIGHTS_INDEX_NAME, hub_arguments)
+        shards = {} if index is None else json.loads(Path(index).read_text()).get("weight_map", {})
+        path = _find(name_or_path, shards[_EMBEDDING], hub_arguments) if _EMBEDDING in shards else None
+    if path is None:
+        return
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            if _EMBEDDING in tensors.keys():  # noqa: SIM118 - a file handle, not a mapping
+                config.vocab_size = tensors.get_slice(_EMBEDDING).get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_weights_message(name_or_path, error)) from error
+
+
+def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any, **arguments: Any) -> Any:
+    """Load a model and make sure that every weight came from the checkpoint.
+
+    Args:
+        load: a stock ``from_pretrained``.
+        name_or_path: hub id or folder.
+        config: of the model.
+        model_args: for `load`.
+        arguments: for `load`.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
+    """
+    try:
+        model, info = load(
+            name_or_path,
+            *model_args,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
+        )
+    except T5TRTError:
+        raise
+    except Exception as error:  # safetensors, torch, hub and OS errors share no base class
+        raise CheckpointError(_weights_message(name_or_path, error)) from error
+    mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise CheckpointError(
+            f"{len(mismatched)} tensor(s) of {name_or_path!r} do not fit its config: {key} has shape {tuple(found)}, the "
+            f"config says {tuple(expected)}. Check that config.json and the weights belong together."
+        )
+    if missing:
+        raise CheckpointError(
+            f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected the weights of "
+            "an encoder-decoder T5 with a language-model head. Load a complete checkpoint."
+        )
+    return model
+
+
+def _find(name_or_path: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        path: str | None = cached_file(name_or_path, filename, **hub_arguments, **quiet)
+    except OSError:  # the weights' own loader gives the better message
+        return None
+    return path
+
+
+def _weights_message(name_or_path: str, error: Exception) -> str:
+    return (
+        f"cannot load the weights of {name_or_path!r}: {type(error).__name__}: {error} Expected model.safetensors (or its "
+        "shards, or pytorch_model.bin) beside config.json, complete. Download or save the checkpoint again."
+    )

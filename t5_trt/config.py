@@ -1,0 +1,87 @@
+"""What a user can set, and where defaults come from: arguments first, then ``T5_TRT_*`` variables, then built-in values.
+
+This module checks names and ranges only; whether a backend is installed is the business of `t5_trt.runtime.open`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from t5_trt.errors import InputError
+
+BACKENDS = ("auto", "tensorrt", "onnxruntime")
+PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
+
+
+def check_choice(what: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `choices`.
+
+    Raises:
+        InputError: naming the value that was got and the ones that exist.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{what} got {value!r}; expected one of {', '.join(map(repr, choices))}.")
+    return value
+
+
+def default_engine_cache_dir() -> Path:
+    """The folder that built engines are kept in: ``T5_TRT_CACHE``, else the user's cache folder."""
+    configured = os.environ.get("T5_TRT_CACHE")
+    return Path(configured).expanduser() if configured else Path(platformdirs.user_cache_dir("t5_trt", False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Settings that change how a model runs but not what its engines contain.
+
+    Attributes:
+        backend: "auto" (TensorRT where it can run, else ONNX Runtime), "tensorrt" or "onnxruntime".
+            Default: ``T5_TRT_BACKEND``, else "auto".
+        precision: "auto", "fp32", "tf32", "fp16" or "bf16". ONNX Runtime on CPU runs "fp32".
+        device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
+        strict: raise `StrictModeError` instead of using the stock PyTorch model where an engine cannot serve.
+        num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
+        prepack_weights: let ONNX Runtime copy the weights into its own layout: up to twice as fast with 2 or more
+            rows (beams, batches), at the price of holding the decoder's and encoder's matrices twice in memory.
+        max_source_tokens: longer sources are refused; None sets no limit (T5 itself has none).
+        max_target_tokens: longer outputs are refused; None sets no limit.
+        engine_cache_dir: folder of built engines. Default: ``T5_TRT_CACHE``, else the user's cache folder.
+    """
+
+    backend: str = "auto"
+    precision: str = "auto"
+    device: str | None = None
+    strict: bool = False
+    num_threads: int | None = None
+    prepack_weights: bool = False
+    max_source_tokens: int | None = None
+    max_target_tokens: int | None = None
+    engine_cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("num_threads", "max_source_tokens", "max_target_tokens"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} got {value!r}; expected an integer of at least 1, or None for the default.")
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder of built engines that is in force."""
+        return self.engine_cache_dir or default_engine_cache_dir()
+
+
+def backend_from_environment(argument: str | None) -> str:
+    """The backend to use: the argument unless it is None or "auto", else ``T5_TRT_BACKEND``, else "auto".
+
+    Raises:
+        InputError: the argument or the variable names no backend.
+    """
+    if argument is not None and argument != "auto":
+        return check_choice("backend", argument, BACKENDS)
+    return check_choice("the environment variable T5_TRT_BACKEND", os.environ.get("T5_TRT_BACKEND") or "auto", BACKENDS)

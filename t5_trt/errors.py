@@ -1,0 +1,31 @@
+"""The errors that t5_trt raises on purpose. Every message says what was got, what was expected and what to do.
+
+Each kind also derives from the built-in exception that Hugging Face code would see in the same place, so existing
+``except OSError`` around ``from_pretrained`` or ``except ValueError`` around ``generate`` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class T5TRTError(Exception):
+    """Base of every error raised by t5_trt."""
+
+
+class InputError(T5TRTError, ValueError):
+    """An argument or a tensor given to the model has a value, shape or dtype that it cannot run."""
+
+
+class CheckpointError(T5TRTError, OSError):
+    """A checkpoint is missing, incomplete or damaged, or its weights do not fit its config."""
+
+
+class UnsupportedModelError(T5TRTError, ValueError):
+    """The checkpoint is of a model family, or uses an option, that t5_trt has no graph for."""
+
+
+class BackendError(T5TRTError, RuntimeError):
+    """A backend (TensorRT, ONNX Runtime) is missing, unusable on this machine, or failed while running."""
+
+
+class StrictModeError(T5TRTError, RuntimeError):
+    """``strict=True`` and the request would have needed the stock PyTorch model or a new engine."""

@@ -1,0 +1,378 @@
+"""The forward pass and what `generate` needs of it, as a mixin over a stock T5 class.
+
+A request goes to the engines unless it asks for something they cannot give (see `_beyond_engines`); that goes to the
+stock PyTorch model over the same weights. Nothing here loads, builds or chooses engines.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.utils import ModelOutput
+
+from t5_trt.errors import InputError, StrictModeError
+from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
+from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
+from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids
+from t5_trt.runtime.buffers import CrossStates, DecoderState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from t5_trt.architecture import Architecture
+    from t5_trt.config import RuntimeConfig
+    from t5_trt.runtime.session import Session
+
+logger = logging.getLogger("t5_trt")
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """No gradients, and no inference tensors either.
+
+    Buffers outlive the call: made under ``torch.inference_mode()`` they could not be written to outside of it, and
+    would not count their versions, by which changed encoder states are noticed.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class EngineForward:
+    """`forward` and the hooks of `generate` on engines; mixed in before a stock ForConditionalGeneration class."""
+
+    if TYPE_CHECKING:
+        config: Any
+        generation_config: Any
+        training: bool
+        encoder: Any
+        _shift_right: Any
+
+        @property
+        def device(self) -> torch.device: ...  # noqa: D102 - see modeling.py
+        @property
+        def runtime_config(self) -> RuntimeConfig: ...  # noqa: D102
+        @property
+        def architecture(self) -> Architecture: ...  # noqa: D102
+        @property
+        def session(self) -> Session: ...  # noqa: D102
+        @property
+        def reference(self) -> PreTrainedModel: ...  # noqa: D102
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run encoder (unless `encoder_outputs` are given) and decoder, as ``T5ForConditionalGeneration.forward``.
+
+        Args:
+            input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
+            attention_mask: [B, S], 0 for padding; None attends to everything.
+            decoder_input_ids: int64 [R, Q], any number of tokens; made from `labels` if left out.
+            decoder_attention_mask: [R, cached + Q], 0 for padding on either side.
+            encoder_outputs: a ModelOutput or tuple whose first entry is [B, S, E].
+            past_key_values: the cache that an earlier call returned, or a stock ``EncoderDecoderCache``.
+            inputs_embeds: see `input_ids`.
+            decoder_inputs_embeds: [R, Q, E]; served by the stock model.
+            labels: int64 [R, Q], -100 where no loss is wanted.
+            use_cache: return a cache (default: the config's).
+            output_attentions: served by the stock model.
+            output_hidden_states: served by the stock model.
+            return_dict: False returns a tuple.
+            kwargs: ignored, as by the stock class.
+
+        Returns:
+            Seq2SeqLMOutput: loss (float32 scalar, with `labels`), logits float32 [R, Q, V], past_key_values,
+            encoder_last_hidden_state [B, S, E].
+
+        Raises:
+            InputError: an argument has a wrong type, dtype, shape or value.
+            StrictModeError: engines cannot serve the request and the model was loaded with ``strict=True``.
+            BackendError: the backend failed.
+        """
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        for name, value in wanted.items():
+            wanted[name] = getattr(self.config, name, False) if value is None else value
+        use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self._shift_right(self._check_labels(labels))
+        reason = self._beyond_engines(
+            wanted, attention_mask, decoder_attention_mask, decoder_inputs_embeds, inputs_embeds
+        )
+        if reason:
+            stock = past_key_values.stock() if isinstance(past_key_values, EngineCache) else past_key_values
+            return self._use_reference(reason)(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=encoder_outputs,
+                past_key_values=stock,
+                inputs_embeds=inputs_embeds,
+                decoder_inputs_embeds=decoder_inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                return_dict=as_dict,
+                **wanted,
+                **kwargs,
+            )
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds)
+        elif not isinstance(encoder_outputs, ModelOutput):  # a tuple, as return_dict=False gives
+            encoder_outputs = BaseModelOutput(*tuple(encoder_outputs)[:3])
+        if decoder_input_ids is None:
+            raise InputError("got neither decoder_input_ids nor labels; forward() expects one of them. To write text, use "
+                             "generate().")  # fmt: skip
+        tokens = check_token_ids("decoder_input_ids", decoder_input_ids, self.architecture.vocab_size, self.device)
+        with _ordinary_tensors():
+            cache = self._open_cache(past_key_values, encoder_outputs, attention_mask, len(tokens))
+            logits = self._decode(cache, tokens, decoder_attention_mask, past_key_values)
+        loss = None
+        if labels is not None:
+            target = self._check_labels(labels).to(logits.device)
+            if target.shape != tokens.shape:
+                raise InputError(
+                    f"labels got shape {tuple(target.shape)}; expected that of the decoder's input, {tuple(tokens.shape)}."
+                )
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        foreign = past_key_values is not None and not isinstance(past_key_values, EngineCache)
+        result = Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=(past_key_values if foreign else cache) if use_cache else None,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+        )
+        return result if as_dict else result.to_tuple()
+
+    def encode(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> EngineEncoderOutput:
+        """Run the encoder engine.
+
+        Args:
+            input_ids: int64 [B, S], or None with `inputs_embeds`.
+            attention_mask: [B, S], 0 for padding.
+            inputs_embeds: [B, S, E], or None with `input_ids`.
+
+        Returns:
+            last_hidden_state [B, S, E], with the decoder's cross-attention K/V attached.
+
+        Raises:
+            InputError: both or none of the inputs, or a wrong type, dtype, shape or value.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise InputError(f"got {got} of input_ids and inputs_embeds; expected exactly one.")
+        session, arch = self.session, self.architecture
+        if inputs_embeds is not None:
+            inputs_embeds = check_embeds("inputs_embeds", inputs_embeds, arch.d_model, session.device, session.dtype)
+        else:
+            input_ids = check_token_ids("input_ids", input_ids, arch.vocab_size, session.device)
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        assert source is not None
+        batch, length = source.shape[:2]
+        check_length("source", length, self.runtime_config.max_source_tokens)
+        mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
+        with _ordinary_tensors():
+            hidden, cross = session.encode(input_ids, inputs_embeds, mask)
+            return EngineEncoderOutput(last_hidden_state=hidden).remember(cross)  # type: ignore[arg-type]
+
+    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's ``generate``, with all its arguments and results.
+
+        Raises:
+            InputError, StrictModeError, BackendError: as `forward`.
+        """
+        chosen = generation_config or self.generation_config
+        for name in ("output_attentions", "output_hidden_states"):
+            value = kwargs.get(name)
+            if getattr(chosen, name, False) if value is None else value:
+                cache = kwargs.get("past_key_values")
+                if isinstance(cache, EngineCache):
+                    kwargs["past_key_values"] = cache.stock()
+                return self._use_reference(name).generate(inputs, generation_config, *args, **kwargs)  # type: ignore[operator]
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder module; calling it runs the encoder engine."""
+        return self.encoder
+
+    def _beyond_engines(
+        self,
+        wanted: dict[str, Any],
+        attention_mask: Any,
+        decoder_attention_mask: Any,
+        decoder_inputs_embeds: Any,
+        inputs_embeds: Any,
+    ) -> str | None:
+        """Why engines cannot serve a request, or None if they can."""
+        for name, value in wanted.items():
+            if value:
+                return name
+        if decoder_inputs_embeds is not None:
+            return "decoder_inputs_embeds"
+        for name, mask in (("attention_mask", attention_mask), ("decoder_attention_mask", decoder_attention_mask)):
+            if isinstance(mask, torch.Tensor) and mask.dim() > 2:
+                return f"a {mask.dim()}-D {name}"
+        if torch.is_grad_enabled() and (self.training or getattr(inputs_embeds, "requires_grad", False)):
+            return "gradients"
+        return None
+
+    def _use_reference(self, reason: str) -> PreTrainedModel:
+        if self.runtime_config.strict:
+            raise StrictModeError(
+                f"strict=True: the request needs {reason}, which engines cannot give. Leave it out, or load the model with "
+                "strict=False to have the stock PyTorch model serve it."
+            )
+        if getattr(self, "_reference", None) is None:
+            logger.warning("%s is served by the stock PyTorch model (model.reference), at its speed.", reason)
+        return self.reference
+
+    def _check_labels(self, labels: Any) -> torch.Tensor:
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            raise InputError(
+                f"labels got {getattr(labels, 'dtype', type(labels).__name__)}; expected int64 [batch, tokens]."
+            )
+        kept = labels.masked_fill(labels == -100, 0)
+        check_token_ids("labels", kept, self.architecture.vocab_size, labels.device)
+        return labels.long()
+
+    def _open_cache(self, past: Any, encoder_outputs: Any, attention_mask: Any, rows: int) -> EngineCache:
+        """The cache to decode with: the given one, or a new one over the encoder's K/V."""
+        session, layers = self.session, self.architecture.decoder_layers
+        cache = past if isinstance(past, EngineCache) else EngineCache(layers)
+        if cache.state is None:
+            own = cross = None
+            if past is not None and past is not cache:
+                own, cross = read_stock(past, layers, session.dtype, session.device)
+            cross = cross or self._cross_states(encoder_outputs, rows)
+            empty_bias = torch.zeros(
+                (cross.batch, 1, 1, cross.source_length), dtype=session.dtype, device=session.device
+            )
+            capacity = max(cache.capacity_tokens, 0 if own is None else own.shape[4])
+            cache.state = DecoderState.allocate(self.architecture, cross, empty_bias, capacity)
+            if own is not None:
+                cache.state.append(own)
+        if cache.state.rows != rows:
+            raise InputError(
+                f"decoder_input_ids has {rows} rows; the cache was made for {cache.state.rows}. Start with "
+                "past_key_values=None, or reorder the cache with batch_select_indices."
+            )
+        self._apply_mask(cache, attention_mask)
+        return cache
+
+    def _cross_states(self, encoder_outputs: Any, rows: int) -> CrossStates:
+        cross = recall(encoder_outputs)
+        if cross is None:
+            hidden = encoder_outputs[0]
+            arch, session = self.architecture, self.session
+            cross = session.project_cross(
+                check_embeds("encoder_outputs[0]", hidden, arch.d_model, session.device, session.dtype)
+            )
+        if cross.rows != rows:
+            if cross.rows != 1:
+                raise InputError(
+                    f"decoder_input_ids has {rows} rows and the encoder's output {cross.rows}; expected the same number."
+                )
+            cross = cross.for_beams(rows)
+        return cross
+
+    def _apply_mask(self, cache: EngineCache, mask: Any) -> None:
+        """Bring the state's cross bias in line with `attention_mask`, doing nothing while it is the same tensor."""
+        tracked = not (isinstance(mask, torch.Tensor) and mask.is_inference())  # inference tensors count no versions
+        source = (mask, getattr(mask, "_version", 0)) if tracked else None
+        known = cache.mask_source
+        if known is not None and source is not None and known[0] is mask and known[1] == source[1]:
+            return
+        state = cache.state
+        assert state is not None
+        cross, device = state.cross, self.session.device
+        given = len(mask) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else cross.batch
+        rows = given if given in (cross.batch, cross.rows) else cross.batch
+        checked = check_mask("attention_mask", mask, rows, cross.source_length, device)
+        if rows != cross.batch:  # one mask per beam: they agree unless somebody made them differ
+            grouped = checked.view(cross.batch, cross.beams, -1)
+            if bool((grouped == grouped[:, :1]).all()):
+                checked = grouped[:, 0]
+            else:
+                state.cross = cross.select(torch.arange(cross.rows, device=cross.kv.device))
+                state.bindings.clear()
+        bias = self.session.cross_bias(checked)
+        if not torch.equal(bias, state.cross_bias):
+            state.cross_bias = bias
+            state.bindings.clear()
+        cache.mask_source = source
+
+    def _decode(self, cache: EngineCache, tokens: torch.Tensor, decoder_mask: Any, past: Any) -> torch.Tensor:
+        state = cache.state
+        assert state is not None
+        count = tokens.shape[1]
+        check_length("target", state.length + count, self.runtime_config.max_target_tokens)
+        key_mask = None
+        if decoder_mask is not None:
+            total = state.length + count
+            key_mask = check_mask("decoder_attention_mask", decoder_mask, len(tokens), total, tokens.device)
+            key_mask = None if bool(key_mask.all()) else key_mask
+        logits = self.session.decode(state, tokens, key_mask)
+        if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does
+            write_stock(past, state.kv[..., state.length - count : state.length, :], state.cross)
+        return logits
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:  # fmt: skip
+        given = model_kwargs.get("past_key_values")
+        if given is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        else:  # whatever cache_implementation says: the engines' cache is static and grows
+            model_kwargs["past_key_values"] = EngineCache(self.architecture.decoder_layers, 0)
+
+    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.prefill_chunk_size is not None:
+            # the stock loop would cut the *encoder's* mask to the chunk, and then fail; a prompt fits in one pass
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = True, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        given = model_kwargs.get("encoder_outputs")
+        cross = recall(given)
+        if given is not None and expand_size > 1:  # the stock method writes into the caller's object
+            model_kwargs["encoder_outputs"] = copy.copy(given)
+        with _ordinary_tensors():
+            input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            )
+        if cross is not None and expand_size > 1:
+            expanded = EngineEncoderOutput(**model_kwargs["encoder_outputs"])
+            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size))
+        return input_ids, model_kwargs

@@ -1,0 +1,37 @@
+"""An encoder output that remembers the cross-attention K/V which the encoder engine made along with it.
+
+The memory is used only while it is certain to belong to the hidden states: after they were replaced, copied or written
+to, the K/V are computed anew from what the caller hands in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from t5_trt.runtime.buffers import CrossStates
+
+
+@dataclass
+class EngineEncoderOutput(BaseModelOutput):
+    """`BaseModelOutput` (last_hidden_state [B, S, E]) with the K/V of those states attached."""
+
+    def remember(self, cross: CrossStates) -> EngineEncoderOutput:
+        """Attach K/V that were computed from the current `last_hidden_state`."""
+        hidden = self["last_hidden_state"]
+        # plain attributes are not ModelOutput fields: tuple(), ** and copies leave them behind, which is what we want
+        self._cross, self._source, self._version = cross, hidden, hidden._version
+        return self
+
+
+def recall(encoder_outputs: Any) -> CrossStates | None:
+    """The K/V attached to an encoder output, or None if its hidden states are not the ones they were made from."""
+    cross = getattr(encoder_outputs, "_cross", None)
+    if not isinstance(encoder_outputs, EngineEncoderOutput) or not isinstance(cross, CrossStates):
+        return None
+    hidden: torch.Tensor = encoder_outputs["last_hidden_state"]
+    same = hidden is encoder_outputs._source and hidden._version == encoder_outputs._version
+    return cross if same else None

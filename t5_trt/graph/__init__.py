@@ -1,0 +1,40 @@
+"""T5's encoder and decoder written down as ONNX graphs (opset 17), straight from config and weights.
+
+This package computes nothing: it makes `onnx_ir.Model` objects that sessions bind or engines are built from.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from t5_trt.architecture import Architecture
+from t5_trt.graph.decoder import build_decoder
+from t5_trt.graph.encoder import build_cross, build_encoder
+from t5_trt.graph.ops import Weights
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
+
+#: part of every engine's cache key: raise it when a change here changes what a graph computes or is called
+GRAPH_REVISION = 1
+
+__all__ = ["GRAPH_REVISION", "build_graph"]
+
+
+def build_graph(
+    graph: str, arch: Architecture, weights: Weights, real: ir.DataType, index: ir.DataType = ir.DataType.INT64
+) -> ir.Model:
+    """Write one of `t5_trt.signature.GRAPHS`.
+
+    Args:
+        graph: its name.
+        arch: of the model.
+        weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
+        real: compute type of weights and activations.
+        index: type of ids, positions and masks.
+    """
+    if graph in (ENCODER, ENCODER_EMBEDS):
+        return build_encoder(arch, weights, real, index, embeds=graph == ENCODER_EMBEDS)
+    if graph == CROSS:
+        return build_cross(arch, weights, real, index)
+    if graph in (STEP, QUERIES):
+        return build_decoder(arch, weights, real, index, queries=graph == QUERIES)
+    raise KeyError(graph)

@@ -1,0 +1,156 @@
+"""A thin layer over onnx-ir: one object that collects nodes and initializers of a graph and knows its compute type.
+
+It knows ONNX, not T5. Matrices stay initializers under their state-dict keys and are read only when the model is saved
+or bound, so building a graph costs no copy of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from t5_trt.graph.precision import TORCH_TYPES
+from t5_trt.signature import INDEX, LOGITS, Tensor
+
+OPSET = 17  # the newest that TensorRT 8.5 reads
+IR_VERSION = 8  # the one of opset 17's time
+Weights = Mapping[str, torch.Tensor]
+
+
+class GraphBuilder:
+    """Collects one ONNX graph.
+
+    Args:
+        name: of the graph.
+        weights: state-dict key -> tensor on the CPU.
+        real: ONNX type of weights and activations.
+        index: ONNX type of ids, positions and masks.
+    """
+
+    def __init__(self, name: str, weights: Weights, real: ir.DataType, index: ir.DataType = ir.DataType.INT64) -> None:
+        self.name = name
+        self.real = real
+        self.index = index
+        self._weights = weights
+        self._nodes: list[ir.Node] = []
+        self._inputs: list[ir.Value] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._scope = ""
+        self._serial = 0
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefix the names of the nodes made inside, so that an engine's layers can be found in the checkpoint."""
+        outer, self._scope = self._scope, f"{name}/"
+        yield
+        self._scope = outer
+
+    def input(self, tensor: Tensor) -> ir.Value:
+        """Declare a graph input."""
+        value = ir.Value(name=tensor.name, type=ir.TensorType(self._dtype(tensor.kind)), shape=ir.Shape(tensor.axes))
+        self._inputs.append(value)
+        return value
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Append a node and return its only output."""
+        return self.multi(op_type, 1, *inputs, **attributes)[0]
+
+    def multi(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+        """Append a node and return its outputs."""
+        self._serial += 1
+        name = f"{self._scope}{op_type}_{self._serial}"
+        node = ir.Node(
+            "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=outputs, name=name
+        )
+        for number, value in enumerate(node.outputs):
+            value.name = name if outputs == 1 else f"{name}:{number}"
+        self._nodes.append(node)
+        return node.outputs
+
+    def weight(self, key: str, dtype: ir.DataType | None = None) -> ir.Value:
+        """The initializer of a checkpoint tensor, cast to `dtype` (the compute type by default) when it is read."""
+        if key not in self._initializers:
+            source, dtype = self._weights[key], dtype or self.real
+
+            def read() -> ir.TensorProtocol:
+                tensor = source.detach().to(TORCH_TYPES[dtype])
+                return ir.tensor_adapters.TorchTensor(tensor.contiguous(), name=key)
+
+            lazy = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(source.shape), name=key)
+            self._initializers[key] = _initializer(key, lazy)
+        return self._initializers[key]
+
+    def constant(self, array: Any, dtype: ir.DataType) -> ir.Value:
+        """A small constant of the given type; equal ones are made once."""
+        data = np.asarray(array)
+        content = hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
+        key = f"const_{dtype.name}_{'x'.join(map(str, data.shape))}_{content}"
+        if key not in self._initializers:
+            self._initializers[key] = _initializer(key, ir.tensor(data.astype(dtype.numpy()), dtype=dtype, name=key))
+        return self._initializers[key]
+
+    def ints(self, *values: int) -> ir.Value:
+        """An int64 vector, as shape arguments are."""
+        return self.constant(np.array(values, dtype=np.int64), ir.DataType.INT64)
+
+    def scalar(self, value: float, dtype: ir.DataType | None = None) -> ir.Value:
+        """A rank-0 constant of the compute type, or of `dtype`."""
+        return self.constant(np.array(value), dtype or self.real)
+
+    def cast(self, value: ir.Value, source: ir.DataType, target: ir.DataType) -> ir.Value:
+        """Cast, unless both types are the same."""
+        return value if source == target else self.op("Cast", value, to=int(target))
+
+    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        """Reshape; 0 keeps the input's size at that place, -1 takes what is left."""
+        return self.op("Reshape", value, self.ints(*shape))
+
+    def transpose(self, value: ir.Value, *order: int) -> ir.Value:
+        """Permute the axes."""
+        return self.op("Transpose", value, perm=order)
+
+    def linear(self, value: ir.Value, key: str) -> ir.Value:
+        """``value [rows, in] @ weight [out, in]^T``.
+
+        Gemm with transB reads the matrix in the checkpoint's own layout: no transposed copy is ever made.
+        """
+        return self.op("Gemm", value, self.weight(key), transB=1)
+
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """One dimension of a value as an int64 vector of length 1."""
+        return self.op("Shape", value, start=axis, end=axis + 1)
+
+    def finish(self, outputs: Mapping[str, ir.Value], declared: Sequence[Tensor]) -> ir.Model:
+        """Name the outputs, give them their declared types and shapes, and return the model."""
+        results = []
+        for tensor in declared:
+            value = outputs[tensor.name]
+            if value.name in self._initializers or value in results or value.producer() is None:
+                value = self.op("Identity", value)
+            value.name, value.type = tensor.name, ir.TensorType(self._dtype(tensor.kind))
+            value.shape = ir.Shape(tensor.axes)
+            results.append(value)
+        graph = ir.Graph(
+            inputs=self._inputs,
+            outputs=results,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET},
+            name=self.name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="t5_trt")
+
+    def _dtype(self, kind: str) -> ir.DataType:
+        return self.index if kind == INDEX else ir.DataType.FLOAT if kind == LOGITS else self.real
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )

@@ -1,0 +1,92 @@
+"""Checks of what callers hand to `forward` and `generate`. Each says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from t5_trt.errors import InputError
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def check_token_ids(name: str, ids: Any, vocab_size: int, device: torch.device, *, values: bool = True) -> torch.Tensor:
+    """Return token ids as int64 [rows, tokens] on `device`.
+
+    Args:
+        name: of the argument, for messages.
+        ids: what the caller gave.
+        vocab_size: V.
+        device: of the engine.
+        values: look at the ids themselves too (on a GPU this waits for it).
+
+    Raises:
+        InputError: not a tensor, not two axes, not integers, empty, or an id outside 0..V-1.
+    """
+    if not isinstance(ids, torch.Tensor):
+        raise InputError(
+            f"{name} got {type(ids).__name__}; expected a torch.Tensor of token ids [batch, tokens]. A tokenizer gives "
+            "one with return_tensors='pt'."
+        )
+    if ids.dtype not in _INTEGERS:
+        raise InputError(f"{name} got dtype {ids.dtype}; expected integer token ids (torch.int64). Embeddings go in "
+                         f"{'inputs_embeds' if name == 'input_ids' else 'decoder_inputs_embeds'}.")  # fmt: skip
+    if ids.dim() != 2:
+        raise InputError(f"{name} got shape {tuple(ids.shape)}; expected [batch, tokens].")
+    if ids.numel() == 0:
+        raise InputError(
+            f"{name} got shape {tuple(ids.shape)}, which is empty; expected at least one row of one token."
+        )
+    if values:
+        low, high = (int(value) for value in torch.aminmax(ids))
+        if low < 0 or high >= vocab_size:
+            raise InputError(
+                f"{name} got the id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, the rows of this "
+                "model's embedding. Check that the tokenizer belongs to the checkpoint."
+            )
+    return ids.to(device=device, dtype=torch.int64)
+
+
+def check_embeds(name: str, embeds: Any, d_model: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return embeddings or encoder states as [rows, tokens, E] of the engine's device and dtype.
+
+    Raises:
+        InputError: not a floating-point tensor of that shape, or empty.
+    """
+    if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
+        got = embeds.dtype if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise InputError(f"{name} got {got}; expected a floating-point tensor [batch, tokens, {d_model}].")
+    if embeds.dim() != 3 or embeds.shape[2] != d_model or embeds.numel() == 0:
+        raise InputError(f"{name} got shape {tuple(embeds.shape)}; expected [batch, tokens, {d_model}], not empty.")
+    return embeds.detach().to(device=device, dtype=dtype)
+
+
+def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Return a mask as int64 [rows, tokens] of zeros and ones on `device`; None becomes all ones.
+
+    Raises:
+        InputError: not a tensor of that shape.
+    """
+    if mask is None:
+        return torch.ones((rows, tokens), dtype=torch.int64, device=device)
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(f"{name} got {type(mask).__name__}; expected a torch.Tensor [{rows}, {tokens}].")
+    if tuple(mask.shape) != (rows, tokens):
+        raise InputError(
+            f"{name} got shape {tuple(mask.shape)}; expected [{rows}, {tokens}], one value per token, 0 for padding."
+        )
+    return (mask.to(device) != 0).long()
+
+
+def check_length(name: str, tokens: int, limit: int | None) -> None:
+    """Refuse more tokens than the configured limit.
+
+    Raises:
+        InputError: naming both, and the setting.
+    """
+    if limit is not None and tokens > limit:
+        raise InputError(
+            f"got {tokens} {name} tokens; expected at most {limit}, the max_{name}_tokens that this model was loaded "
+            "with. Truncate the text, or load the model with a larger limit."
+        )

@@ -1,0 +1,329 @@
+"""`TRTT5ForConditionalGeneration`: Hugging Face's T5 class with engines in place of its forward pass.
+
+The model *is* a stock T5 (or MT5, UMT5) module tree whose parameters are loaded by Transformers; the engines read the
+same memory. So ``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy
+of the weights. ``generate`` is Hugging Face's; `t5_trt.forwarding` holds the forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from transformers import (
+    GenerationMixin,
+    MT5ForConditionalGeneration,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+)
+
+from t5_trt.architecture import Architecture, check_family, read_architecture
+from t5_trt.checkpoint import HUB_ARGUMENTS, correct_vocabulary, load_checked, load_config
+from t5_trt.config import RuntimeConfig, backend_from_environment
+from t5_trt.encoder_module import attach_encoder
+from t5_trt.errors import BackendError, InputError, StrictModeError
+from t5_trt.forwarding import EngineForward
+from t5_trt.runtime.open import open_session, resolve_backend
+from t5_trt.runtime.session import Session
+
+logger = logging.getLogger("t5_trt")
+Self = TypeVar("Self", bound="TRTT5ForConditionalGeneration")
+_DERIVED = ("_session", "_reference", "_architecture")
+_PRECISION_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMixin):
+    """Drop-in replacement of ``T5ForConditionalGeneration`` for inference.
+
+    ``TRTT5ForConditionalGeneration.from_pretrained(...)`` returns an instance of this class and, at the same time, of
+    the checkpoint's stock class. Engines are opened by the first ``forward`` or ``generate``.
+
+    Args:
+        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the stock classes.
+    """
+
+    _stock_class: type[PreTrainedModel]
+
+    def __new__(cls: type[Self], config: Any = None, *args: Any, **kwargs: Any) -> Self:
+        """Make an instance of the class that combines this one with the config's stock class."""
+        chosen = cls if "_stock_class" in cls.__dict__ or config is None else _class_for(config)
+        return cast("Self", super().__new__(chosen))
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._runtime_config = RuntimeConfig()
+        self._session: Session | None = None
+        self._reference: PreTrainedModel | None = None
+        self._architecture: Architecture | None = None
+        attach_encoder(self)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls: type[Self],
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        config: Any = None,
+        backend: str | None = None,
+        precision: str = "auto",
+        device: str | torch.device | int | None = None,
+        strict: bool = False,
+        num_threads: int | None = None,
+        prepack_weights: bool = False,
+        max_source_tokens: int | None = None,
+        max_target_tokens: int | None = None,
+        engine_cache_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a checkpoint of the T5 family. No engine is built or opened yet.
+
+        Args:
+            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``.
+            model_args: passed on to Transformers.
+            config: a config to use instead of the checkpoint's.
+            backend: "auto", "tensorrt" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
+            precision: "auto", "fp32", "tf32", "fp16" or "bf16".
+            device: where the engines run, such as "cuda:0"; None lets the backend choose.
+            strict: raise instead of using the stock PyTorch model where engines cannot serve a request.
+            num_threads: CPU threads of ONNX Runtime; None takes torch's number.
+            prepack_weights: faster beams and batches on CPU for twice the memory.
+            max_source_tokens: refuse longer sources.
+            max_target_tokens: refuse longer outputs.
+            engine_cache_dir: folder of built engines; default ``T5_TRT_CACHE``, else the user's cache folder.
+            kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
+                ``dtype`` and ``device_map`` are read as a precision and a device.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            CheckpointError: files are missing, damaged, or do not fit each other.
+            UnsupportedModelError: the checkpoint is not of the T5 family.
+            BackendError: the backend that was asked for cannot run here.
+            InputError: an argument has no meaning.
+        """
+        name = str(pretrained_model_name_or_path)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        device = device if device is not None else _device_of_map(kwargs.pop("device_map", None))
+        if kwargs.pop("quantization_config", None) is not None:
+            raise InputError("quantization_config is not supported: engines choose their own types. Use precision=...")
+        if kwargs.pop("output_loading_info", False):
+            raise InputError("output_loading_info is not supported: a checkpoint that is not complete is refused.")
+        runtime = RuntimeConfig(
+            backend=backend_from_environment(backend),
+            precision=precision,
+            device=None if device is None else str(torch.device(device)),
+            strict=strict,
+            num_threads=num_threads,
+            prepack_weights=prepack_weights,
+            max_source_tokens=max_source_tokens,
+            max_target_tokens=max_target_tokens,
+            engine_cache_dir=None if engine_cache_dir is None else Path(engine_cache_dir),
+        )
+        resolve_backend(runtime)
+        where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        config = load_config(name, **where) if config is None else config
+        correct_vocabulary(name, config, **where)
+        chosen = _class_for(config)
+        load = super(TRTT5ForConditionalGeneration, chosen).from_pretrained
+        # float32 for ONNX Runtime: the engines read the parameters' own memory
+        model = load_checked(load, name, config, *model_args, dtype=torch.float32, **kwargs)
+        model._runtime_config = runtime
+        if dtype not in (None, "auto"):
+            model._wish_dtype(dtype)
+        return cast("Self", model)
+
+    @classmethod
+    def from_model(cls: type[Self], model: PreTrainedModel, **options: Any) -> Self:
+        """Wrap a stock model that is in memory, for example one that was just fine-tuned. Its weights are shared.
+
+        Args:
+            model: a T5, MT5 or UMT5 ForConditionalGeneration, float32, on the CPU.
+            options: `RuntimeConfig` fields.
+
+        Raises:
+            InputError: the weights are not float32 on the CPU.
+            UnsupportedModelError: the model is not of the T5 family.
+        """
+        chosen = _class_for(model.config)
+        wrong = {(str(p.dtype), str(p.device)) for p in model.parameters()} - {("torch.float32", "cpu")}
+        if wrong:
+            raise InputError(
+                f"from_model got weights of {sorted(wrong)}; expected float32 on cpu: model.float().cpu()."
+            )
+        options.setdefault("backend", backend_from_environment(None))
+        runtime = RuntimeConfig(**options)
+        resolve_backend(runtime)
+        wrapped = _share_weights(chosen, model)
+        wrapped._runtime_config = runtime
+        wrapped.generation_config = model.generation_config
+        return cast("Self", wrapped)
+
+    @property
+    def session(self) -> Session:
+        """The opened engines; opening happens at the first use."""
+        if self._session is None:
+            weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
+            self._session = open_session(self.architecture, weights, self._runtime_config)
+        return self._session
+
+    @property
+    def architecture(self) -> Architecture:
+        """Sizes and switches of the model, read from its config and tensors once."""
+        if self._architecture is not None:
+            return self._architecture
+        shapes = {key: tuple(tensor.shape) for key, tensor in self.state_dict().items()}
+        tied = self.lm_head.weight.data_ptr() == self.shared.weight.data_ptr()
+        self._architecture = read_architecture(self.config, shapes, tied_head=tied)
+        return self._architecture
+
+    @property
+    def runtime_config(self) -> RuntimeConfig:
+        """The settings that the model was loaded with."""
+        return self._runtime_config
+
+    @property
+    def reference(self) -> PreTrainedModel:
+        """The stock PyTorch model over the same weights, with eager attention, for what engines cannot give.
+
+        It is made at the first use.
+
+        Raises:
+            StrictModeError: the model was loaded with ``strict=True``.
+        """
+        if self._runtime_config.strict:
+            raise StrictModeError(
+                "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
+            )
+        if self._reference is None:
+            self._reference = _share_weights(self._stock_class, self)
+            self._reference.set_attn_implementation("eager")  # the only one that returns attention maps
+        self._reference.train(self.training)
+        return self._reference
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected and outputs appear."""
+        return torch.device(self._runtime_config.device or "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of hidden states; logits are always float32."""
+        return torch.float32
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Accepts what ``nn.Module.to`` takes. A device that the backend cannot use is refused; see `half` for dtypes.
+
+        Raises:
+            BackendError: the backend does not run on that device.
+        """
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type != self.device.type:
+            raise BackendError(
+                f".to({str(device)!r}): this model runs on {self.device} with the backend "
+                f"{resolve_backend(self._runtime_config)!r}. Choose the device when loading: from_pretrained(..., "
+                "device=...)."
+            )
+        if dtype is not None:
+            self._wish_dtype(dtype)
+        return self
+
+    def cuda(self, device: int | torch.device | None = None) -> Any:  # type: ignore[override]
+        """Like ``to("cuda")``."""
+        return self.to("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
+
+    def cpu(self) -> Any:
+        """Like ``to("cpu")``."""
+        return self.to("cpu")
+
+    def float(self, *args: Any) -> Any:
+        """Keep float32."""
+        return self
+
+    def half(self, *args: Any) -> Any:
+        """A wish: ONNX Runtime computes in float32 on the CPU and says so once."""
+        return self.to(torch.float16)
+
+    def bfloat16(self, *args: Any) -> Any:
+        """A wish: ONNX Runtime computes in float32 on the CPU and says so once."""
+        return self.to(torch.bfloat16)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Write an ordinary checkpoint that the stock class and this one load; arguments as in Transformers."""
+        stock = _share_weights(self._stock_class, self)
+        stock.generation_config = self.generation_config
+        return stock.save_pretrained(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights; engines over the old ones are dropped."""
+        self._session = self._reference = self._architecture = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Change the vocabulary size; engines over the old matrix are dropped."""
+        self._session = self._reference = self._architecture = None
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the engines: the copy opens its own at its first use."""
+        return {key: None if key in _DERIVED else value for key, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        attach_encoder(self)
+
+    def _wish_dtype(self, dtype: Any) -> None:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise InputError(f"dtype got {dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16.")
+        if dtype is not torch.float32:
+            logger.warning("the backend 'onnxruntime' computes in float32 on the CPU; dtype %s is not used.", dtype)
+
+
+class TRTT5(TRTT5ForConditionalGeneration, T5ForConditionalGeneration):
+    """`TRTT5ForConditionalGeneration` of a T5Config; also an instance of `T5ForConditionalGeneration`."""
+
+    _stock_class = T5ForConditionalGeneration
+
+
+class TRTMT5(TRTT5ForConditionalGeneration, MT5ForConditionalGeneration):
+    """`TRTT5ForConditionalGeneration` of an MT5Config; also an instance of `MT5ForConditionalGeneration`."""
+
+    _stock_class = MT5ForConditionalGeneration
+
+
+class TRTUMT5(TRTT5ForConditionalGeneration, UMT5ForConditionalGeneration):
+    """`TRTT5ForConditionalGeneration` of a UMT5Config; also an instance of `UMT5ForConditionalGeneration`."""
+
+    _stock_class = UMT5ForConditionalGeneration
+
+
+_CLASSES: dict[str, type[TRTT5ForConditionalGeneration]] = {"t5": TRTT5, "mt5": TRTMT5, "umt5": TRTUMT5}
+
+
+def _class_for(config: Any) -> type[TRTT5ForConditionalGeneration]:
+    return _CLASSES[check_family(config)]
+
+
+def _share_weights(target: type[PreTrainedModel], source: Any) -> Any:
+    """A model of class `target` with the very parameters of `source`: no tensor is copied."""
+    with torch.device("meta"):
+        model = target(source.config)
+    model.load_state_dict(source.state_dict(keep_vars=True), strict=True, assign=True)
+    if source.lm_head.weight is source.shared.weight:
+        model.lm_head.weight = model.shared.weight
+    return model.eval()
+
+
+def _device_of_map(device_map: Any) -> Any:
+    """The one device that a ``device_map`` stands for, or None where it leaves the choice."""
+    if isinstance(device_map, dict):
+        places = set(device_map.values())
+        if len(places) != 1:
+            raise InputError(
+                f"device_map got {device_map!r}; an engine runs on one device. Use device='cuda:0' or 'cpu'."
+            )
+        device_map = places.pop()
+    return None if device_map in (None, "auto", "balanced", "sequential") else device_map

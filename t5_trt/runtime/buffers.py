@@ -1,0 +1,155 @@
+"""The memory of one decoding request: cross-attention K/V and the static self-attention cache, each with one owner.
+
+Only torch is used here; which engine reads the buffers is the session's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.errors import InputError
+
+SMALLEST_BUCKET = 64
+
+
+def bucket_length(tokens: int) -> int:
+    """Cache length that is allocated for a number of tokens: the next power of two, at least `SMALLEST_BUCKET`."""
+    return max(SMALLEST_BUCKET, 1 << max(tokens - 1, 0).bit_length())
+
+
+@dataclass
+class CrossStates:
+    """Cross-attention K and V of every decoder layer for one batch of sources.
+
+    Attributes:
+        kv: [L, 2, B, H, S, D], K at index 0 and V at index 1 of the second axis.
+        beams: N, the decoder rows that share each batch entry; rows of one entry are neighbours.
+    """
+
+    kv: torch.Tensor
+    beams: int = 1
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return int(self.kv.shape[2])
+
+    @property
+    def rows(self) -> int:
+        """R = B * N."""
+        return self.batch * self.beams
+
+    @property
+    def source_length(self) -> int:
+        """S."""
+        return int(self.kv.shape[4])
+
+    def for_beams(self, beams: int) -> CrossStates:
+        """The same memory, shared by `beams` times as many decoder rows."""
+        return CrossStates(self.kv, self.beams * beams)
+
+    def select(self, rows: torch.Tensor) -> CrossStates:
+        """A copy in which decoder row i reads what row ``rows[i]`` read before."""
+        return CrossStates(self.kv.index_select(2, rows // self.beams))
+
+
+@dataclass
+class DecoderState:
+    """The self-attention cache of R decoder rows and what else their next step reads.
+
+    Attributes:
+        kv: [L, 2, R, H, T, D]; entries from `length` on are meaningless and never read.
+        new: [L, 2, R, H, 1, D], where the one-token step leaves its K and V.
+        length: tokens in the cache.
+        cross: the sources' K and V.
+        cross_bias: [B, 1, 1, S], 0 or the mask value.
+        bindings: what a session prepared for these buffers; it is dropped whenever an address or a shape changes.
+    """
+
+    kv: torch.Tensor
+    new: torch.Tensor
+    cross: CrossStates
+    cross_bias: torch.Tensor
+    length: int = 0
+    bindings: dict[str, Any] = field(default_factory=dict)
+    _scratch: torch.Tensor | None = None
+
+    @classmethod
+    def allocate(
+        cls, arch: Architecture, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int
+    ) -> DecoderState:
+        """A new, empty cache with room for `capacity_tokens` (rounded up to a bucket)."""
+        shape = (arch.decoder_layers, 2, cross.rows, arch.num_heads)
+        # zeros: masked entries are still multiplied, by probability 0, and 0 * NaN would be NaN
+        kv = cross.kv.new_zeros((*shape, bucket_length(capacity_tokens), arch.d_kv))
+        return cls(kv, cross.kv.new_zeros((*shape, 1, arch.d_kv)), cross, cross_bias)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return int(self.kv.shape[2])
+
+    @property
+    def capacity(self) -> int:
+        """T, the tokens that fit without growing."""
+        return int(self.kv.shape[4])
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more; the contents are kept, the buffer doubles as often as needed."""
+        if self.length + tokens <= self.capacity:
+            return
+        grown = self.kv.new_zeros((*self.kv.shape[:4], bucket_length(self.length + tokens), self.kv.shape[5]))
+        grown[..., : self.length, :] = self.kv[..., : self.length, :]
+        self.kv, self._scratch = grown, None
+        self.bindings.clear()
+
+    def append(self, new: torch.Tensor) -> None:
+        """Write K/V of Q new tokens, [L, 2, R, H, Q, D], behind the ones that are there; room must be reserved."""
+        count = new.shape[4]
+        self.kv.narrow(4, self.length, count).copy_(new)
+        self.length += count
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from `length` on.
+
+        Raises:
+            InputError: `length` is negative or larger than what the cache holds.
+        """
+        if not 0 <= length <= self.length:
+            raise InputError(f"cannot crop a cache of {self.length} tokens to {length}; expected 0 to {self.length}.")
+        self.length = length
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i continues what row ``rows[i]`` held, as beam search asks after every token.
+
+        Args:
+            rows: int64 [R] on the buffer's device.
+        """
+        rows = rows.to(self.kv.device)
+        parents = torch.arange(self.rows, device=rows.device) // self.cross.beams
+        if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
+            self.cross_bias = self.cross_bias.index_select(0, rows // self.cross.beams)
+            self.cross = self.cross.select(rows)
+            self.bindings.clear()
+        if self._scratch is None:
+            self._scratch = self.kv.new_empty(self.kv[0].numel())
+        for layer in self.kv:  # one layer's scratch serves all: the copy stays in cache and is never reallocated
+            filled = layer[..., : self.length, :]
+            moved = self._scratch[: filled.numel()].view(filled.shape)
+            torch.index_select(filled, 1, rows, out=moved)
+            filled.copy_(moved)
+
+    def select(self, rows: torch.Tensor) -> DecoderState:
+        """A copy with other rows: row i of it is row ``rows[i]`` of this one; the number of rows may change."""
+        rows = rows.to(self.kv.device)
+        kv = self.kv.index_select(2, rows)
+        bias = self.cross_bias.index_select(0, rows // self.cross.beams)
+        return DecoderState(kv, self.new.index_select(2, rows), self.cross.select(rows), bias, self.length)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:
+        """An independent copy, without the bindings: they point at this object's memory."""
+        return self.select(torch.arange(self.rows))

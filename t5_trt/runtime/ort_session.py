@@ -1,0 +1,230 @@
+"""ONNX Runtime on CPU: the engine of every machine without an NVIDIA GPU, and the yardstick for the others.
+
+The matrices are not copied: ONNX Runtime reads the very memory of the torch parameters, which for a float32
+safetensors checkpoint is the mapped file. Inputs and outputs are bound to torch tensors, so a step allocates its logits
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.errors import BackendError
+from t5_trt.graph import build_graph
+from t5_trt.graph.ops import Weights
+from t5_trt.graph.precision import mask_value, real_type
+from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP, layered
+
+#: smaller tensors go into the model itself, where graph optimizers may read their values
+SHARED_FROM_BYTES = 1 << 16
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+
+
+class OrtSession:
+    """Runs the graphs of one model with ONNX Runtime; each is loaded when it is first needed.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> CPU tensor; it is kept, and its memory read, for as long as the session lives.
+        num_threads: of every operator; None takes torch's.
+        prepack_weights: see `t5_trt.config.RuntimeConfig`.
+
+    Raises:
+        BackendError: onnxruntime cannot be imported.
+    """
+
+    backend = "onnxruntime"
+    precision = "fp32"
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(
+        self, arch: Architecture, weights: Weights, *, num_threads: int | None = None, prepack_weights: bool = False
+    ) -> None:
+        self.arch = arch
+        self.num_threads = num_threads or torch.get_num_threads()
+        self._weights = weights
+        self._prepack = prepack_weights
+        self._ort = import_onnxruntime()
+        self._sessions: dict[str, Any] = {}
+        self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
+        self._loading = threading.Lock()
+
+    def encode(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, CrossStates]:
+        """See `t5_trt.runtime.session.Session.encode`."""
+        batch, length = attention_mask.shape
+        cross = self._new_cross(batch, length)
+        hidden = torch.empty((batch, length, self.arch.d_model))
+        if inputs_embeds is None:
+            assert input_ids is not None
+            graph, source = ENCODER, {"input_ids": input_ids.contiguous()}
+        else:
+            graph, source = ENCODER_EMBEDS, {"inputs_embeds": inputs_embeds.contiguous()}
+        inputs = source | {"attention_mask": attention_mask.contiguous()}
+        self._run(graph, inputs, {"encoder_hidden_states": hidden} | self._layers("cross", cross.kv))
+        return hidden, cross
+
+    def project_cross(self, hidden: torch.Tensor) -> CrossStates:
+        """See `t5_trt.runtime.session.Session.project_cross`."""
+        cross = self._new_cross(hidden.shape[0], hidden.shape[1])
+        self._run(CROSS, {"encoder_hidden_states": hidden.contiguous()}, self._layers("cross", cross.kv))
+        return cross
+
+    def cross_bias(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.cross_bias`."""
+        return _additive(attention_mask)
+
+    def decode(
+        self, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.decode`."""
+        rows, queries = input_ids.shape
+        state.reserve(queries)
+        logits = torch.empty((rows, queries, self.arch.vocab_size))
+        if queries == 1 and key_mask is None:
+            self._step(state, input_ids, logits)
+            state.append(state.new)
+            return logits
+        bias = torch.zeros((rows, 1, 1, state.capacity + queries))
+        if key_mask is not None:  # cached keys first, then unused slots (hidden by the graph itself), then new keys
+            extra = _additive(key_mask)
+            bias[..., : state.length] = extra[..., : state.length]
+            bias[..., state.capacity :] = extra[..., state.length :]
+        new = torch.empty((*state.kv.shape[:4], queries, self.arch.d_kv))
+        inputs = self._decoder_inputs(state) | {
+            "decoder_input_ids": input_ids.contiguous(),
+            "position": torch.tensor([state.length]),
+            "key_bias": bias,
+        }
+        self._run(QUERIES, inputs, {"logits": logits} | self._layers("new", new))
+        state.append(new)
+        return logits
+
+    def loaded_graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that are loaded."""
+        return tuple(self._sessions)
+
+    def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        session = self._session(STEP)
+        if STEP not in state.bindings:
+            tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+            binding = session.io_binding()
+            inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
+            _bind(binding.bind_input, inputs)
+            _bind(binding.bind_output, self._layers("new", state.new))
+            state.bindings[STEP] = (binding, tokens, position, inputs)
+        binding, tokens, position, _ = state.bindings[STEP]
+        tokens.copy_(input_ids)
+        position.fill_(state.length)
+        _bind(binding.bind_output, {"logits": logits})
+        self._call(session, binding)
+
+    def _decoder_inputs(self, state: DecoderState) -> dict[str, torch.Tensor]:
+        buffers = self._layers("past", state.kv) | self._layers("cross", state.cross.kv)
+        return buffers | {"cross_bias": state.cross_bias}
+
+    def _layers(self, prefix: str, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        names = layered(prefix, self.arch.decoder_layers)
+        return dict(zip(names, (buffer[layer, kind] for layer in range(len(buffer)) for kind in (0, 1)), strict=True))
+
+    def _new_cross(self, batch: int, length: int) -> CrossStates:
+        arch = self.arch
+        return CrossStates(torch.empty((arch.decoder_layers, 2, batch, arch.num_heads, length, arch.d_kv)))
+
+    def _run(self, graph: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        session = self._session(graph)
+        binding = session.io_binding()
+        _bind(binding.bind_input, inputs)
+        _bind(binding.bind_output, outputs)
+        self._call(session, binding)
+
+    def _call(self, session: Any, binding: Any) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises its own classes, which derive from Exception only
+            raise BackendError(
+                f"ONNX Runtime failed while running a graph: {error}. The model stays usable; if memory ran out, use a "
+                "smaller batch or fewer beams."
+            ) from error
+
+    def _session(self, graph: str) -> Any:
+        with self._loading:
+            if graph not in self._sessions:
+                self._sessions[graph] = self._load(graph)
+            return self._sessions[graph]
+
+    def _load(self, graph: str) -> Any:
+        model = build_graph(graph, self.arch, self._weights, real_type(self.precision))
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.num_threads
+        options.log_severity_level = 3
+        if not self._prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        # a spinning pool steals cycles from torch's threads, which run between two steps
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        for value in list(model.graph.initializers.values()):
+            assert value.name is not None and value.const_value is not None
+            if value.const_value.nbytes >= SHARED_FROM_BYTES:
+                if value.name not in self._shared:
+                    array = value.const_value.numpy()
+                    self._shared[value.name] = self._ort.OrtValue.ortvalue_from_numpy(array)
+                options.add_initializer(value.name, self._shared[value.name])
+                value.const_value = ir.ExternalTensor(
+                    "weights",
+                    0,
+                    None,
+                    value.const_value.dtype,
+                    shape=ir.Shape(value.const_value.shape.numpy()),
+                    name=value.name,
+                )
+        try:
+            # The proto only names the shared weights. ONNX Runtime still wants the file that it names to exist.
+            with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
+                (Path(folder) / "weights").write_bytes(bytes(16))
+                path = Path(folder) / "model.onnx"
+                path.write_bytes(ir.to_proto(model).SerializeToString())
+                return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
+                "Runtime 1.20 or newer; if this one is, please report the message."
+            ) from error
+
+
+def import_onnxruntime() -> Any:
+    """Import onnxruntime.
+
+    Raises:
+        BackendError: it is not installed, or its library does not load.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"the backend 'onnxruntime' needs the package onnxruntime, which did not import ({error}). Install it with "
+            "`pip install onnxruntime`, or use a machine with TensorRT and backend='tensorrt'."
+        ) from error
+    return onnxruntime
+
+
+def _additive(mask: torch.Tensor) -> torch.Tensor:
+    """0 where a mask [rows, keys] is non-zero, else the mask value: [rows, 1, 1, keys]."""
+    bias = torch.zeros(mask.shape).masked_fill_(mask == 0, mask_value(ir.DataType.FLOAT))
+    return bias[:, None, None, :]
+
+
+def _bind(bind: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Bind tensors, which must be contiguous, by address; whoever calls keeps them alive while the binding lives."""
+    for name, tensor in tensors.items():
+        bind(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

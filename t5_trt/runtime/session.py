@@ -1,0 +1,58 @@
+"""What every backend offers to the model: encode, project, decode. Generation loops and modeling use nothing else."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.runtime.buffers import CrossStates, DecoderState
+
+
+class Session(Protocol):
+    """Engines of one model on one device. Calls are thread-safe as long as each thread has its own `DecoderState`."""
+
+    arch: Architecture
+    backend: str
+    precision: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, CrossStates]:
+        """Run the encoder.
+
+        Args:
+            input_ids: int64 [B, S], or None with `inputs_embeds`.
+            inputs_embeds: [B, S, E], or None with `input_ids`.
+            attention_mask: int64 [B, S], 0 hides a token.
+
+        Returns:
+            Hidden states [B, S, E] and the decoder's cross-attention K/V.
+        """
+        ...
+
+    def project_cross(self, hidden: torch.Tensor) -> CrossStates:
+        """Cross-attention K/V of encoder states [B, S, E] that came from elsewhere."""
+        ...
+
+    def cross_bias(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Additive form [B, 1, 1, S] of a mask [B, S]."""
+        ...
+
+    def decode(
+        self, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the decoder on Q new tokens per row and write their K/V into the state.
+
+        Args:
+            state: of R rows; it is Q tokens longer afterwards.
+            input_ids: int64 [R, Q].
+            key_mask: int64 [R, length + Q], 0 hides one of the decoder's own tokens; None hides none.
+
+        Returns:
+            Logits, float32 [R, Q, V], in memory that later calls do not touch.
+        """
+        ...

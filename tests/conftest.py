@@ -1,0 +1,73 @@
+"""Fixtures: a stock model and the same model on engines, for every kind; the shipped model."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from t5_trt import TRTT5ForConditionalGeneration
+from tests.tiny_models import KINDS, make_stock
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "examples" / "kana_romaji"
+
+
+@cache
+def pair_of(kind: str) -> tuple[Any, Any]:
+    """(stock model, the same weights on engines); made once per process."""
+    stock = make_stock(kind)
+    return stock, TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tests run side by side: one torch thread each."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=list(KINDS))
+def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """Every kind in turn."""
+    return pair_of(request.param)
+
+
+@pytest.fixture
+def v11() -> tuple[Any, Any]:
+    """The T5 v1.1 pair."""
+    return pair_of("t5-v1.1")
+
+
+@pytest.fixture
+def v10() -> tuple[Any, Any]:
+    """The T5 v1.0 pair."""
+    return pair_of("t5-v1.0")
+
+
+@pytest.fixture
+def fresh() -> Any:
+    """A T5 v1.1 model on engines that no other test touches."""
+    return TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", seed=9), num_threads=1)
+
+
+@pytest.fixture(scope="session")
+def shipped_folder() -> Path:
+    """Folder of the model that the repository ships."""
+    return SHIPPED
+
+
+@pytest.fixture(scope="session")
+def shipped(shipped_folder: Path) -> tuple[Any, Any, Any]:
+    """(tokenizer, stock model, model on engines) of the shipped checkpoint."""
+    from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(shipped_folder)
+    stock = T5ForConditionalGeneration.from_pretrained(shipped_folder).eval()
+    return tokenizer, stock, TRTT5ForConditionalGeneration.from_pretrained(shipped_folder, num_threads=1)

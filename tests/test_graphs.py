@@ -1,0 +1,95 @@
+"""The ONNX graphs: valid, as declared in signature.py, with initializers named after the checkpoint's tensors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from t5_trt.graph import build_graph
+from t5_trt.graph.precision import REAL_TYPES, mask_value, real_type
+from t5_trt.graph.relative_bias import distance_buckets
+from t5_trt.signature import GRAPHS, INDEX, LOGITS, REAL, signature
+from tests.conftest import ROOT
+
+
+def dims(value: Any) -> tuple[Any, ...]:
+    return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("precision", list(REAL_TYPES))
+def test_graph_is_valid_and_as_declared(pair: tuple[Any, Any], graph: str, precision: str, tmp_path: Path) -> None:
+    stock, ours = pair
+    weights, real = stock.state_dict(), real_type(precision)
+    model = build_graph(graph, ours.architecture, weights, real)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    assert (tmp_path / "model.onnx.data").stat().st_size > 10_000
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+
+    proto = onnx.load(str(tmp_path / "model.onnx"))
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 17)]
+    declared = signature(graph, ours.architecture)
+    types = {INDEX: onnx.TensorProto.INT64, REAL: int(real), LOGITS: onnx.TensorProto.FLOAT}
+    for values, tensors in ((proto.graph.input, declared.inputs), (proto.graph.output, declared.outputs)):
+        assert [v.name for v in values] == [t.name for t in tensors]
+        for value, tensor in zip(values, tensors, strict=True):
+            assert dims(value) == tensor.axes and value.type.tensor_type.elem_type == types[tensor.kind]
+    for initializer in proto.graph.initializer:
+        if not initializer.name.startswith("const_"):
+            assert tuple(initializer.dims) == tuple(weights[initializer.name].shape)
+        else:
+            assert len(initializer.raw_data) < 4096
+
+
+def test_external_data_holds_the_weights(v11: tuple[Any, Any], tmp_path: Path) -> None:
+    stock, ours = v11
+    model = build_graph("encoder", ours.architecture, stock.state_dict(), ir.DataType.FLOAT)
+    ir.save(model, tmp_path / "encoder.onnx", external_data="encoder.onnx.data")
+    loaded = {i.name: i for i in onnx.load(str(tmp_path / "encoder.onnx")).graph.initializer}
+    key = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
+    assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(loaded[key])), stock.state_dict()[key])
+
+
+def test_same_bytes_in_every_process(v10: tuple[Any, Any]) -> None:
+    """Names must not depend on Python's hash seed: engines are found again by what the graph says."""
+    code = (
+        "import hashlib, onnx_ir as ir\n"
+        "from t5_trt.graph import build_graph\n"
+        "from tests.conftest import pair_of\n"
+        "stock, ours = pair_of('t5-v1.0')\n"
+        "model = build_graph('decoder_queries', ours.architecture, stock.state_dict(), ir.DataType.FLOAT)\n"
+        "print(hashlib.sha256(ir.to_proto(model).SerializeToString(deterministic=True)).hexdigest())\n"
+    )
+    seen = set()
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        seen.add(run.stdout.strip())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("buckets", "limit"), [(32, 128), (8, 20), (32, 100), (64, 256), (16, 17)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_equal_transformers(buckets: int, limit: int, bidirectional: bool) -> None:
+    """Every distance to far beyond the limit, where clipping must not change the bucket."""
+    relative = torch.arange(-3 * limit, 3 * limit + 1)
+    expected = T5Attention._relative_position_bucket(relative, bidirectional, buckets, limit)
+    table = distance_buckets(buckets, limit, bidirectional=bidirectional)
+    index = relative.clamp(-limit, limit) + limit if bidirectional else (-relative).clamp(0, limit)
+    assert torch.equal(table[index], expected)
+
+
+def test_mask_values_survive_an_addition() -> None:
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        hidden = torch.tensor(mask_value(real_type(name)), dtype=dtype) + torch.tensor(-300.0, dtype=dtype)
+        assert hidden.isfinite()

@@ -1,0 +1,26 @@
+"""Every module imports alone, and none of them needs TensorRT, a GPU, or even ONNX Runtime to be imported."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import t5_trt
+from tests.conftest import ROOT
+
+
+def test_every_module_imports_bare() -> None:
+    names = [module.name for module in pkgutil.walk_packages(t5_trt.__path__, "t5_trt.")]
+    assert len(names) > 10
+    code = (
+        "import importlib, sys\n"
+        "for missing in ('tensorrt', 'tensorrt_rtx', 'onnxruntime', 'polygraphy', 'cuda'): sys.modules[missing] = None\n"
+        f"for name in {names!r}:\n"
+        "    for loaded in [m for m in sys.modules if m.startswith('t5_trt')]: del sys.modules[loaded]\n"
+        "    importlib.import_module(name)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error::SyntaxWarning", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,131 @@
+"""Bad input is answered with an error that says what was got and what was expected, and the model stays usable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import BackendError, InputError, T5TRTError, TRTT5ForConditionalGeneration
+from tests.tiny_models import VOCAB, batch, make_stock
+
+IDS = batch()["input_ids"]
+ONE = torch.zeros(3, 1, dtype=torch.long)
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "empty batch": ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, r"shape \(0, 5\), which is empty"),
+    "no tokens": ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"shape \(2, 0\), which is empty"),
+    "id too large": ({"input_ids": IDS + VOCAB}, "ids from 0 to 210"),
+    "id negative": ({"input_ids": IDS - 500}, "got the id -"),
+    "float ids": ({"input_ids": IDS.float()}, "float32; expected integer token ids"),
+    "list of ids": ({"input_ids": [[1, 2]]}, "got list; expected a torch.Tensor"),
+    "flat ids": ({"input_ids": IDS[0]}, r"shape \(11,\); expected \[batch, tokens\]"),
+    "mask of another shape": ({"input_ids": IDS, "attention_mask": torch.ones(3, 4)}, r"shape \(3, 4\); expected \[3, 11\]"),
+    "mask of another batch": ({"input_ids": IDS, "attention_mask": torch.ones(2, 11)}, r"expected \[3, 11\]"),
+    "mask that is a list": ({"input_ids": IDS, "attention_mask": [1]}, "attention_mask got list"),
+    "nothing": ({}, "neither of input_ids and inputs_embeds"),
+    "both inputs": ({"input_ids": IDS, "inputs_embeds": torch.ones(3, 11, 64)}, "both of input_ids"),
+    "embeds of another size": ({"inputs_embeds": torch.ones(3, 11, 63)}, r"\(3, 11, 63\); expected \[batch, tokens, 64\]"),
+    "integer embeds": ({"inputs_embeds": torch.ones(3, 11, 64).long()}, "expected a floating-point tensor"),
+    "no decoder input": ({"input_ids": IDS, "decoder_input_ids": None}, "neither decoder_input_ids nor labels"),
+    "decoder id too large": ({"input_ids": IDS, "decoder_input_ids": ONE + VOCAB}, "decoder_input_ids got the id 211"),
+    "decoder float": ({"input_ids": IDS, "decoder_input_ids": ONE.float()}, "decoder_input_ids got dtype torch.float32"),
+    "decoder rows": ({"input_ids": IDS, "decoder_input_ids": torch.zeros(2, 1).long()}, "has 2 rows and the encoder's output 3"),
+    "decoder mask": ({"input_ids": IDS, "decoder_attention_mask": torch.ones(3, 7)}, r"decoder_attention_mask got shape \(3, 7\)"),
+    "labels float": ({"input_ids": IDS, "labels": torch.ones(3, 2), "decoder_input_ids": None}, "labels got torch.float32"),
+    "label too large": ({"input_ids": IDS, "labels": ONE + VOCAB, "decoder_input_ids": None}, "labels got the id 211"),
+    "labels of another shape": ({"input_ids": IDS, "labels": torch.zeros(3, 2).long()}, r"labels got shape \(3, 2\)"),
+    "states of another size": ({"encoder_outputs": (torch.ones(3, 5, 8),)}, r"\(3, 5, 8\); expected \[batch, tokens, 64\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_bad_forward(v11: tuple[Any, Any], name: str) -> None:
+    _, ours = v11
+    arguments, message = CASES[name]
+    with pytest.raises(InputError, match=message) as caught:
+        ours(**{"decoder_input_ids": ONE, **arguments})
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, T5TRTError)
+    assert ours(input_ids=IDS, decoder_input_ids=ONE).logits.isfinite().all()
+
+
+def test_bad_generate(v11: tuple[Any, Any]) -> None:
+    _, ours = v11
+    for ids, message in ((IDS + VOCAB, "ids from 0 to"), (torch.zeros(0, 4, dtype=torch.long), "empty")):
+        with pytest.raises(InputError, match=message):
+            ours.generate(ids, max_new_tokens=3)
+    with pytest.raises(ValueError, match="not_an_argument"):
+        ours.generate(IDS, not_an_argument=3)
+
+
+def test_cache_of_other_rows(v11: tuple[Any, Any]) -> None:
+    _, ours = v11
+    out = ours(input_ids=IDS, decoder_input_ids=ONE)
+    with pytest.raises(InputError, match="has 2 rows; the cache was made for 3"):
+        ours(
+            encoder_outputs=(out.encoder_last_hidden_state,),
+            decoder_input_ids=ONE[:2],
+            past_key_values=out.past_key_values,
+        )
+
+
+def test_configured_lengths() -> None:
+    stock = make_stock("t5-v1.1")
+    short = TRTT5ForConditionalGeneration.from_model(stock, max_source_tokens=8, max_target_tokens=5)
+    with pytest.raises(InputError, match="got 11 source tokens; expected at most 8"):
+        short.generate(IDS)
+    with pytest.raises(InputError, match="got 6 target tokens; expected at most 5"):
+        short.generate(IDS[:, :8], max_new_tokens=9, min_new_tokens=9)
+    assert short.generate(IDS[:, :8], max_new_tokens=5).shape[1] <= 6
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "cuda"}, InputError, "backend got 'cuda'; expected one of 'auto', 'tensorrt', 'onnxruntime'"),
+        ({"precision": "fp8"}, InputError, "precision got 'fp8'"),
+        ({"precision": "fp16"}, InputError, "computes in 'fp32' on the CPU"),
+        ({"num_threads": 0}, InputError, "num_threads got 0"),
+        ({"num_threads": True}, InputError, "num_threads got True"),
+        ({"max_source_tokens": "9"}, InputError, "max_source_tokens got '9'"),
+        ({"device": "cuda:0"}, InputError, "runs on the CPU"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), **{"backend": "onnxruntime", **options})
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch, shipped_folder: Any) -> None:
+    monkeypatch.setenv("T5_TRT_BACKEND", "nonsense")
+    with pytest.raises(InputError, match="environment variable T5_TRT_BACKEND got 'nonsense'"):
+        TRTT5ForConditionalGeneration.from_pretrained(shipped_folder)
+    model = TRTT5ForConditionalGeneration.from_pretrained(shipped_folder, backend="onnxruntime")
+    assert model.runtime_config.backend == "onnxruntime"
+
+
+def test_onnxruntime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match="pip install onnxruntime"):
+        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="onnxruntime")
+
+
+def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fresh.generate(IDS, max_new_tokens=4).tolist()
+    session = fresh.session._session("decoder_step")
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(session, name)
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            raise RuntimeError("out of memory")
+
+    fresh.session._sessions["decoder_step"] = Broken()
+    with pytest.raises(BackendError, match="out of memory"):
+        fresh.generate(IDS, max_new_tokens=4)
+    fresh.session._sessions["decoder_step"] = session
+    assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected

@@ -1,0 +1,62 @@
+"""The shipped kana-to-romaji model: real text, the same tokens as the stock class, and as accurate as recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.conftest import ROOT
+
+LINES = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
+EXPECTED = (ROOT / "examples" / "data" / "kana_romaji_expected.txt").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def encode(tokenizer: Any, lines: list[str], side: str = "right") -> Any:
+    tokenizer.padding_side = side
+    return tokenizer(lines, return_tensors="pt", padding=True)
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_tokens_equal_stock(shipped: tuple[Any, Any, Any], size: int, beams: int) -> None:
+    tokenizer, stock, ours = shipped
+    for side in ("right", "left"):
+        for start in range(0, len(LINES) if size > 1 else 6, size):
+            inputs = encode(tokenizer, LINES[start : start + size], side)
+            expected = stock.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist()
+            assert ours.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist() == expected
+
+
+def test_text_is_right(shipped: tuple[Any, Any, Any]) -> None:
+    tokenizer, _, ours = shipped
+    tokens = ours.generate(**encode(tokenizer, LINES), max_new_tokens=96)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert len(LINES) == len(EXPECTED) == 40
+    assert sum(text == expected for text, expected in zip(texts, EXPECTED, strict=True)) >= 38
+
+
+def test_sampling_and_scores_equal_stock(shipped: tuple[Any, Any, Any]) -> None:
+    tokenizer, stock, ours = shipped
+    inputs = encode(tokenizer, LINES[:8])
+    options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 40, "output_scores": True}
+    results = []
+    for model in (stock, ours):
+        torch.manual_seed(0)
+        results.append(model.generate(**inputs, **options, return_dict_in_generate=True))
+    assert results[0].sequences.tolist() == results[1].sequences.tolist()
+    for left, right in zip(results[0].scores, results[1].scores, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-5)
+
+
+def test_recorded_accuracy_and_size(shipped_folder: Path) -> None:
+    metrics = json.loads((shipped_folder / "metrics.json").read_text())
+    assert metrics["words_total"] == 2000 and metrics["words_accuracy"] >= 0.99
+    with safe_open(shipped_folder / "model.safetensors", framework="pt") as tensors:
+        count = sum(tensors.get_tensor(key).numel() for key in tensors.keys())  # noqa: SIM118 - a file handle
+    assert 1_000_000 <= count == metrics["parameters"] <= 2_000_000
+    assert (shipped_folder / "model.safetensors").stat().st_size < 8e6

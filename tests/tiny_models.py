@@ -1,0 +1,95 @@
+"""Small stock models of every supported kind, with random weights whose logits are spread out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
+
+VOCAB = 211
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 64, "d_ff": 96, "d_kv": 16, "num_heads": 4, "num_layers": 2,
+    "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A stock class, its config and the options that make this kind of T5."""
+
+    model: Callable[[Any], Any]
+    config: Callable[..., Any]
+    options: dict[str, Any]
+    tied: bool = False
+
+
+KINDS = {
+    "t5-v1.0": Kind(T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "relu"}, tied=True),
+    "t5-v1.1": Kind(
+        T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    ),
+    # d_kv * num_heads != d_model, as in mT5-small
+    "mt5": Kind(
+        MT5ForConditionalGeneration, MT5Config, {"feed_forward_proj": "gated-gelu", "d_kv": 24, "num_heads": 3}
+    ),
+    # an encoder three times as deep as the decoder, as in ByT5
+    "byt5": Kind(
+        T5ForConditionalGeneration,
+        T5Config,
+        {"feed_forward_proj": "gated-gelu", "num_layers": 3, "num_decoder_layers": 1, "tie_word_embeddings": False},
+    ),
+    "umt5": Kind(UMT5ForConditionalGeneration, UMT5Config, {"feed_forward_proj": "gated-gelu"}),
+    "ul2": Kind(
+        T5ForConditionalGeneration, T5Config, {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False}
+    ),
+    "few-buckets": Kind(
+        T5ForConditionalGeneration,
+        T5Config,
+        {"feed_forward_proj": "gelu", "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
+        tied=True,
+    ),
+}
+
+
+def make_stock(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A stock float32 model in evaluation mode."""
+    entry = KINDS[kind]
+    torch.manual_seed(seed)
+    model = entry.model(entry.config(**{**SIZES, **entry.options, **changes})).eval()
+    if not entry.tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # smaller where products follow: they blow up rounding differences
+                parameter.normal_(0, 0.12 if name.endswith((".q.weight", ".k.weight", "wi_1.weight")) else 0.25)
+            else:
+                parameter.uniform_(0.5, 1.5)
+            if "relative_attention_bias" in name:
+                parameter.normal_(0, 1.0)
+    if getattr(model.config, "scale_decoder_outputs", False) or kind == "umt5":
+        with torch.no_grad():  # the scaled head makes logits small: spread them out
+            model.decoder.final_layer_norm.weight.mul_(8.0)
+    return model
+
+
+def batch(rows: int = 3, tokens: int = 11, seed: int = 5, *, padding: str = "both") -> dict[str, torch.Tensor]:
+    """Random ids [rows, tokens] with padding on the "right", the "left", on "both" sides or "none"."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCAB, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        if padding in ("right", "both") and row % 2 == 1:
+            mask[row, tokens - 2 - row :] = 0
+        if padding in ("left", "both") and row % 2 == 0:
+            mask[row, : 1 + row] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}

@@ -7,6 +7,7 @@ of the weights. ``generate`` is Hugging Face's; `t5_trt.forwarding` holds the fo
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -198,8 +199,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
                 "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
             )
         if self._reference is None:
-            self._reference = _share_weights(self._stock_class, self)
-            self._reference.set_attn_implementation("eager")  # the only one that returns attention maps
+            self._reference = _share_weights(self._stock_class, self, attention="eager")
         self._reference.train(self.training)
         return self._reference
 
@@ -307,10 +307,18 @@ def _class_for(config: Any) -> type[TRTT5ForConditionalGeneration]:
     return _CLASSES[check_family(config)]
 
 
-def _share_weights(target: type[PreTrainedModel], source: Any) -> Any:
-    """A model of class `target` with the very parameters of `source`: no tensor is copied."""
+def _share_weights(target: type[PreTrainedModel], source: Any, attention: str | None = None) -> Any:
+    """A model of class `target` with the very parameters of `source`: no tensor is copied.
+
+    Eager attention is the only kind that returns attention maps. It is set before the stacks copy the config: Transformers
+    5.17 does not reach them afterwards.
+    """
+    config = source.config
+    if attention is not None:
+        config = copy.deepcopy(config)
+        config._attn_implementation = attention
     with torch.device("meta"):
-        model = target(source.config)
+        model = target(config)
     model.load_state_dict(source.state_dict(keep_vars=True), strict=True, assign=True)
     if source.lm_head.weight is source.shared.weight:
         model.lm_head.weight = model.shared.weight

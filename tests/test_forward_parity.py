@@ -143,8 +143,7 @@ def test_one_source_for_many_decoder_rows(v10: tuple[Any, Any]) -> None:
 def test_what_engines_cannot_give(
     v11: tuple[Any, Any], extra: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    stock, ours = make_stock("t5-v1.1"), v11[1]
-    stock.set_attn_implementation("eager")
+    stock, ours = make_stock("t5-v1.1", attention="eager"), v11[1]
     ours._reference = None
     if "decoder_attention_mask" in extra:
         extra = {"decoder_attention_mask": (1 - extra["decoder_attention_mask"]) * torch.finfo(torch.float32).min}

@@ -61,17 +61,23 @@ KINDS = {
 }
 
 
-def make_stock(kind: str, seed: int = 0, **changes: Any) -> Any:
-    """A stock float32 model in evaluation mode."""
+def make_stock(kind: str, seed: int = 0, attention: str | None = None, **changes: Any) -> Any:
+    """A stock float32 model in evaluation mode.
+
+    UMT5 gets eager attention: the sdpa path of its decoder is not causal in Transformers 5.17 (later versions mend it).
+    """
     entry = KINDS[kind]
     torch.manual_seed(seed)
-    model = entry.model(entry.config(**{**SIZES, **entry.options, **changes})).eval()
+    config = entry.config(**{**SIZES, **entry.options, **changes})
+    config._attn_implementation = attention or ("eager" if kind == "umt5" else None)
+    model = entry.model(config).eval()
     if not entry.tied:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # smaller where products follow: they blow up rounding differences
-                parameter.normal_(0, 0.12 if name.endswith((".q.weight", ".k.weight", "wi_1.weight")) else 0.25)
+            if parameter.dim() > 1:  # smaller where products or the logits follow: they blow up rounding differences
+                small = name.endswith((".q.weight", ".k.weight", "wi_1.weight", "lm_head.weight"))
+                parameter.normal_(0, 0.12 if small else 0.2)
             else:
                 parameter.uniform_(0.5, 1.5)
             if "relative_attention_bias" in name:

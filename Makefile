@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint oldest clean
+.PHONY: demo test lint gpu-test oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# on a machine with TensorRT and an NVIDIA GPU
+gpu-test: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 # the suite on the oldest supported versions, in an environment of its own
 oldest:

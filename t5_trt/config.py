@@ -50,6 +50,9 @@ class RuntimeConfig:
         max_source_tokens: longer sources are refused; None sets no limit (T5 itself has none).
         max_target_tokens: longer outputs are refused; None sets no limit.
         engine_cache_dir: folder of built engines. Default: ``T5_TRT_CACHE``, else the user's cache folder.
+        engine_cache_bytes: above this size the engines used least recently are removed; None keeps all.
+        flavor: "tensorrt" or "rtx"; None takes ``T5_TRT_FLAVOR``, else the one that is installed.
+        show_progress: draw a bar while engines are built; None does so on a terminal only.
     """
 
     backend: str = "auto"
@@ -61,11 +64,14 @@ class RuntimeConfig:
     max_source_tokens: int | None = None
     max_target_tokens: int | None = None
     engine_cache_dir: Path | None = None
+    engine_cache_bytes: int | None = None
+    flavor: str | None = None
+    show_progress: bool | None = None
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("precision", self.precision, PRECISIONS)
-        for name in ("num_threads", "max_source_tokens", "max_target_tokens"):
+        for name in ("num_threads", "max_source_tokens", "max_target_tokens", "engine_cache_bytes"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} got {value!r}; expected an integer of at least 1, or None for the default.")
@@ -74,6 +80,39 @@ class RuntimeConfig:
     def cache_dir(self) -> Path:
         """The folder of built engines that is in force."""
         return self.engine_cache_dir or default_engine_cache_dir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Settings that change the bytes of an engine; they are part of its cache key.
+
+    Attributes:
+        max_batch: largest batch B of one engine run; larger requests are refused by ``strict=True``, else built for.
+        max_beams: largest number of beams N.
+        max_source_tokens: largest source bucket S.
+        max_target_tokens: largest cache bucket T.
+        dynamic: axes out of "B", "N", "S", "T", "Q" that an engine takes at any size up to its bucket instead of only
+            at it. Fixed axes build several times faster and pad requests.
+        workspace_bytes: largest scratch memory of an engine.
+        optimization_level: 0 (quick build) to 5 (slow build); None is TensorRT's default. TensorRT 8.6 and newer.
+    """
+
+    max_batch: int = 32
+    max_beams: int = 16
+    max_source_tokens: int = 512
+    max_target_tokens: int = 512
+    dynamic: tuple[str, ...] = ()
+    workspace_bytes: int = 4 << 30
+    optimization_level: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_beams", "max_source_tokens", "max_target_tokens", "workspace_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} got {value!r}; expected an integer of at least 1.")
+        level = self.optimization_level
+        if level is not None and level not in range(6):
+            raise InputError(f"optimization_level got {level!r}; expected 0 to 5, or None for TensorRT's default.")
 
 
 def backend_from_environment(argument: str | None) -> str:

@@ -21,7 +21,7 @@ from t5_trt.errors import InputError, StrictModeError
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
 from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids
-from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.runtime.buffers import CrossStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -271,11 +271,8 @@ class EngineForward:
             if past is not None and past is not cache:
                 own, cross = read_stock(past, layers, session.dtype, session.device)
             cross = cross or self._cross_states(encoder_outputs, rows)
-            empty_bias = torch.zeros(
-                (cross.batch, 1, 1, cross.source_length), dtype=session.dtype, device=session.device
-            )
             capacity = max(cache.capacity_tokens, 0 if own is None else own.shape[4])
-            cache.state = DecoderState.allocate(self.architecture, cross, empty_bias, capacity)
+            cache.state = session.start(cross, capacity)
             if own is not None:
                 cache.state.append(own)
         if cache.state.rows != rows:
@@ -320,12 +317,10 @@ class EngineForward:
             if bool((grouped == grouped[:, :1]).all()):
                 checked = grouped[:, 0]
             else:
-                state.cross = cross.select(torch.arange(cross.rows, device=cross.kv.device))
-                state.bindings.clear()
-        bias = self.session.cross_bias(checked)
-        if not torch.equal(bias, state.cross_bias):
-            state.cross_bias = bias
-            state.bindings.clear()
+                state.separate_sources()
+        bias = self.session.cross_bias(checked, state.cross)
+        if bias.shape != state.cross_bias.shape or not torch.equal(bias, state.cross_bias):
+            state.hide_keys(bias)
         cache.mask_source = source
 
     def _decode(self, cache: EngineCache, tokens: torch.Tensor, decoder_mask: Any, past: Any) -> torch.Tensor:
@@ -340,7 +335,7 @@ class EngineForward:
             key_mask = None if bool(key_mask.all()) else key_mask
         logits = self.session.decode(state, tokens, key_mask)
         if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does
-            write_stock(past, state.kv[..., state.length - count : state.length, :], state.cross)
+            write_stock(past, state, count)
         return logits
 
     def _prepare_cache_for_generation(

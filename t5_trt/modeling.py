@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,11 +24,11 @@ from transformers import (
 
 from t5_trt.architecture import Architecture, check_family, read_architecture
 from t5_trt.checkpoint import HUB_ARGUMENTS, correct_vocabulary, load_checked, load_config
-from t5_trt.config import RuntimeConfig, backend_from_environment
+from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.errors import BackendError, InputError, StrictModeError
 from t5_trt.forwarding import EngineForward
-from t5_trt.runtime.open import open_session, resolve_backend
+from t5_trt.runtime.open import Placement, open_session, resolve
 from t5_trt.runtime.session import Session
 
 logger = logging.getLogger("t5_trt")
@@ -56,6 +57,8 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._runtime_config = RuntimeConfig()
+        self._build_config = BuildConfig()
+        self._placement_: Placement | None = None
         self._session: Session | None = None
         self._reference: PreTrainedModel | None = None
         self._architecture: Architecture | None = None
@@ -76,6 +79,10 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         max_source_tokens: int | None = None,
         max_target_tokens: int | None = None,
         engine_cache_dir: str | Path | None = None,
+        engine_cache_bytes: int | None = None,
+        flavor: str | None = None,
+        show_progress: bool | None = None,
+        build: BuildConfig | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a checkpoint of the T5 family. No engine is built or opened yet.
@@ -93,6 +100,10 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
             max_source_tokens: refuse longer sources.
             max_target_tokens: refuse longer outputs.
             engine_cache_dir: folder of built engines; default ``T5_TRT_CACHE``, else the user's cache folder.
+            engine_cache_bytes: above this size the engines used least recently are removed.
+            flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
+            show_progress: draw a bar while engines are built; None does so on a terminal only.
+            build: settings of the engine builder.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
                 ``dtype`` and ``device_map`` are read as a precision and a device.
 
@@ -122,16 +133,24 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
             max_source_tokens=max_source_tokens,
             max_target_tokens=max_target_tokens,
             engine_cache_dir=None if engine_cache_dir is None else Path(engine_cache_dir),
+            engine_cache_bytes=engine_cache_bytes,
+            flavor=flavor,
+            show_progress=show_progress,
         )
-        resolve_backend(runtime)
+        if precision == "auto" and dtype not in (None, "auto") and resolve(runtime).backend == "tensorrt":
+            runtime = replace(runtime, precision=_PRECISION_OF.get(_as_dtype(dtype), "auto"))
+            dtype = None
+        placement = resolve(runtime)
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         config = load_config(name, **where) if config is None else config
         correct_vocabulary(name, config, **where)
         chosen = _class_for(config)
         load = super(TRTT5ForConditionalGeneration, chosen).from_pretrained
-        # float32 for ONNX Runtime: the engines read the parameters' own memory
-        model = load_checked(load, name, config, *model_args, dtype=torch.float32, **kwargs)
-        model._runtime_config = runtime
+        # ONNX Runtime reads the parameters' own memory, so they must be float32; plans hold converted copies
+        stored = torch.float32 if placement.backend == "onnxruntime" else "auto"
+        model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
+        model._runtime_config, model._placement_ = runtime, placement
+        model._build_config = build or BuildConfig()
         if dtype not in (None, "auto"):
             model._wish_dtype(dtype)
         return cast("Self", model)
@@ -142,7 +161,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
 
         Args:
             model: a T5, MT5 or UMT5 ForConditionalGeneration, float32, on the CPU.
-            options: `RuntimeConfig` fields.
+            options: `RuntimeConfig` fields, and ``build`` as in `from_pretrained`.
 
         Raises:
             InputError: the weights are not float32 on the CPU.
@@ -154,11 +173,12 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
             raise InputError(
                 f"from_model got weights of {sorted(wrong)}; expected float32 on cpu: model.float().cpu()."
             )
-        options.setdefault("backend", backend_from_environment(None))
-        runtime = RuntimeConfig(**options)
-        resolve_backend(runtime)
+        build = options.pop("build", None)
+        runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
+        placement = resolve(runtime)
         wrapped = _share_weights(chosen, model)
-        wrapped._runtime_config = runtime
+        wrapped._runtime_config, wrapped._placement_ = runtime, placement
+        wrapped._build_config = build or BuildConfig()
         wrapped.generation_config = model.generation_config
         return cast("Self", wrapped)
 
@@ -167,7 +187,8 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         """The opened engines; opening happens at the first use."""
         if self._session is None:
             weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
-            self._session = open_session(self.architecture, weights, self._runtime_config)
+            settings = (self._runtime_config, self._placement, self._build_config)
+            self._session = open_session(self.architecture, weights, *settings)
         return self._session
 
     @property
@@ -199,19 +220,25 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
                 "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
             )
         if self._reference is None:
-            self._reference = _share_weights(self._stock_class, self, attention="eager")
+            self._reference = _share_weights(self._stock_class, self, attention="eager", device=self.device)
         self._reference.train(self.training)
         return self._reference
 
     @property
     def device(self) -> torch.device:
         """Where inputs are expected and outputs appear."""
-        return torch.device(self._runtime_config.device or "cpu")
+        return self._placement.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states; logits are always float32."""
-        return torch.float32
+        return self._placement.dtype
+
+    @property
+    def _placement(self) -> Placement:
+        if self._placement_ is None:
+            self._placement_ = resolve(self._runtime_config)
+        return self._placement_
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Accepts what ``nn.Module.to`` takes. A device that the backend cannot use is refused; see `half` for dtypes.
@@ -220,10 +247,10 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
             BackendError: the backend does not run on that device.
         """
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != self.device.type:
+        if device is not None and (device.type != self.device.type or device.index not in (None, self.device.index)):
             raise BackendError(
                 f".to({str(device)!r}): this model runs on {self.device} with the backend "
-                f"{resolve_backend(self._runtime_config)!r}. Choose the device when loading: from_pretrained(..., "
+                f"{self._placement.backend!r}. Choose the device when loading: from_pretrained(..., "
                 "device=...)."
             )
         if dtype is not None:
@@ -275,11 +302,19 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         attach_encoder(self)
 
     def _wish_dtype(self, dtype: Any) -> None:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise InputError(f"dtype got {dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16.")
-        if dtype is not torch.float32:
-            logger.warning("the backend 'onnxruntime' computes in float32 on the CPU; dtype %s is not used.", dtype)
+        dtype = _as_dtype(dtype)
+        if dtype is self.dtype or dtype is torch.float32:
+            return
+        if self._placement.backend == "tensorrt" and self._session is None:
+            self._runtime_config = replace(self._runtime_config, precision=_PRECISION_OF[dtype])
+            self._placement_ = None
+        else:
+            logger.warning(
+                "the backend %r computes in %s here; dtype %s is not used. Choose the precision when loading.",
+                self._placement.backend,
+                self._placement.precision,
+                dtype,
+            )
 
 
 class TRTT5(TRTT5ForConditionalGeneration, T5ForConditionalGeneration):
@@ -307,8 +342,17 @@ def _class_for(config: Any) -> type[TRTT5ForConditionalGeneration]:
     return _CLASSES[check_family(config)]
 
 
-def _share_weights(target: type[PreTrainedModel], source: Any, attention: str | None = None) -> Any:
-    """A model of class `target` with the very parameters of `source`: no tensor is copied.
+def _as_dtype(dtype: Any) -> torch.dtype:
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in _PRECISION_OF:
+        raise InputError(f"dtype got {dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16.")
+    return cast("torch.dtype", dtype)
+
+
+def _share_weights(
+    target: type[PreTrainedModel], source: Any, attention: str | None = None, device: torch.device | None = None
+) -> Any:
+    """A model of class `target` with the very parameters of `source`; on another device, with float32 copies of them.
 
     Eager attention is the only kind that returns attention maps. It is set before the stacks copy the config: Transformers
     5.17 does not reach them afterwards.
@@ -319,7 +363,10 @@ def _share_weights(target: type[PreTrainedModel], source: Any, attention: str | 
         config._attn_implementation = attention
     with torch.device("meta"):
         model = target(config)
-    model.load_state_dict(source.state_dict(keep_vars=True), strict=True, assign=True)
+    state = source.state_dict(keep_vars=True)
+    if device is not None and device.type != "cpu":
+        state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     if source.lm_head.weight is source.shared.weight:
         model.lm_head.weight = model.shared.weight
     return model.eval()

@@ -14,6 +14,9 @@ INDEX = "index"  # token ids, positions and masks: int64 (int32 for TensorRT 8)
 REAL = "real"  # the compute type of the engine: float32, float16 or bfloat16
 LOGITS = "logits"  # always float32
 
+#: in a node's name: its arithmetic stays in float32 whatever the engine's precision
+WIDE_MARK = "fp32:"
+
 ENCODER = "encoder"
 ENCODER_EMBEDS = "encoder_embeds"
 CROSS = "cross"

@@ -36,13 +36,11 @@ class EngineCache(EncoderDecoderCache):
         own, cross = DynamicCache(), DynamicCache()
         if self.state is not None:
             state = self.state
-            repeats = state.cross.beams
             for layer in range(self.layers_count):
-                key, value = state.kv[layer, ..., : state.length, :].clone()
+                key, value = state.kv[layer, :, : state.rows, :, : state.length].clone()
                 if state.length:
                     own.update(key, value, layer)
-                key, value = state.cross.kv[layer].repeat_interleave(repeats, dim=1)
-                cross.update(key, value, layer)
+                cross.update(*_cross_rows(state, layer), layer)
         return EncoderDecoderCache(own, cross)
 
     @property
@@ -155,17 +153,21 @@ def read_stock(cache: Cache, layers: int, dtype: torch.dtype, device: torch.devi
     return states, cross
 
 
-def write_stock(cache: Cache, new: torch.Tensor, cross: CrossStates) -> None:
-    """Append new K/V [L, 2, R, H, Q, D] to a stock cache, and the cross-attention K/V where it has none yet."""
+def write_stock(cache: Cache, state: DecoderState, tokens: int) -> None:
+    """Append a state's last tokens to a stock cache, and the cross-attention K/V where it has none yet."""
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    for layer, (key, value) in enumerate(new):
-        own.update(key.clone(), value.clone(), layer)
-    if isinstance(cache, EncoderDecoderCache):
-        for layer in range(len(new)):
-            if not cache.is_updated.get(layer):
-                key, value = cross.kv[layer].repeat_interleave(cross.beams, dim=1)
-                cache.cross_attention_cache.update(key, value, layer)
-                cache.is_updated[layer] = True
+    for layer in range(len(state.kv)):
+        key, value = state.kv[layer, :, : state.rows, :, state.length - tokens : state.length].clone()
+        own.update(key, value, layer)
+        if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(layer):
+            cache.cross_attention_cache.update(*_cross_rows(state, layer), layer)
+            cache.is_updated[layer] = True
+
+
+def _cross_rows(state: DecoderState, layer: int) -> torch.Tensor:
+    """K and V [2, R, H, S, D] of one layer's sources, once per decoder row and without padding."""
+    cross = state.cross
+    return cross.kv[layer, :, : cross.batch, :, : cross.source_length].repeat_interleave(cross.beams, dim=1)
 
 
 def _stack(cache: Cache, layers: int, length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -5,6 +5,8 @@ This package computes nothing: it makes `onnx_ir.Model` objects that sessions bi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from t5_trt.architecture import Architecture
@@ -20,7 +22,12 @@ __all__ = ["GRAPH_REVISION", "build_graph"]
 
 
 def build_graph(
-    graph: str, arch: Architecture, weights: Weights, real: ir.DataType, index: ir.DataType = ir.DataType.INT64
+    graph: str,
+    arch: Architecture,
+    weights: Weights,
+    real: ir.DataType,
+    index: ir.DataType = ir.DataType.INT64,
+    fixed: Mapping[str, int] | None = None,
 ) -> ir.Model:
     """Write one of `t5_trt.signature.GRAPHS`.
 
@@ -30,11 +37,12 @@ def build_graph(
         weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
         real: compute type of weights and activations.
         index: type of ids, positions and masks.
+        fixed: axis letter of `t5_trt.signature` -> size, for axes that are known.
     """
     if graph in (ENCODER, ENCODER_EMBEDS):
-        return build_encoder(arch, weights, real, index, embeds=graph == ENCODER_EMBEDS)
+        return build_encoder(arch, weights, real, index, fixed, embeds=graph == ENCODER_EMBEDS)
     if graph == CROSS:
-        return build_cross(arch, weights, real, index)
+        return build_cross(arch, weights, real, index, fixed)
     if graph in (STEP, QUERIES):
-        return build_decoder(arch, weights, real, index, queries=graph == QUERIES)
+        return build_decoder(arch, weights, real, index, fixed, queries=graph == QUERIES)
     raise KeyError(graph)

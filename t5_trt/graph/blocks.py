@@ -15,11 +15,12 @@ FLOAT = ir.DataType.FLOAT
 def rms_norm(graph: GraphBuilder, value: ir.Value, key: str, epsilon: float) -> ir.Value:
     """T5's layer norm (no mean, no bias), computed in float32 whatever the compute type."""
     wide = graph.cast(value, graph.real, FLOAT)
-    square = graph.op("Pow", wide, graph.scalar(2.0, FLOAT))
-    mean = graph.op("ReduceMean", square, axes=[-1], keepdims=1)
-    root = graph.op("Sqrt", graph.op("Add", mean, graph.scalar(epsilon, FLOAT)))
-    # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
-    normed = graph.op("Mul", graph.op("Div", wide, root), graph.weight(key, FLOAT))
+    with graph.wide():
+        square = graph.op("Pow", wide, graph.scalar(2.0, FLOAT))
+        mean = graph.op("ReduceMean", square, axes=[-1], keepdims=1)
+        root = graph.op("Sqrt", graph.op("Add", mean, graph.scalar(epsilon, FLOAT)))
+        # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
+        normed = graph.op("Mul", graph.op("Div", wide, root), graph.weight(key, FLOAT))
     return graph.cast(normed, FLOAT, graph.real)
 
 
@@ -58,8 +59,10 @@ def scores(graph: GraphBuilder, query: ir.Value, key: ir.Value, bias: ir.Value) 
 
 def softmax(graph: GraphBuilder, value: ir.Value) -> ir.Value:
     """Softmax over the last axis, in float32."""
-    wide = graph.op("Softmax", graph.cast(value, graph.real, FLOAT), axis=-1)
-    return graph.cast(wide, FLOAT, graph.real)
+    wide = graph.cast(value, graph.real, FLOAT)
+    with graph.wide():
+        weights = graph.op("Softmax", wide, axis=-1)
+    return graph.cast(weights, FLOAT, graph.real)
 
 
 def cross_projections(

@@ -7,6 +7,7 @@ Beams are query positions of the cross-attention, so the encoder's K/V are never
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,8 +27,8 @@ class _Frame:
     """What every layer shares: shape vectors and the positions of the keys."""
 
     single: bool  # Q = 1
-    rows: ir.Value  # (R,)
     cached: ir.Value  # (T,)
+    logits_shape: ir.Value  # (R, Q, V)
     heads_shape: ir.Value  # (R, Q, H, D), or (R, H, 1, D) for one query position
     beams_shape: ir.Value  # (B, N*Q, H, D)
     past_index: ir.Value  # [Q, T] clipped distances from query to cached key
@@ -37,7 +38,13 @@ class _Frame:
 
 
 def build_decoder(
-    arch: Architecture, weights: Weights, real: ir.DataType, index: ir.DataType = INT64, *, queries: bool = False
+    arch: Architecture,
+    weights: Weights,
+    real: ir.DataType,
+    index: ir.DataType = INT64,
+    fixed: Mapping[str, int] | None = None,
+    *,
+    queries: bool = False,
 ) -> ir.Model:
     """Write the decoder: see `t5_trt.signature.signature` for inputs and outputs.
 
@@ -46,11 +53,12 @@ def build_decoder(
         weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
         real: compute type.
         index: type of ids and positions.
+        fixed: axis letter -> size, for axes that are known.
         queries: several query positions (Q) instead of one.
     """
     name = QUERIES if queries else STEP
     declared = signature(name, arch)
-    graph = GraphBuilder(name, weights, real, index)
+    graph = GraphBuilder(name, weights, real, index, fixed)
     inputs = {tensor.name: graph.input(tensor) for tensor in declared.inputs}
     frame = _frame(graph, arch, inputs)
     relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False))
@@ -81,41 +89,38 @@ def build_decoder(
 def _frame(graph: GraphBuilder, arch: Architecture, inputs: dict[str, ir.Value]) -> _Frame:
     tokens, past, cross = inputs["decoder_input_ids"], inputs["past_k_0"], inputs["cross_k_0"]
     rows, query_count, cached = graph.size(tokens, 0), graph.size(tokens, 1), graph.size(past, 2)
-    heads, heads_of_one = graph.ints(arch.num_heads, arch.d_kv), graph.ints(arch.num_heads, 1, arch.d_kv)
+    width = (arch.num_heads, arch.d_kv)
     single = "key_bias" not in inputs
     position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
-    slots, queries = _range(graph, cached), _range(graph, query_count)  # [T], [Q]
+    slots, queries = graph.arange(cached), graph.arange(query_count)  # [T], [Q]
     hide, keep = graph.scalar(mask_value(graph.real)), graph.scalar(0.0)
-    limit = graph.scalar(arch.max_distance, INT64)
-    zero = graph.scalar(0, INT64)
+    cached_end = graph.vector(cached)
 
     column = graph.op("Unsqueeze", queries, graph.ints(1))  # [Q, 1]
     past_distance = graph.op("Sub", graph.op("Add", column, position), slots)  # [Q, T]
     past_mask = graph.op("Where", graph.op("Less", slots, position), keep, hide)  # [T]
     past_mask = graph.op("Unsqueeze", past_mask, graph.ints(0, 1, 2))  # [1, 1, 1, T]
     new_distance = graph.op("Sub", column, queries)  # [Q, Q]
-    new_mask = graph.op("Where", graph.op("Less", new_distance, zero), hide, keep)
+    new_mask = graph.op("Where", graph.op("Less", new_distance, graph.scalar(0, INT64)), hide, keep)
     new_mask = graph.op("Unsqueeze", new_mask, graph.ints(0, 1))  # [1, 1, Q, Q]
-    if "key_bias" in inputs:  # Min instead of a sum: two lowest values added would be -inf
-        lengths = graph.op("Concat", cached, query_count, axis=0)
-        past_pad, new_pad = graph.multi("Split", 2, inputs["key_bias"], lengths, axis=-1)
+    if not single:  # Min instead of a sum: two lowest values added would be -inf
+        pads = inputs["key_bias"]
+        past_pad = graph.op("Slice", pads, graph.ints(0), cached_end, graph.ints(3))
+        new_pad = graph.op("Slice", pads, cached_end, graph.ints(2**31 - 1), graph.ints(3))
         past_mask, new_mask = graph.op("Min", past_mask, past_pad), graph.op("Min", new_mask, new_pad)
     return _Frame(
         single=single,
-        rows=rows,
-        cached=cached,
-        heads_shape=graph.op("Concat", *((rows, heads_of_one) if single else (rows, query_count, heads)), axis=0),
-        beams_shape=graph.op("Concat", graph.size(cross, 0), graph.ints(-1), heads, axis=0),
-        past_index=graph.op("Clip", past_distance, zero, limit),
-        new_index=graph.op("Clip", new_distance, zero, limit),
+        cached=cached_end,
+        logits_shape=graph.vector(rows, query_count, arch.vocab_size),
+        heads_shape=graph.vector(rows, arch.num_heads, 1, arch.d_kv)
+        if single
+        else graph.vector(rows, query_count, *width),
+        beams_shape=graph.vector(graph.size(cross, 0), -1, *width),
+        past_index=graph.clip(past_distance, 0, arch.max_distance),
+        new_index=graph.clip(new_distance, 0, arch.max_distance),
         past_mask=past_mask,
         new_mask=new_mask,
     )
-
-
-def _range(graph: GraphBuilder, length: ir.Value) -> ir.Value:
-    end = graph.op("Squeeze", length, graph.ints(0))
-    return graph.op("Range", graph.scalar(0, INT64), end, graph.scalar(1, INT64))
 
 
 def _masked_biases(graph: GraphBuilder, relative: RelativeBias, table: str, frame: _Frame) -> tuple[ir.Value, ir.Value]:
@@ -180,5 +185,4 @@ def _logits(graph: GraphBuilder, arch: Architecture, stream: ir.Value, frame: _F
     if arch.output_scale != 1.0:
         normed = graph.op("Mul", normed, graph.scalar(arch.output_scale))
     flat = graph.linear(normed, arch.head_weight)
-    shape = graph.op("Concat", frame.rows, graph.ints(-1, arch.vocab_size), axis=0)
-    return graph.cast(graph.op("Reshape", flat, shape), graph.real, FLOAT)
+    return graph.cast(graph.op("Reshape", flat, frame.logits_shape), graph.real, FLOAT)

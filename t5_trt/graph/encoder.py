@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import onnx_ir as ir
 
 from t5_trt.architecture import Architecture
 from t5_trt.graph.blocks import cross_projections, feed_forward, rms_norm, scores, softmax
-from t5_trt.graph.ops import GraphBuilder, Weights
+from t5_trt.graph.ops import Dim, GraphBuilder, Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.relative_bias import RelativeBias, distance_buckets
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, signature
@@ -15,7 +18,13 @@ INT64 = ir.DataType.INT64
 
 
 def build_encoder(
-    arch: Architecture, weights: Weights, real: ir.DataType, index: ir.DataType = INT64, *, embeds: bool = False
+    arch: Architecture,
+    weights: Weights,
+    real: ir.DataType,
+    index: ir.DataType = INT64,
+    fixed: Mapping[str, int] | None = None,
+    *,
+    embeds: bool = False,
 ) -> ir.Model:
     """Write the encoder: see `t5_trt.signature.signature` for inputs and outputs.
 
@@ -24,17 +33,17 @@ def build_encoder(
         weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
         real: compute type.
         index: type of ids and masks.
+        fixed: axis letter -> size, for axes that are known.
         embeds: take ``inputs_embeds`` instead of ``input_ids``.
     """
     name = ENCODER_EMBEDS if embeds else ENCODER
     declared = signature(name, arch)
-    graph = GraphBuilder(name, weights, real, index)
+    graph = GraphBuilder(name, weights, real, index, fixed)
     source, mask = (graph.input(tensor) for tensor in declared.inputs)
     embedded = source if embeds else graph.op("Gather", graph.weight("shared.weight"), source, axis=0)
     stream = graph.reshape(embedded, -1, arch.d_model)  # [B*S, E]
     batch, length = graph.size(mask, 0), graph.size(mask, 1)
-    heads = graph.ints(arch.num_heads, arch.d_kv)
-    split_shape = graph.op("Concat", batch, length, heads, axis=0)  # (B, S, H, D)
+    split_shape = graph.vector(batch, length, arch.num_heads, arch.d_kv)
 
     hidden = graph.op("Equal", mask, graph.scalar(0, index))
     hide = graph.op("Where", hidden, graph.scalar(mask_value(real)), graph.scalar(0.0))
@@ -54,31 +63,36 @@ def build_encoder(
             stream = feed_forward(graph, arch, stream, f"{prefix}.layer.1")
     with graph.scope("encoder.final_layer_norm"):
         stream = rms_norm(graph, stream, "encoder.final_layer_norm.weight", arch.epsilon)
-    shape = graph.op("Concat", batch, length, graph.ints(arch.d_model), axis=0)
+    shape = graph.vector(batch, length, arch.d_model)
     outputs = {"encoder_hidden_states": graph.op("Reshape", stream, shape)}
     outputs |= cross_projections(graph, arch, stream, split_shape)
     return graph.finish(outputs, declared.outputs)
 
 
-def build_cross(arch: Architecture, weights: Weights, real: ir.DataType, index: ir.DataType = INT64) -> ir.Model:
+def build_cross(
+    arch: Architecture,
+    weights: Weights,
+    real: ir.DataType,
+    index: ir.DataType = INT64,
+    fixed: Mapping[str, int] | None = None,
+) -> ir.Model:
     """Write the graph that turns precomputed encoder states into cross-attention K/V."""
     declared = signature(CROSS, arch)
-    graph = GraphBuilder(CROSS, weights, real, index)
+    graph = GraphBuilder(CROSS, weights, real, index, fixed)
     (states,) = (graph.input(tensor) for tensor in declared.inputs)
-    heads = graph.ints(arch.num_heads, arch.d_kv)
-    split_shape = graph.op("Concat", graph.size(states, 0), graph.size(states, 1), heads, axis=0)
+    split_shape = graph.vector(graph.size(states, 0), graph.size(states, 1), arch.num_heads, arch.d_kv)
     flat = graph.reshape(states, -1, arch.d_model)
     return graph.finish(cross_projections(graph, arch, flat, split_shape), declared.outputs)
 
 
-def _clipped_offsets(graph: GraphBuilder, length: ir.Value, limit: int) -> ir.Value:
+def _clipped_offsets(graph: GraphBuilder, length: Dim, limit: int) -> ir.Value:
     """Key - query, clipped to +-limit and shifted to start at 0, for all pairs: [S, S]."""
-    zero, one = graph.scalar(0, INT64), graph.scalar(1, INT64)
-    steps = graph.op("Range", zero, graph.op("Squeeze", length, graph.ints(0)), one)  # [S]
-    keys, queries = graph.op("Unsqueeze", steps, graph.ints(0)), graph.op("Unsqueeze", steps, graph.ints(1))
-    offset = graph.op("Sub", keys, queries)
-    clipped = graph.op("Clip", offset, graph.scalar(-limit, INT64), graph.scalar(limit, INT64))
-    return graph.op("Add", clipped, graph.scalar(limit, INT64))
+    if isinstance(length, int):
+        steps_known = np.arange(length)
+        return graph.constant((steps_known[None] - steps_known[:, None]).clip(-limit, limit) + limit, INT64)
+    steps = graph.arange(length)  # [S]
+    offset = graph.op("Sub", graph.op("Unsqueeze", steps, graph.ints(0)), graph.op("Unsqueeze", steps, graph.ints(1)))
+    return graph.op("Add", graph.clip(offset, -limit, limit), graph.scalar(limit, INT64))
 
 
 def _self_attention(

@@ -16,11 +16,12 @@ import onnx_ir as ir
 import torch
 
 from t5_trt.graph.precision import TORCH_TYPES
-from t5_trt.signature import INDEX, LOGITS, Tensor
+from t5_trt.signature import INDEX, LOGITS, WIDE_MARK, Tensor
 
 OPSET = 17  # the newest that TensorRT 8.5 reads
 IR_VERSION = 8  # the one of opset 17's time
 Weights = Mapping[str, torch.Tensor]
+Dim = int | ir.Value
 
 
 class GraphBuilder:
@@ -31,10 +32,19 @@ class GraphBuilder:
         weights: state-dict key -> tensor on the CPU.
         real: ONNX type of weights and activations.
         index: ONNX type of ids, positions and masks.
+        fixed: axis letter -> size, for axes that are known: arithmetic on them is done here and not in the graph.
     """
 
-    def __init__(self, name: str, weights: Weights, real: ir.DataType, index: ir.DataType = ir.DataType.INT64) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: Weights,
+        real: ir.DataType,
+        index: ir.DataType = ir.DataType.INT64,
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
         self.name = name
+        self._fixed = dict(fixed or {})
         self.real = real
         self.index = index
         self._weights = weights
@@ -51,9 +61,16 @@ class GraphBuilder:
         yield
         self._scope = outer
 
+    @contextmanager
+    def wide(self) -> Iterator[None]:
+        """Mark the nodes made inside as float32 arithmetic, for builders that would otherwise choose half precision."""
+        outer, self._scope = self._scope, f"{self._scope}{WIDE_MARK}"
+        yield
+        self._scope = outer
+
     def input(self, tensor: Tensor) -> ir.Value:
         """Declare a graph input."""
-        value = ir.Value(name=tensor.name, type=ir.TensorType(self._dtype(tensor.kind)), shape=ir.Shape(tensor.axes))
+        value = ir.Value(name=tensor.name, type=ir.TensorType(self._dtype(tensor.kind)), shape=self._shape(tensor))
         self._inputs.append(value)
         return value
 
@@ -122,9 +139,36 @@ class GraphBuilder:
         """
         return self.op("Gemm", value, self.weight(key), transB=1)
 
-    def size(self, value: ir.Value, axis: int) -> ir.Value:
-        """One dimension of a value as an int64 vector of length 1."""
-        return self.op("Shape", value, start=axis, end=axis + 1)
+    def size(self, value: ir.Value, axis: int) -> Dim:
+        """One dimension of a graph input: a number if it is fixed, else an int64 vector of length 1."""
+        assert value.shape is not None
+        known = value.shape[axis]
+        if isinstance(known, int):
+            return known
+        # not Shape's start and end: parsers of opset 14's time ignore them
+        return self.op("Gather", self.op("Shape", value), self.ints(axis), axis=0)
+
+    def vector(self, *dims: Dim) -> ir.Value:
+        """Dimensions as one int64 vector."""
+        if all(isinstance(dim, int) for dim in dims):
+            return self.ints(*(dim for dim in dims if isinstance(dim, int)))
+        parts = (self.ints(dim) if isinstance(dim, int) else dim for dim in dims)
+        return self.op("Concat", *parts, axis=0)
+
+    def arange(self, length: Dim) -> ir.Value:
+        """0, 1, .. length - 1 as int64."""
+        if isinstance(length, int):
+            return self.ints(*range(length))
+        end = self.op("Squeeze", length, self.ints(0))
+        return self.op("Range", self.scalar(0, ir.DataType.INT64), end, self.scalar(1, ir.DataType.INT64))
+
+    def clip(self, value: ir.Value, low: int, high: int) -> ir.Value:
+        """Limit int64 values (Clip itself takes no integers in TensorRT 8)."""
+        return self.op(
+            "Min",
+            self.op("Max", value, self.scalar(low, ir.DataType.INT64)),
+            self.scalar(high, ir.DataType.INT64),
+        )
 
     def finish(self, outputs: Mapping[str, ir.Value], declared: Sequence[Tensor]) -> ir.Model:
         """Name the outputs, give them their declared types and shapes, and return the model."""
@@ -134,7 +178,7 @@ class GraphBuilder:
             if value.name in self._initializers or value in results or value.producer() is None:
                 value = self.op("Identity", value)
             value.name, value.type = tensor.name, ir.TensorType(self._dtype(tensor.kind))
-            value.shape = ir.Shape(tensor.axes)
+            value.shape = self._shape(tensor)
             results.append(value)
         graph = ir.Graph(
             inputs=self._inputs,
@@ -145,6 +189,9 @@ class GraphBuilder:
             name=self.name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="t5_trt")
+
+    def _shape(self, tensor: Tensor) -> ir.Shape:
+        return ir.Shape([self._fixed.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes])
 
     def _dtype(self, kind: str) -> ir.DataType:
         return self.index if kind == INDEX else ir.DataType.FLOAT if kind == LOGITS else self.real

@@ -51,12 +51,14 @@ class RelativeBias:
     def __init__(self, graph: GraphBuilder, buckets: torch.Tensor) -> None:
         self._graph = graph
         self._buckets = graph.constant(buckets.numpy(), ir.DataType.INT64)
+        self._tables: dict[str, ir.Value] = {}
         self._made: dict[tuple[str, ir.Value], ir.Value] = {}
 
     def rows(self, table: str, index: ir.Value) -> ir.Value:
         """Bias of each entry of `index` [...] (clipped positions in the bucket list): [..., H]."""
+        if table not in self._tables:  # constants only: engines fold it into a table by distance
+            self._tables[table] = self._graph.op("Gather", self._graph.weight(table), self._buckets, axis=0)
         key = (table, index)
         if key not in self._made:
-            bucket = self._graph.op("Gather", self._buckets, index, axis=0)
-            self._made[key] = self._graph.op("Gather", self._graph.weight(table), bucket, axis=0)
+            self._made[key] = self._graph.op("Gather", self._tables[table], index, axis=0)
         return self._made[key]

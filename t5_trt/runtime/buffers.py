@@ -16,9 +16,9 @@ from t5_trt.errors import InputError
 SMALLEST_BUCKET = 64
 
 
-def bucket_length(tokens: int) -> int:
-    """Cache length that is allocated for a number of tokens: the next power of two, at least `SMALLEST_BUCKET`."""
-    return max(SMALLEST_BUCKET, 1 << max(tokens - 1, 0).bit_length())
+def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """Cache length that is allocated for a number of tokens: the next power of two, at least `smallest`."""
+    return max(smallest, 1 << max(tokens - 1, 0).bit_length())
 
 
 @dataclass
@@ -28,15 +28,17 @@ class CrossStates:
     Attributes:
         kv: [L, 2, B, H, S, D], K at index 0 and V at index 1 of the second axis.
         beams: N, the decoder rows that share each batch entry; rows of one entry are neighbours.
+        used: (B, S) of the request where the buffer is padded to an engine's shapes; None if it is not.
     """
 
     kv: torch.Tensor
     beams: int = 1
+    used: tuple[int, int] | None = None
 
     @property
     def batch(self) -> int:
         """B."""
-        return int(self.kv.shape[2])
+        return self.used[0] if self.used else int(self.kv.shape[2])
 
     @property
     def rows(self) -> int:
@@ -46,15 +48,15 @@ class CrossStates:
     @property
     def source_length(self) -> int:
         """S."""
-        return int(self.kv.shape[4])
+        return self.used[1] if self.used else int(self.kv.shape[4])
 
     def for_beams(self, beams: int) -> CrossStates:
         """The same memory, shared by `beams` times as many decoder rows."""
-        return CrossStates(self.kv, self.beams * beams)
+        return CrossStates(self.kv, self.beams * beams, self.used)
 
     def select(self, rows: torch.Tensor) -> CrossStates:
         """A copy in which decoder row i reads what row ``rows[i]`` read before."""
-        return CrossStates(self.kv.index_select(2, rows // self.beams))
+        return CrossStates(self.kv.index_select(2, rows // self.beams), used=(len(rows), self.source_length))
 
 
 @dataclass
@@ -62,11 +64,13 @@ class DecoderState:
     """The self-attention cache of R decoder rows and what else their next step reads.
 
     Attributes:
-        kv: [L, 2, R, H, T, D]; entries from `length` on are meaningless and never read.
+        kv: [L, 2, R, H, T, D]; entries from `length` on are meaningless and never read. Engines may want more rows than
+            the request has; those come last and mean nothing.
         new: [L, 2, R, H, 1, D], where the one-token step leaves its K and V.
         length: tokens in the cache.
         cross: the sources' K and V.
         cross_bias: [B, 1, 1, S], 0 or the mask value.
+        smallest_bucket: the least T that is allocated.
         bindings: what a session prepared for these buffers; it is dropped whenever an address or a shape changes.
     """
 
@@ -75,6 +79,7 @@ class DecoderState:
     cross: CrossStates
     cross_bias: torch.Tensor
     length: int = 0
+    smallest_bucket: int = SMALLEST_BUCKET
     bindings: dict[str, Any] = field(default_factory=dict)
     _scratch: torch.Tensor | None = None
 
@@ -83,15 +88,15 @@ class DecoderState:
         cls, arch: Architecture, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int
     ) -> DecoderState:
         """A new, empty cache with room for `capacity_tokens` (rounded up to a bucket)."""
-        shape = (arch.decoder_layers, 2, cross.rows, arch.num_heads)
+        shape = (arch.decoder_layers, 2, cross.kv.shape[2] * cross.beams, arch.num_heads)
         # zeros: masked entries are still multiplied, by probability 0, and 0 * NaN would be NaN
         kv = cross.kv.new_zeros((*shape, bucket_length(capacity_tokens), arch.d_kv))
         return cls(kv, cross.kv.new_zeros((*shape, 1, arch.d_kv)), cross, cross_bias)
 
     @property
     def rows(self) -> int:
-        """R."""
-        return int(self.kv.shape[2])
+        """R, without padding."""
+        return self.cross.rows
 
     @property
     def capacity(self) -> int:
@@ -102,7 +107,9 @@ class DecoderState:
         """Make room for `tokens` more; the contents are kept, the buffer doubles as often as needed."""
         if self.length + tokens <= self.capacity:
             return
-        grown = self.kv.new_zeros((*self.kv.shape[:4], bucket_length(self.length + tokens), self.kv.shape[5]))
+        grown = self.kv.new_zeros(
+            (*self.kv.shape[:4], bucket_length(self.length + tokens, self.smallest_bucket), self.kv.shape[5])
+        )
         grown[..., : self.length, :] = self.kv[..., : self.length, :]
         self.kv, self._scratch = grown, None
         self.bindings.clear()
@@ -110,7 +117,7 @@ class DecoderState:
     def append(self, new: torch.Tensor) -> None:
         """Write K/V of Q new tokens, [L, 2, R, H, Q, D], behind the ones that are there; room must be reserved."""
         count = new.shape[4]
-        self.kv.narrow(4, self.length, count).copy_(new)
+        self.kv[:, :, : new.shape[2]].narrow(4, self.length, count).copy_(new)
         self.length += count
 
     def crop(self, length: int) -> None:
@@ -132,9 +139,13 @@ class DecoderState:
         rows = rows.to(self.kv.device)
         parents = torch.arange(self.rows, device=rows.device) // self.cross.beams
         if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
-            self.cross_bias = self.cross_bias.index_select(0, rows // self.cross.beams)
-            self.cross = self.cross.select(rows)
+            own = self.select(rows)
+            self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
+            self._scratch = None
             self.bindings.clear()
+            return
+        padding = torch.arange(len(rows), self.kv.shape[2], device=rows.device)
+        rows = torch.cat((rows, padding))
         if self._scratch is None:
             self._scratch = self.kv.new_empty(self.kv[0].numel())
         for layer in self.kv:  # one layer's scratch serves all: the copy stays in cache and is never reallocated
@@ -148,8 +159,25 @@ class DecoderState:
         rows = rows.to(self.kv.device)
         kv = self.kv.index_select(2, rows)
         bias = self.cross_bias.index_select(0, rows // self.cross.beams)
-        return DecoderState(kv, self.new.index_select(2, rows), self.cross.select(rows), bias, self.length)
+        new = self.new.index_select(2, rows)
+        return DecoderState(kv, new, self.cross.select(rows), bias, self.length, self.smallest_bucket)
+
+    def hide_keys(self, cross_bias: torch.Tensor) -> None:
+        """Replace the cross bias; in place where the shape allows it, so that bindings stay good."""
+        if cross_bias.shape == self.cross_bias.shape:
+            self.cross_bias.copy_(cross_bias)
+        else:
+            self.cross_bias = cross_bias
+            self.bindings.clear()
+
+    def separate_sources(self) -> None:
+        """Give every row its own copy of its source's K/V, so that rows of one source may have different masks."""
+        rows = torch.arange(self.rows, device=self.kv.device)
+        own = self.select(rows)
+        self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
+        self._scratch = None
+        self.bindings.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:
         """An independent copy, without the bindings: they point at this object's memory."""
-        return self.select(torch.arange(self.rows))
+        return self.select(torch.arange(self.rows, device=self.kv.device))

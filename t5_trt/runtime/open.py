@@ -2,50 +2,138 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
 from t5_trt.architecture import Architecture
-from t5_trt.config import RuntimeConfig, check_choice
+from t5_trt.config import BuildConfig, RuntimeConfig, check_choice
+from t5_trt.engine.provider import EngineProvider
+from t5_trt.engine.store import EngineStore
+from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.ops import Weights
+from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
 from t5_trt.runtime.session import Session
+from t5_trt.runtime.trt_session import TrtSession
 
 
-def resolve_backend(config: RuntimeConfig) -> str:
-    """The backend that `config` stands for on this machine: "onnxruntime".
+@dataclass(frozen=True)
+class Placement:
+    """What a `RuntimeConfig` stands for on this machine.
+
+    Attributes:
+        backend: "tensorrt" or "onnxruntime".
+        precision: "fp32", "tf32", "fp16" or "bf16".
+        device: where engines run.
+        dtype: of hidden states and K/V.
+        flavor: of TensorRT, or None.
+        reason: why "auto" chose the backend.
+    """
+
+    backend: str
+    precision: str
+    device: torch.device
+    dtype: torch.dtype
+    flavor: str | None
+    reason: str
+
+
+def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> str | None:
+    """Why TensorRT cannot run here, or None if it can."""
+    try:
+        api = load_tensorrt(flavor)
+    except BackendError as error:
+        return str(error)
+    if not torch.cuda.is_available():
+        return (
+            "there is no NVIDIA GPU, or its driver does not work with this PyTorch (torch.cuda.is_available() is False)"
+        )
+    if device is not None and not device.startswith("cuda"):
+        return f"device is {device!r}; TensorRT runs on CUDA devices"
+    major, minor = torch.cuda.get_device_capability(device or "cuda")
+    if api.flavor == "rtx" and major not in (7, 8, 12):
+        return (
+            f"TensorRT for RTX runs on compute capability 7.5, 8.x and 12.x; this GPU has {major}.{minor}. Install the "
+            "package tensorrt instead"
+        )
+    return None
+
+
+def resolve(config: RuntimeConfig) -> Placement:
+    """Decide backend, precision and device.
 
     Raises:
         BackendError: the backend that was asked for cannot run here.
         InputError: the device or precision does not go with it.
     """
     check_choice("backend", config.backend, ("auto", "tensorrt", "onnxruntime"))
-    if config.backend == "tensorrt":
-        raise BackendError(
-            "backend='tensorrt' needs TensorRT and an NVIDIA GPU, and this release runs its graphs with ONNX Runtime "
-            "only. Use backend='auto' or 'onnxruntime'."
-        )
+    wants_cpu = config.device is not None and not config.device.startswith("cuda")
+    problem = None
+    if config.backend != "onnxruntime" and not (wants_cpu and config.backend == "auto"):
+        problem = why_not_tensorrt(config.device, config.flavor)
+        if problem is None:
+            return _on_gpu(config)
+        if config.backend == "tensorrt":
+            raise BackendError(f"backend='tensorrt' cannot run here: {problem}. Or use backend='onnxruntime'.")
     import_onnxruntime()
-    if config.device is not None and not config.device.startswith("cpu"):
+    if config.device is not None and not wants_cpu:
+        because = f" (TensorRT, which would run there, cannot: {problem})" if problem else ""
         raise InputError(
-            f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU. Leave device out or use 'cpu'."
+            f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
         )
     if config.precision not in ("auto", "fp32"):
         raise InputError(
             f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' on the CPU. Use 'fp32' or "
             "'auto'."
         )
-    return "onnxruntime"
+    reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
+    return Placement("onnxruntime", "fp32", torch.device("cpu"), torch.float32, None, reason)
 
 
-def open_session(arch: Architecture, weights: Weights, config: RuntimeConfig) -> Session:
+def _on_gpu(config: RuntimeConfig) -> Placement:
+    api = load_tensorrt(config.flavor)
+    # float32 until the exact range folding of fp16 is in: an unfolded v1.1 checkpoint can overflow there
+    precision = "fp32" if config.precision == "auto" else config.precision
+    api.check_precision(precision)
+    device = torch.device(config.device or "cuda")
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    reason = f"TensorRT {api.version} and a GPU are there"
+    return Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason)
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """What a plan is bound to: the GPU's name and compute capability."""
+    properties = torch.cuda.get_device_properties(device)
+    return {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
+
+
+def open_session(
+    arch: Architecture, weights: Weights, config: RuntimeConfig, placement: Placement, build: BuildConfig
+) -> Session:
     """Open the session of a model on this machine.
 
     Args:
         arch: of the model.
         weights: state-dict key -> CPU tensor; kept by the session.
         config: what the user asked for.
-
-    Raises:
-        BackendError, InputError: see `resolve_backend`.
+        placement: what `resolve` made of it.
+        build: settings of the engine builder.
     """
-    resolve_backend(config)
-    return OrtSession(arch, weights, num_threads=config.num_threads, prepack_weights=config.prepack_weights)
+    if placement.backend == "onnxruntime":
+        return OrtSession(arch, weights, num_threads=config.num_threads, prepack_weights=config.prepack_weights)
+    assert placement.flavor is not None
+    provider = EngineProvider(
+        arch,
+        weights,
+        EngineStore(config.cache_dir, config.engine_cache_bytes),
+        build,
+        precision=placement.precision,
+        flavor=placement.flavor,
+        gpu=gpu_facts(placement.device),
+        show_progress=config.show_progress,
+    )
+    with torch.cuda.device(placement.device):
+        return TrtSession(provider, load_tensorrt(placement.flavor), placement.device, strict=config.strict)

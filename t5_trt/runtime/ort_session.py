@@ -81,7 +81,12 @@ class OrtSession:
         self._run(CROSS, {"encoder_hidden_states": hidden.contiguous()}, self._layers("cross", cross.kv))
         return cross
 
-    def cross_bias(self, attention_mask: torch.Tensor) -> torch.Tensor:
+    def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
+        """See `t5_trt.runtime.session.Session.start`."""
+        bias = torch.zeros((cross.batch, 1, 1, cross.source_length))
+        return DecoderState.allocate(self.arch, cross, bias, capacity_tokens)
+
+    def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
         """See `t5_trt.runtime.session.Session.cross_bias`."""
         return _additive(attention_mask)
 

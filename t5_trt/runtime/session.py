@@ -38,8 +38,12 @@ class Session(Protocol):
         """Cross-attention K/V of encoder states [B, S, E] that came from elsewhere."""
         ...
 
-    def cross_bias(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Additive form [B, 1, 1, S] of a mask [B, S]."""
+    def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
+        """An empty cache over sources, with room for at least `capacity_tokens`; no source token is hidden yet."""
+        ...
+
+    def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
+        """Additive form of a mask [B, S], shaped [B, 1, 1, S] as the buffers of `cross` are."""
         ...
 
     def decode(

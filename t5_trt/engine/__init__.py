@@ -1,0 +1,1 @@
+"""TensorRT engines: built once per checkpoint, shape bucket and GPU, kept on disk, loaded by the session."""

@@ -1,0 +1,211 @@
+"""Engines on disk: one folder per key with ``engine.plan`` and ``manifest.json``; safe for many processes at once.
+
+A plan is code to whoever loads it. So the folder belongs to the user alone (0700), a plan is read only if its bytes have
+the digest that its manifest names, and what is damaged or foreign is never handed out. New engines are written to a
+temporary sibling and renamed: a reader sees all of an engine or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from t5_trt.errors import BackendError
+
+logger = logging.getLogger("t5_trt")
+PLAN, MANIFEST = "engine.plan", "manifest.json"
+_STAGING = ".building-"
+
+
+@dataclass(frozen=True)
+class StoredEngine:
+    """One entry of a store: its key, folder, manifest, size and time of last use (seconds since 1970)."""
+
+    key: str
+    folder: Path
+    manifest: dict[str, Any]
+    size_bytes: int
+    used_at: float
+
+
+class EngineStore:
+    """A folder of engines.
+
+    Args:
+        root: the folder; it is made with mode 0700 when something is first written.
+        max_bytes: engines used least recently are removed above this size; None keeps all.
+    """
+
+    def __init__(self, root: Path, max_bytes: int | None = None) -> None:
+        self.root = root
+        self.max_bytes = max_bytes
+
+    def get(self, key: str) -> bytes | None:
+        """The plan of an engine, or None if there is none that is whole.
+
+        Raises:
+            BackendError: others may write to the folder.
+        """
+        folder = self.root / key
+        if not folder.is_dir():
+            return None
+        self._check_private(self.root)
+        problem, plan = self._read(folder, key)
+        if problem:
+            logger.warning("the stored engine %s is not used and will be built again: %s.", folder, problem)
+            return None
+        os.utime(folder / MANIFEST)
+        return plan
+
+    def get_or_build(self, key: str, facts: dict[str, Any], build: Callable[[Path], None]) -> bytes:
+        """The plan of an engine, built if need be; other processes that want the same one wait for it.
+
+        Args:
+            key: of the engine.
+            facts: what the key was made from, for the manifest.
+            build: called with an empty folder, in which it must write ``engine.plan``. Whatever it raises is passed
+                on, and nothing stays behind.
+
+        Raises:
+            BackendError: the folder cannot be written, or others may write to it.
+        """
+        plan = self.get(key)
+        if plan is not None:
+            return plan
+        self._make_root()
+        with self._lock(key):
+            plan = self.get(key)  # somebody else may have built it in the meantime
+            if plan is not None:
+                return plan
+            self._sweep(key)
+            staging = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{key}-", dir=self.root))
+            try:
+                started = time.time()
+                build(staging)
+                plan = (staging / PLAN).read_bytes()
+                for leftover in staging.iterdir():
+                    if leftover.name != PLAN:
+                        leftover.unlink()
+                manifest = {
+                    "key": key,
+                    "sha256": hashlib.sha256(plan).hexdigest(),
+                    "size_bytes": len(plan),
+                    "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                    "build_s": round(time.time() - started, 2),
+                    **facts,
+                }
+                self._publish(staging, self.root / key, manifest)
+            except OSError as error:
+                raise BackendError(
+                    f"cannot store an engine in {self.root}: {error}. Make room, or set T5_TRT_CACHE or "
+                    "engine_cache_dir to a folder that can be written."
+                ) from error
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.prune(self.max_bytes, keep=key)
+        return plan
+
+    def entries(self) -> list[StoredEngine]:
+        """All engines with a readable manifest, most recently used first."""
+        found = []
+        for folder in sorted(self.root.glob("*")) if self.root.is_dir() else []:
+            try:
+                manifest = json.loads((folder / MANIFEST).read_text())
+                used_at, size = (folder / MANIFEST).stat().st_mtime, (folder / PLAN).stat().st_size
+            except (OSError, ValueError):
+                continue
+            found.append(StoredEngine(folder.name, folder, manifest, size, used_at))
+        return sorted(found, key=lambda entry: -entry.used_at)
+
+    def manifest(self, key: str) -> dict[str, Any] | None:
+        """The manifest of an engine, or None."""
+        return next((entry.manifest for entry in self.entries() if entry.key == key), None)
+
+    def remove(self, key: str) -> None:
+        """Delete one engine."""
+        with self._lock(key):
+            shutil.rmtree(self.root / key, ignore_errors=True)
+
+    def prune(self, max_bytes: int | None, keep: str | None = None) -> list[str]:
+        """Delete the engines used least recently until the rest takes at most `max_bytes`; returns their keys."""
+        if max_bytes is None:
+            return []
+        total, removed = 0, []
+        for entry in self.entries():
+            total += entry.size_bytes
+            if total > max_bytes and entry.key != keep:
+                self.remove(entry.key)
+                removed.append(entry.key)
+        return removed
+
+    def clear(self) -> int:
+        """Delete all engines and what interrupted builds left; returns how many engines there were."""
+        entries = self.entries()
+        for entry in entries:
+            self.remove(entry.key)
+        for folder in self.root.glob(f"{_STAGING}*") if self.root.is_dir() else []:
+            shutil.rmtree(folder, ignore_errors=True)
+        return len(entries)
+
+    def _read(self, folder: Path, key: str) -> tuple[str | None, bytes]:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            plan = (folder / PLAN).read_bytes()
+        except (OSError, ValueError) as error:
+            return f"it is incomplete ({type(error).__name__})", b""
+        if not isinstance(manifest, dict) or manifest.get("key") != key:
+            return "its manifest belongs to another engine", b""
+        if hashlib.sha256(plan).hexdigest() != manifest.get("sha256"):
+            return "its bytes are not those that were built", b""
+        return None, plan
+
+    def _publish(self, staging: Path, target: Path, manifest: dict[str, Any]) -> None:
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for name in (PLAN, MANIFEST):  # on disk before the rename: a power cut must not leave a name without content
+            with open(staging / name, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(target, ignore_errors=True)  # a damaged engine of the same key
+        os.rename(staging, target)
+
+    def _sweep(self, key: str) -> None:
+        """Remove what a killed build of this key left; its lock is ours, so nobody works there."""
+        for folder in self.root.glob(f"{_STAGING}{key}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _make_root(self) -> None:
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.root / ".locks").mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise BackendError(
+                f"cannot make the engine cache {self.root}: {error}. Set T5_TRT_CACHE or engine_cache_dir to a folder that "
+                "can be written."
+            ) from error
+        self._check_private(self.root)
+
+    def _check_private(self, folder: Path) -> None:
+        info = folder.stat()
+        if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise BackendError(
+                f"the engine cache {folder} may be written by others (owner {info.st_uid}, mode "
+                f"{stat.S_IMODE(info.st_mode):o}); engines are code, so it must be yours alone: chmod 700 it, or set "
+                "T5_TRT_CACHE to another folder."
+            )
+
+    @contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        with FileLock(self.root / ".locks" / f"{key}.lock", mode=0o600):
+            yield

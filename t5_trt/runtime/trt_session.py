@@ -1,0 +1,342 @@
+"""TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, the one-token step as a CUDA graph.
+
+Requests are padded to the engines' shapes; masks make that exact. A slot (buffers, execution context, recorded graph) is
+lent to one `DecoderState` at a time and used again for the next request of the same shape, so only the first one records.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.engine.profiles import SMALLEST, Shapes, bucket
+from t5_trt.engine.provider import EngineProvider
+from t5_trt.engine.tensorrt_api import TensorRT
+from t5_trt.errors import BackendError, StrictModeError
+from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
+from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.runtime.cuda_graph import record
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP, layered
+
+logger = logging.getLogger("t5_trt")
+Key = tuple[str, Shapes]
+
+
+@dataclass
+class Slot:
+    """Fixed buffers of one shape with the context and the graph that were bound to them."""
+
+    shapes: Shapes
+    kv: torch.Tensor  # [L, 2, R, H, T, D]
+    new: torch.Tensor  # [L, 2, R, H, 1, D]
+    cross: torch.Tensor  # [L, 2, B, H, S, D]
+    cross_bias: torch.Tensor  # [B, 1, 1, S]
+    tokens: torch.Tensor  # int32 [R, 1]
+    position: torch.Tensor  # int64 [1]
+    position32: torch.Tensor  # int32 [1], what the engine reads
+    logits: torch.Tensor  # float32 [R, 1, V]
+    context: Any = None
+    graph: torch.cuda.CUDAGraph | None = None
+    position_host: int = -1  # what `position` holds
+
+
+class Lease:
+    """Brings a slot back to its session when the state that used it lets go of it."""
+
+    def __init__(self, slot: Slot, idle: list[Slot]) -> None:
+        self.slot = slot
+        self._idle = idle
+
+    def __del__(self) -> None:
+        self._idle.append(self.slot)
+
+
+class TrtSession:
+    """Runs the engines of one model on one GPU; each is loaded or built when it is first needed.
+
+    Args:
+        provider: of plans.
+        api: the TensorRT that runs them.
+        device: the GPU.
+        strict: raise instead of building beyond the configured maxima.
+    """
+
+    backend = "tensorrt"
+
+    def __init__(self, provider: EngineProvider, api: TensorRT, device: torch.device, *, strict: bool = False) -> None:
+        self.arch: Architecture = provider.arch
+        self.precision = provider.precision
+        self.device = device
+        self.real = real_type(provider.precision)
+        self.dtype = TORCH_TYPES[self.real]
+        self._provider = provider
+        self._api = api
+        self._strict = strict
+        self._engines: dict[Key, Any] = {}
+        self._contexts: dict[Key, Any] = {}
+        self._idle: dict[Shapes, list[Slot]] = {}
+        self._lock = threading.RLock()
+
+    def encode(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, CrossStates]:
+        """See `t5_trt.runtime.session.Session.encode`."""
+        batch, length = attention_mask.shape
+        shapes = self._shapes(B=batch, S=length)
+        inputs = {"attention_mask": self._pad(attention_mask.int(), shapes.B, shapes.S)}
+        if inputs_embeds is None:
+            assert input_ids is not None
+            graph, inputs["input_ids"] = ENCODER, self._pad(input_ids.int(), shapes.B, shapes.S)
+        else:
+            graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(inputs_embeds, shapes.B, shapes.S)
+        hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
+        cross = self._new_cross(shapes, (batch, length))
+        if graph == ENCODER:  # the decoder's engine will be wanted next: built side by side if it is missing
+            self._prefetch([(graph, shapes), (STEP, self._shapes(B=batch, S=length, T=1))])
+        self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden} | self._layers("cross", cross.kv))
+        return hidden[:batch, :length].contiguous(), cross
+
+    def project_cross(self, hidden: torch.Tensor) -> CrossStates:
+        """See `t5_trt.runtime.session.Session.project_cross`."""
+        batch, length = hidden.shape[:2]
+        shapes = self._shapes(B=batch, S=length)
+        cross = self._new_cross(shapes, (batch, length))
+        inputs = {"encoder_hidden_states": self._pad(hidden, shapes.B, shapes.S)}
+        self._run(CROSS, shapes, inputs, self._layers("cross", cross.kv))
+        return cross
+
+    def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
+        """See `t5_trt.runtime.session.Session.start`."""
+        state = DecoderState.allocate(self.arch, cross, self._no_bias(cross), capacity_tokens)
+        state.smallest_bucket = SMALLEST["T"]
+        return state
+
+    def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.cross_bias`; padding of the buffers is hidden too."""
+        bias = torch.full((cross.kv.shape[2], 1, 1, cross.kv.shape[4]), mask_value(self.real), device=self.device)
+        bias[cross.batch :] = 0  # rows of padding attend to anything: a row of hidden keys only would be as good
+        bias[: cross.batch, 0, 0, : cross.source_length].masked_fill_(attention_mask != 0, 0)
+        return bias.to(self.dtype)
+
+    def decode(
+        self, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.decode`."""
+        rows, queries = input_ids.shape
+        with self._lock:
+            state.reserve(queries)
+            slot = self._slot(state)
+            if queries == 1 and key_mask is None:
+                return self._step(slot, state, input_ids)
+            return self._queries(slot, state, input_ids, key_mask)[:rows, :queries]
+
+    def loaded_graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that engines are loaded for."""
+        return tuple(dict.fromkeys(graph for graph, _ in self._engines))
+
+    def _step(self, slot: Slot, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
+        slot.tokens[: state.rows].copy_(input_ids)
+        if slot.graph is None:
+            slot.context = self._context(STEP, slot.shapes, own=True)
+            self._bind(slot.context, self._step_tensors(slot))
+            slot.graph = record(lambda: self._step_work(slot), self.device)
+            slot.position_host = -1  # warm-ups moved it
+        if slot.position_host != state.length:
+            slot.position.fill_(state.length)
+        slot.graph.replay()
+        state.length += 1
+        slot.position_host = state.length
+        return slot.logits[: state.rows].clone()
+
+    def _step_work(self, slot: Slot) -> None:
+        """What the graph holds: engine, K/V write, next position."""
+        slot.position32.copy_(slot.position)
+        self._enqueue(slot.context)
+        # clamped: the warm-ups before a capture may run past the buffer's end
+        slot.kv.index_copy_(4, slot.position.clamp_(max=slot.kv.shape[4] - 1), slot.new)
+        slot.position.add_(1)
+
+    def _step_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
+        tensors = {"decoder_input_ids": slot.tokens, "position": slot.position32, "logits": slot.logits}
+        return tensors | self._layers("new", slot.new) | self._cache_tensors(slot)
+
+    def _cache_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
+        layers = self._layers("past", slot.kv) | self._layers("cross", slot.cross)
+        return layers | {"cross_bias": slot.cross_bias}
+
+    def _queries(
+        self, slot: Slot, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        count, used = bucket("Q", input_ids.shape[1]), input_ids.shape[1]
+        shapes = Shapes(B=slot.shapes.B, N=slot.shapes.N, S=slot.shapes.S, T=slot.shapes.T, Q=count)
+        rows, capacity = slot.kv.shape[2], slot.shapes.T
+        bias = torch.zeros((rows, 1, 1, capacity + count), device=self.device, dtype=self.dtype)
+        if key_mask is not None:
+            hidden = (key_mask == 0)[:, None, None, :]
+            for start, part in ((0, hidden[..., : state.length]), (capacity, hidden[..., state.length :])):
+                bias[: state.rows, ..., start : start + part.shape[-1]].masked_fill_(part, mask_value(self.real))
+        logits = torch.empty((rows, count, self.arch.vocab_size), device=self.device)
+        new = self._new(*slot.kv.shape[:4], count, self.arch.d_kv)
+        inputs = self._cache_tensors(slot) | {
+            "decoder_input_ids": self._pad(input_ids.int(), rows, count),
+            "position": torch.full((1,), state.length, device=self.device, dtype=torch.int32),
+            "key_bias": bias,
+        }
+        self._run(QUERIES, shapes, inputs, {"logits": logits} | self._layers("new", new))
+        state.append(new[..., :used, :])
+        return logits
+
+    def _slot(self, state: DecoderState) -> Slot:
+        """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
+        lease = state.bindings.get("lease")
+        if lease is not None:
+            return lease.slot  # type: ignore[no-any-return]
+        cross = state.cross
+        shapes = self._shapes(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
+        idle = self._idle.setdefault(shapes, [])
+        slot = idle.pop() if idle else self._new_slot(shapes)
+        _overlay(slot.cross, cross.kv)
+        slot.cross_bias.copy_(self._grown_bias(state.cross_bias, slot))
+        slot.kv.zero_()
+        if state.length:
+            slot.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
+        slot.position_host = -1
+        state.kv, state.new, state.cross_bias = slot.kv, slot.new, slot.cross_bias
+        state.cross = CrossStates(slot.cross, cross.beams, (cross.batch, cross.source_length))
+        state.bindings["lease"] = Lease(slot, idle)
+        return slot
+
+    def _grown_bias(self, bias: torch.Tensor, slot: Slot) -> torch.Tensor:
+        """A bias in the slot's shape; sources beyond it are hidden."""
+        if bias.shape == slot.cross_bias.shape:
+            return bias
+        grown = torch.full_like(slot.cross_bias, mask_value(self.real))
+        grown[: bias.shape[0], ..., : bias.shape[3]].copy_(bias[: grown.shape[0], ..., : grown.shape[3]])
+        return grown
+
+    def _new_slot(self, shapes: Shapes) -> Slot:
+        arch, rows = self.arch, shapes.B * shapes.N
+        try:
+            return Slot(
+                shapes=shapes,
+                kv=self._new(arch.decoder_layers, 2, rows, arch.num_heads, shapes.T, arch.d_kv),
+                new=self._new(arch.decoder_layers, 2, rows, arch.num_heads, 1, arch.d_kv),
+                cross=self._new(arch.decoder_layers, 2, shapes.B, arch.num_heads, shapes.S, arch.d_kv),
+                cross_bias=self._new(shapes.B, 1, 1, shapes.S),
+                tokens=torch.zeros((rows, 1), dtype=torch.int32, device=self.device),
+                position=torch.zeros(1, dtype=torch.int64, device=self.device),
+                position32=torch.zeros(1, dtype=torch.int32, device=self.device),
+                logits=torch.empty((rows, 1, arch.vocab_size), device=self.device),
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: Exception) -> BackendError:
+        self._idle.clear()
+        self._contexts.clear()
+        torch.cuda.empty_cache()
+        return BackendError(
+            f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer beams or "
+            "shorter texts, or free other models."
+        )
+
+    def _shapes(self, **sizes: int) -> Shapes:
+        """The bucket of a request, with the axes that were configured as dynamic."""
+        settings = self._provider.settings
+        limits = {
+            "B": settings.max_batch,
+            "N": settings.max_beams,
+            "S": settings.max_source_tokens,
+            "T": settings.max_target_tokens,
+        }
+        for axis, size in sizes.items():
+            if size > limits[axis]:
+                message = f"a request needs {axis} = {size}; engines were configured for at most {limits[axis]}"
+                if self._strict:
+                    raise StrictModeError(f"strict=True: {message}. Raise the limit in BuildConfig, or send less.")
+                logger.warning("%s: an engine for %d is used.", message, bucket(axis, size))
+        return Shapes(**{axis: bucket(axis, size) for axis, size in sizes.items()}, dynamic=settings.dynamic)
+
+    def _prefetch(self, wanted: Sequence[Key]) -> None:
+        missing = [(graph, shapes) for graph, shapes in wanted if (graph, shapes.for_graph(graph)) not in self._engines]
+        if len(missing) > 1:
+            with self._lock:
+                for (graph, shapes), plan in zip(missing, self._provider.plans(missing), strict=True):
+                    self._engines[graph, shapes.for_graph(graph)] = self._api.load_engine(plan)
+
+    def _engine(self, graph: str, shapes: Shapes) -> Any:
+        key = (graph, shapes.for_graph(graph))
+        if key not in self._engines:
+            self._engines[key] = self._api.load_engine(self._provider.plan(graph, shapes))
+        return self._engines[key]
+
+    def _context(self, graph: str, shapes: Shapes, *, own: bool = False) -> Any:
+        key = (graph, shapes.for_graph(graph))
+        if own:
+            return self._api.new_context(self._engine(graph, shapes))
+        if key not in self._contexts:
+            self._contexts[key] = self._api.new_context(self._engine(graph, shapes))
+        return self._contexts[key]
+
+    def _run(
+        self, graph: str, shapes: Shapes, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+    ) -> None:
+        with self._lock:
+            context = self._context(graph, shapes)
+            self._bind(context, inputs | outputs)
+            self._enqueue(context)
+
+    def _bind(self, context: Any, tensors: dict[str, torch.Tensor]) -> None:
+        engine = context.engine
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            tensor = tensors[name]
+            is_input = engine.get_tensor_mode(name) == self._api.trt.TensorIOMode.INPUT
+            if is_input and not context.set_input_shape(name, tuple(tensor.shape)):
+                raise BackendError(f"TensorRT refused the shape {tuple(tensor.shape)} of {name}: {self._api.errors()}")
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise BackendError(f"TensorRT refused the address of {name}: {self._api.errors()}")
+
+    def _enqueue(self, context: Any) -> None:
+        """Start an engine on torch's current stream, without waiting for it."""
+        if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise BackendError(f"TensorRT failed to run an engine: {self._api.errors()}")
+
+    def _layers(self, prefix: str, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        names = layered(prefix, self.arch.decoder_layers)
+        return dict(zip(names, (buffer[layer, kind] for layer in range(len(buffer)) for kind in (0, 1)), strict=True))
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _new_cross(self, shapes: Shapes, used: tuple[int, int]) -> CrossStates:
+        arch = self.arch
+        return CrossStates(self._new(arch.decoder_layers, 2, shapes.B, arch.num_heads, shapes.S, arch.d_kv), used=used)
+
+    def _no_bias(self, cross: CrossStates) -> torch.Tensor:
+        ones = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
+        return self.cross_bias(ones, cross)
+
+    def _pad(self, tensor: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+        """Zeros behind the rows and tokens of a request."""
+        if tensor.shape[:2] == (rows, tokens):
+            return tensor.contiguous()
+        padded = tensor.new_zeros((rows, tokens, *tensor.shape[2:]))
+        padded[: tensor.shape[0], : tensor.shape[1]] = tensor
+        return padded
+
+
+def _overlay(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy what both [.., B, H, S, D] buffers have room for; the rest of the target becomes zero."""
+    if target.shape == source.shape:
+        target.copy_(source)
+        return
+    target.zero_()
+    batch, length = (min(target.shape[axis], source.shape[axis]) for axis in (2, 4))
+    target[:, :, :batch, :, :length].copy_(source[:, :, :batch, :, :length])

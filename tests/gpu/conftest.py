@@ -1,0 +1,43 @@
+"""Everything in this folder needs a GPU and TensorRT, and shares one engine store per run."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import TRTT5ForConditionalGeneration
+from tests.tiny_models import make_stock
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/gpu" in str(item.path):
+            item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the engines of this run."""
+    return tmp_path_factory.mktemp("engines") / "store"
+
+
+@pytest.fixture(scope="session")
+def gpu_pair(store: Path) -> Any:
+    """(stock model on the GPU, the same weights on TensorRT) for a kind; made once."""
+
+    @cache
+    def make(kind: str, precision: str = "fp32") -> tuple[Any, Any]:
+        stock = make_stock(kind)
+        ours = TRTT5ForConditionalGeneration.from_model(
+            stock, backend="tensorrt", precision=precision, engine_cache_dir=store
+        )
+        # sdpa and eager are both float32 here: TF32 is off by default for matrix products
+        return make_stock(kind).cuda(), ours
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return make

@@ -1,0 +1,178 @@
+"""TensorRT on a real GPU: tokens of the stock class, engines from the store, buffers that grow, failures that end well."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
+from tests.conftest import ROOT, SHIPPED
+from tests.tiny_models import KINDS, batch, make_stock
+
+LOGITS_ATOL = 1e-3  # float32 on a GPU: sums in another order than cuBLAS's, over logits of the order of 1 to 10
+
+
+def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
+def test_auto_chooses_tensorrt(gpu_pair: Any) -> None:
+    _, ours = gpu_pair("t5-v1.0")
+    assert ours.device.type == "cuda" and ours.session.backend == "tensorrt"
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_greedy_equals_stock(gpu_pair: Any, kind: str) -> None:
+    stock, ours = gpu_pair(kind)
+    inputs = on_gpu(batch())
+    expected = stock.generate(**inputs, max_new_tokens=40, min_new_tokens=40)
+    assert ours.generate(**inputs, max_new_tokens=40, min_new_tokens=40).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 4},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": -1.0},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"decoder_input_ids": torch.tensor([[0, 5, 6, 7]] * 3)},
+        {"max_new_tokens": 150, "min_new_tokens": 150},
+    ],
+    ids=["beams", "beams, several", "sampling", "prompt", "two buckets"],
+)
+def test_requests_equal_stock(gpu_pair: Any, arguments: dict[str, Any]) -> None:
+    stock, ours = gpu_pair("t5-v1.1")
+    request = {**on_gpu(batch()), "max_new_tokens": 12, **arguments}
+    if "decoder_input_ids" in request:
+        request["decoder_input_ids"] = request["decoder_input_ids"].cuda()
+    results = []
+    for model in (stock, ours):
+        torch.manual_seed(3)
+        results.append(model.generate(**request).tolist())
+    assert results[0] == results[1]
+
+
+def test_logits_and_masks(gpu_pair: Any) -> None:
+    stock, ours = gpu_pair("t5-v1.1")
+    ids = torch.randint(2, 200, (3, 9), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        expected = stock(**on_gpu(batch()), decoder_input_ids=ids, decoder_attention_mask=mask).logits
+    got = ours(**on_gpu(batch()), decoder_input_ids=ids, decoder_attention_mask=mask).logits
+    assert got.is_cuda
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=LOGITS_ATOL, rtol=1e-4)
+
+
+def test_inputs_on_the_cpu_are_taken(gpu_pair: Any) -> None:
+    stock, ours = gpu_pair("t5-v1.1")
+    expected = stock.generate(**on_gpu(batch()), max_new_tokens=6)
+    assert ours.generate(**batch(), max_new_tokens=6).tolist() == expected.tolist()
+
+
+def test_fp16_logits(gpu_pair: Any) -> None:
+    stock, ours = gpu_pair("t5-v1.1", "fp16")
+    assert ours.dtype == torch.float16
+    ids = torch.randint(2, 200, (3, 5), device="cuda")
+    with torch.no_grad():
+        expected = stock(**on_gpu(batch()), decoder_input_ids=ids).logits
+    got = ours(**on_gpu(batch()), decoder_input_ids=ids).logits
+    error = (got - expected).norm() / expected.norm()
+    assert got.dtype == torch.float32 and error < 0.02
+
+
+def test_slots_are_used_again(gpu_pair: Any) -> None:
+    """Two requests of one shape share buffers one after the other, and get their own when they overlap."""
+    _, ours = gpu_pair("t5-v1.1")
+    one = torch.zeros(3, 1, dtype=torch.long, device="cuda")
+    inputs = on_gpu(batch())
+    first = ours(**inputs, decoder_input_ids=one)
+    address = first.past_key_values.state.kv.data_ptr()
+    second = ours(**inputs, decoder_input_ids=one)
+    assert second.past_key_values.state.kv.data_ptr() != address
+    expected = first.logits.clone()
+    del first
+    third = ours(**inputs, decoder_input_ids=one)
+    assert third.past_key_values.state.kv.data_ptr() == address
+    assert torch.equal(third.logits, expected) and torch.equal(second.logits, expected)
+
+
+def test_reference_runs_on_the_gpu(gpu_pair: Any) -> None:
+    _, ours = gpu_pair("t5-v1.1")
+    with torch.no_grad():
+        out = ours(
+            **on_gpu(batch()), decoder_input_ids=torch.zeros(3, 2, dtype=torch.long).cuda(), output_attentions=True
+        )
+    assert out.cross_attentions[0].is_cuda and next(ours.parameters()).device.type == "cpu"
+
+
+def test_second_process_loads_from_the_store(store: Path) -> None:
+    code = (
+        "import json, sys, logging, time\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "from tests.tiny_models import make_stock, batch\n"
+        "from t5_trt import TRTT5ForConditionalGeneration as T\n"
+        f"m = T.from_model(make_stock('t5-v1.1', seed=3), backend='tensorrt', precision='fp32', engine_cache_dir={str(store)!r})\n"
+        "s = time.time(); m.generate(**batch(), max_new_tokens=5)\n"
+        "print(json.dumps(time.time() - s))\n"
+    )
+    logs = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ.copy()
+        )
+        assert run.returncode == 0, run.stderr
+        logs.append(run.stderr)
+        assert json.loads(run.stdout) > 0
+    assert "building the engine" in logs[0] and "building the engine" not in logs[1]
+
+
+def test_beyond_the_configured_shapes(store: Path) -> None:
+    build = BuildConfig(max_source_tokens=32)
+    model = TRTT5ForConditionalGeneration.from_model(
+        make_stock("t5-v1.0"), backend="tensorrt", engine_cache_dir=store, strict=True, build=build
+    )
+    with pytest.raises(StrictModeError, match=r"needs S = 40.*at most 32"):
+        model.generate(**batch(1, 40), max_new_tokens=2)
+    assert model.generate(**batch(1, 20), max_new_tokens=2).is_cuda
+
+
+def test_too_little_memory_then_smaller(gpu_pair: Any) -> None:
+    _, ours = gpu_pair("t5-v1.1")
+    one = torch.zeros(3, 1, dtype=torch.long, device="cuda")
+    real = ours.session._new_slot
+
+    def full(shapes: Any) -> Any:
+        try:
+            torch.empty(1 << 50, device="cuda")
+        except torch.cuda.OutOfMemoryError as error:
+            raise ours.session._out_of_memory(error) from error
+
+    ours.session._idle.clear()
+    ours.session._new_slot = full
+    try:
+        with pytest.raises(BackendError, match="GPU memory ran out"):
+            ours(**on_gpu(batch()), decoder_input_ids=one)
+    finally:
+        ours.session._new_slot = real
+    assert ours(**on_gpu(batch()), decoder_input_ids=one).logits.isfinite().all()
+
+
+def test_shipped_model(store: Path) -> None:
+    from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    stock = T5ForConditionalGeneration.from_pretrained(SHIPPED).cuda().eval()
+    ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, precision="fp32", engine_cache_dir=store)
+    lines = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    inputs = tokenizer(lines[:7], return_tensors="pt", padding=True).to("cuda")
+    for beams in (1, 4):
+        expected = stock.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist()
+        assert ours.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist() == expected

@@ -39,8 +39,8 @@ class RuntimeConfig:
     """Settings that change how a model runs but not what its engines contain.
 
     Attributes:
-        backend: "auto" (TensorRT where it can run, else ONNX Runtime), "tensorrt" or "onnxruntime".
-            Default: ``T5_TRT_BACKEND``, else "auto".
+        backend: "auto" (ONNX Runtime, until TensorRT passes the GPU tests for batches), "tensorrt" (experimental) or
+            "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
         precision: "auto", "fp32", "tf32", "fp16" or "bf16". ONNX Runtime on CPU runs "fp32".
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the stock PyTorch model where an engine cannot serve.
@@ -69,6 +69,8 @@ class RuntimeConfig:
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.engine_cache_dir is not None:
+            object.__setattr__(self, "engine_cache_dir", Path(self.engine_cache_dir).expanduser())
         check_choice("backend", self.backend, BACKENDS)
         check_choice("precision", self.precision, PRECISIONS)
         for name in ("num_threads", "max_source_tokens", "max_target_tokens", "engine_cache_bytes"):

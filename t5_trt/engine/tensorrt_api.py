@@ -208,7 +208,7 @@ class TensorRT:
         try:
             return getattr(self.trt.ComputeCapability, name)
         except AttributeError:
-            known = sorted(n for n in dir(self.trt.ComputeCapability) if n.startswith("SM"))
+            known = sorted((n for n in dir(self.trt.ComputeCapability) if n.startswith("SM")), key=lambda n: int(n[2:]))
             raise InputError(
                 f"compute capability got {capability!r}; {self.flavor} {self.version} builds for "
                 f"{', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}."

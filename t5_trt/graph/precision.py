@@ -39,8 +39,8 @@ def real_type(precision: str) -> ir.DataType:
 def mask_value(dtype: ir.DataType) -> float:
     """What is added to (or put in place of) a hidden attention score.
 
-    The type's lowest number is what Transformers uses: it absorbs any score, so a row whose keys are all hidden gives equal
-    weights in both. Half precision keeps a margin because lowest + score would round to -inf, and a row of -inf
-    makes softmax return NaN.
+    It must absorb any score, so that a row whose keys are all hidden gives equal weights, as with the type's lowest
+    number in Transformers; and it must survive a softmax that multiplies by log2(e) first, which the lowest number does
+    not: a row of -inf becomes NaN. Half precision has room for neither rule and keeps a margin instead.
     """
-    return -30000.0 if dtype == ir.DataType.FLOAT16 else float(torch.finfo(TORCH_TYPES[dtype]).min)
+    return -30000.0 if dtype == ir.DataType.FLOAT16 else -1e30

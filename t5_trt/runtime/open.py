@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.trt_session import TrtSession
+
+logger = logging.getLogger("t5_trt")
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,27 @@ def resolve(config: RuntimeConfig) -> Placement:
     check_choice("backend", config.backend, ("auto", "tensorrt", "onnxruntime"))
     wants_cpu = config.device is not None and not config.device.startswith("cuda")
     problem = None
-    if config.backend != "onnxruntime" and not (wants_cpu and config.backend == "auto"):
+    if config.backend == "tensorrt":
         problem = why_not_tensorrt(config.device, config.flavor)
         if problem is None:
+            logger.warning("backend='tensorrt' is experimental: batches of more than one row can give wrong tokens.")
             return _on_gpu(config)
-        if config.backend == "tensorrt":
-            raise BackendError(f"backend='tensorrt' cannot run here: {problem}. Or use backend='onnxruntime'.")
+        raise BackendError(f"backend='tensorrt' cannot run here: {problem}. Or use backend='onnxruntime'.")
+    if config.backend == "auto":
+        problem = "'auto' leaves TensorRT alone until its batches are right"
     import_onnxruntime()
     if config.device is not None and not wants_cpu:
-        because = f" (TensorRT, which would run there, cannot: {problem})" if problem else ""
+        because = f" ({problem})" if problem else ""
         raise InputError(
-            f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
+            f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu', or "
+            "try backend='tensorrt'."
         )
     if config.precision not in ("auto", "fp32"):
         raise InputError(
             f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' on the CPU. Use 'fp32' or "
             "'auto'."
         )
-    reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
+    reason = problem or "it was asked for"
     return Placement("onnxruntime", "fp32", torch.device("cpu"), torch.float32, None, reason)
 
 

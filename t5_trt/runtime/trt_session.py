@@ -21,7 +21,7 @@ from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError, StrictModeError
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.runtime.buffers import CrossStates, DecoderState
-from t5_trt.runtime.cuda_graph import record
+from t5_trt.runtime.cuda_graph import WARM_UPS, record
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP, layered
 
 logger = logging.getLogger("t5_trt")
@@ -143,10 +143,7 @@ class TrtSession:
     def _step(self, slot: Slot, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         slot.tokens[: state.rows].copy_(input_ids)
         if slot.graph is None:
-            slot.context = self._context(STEP, slot.shapes, own=True)
-            self._bind(slot.context, self._step_tensors(slot))
-            slot.graph = record(lambda: self._step_work(slot), self.device)
-            slot.position_host = -1  # warm-ups moved it
+            slot.graph = self._record_step(slot)
         if slot.position_host != state.length:
             slot.position.fill_(state.length)
         slot.graph.replay()
@@ -154,12 +151,22 @@ class TrtSession:
         slot.position_host = state.length
         return slot.logits[: state.rows].clone()
 
+    def _record_step(self, slot: Slot) -> torch.cuda.CUDAGraph:
+        slot.context = self._context(STEP, slot.shapes, own=True)
+        self._bind(slot.context, self._step_tensors(slot))
+        slot.position.zero_()
+        # the warm-ups write to the first places of a cache that may be in use already
+        kept = slot.kv[..., :WARM_UPS, :].clone()
+        graph = record(lambda: self._step_work(slot), self.device)
+        slot.kv[..., :WARM_UPS, :].copy_(kept)
+        slot.position_host = -1
+        return graph
+
     def _step_work(self, slot: Slot) -> None:
         """What the graph holds: engine, K/V write, next position."""
         slot.position32.copy_(slot.position)
         self._enqueue(slot.context)
-        # clamped: the warm-ups before a capture may run past the buffer's end
-        slot.kv.index_copy_(4, slot.position.clamp_(max=slot.kv.shape[4] - 1), slot.new)
+        slot.kv.index_copy_(4, slot.position, slot.new)
         slot.position.add_(1)
 
     def _step_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:

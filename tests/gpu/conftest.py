@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the engines of this run."""
-    return tmp_path_factory.mktemp("engines") / "store"
+    """Folder of the engines of this run; T5_TRT_TEST_STORE keeps them from one run to the next."""
+    kept = os.environ.get("T5_TRT_TEST_STORE")
+    return Path(kept) if kept else tmp_path_factory.mktemp("engines") / "store"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,131 @@
+"""The TensorRT session's own logic on a stand-in engine: padding, buckets, slots, growth, masks, limits."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
+from tests.stand_in_tensorrt import stand_in_session
+from tests.tiny_models import KINDS, batch, make_stock
+from tests.tolerances import LOGITS_ATOL
+
+
+@pytest.fixture
+def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(stock model, model whose session is a TrtSession on the stand-in)."""
+
+    def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
+        stock = make_stock(kind)
+        ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+        ours._session = stand_in_session(ours, monkeypatch, settings, strict=strict)
+        return stock, ours
+
+    return make
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_greedy(make_pair: Any, kind: str) -> None:
+    stock, ours = make_pair(kind)
+    request = {**batch(), "max_new_tokens": 40, "min_new_tokens": 40}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 4},
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": -1.0},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"decoder_input_ids": torch.tensor([[0, 5, 6, 7]] * 3)},
+        {"max_new_tokens": 150, "min_new_tokens": 150},
+        {"num_beams": 2, "max_new_tokens": 140, "min_new_tokens": 140},
+        {"use_cache": False},
+    ],
+    ids=["beams", "beams, several", "sampling", "prompt", "two buckets", "beams, two buckets", "no cache"],
+)
+def test_requests(make_pair: Any, arguments: dict[str, Any]) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    results = []
+    for model in (stock, ours):
+        torch.manual_seed(3)
+        results.append(model.generate(**{**batch(), "max_new_tokens": 12, **arguments}).tolist())
+    assert results[0] == results[1]
+
+
+def test_prompt_lookup_takes_tokens_back(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    request = {**batch(1), "prompt_lookup_num_tokens": 3, "max_new_tokens": 20, "min_new_tokens": 20}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+
+
+def test_decoder_mask_precomputed_states_and_embeds(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    ids = torch.randint(2, 200, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    inputs = batch()
+    with torch.no_grad():
+        expected = stock(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask)
+        states, embeds = expected.encoder_last_hidden_state, stock.shared(inputs["input_ids"])
+    for form in ({"input_ids": inputs["input_ids"]}, {"encoder_outputs": (states,)}, {"inputs_embeds": embeds}):
+        got = ours(**form, attention_mask=inputs["attention_mask"], decoder_input_ids=ids, decoder_attention_mask=mask)
+        keep = mask.bool()
+        torch.testing.assert_close(got.logits[keep], expected.logits[keep], atol=LOGITS_ATOL, rtol=1e-5)
+        assert got.encoder_last_hidden_state.shape == states.shape
+
+
+def test_slots_are_used_again(make_pair: Any) -> None:
+    _, ours = make_pair("t5-v1.0")
+    one = torch.zeros(3, 1, dtype=torch.long)
+    first = ours(**batch(), decoder_input_ids=one)
+    address, expected = first.past_key_values.state.kv.data_ptr(), first.logits.clone()
+    second = ours(**batch(), decoder_input_ids=one)
+    assert second.past_key_values.state.kv.data_ptr() != address
+    del first
+    third = ours(**batch(seed=9), decoder_input_ids=one)
+    assert third.past_key_values.state.kv.data_ptr() == address
+    assert torch.equal(second.logits, expected) and not torch.equal(third.logits, expected)
+
+
+def test_changed_mask_and_rearranged_rows(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    results = []
+    for model in (stock, ours):
+        with torch.no_grad():
+            out = model(**batch(), decoder_input_ids=torch.tensor([[0, 4], [0, 5], [0, 6]]))
+            cache = out.past_key_values
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            mask = batch()["attention_mask"][[2, 0]].clone()
+            mask[0, 5] = 0
+            step = model(
+                encoder_outputs=(out.encoder_last_hidden_state[[2, 0]],),
+                attention_mask=mask,
+                decoder_input_ids=torch.tensor([[7], [8]]),
+                past_key_values=cache,
+            )
+            results.append(step.logits)
+    torch.testing.assert_close(results[1], results[0], atol=LOGITS_ATOL, rtol=1e-5)
+
+
+def test_few_engines_serve_all_lengths(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.0")
+    for rows, tokens in ((1, 3), (1, 17), (1, 32), (2, 20), (2, 31)):
+        request = {**batch(rows, tokens, padding="right"), "max_new_tokens": 5}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    asked = ours.session._provider.asked
+    assert len(asked) == len(set(asked)) == 4  # encoder and step, for batches of 1 and 2
+
+
+def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> None:
+    stock, ours = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32))
+    request = {**batch(1, 40), "max_new_tokens": 3}
+    with caplog.at_level(logging.WARNING, "t5_trt"):
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert "needs S = 40; engines were configured for at most 32: an engine for 64 is used" in caplog.text
+    _, strict = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32), strict=True)
+    with pytest.raises(StrictModeError, match=r"needs S = 40"):
+        strict.generate(**request)

@@ -73,7 +73,7 @@ words or short sentences, into modified-Hepburn romaji in lower case: `わたし
 
 ## Accuracy
 
-Exact match, greedy decoding, on text whose words (sentences: whose nouns) never occurred in training:
+Exact match, greedy decoding, on words (sentences: nouns) that were no words of the training text; shorter ones may be part of a longer one there:
 
 | Held-out set | Exact | Accuracy |
 | --- | --- | --- |

@@ -1,0 +1,249 @@
+"""The command ``t5-trt``: what is installed, engines built ahead, text through a model, the store of engines.
+
+Commands import what they need when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from t5_trt.config import BuildConfig, default_engine_cache_dir
+from t5_trt.engine.tensorrt_api import FLAVORS, load_tensorrt
+from t5_trt.errors import BackendError, InputError, T5TRTError
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, rich_markup_mode=None)
+cache_app = typer.Typer(no_args_is_help=True, help="Engines on disk.")
+app.add_typer(cache_app, name="cache")
+Model = Annotated[str, typer.Argument(help="hub id or folder of a checkpoint")]
+CacheDir = Annotated[Optional[Path], typer.Option("--cache-dir", help="folder of engines; default T5_TRT_CACHE")]  # noqa: UP045 - typer reads it at run time
+
+
+@app.command()
+def info() -> None:
+    """Say what is there, what "auto" chooses, and why."""
+    import onnxruntime
+    import torch
+    import transformers
+
+    import t5_trt
+    from t5_trt.config import RuntimeConfig, backend_from_environment
+    from t5_trt.runtime.open import resolve, why_not_tensorrt
+
+    table = Table(show_header=False)
+    table.add_row("t5_trt", t5_trt.__version__)
+    table.add_row("Python", sys.version.split()[0])
+    for name, module in (("PyTorch", torch), ("Transformers", transformers), ("ONNX Runtime", onnxruntime)):
+        table.add_row(name, str(module.__version__))
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        table.add_row("GPU", f"{properties.name}, compute capability {properties.major}.{properties.minor}")
+        table.add_row("CUDA of PyTorch", str(torch.version.cuda))
+    else:
+        table.add_row("GPU", "none that PyTorch can use")
+    for flavor in FLAVORS:
+        try:
+            table.add_row(f"TensorRT flavour {flavor!r}", load_tensorrt(flavor).version)
+        except BackendError as error:
+            table.add_row(f"TensorRT flavour {flavor!r}", str(error))
+    table.add_row("can TensorRT run here?", why_not_tensorrt() or "yes")
+    placement = resolve(RuntimeConfig(backend=backend_from_environment(None)))
+    chosen = f"{placement.backend} in {placement.precision} on {placement.device}: {placement.reason}"
+    table.add_row("a model would run on", chosen)
+    table.add_row("engine cache", str(default_engine_cache_dir()))
+    _console().print(table)
+
+
+@app.command()
+def build(
+    model: Model,
+    flavor: Annotated[Optional[str], typer.Option(help='"tensorrt" or "rtx"')] = None,  # noqa: UP045
+    compute_capability: Annotated[
+        Optional[list[str]], typer.Option(help="GPUs to build for without one here, such as 8.6 8.9 12.0 (rtx)")  # noqa: UP045
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16")] = "fp16",
+    batch: int = 1,
+    beams: int = 1,
+    source_tokens: int = 128,
+    target_tokens: int = 128,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Build a model's engines ahead: encoder, decoder step, and decoder with several query positions."""
+    from t5_trt.engine.profiles import Shapes, bucket
+    from t5_trt.engine.provider import EngineProvider
+    from t5_trt.engine.store import EngineStore
+    from t5_trt.modeling import TRTT5ForConditionalGeneration
+    from t5_trt.signature import ENCODER, QUERIES, STEP
+
+    api = load_tensorrt(flavor)
+    capabilities = tuple(compute_capability or ())
+    loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime")
+    store = EngineStore(cache_dir or default_engine_cache_dir())
+    provider = EngineProvider(
+        loaded.architecture,
+        {key: tensor.detach() for key, tensor in loaded.state_dict().items()},
+        store,
+        BuildConfig(),
+        precision=precision,
+        flavor=api.flavor,
+        gpu=_gpu(api.flavor, capabilities),
+        compute_capabilities=capabilities,
+    )
+    shapes = Shapes(
+        B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)
+    )
+    wanted = [(graph, shapes) for graph in (ENCODER, STEP, QUERIES)]
+    start = time.monotonic()
+    plans = provider.plans(wanted)
+    for (graph, _), plan in zip(wanted, plans, strict=True):
+        typer.echo(f"{provider.request(graph, shapes).label}: {len(plan) / 1e6:.1f} MB")
+    typer.echo(f"{len(plans)} engines in {store.root}, {time.monotonic() - start:.1f} s")
+
+
+@app.command()
+def generate(
+    model: Model,
+    texts: Annotated[Optional[list[str]], typer.Argument(help="texts; none reads lines from standard input")] = None,  # noqa: UP045
+    backend: str = "auto",
+    num_beams: int = 1,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+) -> None:
+    """Print what a model generates, a line for each text."""
+    from transformers import AutoTokenizer
+
+    from t5_trt.modeling import TRTT5ForConditionalGeneration
+
+    lines = texts or [line.rstrip("\n") for line in sys.stdin]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend=backend)
+    for start in range(0, len(lines), batch_size):
+        inputs = tokenizer(lines[start : start + batch_size], return_tensors="pt", padding=True).to(loaded.device)
+        tokens = loaded.generate(**inputs, num_beams=num_beams, max_new_tokens=max_new_tokens)
+        for line in tokenizer.batch_decode(tokens, skip_special_tokens=True):
+            typer.echo(line)
+
+
+@cache_app.command("path")
+def cache_path(cache_dir: CacheDir = None) -> None:
+    """Print the folder."""
+    typer.echo(str(cache_dir or default_engine_cache_dir()))
+
+
+@cache_app.command("list")
+def cache_list(cache_dir: CacheDir = None) -> None:
+    """List the engines, most recently used first."""
+    entries = _store(cache_dir).entries()
+    table = Table("key", "graph", "shapes", "precision", "TensorRT", "MB", "built", "build s")
+    for entry in entries:
+        facts = entry.manifest
+        shapes = " ".join(f"{axis}{size}" for axis, size in facts.get("shapes", {}).items() if isinstance(size, int))
+        version = f"{facts.get('flavor')} {facts.get('tensorrt')}"
+        size = f"{entry.size_bytes / 1e6:.1f}"
+        row = (
+            facts.get("graph"),
+            shapes,
+            facts.get("precision"),
+            version,
+            size,
+            facts.get("built_at"),
+            facts.get("build_s"),
+        )
+        table.add_row(entry.key[:12], *(str(cell) for cell in row))
+    _console().print(table)
+    typer.echo(f"{len(entries)} engines, {sum(entry.size_bytes for entry in entries) / 1e6:.1f} MB")
+
+
+@cache_app.command("show")
+def cache_show(
+    key: Annotated[str, typer.Argument(help="the key or its beginning")], cache_dir: CacheDir = None
+) -> None:
+    """Print an engine's manifest."""
+    import json
+
+    found = [entry for entry in _store(cache_dir).entries() if entry.key.startswith(key)]
+    if len(found) != 1:
+        raise InputError(
+            f"{len(found)} engines have a key that begins with {key!r}; expected one. See `t5-trt cache list`."
+        )
+    typer.echo(json.dumps(found[0].manifest, indent=2))
+
+
+@cache_app.command("prune")
+def cache_prune(
+    max_gb: Annotated[float, typer.Option(help="size to keep, in 10**9 bytes")], cache_dir: CacheDir = None
+) -> None:
+    """Delete the engines used least recently until the rest fits."""
+    typer.echo(f"{len(_store(cache_dir).prune(int(max_gb * 1e9)))} engines deleted")
+
+
+@cache_app.command("clear")
+def cache_clear(cache_dir: CacheDir = None) -> None:
+    """Delete all engines."""
+    typer.echo(f"{_store(cache_dir).clear()} engines deleted")
+
+
+def _store(cache_dir: Path | None) -> Any:
+    from t5_trt.engine.store import EngineStore
+
+    return EngineStore(cache_dir or default_engine_cache_dir())
+
+
+def _gpu(flavor: str, capabilities: tuple[str, ...]) -> dict[str, Any]:
+    import torch
+
+    from t5_trt.runtime.open import gpu_facts
+
+    if capabilities:
+        if flavor != "rtx":
+            raise InputError(
+                f"--compute-capability goes with --flavor rtx; got {flavor!r}, which builds for the GPU here."
+            )
+        return {"compute_capabilities": list(capabilities)}
+    if not torch.cuda.is_available():
+        raise BackendError(
+            "there is no GPU here to build for. Use --flavor rtx --compute-capability 8.6 (and others) to build without one."
+        )
+    return gpu_facts(torch.device("cuda", 0))
+
+
+def _console() -> Console:
+    # no markup: messages hold brackets, as in t5-trt[tensorrt]
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False)
+
+
+def spread_values(arguments: list[str], option: str = "--compute-capability") -> list[str]:
+    """Repeat an option before each of its values: ``--x 1 2`` becomes ``--x 1 --x 2``, which the parser understands."""
+    result: list[str] = []
+    open_option = False
+    for argument in arguments:
+        if argument == option:
+            open_option = True
+        elif open_option and not argument.startswith("-"):
+            result += [option, argument]
+        else:
+            open_option = False
+            result.append(argument)
+    return result
+
+
+def main() -> None:
+    """Entry point: errors of the library end with their message and status 1, without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("t5_trt").setLevel(logging.INFO)
+    try:
+        app(args=spread_values(sys.argv[1:]))
+    except T5TRTError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -118,7 +118,8 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         """
         name = str(pretrained_model_name_or_path)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        device = device if device is not None else _device_of_map(kwargs.pop("device_map", None))
+        mapped = _device_of_map(kwargs.pop("device_map", None))
+        device = mapped if device is None else device
         if kwargs.pop("quantization_config", None) is not None:
             raise InputError("quantization_config is not supported: engines choose their own types. Use precision=...")
         if kwargs.pop("output_loading_info", False):

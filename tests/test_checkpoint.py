@@ -242,6 +242,7 @@ def test_arguments_of_stock_code(saved: tuple[Any, Path], caplog: pytest.LogCapt
     """What people already pass to from_pretrained works, or says what to do."""
     stock, folder = saved
     assert same_tokens(load(folder, device_map="auto", low_cpu_mem_usage=True), stock)
+    assert same_tokens(load(folder, device_map="auto", device="cpu"), stock)
     assert same_tokens(load(folder, torch_dtype=torch.float16), stock)
     assert "dtype torch.float16 is not used" in caplog.text
     assert same_tokens(load(folder, dtype="auto", attn_implementation="sdpa"), stock)

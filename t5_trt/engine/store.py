@@ -130,10 +130,6 @@ class EngineStore:
             found.append(StoredEngine(folder.name, folder, manifest, size, used_at))
         return sorted(found, key=lambda entry: -entry.used_at)
 
-    def manifest(self, key: str) -> dict[str, Any] | None:
-        """The manifest of an engine, or None."""
-        return next((entry.manifest for entry in self.entries() if entry.key == key), None)
-
     def remove(self, key: str) -> None:
         """Delete one engine."""
         with self._lock(key):

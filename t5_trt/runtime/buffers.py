@@ -12,6 +12,7 @@ import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.errors import InputError
+from t5_trt.signature import layered
 
 SMALLEST_BUCKET = 64
 
@@ -19,6 +20,12 @@ SMALLEST_BUCKET = 64
 def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
     """Cache length that is allocated for a number of tokens: the next power of two, at least `smallest`."""
     return max(smallest, 1 << max(tokens - 1, 0).bit_length())
+
+
+def layer_views(prefix: str, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The K and V slices of a [L, 2, ...] buffer under the names of `t5_trt.signature.layered`."""
+    pairs = (buffer[layer, kind] for layer in range(len(buffer)) for kind in (0, 1))
+    return dict(zip(layered(prefix, len(buffer)), pairs, strict=True))
 
 
 @dataclass
@@ -139,10 +146,7 @@ class DecoderState:
         rows = rows.to(self.kv.device)
         parents = torch.arange(self.rows, device=rows.device) // self.cross.beams
         if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
-            own = self.select(rows)
-            self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
-            self._scratch = None
-            self.bindings.clear()
+            self._rearrange(rows)
             return
         padding = torch.arange(len(rows), self.kv.shape[2], device=rows.device)
         rows = torch.cat((rows, padding))
@@ -172,7 +176,10 @@ class DecoderState:
 
     def separate_sources(self) -> None:
         """Give every row its own copy of its source's K/V, so that rows of one source may have different masks."""
-        rows = torch.arange(self.rows, device=self.kv.device)
+        self._rearrange(torch.arange(self.rows, device=self.kv.device))
+
+    def _rearrange(self, rows: torch.Tensor) -> None:
+        """Move into the copy that `select` makes: every row with a source of its own."""
         own = self.select(rows)
         self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
         self._scratch = None

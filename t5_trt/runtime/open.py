@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.config import BuildConfig, RuntimeConfig, check_choice
+from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
@@ -72,7 +72,6 @@ def resolve(config: RuntimeConfig) -> Placement:
         BackendError: the backend that was asked for cannot run here.
         InputError: the device or precision does not go with it.
     """
-    check_choice("backend", config.backend, ("auto", "tensorrt", "onnxruntime"))
     wants_cpu = config.device is not None and not config.device.startswith("cuda")
     problem = None
     if config.backend == "tensorrt":

@@ -21,8 +21,8 @@ from t5_trt.errors import BackendError
 from t5_trt.graph import build_graph
 from t5_trt.graph.ops import Weights
 from t5_trt.graph.precision import mask_value, real_type
-from t5_trt.runtime.buffers import CrossStates, DecoderState
-from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP, layered
+from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
 #: smaller tensors go into the model itself, where graph optimizers may read their values
 SHARED_FROM_BYTES = 1 << 16
@@ -72,13 +72,13 @@ class OrtSession:
         else:
             graph, source = ENCODER_EMBEDS, {"inputs_embeds": inputs_embeds.contiguous()}
         inputs = source | {"attention_mask": attention_mask.contiguous()}
-        self._run(graph, inputs, {"encoder_hidden_states": hidden} | self._layers("cross", cross.kv))
+        self._run(graph, inputs, {"encoder_hidden_states": hidden} | layer_views("cross", cross.kv))
         return hidden, cross
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
         """See `t5_trt.runtime.session.Session.project_cross`."""
         cross = self._new_cross(hidden.shape[0], hidden.shape[1])
-        self._run(CROSS, {"encoder_hidden_states": hidden.contiguous()}, self._layers("cross", cross.kv))
+        self._run(CROSS, {"encoder_hidden_states": hidden.contiguous()}, layer_views("cross", cross.kv))
         return cross
 
     def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
@@ -112,7 +112,7 @@ class OrtSession:
             "position": torch.tensor([state.length]),
             "key_bias": bias,
         }
-        self._run(QUERIES, inputs, {"logits": logits} | self._layers("new", new))
+        self._run(QUERIES, inputs, {"logits": logits} | layer_views("new", new))
         state.append(new)
         return logits
 
@@ -127,7 +127,7 @@ class OrtSession:
             binding = session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
             _bind(binding.bind_input, inputs)
-            _bind(binding.bind_output, self._layers("new", state.new))
+            _bind(binding.bind_output, layer_views("new", state.new))
             state.bindings[STEP] = (binding, tokens, position, inputs)
         binding, tokens, position, _ = state.bindings[STEP]
         tokens.copy_(input_ids)
@@ -136,12 +136,8 @@ class OrtSession:
         self._call(session, binding)
 
     def _decoder_inputs(self, state: DecoderState) -> dict[str, torch.Tensor]:
-        buffers = self._layers("past", state.kv) | self._layers("cross", state.cross.kv)
+        buffers = layer_views("past", state.kv) | layer_views("cross", state.cross.kv)
         return buffers | {"cross_bias": state.cross_bias}
-
-    def _layers(self, prefix: str, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        names = layered(prefix, self.arch.decoder_layers)
-        return dict(zip(names, (buffer[layer, kind] for layer in range(len(buffer)) for kind in (0, 1)), strict=True))
 
     def _new_cross(self, batch: int, length: int) -> CrossStates:
         arch = self.arch

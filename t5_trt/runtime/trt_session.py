@@ -20,9 +20,9 @@ from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError, StrictModeError
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
-from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
 from t5_trt.runtime.cuda_graph import WARM_UPS, record
-from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP, layered
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
 logger = logging.getLogger("t5_trt")
 Key = tuple[str, Shapes]
@@ -99,7 +99,7 @@ class TrtSession:
         cross = self._new_cross(shapes, (batch, length))
         if graph == ENCODER:  # the decoder's engine will be wanted next: built side by side if it is missing
             self._prefetch([(graph, shapes), (STEP, self._shapes(B=batch, S=length, T=1))])
-        self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden} | self._layers("cross", cross.kv))
+        self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden} | layer_views("cross", cross.kv))
         return hidden[:batch, :length].contiguous(), cross
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
@@ -108,7 +108,7 @@ class TrtSession:
         shapes = self._shapes(B=batch, S=length)
         cross = self._new_cross(shapes, (batch, length))
         inputs = {"encoder_hidden_states": self._pad(hidden, shapes.B, shapes.S)}
-        self._run(CROSS, shapes, inputs, self._layers("cross", cross.kv))
+        self._run(CROSS, shapes, inputs, layer_views("cross", cross.kv))
         return cross
 
     def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
@@ -171,10 +171,10 @@ class TrtSession:
 
     def _step_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
         tensors = {"decoder_input_ids": slot.tokens, "position": slot.position32, "logits": slot.logits}
-        return tensors | self._layers("new", slot.new) | self._cache_tensors(slot)
+        return tensors | layer_views("new", slot.new) | self._cache_tensors(slot)
 
     def _cache_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
-        layers = self._layers("past", slot.kv) | self._layers("cross", slot.cross)
+        layers = layer_views("past", slot.kv) | layer_views("cross", slot.cross)
         return layers | {"cross_bias": slot.cross_bias}
 
     def _queries(
@@ -195,7 +195,7 @@ class TrtSession:
             "position": torch.full((1,), state.length, device=self.device, dtype=torch.int32),
             "key_bias": bias,
         }
-        self._run(QUERIES, shapes, inputs, {"logits": logits} | self._layers("new", new))
+        self._run(QUERIES, shapes, inputs, {"logits": logits} | layer_views("new", new))
         state.append(new[..., :used, :])
         return logits
 
@@ -314,10 +314,6 @@ class TrtSession:
         """Start an engine on torch's current stream, without waiting for it."""
         if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise BackendError(f"TensorRT failed to run an engine: {self._api.errors()}")
-
-    def _layers(self, prefix: str, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        names = layered(prefix, self.arch.decoder_layers)
-        return dict(zip(names, (buffer[layer, kind] for layer in range(len(buffer)) for kind in (0, 1)), strict=True))
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)

@@ -88,7 +88,6 @@ def build(
     store = EngineStore(cache_dir or default_engine_cache_dir())
     provider = EngineProvider(
         loaded.architecture,
-        {key: tensor.detach() for key, tensor in loaded.state_dict().items()},
         store,
         BuildConfig(),
         precision=precision,

@@ -39,7 +39,7 @@ class RuntimeConfig:
     """Settings that change how a model runs but not what its engines contain.
 
     Attributes:
-        backend: "auto" (ONNX Runtime, until TensorRT passes the GPU tests for batches), "tensorrt" (experimental) or
+        backend: "auto" (TensorRT where it and a GPU are there, else ONNX Runtime on the CPU), "tensorrt" or
             "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
         precision: "auto", "fp32", "tf32", "fp16" or "bf16". ONNX Runtime on CPU runs "fp32".
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
@@ -53,6 +53,7 @@ class RuntimeConfig:
         engine_cache_bytes: above this size the engines used least recently are removed; None keeps all.
         flavor: "tensorrt" or "rtx"; None takes ``T5_TRT_FLAVOR``, else the one that is installed.
         show_progress: draw a bar while engines are built; None does so on a terminal only.
+        check_engines: compare every engine that is built with ONNX Runtime once, on random inputs, before it is used.
     """
 
     backend: str = "auto"
@@ -67,6 +68,7 @@ class RuntimeConfig:
     engine_cache_bytes: int | None = None
     flavor: str | None = None
     show_progress: bool | None = None
+    check_engines: bool = True
 
     def __post_init__(self) -> None:
         if self.engine_cache_dir is not None:

@@ -82,6 +82,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         engine_cache_bytes: int | None = None,
         flavor: str | None = None,
         show_progress: bool | None = None,
+        check_engines: bool = True,
         build: BuildConfig | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -103,6 +104,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
             engine_cache_bytes: above this size the engines used least recently are removed.
             flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
             show_progress: draw a bar while engines are built; None does so on a terminal only.
+            check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
             build: settings of the engine builder.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
                 ``dtype`` and ``device_map`` are read as a precision and a device.
@@ -137,6 +139,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
             engine_cache_bytes=engine_cache_bytes,
             flavor=flavor,
             show_progress=show_progress,
+            check_engines=check_engines,
         )
         if precision == "auto" and dtype not in (None, "auto") and resolve(runtime).backend == "tensorrt":
             runtime = replace(runtime, precision=_PRECISION_OF.get(_as_dtype(dtype), "auto"))

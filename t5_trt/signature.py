@@ -49,7 +49,7 @@ def layered(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}_{kind}_{layer}" for layer in range(layers) for kind in "kv"]
 
 
-def signature(graph: str, arch: Architecture) -> Signature:
+def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signature:
     """The signature of one of `GRAPHS` for a model.
 
     encoder:          input_ids [B,S], attention_mask [B,S] -> encoder_hidden_states [B,S,E], cross_{k,v}_l [B,H,S,D]
@@ -60,22 +60,28 @@ def signature(graph: str, arch: Architecture) -> Signature:
     decoder_queries:  the same with Q query positions and, besides, key_bias [R,1,1,K], K = T + Q (padding of the decoder's own
                       keys, cached ones first)
 
+    The device form is `packed`: cross_kv [L,2,B,H,S,D] stands for all cross_{k,v}_l that leave an encoder, and
+    new_qkv_l [R,Q,3*H*D] (q, k and v of each new token side by side) for new_{k,v}_l.
+
     ``position`` is the number of tokens already in the cache; cached entries from there on are ignored. The biases are
     added to attention scores: 0 keeps a key, the type's lowest value hides it.
     """
     heads, width, size, layers = arch.num_heads, arch.d_kv, arch.d_model, arch.decoder_layers
     cross = tuple(Tensor(name, REAL, ("B", heads, "S", width)) for name in layered("cross", layers))
+    made = (Tensor("cross_kv", REAL, (layers, 2, "B", heads, "S", width)),) if packed else cross
     hidden = Tensor("encoder_hidden_states", REAL, ("B", "S", size))
     mask = Tensor("attention_mask", INDEX, ("B", "S"))
     if graph == ENCODER:
-        return Signature((Tensor("input_ids", INDEX, ("B", "S")), mask), (hidden, *cross))
+        return Signature((Tensor("input_ids", INDEX, ("B", "S")), mask), (hidden, *made))
     if graph == ENCODER_EMBEDS:
-        return Signature((Tensor("inputs_embeds", REAL, ("B", "S", size)), mask), (hidden, *cross))
+        return Signature((Tensor("inputs_embeds", REAL, ("B", "S", size)), mask), (hidden, *made))
     if graph == CROSS:
-        return Signature((hidden,), cross)
+        return Signature((hidden,), made)
     queries: str | int = 1 if graph == STEP else "Q"
     past = tuple(Tensor(name, REAL, ("R", heads, "T", width)) for name in layered("past", layers))
     new = tuple(Tensor(name, REAL, ("R", heads, queries, width)) for name in layered("new", layers))
+    if packed:
+        new = tuple(Tensor(f"new_qkv_{layer}", REAL, ("R", queries, 3 * heads * width)) for layer in range(layers))
     inputs = [
         Tensor("decoder_input_ids", INDEX, ("R", queries)),
         Tensor("position", INDEX, (1,)),

@@ -17,7 +17,7 @@ import torch
 
 from t5_trt.config import BuildConfig
 from t5_trt.engine.profiles import Shapes, fixed_axes
-from t5_trt.graph import build_graph
+from t5_trt.graph import build_device_graph
 from t5_trt.runtime import trt_session
 from t5_trt.runtime.trt_session import TrtSession
 
@@ -25,7 +25,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)
 
 
 class StandInEngine:
-    """An ONNX graph with fixed shapes, loaded."""
+    """An ONNX graph, loaded."""
 
     def __init__(self, plan: bytes) -> None:
         options = onnxruntime.SessionOptions()
@@ -40,6 +40,10 @@ class StandInEngine:
     def get_tensor_name(self, index: int) -> str:
         return str(self.io[index][0].name)
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        node = next(node for node, _ in self.io if node.name == name)
+        return tuple(-1 if isinstance(size, str) else size for size in node.shape)
+
     def get_tensor_mode(self, name: str) -> str:
         return "INPUT" if any(node.name == name and is_input for node, is_input in self.io) else "OUTPUT"
 
@@ -50,26 +54,31 @@ class StandInContext:
     def __init__(self, engine: StandInEngine) -> None:
         self.engine = engine
         self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        node = next(node for node, _ in self.engine.io if node.name == name)
-        return tuple(node.shape) == shape
+        declared = self.engine.get_tensor_shape(name)
+        self.shapes[name] = shape
+        return len(shape) == len(declared) and all(a in (b, -1) for b, a in zip(shape, declared, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return True
 
     def run(self) -> None:
-        views = {}
-        for node, _ in self.engine.io:
-            dtype = np.dtype(_TYPES[node.type])
-            count = int(np.prod(node.shape))
-            memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(self.addresses[node.name])
-            views[node.name] = np.frombuffer(memory, dtype=dtype).reshape(node.shape)
-        names = [node.name for node, is_input in self.engine.io if not is_input]
-        inputs = {node.name: views[node.name] for node, is_input in self.engine.io if is_input}
-        for name, value in zip(names, self.engine.session.run(names, inputs), strict=True):
-            views[name][...] = value
+        inputs = {
+            node.name: self._memory(node, self.shapes.get(node.name) or tuple(node.shape))
+            for node, is_input in self.engine.io
+            if is_input
+        }
+        outputs = [node for node, is_input in self.engine.io if not is_input]
+        for node, value in zip(outputs, self.engine.session.run([n.name for n in outputs], inputs), strict=True):
+            self._memory(node, value.shape)[...] = value
+
+    def _memory(self, node: Any, shape: tuple[int, ...]) -> Any:
+        dtype = np.dtype(_TYPES[node.type])
+        memory = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(self.addresses[node.name])
+        return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 class StandInProvider:
@@ -81,13 +90,19 @@ class StandInProvider:
         self.arch = model.architecture
         self.settings = settings
         self.asked: list[tuple[str, Shapes]] = []
-        self._weights = model.state_dict()
+        self.discarded: list[tuple[str, Shapes]] = []
 
     def plan(self, graph: str, shapes: Shapes) -> bytes:
         self.asked.append((graph, shapes.for_graph(graph)))
         fixed = fixed_axes(shapes.for_graph(graph))
-        model = build_graph(graph, self.arch, self._weights, ir.DataType.FLOAT, ir.DataType.INT32, fixed)
+        model = build_device_graph(graph, self.arch, ir.DataType.FLOAT, fixed=fixed)
         return ir.to_proto(model).SerializeToString()
+
+    def take_fresh(self, graph: str, shapes: Shapes) -> bool:
+        return True
+
+    def discard(self, graph: str, shapes: Shapes) -> None:
+        self.discarded.append((graph, shapes))
 
     def plans(self, wanted: Any) -> list[bytes]:
         return [self.plan(graph, shapes) for graph, shapes in wanted]
@@ -98,7 +113,9 @@ class _Graph:
         self.replay = work
 
 
-def stand_in_session(model: Any, monkeypatch: Any, settings: BuildConfig | None = None, *, strict: bool = False) -> Any:
+def stand_in_session(
+    model: Any, monkeypatch: Any, settings: BuildConfig | None = None, *, strict: bool = False, reference: Any = None
+) -> Any:
     """A `TrtSession` on the CPU for a model."""
 
     def record(work: Any, device: torch.device) -> _Graph:
@@ -112,8 +129,11 @@ def stand_in_session(model: Any, monkeypatch: Any, settings: BuildConfig | None 
         load_engine=StandInEngine,
         new_context=StandInContext,
         errors=lambda: "no reason",
+        version="0.0",
     )
     provider: Any = StandInProvider(model, settings or BuildConfig())
-    session: Any = TrtSession(provider, api, torch.device("cpu"), strict=strict)  # type: ignore[arg-type]
+    session: Any = TrtSession(
+        provider, model.state_dict(), api, torch.device("cpu"), strict=strict, reference=reference
+    )  # type: ignore[arg-type]
     session._enqueue = lambda context: context.run()
     return session

@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from t5_trt.graph import build_graph
+from t5_trt.engine.profiles import Shapes, fixed_axes
+from t5_trt.graph import build_device_graph, build_host_graph
+from t5_trt.graph.parameters import materialize, parameters
 from t5_trt.graph.precision import REAL_TYPES, mask_value, real_type
 from t5_trt.graph.relative_bias import distance_buckets
 from t5_trt.signature import GRAPHS, INDEX, LOGITS, REAL, signature
@@ -29,7 +31,7 @@ def dims(value: Any) -> tuple[Any, ...]:
 def test_graph_is_valid_and_as_declared(pair: tuple[Any, Any], graph: str, precision: str, tmp_path: Path) -> None:
     stock, ours = pair
     weights, real = stock.state_dict(), real_type(precision)
-    model = build_graph(graph, ours.architecture, weights, real)
+    model = build_host_graph(graph, ours.architecture, weights, real)
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     assert (tmp_path / "model.onnx.data").stat().st_size > 10_000
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
@@ -49,9 +51,47 @@ def test_graph_is_valid_and_as_declared(pair: tuple[Any, Any], graph: str, preci
             assert len(initializer.raw_data) < 4096
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("precision", list(REAL_TYPES))
+def test_device_graph_is_flat_and_takes_the_weights(pair: tuple[Any, Any], graph: str, precision: str) -> None:
+    _, ours = pair
+    arch, fixed = ours.architecture, fixed_axes(Shapes(B=2, N=3, S=32, T=128, Q=8).for_graph(graph))
+    model = ir.to_proto(build_device_graph(graph, arch, real_type(precision), fixed=fixed))
+    onnx.checker.check_model(model, full_check=True)
+    groups, declared = parameters(arch), signature(graph, arch, packed=True)
+    names = [value.name for value in model.graph.input]
+    assert names[: len(declared.inputs)] == [tensor.name for tensor in declared.inputs]
+    assert [value.name for value in model.graph.output] == [tensor.name for tensor in declared.outputs]
+    for value in (*model.graph.input, *model.graph.output):
+        assert len(dims(value)) <= 2 and all(isinstance(size, int) for size in dims(value))
+    weights = model.graph.input[len(declared.inputs) :]
+    assert weights and all(dims(value) == groups[value.name].shape for value in weights)
+    assert sum(len(i.raw_data) for i in model.graph.initializer) < 20_000
+
+
+def test_every_tensor_of_the_checkpoint_is_in_one_group(pair: tuple[Any, Any]) -> None:
+    stock, ours = pair
+    made = parameters(ours.architecture)
+    used = {key for group in made.values() for key in (*group.parts, *filter(None, [group.norm]))}
+    tensors = {tensor.data_ptr(): key for key, tensor in stock.state_dict().items()}
+    assert {stock.state_dict()[key].data_ptr() for key in used} == set(tensors)
+
+
+def test_materialized_group(v11: tuple[Any, Any]) -> None:
+    stock, ours = v11
+    weights, name = stock.state_dict(), "decoder.block.1.layer.0.SelfAttention.qkv"
+    made = materialize(parameters(ours.architecture)[name], weights, torch.float32, torch.device("cpu"))
+    stream = torch.randn(5, ours.architecture.d_model)
+    norm = weights["decoder.block.1.layer.0.layer_norm.weight"]
+    parts = [weights[f"decoder.block.1.layer.0.SelfAttention.{part}.weight"] for part in "qkv"]
+    expected = torch.cat([(stream * norm) @ part.T for part in parts], dim=1)
+    assert made.is_contiguous()
+    torch.testing.assert_close(stream @ made, expected, atol=1e-4, rtol=1e-5)
+
+
 def test_external_data_holds_the_weights(v11: tuple[Any, Any], tmp_path: Path) -> None:
     stock, ours = v11
-    model = build_graph("encoder", ours.architecture, stock.state_dict(), ir.DataType.FLOAT)
+    model = build_host_graph("encoder", ours.architecture, stock.state_dict(), ir.DataType.FLOAT)
     ir.save(model, tmp_path / "encoder.onnx", external_data="encoder.onnx.data")
     loaded = {i.name: i for i in onnx.load(str(tmp_path / "encoder.onnx")).graph.initializer}
     key = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
@@ -62,11 +102,13 @@ def test_same_bytes_in_every_process(v10: tuple[Any, Any]) -> None:
     """Names must not depend on Python's hash seed: engines are found again by what the graph says."""
     code = (
         "import hashlib, onnx_ir as ir\n"
-        "from t5_trt.graph import build_graph\n"
+        "from t5_trt.graph import build_device_graph, build_host_graph\n"
         "from tests.conftest import pair_of\n"
         "stock, ours = pair_of('t5-v1.0')\n"
-        "model = build_graph('decoder_queries', ours.architecture, stock.state_dict(), ir.DataType.FLOAT)\n"
-        "print(hashlib.sha256(ir.to_proto(model).SerializeToString(deterministic=True)).hexdigest())\n"
+        "host = build_host_graph('decoder_queries', ours.architecture, stock.state_dict(), ir.DataType.FLOAT)\n"
+        "device = build_device_graph('decoder_queries', ours.architecture, ir.DataType.FLOAT)\n"
+        "texts = [ir.to_proto(m).SerializeToString(deterministic=True) for m in (host, device)]\n"
+        "print([hashlib.sha256(text).hexdigest() for text in texts])\n"
     )
     seen = set()
     for seed in ("1", "2"):

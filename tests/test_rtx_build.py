@@ -27,7 +27,6 @@ CAPABILITIES = ("8.6", "8.9", "12.0")
 def provider(model: Any, folder: Path, precision: str, settings: BuildConfig | None = None) -> EngineProvider:
     return EngineProvider(
         model.architecture,
-        model.state_dict(),
         EngineStore(folder),
         settings or BuildConfig(),
         precision=precision,
@@ -43,7 +42,7 @@ def test_shipped_model(tmp_path: Path, precision: str) -> None:
     plans = provider(model, tmp_path, precision)
     wanted = [(graph, Shapes(B=2, N=4, S=32, T=128, Q=8)) for graph in GRAPHS]
     first = plans.plans(wanted)
-    assert all(len(plan) > 100_000 for plan in first)
+    assert all(len(plan) > 10_000 for plan in first)
     assert plans.plans(wanted) == first and len(plans.store.entries()) == len(GRAPHS)
     assert all(plans.has(*want) for want in wanted)
 
@@ -53,7 +52,7 @@ def test_two_layers_of_t5_base(tmp_path: Path) -> None:
     model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0", **sizes), num_threads=1)
     plans = provider(model, tmp_path, "fp16")
     for graph in ("encoder", "decoder_step", "decoder_queries"):
-        assert len(plans.plan(graph, Shapes(B=1, S=32, T=128, Q=8))) > 20e6
+        assert 10_000 < len(plans.plan(graph, Shapes(B=1, S=32, T=128, Q=8))) < 20e6  # the weights are not inside
 
 
 def test_dynamic_axes(tmp_path: Path) -> None:
@@ -72,13 +71,13 @@ def request(capability: str = "8.9", precision: str = "fp32") -> EngineRequest:
 def test_unknown_compute_capability(tmp_path: Path) -> None:
     _, ours = pair_of("t5-v1.0")
     with pytest.raises(InputError, match=r"compute capability got '9\.0'.*builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0"):
-        build_engine(request("9.0"), ours.architecture, ours.state_dict(), tmp_path, BuildConfig())
+        build_engine(request("9.0"), ours.architecture, tmp_path, BuildConfig())
 
 
 def test_tensorrts_words_are_in_the_error(tmp_path: Path) -> None:
     _, ours = pair_of("t5-v1.0")
     with pytest.raises(BackendError, match=r"building encoder B1 S32 fp32: .*could not build"):
-        build_engine(request(), ours.architecture, ours.state_dict(), tmp_path, BuildConfig(workspace_bytes=1))
+        build_engine(request(), ours.architecture, tmp_path, BuildConfig(workspace_bytes=1))
 
 
 def test_stopped_build_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +98,8 @@ def test_stopped_build_leaves_no_process(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(builder.subprocess, "Popen", Spy)
     monkeypatch.setattr(builder, "_handle", interrupt)
     store = EngineStore(tmp_path / "store")
-    arguments = (ours.architecture, ours.state_dict())
     with pytest.raises(KeyboardInterrupt):
-        store.get_or_build("k", {}, lambda folder: build_engine(request(), *arguments, folder, BuildConfig()))
+        store.get_or_build("k", {}, lambda folder: build_engine(request(), ours.architecture, folder, BuildConfig()))
     with pytest.raises(ProcessLookupError):
         os.kill(seen[0], 0)
     assert not [entry for entry in store.root.iterdir() if entry.name.startswith(".building")]

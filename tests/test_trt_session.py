@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from t5_trt import BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
-from tests.stand_in_tensorrt import stand_in_session
+from transformers import T5ForConditionalGeneration
+
+from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
+from t5_trt.engine.profiles import Shapes
+from t5_trt.signature import GRAPHS
+from tests.stand_in_tensorrt import StandInContext, stand_in_session
 from tests.tiny_models import KINDS, batch, make_stock
 from tests.tolerances import LOGITS_ATOL
 
@@ -116,8 +121,88 @@ def test_few_engines_serve_all_lengths(make_pair: Any) -> None:
     for rows, tokens in ((1, 3), (1, 17), (1, 32), (2, 20), (2, 31)):
         request = {**batch(rows, tokens, padding="right"), "max_new_tokens": 5}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    asked = ours.session._provider.asked
+    asked = ours.session.engines._provider.asked
     assert len(asked) == len(set(asked)) == 4  # encoder and step, for batches of 1 and 2
+
+
+def test_dynamic_axes_need_one_engine(make_pair: Any) -> None:
+    settings = BuildConfig(dynamic=("B", "S", "T"), max_batch=4, max_source_tokens=64, max_target_tokens=256)
+    stock, ours = make_pair("t5-v1.1", settings)
+    for rows, tokens, new in ((1, 3, 5), (3, 40, 5), (4, 20, 140)):
+        request = {**batch(rows, tokens), "max_new_tokens": new, "min_new_tokens": new}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert [graph for graph, _ in ours.session.engines._provider.asked] == ["encoder", "decoder_step"]
+
+
+def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A checkpoint that is trained on and saved again under the same name: the same engine, the new weights' tokens."""
+    plans, tokens = [], []
+    for seed in (0, 1):
+        make_stock("t5-v1.1", seed=seed).save_pretrained(tmp_path)
+        stock = T5ForConditionalGeneration.from_pretrained(tmp_path)
+        ours = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)
+        ours._session = stand_in_session(ours, monkeypatch)
+        tokens.append(ours.generate(**batch(), max_new_tokens=20).tolist())
+        assert tokens[-1] == stock.generate(**batch(), max_new_tokens=20).tolist()
+        plans.append(ours.session.engines._provider.plan("decoder_step", Shapes(B=4)))
+    assert plans[0] == plans[1] and tokens[0] != tokens[1]
+
+
+def test_engines_serve_every_checkpoint_and_share_weights(make_pair: Any) -> None:
+    """Engines hold no weights: changed weights give changed tokens, and all engines read the same memory."""
+    stock, ours = make_pair("t5-v1.1")
+    ours.generate(**batch(2), max_new_tokens=3)
+    size = ours.session.engines.weights.nbytes
+    ours.generate(**batch(5), num_beams=2, max_new_tokens=3)
+    assert (
+        ours.session.engines.weights.nbytes
+        == size
+        == pytest.approx(4 * sum(p.numel() for p in stock.parameters()), rel=0.1)
+    )
+
+
+def checked_session(monkeypatch: pytest.MonkeyPatch) -> Any:
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    return ours
+
+
+def test_new_engines_are_compared_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = checked_session(monkeypatch)
+    engines, errors = ours.session.engines, {}
+    measure = engines._check
+    engines._check = lambda graph, shapes: errors.setdefault((graph, shapes), measure(graph, shapes))
+    stock = make_stock("t5-v1.1")
+    request = {**batch(), "num_beams": 2, "max_new_tokens": 9, "decoder_input_ids": torch.tensor([[0, 5, 6]] * 3)}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    states = stock.get_encoder()(**batch()).last_hidden_state.detach()
+    ours(encoder_outputs=(states,), attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
+    embeds = stock.shared(batch()["input_ids"]).detach()
+    ours(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
+    assert {graph for graph, _ in errors} == set(GRAPHS)
+    assert all(0 <= error < 1e-4 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("output", ["logits", "new_qkv_1", "cross_kv", "encoder_hidden_states"])
+def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """TensorRT 8.5 built such engines: the first row right, the others each other's."""
+    right = StandInContext.run
+
+    def wrong(self: Any) -> None:
+        right(self)
+        for node, is_input in self.engine.io:
+            if node.name == output and not is_input:
+                rows = self._memory(node, tuple(node.shape)).reshape(-1, node.shape[-1])
+                rows[1:] = rows[1:][::-1].copy()
+
+    monkeypatch.setattr(StandInContext, "run", wrong)
+    ours = checked_session(monkeypatch)
+    with pytest.raises(BackendError, match=r"computes wrong values: \w+ B4 .*check_engines=False"):
+        ours.generate(**batch(), max_new_tokens=5)
+    assert len(ours.session.engines._provider.discarded) == 1
+    monkeypatch.setattr(StandInContext, "run", right)
+    expected = make_stock("t5-v1.1").generate(**batch(), max_new_tokens=5)
+    assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()
 
 
 def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,8 +21,7 @@ from t5_trt.engine.profiles import Shapes, fixed_axes, input_shapes
 from t5_trt.engine.progress import BuildProgress
 from t5_trt.engine.tensorrt_api import BuildJob
 from t5_trt.errors import BackendError
-from t5_trt.graph import build_graph
-from t5_trt.graph.ops import Weights
+from t5_trt.graph import build_device_graph
 from t5_trt.graph.precision import real_type
 
 logger = logging.getLogger("t5_trt.tensorrt")
@@ -52,19 +51,15 @@ class EngineRequest:
         return f"{self.graph} {self.shapes.describe()} {self.precision}"
 
 
-def write_onnx(
-    request: EngineRequest, arch: Architecture, weights: Weights, path: Path, index: ir.DataType = ir.DataType.INT32
-) -> None:
-    """Write the graph of a request, its weights as external data beside it; weights are converted one at a time."""
-    fixed = fixed_axes(request.shapes)
-    model = build_graph(request.graph, arch, weights, real_type(request.precision), index, fixed)
-    ir.save(model, path, external_data=f"{path.name}.data")
+def write_onnx(request: EngineRequest, arch: Architecture, path: Path) -> None:
+    """Write the graph of a request; it holds no weights."""
+    real = real_type(request.precision)
+    ir.save(build_device_graph(request.graph, arch, real, fixed=fixed_axes(request.shapes)), path)
 
 
 def build_engine(
     request: EngineRequest,
     arch: Architecture,
-    weights: Weights,
     folder: Path,
     settings: BuildConfig,
     *,
@@ -80,7 +75,7 @@ def build_engine(
     """
     onnx_path = folder / "model.onnx"
     with BuildProgress(request.label, show_progress) as progress:
-        write_onnx(request, arch, weights, onnx_path)
+        write_onnx(request, arch, onnx_path)
         job = BuildJob(
             onnx_path=str(onnx_path),
             plan_path=str(folder / "engine.plan"),

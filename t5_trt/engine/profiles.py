@@ -67,12 +67,14 @@ class Shapes:
 
 
 def input_shapes(graph: str, arch: Architecture, shapes: Shapes) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Optimization profile of a graph: input name -> (smallest, optimal, largest)."""
+    """Optimization profile of a graph's inputs that have dynamic axes: name -> (smallest, optimal, largest)."""
     low = {axis: 1 if axis in shapes.dynamic else getattr(shapes, axis) for axis in AXES}
     high = {axis: getattr(shapes, axis) for axis in AXES}
+    fixed = fixed_axes(shapes)
     return {
         tensor.name: tuple(tuple(_size(axis, sizes) for axis in tensor.axes) for sizes in (low, high, high))
         for tensor in signature(graph, arch).inputs
+        if any(isinstance(axis, str) and axis not in fixed for axis in tensor.axes)
     }
 
 

@@ -1,28 +1,26 @@
-"""Lazy get-or-build: from "this graph at these shapes" to the bytes of a plan, from memory, disk or a build."""
+"""Lazy get-or-build: from "this graph at these shapes" to the bytes of a plan, from disk or a build."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from t5_trt.architecture import Architecture
 from t5_trt.config import BuildConfig
 from t5_trt.engine.builder import EngineRequest, build_engine
-from t5_trt.engine.cache_key import engine_key, weights_digest
+from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
-from t5_trt.graph.ops import Weights
 
 
 class EngineProvider:
-    """Plans of one model for one TensorRT and one kind of GPU.
+    """Plans of one architecture for one TensorRT and one kind of GPU; they hold no weights, so checkpoints share them.
 
     Args:
         arch: of the model.
-        weights: state-dict key -> CPU tensor.
         store: where plans are kept.
         settings: of the builder.
         precision: resolved precision.
@@ -35,7 +33,6 @@ class EngineProvider:
     def __init__(
         self,
         arch: Architecture,
-        weights: Weights,
         store: EngineStore,
         settings: BuildConfig,
         *,
@@ -53,13 +50,8 @@ class EngineProvider:
         self.gpu = gpu
         self.compute_capabilities = compute_capabilities
         self.show_progress = show_progress
-        self._weights = weights
         self.version = load_tensorrt(flavor).version
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the weights; read once."""
-        return weights_digest(self._weights, self.arch)
+        self._fresh: set[str] = set()  # keys of engines that this process built and nobody checked yet
 
     def request(self, graph: str, shapes: Any) -> EngineRequest:
         """The request for a graph at given shapes."""
@@ -77,7 +69,7 @@ class EngineProvider:
             "graph": request.graph,
             "shapes": request.shapes.as_dict(),
             "precision": request.precision,
-            "weights": self.digest,
+            "architecture": asdict(self.arch),
             "workspace_bytes": self.settings.workspace_bytes,
             "optimization_level": self.settings.optimization_level,
             "flavor": request.flavor,
@@ -93,24 +85,36 @@ class EngineProvider:
         """
         request = self.request(graph, shapes)
         facts = self.facts(request)
+        key = engine_key(facts)
 
         def build(folder: Path) -> None:
             timing = self.store.root / f"timing-{self.flavor}-{self.version}.cache"
             build_engine(
                 request,
                 self.arch,
-                self._weights,
                 folder,
                 self.settings,
                 timing_cache=None if self.compute_capabilities else timing,
                 show_progress=self.show_progress,
             )
+            self._fresh.add(key)
 
-        return self.store.get_or_build(engine_key(facts), facts, build)
+        return self.store.get_or_build(key, facts, build)
+
+    def take_fresh(self, graph: str, shapes: Any) -> bool:
+        """Whether this process built the engine and asks for the first time."""
+        key = engine_key(self.facts(self.request(graph, shapes)))
+        if key not in self._fresh:
+            return False
+        self._fresh.discard(key)
+        return True
+
+    def discard(self, graph: str, shapes: Any) -> None:
+        """Delete an engine that turned out to be wrong."""
+        self.store.remove(engine_key(self.facts(self.request(graph, shapes))))
 
     def plans(self, wanted: Sequence[tuple[str, Any]]) -> list[bytes]:
         """Several plans; those that must be built are built side by side."""
-        _ = self.digest  # once, not in every thread
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
             return list(pool.map(lambda item: self.plan(*item), wanted))
 

@@ -21,7 +21,7 @@ from t5_trt.signature import WIDE_MARK
 logger = logging.getLogger("t5_trt.tensorrt")
 FLAVORS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 INSTALL_HINTS = {"tensorrt": "pip install 't5-trt[tensorrt]'", "rtx": "pip install 't5-trt[rtx]'"}
-Range = tuple[int, int, int]
+TIMING_RUNS = 4
 Report = Callable[[str, int, int], bool]
 
 
@@ -30,11 +30,11 @@ class BuildJob:
     """Everything a build process needs to know.
 
     Attributes:
-        onnx_path: the graph; its external data lies beside it.
+        onnx_path: the graph.
         plan_path: where to write the engine.
         flavor: "tensorrt" or "rtx".
         precision: "fp32", "tf32", "fp16" or "bf16".
-        profile: input name -> (smallest, optimal, largest) shape.
+        profile: (smallest, optimal, largest) shape of each input with dynamic axes.
         workspace_bytes: largest scratch memory of the engine.
         optimization_level: 0 to 5, or None for TensorRT's default (TensorRT 8.6 and newer).
         timing_cache: file that is read if it exists and rewritten, or None.
@@ -155,10 +155,11 @@ class TensorRT:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
         self._set_precision(network, config, job.precision)
         self._set_tactics(config, job)
-        profile = builder.create_optimization_profile()
-        for name, (low, best, high) in job.profile.items():
-            profile.set_shape(name, tuple(low), tuple(best), tuple(high))
-        config.add_optimization_profile(profile)
+        if job.profile:
+            profile = builder.create_optimization_profile()
+            for name, (low, best, high) in job.profile.items():
+                profile.set_shape(name, tuple(low), tuple(best), tuple(high))
+            config.add_optimization_profile(profile)
         if job.compute_capabilities:
             config.num_compute_capabilities = len(job.compute_capabilities)
             for index, capability in enumerate(job.compute_capabilities):
@@ -200,6 +201,8 @@ class TensorRT:
         source = self.trt.TacticSource
         if hasattr(source, "CUDNN") and self.major < 10:  # T5 has no use for it, and loading it costs a second
             config.set_tactic_sources(config.get_tactic_sources() & ~(1 << int(source.CUDNN)))
+        if hasattr(config, "avg_timing_iterations"):  # one run is noise where engines are built side by side
+            config.avg_timing_iterations = TIMING_RUNS
         if job.optimization_level is not None and hasattr(config, "builder_optimization_level"):
             config.builder_optimization_level = job.optimization_level
 

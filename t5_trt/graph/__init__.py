@@ -12,16 +12,17 @@ import onnx_ir as ir
 from t5_trt.architecture import Architecture
 from t5_trt.graph.decoder import build_decoder
 from t5_trt.graph.encoder import build_cross, build_encoder
-from t5_trt.graph.ops import Weights
+from t5_trt.graph.forms import DeviceForm, Form, HostForm
+from t5_trt.graph.parameters import Weights
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
 #: part of every engine's cache key: raise it when a change here changes what a graph computes or is called
-GRAPH_REVISION = 1
+GRAPH_REVISION = 2
 
-__all__ = ["GRAPH_REVISION", "build_graph"]
+__all__ = ["GRAPH_REVISION", "build_device_graph", "build_host_graph"]
 
 
-def build_graph(
+def build_host_graph(
     graph: str,
     arch: Architecture,
     weights: Weights,
@@ -29,7 +30,7 @@ def build_graph(
     index: ir.DataType = ir.DataType.INT64,
     fixed: Mapping[str, int] | None = None,
 ) -> ir.Model:
-    """Write one of `t5_trt.signature.GRAPHS`.
+    """Write one of `t5_trt.signature.GRAPHS` with the weights as initializers.
 
     Args:
         graph: its name.
@@ -39,10 +40,28 @@ def build_graph(
         index: type of ids, positions and masks.
         fixed: axis letter of `t5_trt.signature` -> size, for axes that are known.
     """
+    return _build(graph, HostForm(graph, arch, weights, real, index, fixed))
+
+
+def build_device_graph(
+    graph: str,
+    arch: Architecture,
+    real: ir.DataType,
+    index: ir.DataType = ir.DataType.INT32,
+    fixed: Mapping[str, int] | None = None,
+) -> ir.Model:
+    """Write one of `t5_trt.signature.GRAPHS` with the weights as inputs, named as in `t5_trt.graph.parameters`.
+
+    Arguments as for `build_host_graph`.
+    """
+    return _build(graph, DeviceForm(graph, arch, real, index, fixed))
+
+
+def _build(graph: str, form: Form) -> ir.Model:
     if graph in (ENCODER, ENCODER_EMBEDS):
-        return build_encoder(arch, weights, real, index, fixed, embeds=graph == ENCODER_EMBEDS)
+        return build_encoder(form, embeds=graph == ENCODER_EMBEDS)
     if graph == CROSS:
-        return build_cross(arch, weights, real, index, fixed)
+        return build_cross(form)
     if graph in (STEP, QUERIES):
-        return build_decoder(arch, weights, real, index, fixed, queries=graph == QUERIES)
+        return build_decoder(form, queries=graph == QUERIES)
     raise KeyError(graph)

@@ -1,20 +1,21 @@
 """The decoder graph over a static K/V cache, for one query position (a step) or several (prompts, verification).
 
-Split softmax: scores over the cache and scores over the new keys are concatenated before the softmax and split after
-it, so the engine reads the cache where it lies and hands back only the new K/V rows; the session writes those.
-Beams are query positions of the cross-attention, so the encoder's K/V are never repeated per beam.
+The engine reads the cache where it lies and hands back only the new K/V rows; the session writes those. A step puts the score
+of the new key in the place of the cache's first free entry, so that one softmax over T scores serves both; several query
+positions have their new scores behind the cached ones (split softmax). Beams are query positions of the cross-attention,
+so the encoder's K/V are never repeated per beam.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from t5_trt.architecture import Architecture
-from t5_trt.graph.blocks import FLOAT, feed_forward, rms_norm, scores, softmax
-from t5_trt.graph.ops import GraphBuilder, Weights
+from t5_trt.graph.blocks import FLOAT, attend, feed_forward, softmax
+from t5_trt.graph.forms import Form, Projection
+from t5_trt.graph.ops import Dim
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.relative_bias import RelativeBias, distance_buckets
 from t5_trt.signature import QUERIES, STEP, signature
@@ -24,165 +25,194 @@ INT64 = ir.DataType.INT64
 
 @dataclass(frozen=True)
 class _Frame:
-    """What every layer shares: shape vectors and the positions of the keys."""
+    """Sizes and positions that every layer shares."""
 
     single: bool  # Q = 1
-    cached: ir.Value  # (T,)
-    logits_shape: ir.Value  # (R, Q, V)
-    heads_shape: ir.Value  # (R, Q, H, D), or (R, H, 1, D) for one query position
-    beams_shape: ir.Value  # (B, N*Q, H, D)
-    past_index: ir.Value  # [Q, T] clipped distances from query to cached key
-    new_index: ir.Value  # [Q, Q] clipped distances from query to new key
-    past_mask: ir.Value  # [R or 1, 1, Q or 1, T]
-    new_mask: ir.Value  # [R or 1, 1, Q, Q]
+    batch: Dim  # B
+    beams: Dim  # N * Q, the query positions of each batch entry
+    rows: Dim  # R
+    queries: Dim  # Q
+    cached: Dim  # T
+    source: Dim  # S
+    past_index: ir.Value  # [T] or [Q, T] clipped distances from query to cached key
+    new_index: ir.Value | None  # [Q, Q] clipped distances from query to new key
+    past_mask: ir.Value  # [T], or [R, 1, 1, T]
+    new_mask: ir.Value | None  # [R, 1, Q, Q]
+    here: ir.Value | None  # bool [T], true at the place of the new key
+
+    @property
+    def streams(self) -> tuple[Dim, Dim]:
+        """Leading axes of the residual stream."""
+        return self.batch, self.beams
 
 
-def build_decoder(
-    arch: Architecture,
-    weights: Weights,
-    real: ir.DataType,
-    index: ir.DataType = INT64,
-    fixed: Mapping[str, int] | None = None,
-    *,
-    queries: bool = False,
-) -> ir.Model:
+def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     """Write the decoder: see `t5_trt.signature.signature` for inputs and outputs.
 
     Args:
-        arch: of the model.
-        weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
-        real: compute type.
-        index: type of ids and positions.
-        fixed: axis letter -> size, for axes that are known.
+        graph: an empty form of the model.
         queries: several query positions (Q) instead of one.
     """
-    name = QUERIES if queries else STEP
-    declared = signature(name, arch)
-    graph = GraphBuilder(name, weights, real, index, fixed)
+    arch = graph.arch
+    declared = signature(QUERIES if queries else STEP, arch, packed=graph.packed)
     inputs = {tensor.name: graph.input(tensor) for tensor in declared.inputs}
-    frame = _frame(graph, arch, inputs)
+    frame = _queries_frame(graph, inputs) if queries else _step_frame(graph, inputs)
     relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False))
-    biases: dict[str, tuple[ir.Value, ir.Value]] = {}
-    embedded = graph.op("Gather", graph.weight("shared.weight"), inputs["decoder_input_ids"], axis=0)
-    stream = graph.reshape(embedded, -1, arch.d_model)  # [R*Q, E]
+    biases: dict[str, list[ir.Value]] = {}
+    embedded = graph.op("Gather", graph.parameter(EMBEDDING), inputs["decoder_input_ids"], axis=0)
+    stream = graph.stream(embedded, frame.streams, arch.d_model)
     outputs: dict[str, ir.Value] = {}
     for layer in range(arch.decoder_layers):
-        prefix = f"decoder.block.{layer}"
+        block = f"decoder.block.{layer}.layer"
         table = arch.bias_weight("decoder", layer)
         if table not in biases:
             biases[table] = _masked_biases(graph, relative, table, frame)
         past = (inputs[f"past_k_{layer}"], inputs[f"past_v_{layer}"])
         cross = (inputs[f"cross_k_{layer}"], inputs[f"cross_v_{layer}"])
-        with graph.scope(f"{prefix}.layer.0"):
-            stream, key, value = _self_attention(graph, arch, stream, f"{prefix}.layer.0", frame, past, biases[table])
-        outputs |= {f"new_k_{layer}": key, f"new_v_{layer}": value}
-        with graph.scope(f"{prefix}.layer.1"):
-            bias = inputs["cross_bias"]
-            stream = _cross_attention(graph, arch, stream, f"{prefix}.layer.1", frame, cross, bias)
-        with graph.scope(f"{prefix}.layer.2"):
-            stream = feed_forward(graph, arch, stream, f"{prefix}.layer.2")
-    with graph.scope("lm_head"):
-        outputs["logits"] = _logits(graph, arch, stream, frame)
+        with graph.scope(f"{block}.0"):
+            made = graph.project(stream, f"{block}.0.SelfAttention.qkv")
+            attention = _queries_attention if queries else _step_attention
+            mixed = attention(graph, frame, made, past, biases[table])
+            outputs |= _new_rows(graph, frame, made, layer)
+            stream = graph.op("Add", stream, graph.linear(mixed, f"{block}.0.SelfAttention.o"))
+        with graph.scope(f"{block}.1"):
+            stream = _cross_attention(graph, frame, stream, f"{block}.1", cross, inputs["cross_bias"])
+        with graph.scope(f"{block}.2"):
+            stream = feed_forward(graph, stream, f"{block}.2")
+    with graph.scope(LM_HEAD):
+        (flat,) = graph.project(stream, LM_HEAD, arch.output_scale).parts
+        logits = graph.reshape(flat, frame.rows, frame.queries, arch.vocab_size)
+        outputs["logits"] = graph.cast(logits, graph.real, FLOAT)
     return graph.finish(outputs, declared.outputs)
 
 
-def _frame(graph: GraphBuilder, arch: Architecture, inputs: dict[str, ir.Value]) -> _Frame:
+def _sizes(graph: Form, inputs: dict[str, ir.Value]) -> dict[str, Dim]:
     tokens, past, cross = inputs["decoder_input_ids"], inputs["past_k_0"], inputs["cross_k_0"]
-    rows, query_count, cached = graph.size(tokens, 0), graph.size(tokens, 1), graph.size(past, 2)
-    width = (arch.num_heads, arch.d_kv)
-    single = "key_bias" not in inputs
-    position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
-    slots, queries = graph.arange(cached), graph.arange(query_count)  # [T], [Q]
-    hide, keep = graph.scalar(mask_value(graph.real)), graph.scalar(0.0)
-    cached_end = graph.vector(cached)
+    rows, queries, batch = graph.size(tokens, 0), graph.size(tokens, 1), graph.size(cross, 0)
+    beams = graph.divide(graph.multiply(rows, queries), batch)
+    sizes = {"rows": rows, "queries": queries, "batch": batch, "beams": beams}
+    return sizes | {"cached": graph.size(past, 2), "source": graph.size(cross, 2)}
 
-    column = graph.op("Unsqueeze", queries, graph.ints(1))  # [Q, 1]
-    past_distance = graph.op("Sub", graph.op("Add", column, position), slots)  # [Q, T]
-    past_mask = graph.op("Where", graph.op("Less", slots, position), keep, hide)  # [T]
-    past_mask = graph.op("Unsqueeze", past_mask, graph.ints(0, 1, 2))  # [1, 1, 1, T]
-    new_distance = graph.op("Sub", column, queries)  # [Q, Q]
-    new_mask = graph.op("Where", graph.op("Less", new_distance, graph.scalar(0, INT64)), hide, keep)
-    new_mask = graph.op("Unsqueeze", new_mask, graph.ints(0, 1))  # [1, 1, Q, Q]
-    if not single:  # Min instead of a sum: two lowest values added would be -inf
-        pads = inputs["key_bias"]
-        past_pad = graph.op("Slice", pads, graph.ints(0), cached_end, graph.ints(3))
-        new_pad = graph.op("Slice", pads, cached_end, graph.ints(2**31 - 1), graph.ints(3))
-        past_mask, new_mask = graph.op("Min", past_mask, past_pad), graph.op("Min", new_mask, new_pad)
+
+def _step_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
+    sizes = _sizes(graph, inputs)
+    slots = graph.arange(sizes["cached"])  # [T]
+    position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
+    later = graph.op("Greater", slots, position)
     return _Frame(
-        single=single,
-        cached=cached_end,
-        logits_shape=graph.vector(rows, query_count, arch.vocab_size),
-        heads_shape=graph.vector(rows, arch.num_heads, 1, arch.d_kv)
-        if single
-        else graph.vector(rows, query_count, *width),
-        beams_shape=graph.vector(graph.size(cross, 0), -1, *width),
-        past_index=graph.clip(past_distance, 0, arch.max_distance),
-        new_index=graph.clip(new_distance, 0, arch.max_distance),
-        past_mask=past_mask,
-        new_mask=new_mask,
+        single=True,
+        **sizes,
+        past_index=graph.clip(graph.op("Sub", position, slots), 0, graph.arch.max_distance),
+        new_index=None,
+        past_mask=graph.op("Where", later, graph.scalar(mask_value(graph.real)), graph.scalar(0.0)),
+        new_mask=None,
+        here=graph.op("Equal", slots, position),
     )
 
 
-def _masked_biases(graph: GraphBuilder, relative: RelativeBias, table: str, frame: _Frame) -> tuple[ir.Value, ir.Value]:
-    """Relative bias plus mask over cached keys [R or 1, H, Q, T] and over new keys [R or 1, H, Q, Q]."""
+def _queries_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
+    sizes = _sizes(graph, inputs)
+    slots, queries = graph.arange(sizes["cached"]), graph.arange(sizes["queries"])  # [T], [Q]
+    position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
+    hide, keep = graph.scalar(mask_value(graph.real)), graph.scalar(0.0)
+    column = graph.op("Unsqueeze", queries, graph.ints(1))  # [Q, 1]
+    past_distance = graph.op("Sub", graph.op("Add", column, position), slots)  # [Q, T]
+    new_distance = graph.op("Sub", column, queries)  # [Q, Q]
+    past_mask = graph.op("Where", graph.op("Less", slots, position), keep, hide)  # [T]
+    new_mask = graph.op("Where", graph.op("Less", new_distance, graph.scalar(0, INT64)), hide, keep)  # [Q, Q]
+    pads, end = inputs["key_bias"], graph.vector(sizes["cached"])
+    past_pad = graph.op("Slice", pads, graph.ints(0), end, graph.ints(3))
+    new_pad = graph.op("Slice", pads, end, graph.ints(2**31 - 1), graph.ints(3))
+    return _Frame(
+        single=False,
+        **sizes,
+        past_index=graph.clip(past_distance, 0, graph.arch.max_distance),
+        new_index=graph.clip(new_distance, 0, graph.arch.max_distance),
+        past_mask=graph.op("Min", past_mask, past_pad),  # not a sum: two lowest values added would be -inf
+        new_mask=graph.op("Min", new_mask, new_pad),
+        here=None,
+    )
+
+
+def _masked_biases(graph: Form, relative: RelativeBias, table: str, frame: _Frame) -> list[ir.Value]:
+    """Relative bias plus mask. A step: [H, T]. Several: over cached keys [R, H, Q, T] and over new keys [R, H, Q, Q]."""
+    if frame.single:
+        return [graph.op("Add", graph.transpose(relative.rows(table, frame.past_index), 1, 0), frame.past_mask)]
+    assert frame.new_index is not None and frame.new_mask is not None
     biases = []
     for index, mask in ((frame.past_index, frame.past_mask), (frame.new_index, frame.new_mask)):
         rows = graph.transpose(relative.rows(table, index), 2, 0, 1)  # [H, Q, keys]
         biases.append(graph.op("Add", graph.op("Unsqueeze", rows, graph.ints(0)), mask))
-    return biases[0], biases[1]
+    return biases
 
 
-def _self_attention(
-    graph: GraphBuilder,
-    arch: Architecture,
-    stream: ir.Value,
-    layer: str,
-    frame: _Frame,
-    past: tuple[ir.Value, ir.Value],
-    biases: tuple[ir.Value, ir.Value],
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Self-attention with residual; returns the stream and the new K and V [R, H, Q, D]."""
-    attention = f"{layer}.SelfAttention"
-    normed = rms_norm(graph, stream, f"{layer}.layer_norm.weight", arch.epsilon)
-    split = (
-        graph.op("Reshape", graph.linear(normed, f"{attention}.{part}.weight"), frame.heads_shape) for part in "qkv"
-    )
-    # with one query position [R, Q, H, D] and [R, H, Q, D] are the same memory: no transpose there
-    query, key, value = (part if frame.single else graph.transpose(part, 0, 2, 1, 3) for part in split)
-    past_scores = scores(graph, query, past[0], biases[0])
-    new_scores = scores(graph, query, key, biases[1])
+def _step_attention(
+    graph: Form, frame: _Frame, made: Projection, past: tuple[ir.Value, ir.Value], biases: list[ir.Value]
+) -> ir.Value:
+    """Self-attention of one new token for each row."""
+    arch = graph.arch
+    heads, width = arch.num_heads, arch.d_kv
+    assert frame.here is not None
+    query, key, value = (graph.reshape(part, *frame.streams, heads, width) for part in made.parts)  # [B, N, H, D]
+    past_key, past_value = (graph.reshape(part, -1, frame.cached, width) for part in past)  # [R*H, T, D]
+    cached = attend(graph, graph.reshape(query, -1, 1, width), past_key)  # [R*H, 1, T]
+    new = graph.op("ReduceSum", graph.op("Mul", query, key), graph.ints(3), keepdims=1)  # [B, N, H, 1]
+    scores = graph.op("Where", frame.here, new, graph.reshape(cached, *frame.streams, heads, frame.cached))
+    weights = softmax(graph, graph.op("Add", scores, biases[0]))  # [B, N, H, T]
+    zero = graph.scalar(0.0)
+    new_weight = graph.op("ReduceSum", graph.op("Where", frame.here, weights, zero), graph.ints(3), keepdims=1)
+    past_weights = graph.reshape(graph.op("Where", frame.here, zero, weights), -1, 1, frame.cached)
+    mixed = graph.reshape(graph.op("MatMul", past_weights, past_value), *frame.streams, heads, width)
+    mixed = graph.op("Add", mixed, graph.op("Mul", new_weight, value))
+    return graph.stream(mixed, frame.streams, heads * width)
+
+
+def _queries_attention(
+    graph: Form, frame: _Frame, made: Projection, past: tuple[ir.Value, ir.Value], biases: list[ir.Value]
+) -> ir.Value:
+    """Self-attention of Q new tokens for each row."""
+    arch = graph.arch
+    heads, width = arch.num_heads, arch.d_kv
+    split = (graph.reshape(part, frame.rows, frame.queries, heads, width) for part in made.parts)
+    query, key, value = (graph.transpose(part, 0, 2, 1, 3) for part in split)  # [R, H, Q, D]
+    past_scores = graph.op("Add", graph.op("MatMul", query, graph.transpose(past[0], 0, 1, 3, 2)), biases[0])
+    new_scores = graph.op("Add", graph.op("MatMul", query, graph.transpose(key, 0, 1, 3, 2)), biases[1])
     weights = softmax(graph, graph.op("Concat", past_scores, new_scores, axis=-1))
-    past_weights = graph.op("Slice", weights, graph.ints(0), frame.cached, graph.ints(3))
-    new_weights = graph.op("Slice", weights, frame.cached, graph.ints(2**31 - 1), graph.ints(3))
+    end = graph.vector(frame.cached)
+    past_weights = graph.op("Slice", weights, graph.ints(0), end, graph.ints(3))
+    new_weights = graph.op("Slice", weights, end, graph.ints(2**31 - 1), graph.ints(3))
     mixed = graph.op("Add", graph.op("MatMul", past_weights, past[1]), graph.op("MatMul", new_weights, value))
-    ordered = mixed if frame.single else graph.transpose(mixed, 0, 2, 1, 3)
-    merged = graph.reshape(ordered, -1, arch.num_heads * arch.d_kv)  # [R*Q, H*D]
-    return graph.op("Add", stream, graph.linear(merged, f"{attention}.o.weight")), key, value
+    return graph.stream(graph.transpose(mixed, 0, 2, 1, 3), frame.streams, heads * width)
+
+
+def _new_rows(graph: Form, frame: _Frame, made: Projection, layer: int) -> dict[str, ir.Value]:
+    """K and V of the new tokens: as they come out of the product, or in the host form [R, H, Q, D] each."""
+    arch = graph.arch
+    if made.packed is not None:
+        width = 3 * arch.num_heads * arch.d_kv
+        return {f"new_qkv_{layer}": graph.reshape(made.packed, frame.rows, frame.queries, width)}
+    rows = {}
+    for kind, part in zip("kv", made.parts[1:], strict=True):
+        split = graph.reshape(part, frame.rows, frame.queries, arch.num_heads, arch.d_kv)
+        rows[f"new_{kind}_{layer}"] = graph.transpose(split, 0, 2, 1, 3)
+    return rows
 
 
 def _cross_attention(
-    graph: GraphBuilder,
-    arch: Architecture,
-    stream: ir.Value,
-    layer: str,
-    frame: _Frame,
-    cross: tuple[ir.Value, ir.Value],
-    bias: ir.Value,
+    graph: Form, frame: _Frame, stream: ir.Value, layer: str, cross: tuple[ir.Value, ir.Value], bias: ir.Value
 ) -> ir.Value:
     """Cross-attention with residual; all beams and query positions of a batch entry are queries of one product."""
+    arch = graph.arch
+    heads, width = arch.num_heads, arch.d_kv
     attention = f"{layer}.EncDecAttention"
-    normed = rms_norm(graph, stream, f"{layer}.layer_norm.weight", arch.epsilon)
-    flat = graph.linear(normed, f"{attention}.q.weight")  # [R*Q, H*D]
-    query = graph.transpose(graph.op("Reshape", flat, frame.beams_shape), 0, 2, 1, 3)  # [B, H, N*Q, D]
-    mixed = graph.op("MatMul", softmax(graph, scores(graph, query, cross[0], bias)), cross[1])
-    merged = graph.reshape(graph.transpose(mixed, 0, 2, 1, 3), -1, arch.num_heads * arch.d_kv)
-    return graph.op("Add", stream, graph.linear(merged, f"{attention}.o.weight"))
-
-
-def _logits(graph: GraphBuilder, arch: Architecture, stream: ir.Value, frame: _Frame) -> ir.Value:
-    """The output matrix: [R, Q, V], float32."""
-    normed = rms_norm(graph, stream, "decoder.final_layer_norm.weight", arch.epsilon)
-    if arch.output_scale != 1.0:
-        normed = graph.op("Mul", normed, graph.scalar(arch.output_scale))
-    flat = graph.linear(normed, arch.head_weight)
-    return graph.cast(graph.op("Reshape", flat, frame.logits_shape), graph.real, FLOAT)
+    one = frame.beams == 1
+    flat = graph.reshape(graph.linear(stream, f"{attention}.q"), *frame.streams, heads, width)  # [B, N*Q, H, D]
+    query = flat if one else graph.transpose(flat, 0, 2, 1, 3)
+    key, value = (graph.reshape(part, -1, frame.source, width) for part in cross)  # [B*H, S, D]
+    query = graph.reshape(query, -1, frame.beams, width)
+    scores = graph.reshape(attend(graph, query, key), frame.batch, heads, frame.beams, frame.source)
+    weights = graph.reshape(softmax(graph, graph.op("Add", scores, bias)), -1, frame.beams, frame.source)
+    mixed = graph.reshape(graph.op("MatMul", weights, value), frame.batch, heads, frame.beams, width)
+    if not one:
+        mixed = graph.transpose(mixed, 0, 2, 1, 3)
+    return graph.op("Add", stream, graph.linear(graph.stream(mixed, frame.streams, heads * width), f"{attention}.o"))

@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx_ir as ir
 
-from t5_trt.architecture import Architecture
-from t5_trt.graph.blocks import cross_projections, feed_forward, rms_norm, scores, softmax
-from t5_trt.graph.ops import Dim, GraphBuilder, Weights
+from t5_trt.graph.blocks import feed_forward, softmax
+from t5_trt.graph.forms import Form
+from t5_trt.graph.ops import Dim
+from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.relative_bias import RelativeBias, distance_buckets
-from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, signature
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, layered, signature
 
 INT64 = ir.DataType.INT64
 
 
-def build_encoder(
-    arch: Architecture,
-    weights: Weights,
-    real: ir.DataType,
-    index: ir.DataType = INT64,
-    fixed: Mapping[str, int] | None = None,
-    *,
-    embeds: bool = False,
-) -> ir.Model:
+def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
     """Write the encoder: see `t5_trt.signature.signature` for inputs and outputs.
 
     Args:
-        arch: of the model.
-        weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
-        real: compute type.
-        index: type of ids and masks.
-        fixed: axis letter -> size, for axes that are known.
+        graph: an empty form of the model.
         embeds: take ``inputs_embeds`` instead of ``input_ids``.
     """
-    name = ENCODER_EMBEDS if embeds else ENCODER
-    declared = signature(name, arch)
-    graph = GraphBuilder(name, weights, real, index, fixed)
+    arch = graph.arch
+    declared = signature(ENCODER_EMBEDS if embeds else ENCODER, arch, packed=graph.packed)
     source, mask = (graph.input(tensor) for tensor in declared.inputs)
-    embedded = source if embeds else graph.op("Gather", graph.weight("shared.weight"), source, axis=0)
-    stream = graph.reshape(embedded, -1, arch.d_model)  # [B*S, E]
     batch, length = graph.size(mask, 0), graph.size(mask, 1)
-    split_shape = graph.vector(batch, length, arch.num_heads, arch.d_kv)
+    embedded = source if embeds else graph.op("Gather", graph.parameter(EMBEDDING), source, axis=0)
+    stream = graph.stream(embedded, (batch, length), arch.d_model)
 
-    hidden = graph.op("Equal", mask, graph.scalar(0, index))
-    hide = graph.op("Where", hidden, graph.scalar(mask_value(real)), graph.scalar(0.0))
-    key_bias = graph.reshape(hide, 0, 1, 1, -1)  # [B, 1, 1, S]
+    hidden = graph.op("Equal", mask, graph.scalar(0, graph.index))
+    hide = graph.op("Where", hidden, graph.scalar(mask_value(graph.real)), graph.scalar(0.0))
+    key_bias = graph.reshape(hide, batch, 1, 1, length)
     offsets = _clipped_offsets(graph, length, arch.max_distance)
     relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True))
     biases: dict[str, ir.Value] = {}
@@ -58,34 +43,39 @@ def build_encoder(
             rows = graph.op("Unsqueeze", graph.transpose(relative.rows(table, offsets), 2, 0, 1), graph.ints(0))
             biases[table] = graph.op("Add", rows, key_bias)
         with graph.scope(f"{prefix}.layer.0"):
-            stream = _self_attention(graph, arch, stream, f"{prefix}.layer.0", split_shape, biases[table])
+            stream = _self_attention(graph, stream, f"{prefix}.layer.0", (batch, length), biases[table])
         with graph.scope(f"{prefix}.layer.1"):
-            stream = feed_forward(graph, arch, stream, f"{prefix}.layer.1")
+            stream = feed_forward(graph, stream, f"{prefix}.layer.1")
     with graph.scope("encoder.final_layer_norm"):
-        stream = rms_norm(graph, stream, "encoder.final_layer_norm.weight", arch.epsilon)
-    shape = graph.vector(batch, length, arch.d_model)
-    outputs = {"encoder_hidden_states": graph.op("Reshape", stream, shape)}
-    outputs |= cross_projections(graph, arch, stream, split_shape)
-    return graph.finish(outputs, declared.outputs)
+        stream = graph.rms_norm(stream, graph.parameter("encoder.final_layer_norm.weight"))
+    outputs = {"encoder_hidden_states": graph.reshape(stream, batch, length, arch.d_model)}
+    return graph.finish(outputs | _cross_projections(graph, stream, (batch, length)), declared.outputs)
 
 
-def build_cross(
-    arch: Architecture,
-    weights: Weights,
-    real: ir.DataType,
-    index: ir.DataType = INT64,
-    fixed: Mapping[str, int] | None = None,
-) -> ir.Model:
+def build_cross(graph: Form) -> ir.Model:
     """Write the graph that turns precomputed encoder states into cross-attention K/V."""
-    declared = signature(CROSS, arch)
-    graph = GraphBuilder(CROSS, weights, real, index, fixed)
+    declared = signature(CROSS, graph.arch, packed=graph.packed)
     (states,) = (graph.input(tensor) for tensor in declared.inputs)
-    split_shape = graph.vector(graph.size(states, 0), graph.size(states, 1), arch.num_heads, arch.d_kv)
-    flat = graph.reshape(states, -1, arch.d_model)
-    return graph.finish(cross_projections(graph, arch, flat, split_shape), declared.outputs)
+    outer = (graph.size(states, 0), graph.size(states, 1))
+    stream = graph.stream(states, outer, graph.arch.d_model)
+    return graph.finish(_cross_projections(graph, stream, outer), declared.outputs)
 
 
-def _clipped_offsets(graph: GraphBuilder, length: Dim, limit: int) -> ir.Value:
+def _cross_projections(graph: Form, stream: ir.Value, outer: tuple[Dim, Dim]) -> dict[str, ir.Value]:
+    """Cross-attention K and V of every decoder layer: one [L, 2, B, H, S, D], or in the host form 2 * L of [B, H, S, D]."""
+    arch = graph.arch
+    heads = (arch.num_heads, arch.d_kv)
+    with graph.scope(CROSS_KV):
+        made = graph.project(stream, CROSS_KV)
+        if made.packed is not None:
+            split = graph.reshape(made.packed, *outer, arch.decoder_layers, 2, *heads)
+            return {"cross_kv": graph.transpose(split, 2, 3, 0, 4, 1, 5)}
+        names = layered("cross", arch.decoder_layers)
+        parts = (graph.transpose(graph.reshape(part, *outer, *heads), 0, 2, 1, 3) for part in made.parts)
+        return dict(zip(names, parts, strict=True))
+
+
+def _clipped_offsets(graph: Form, length: Dim, limit: int) -> ir.Value:
     """Key - query, clipped to +-limit and shifted to start at 0, for all pairs: [S, S]."""
     if isinstance(length, int):
         steps_known = np.arange(length)
@@ -95,17 +85,14 @@ def _clipped_offsets(graph: GraphBuilder, length: Dim, limit: int) -> ir.Value:
     return graph.op("Add", graph.clip(offset, -limit, limit), graph.scalar(limit, INT64))
 
 
-def _self_attention(
-    graph: GraphBuilder, arch: Architecture, stream: ir.Value, layer: str, split_shape: ir.Value, bias: ir.Value
-) -> ir.Value:
+def _self_attention(graph: Form, stream: ir.Value, layer: str, outer: tuple[Dim, Dim], bias: ir.Value) -> ir.Value:
+    arch = graph.arch
     attention = f"{layer}.SelfAttention"
-    normed = rms_norm(graph, stream, f"{layer}.layer_norm.weight", arch.epsilon)
     query, key, value = (
-        graph.transpose(
-            graph.op("Reshape", graph.linear(normed, f"{attention}.{part}.weight"), split_shape), 0, 2, 1, 3
-        )
-        for part in "qkv"
+        graph.transpose(graph.reshape(part, *outer, arch.num_heads, arch.d_kv), 0, 2, 1, 3)
+        for part in graph.project(stream, f"{attention}.qkv").parts
     )  # [B, H, S, D]
-    mixed = graph.op("MatMul", softmax(graph, scores(graph, query, key, bias)), value)
-    merged = graph.reshape(graph.transpose(mixed, 0, 2, 1, 3), -1, arch.num_heads * arch.d_kv)  # [B*S, H*D]
-    return graph.op("Add", stream, graph.linear(merged, f"{attention}.o.weight"))
+    scores = graph.op("MatMul", query, graph.transpose(key, 0, 1, 3, 2))
+    mixed = graph.op("MatMul", softmax(graph, graph.op("Add", scores, bias)), value)
+    merged = graph.stream(graph.transpose(mixed, 0, 2, 1, 3), outer, arch.num_heads * arch.d_kv)
+    return graph.op("Add", stream, graph.linear(merged, f"{attention}.o"))

@@ -1,7 +1,6 @@
 """A thin layer over onnx-ir: one object that collects nodes and initializers of a graph and knows its compute type.
 
-It knows ONNX, not T5. Matrices stay initializers under their state-dict keys and are read only when the model is saved
-or bound, so building a graph costs no copy of the weights.
+It knows ONNX, not T5; `t5_trt.graph.forms` adds that.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
-from t5_trt.graph.precision import TORCH_TYPES
 from t5_trt.signature import INDEX, LOGITS, WIDE_MARK, Tensor
 
 OPSET = 17  # the newest that TensorRT 8.5 reads
 IR_VERSION = 8  # the one of opset 17's time
-Weights = Mapping[str, torch.Tensor]
 Dim = int | ir.Value
 
 
@@ -29,7 +25,6 @@ class GraphBuilder:
 
     Args:
         name: of the graph.
-        weights: state-dict key -> tensor on the CPU.
         real: ONNX type of weights and activations.
         index: ONNX type of ids, positions and masks.
         fixed: axis letter -> size, for axes that are known: arithmetic on them is done here and not in the graph.
@@ -38,7 +33,6 @@ class GraphBuilder:
     def __init__(
         self,
         name: str,
-        weights: Weights,
         real: ir.DataType,
         index: ir.DataType = ir.DataType.INT64,
         fixed: Mapping[str, int] | None = None,
@@ -47,7 +41,6 @@ class GraphBuilder:
         self._fixed = dict(fixed or {})
         self.real = real
         self.index = index
-        self._weights = weights
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
@@ -70,7 +63,9 @@ class GraphBuilder:
 
     def input(self, tensor: Tensor) -> ir.Value:
         """Declare a graph input."""
-        value = ir.Value(name=tensor.name, type=ir.TensorType(self._dtype(tensor.kind)), shape=self._shape(tensor))
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(self._dtype(tensor.kind)), shape=ir.Shape(self.shape_of(tensor))
+        )
         self._inputs.append(value)
         return value
 
@@ -90,17 +85,12 @@ class GraphBuilder:
         self._nodes.append(node)
         return node.outputs
 
-    def weight(self, key: str, dtype: ir.DataType | None = None) -> ir.Value:
-        """The initializer of a checkpoint tensor, cast to `dtype` (the compute type by default) when it is read."""
+    def initializer(self, key: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """The initializer of that name, made from `tensor` the first time."""
         if key not in self._initializers:
-            source, dtype = self._weights[key], dtype or self.real
-
-            def read() -> ir.TensorProtocol:
-                tensor = source.detach().to(TORCH_TYPES[dtype])
-                return ir.tensor_adapters.TorchTensor(tensor.contiguous(), name=key)
-
-            lazy = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(source.shape), name=key)
-            self._initializers[key] = _initializer(key, lazy)
+            self._initializers[key] = ir.Value(
+                name=key, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+            )
         return self._initializers[key]
 
     def constant(self, array: Any, dtype: ir.DataType) -> ir.Value:
@@ -108,9 +98,7 @@ class GraphBuilder:
         data = np.asarray(array)
         content = hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
         key = f"const_{dtype.name}_{'x'.join(map(str, data.shape))}_{content}"
-        if key not in self._initializers:
-            self._initializers[key] = _initializer(key, ir.tensor(data.astype(dtype.numpy()), dtype=dtype, name=key))
-        return self._initializers[key]
+        return self.initializer(key, ir.tensor(data.astype(dtype.numpy()), dtype=dtype, name=key))
 
     def ints(self, *values: int) -> ir.Value:
         """An int64 vector, as shape arguments are."""
@@ -124,20 +112,13 @@ class GraphBuilder:
         """Cast, unless both types are the same."""
         return value if source == target else self.op("Cast", value, to=int(target))
 
-    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+    def reshape(self, value: ir.Value, *shape: Dim) -> ir.Value:
         """Reshape; 0 keeps the input's size at that place, -1 takes what is left."""
-        return self.op("Reshape", value, self.ints(*shape))
+        return self.op("Reshape", value, self.vector(*shape))
 
     def transpose(self, value: ir.Value, *order: int) -> ir.Value:
         """Permute the axes."""
         return self.op("Transpose", value, perm=order)
-
-    def linear(self, value: ir.Value, key: str) -> ir.Value:
-        """``value [rows, in] @ weight [out, in]^T``.
-
-        Gemm with transB reads the matrix in the checkpoint's own layout: no transposed copy is ever made.
-        """
-        return self.op("Gemm", value, self.weight(key), transB=1)
 
     def size(self, value: ir.Value, axis: int) -> Dim:
         """One dimension of a graph input: a number if it is fixed, else an int64 vector of length 1."""
@@ -147,6 +128,18 @@ class GraphBuilder:
             return known
         # not Shape's start and end: parsers of opset 14's time ignore them
         return self.op("Gather", self.op("Shape", value), self.ints(axis), axis=0)
+
+    def multiply(self, left: Dim, right: Dim) -> Dim:
+        """The product of two dimensions."""
+        if isinstance(left, int) and isinstance(right, int):
+            return left * right
+        return left if right == 1 else self.op("Mul", self.vector(left), self.vector(right))
+
+    def divide(self, left: Dim, right: Dim) -> Dim:
+        """The quotient of two dimensions, which must be whole."""
+        if isinstance(left, int) and isinstance(right, int):
+            return left // right
+        return self.op("Div", self.vector(left), self.vector(right))
 
     def vector(self, *dims: Dim) -> ir.Value:
         """Dimensions as one int64 vector."""
@@ -178,7 +171,7 @@ class GraphBuilder:
             if value.name in self._initializers or value in results or value.producer() is None:
                 value = self.op("Identity", value)
             value.name, value.type = tensor.name, ir.TensorType(self._dtype(tensor.kind))
-            value.shape = self._shape(tensor)
+            value.shape = ir.Shape(self.shape_of(tensor))
             results.append(value)
         graph = ir.Graph(
             inputs=self._inputs,
@@ -190,14 +183,9 @@ class GraphBuilder:
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="t5_trt")
 
-    def _shape(self, tensor: Tensor) -> ir.Shape:
-        return ir.Shape([self._fixed.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes])
+    def shape_of(self, tensor: Tensor) -> list[int | str]:
+        """The declared axes with the sizes of those that are known."""
+        return [self._fixed.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
 
     def _dtype(self, kind: str) -> ir.DataType:
         return self.index if kind == INDEX else ir.DataType.FLOAT if kind == LOGITS else self.real
-
-
-def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )

@@ -11,7 +11,7 @@ import math
 import onnx_ir as ir
 import torch
 
-from t5_trt.graph.ops import GraphBuilder
+from t5_trt.graph.forms import Form
 
 
 def distance_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool) -> torch.Tensor:
@@ -41,24 +41,20 @@ def distance_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool
 
 
 class RelativeBias:
-    """Gathers bias values in a graph, at most once per table.
+    """Gathers bias values in a graph.
 
     Args:
         graph: to add nodes to.
         buckets: what `distance_buckets` returned.
     """
 
-    def __init__(self, graph: GraphBuilder, buckets: torch.Tensor) -> None:
+    def __init__(self, graph: Form, buckets: torch.Tensor) -> None:
         self._graph = graph
         self._buckets = graph.constant(buckets.numpy(), ir.DataType.INT64)
-        self._tables: dict[str, ir.Value] = {}
-        self._made: dict[tuple[str, ir.Value], ir.Value] = {}
+        self._bucketed: dict[ir.Value, ir.Value] = {}
 
     def rows(self, table: str, index: ir.Value) -> ir.Value:
         """Bias of each entry of `index` [...] (clipped positions in the bucket list): [..., H]."""
-        if table not in self._tables:  # constants only: engines fold it into a table by distance
-            self._tables[table] = self._graph.op("Gather", self._graph.weight(table), self._buckets, axis=0)
-        key = (table, index)
-        if key not in self._made:
-            self._made[key] = self._graph.op("Gather", self._tables[table], index, axis=0)
-        return self._made[key]
+        if index not in self._bucketed:
+            self._bucketed[index] = self._graph.op("Gather", self._buckets, index, axis=0)
+        return self._graph.op("Gather", self._graph.parameter(table), self._bucketed[index], axis=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,11 @@ from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import BackendError, InputError
-from t5_trt.graph.ops import Weights
+from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.trt_session import TrtSession
-
-logger = logging.getLogger("t5_trt")
 
 
 @dataclass(frozen=True)
@@ -74,27 +71,24 @@ def resolve(config: RuntimeConfig) -> Placement:
     """
     wants_cpu = config.device is not None and not config.device.startswith("cuda")
     problem = None
-    if config.backend == "tensorrt":
+    if config.backend == "tensorrt" or (config.backend == "auto" and not wants_cpu):
         problem = why_not_tensorrt(config.device, config.flavor)
         if problem is None:
-            logger.warning("backend='tensorrt' is experimental: batches of more than one row can give wrong tokens.")
             return _on_gpu(config)
-        raise BackendError(f"backend='tensorrt' cannot run here: {problem}. Or use backend='onnxruntime'.")
-    if config.backend == "auto":
-        problem = "'auto' leaves TensorRT alone until its batches are right"
+        if config.backend == "tensorrt":
+            raise BackendError(f"backend='tensorrt' cannot run here: {problem}. Or use backend='onnxruntime'.")
     import_onnxruntime()
     if config.device is not None and not wants_cpu:
-        because = f" ({problem})" if problem else ""
+        because = f" (TensorRT, which would run there, cannot: {problem})" if problem else ""
         raise InputError(
-            f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu', or "
-            "try backend='tensorrt'."
+            f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
         )
     if config.precision not in ("auto", "fp32"):
         raise InputError(
             f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' on the CPU. Use 'fp32' or "
             "'auto'."
         )
-    reason = problem or "it was asked for"
+    reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
     return Placement("onnxruntime", "fp32", torch.device("cpu"), torch.float32, None, reason)
 
 
@@ -132,7 +126,6 @@ def open_session(
     assert placement.flavor is not None
     provider = EngineProvider(
         arch,
-        weights,
         EngineStore(config.cache_dir, config.engine_cache_bytes),
         build,
         precision=placement.precision,
@@ -141,4 +134,11 @@ def open_session(
         show_progress=config.show_progress,
     )
     with torch.cuda.device(placement.device):
-        return TrtSession(provider, load_tensorrt(placement.flavor), placement.device, strict=config.strict)
+        return TrtSession(
+            provider,
+            weights,
+            load_tensorrt(placement.flavor),
+            placement.device,
+            strict=config.strict,
+            reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
+        )

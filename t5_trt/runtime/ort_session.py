@@ -18,8 +18,8 @@ import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.errors import BackendError
-from t5_trt.graph import build_graph
-from t5_trt.graph.ops import Weights
+from t5_trt.graph import build_host_graph
+from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value, real_type
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -166,7 +166,7 @@ class OrtSession:
             return self._sessions[graph]
 
     def _load(self, graph: str) -> Any:
-        model = build_graph(graph, self.arch, self._weights, real_type(self.precision))
+        model = build_host_graph(graph, self.arch, self._weights, real_type(self.precision))
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3

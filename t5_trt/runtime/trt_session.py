@@ -1,15 +1,15 @@
 """TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, the one-token step as a CUDA graph.
 
-Requests are padded to the engines' shapes; masks make that exact. A slot (buffers, execution context, recorded graph) is
+Engines hold no weights: `DeviceWeights` are bound to all of them. Requests are padded to the engines' shapes; masks make
+that exact. A slot (buffers, execution context, recorded graph) is
 lent to one `DecoderState` at a time and used again for the next request of the same shape, so only the first one records.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import SMALLEST, Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
-from t5_trt.errors import BackendError, StrictModeError
+from t5_trt.errors import BackendError
+from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
 from t5_trt.runtime.cuda_graph import WARM_UPS, record
+from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.engine_check import worst_error
+from t5_trt.runtime.session import Session
+from t5_trt.runtime.trt_engines import TrtEngines
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
-
-logger = logging.getLogger("t5_trt")
-Key = tuple[str, Shapes]
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Slot:
 
     shapes: Shapes
     kv: torch.Tensor  # [L, 2, R, H, T, D]
-    new: torch.Tensor  # [L, 2, R, H, 1, D]
+    qkv: torch.Tensor  # [L, R, 1, 3, H, D], what a step makes; K and V of it go into the cache
     cross: torch.Tensor  # [L, 2, B, H, S, D]
     cross_bias: torch.Tensor  # [B, 1, 1, S]
     tokens: torch.Tensor  # int32 [R, 1]
@@ -62,24 +64,33 @@ class TrtSession:
 
     Args:
         provider: of plans.
+        weights: state-dict key -> CPU tensor; kept.
         api: the TensorRT that runs them.
         device: the GPU.
         strict: raise instead of building beyond the configured maxima.
+        reference: what new engines are compared with before they are used; None trusts TensorRT.
     """
 
     backend = "tensorrt"
 
-    def __init__(self, provider: EngineProvider, api: TensorRT, device: torch.device, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        provider: EngineProvider,
+        weights: Weights,
+        api: TensorRT,
+        device: torch.device,
+        *,
+        strict: bool = False,
+        reference: Session | None = None,
+    ) -> None:
         self.arch: Architecture = provider.arch
         self.precision = provider.precision
         self.device = device
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
-        self._provider = provider
-        self._api = api
-        self._strict = strict
-        self._engines: dict[Key, Any] = {}
-        self._contexts: dict[Key, Any] = {}
+        check = None if reference is None else partial(self._error_of_engine, reference)
+        device_weights = DeviceWeights(self.arch, weights, self.dtype, device)
+        self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         self._idle: dict[Shapes, list[Slot]] = {}
         self._lock = threading.RLock()
 
@@ -88,7 +99,7 @@ class TrtSession:
     ) -> tuple[torch.Tensor, CrossStates]:
         """See `t5_trt.runtime.session.Session.encode`."""
         batch, length = attention_mask.shape
-        shapes = self._shapes(B=batch, S=length)
+        shapes = self.engines.bucket(B=batch, S=length)
         inputs = {"attention_mask": self._pad(attention_mask.int(), shapes.B, shapes.S)}
         if inputs_embeds is None:
             assert input_ids is not None
@@ -98,17 +109,18 @@ class TrtSession:
         hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
         cross = self._new_cross(shapes, (batch, length))
         if graph == ENCODER:  # the decoder's engine will be wanted next: built side by side if it is missing
-            self._prefetch([(graph, shapes), (STEP, self._shapes(B=batch, S=length, T=1))])
-        self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden} | layer_views("cross", cross.kv))
+            with self._lock:
+                self.engines.prefetch([(graph, shapes), (STEP, self.engines.bucket(B=batch, S=length, T=1))])
+        self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden, "cross_kv": cross.kv})
         return hidden[:batch, :length].contiguous(), cross
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
         """See `t5_trt.runtime.session.Session.project_cross`."""
         batch, length = hidden.shape[:2]
-        shapes = self._shapes(B=batch, S=length)
+        shapes = self.engines.bucket(B=batch, S=length)
         cross = self._new_cross(shapes, (batch, length))
         inputs = {"encoder_hidden_states": self._pad(hidden, shapes.B, shapes.S)}
-        self._run(CROSS, shapes, inputs, layer_views("cross", cross.kv))
+        self._run(CROSS, shapes, inputs, {"cross_kv": cross.kv})
         return cross
 
     def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
@@ -138,7 +150,13 @@ class TrtSession:
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
-        return tuple(dict.fromkeys(graph for graph, _ in self._engines))
+        return self.engines.graphs()
+
+    def _error_of_engine(self, reference: Session, graph: str, shapes: Shapes) -> float:
+        try:
+            return worst_error(self, reference, graph, shapes)
+        finally:  # the slots of the check hold steps that were recorded with an engine not yet trusted
+            self._idle.clear()
 
     def _step(self, slot: Slot, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         slot.tokens[: state.rows].copy_(input_ids)
@@ -152,8 +170,8 @@ class TrtSession:
         return slot.logits[: state.rows].clone()
 
     def _record_step(self, slot: Slot) -> torch.cuda.CUDAGraph:
-        slot.context = self._context(STEP, slot.shapes, own=True)
-        self._bind(slot.context, self._step_tensors(slot))
+        slot.context = self.engines.context(STEP, slot.shapes, own=True)
+        self.engines.bind(slot.context, self._step_tensors(slot))
         slot.position.zero_()
         # the warm-ups write to the first places of a cache that may be in use already
         kept = slot.kv[..., :WARM_UPS, :].clone()
@@ -166,12 +184,12 @@ class TrtSession:
         """What the graph holds: engine, K/V write, next position."""
         slot.position32.copy_(slot.position)
         self._enqueue(slot.context)
-        slot.kv.index_copy_(4, slot.position, slot.new)
+        slot.kv.index_copy_(4, slot.position, _cache_rows(slot.qkv))
         slot.position.add_(1)
 
     def _step_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
         tensors = {"decoder_input_ids": slot.tokens, "position": slot.position32, "logits": slot.logits}
-        return tensors | layer_views("new", slot.new) | self._cache_tensors(slot)
+        return tensors | _made_rows(slot.qkv) | self._cache_tensors(slot)
 
     def _cache_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
         layers = layer_views("past", slot.kv) | layer_views("cross", slot.cross)
@@ -181,7 +199,7 @@ class TrtSession:
         self, slot: Slot, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None
     ) -> torch.Tensor:
         count, used = bucket("Q", input_ids.shape[1]), input_ids.shape[1]
-        shapes = Shapes(B=slot.shapes.B, N=slot.shapes.N, S=slot.shapes.S, T=slot.shapes.T, Q=count)
+        shapes = replace(slot.shapes, Q=count)
         rows, capacity = slot.kv.shape[2], slot.shapes.T
         bias = torch.zeros((rows, 1, 1, capacity + count), device=self.device, dtype=self.dtype)
         if key_mask is not None:
@@ -189,14 +207,14 @@ class TrtSession:
             for start, part in ((0, hidden[..., : state.length]), (capacity, hidden[..., state.length :])):
                 bias[: state.rows, ..., start : start + part.shape[-1]].masked_fill_(part, mask_value(self.real))
         logits = torch.empty((rows, count, self.arch.vocab_size), device=self.device)
-        new = self._new(*slot.kv.shape[:4], count, self.arch.d_kv)
+        qkv = self._new(self.arch.decoder_layers, rows, count, 3, self.arch.num_heads, self.arch.d_kv)
         inputs = self._cache_tensors(slot) | {
             "decoder_input_ids": self._pad(input_ids.int(), rows, count),
             "position": torch.full((1,), state.length, device=self.device, dtype=torch.int32),
             "key_bias": bias,
         }
-        self._run(QUERIES, shapes, inputs, {"logits": logits} | layer_views("new", new))
-        state.append(new[..., :used, :])
+        self._run(QUERIES, shapes, inputs, {"logits": logits} | _made_rows(qkv))
+        state.append(_cache_rows(qkv)[..., :used, :])
         return logits
 
     def _slot(self, state: DecoderState) -> Slot:
@@ -205,7 +223,7 @@ class TrtSession:
         if lease is not None:
             return lease.slot  # type: ignore[no-any-return]
         cross = state.cross
-        shapes = self._shapes(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
+        shapes = self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
         idle = self._idle.setdefault(shapes, [])
         slot = idle.pop() if idle else self._new_slot(shapes)
         _overlay(slot.cross, cross.kv)
@@ -214,7 +232,7 @@ class TrtSession:
         if state.length:
             slot.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
         slot.position_host = -1
-        state.kv, state.new, state.cross_bias = slot.kv, slot.new, slot.cross_bias
+        state.kv, state.cross_bias = slot.kv, slot.cross_bias
         state.cross = CrossStates(slot.cross, cross.beams, (cross.batch, cross.source_length))
         state.bindings["lease"] = Lease(slot, idle)
         return slot
@@ -233,7 +251,7 @@ class TrtSession:
             return Slot(
                 shapes=shapes,
                 kv=self._new(arch.decoder_layers, 2, rows, arch.num_heads, shapes.T, arch.d_kv),
-                new=self._new(arch.decoder_layers, 2, rows, arch.num_heads, 1, arch.d_kv),
+                qkv=self._new(arch.decoder_layers, rows, 1, 3, arch.num_heads, arch.d_kv),
                 cross=self._new(arch.decoder_layers, 2, shapes.B, arch.num_heads, shapes.S, arch.d_kv),
                 cross_bias=self._new(shapes.B, 1, 1, shapes.S),
                 tokens=torch.zeros((rows, 1), dtype=torch.int32, device=self.device),
@@ -246,74 +264,25 @@ class TrtSession:
 
     def _out_of_memory(self, error: Exception) -> BackendError:
         self._idle.clear()
-        self._contexts.clear()
+        self.engines.drop_contexts()
         torch.cuda.empty_cache()
         return BackendError(
             f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer beams or "
             "shorter texts, or free other models."
         )
 
-    def _shapes(self, **sizes: int) -> Shapes:
-        """The bucket of a request, with the axes that were configured as dynamic."""
-        settings = self._provider.settings
-        limits = {
-            "B": settings.max_batch,
-            "N": settings.max_beams,
-            "S": settings.max_source_tokens,
-            "T": settings.max_target_tokens,
-        }
-        for axis, size in sizes.items():
-            if size > limits[axis]:
-                message = f"a request needs {axis} = {size}; engines were configured for at most {limits[axis]}"
-                if self._strict:
-                    raise StrictModeError(f"strict=True: {message}. Raise the limit in BuildConfig, or send less.")
-                logger.warning("%s: an engine for %d is used.", message, bucket(axis, size))
-        return Shapes(**{axis: bucket(axis, size) for axis, size in sizes.items()}, dynamic=settings.dynamic)
-
-    def _prefetch(self, wanted: Sequence[Key]) -> None:
-        missing = [(graph, shapes) for graph, shapes in wanted if (graph, shapes.for_graph(graph)) not in self._engines]
-        if len(missing) > 1:
-            with self._lock:
-                for (graph, shapes), plan in zip(missing, self._provider.plans(missing), strict=True):
-                    self._engines[graph, shapes.for_graph(graph)] = self._api.load_engine(plan)
-
-    def _engine(self, graph: str, shapes: Shapes) -> Any:
-        key = (graph, shapes.for_graph(graph))
-        if key not in self._engines:
-            self._engines[key] = self._api.load_engine(self._provider.plan(graph, shapes))
-        return self._engines[key]
-
-    def _context(self, graph: str, shapes: Shapes, *, own: bool = False) -> Any:
-        key = (graph, shapes.for_graph(graph))
-        if own:
-            return self._api.new_context(self._engine(graph, shapes))
-        if key not in self._contexts:
-            self._contexts[key] = self._api.new_context(self._engine(graph, shapes))
-        return self._contexts[key]
-
     def _run(
         self, graph: str, shapes: Shapes, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
     ) -> None:
         with self._lock:
-            context = self._context(graph, shapes)
-            self._bind(context, inputs | outputs)
+            context = self.engines.context(graph, shapes)
+            self.engines.bind(context, inputs | outputs)
             self._enqueue(context)
-
-    def _bind(self, context: Any, tensors: dict[str, torch.Tensor]) -> None:
-        engine = context.engine
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
-            tensor = tensors[name]
-            is_input = engine.get_tensor_mode(name) == self._api.trt.TensorIOMode.INPUT
-            if is_input and not context.set_input_shape(name, tuple(tensor.shape)):
-                raise BackendError(f"TensorRT refused the shape {tuple(tensor.shape)} of {name}: {self._api.errors()}")
-            if not context.set_tensor_address(name, tensor.data_ptr()):
-                raise BackendError(f"TensorRT refused the address of {name}: {self._api.errors()}")
 
     def _enqueue(self, context: Any) -> None:
         """Start an engine on torch's current stream, without waiting for it."""
         if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise BackendError(f"TensorRT failed to run an engine: {self._api.errors()}")
+            raise BackendError(f"TensorRT failed to run an engine: {self.engines.api.errors()}")
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -333,6 +302,16 @@ class TrtSession:
         padded = tensor.new_zeros((rows, tokens, *tensor.shape[2:]))
         padded[: tensor.shape[0], : tensor.shape[1]] = tensor
         return padded
+
+
+def _made_rows(qkv: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs of a decoder engine by name, out of [L, R, Q, 3, H, D]."""
+    return {f"new_qkv_{layer}": rows for layer, rows in enumerate(qkv)}
+
+
+def _cache_rows(qkv: torch.Tensor) -> torch.Tensor:
+    """K and V out of [L, R, Q, 3, H, D] as the cache keeps them, [L, 2, R, H, Q, D]; a view."""
+    return qkv[:, :, :, 1:].permute(0, 3, 1, 4, 2, 5)
 
 
 def _overlay(target: torch.Tensor, source: torch.Tensor) -> None:

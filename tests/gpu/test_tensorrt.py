@@ -165,6 +165,34 @@ def test_too_little_memory_then_smaller(gpu_pair: Any) -> None:
     assert ours(**on_gpu(batch()), decoder_input_ids=one).logits.isfinite().all()
 
 
+def test_too_little_memory_while_building(tmp_path: Path) -> None:
+    """Run alone: it takes the whole GPU."""
+    model = TRTT5ForConditionalGeneration.from_model(
+        make_stock("t5-v1.0"), backend="tensorrt", precision="fp32", engine_cache_dir=tmp_path / "store"
+    )
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda")  # less than a CUDA context takes
+    with pytest.raises(BackendError, match="building encoder|building decoder_step"):
+        model.generate(**on_gpu(batch()), max_new_tokens=3)
+    assert not list((tmp_path / "store").glob(".building*"))
+    del hog
+    torch.cuda.empty_cache()
+    expected = make_stock("t5-v1.0").cuda().generate(**on_gpu(batch()), max_new_tokens=3)
+    assert model.generate(**on_gpu(batch()), max_new_tokens=3).tolist() == expected.tolist()
+
+
+def test_engine_of_another_model_size_is_not_used(gpu_pair: Any, store: Path) -> None:
+    """Engines are shared by checkpoints of one architecture and by no others."""
+    _, ours = gpu_pair("t5-v1.1")
+    other = make_stock("t5-v1.1", seed=7)
+    mine = TRTT5ForConditionalGeneration.from_model(other, backend="tensorrt", precision="fp32", engine_cache_dir=store)
+    ours.generate(**on_gpu(batch()), max_new_tokens=3)
+    before = {path.name for path in store.iterdir()}
+    expected = make_stock("t5-v1.1", seed=7).cuda().generate(**on_gpu(batch()), max_new_tokens=9)
+    assert mine.generate(**on_gpu(batch()), max_new_tokens=9).tolist() == expected.tolist()
+    assert {path.name for path in store.iterdir()} == before
+
+
 def test_shipped_model(store: Path) -> None:
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 

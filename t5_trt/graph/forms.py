@@ -1,0 +1,211 @@
+"""The two forms in which T5's graphs are written: for ONNX Runtime on the host and for TensorRT on a device.
+
+Host: weights are initializers under their state-dict keys in the checkpoint's layout, so that the memory of the torch
+parameters is read in place; all axes may be symbolic.
+
+Device: weights are inputs of the graph, see `t5_trt.graph.parameters`. An engine then holds no weights: it builds in a
+fraction of the time, is a few megabytes on disk, serves every checkpoint of an architecture, and all engines of a model share
+one copy in GPU memory. Inputs and outputs are two-dimensional: for more dimensions TensorRT 8.5 chooses vectorized
+layouts inside and copies every K/V buffer in each step (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from t5_trt.architecture import Architecture
+from t5_trt.graph.ops import Dim, GraphBuilder
+from t5_trt.graph.parameters import Parameter, Weights, parameters
+from t5_trt.graph.precision import TORCH_TYPES
+from t5_trt.signature import REAL, Tensor
+
+FLOAT = ir.DataType.FLOAT
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Products of a stream with the matrices of one group.
+
+    Attributes:
+        parts: one value for each matrix, of the stream's leading axes.
+        packed: all of them side by side along the last axis; None in the host form, which never has them so.
+    """
+
+    parts: Sequence[ir.Value]
+    packed: ir.Value | None
+
+
+class Form(GraphBuilder):
+    """A graph of one architecture, with T5's vocabulary on top of ONNX's; see the two subclasses."""
+
+    packed: bool
+
+    def __init__(
+        self, name: str, arch: Architecture, real: ir.DataType, index: ir.DataType, fixed: Mapping[str, int] | None
+    ) -> None:
+        super().__init__(name, real, index, fixed)
+        self.arch = arch
+        self.groups = parameters(arch)
+
+    def parameter(self, name: str) -> ir.Value:
+        """A weight that is looked up or added."""
+        raise NotImplementedError
+
+    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
+        """The products of a group, its norm (and a scale) applied to the stream first."""
+        raise NotImplementedError
+
+    def stream(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
+        """Bring a value into the shape in which streams are kept: [outer .., width], or [rows, width] on the host."""
+        raise NotImplementedError
+
+    def linear(self, stream: ir.Value, group: str) -> ir.Value:
+        """The product of a group of one matrix."""
+        return self.project(stream, group).parts[0]
+
+    def rms_norm(self, value: ir.Value, weight: ir.Value | None) -> ir.Value:
+        """T5's layer norm (no mean, no bias), computed in float32 whatever the compute type."""
+        wide = self.cast(value, self.real, FLOAT)
+        with self.wide():
+            square = self.op("Pow", wide, self.scalar(2.0, FLOAT))
+            mean = self.op("ReduceMean", square, axes=[-1], keepdims=1)
+            root = self.op("Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon, FLOAT)))
+            normed = self.op("Div", wide, root)
+            if weight is not None:  # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
+                normed = self.op("Mul", normed, self.cast(weight, self.real, FLOAT))
+        return self.cast(normed, FLOAT, self.real)
+
+
+class HostForm(Form):
+    """Weights as initializers.
+
+    Args:
+        name: of the graph.
+        arch: of the model.
+        weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
+        real: compute type.
+        index: type of ids, positions and masks.
+        fixed: axis letter -> size, for axes that are known.
+    """
+
+    packed = False
+
+    def __init__(
+        self,
+        name: str,
+        arch: Architecture,
+        weights: Weights,
+        real: ir.DataType,
+        index: ir.DataType = ir.DataType.INT64,
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(name, arch, real, index, fixed)
+        self._weights = weights
+
+    def parameter(self, name: str) -> ir.Value:
+        """See `Form.parameter`."""
+        return self._weight(name)
+
+    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
+        """See `Form.project`: ``[rows, in] @ [out, in]^T`` for each matrix, in the checkpoint's own layout."""
+        parameter = self.groups[group]
+        if parameter.norm is not None:
+            stream = self.rms_norm(stream, self._weight(parameter.norm))
+        if scale != 1.0:
+            stream = self.op("Mul", stream, self.scalar(scale))
+        return Projection([self.op("Gemm", stream, self._weight(key), transB=1) for key in parameter.parts], None)
+
+    def stream(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
+        """See `Form.stream`: [rows, width], as Gemm wants it."""
+        return self.reshape(value, -1, width)
+
+    def _weight(self, key: str) -> ir.Value:
+        source = self._weights[key]
+
+        def read() -> ir.TensorProtocol:
+            tensor = source.detach().to(TORCH_TYPES[self.real])
+            return ir.tensor_adapters.TorchTensor(tensor.contiguous(), name=key)
+
+        return self.initializer(key, ir.LazyTensor(read, dtype=self.real, shape=ir.Shape(source.shape), name=key))
+
+
+class DeviceForm(Form):
+    """Weights as inputs, known shapes, flat inputs and outputs. Arguments as for `HostForm`."""
+
+    packed = True
+
+    def __init__(
+        self,
+        name: str,
+        arch: Architecture,
+        real: ir.DataType,
+        index: ir.DataType = ir.DataType.INT32,
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(name, arch, real, index, fixed)
+        self._read: dict[str, ir.Value] = {}
+
+    def parameter(self, name: str) -> ir.Value:
+        """See `Form.parameter`."""
+        if name not in self._read:
+            shape = ir.Shape(self.groups[name].shape)
+            self._read[name] = ir.Value(name=name, type=ir.TensorType(self.real), shape=shape)
+        return self._read[name]
+
+    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
+        """See `Form.project`: one product for the whole group, with the norm's weight already in the matrix."""
+        parameter: Parameter = self.groups[group]
+        if parameter.norm is not None:
+            stream = self.rms_norm(stream, None)
+        if scale != 1.0:
+            stream = self.op("Mul", stream, self.scalar(scale))
+        packed = self.op("MatMul", stream, self.parameter(group))
+        if len(parameter.parts) == 1:
+            return Projection([packed], packed)
+        ends = [sum(parameter.widths[: part + 1]) for part in range(len(parameter.parts))]
+        starts = [0, *ends[:-1]]
+        last = self.ints(2)  # streams have three axes
+        parts = [
+            self.op("Slice", packed, self.ints(start), self.ints(end), last)
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        return Projection(parts, packed)
+
+    def stream(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
+        """See `Form.stream`: the leading axes are kept apart.
+
+        Merging them makes TensorRT 8.5 mix up rows where a transposed product follows (docs/performance.md).
+        """
+        return self.reshape(value, *outer, width)
+
+    def input(self, tensor: Tensor) -> ir.Value:
+        """Declare an input flat, and hand it out in its own shape."""
+        shape = self.shape_of(tensor)
+        if tensor.kind != REAL or len(shape) < 3 or not all(isinstance(size, int) for size in shape):
+            return super().input(tensor)
+        value = self.reshape(super().input(self._flat(tensor)), *shape)
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(self.real)
+        return value
+
+    def finish(self, outputs: Mapping[str, ir.Value], declared: Sequence[Tensor]) -> ir.Model:
+        """Flatten the outputs, append the weights to the inputs."""
+        flat = [self._flat(tensor) for tensor in declared]
+        values = {
+            tensor.name: self.reshape(outputs[tensor.name], *self.shape_of(tensor))
+            if len(tensor.axes) != len(original.axes)
+            else outputs[tensor.name]
+            for tensor, original in zip(flat, declared, strict=True)
+        }
+        self._inputs += self._read.values()
+        return super().finish(values, flat)
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        shape = self.shape_of(tensor)
+        if len(shape) < 3 or not all(isinstance(size, int) for size in shape):
+            return tensor
+        known = [size for size in shape if isinstance(size, int)]
+        return Tensor(tensor.name, tensor.kind, (math.prod(known[:-1]), known[-1]))

@@ -1,0 +1,109 @@
+"""The weights of a T5 as its graphs name them: which checkpoint tensors belong together, and how an engine reads them.
+
+A group is a matrix product of the model: "qkv" stands for three checkpoint matrices that multiply the same normed stream.
+The host form of a graph multiplies by each of them where it lies; the device form takes the whole group as one matrix,
+stacked, scaled by the weight of the norm before it (exact algebra: W (n * g) = (W * g) n) and laid out [in, out], the layout
+that TensorRT multiplies by without transposing it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from t5_trt.architecture import Architecture
+
+CROSS_KV = "decoder.cross_kv"
+LM_HEAD = "lm_head"
+EMBEDDING = "shared.weight"
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One weight input of a device graph.
+
+    Attributes:
+        parts: state-dict keys of what is stacked, in order.
+        widths: output columns of each part.
+        inputs: columns of the checkpoint matrices; 0 for a vector.
+        norm: state-dict key of the norm whose weight is folded in, or None.
+        is_matrix: multiplied by (and so transposed) rather than looked up or added.
+    """
+
+    parts: tuple[str, ...]
+    widths: tuple[int, ...]
+    inputs: int
+    norm: str | None = None
+    is_matrix: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the engine reads it."""
+        rows = sum(self.widths)
+        return (self.inputs, rows) if self.is_matrix else (rows, self.inputs) if self.inputs else (rows,)
+
+
+def parameters(arch: Architecture) -> dict[str, Parameter]:
+    """Every weight of a model under the name that graphs use, with the checkpoint tensors behind it."""
+    size, inner = arch.d_model, arch.num_heads * arch.d_kv
+    made = {EMBEDDING: Parameter((EMBEDDING,), (arch.vocab_size,), size, is_matrix=False)}
+
+    def attention(layer: str, kind: str, parts: str) -> None:
+        keys = tuple(f"{layer}.{kind}.{part}.weight" for part in parts)
+        made[f"{layer}.{kind}.{parts}"] = Parameter(keys, (inner,) * len(parts), size, f"{layer}.layer_norm.weight")
+        made[f"{layer}.{kind}.o"] = Parameter((f"{layer}.{kind}.o.weight",), (size,), inner)
+
+    def feed_forward(layer: str) -> None:
+        dense = f"{layer}.DenseReluDense"
+        names = ("wi_0", "wi_1") if arch.gated else ("wi",)
+        keys = tuple(f"{dense}.{name}.weight" for name in names)
+        made[f"{dense}.wi"] = Parameter(keys, (arch.d_ff,) * len(keys), size, f"{layer}.layer_norm.weight")
+        made[f"{dense}.wo"] = Parameter((f"{dense}.wo.weight",), (size,), arch.d_ff)
+
+    for stack, layers in (("encoder", arch.encoder_layers), ("decoder", arch.decoder_layers)):
+        for layer in range(layers):
+            block = f"{stack}.block.{layer}.layer"
+            attention(f"{block}.0", "SelfAttention", "qkv")
+            if stack == "decoder":
+                attention(f"{block}.1", "EncDecAttention", "q")
+            feed_forward(f"{block}.{2 if stack == 'decoder' else 1}")
+            table = arch.bias_weight(stack, layer)
+            made[table] = Parameter((table,), (arch.num_buckets,), arch.num_heads, is_matrix=False)
+    norm = "encoder.final_layer_norm.weight"
+    made[norm] = Parameter((norm,), (size,), 0, is_matrix=False)
+    keys = tuple(
+        f"decoder.block.{layer}.layer.1.EncDecAttention.{kind}.weight"
+        for layer in range(arch.decoder_layers)
+        for kind in "kv"
+    )
+    made[CROSS_KV] = Parameter(keys, (inner,) * len(keys), size)
+    made[LM_HEAD] = Parameter((arch.head_weight,), (arch.vocab_size,), size, "decoder.final_layer_norm.weight")
+    return made
+
+
+def materialize(parameter: Parameter, weights: Weights, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make the tensor that a device graph reads.
+
+    Args:
+        parameter: of `parameters`.
+        weights: state-dict key -> tensor, anywhere and of any floating type.
+        dtype: of the result; stacking and scaling are done in float32.
+        device: of the result, where the work is done.
+
+    Returns:
+        Contiguous, of the shape `Parameter.shape`.
+    """
+    width = 0 if not parameter.inputs else parameter.inputs
+    if not parameter.is_matrix:
+        return weights[parameter.parts[0]].detach().to(device, dtype).contiguous()
+    made = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
+    scale = None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
+    start = 0
+    for key, columns in zip(parameter.parts, parameter.widths, strict=True):  # one part at a time: little extra memory
+        part = weights[key].detach().to(device, torch.float32)
+        made[:, start : start + columns] = (part if scale is None else part * scale).t()
+        start += columns
+    return made

@@ -1,0 +1,60 @@
+"""The weights of one model in GPU memory, made once and read by all of its engines."""
+
+from __future__ import annotations
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.errors import BackendError
+from t5_trt.graph.parameters import Weights, materialize, parameters
+
+
+class DeviceWeights:
+    """Weight inputs of device graphs by name, each made when it is first asked for. Not thread-safe.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> CPU tensor; kept.
+        dtype: compute type of the engines.
+        device: the GPU.
+    """
+
+    def __init__(self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+        self._parameters = parameters(arch)
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+        self._made: dict[str, torch.Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor of a weight input, contiguous on the device.
+
+        Raises:
+            BackendError: there is too little GPU memory.
+        """
+        if name not in self._made:
+            try:
+                self._made[name] = materialize(self._parameters[name], self._weights, self._dtype, self._device)
+            except torch.cuda.OutOfMemoryError as error:
+                needed = sum(self._bytes(parameter) for parameter in self._parameters)
+                self._made.clear()
+                torch.cuda.empty_cache()
+                raise BackendError(
+                    f"GPU memory ran out while the weights were loaded: they take {needed / 1e9:.2f} GB as "
+                    f"{str(self._dtype).removeprefix('torch.')}. Free other models, or use precision='fp16'."
+                ) from error
+        return self._made[name]
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory that is taken up so far."""
+        return sum(tensor.nbytes for tensor in self._made.values())
+
+    def _bytes(self, name: str) -> int:
+        count = 1
+        for size in self._parameters[name].shape:
+            count *= size
+        return count * self._dtype.itemsize

@@ -1,0 +1,154 @@
+"""The loaded TensorRT engines of one model: which engine serves a request, loading, checking, binding."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from t5_trt.engine.profiles import Shapes, bucket
+from t5_trt.engine.provider import EngineProvider
+from t5_trt.engine.tensorrt_api import TensorRT
+from t5_trt.errors import BackendError, StrictModeError
+from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.engine_check import LIMITS
+
+logger = logging.getLogger("t5_trt")
+Key = tuple[str, Shapes]
+
+
+class TrtEngines:
+    """Engines and execution contexts by graph and shapes. Not thread-safe: the session's lock guards it.
+
+    Args:
+        provider: of plans.
+        api: the TensorRT that runs them.
+        weights: bound to every engine.
+        strict: raise instead of building beyond the configured maxima.
+        check: gives the relative error of an engine that was just built; None trusts TensorRT.
+    """
+
+    def __init__(
+        self,
+        provider: EngineProvider,
+        api: TensorRT,
+        weights: DeviceWeights,
+        *,
+        strict: bool,
+        check: Callable[[str, Shapes], float] | None,
+    ) -> None:
+        self.api = api
+        self.weights = weights
+        self._provider = provider
+        self._strict = strict
+        self._check = check
+        self._engines: dict[Key, Any] = {}
+        self._contexts: dict[Key, Any] = {}
+
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that engines are loaded for."""
+        return tuple(dict.fromkeys(graph for graph, _ in self._engines))
+
+    def bucket(self, **sizes: int) -> Shapes:
+        """The bucket of a request, with the axes that were configured as dynamic.
+
+        Raises:
+            StrictModeError: it is beyond the configured maxima, and the session is strict.
+        """
+        limits = self._limits
+        for axis, size in sizes.items():
+            if size > limits[axis]:
+                message = f"a request needs {axis} = {size}; engines were configured for at most {limits[axis]}"
+                if self._strict:
+                    raise StrictModeError(f"strict=True: {message}. Raise the limit in BuildConfig, or send less.")
+                logger.warning("%s: an engine for %d is used.", message, bucket(axis, size))
+        found = {axis: bucket(axis, size) for axis, size in sizes.items()}
+        return Shapes(**found, dynamic=self._provider.settings.dynamic)
+
+    def prefetch(self, wanted: Sequence[Key]) -> None:
+        """Load engines that will be needed; those that must be built are built side by side."""
+        missing = [key for key in (self._key(*want) for want in wanted) if key not in self._engines]
+        if len(missing) > 1:
+            plans = self._provider.plans(missing)
+            for key, plan in zip(missing, plans, strict=True):
+                self._engines[key] = self.api.load_engine(plan)
+            for key in missing:
+                self._verify(key)
+
+    def context(self, graph: str, shapes: Shapes, *, own: bool = False) -> Any:
+        """An execution context of the engine that serves a bucket; its own one, or that which all callers share.
+
+        Raises:
+            BackendError: the engine cannot be built, is wrong, or there is too little GPU memory.
+        """
+        key = self._key(graph, shapes)
+        if key not in self._engines:
+            self._engines[key] = self.api.load_engine(self._provider.plan(*key))
+            self._verify(key)
+        if own:
+            return self.api.new_context(self._engines[key])
+        if key not in self._contexts:
+            self._contexts[key] = self.api.new_context(self._engines[key])
+        return self._contexts[key]
+
+    def drop_contexts(self) -> None:
+        """Give back the scratch memory of the shared contexts."""
+        self._contexts.clear()
+
+    def bind(self, context: Any, tensors: dict[str, torch.Tensor]) -> None:
+        """Set all addresses of a context; `tensors` are inputs and outputs by name, weights come by themselves.
+
+        Raises:
+            BackendError: a tensor has not the size that the engine wants.
+        """
+        engine = context.engine
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            tensor = self.weights[name] if name in self.weights else tensors[name]
+            shape = tuple(engine.get_tensor_shape(name))
+            if -1 in shape:
+                is_input = engine.get_tensor_mode(name) == self.api.trt.TensorIOMode.INPUT
+                if is_input and not context.set_input_shape(name, tuple(tensor.shape)):
+                    raise BackendError(f"TensorRT refused shape {tuple(tensor.shape)} of {name}: {self.api.errors()}")
+            elif math.prod(shape) != tensor.numel() or not tensor.is_contiguous():
+                raise BackendError(f"an engine wants {name} of shape {shape}; got a buffer of {tuple(tensor.shape)}.")
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise BackendError(f"TensorRT refused the address of {name}: {self.api.errors()}")
+
+    @property
+    def _limits(self) -> dict[str, int]:
+        settings = self._provider.settings
+        return {
+            "B": settings.max_batch,
+            "N": settings.max_beams,
+            "S": settings.max_source_tokens,
+            "T": settings.max_target_tokens,
+        }
+
+    def _key(self, graph: str, shapes: Shapes) -> Key:
+        """The engine that serves a bucket: its own, or along dynamic axes the one that reaches up to the limit."""
+        limits = self._limits
+        sizes = {axis: bucket(axis, max(limits.get(axis, 1), getattr(shapes, axis))) for axis in shapes.dynamic}
+        return graph, replace(shapes, **sizes).for_graph(graph)
+
+    def _verify(self, key: Key) -> None:
+        """Compare an engine that was just built with the reference; a wrong one is deleted."""
+        if self._check is None or not self._provider.take_fresh(*key):
+            return
+        error, limit, precision = self._check(*key), LIMITS[self._provider.precision], self._provider.precision
+        logger.debug("the new engine %s %s is off by %.1e", key[0], key[1].describe(), error)
+        if error <= limit:
+            return
+        self._engines.pop(key, None)
+        self._contexts.pop(key, None)
+        self._provider.discard(*key)
+        raise BackendError(
+            f"TensorRT {self.api.version} built an engine that computes wrong values: {key[0]} {key[1].describe()} "
+            f"{precision} is off by {error:.2g} against ONNX Runtime (relative; up to {limit:g} is rounding). It was "
+            "deleted. Use precision='fp32' if the checkpoint overflows half precision, another batch size, another "
+            "TensorRT, or backend='onnxruntime'. check_engines=False turns the check off."
+        )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import json
+import logging
 import random
 import statistics
 import subprocess
@@ -165,9 +165,14 @@ FAMILIES: dict[str, dict[str, int]] = {
 }
 
 
+#: seeds for which no two best logits of a step come closer than 0.4% of the logits' spread, found on the CPU: closer ones may
+#: change places by rounding alone
+SEEDS = {"t5-v1.1": 5, "mt5": 5, "umt5": 4}
+
+
 def family(kind: str) -> Any:
     """A stock model of two layers whose activations stay moderate at these widths."""
-    model = make_stock(kind, **FAMILIES[kind])
+    model = make_stock(kind, seed=SEEDS[kind], **FAMILIES[kind])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and name != "shared.weight" and "relative" not in name:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from transformers import T5ForConditionalGeneration
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration

@@ -88,7 +88,8 @@ class EngineProvider:
         key = engine_key(facts)
 
         def build(folder: Path) -> None:
-            timing = self.store.root / f"timing-{self.flavor}-{self.version}.cache"
+            # one for each kind of graph: TensorRT 8.5 does not read what processes on different graphs wrote
+            timing = self.store.root / f"timing-{self.flavor}-{self.version}-{graph}-{self.precision}.cache"
             build_engine(
                 request,
                 self.arch,

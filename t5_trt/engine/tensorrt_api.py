@@ -221,8 +221,15 @@ class TensorRT:
         if path is None or not hasattr(config, "create_timing_cache"):
             return None
         data = Path(path).read_bytes() if Path(path).exists() else b""
-        cache = config.create_timing_cache(data) or config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        self.log.quiet = True  # a cache that cannot be read is started anew: nothing that a user could act on
+        try:
+            cache = config.create_timing_cache(data)
+            if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+                cache = config.create_timing_cache(b"")
+                config.set_timing_cache(cache, ignore_mismatch=False)
+        finally:
+            self.log.quiet = False
+            self.log.errors.clear()
         return cache
 
 
@@ -269,9 +276,10 @@ def _make_log(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.quiet = False
 
         def log(self, severity: Any, message: str) -> None:
-            level = levels.get(severity)
+            level = logging.DEBUG if self.quiet else levels.get(severity)
             if level == logging.ERROR:
                 self.errors.append(message)
             if level is not None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from t5_trt.graph.blocks import FLOAT, attend, feed_forward, softmax
-from t5_trt.graph.forms import Form, Projection
+from t5_trt.graph.blocks import attend, feed_forward, softmax
+from t5_trt.graph.forms import FLOAT, Form, Projection
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
 from t5_trt.graph.precision import mask_value

@@ -185,27 +185,27 @@ class DeviceForm(Form):
     def input(self, tensor: Tensor) -> ir.Value:
         """Declare an input flat, and hand it out in its own shape."""
         shape = self.shape_of(tensor)
-        if tensor.kind != REAL or len(shape) < 3 or not all(isinstance(size, int) for size in shape):
+        known = [size for size in shape if isinstance(size, int)]
+        if tensor.kind != REAL or len(shape) < 3 or len(known) < len(shape):
             return super().input(tensor)
-        value = self.reshape(super().input(self._flat(tensor)), *shape)
+        value = self.reshape(super().input(self._flat(tensor)), *known)
         value.shape, value.type = ir.Shape(shape), ir.TensorType(self.real)
         return value
 
     def finish(self, outputs: Mapping[str, ir.Value], declared: Sequence[Tensor]) -> ir.Model:
         """Flatten the outputs, append the weights to the inputs."""
         flat = [self._flat(tensor) for tensor in declared]
-        values = {
-            tensor.name: self.reshape(outputs[tensor.name], *self.shape_of(tensor))
-            if len(tensor.axes) != len(original.axes)
-            else outputs[tensor.name]
-            for tensor, original in zip(flat, declared, strict=True)
-        }
+        values = dict(outputs)
+        for tensor in flat:
+            sizes = [axis for axis in tensor.axes if isinstance(axis, int)]
+            if len(sizes) == len(tensor.axes):
+                values[tensor.name] = self.reshape(outputs[tensor.name], *sizes)
         self._inputs += self._read.values()
         return super().finish(values, flat)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         shape = self.shape_of(tensor)
-        if len(shape) < 3 or not all(isinstance(size, int) for size in shape):
-            return tensor
         known = [size for size in shape if isinstance(size, int)]
+        if len(shape) < 3 or len(known) < len(shape):
+            return tensor
         return Tensor(tensor.name, tensor.kind, (math.prod(known[:-1]), known[-1]))

@@ -133,7 +133,7 @@ class TrtEngines:
         """The engine that serves a bucket: its own, or along dynamic axes the one that reaches up to the limit."""
         limits = self._limits
         sizes = {axis: bucket(axis, max(limits.get(axis, 1), getattr(shapes, axis))) for axis in shapes.dynamic}
-        return graph, replace(shapes, **sizes).for_graph(graph)
+        return graph, replace(shapes, **sizes).for_graph(graph)  # type: ignore[arg-type]
 
     def _verify(self, key: Key) -> None:
         """Compare an engine that was just built with the reference; a wrong one is deleted."""

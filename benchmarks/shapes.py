@@ -17,22 +17,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_t5(shape: str, seed: int = 0) -> T5ForConditionalGeneration:
-    """A stock float32 model of a published shape whose greedy tokens differ from step to step, with clear margins.
+    """A stock float32 model of a published shape whose greedy tokens vary (some 50 kinds among 99), with clear margins.
 
-    A fresh T5 repeats one token: the tied head finds the input embedding again in the residual stream. A small
-    embedding and random signs in the last norm's weight break that; the factor 30 spreads the logits (std 3).
+    A fresh T5 repeats one token: the tied head finds the input embedding again in the residual stream, and attention is
+    nearly even. Random signs in the last norm's weight break the first; large relative biases and queries the second.
+    The factor 30 spreads the logits (standard deviation 30).
     """
     torch.manual_seed(seed)
     config = T5Config(vocab_size=32128, d_kv=64, decoder_start_token_id=0, **SHAPES[shape])
     model = T5ForConditionalGeneration(config).eval()
+    factors = {".o.weight": 3.0, ".wo.weight": 3.0, ".q.weight": 8.0, "relative_attention_bias.weight": 60.0}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".o.weight", ".wo.weight")):
-                parameter.mul_(4.0)
-            elif name == "shared.weight":
-                parameter.mul_(0.1)
-            elif "relative_attention_bias" in name:
-                parameter.mul_(10.0)
+            parameter.mul_(next((factor for end, factor in factors.items() if name.endswith(end)), 1.0))
         signs = torch.randint(0, 2, (config.d_model,)) * 2 - 1
         model.decoder.final_layer_norm.weight.mul_(30.0 * signs)
     return model

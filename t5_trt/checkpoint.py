@@ -7,13 +7,15 @@ takes the vocabulary size from the embedding's rows, and turns every failure int
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from t5_trt.architecture import check_family
@@ -117,6 +119,29 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
             "an encoder-decoder T5 with a language-model head. Load a complete checkpoint."
         )
     return model
+
+
+def share_weights(
+    target: type[PreTrainedModel], source: Any, attention: str | None = None, device: torch.device | None = None
+) -> Any:
+    """A model of class `target` with the very parameters of `source`; on another device, with float32 copies of them.
+
+    Eager attention is the only kind that returns attention maps. It is set before the stacks copy the config: Transformers
+    5.17 does not reach them afterwards.
+    """
+    config = source.config
+    if attention is not None:
+        config = copy.deepcopy(config)
+        config._attn_implementation = attention
+    with torch.device("meta"):
+        model = target(config)
+    state = source.state_dict(keep_vars=True)
+    if device is not None and device.type != "cpu":
+        state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    if source.lm_head.weight is source.shared.weight:
+        model.lm_head.weight = model.shared.weight
+    return model.eval()
 
 
 def _find(name_or_path: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:

@@ -130,6 +130,48 @@ def generate(
             typer.echo(line)
 
 
+@app.command()
+def verify(
+    model: Model,
+    texts: Annotated[Optional[Path], typer.Option(help="file of texts, one a line; default: random tokens")] = None,  # noqa: UP045
+    backend: str = "auto",
+    precision: str = "auto",
+    num_beams: int = 1,
+    max_new_tokens: int = 32,
+    batch_size: int = 3,
+    at_least: Annotated[float, typer.Option(help="share of equal sequences below which the status is 1")] = 1.0,
+    layers: Annotated[bool, typer.Option("--layers", help="also show the error after every block")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Compare a model with the stock class: tokens, logits, and with --layers the block where they part."""
+    import torch
+
+    from t5_trt.modeling import TRTT5ForConditionalGeneration
+    from t5_trt.verification import block_errors
+    from t5_trt.verification import verify as compare
+
+    loaded = TRTT5ForConditionalGeneration.from_pretrained(
+        model, backend=backend, precision=precision, engine_cache_dir=cache_dir
+    )
+    batches = _batches(model, texts, batch_size, loaded.config.vocab_size)
+    found = compare(loaded, batches, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    typer.echo(f"{loaded.session.backend} {loaded.session.precision} against Transformers {loaded.reference.dtype}")
+    typer.echo(f"equal sequences: {found.equal} of {found.sequences}")
+    if found.first_difference is not None:
+        typer.echo("first difference: sequence {}, token {}".format(*found.first_difference))
+    typer.echo(f"logits: largest error {found.max_logit_error:.2e}, relative {found.relative_logit_error:.2e}")
+    if layers:
+        table = Table("after", "largest error", "mean error", "relative error")
+        start = [loaded.config.decoder_start_token_id, *range(4, 10)]
+        tokens = torch.tensor([start] * len(batches[0]["input_ids"]))
+        for error in block_errors(loaded, batches[0], tokens):
+            numbers = (error.max_error, error.mean_error, error.relative_error)
+            table.add_row(error.name, *(f"{number:.2e}" for number in numbers))
+        _console().print(table)
+    if found.equal < at_least * found.sequences:
+        raise typer.Exit(1)
+
+
 @cache_app.command("path")
 def cache_path(cache_dir: CacheDir = None) -> None:
     """Print the folder."""
@@ -187,6 +229,27 @@ def cache_prune(
 def cache_clear(cache_dir: CacheDir = None) -> None:
     """Delete all engines."""
     typer.echo(f"{_store(cache_dir).clear()} engines deleted")
+
+
+def _batches(model: str, texts: Path | None, size: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Tokenized texts, or without a file three batches of random tokens with padding."""
+    import torch
+
+    if texts is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        lines = texts.read_text(encoding="utf-8").splitlines()
+        chunks = (lines[start : start + size] for start in range(0, len(lines), size))
+        return [dict(tokenizer(chunk, return_tensors="pt", padding=True)) for chunk in chunks]
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for length in (8, 20, 40):
+        lengths = torch.randint(1, length + 1, (size,), generator=generator)
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        ids = torch.randint(3, vocabulary, (size, length), generator=generator)
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
+    return batches
 
 
 def _store(cache_dir: Path | None) -> Any:

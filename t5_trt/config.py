@@ -54,6 +54,7 @@ class RuntimeConfig:
         flavor: "tensorrt" or "rtx"; None takes ``T5_TRT_FLAVOR``, else the one that is installed.
         show_progress: draw a bar while engines are built; None does so on a terminal only.
         check_engines: compare every engine that is built with ONNX Runtime once, on random inputs, before it is used.
+        bundled_engines: folder of engines that came with the checkpoint and are trusted.
     """
 
     backend: str = "auto"
@@ -69,6 +70,7 @@ class RuntimeConfig:
     flavor: str | None = None
     show_progress: bool | None = None
     check_engines: bool = True
+    bundled_engines: Path | None = None
 
     def __post_init__(self) -> None:
         if self.engine_cache_dir is not None:

@@ -7,7 +7,6 @@ of the weights. ``generate`` is Hugging Face's; `t5_trt.forwarding` holds the fo
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from transformers import (
 )
 
 from t5_trt.architecture import Architecture, check_family, read_architecture
-from t5_trt.checkpoint import HUB_ARGUMENTS, correct_vocabulary, load_checked, load_config
+from t5_trt.checkpoint import HUB_ARGUMENTS, correct_vocabulary, load_checked, load_config, share_weights
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
+from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import BackendError, InputError, StrictModeError
 from t5_trt.forwarding import EngineForward
 from t5_trt.runtime.open import Placement, open_session, resolve
@@ -83,6 +83,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         flavor: str | None = None,
         show_progress: bool | None = None,
         check_engines: bool = True,
+        trust_engines: bool | None = None,
         build: BuildConfig | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -105,6 +106,8 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
             flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
             show_progress: draw a bar while engines are built; None does so on a terminal only.
             check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
+            trust_engines: use engines that come with the checkpoint; by default those of a folder and not those of a
+                hub id, because an engine is code.
             build: settings of the engine builder.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
                 ``dtype`` and ``device_map`` are read as a precision and a device.
@@ -144,8 +147,10 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         if precision == "auto" and dtype not in (None, "auto") and resolve(runtime).backend == "tensorrt":
             runtime = replace(runtime, precision=_PRECISION_OF.get(_as_dtype(dtype), "auto"))
             dtype = None
-        placement = resolve(runtime)
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if resolve(runtime).backend == "tensorrt":
+            runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
+        placement = resolve(runtime)
         config = load_config(name, **where) if config is None else config
         correct_vocabulary(name, config, **where)
         chosen = _class_for(config)
@@ -180,7 +185,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         build = options.pop("build", None)
         runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
         placement = resolve(runtime)
-        wrapped = _share_weights(chosen, model)
+        wrapped = share_weights(chosen, model)
         wrapped._runtime_config, wrapped._placement_ = runtime, placement
         wrapped._build_config = build or BuildConfig()
         wrapped.generation_config = model.generation_config
@@ -224,7 +229,7 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
                 "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
             )
         if self._reference is None:
-            self._reference = _share_weights(self._stock_class, self, attention="eager", device=self.device)
+            self._reference = share_weights(self._stock_class, self, attention="eager", device=self.device)
         self._reference.train(self.training)
         return self._reference
 
@@ -281,11 +286,33 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         """A wish: ONNX Runtime computes in float32 on the CPU and says so once."""
         return self.to(torch.bfloat16)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Write an ordinary checkpoint that the stock class and this one load; arguments as in Transformers."""
-        stock = _share_weights(self._stock_class, self)
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, include_engines: bool = False, **kwargs: Any
+    ) -> Any:
+        """Write an ordinary checkpoint that the stock class and this one load.
+
+        Args:
+            save_directory: the folder.
+            args: as in Transformers.
+            include_engines: also write the engines that were used so far; `from_pretrained` of the folder uses them on
+                the same kind of GPU with the same TensorRT.
+            kwargs: as in Transformers.
+
+        Raises:
+            InputError: there are no engines, because the backend is not TensorRT or nothing was run yet.
+        """
+        engines = getattr(self._session, "engines", None)
+        if include_engines and engines is None:
+            raise InputError(
+                f"include_engines=True needs engines; the backend is {self._placement.backend!r} and "
+                f"{'nothing was run yet' if self._session is None else 'has none'}. Run generate() on TensorRT first."
+            )
+        stock = share_weights(self._stock_class, self)
         stock.generation_config = self.generation_config
-        return stock.save_pretrained(*args, **kwargs)
+        result = stock.save_pretrained(save_directory, *args, **kwargs)
+        if include_engines and engines is not None:
+            engines.write_bundle(Path(save_directory))
+        return result
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights; engines over the old ones are dropped."""
@@ -351,29 +378,6 @@ def _as_dtype(dtype: Any) -> torch.dtype:
     if dtype not in _PRECISION_OF:
         raise InputError(f"dtype got {dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16.")
     return cast("torch.dtype", dtype)
-
-
-def _share_weights(
-    target: type[PreTrainedModel], source: Any, attention: str | None = None, device: torch.device | None = None
-) -> Any:
-    """A model of class `target` with the very parameters of `source`; on another device, with float32 copies of them.
-
-    Eager attention is the only kind that returns attention maps. It is set before the stacks copy the config: Transformers
-    5.17 does not reach them afterwards.
-    """
-    config = source.config
-    if attention is not None:
-        config = copy.deepcopy(config)
-        config._attn_implementation = attention
-    with torch.device("meta"):
-        model = target(config)
-    state = source.state_dict(keep_vars=True)
-    if device is not None and device.type != "cpu":
-        state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    if source.lm_head.weight is source.shared.weight:
-        model.lm_head.weight = model.shared.weight
-    return model.eval()
 
 
 def _device_of_map(device_map: Any) -> Any:

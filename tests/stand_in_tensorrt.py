@@ -98,6 +98,12 @@ class StandInProvider:
         model = build_device_graph(graph, self.arch, ir.DataType.FLOAT, fixed=fixed)
         return ir.to_proto(model).SerializeToString()
 
+    def tapped_plan(self, graph: str, shapes: Shapes) -> bytes:
+        fixed = fixed_axes(shapes.for_graph(graph))
+        return ir.to_proto(
+            build_device_graph(graph, self.arch, ir.DataType.FLOAT, fixed=fixed, taps=True)
+        ).SerializeToString()
+
     def take_fresh(self, graph: str, shapes: Shapes) -> bool:
         return True
 

@@ -22,7 +22,7 @@ def run(*arguments: str, cache: Path | None = None, text: str | None = None) -> 
 
 def test_help_is_quick_and_complete() -> None:
     shown = run("--help").stdout
-    assert all(word in shown for word in ("info", "build", "generate", "cache"))
+    assert all(word in shown for word in ("info", "build", "generate", "verify", "cache"))
 
 
 def test_info_tells_what_is_chosen_and_why() -> None:
@@ -77,3 +77,14 @@ def test_values_after_one_option() -> None:
     assert spread_values(["build", option, "8.6", "8.9", "--batch", "2"]) == [
         "build", option, "8.6", option, "8.9", "--batch", "2",
     ]  # fmt: skip
+
+
+def test_verify_tokens_logits_and_layers(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("がっこう\nコーヒー\nきのう\nさくら\n", encoding="utf-8")
+    done = run("verify", str(SHIPPED), "--texts", str(texts), "--num-beams", "2", "--layers")
+    assert done.returncode == 0, done.stderr
+    assert "equal sequences: 4 of 4" in done.stdout and "first difference" not in done.stdout
+    rows = [line for line in done.stdout.splitlines() if "e-0" in line and "│" in line]
+    assert [row.split("│")[1].strip() for row in rows][:2] == ["encoder.block.0", "encoder.block.1"]
+    assert "logits" in rows[-1]

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from t5_trt import BackendError, BuildConfig, InputError, TRTT5ForConditionalGeneration
+from t5_trt.architecture import read_architecture
 from t5_trt.engine.builder import EngineRequest, build_engine
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
@@ -53,6 +56,20 @@ def test_two_layers_of_t5_base(tmp_path: Path) -> None:
     plans = provider(model, tmp_path, "fp16")
     for graph in ("encoder", "decoder_step", "decoder_queries"):
         assert 10_000 < len(plans.plan(graph, Shapes(B=1, S=32, T=128, Q=8))) < 20e6  # the weights are not inside
+
+
+def test_t5_3b_without_its_weights(tmp_path: Path) -> None:
+    """11 GB of weights are no part of the build: it needs neither them nor memory for them."""
+    config = T5Config(vocab_size=32128, d_model=1024, d_ff=16384, num_heads=32, d_kv=128, num_layers=24)
+    with torch.device("meta"):
+        shapes = {key: tuple(t.shape) for key, t in T5ForConditionalGeneration(config).state_dict().items()}
+    arch = read_architecture(config, shapes, tied_head=True)
+    for graph in ("encoder", "decoder_step"):
+        wanted = EngineRequest(
+            graph=graph, shapes=Shapes().for_graph(graph), precision="fp16", flavor="rtx", compute_capabilities=("8.9",)
+        )
+        build_engine(wanted, arch, tmp_path, BuildConfig())
+        assert (tmp_path / "engine.plan").stat().st_size < 100e6
 
 
 def test_dynamic_axes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import T5ForConditionalGeneration
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.profiles import Shapes
 from t5_trt.signature import GRAPHS
+from t5_trt.verification import block_errors, verify
 from tests.stand_in_tensorrt import StandInContext, stand_in_session
 from tests.tiny_models import KINDS, batch, make_stock
 from tests.tolerances import LOGITS_ATOL
@@ -202,6 +203,22 @@ def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, o
     monkeypatch.setattr(StandInContext, "run", right)
     expected = make_stock("t5-v1.1").generate(**batch(), max_new_tokens=5)
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()
+
+
+def test_error_after_every_block(make_pair: Any) -> None:
+    """Through the tapped engines, and with a fault in one block the table points at it."""
+    _, ours = make_pair("t5-v1.1")
+    tokens = torch.tensor([[0, 4, 5, 6]] * 3)
+    errors = block_errors(ours, batch(), tokens)
+    assert [e.name for e in errors] == ["encoder.block.0", "encoder output", "decoder.block.0", "logits"]
+    assert all(e.relative_error < 1e-5 and e.max_error < 1e-3 for e in errors)
+    assert verify(ours, [batch(), batch(1, 30)], max_new_tokens=9, num_beams=2).equal == 4
+    wrong = ours.session.engines.weights["decoder.block.0.layer.2.DenseReluDense.wo"]
+    wrong[3] += 0.5
+    errors = block_errors(ours, batch(), tokens)
+    assert [e.relative_error > 1e-4 for e in errors] == [False, False, True, True]
+    found = verify(ours, [batch()], max_new_tokens=9)
+    assert found.equal < 3 and found.first_difference is not None and found.max_logit_error > 0.01
 
 
 def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -37,6 +37,7 @@ class EngineRequest:
         precision: "fp32", "tf32", "fp16" or "bf16".
         flavor: "tensorrt" or "rtx".
         compute_capabilities: to build for without a GPU; empty builds for the GPU that is there.
+        taps: also put out the residual stream after every block.
     """
 
     graph: str
@@ -44,6 +45,7 @@ class EngineRequest:
     precision: str
     flavor: str
     compute_capabilities: tuple[str, ...] = ()
+    taps: bool = False
 
     @property
     def label(self) -> str:
@@ -54,7 +56,8 @@ class EngineRequest:
 def write_onnx(request: EngineRequest, arch: Architecture, path: Path) -> None:
     """Write the graph of a request; it holds no weights."""
     real = real_type(request.precision)
-    ir.save(build_device_graph(request.graph, arch, real, fixed=fixed_axes(request.shapes)), path)
+    fixed = fixed_axes(request.shapes)
+    ir.save(build_device_graph(request.graph, arch, real, fixed=fixed, taps=request.taps), path)
 
 
 def build_engine(

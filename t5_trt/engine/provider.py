@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from t5_trt.architecture import Architecture
 from t5_trt.config import BuildConfig
 from t5_trt.engine.builder import EngineRequest, build_engine
+from t5_trt.engine.bundle import read_bundled, write_bundle
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
@@ -27,6 +29,7 @@ class EngineProvider:
         flavor: "tensorrt" or "rtx".
         gpu: facts about the GPU that plans are bound to (name, compute capability), or the list of capabilities.
         compute_capabilities: to build for without a GPU.
+        bundle: folder of engines that came with the checkpoint and may be used.
         show_progress: draw bars; None does so on a terminal only.
     """
 
@@ -40,6 +43,7 @@ class EngineProvider:
         flavor: str,
         gpu: dict[str, Any],
         compute_capabilities: tuple[str, ...] = (),
+        bundle: Path | None = None,
         show_progress: bool | None = None,
     ) -> None:
         self.arch = arch
@@ -49,7 +53,9 @@ class EngineProvider:
         self.flavor = flavor
         self.gpu = gpu
         self.compute_capabilities = compute_capabilities
+        self.bundle = bundle
         self.show_progress = show_progress
+        self._handed_out: dict[str, Path] = {}
         self.version = load_tensorrt(flavor).version
         self._fresh: set[str] = set()  # keys of engines that this process built and nobody checked yet
 
@@ -86,6 +92,9 @@ class EngineProvider:
         request = self.request(graph, shapes)
         facts = self.facts(request)
         key = engine_key(facts)
+        if self.bundle is not None and (bundled := read_bundled(self.bundle, key)) is not None:
+            self._handed_out[key] = self.bundle / key
+            return bundled
 
         def build(folder: Path) -> None:
             # one for each kind of graph: TensorRT 8.5 does not read what processes on different graphs wrote
@@ -100,7 +109,20 @@ class EngineProvider:
             )
             self._fresh.add(key)
 
-        return self.store.get_or_build(key, facts, build)
+        plan = self.store.get_or_build(key, facts, build)
+        self._handed_out[key] = self.store.root / key
+        return plan
+
+    def tapped_plan(self, graph: str, shapes: Any) -> bytes:
+        """A plan that also puts out the residual stream after every block; it is not kept."""
+        request = replace(self.request(graph, shapes), taps=True)
+        with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
+            build_engine(request, self.arch, Path(folder), self.settings, show_progress=self.show_progress)
+            return (Path(folder) / "engine.plan").read_bytes()
+
+    def write_bundle(self, checkpoint: Path) -> Path:
+        """Copy all engines that were handed out beside a checkpoint, see `t5_trt.engine.bundle`."""
+        return write_bundle(self._handed_out.values(), checkpoint)
 
     def take_fresh(self, graph: str, shapes: Any) -> bool:
         """Whether this process built the engine and asks for the first time."""

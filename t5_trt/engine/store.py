@@ -41,6 +41,20 @@ class StoredEngine:
     used_at: float
 
 
+def read_engine(folder: Path, key: str) -> tuple[str | None, bytes]:
+    """(what is wrong with an engine's folder or None, its plan)."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        plan = (folder / PLAN).read_bytes()
+    except (OSError, ValueError) as error:
+        return f"it is incomplete ({type(error).__name__})", b""
+    if not isinstance(manifest, dict) or manifest.get("key") != key:
+        return "its manifest belongs to another engine", b""
+    if hashlib.sha256(plan).hexdigest() != manifest.get("sha256"):
+        return "its bytes are not those that were built", b""
+    return None, plan
+
+
 class EngineStore:
     """A folder of engines.
 
@@ -63,7 +77,7 @@ class EngineStore:
         if not folder.is_dir():
             return None
         self._check_private(self.root)
-        problem, plan = self._read(folder, key)
+        problem, plan = read_engine(folder, key)
         if problem:
             logger.warning("the stored engine %s is not used and will be built again: %s.", folder, problem)
             return None
@@ -155,18 +169,6 @@ class EngineStore:
         for folder in self.root.glob(f"{_STAGING}*") if self.root.is_dir() else []:
             shutil.rmtree(folder, ignore_errors=True)
         return len(entries)
-
-    def _read(self, folder: Path, key: str) -> tuple[str | None, bytes]:
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            plan = (folder / PLAN).read_bytes()
-        except (OSError, ValueError) as error:
-            return f"it is incomplete ({type(error).__name__})", b""
-        if not isinstance(manifest, dict) or manifest.get("key") != key:
-            return "its manifest belongs to another engine", b""
-        if hashlib.sha256(plan).hexdigest() != manifest.get("sha256"):
-            return "its bytes are not those that were built", b""
-        return None, plan
 
     def _publish(self, staging: Path, target: Path, manifest: dict[str, Any]) -> None:
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -29,6 +29,8 @@ def build_host_graph(
     real: ir.DataType,
     index: ir.DataType = ir.DataType.INT64,
     fixed: Mapping[str, int] | None = None,
+    *,
+    taps: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.signature.GRAPHS` with the weights as initializers.
 
@@ -39,8 +41,9 @@ def build_host_graph(
         real: compute type of weights and activations.
         index: type of ids, positions and masks.
         fixed: axis letter of `t5_trt.signature` -> size, for axes that are known.
+        taps: also put out the residual stream after every block, named "encoder.block.0" and so on.
     """
-    return _build(graph, HostForm(graph, arch, weights, real, index, fixed))
+    return _build(graph, HostForm(graph, arch, weights, real, index, fixed), taps)
 
 
 def build_device_graph(
@@ -49,15 +52,19 @@ def build_device_graph(
     real: ir.DataType,
     index: ir.DataType = ir.DataType.INT32,
     fixed: Mapping[str, int] | None = None,
+    *,
+    taps: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.signature.GRAPHS` with the weights as inputs, named as in `t5_trt.graph.parameters`.
 
     Arguments as for `build_host_graph`.
     """
-    return _build(graph, DeviceForm(graph, arch, real, index, fixed))
+    return _build(graph, DeviceForm(graph, arch, real, index, fixed), taps)
 
 
-def _build(graph: str, form: Form) -> ir.Model:
+def _build(graph: str, form: Form, taps: bool) -> ir.Model:
+    if taps:
+        form.tap_layers()
     if graph in (ENCODER, ENCODER_EMBEDS):
         return build_encoder(form, embeds=graph == ENCODER_EMBEDS)
     if graph == CROSS:

@@ -46,6 +46,7 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
             stream = _self_attention(graph, stream, f"{prefix}.layer.0", (batch, length), biases[table])
         with graph.scope(f"{prefix}.layer.1"):
             stream = feed_forward(graph, stream, f"{prefix}.layer.1")
+        graph.tap(prefix, stream)
     with graph.scope("encoder.final_layer_norm"):
         stream = graph.rms_norm(stream, graph.parameter("encoder.final_layer_norm.weight"))
     outputs = {"encoder_hidden_states": graph.reshape(stream, batch, length, arch.d_model)}

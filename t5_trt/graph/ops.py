@@ -46,6 +46,16 @@ class GraphBuilder:
         self._initializers: dict[str, ir.Value] = {}
         self._scope = ""
         self._serial = 0
+        self._taps: dict[str, ir.Value] | None = None
+
+    def tap_layers(self) -> None:
+        """Make every value that `tap` names an output of the graph."""
+        self._taps = {}
+
+    def tap(self, name: str, value: ir.Value) -> None:
+        """Name a value that is worth looking at when results are wrong."""
+        if self._taps is not None:
+            self._taps[name] = value
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -172,6 +182,10 @@ class GraphBuilder:
                 value = self.op("Identity", value)
             value.name, value.type = tensor.name, ir.TensorType(self._dtype(tensor.kind))
             value.shape = ir.Shape(self.shape_of(tensor))
+            results.append(value)
+        for name, source in (self._taps or {}).items():
+            value = self.op("Identity", source)
+            value.name, value.type = name, ir.TensorType(self.real)
             results.append(value)
         graph = ir.Graph(
             inputs=self._inputs,

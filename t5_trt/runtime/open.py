@@ -131,6 +131,7 @@ def open_session(
         precision=placement.precision,
         flavor=placement.flavor,
         gpu=gpu_facts(placement.device),
+        bundle=config.bundled_engines,
         show_progress=config.show_progress,
     )
     with torch.cuda.device(placement.device):

@@ -116,6 +116,13 @@ class OrtSession:
         state.append(new)
         return logits
 
+    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `t5_trt.runtime.session.Session.streams`."""
+        session = self._load(graph, taps=True)
+        names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
+        found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that are loaded."""
         return tuple(self._sessions)
@@ -165,8 +172,8 @@ class OrtSession:
                 self._sessions[graph] = self._load(graph)
             return self._sessions[graph]
 
-    def _load(self, graph: str) -> Any:
-        model = build_host_graph(graph, self.arch, self._weights, real_type(self.precision))
+    def _load(self, graph: str, *, taps: bool = False) -> Any:
+        model = build_host_graph(graph, self.arch, self._weights, real_type(self.precision), taps=taps)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3

@@ -46,6 +46,19 @@ class Session(Protocol):
         """Additive form of a mask [B, S], shaped [B, 1, 1, S] as the buffers of `cross` are."""
         ...
 
+    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the encoder or the many-query decoder once on full buffers, for finding where a result goes wrong.
+
+        Args:
+            graph: `t5_trt.signature.ENCODER` or `QUERIES`.
+            inputs: every input of the graph's signature, on the device, of buckets' sizes.
+
+        Returns:
+            The residual stream after every block, [rows of tokens, E] each, named "encoder.block.0" and so on, and
+            "encoder_hidden_states" [B, S, E] or "logits" [R, Q, V].
+        """
+        ...
+
     def decode(
         self, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +95,14 @@ class TrtEngines:
         if key not in self._contexts:
             self._contexts[key] = self.api.new_context(self._engines[key])
         return self._contexts[key]
+
+    def tapped_context(self, graph: str, shapes: Shapes) -> Any:
+        """A context of an engine that also puts out the residual stream after every block."""
+        return self.api.new_context(self.api.load_engine(self._provider.tapped_plan(graph, shapes)))
+
+    def write_bundle(self, checkpoint: Path) -> Path:
+        """Copy the engines that were used beside a checkpoint."""
+        return self._provider.write_bundle(checkpoint)
 
     def drop_contexts(self) -> None:
         """Give back the scratch memory of the shared contexts."""

@@ -148,6 +148,28 @@ class TrtSession:
                 return self._step(slot, state, input_ids)
             return self._queries(slot, state, input_ids, key_mask)[:rows, :queries]
 
+    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `t5_trt.runtime.session.Session.streams`; an engine is built for this and not kept."""
+        shapes = _shapes_of(graph, inputs)
+        arch, rows = self.arch, shapes.B * shapes.N
+        found: dict[str, torch.Tensor] = {}
+        with self._lock:
+            context = self.engines.tapped_context(graph, shapes)
+            if graph == ENCODER:
+                found["encoder_hidden_states"] = self._new(shapes.B, shapes.S, arch.d_model)
+                rest = {"cross_kv": self._new_cross(shapes, (shapes.B, shapes.S)).kv}
+                names, tokens = [f"encoder.block.{layer}" for layer in range(arch.encoder_layers)], shapes.B * shapes.S
+            else:
+                found["logits"] = torch.empty((rows, shapes.Q, arch.vocab_size), device=self.device)
+                rest = _made_rows(self._new(arch.decoder_layers, rows, shapes.Q, 3, arch.num_heads, arch.d_kv))
+                names, tokens = [f"decoder.block.{layer}" for layer in range(arch.decoder_layers)], rows * shapes.Q
+            found |= {name: self._new(tokens, arch.d_model) for name in names}
+            sources = {name: (t.int() if t.dtype == torch.int64 else t).contiguous() for name, t in inputs.items()}
+            self.engines.bind(context, sources | found | rest)
+            self._enqueue(context)
+            torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
+        return found
+
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
         return self.engines.graphs()
@@ -302,6 +324,15 @@ class TrtSession:
         padded = tensor.new_zeros((rows, tokens, *tensor.shape[2:]))
         padded[: tensor.shape[0], : tensor.shape[1]] = tensor
         return padded
+
+
+def _shapes_of(graph: str, inputs: dict[str, torch.Tensor]) -> Shapes:
+    if graph == ENCODER:
+        batch, length = inputs["attention_mask"].shape
+        return Shapes(B=batch, S=length)
+    rows, queries = inputs["decoder_input_ids"].shape
+    batch, length = inputs["cross_bias"].shape[0], inputs["cross_bias"].shape[3]
+    return Shapes(B=batch, N=rows // batch, S=length, T=inputs["past_k_0"].shape[2], Q=queries)
 
 
 def _made_rows(qkv: torch.Tensor) -> dict[str, torch.Tensor]:

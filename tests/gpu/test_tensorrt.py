@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
+from t5_trt.verification import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
 from tests.tiny_models import KINDS, batch, make_stock
 
@@ -193,6 +195,40 @@ def test_checkpoints_share_engines(tmp_path: Path) -> None:
         assert ours.generate(**on_gpu(batch()), max_new_tokens=9).tolist() == expected.tolist()
         keys.append({entry.key for entry in store.entries()})
     assert keys[0] == keys[1] and len(keys[0]) == 2
+
+
+def test_saved_engines_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint saved with its engines runs from an empty store without a build."""
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32"}
+    first = TRTT5ForConditionalGeneration.from_model(
+        make_stock("t5-v1.1"), **options, engine_cache_dir=tmp_path / "one"
+    )
+    expected = first.generate(**on_gpu(batch()), max_new_tokens=9).tolist()
+    first.save_pretrained(tmp_path / "model", include_engines=True)
+    with caplog.at_level(logging.INFO, "t5_trt"):
+        second = TRTT5ForConditionalGeneration.from_pretrained(
+            tmp_path / "model", **options, engine_cache_dir=tmp_path / "two"
+        )
+        assert second.generate(**on_gpu(batch()), max_new_tokens=9).tolist() == expected
+    assert "building the engine" not in caplog.text and not (tmp_path / "two").exists()
+
+
+def test_new_engines_are_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(
+        make_stock("t5-v1.0"), backend="tensorrt", precision="fp16", engine_cache_dir=tmp_path
+    )
+    with caplog.at_level(logging.DEBUG, "t5_trt"):
+        ours.generate(**on_gpu(batch()), num_beams=2, max_new_tokens=3)
+    errors = [float(r.args[2]) for r in caplog.records if "is off by" in r.message]  # type: ignore[index, arg-type]
+    assert len(errors) == 2 and all(0 < error < 0.02 for error in errors)
+
+
+def test_error_after_every_block(gpu_pair: Any) -> None:
+    _, ours = gpu_pair("t5-v1.1")
+    errors = block_errors(ours, batch(), torch.tensor([[0, 4, 5, 6]] * 3))
+    assert [e.name for e in errors] == ["encoder.block.0", "encoder output", "decoder.block.0", "logits"]
+    assert all(e.relative_error < 1e-4 for e in errors)
+    assert verify(ours, [batch()], max_new_tokens=9).equal == 3
 
 
 def test_shipped_model(store: Path) -> None:

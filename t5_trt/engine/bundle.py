@@ -1,0 +1,94 @@
+"""Engines that travel with a checkpoint: written beside it, used where they fit this GPU and this TensorRT.
+
+A plan is code to whoever loads it. Those in a folder of the user's own are used; those of a hub repository only if the user
+says so (``trust_engines=True``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from t5_trt.engine.store import read_engine
+from t5_trt.errors import BackendError
+
+logger = logging.getLogger("t5_trt")
+FOLDER = "t5_trt_engines"
+_HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only")
+
+
+def find_bundle(name_or_path: str, trust: bool | None, **hub_arguments: Any) -> Path | None:
+    """The folder of engines that comes with a checkpoint, if there is one that may be used.
+
+    Args:
+        name_or_path: hub id or folder of the checkpoint.
+        trust: use it; None uses that of a folder and not that of a hub id.
+        hub_arguments: cache_dir, revision, token, local_files_only, subfolder.
+    """
+    inner = "/".join(filter(None, (hub_arguments.get("subfolder"), FOLDER)))
+    if os.path.isdir(name_or_path):
+        folder = Path(name_or_path) / inner
+        return folder if trust is not False and folder.is_dir() else None
+    if not trust:
+        return None
+    from huggingface_hub import snapshot_download
+
+    wanted = {key: hub_arguments[key] for key in _HUB_ARGUMENTS if hub_arguments.get(key) is not None}
+    try:
+        folder = Path(snapshot_download(name_or_path, allow_patterns=[f"{inner}/*/*"], **wanted)) / inner
+    except Exception as error:  # the hub's errors share no base class; without its engines we build our own
+        logger.warning("the engines of %s were not fetched and will be built: %s", name_or_path, error)
+        return None
+    return folder if folder.is_dir() else None
+
+
+def read_bundled(bundle: Path, key: str) -> bytes | None:
+    """The plan of a key out of a bundle, or None if it is not there, not whole, or others may write to it."""
+    folder = bundle / key
+    if not folder.is_dir():
+        return None
+    info = bundle.stat()
+    if info.st_uid not in (os.getuid(), 0) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        logger.warning("the engines in %s are not used: others may write to that folder. chmod go-w it.", bundle)
+        return None
+    problem, plan = read_engine(folder, key)
+    if problem:
+        logger.warning("the engine %s is not used and will be built: %s.", folder, problem)
+        return None
+    return plan
+
+
+def write_bundle(engines: Iterable[Path], checkpoint: Path) -> Path:
+    """Copy engines beside a checkpoint; others that are there already are kept.
+
+    Args:
+        engines: their folders, named by key.
+        checkpoint: its folder.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        BackendError: it cannot be written.
+    """
+    bundle = checkpoint / FOLDER
+    try:
+        bundle.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for folder in engines:
+            if folder.parent.resolve() == bundle.resolve():
+                continue
+            with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as staging:
+                copy = Path(shutil.copytree(folder, Path(staging) / folder.name))
+                shutil.rmtree(bundle / folder.name, ignore_errors=True)
+                os.rename(copy, bundle / folder.name)
+    except OSError as error:
+        raise BackendError(
+            f"cannot write engines to {bundle}: {error}. Make room, or choose another folder."
+        ) from error
+    return bundle

@@ -17,6 +17,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 # on a machine with TensorRT and an NVIDIA GPU
 gpu-test: $(VENV)/installed

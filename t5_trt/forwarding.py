@@ -34,7 +34,7 @@ logger = logging.getLogger("t5_trt")
 
 
 @contextmanager
-def _ordinary_tensors() -> Iterator[None]:
+def ordinary_tensors() -> Iterator[None]:
     """No gradients, and no inference tensors either.
 
     Buffers outlive the call: made under ``torch.inference_mode()`` they could not be written to outside of it, and
@@ -144,7 +144,7 @@ class EngineForward:
             raise InputError("got neither decoder_input_ids nor labels; forward() expects one of them. To write text, use "
                              "generate().")  # fmt: skip
         tokens = check_token_ids("decoder_input_ids", decoder_input_ids, self.architecture.vocab_size, self.device)
-        with _ordinary_tensors():
+        with ordinary_tensors():
             cache = self._open_cache(past_key_values, encoder_outputs, attention_mask, len(tokens))
             logits = self._decode(cache, tokens, decoder_attention_mask, past_key_values)
         loss = None
@@ -198,25 +198,9 @@ class EngineForward:
         batch, length = source.shape[:2]
         check_length("source", length, self.runtime_config.max_source_tokens)
         mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
-        with _ordinary_tensors():
+        with ordinary_tensors():
             hidden, cross = session.encode(input_ids, inputs_embeds, mask)
             return EngineEncoderOutput(last_hidden_state=hidden).remember(cross)  # type: ignore[arg-type]
-
-    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's ``generate``, with all its arguments and results.
-
-        Raises:
-            InputError, StrictModeError, BackendError: as `forward`.
-        """
-        chosen = generation_config or self.generation_config
-        for name in ("output_attentions", "output_hidden_states"):
-            value = kwargs.get(name)
-            if getattr(chosen, name, False) if value is None else value:
-                cache = kwargs.get("past_key_values")
-                if isinstance(cache, EngineCache):
-                    kwargs["past_key_values"] = cache.stock()
-                return self._use_reference(name).generate(inputs, generation_config, *args, **kwargs)  # type: ignore[operator]
-        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder module; calling it runs the encoder engine."""
@@ -363,7 +347,7 @@ class EngineForward:
         cross = recall(given)
         if given is not None and expand_size > 1:  # the stock method writes into the caller's object
             model_kwargs["encoder_outputs"] = copy.copy(given)
-        with _ordinary_tensors():
+        with ordinary_tensors():
             input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
                 expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
             )

@@ -8,6 +8,7 @@ of the weights. ``generate`` is Hugging Face's; `t5_trt.forwarding` holds the fo
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,7 +28,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import BackendError, InputError, StrictModeError
-from t5_trt.forwarding import EngineForward
+from t5_trt.generating import EngineGeneration
 from t5_trt.runtime.open import Placement, open_session, resolve
 from t5_trt.runtime.session import Session
 
@@ -37,7 +38,7 @@ _DERIVED = ("_session", "_reference", "_architecture")
 _PRECISION_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMixin):
+class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, GenerationMixin):
     """Drop-in replacement of ``T5ForConditionalGeneration`` for inference.
 
     ``TRTT5ForConditionalGeneration.from_pretrained(...)`` returns an instance of this class and, at the same time, of
@@ -62,6 +63,8 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
         self._session: Session | None = None
         self._reference: PreTrainedModel | None = None
         self._architecture: Architecture | None = None
+        self._generation_lock = threading.RLock()
+        self._last_path = None
         attach_encoder(self)
 
     @classmethod
@@ -326,10 +329,13 @@ class TRTT5ForConditionalGeneration(EngineForward, PreTrainedModel, GenerationMi
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the engines: the copy opens its own at its first use."""
-        return {key: None if key in _DERIVED else value for key, value in self.__dict__.items()}
+        return {
+            key: None if key in _DERIVED else value for key, value in self.__dict__.items() if key != "_generation_lock"
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._generation_lock = threading.RLock()
         attach_encoder(self)
 
     def _wish_dtype(self, dtype: Any) -> None:

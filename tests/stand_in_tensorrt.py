@@ -125,8 +125,9 @@ def stand_in_session(
     """A `TrtSession` on the CPU for a model."""
 
     def record(work: Any, device: torch.device) -> _Graph:
-        for _ in range(3):
-            work()
+        with torch.random.fork_rng([]):
+            for _ in range(3):
+                work()
         return _Graph(work)
 
     monkeypatch.setattr(trt_session, "record", record)

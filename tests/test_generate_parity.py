@@ -17,6 +17,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from t5_trt.generation.support import GenerationPath
 from tests.conftest import pair_of
 from tests.tiny_models import KINDS, VOCAB, batch, make_stock
 from tests.tolerances import LOGITS_ATOL
@@ -143,6 +144,14 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
+#: argument sets that Transformers' own loop must run, with the reason that is given
+OTHER_LOOP = {
+    "greedy, no cache": "use_cache=False",
+    "beams, no cache": "use_cache=False",
+    "prompt and mask": "a decoder_attention_mask that hides tokens",
+}
+
+
 def run(model: Any, arguments: dict[str, Any], seed: int = 11) -> Any:
     torch.manual_seed(seed)
     return model.generate(**batch(), **{"max_new_tokens": 12, **arguments})
@@ -163,6 +172,11 @@ def assert_same(ours: Any, expected: Any) -> None:
         assert ours.beam_indices.tolist() == expected.beam_indices.tolist()
 
 
+def assert_expected_loop(model: Any, name: str) -> None:
+    reason = OTHER_LOOP.get(name, "")
+    assert model.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
+
+
 def test_there_are_at_least_sixty_argument_sets() -> None:
     assert len(CORE) + len(MORE) >= 60
 
@@ -171,6 +185,7 @@ def test_there_are_at_least_sixty_argument_sets() -> None:
 def test_v11_generates_as_stock(v11: tuple[Any, Any], name: str) -> None:
     arguments = {**CORE, **MORE}[name]
     assert_same(run(v11[1], arguments), run(v11[0], arguments))
+    assert_expected_loop(v11[1], name)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "t5-v1.1"])
@@ -178,6 +193,7 @@ def test_v11_generates_as_stock(v11: tuple[Any, Any], name: str) -> None:
 def test_family_generates_as_stock(kind: str, name: str) -> None:
     stock, ours = pair_of(kind)
     assert_same(run(ours, CORE[name]), run(stock, CORE[name]))
+    assert_expected_loop(ours, name)
 
 
 def test_outputs_are_not_degenerate(pair: tuple[Any, Any]) -> None:

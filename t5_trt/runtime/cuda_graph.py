@@ -21,7 +21,7 @@ def record(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGra
     """
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
+    with torch.random.fork_rng([device]), torch.cuda.stream(side):  # warm-ups draw nothing from the user's generator
         for _ in range(WARM_UPS):
             work()
     torch.cuda.current_stream(device).wait_stream(side)

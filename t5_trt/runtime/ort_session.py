@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from t5_trt.graph import build_host_graph
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value, real_type
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
+from t5_trt.runtime.session import Choice
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
 #: smaller tensors go into the model itself, where graph optimizers may read their values
@@ -116,6 +118,10 @@ class OrtSession:
         state.append(new)
         return logits
 
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
+        """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""
+        return OrtProgram(self, state, make())
+
     def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.streams`."""
         session = self._load(graph, taps=True)
@@ -208,6 +214,32 @@ class OrtSession:
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
                 "Runtime 1.20 or newer; if this one is, please report the message."
             ) from error
+
+
+class OrtProgram:
+    """A step and a choice, one after the other; see `t5_trt.runtime.session.Program`."""
+
+    def __init__(self, session: OrtSession, state: DecoderState, choice: Any) -> None:
+        self.choice = choice
+        self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
+        self._session, self._state = session, state
+        self._logits = torch.empty((state.rows, 1, session.arch.vocab_size))
+        self._position = torch.zeros(1, dtype=torch.int64)
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        """See `t5_trt.runtime.session.Program.feed`."""
+        self.tokens.copy_(tokens)
+
+    def launch(self) -> None:
+        """See `t5_trt.runtime.session.Program.launch`."""
+        state = self._state
+        self._position.fill_(state.length)
+        self._session._step(state, self.tokens, self._logits)
+        state.append(state.new)
+        chosen, parents = self.choice.advance(self._logits[:, 0], self._position)
+        self.tokens.copy_(chosen[:, None])
+        if parents is not None:
+            state.reorder(parents)
 
 
 def import_onnxruntime() -> Any:

@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.runtime.buffers import CrossStates, DecoderState
+
+
+class Choice(Protocol):
+    """What follows a decoder step: from its logits it decides how every row goes on.
+
+    Attributes:
+        recordable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
+            host, so that a session may record them together with the step.
+    """
+
+    recordable: bool
+
+    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose.
+
+        Args:
+            logits: float32 [R, V], good until the next step.
+            position: int64 [1], of the tokens that the logits follow.
+
+        Returns:
+            The next tokens, int64 [R], and the rows that they continue, int64 [R] (None: their own).
+        """
+        ...
+
+
+class Program(Protocol):
+    """A decoder step and a choice, to be launched over and over; it holds the tokens that the next step reads.
+
+    Attributes:
+        choice: with the buffers that belong to this program.
+        tokens: [R, 1], the next step's input.
+    """
+
+    choice: Any
+    tokens: torch.Tensor
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        """Set the tokens [R, 1] that the next launch decodes."""
+        ...
+
+    def launch(self) -> None:
+        """Decode the tokens, write their K/V and choose the next ones; on a GPU this returns before it is done."""
+        ...
 
 
 class Session(Protocol):
@@ -71,5 +115,16 @@ class Session(Protocol):
 
         Returns:
             Logits, float32 [R, Q, V], in memory that later calls do not touch.
+        """
+        ...
+
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
+        """A program over the buffers of a state with room for one more token.
+
+        Args:
+            state: of R rows.
+            make: a new choice for R rows.
+            key: equal for choices that do the same; the session may then hand out a program that it has recorded
+                before, whose choice holds old contents. None: always a new choice.
         """
         ...

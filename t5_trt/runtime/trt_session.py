@@ -1,14 +1,14 @@
 """TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, the one-token step as a CUDA graph.
 
 Engines hold no weights: `DeviceWeights` are bound to all of them. Requests are padded to the engines' shapes; masks make
-that exact. A slot (buffers, execution context, recorded graph) is
-lent to one `DecoderState` at a time and used again for the next request of the same shape, so only the first one records.
+that exact. Buffers, execution context and recorded steps of one shape are a slot, see `t5_trt.runtime.trt_slot`.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,41 +22,13 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
-from t5_trt.runtime.cuda_graph import WARM_UPS, record
+from t5_trt.runtime.cuda_graph import record
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import worst_error
-from t5_trt.runtime.session import Session
+from t5_trt.runtime.session import Choice, Session
 from t5_trt.runtime.trt_engines import TrtEngines
+from t5_trt.runtime.trt_slot import STEPS_KEPT, Lease, RecordedStep, Slot, TrtProgram, cache_rows, made_rows, run_step
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
-
-
-@dataclass
-class Slot:
-    """Fixed buffers of one shape with the context and the graph that were bound to them."""
-
-    shapes: Shapes
-    kv: torch.Tensor  # [L, 2, R, H, T, D]
-    qkv: torch.Tensor  # [L, R, 1, 3, H, D], what a step makes; K and V of it go into the cache
-    cross: torch.Tensor  # [L, 2, B, H, S, D]
-    cross_bias: torch.Tensor  # [B, 1, 1, S]
-    tokens: torch.Tensor  # int32 [R, 1]
-    position: torch.Tensor  # int64 [1]
-    position32: torch.Tensor  # int32 [1], what the engine reads
-    logits: torch.Tensor  # float32 [R, 1, V]
-    context: Any = None
-    graph: torch.cuda.CUDAGraph | None = None
-    position_host: int = -1  # what `position` holds
-
-
-class Lease:
-    """Brings a slot back to its session when the state that used it lets go of it."""
-
-    def __init__(self, slot: Slot, idle: list[Slot]) -> None:
-        self.slot = slot
-        self._idle = idle
-
-    def __del__(self) -> None:
-        self._idle.append(self.slot)
 
 
 class TrtSession:
@@ -161,7 +133,7 @@ class TrtSession:
                 names, tokens = [f"encoder.block.{layer}" for layer in range(arch.encoder_layers)], shapes.B * shapes.S
             else:
                 found["logits"] = torch.empty((rows, shapes.Q, arch.vocab_size), device=self.device)
-                rest = _made_rows(self._new(arch.decoder_layers, rows, shapes.Q, 3, arch.num_heads, arch.d_kv))
+                rest = made_rows(self._new(arch.decoder_layers, rows, shapes.Q, 3, arch.num_heads, arch.d_kv))
                 names, tokens = [f"decoder.block.{layer}" for layer in range(arch.decoder_layers)], rows * shapes.Q
             found |= {name: self._new(tokens, arch.d_model) for name in names}
             sources = {name: (t.int() if t.dtype == torch.int64 else t).contiguous() for name, t in inputs.items()}
@@ -180,38 +152,46 @@ class TrtSession:
         finally:  # the slots of the check hold steps that were recorded with an engine not yet trusted
             self._idle.clear()
 
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
+        """See `t5_trt.runtime.session.Session.program`."""
+        with self._lock:
+            state.reserve(1)
+            slot = self._slot(state)
+            if key is None:
+                return TrtProgram(slot, state, self._recorded(slot, state, None, None), make())
+            found = slot.steps.get(key)
+            choice = make() if found is None else found.choice
+            return TrtProgram(slot, state, self._recorded(slot, state, key, choice), None)
+
     def _step(self, slot: Slot, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         slot.tokens[: state.rows].copy_(input_ids)
-        if slot.graph is None:
-            slot.graph = self._record_step(slot)
-        if slot.position_host != state.length:
-            slot.position.fill_(state.length)
-        slot.graph.replay()
-        state.length += 1
-        slot.position_host = state.length
+        self._recorded(slot, state, None, None).replay(slot, state)
         return slot.logits[: state.rows].clone()
 
-    def _record_step(self, slot: Slot) -> torch.cuda.CUDAGraph:
-        slot.context = self.engines.context(STEP, slot.shapes, own=True)
-        self.engines.bind(slot.context, self._step_tensors(slot))
+    def _recorded(self, slot: Slot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
+        """The step of a slot with a choice (None: without), recorded when it is first wanted."""
+        if key in slot.steps:
+            slot.steps.move_to_end(key)
+            return slot.steps[key]
+        if slot.context is None:
+            slot.context = self.engines.context(STEP, slot.shapes, own=True)
+            self.engines.bind(slot.context, self._step_tensors(slot))
+        kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
         slot.position.zero_()
-        # the warm-ups write to the first places of a cache that may be in use already
-        kept = slot.kv[..., :WARM_UPS, :].clone()
-        graph = record(lambda: self._step_work(slot), self.device)
-        slot.kv[..., :WARM_UPS, :].copy_(kept)
+        try:
+            graph = record(partial(run_step, slot, state.rows, choice, self._enqueue), self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
+        slot.kv[..., : state.length, :].copy_(kept)
         slot.position_host = -1
-        return graph
-
-    def _step_work(self, slot: Slot) -> None:
-        """What the graph holds: engine, K/V write, next position."""
-        slot.position32.copy_(slot.position)
-        self._enqueue(slot.context)
-        slot.kv.index_copy_(4, slot.position, _cache_rows(slot.qkv))
-        slot.position.add_(1)
+        slot.steps[key] = RecordedStep(graph, choice)
+        while len(slot.steps) > STEPS_KEPT:
+            slot.steps.popitem(last=False)
+        return slot.steps[key]
 
     def _step_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
         tensors = {"decoder_input_ids": slot.tokens, "position": slot.position32, "logits": slot.logits}
-        return tensors | _made_rows(slot.qkv) | self._cache_tensors(slot)
+        return tensors | made_rows(slot.qkv) | self._cache_tensors(slot)
 
     def _cache_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
         layers = layer_views("past", slot.kv) | layer_views("cross", slot.cross)
@@ -235,8 +215,8 @@ class TrtSession:
             "position": torch.full((1,), state.length, device=self.device, dtype=torch.int32),
             "key_bias": bias,
         }
-        self._run(QUERIES, shapes, inputs, {"logits": logits} | _made_rows(qkv))
-        state.append(_cache_rows(qkv)[..., :used, :])
+        self._run(QUERIES, shapes, inputs, {"logits": logits} | made_rows(qkv))
+        state.append(cache_rows(qkv)[..., :used, :])
         return logits
 
     def _slot(self, state: DecoderState) -> Slot:
@@ -333,16 +313,6 @@ def _shapes_of(graph: str, inputs: dict[str, torch.Tensor]) -> Shapes:
     rows, queries = inputs["decoder_input_ids"].shape
     batch, length = inputs["cross_bias"].shape[0], inputs["cross_bias"].shape[3]
     return Shapes(B=batch, N=rows // batch, S=length, T=inputs["past_k_0"].shape[2], Q=queries)
-
-
-def _made_rows(qkv: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Outputs of a decoder engine by name, out of [L, R, Q, 3, H, D]."""
-    return {f"new_qkv_{layer}": rows for layer, rows in enumerate(qkv)}
-
-
-def _cache_rows(qkv: torch.Tensor) -> torch.Tensor:
-    """K and V out of [L, R, Q, 3, H, D] as the cache keeps them, [L, 2, R, H, Q, D]; a view."""
-    return qkv[:, :, :, 1:].permute(0, 3, 1, 4, 2, 5)
 
 
 def _overlay(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -1,0 +1,134 @@
+"""Hugging Face's ``generate`` with our decode loops in the places of its own, as a mixin over a stock T5 class.
+
+Everything before and after the loop (defaults, checks, processors, criteria, encoder) stays Transformers'. A request
+that `t5_trt.generation.support` does not list runs in Transformers' loop over our forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
+
+from t5_trt.forwarding import EngineForward, ordinary_tensors
+from t5_trt.generation.engine_cache import EngineCache
+from t5_trt.generation.loop import Outcome, choose_tokens, search_beams
+from t5_trt.generation.support import GenerationPath, Request, refusal
+from t5_trt.inputs import check_length, check_token_ids
+
+logger = logging.getLogger("t5_trt")
+_said: set[str] = set()  # reasons that were logged
+
+
+class EngineGeneration(EngineForward):
+    """`generate` on engines; mixed in before a stock ForConditionalGeneration class."""
+
+    if TYPE_CHECKING:
+        _generation_lock: threading.RLock
+        _last_path: GenerationPath | None
+
+    @property
+    def last_generation_path(self) -> GenerationPath | None:
+        """Which loop the last ``generate()`` ran in, and why; None before the first."""
+        return self._last_path
+
+    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's ``generate``, with all its arguments and results. Calls from several threads run one by one.
+
+        Raises:
+            InputError, StrictModeError, BackendError: as `forward`.
+        """
+        chosen = generation_config or self.generation_config
+        with self._generation_lock:
+            for name in ("output_attentions", "output_hidden_states"):
+                value = kwargs.get(name)
+                if getattr(chosen, name, False) if value is None else value:
+                    cache = kwargs.get("past_key_values")
+                    if isinstance(cache, EngineCache):
+                        kwargs["past_key_values"] = cache.stock()
+                    self._last_path = GenerationPath("reference", name)
+                    return self._use_reference(name).generate(inputs, generation_config, *args, **kwargs)  # type: ignore[operator]
+            self._last_path = GenerationPath("transformers", "this decoding method")
+            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _sample(
+        self,
+        input_ids: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        criteria = list(stopping_criteria)
+        request = Request(
+            input_ids, logits_processor, criteria, generation_config, model_kwargs, streamer, bool(synced_gpus)
+        )
+        if not self._takes(request):
+            stock = super()._sample  # type: ignore[misc]
+            return stock(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        outcome = self._run_loop(choose_tokens, request)
+        if streamer is not None:
+            streamer.end()
+        return self._returned(GenerateEncoderDecoderOutput, request, outcome)
+
+    def _beam_search(
+        self,
+        input_ids: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        criteria = list(stopping_criteria)
+        request = Request(
+            input_ids, logits_processor, criteria, generation_config, model_kwargs, None, bool(synced_gpus)
+        )
+        if not self._takes(request):
+            stock = super()._beam_search  # type: ignore[misc]
+            return stock(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs)
+        outcome = self._run_loop(search_beams, request)
+        beams = {"beam_indices": outcome.beam_indices}
+        if request.config.output_scores:
+            beams["sequences_scores"] = outcome.sequences_scores
+        return self._returned(GenerateBeamEncoderDecoderOutput, request, outcome, **beams)
+
+    def _takes(self, request: Request) -> bool:
+        """Whether the device loop takes a request; what it does not take is logged, each reason once."""
+        reason = refusal(request)
+        self._last_path = GenerationPath("device" if reason is None else "transformers", reason or "")
+        if reason is not None and reason not in _said:
+            _said.add(reason)
+            logger.info("generate() runs in Transformers' own loop, which is slower: %s.", reason)
+        return reason is None
+
+    def _run_loop(self, loop: Any, request: Request) -> Outcome:
+        cache = request.model_kwargs["past_key_values"]
+        prompt = check_token_ids("decoder_input_ids", request.prompt, self.architecture.vocab_size, self.device)
+        cache.capacity_tokens = prompt.shape[1]
+        with ordinary_tensors():
+            self._open_cache(
+                cache, request.model_kwargs["encoder_outputs"], request.model_kwargs.get("attention_mask"), len(prompt)
+            )
+            longest = self.runtime_config.max_target_tokens
+            outcome: Outcome = loop(
+                self.session, cache.state, request, lambda tokens: check_length("target", tokens, longest)
+            )
+        return outcome
+
+    def _returned(self, kind: Any, request: Request, outcome: Outcome, **more: Any) -> Any:
+        if not request.config.return_dict_in_generate:
+            return outcome.sequences
+        return kind(
+            sequences=outcome.sequences,
+            scores=None if outcome.scores is None else tuple(outcome.scores),
+            logits=None if outcome.logits is None else tuple(outcome.logits),
+            past_key_values=request.model_kwargs["past_key_values"],
+            **more,
+        )

@@ -1,0 +1,257 @@
+"""Beam search after each decoder step, by Transformers' rules, on buffers of fixed size.
+
+The rules (which candidates are kept, when a batch entry can no longer improve, how lengths are weighed) are those of
+``GenerationMixin._beam_search`` in Transformers 5; names in the comments are from there. What depends on the length
+takes it from a tensor, and nothing changes any more once the search has ended, so that steps may be launched ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from t5_trt.generation.processors import Processing
+from t5_trt.generation.sampling import draw
+
+_NEVER = -1.0e9  # the score of what must not be chosen
+
+
+@dataclass(frozen=True)
+class BeamRules:
+    """Settings of a beam search, as in ``GenerationConfig``.
+
+    Attributes:
+        num_beams: N.
+        candidates: K, continuations that are looked at in each step: (1 + number of eos ids) * N, at least 2 N.
+        length_penalty: exponent of the length that a finished score is divided by.
+        early_stopping: True, False or "never".
+        do_sample: draw continuations instead of taking the best.
+        eos: token ids that end a row.
+        fill: what stands behind the end.
+    """
+
+    num_beams: int
+    candidates: int
+    length_penalty: float
+    early_stopping: bool | str
+    do_sample: bool
+    eos: tuple[int, ...]
+    fill: int
+
+
+class BeamChoice:
+    """Keeps the N best unfinished and the N best finished rows of every batch entry.
+
+    Args:
+        batch: B.
+        capacity: M, tokens that a row can have, with the prompt; at least the longest that `begin` gets.
+        process: of the log probabilities.
+        rules: see `BeamRules`.
+        criteria, scores, logits, recordable, device: as of `t5_trt.generation.sampling.TokenChoice`.
+
+    Attributes:
+        tokens: int64 [B, N, M], rows that go on.
+        sequences: int64 [B, N, M], finished rows, the best first.
+        beam_scores: float32 [B, N], of those.
+        beam_indices: int32 [B, N, M], the decoder row that each of their tokens came from, -1 where there is none.
+        report: int64 [1], 1 once the search has ended.
+        expired: bool [1]; set from outside when time is up.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        process: Processing,
+        rules: BeamRules,
+        *,
+        criteria: Sequence[Any] = (),
+        scores: list[torch.Tensor] | None = None,
+        logits: list[torch.Tensor] | None = None,
+        recordable: bool,
+        device: torch.device,
+    ) -> None:
+        beams = rules.num_beams
+        shape = (batch, beams, capacity)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.sequences = torch.zeros_like(self.tokens)
+        self.beam_indices = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.beam_scores = torch.zeros((batch, beams), device=device)
+        self.report = torch.zeros(1, dtype=torch.int64, device=device)
+        self.expired = torch.zeros(1, dtype=torch.bool, device=device)
+        self.recordable = recordable
+        self._running_indices = torch.zeros_like(self.beam_indices)
+        self._running_scores = torch.zeros((batch, beams), device=device)
+        self._full = torch.zeros((batch, beams), dtype=torch.bool, device=device)  # is_sent_finished
+        self._improvable = torch.ones((batch, 1), dtype=torch.bool, device=device)
+        self._limits = torch.zeros(3, dtype=torch.int64, device=device)  # prompt length, max_length, longest estimate
+        self._process, self._rules = process, rules
+        self._criteria = criteria
+        self._scores, self._logits = scores, logits
+        self._eos = torch.tensor(rules.eos, dtype=torch.int64, device=device)
+        self._first = torch.arange(rules.candidates, device=device) < beams  # top_num_beam_mask
+        self._offset = (torch.arange(batch, device=device) * beams)[:, None]
+        self._own = torch.arange(batch * beams, device=device)
+        lengths = torch.arange(capacity + 1, dtype=torch.float64)
+        self._penalties = (lengths**rules.length_penalty).float().to(device)  # [M + 1], by new tokens
+
+    def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
+        """Start with a prompt.
+
+        Args:
+            prompt: int64 [B * N, tokens].
+            limit: tokens at which a row is over.
+            longest: ``max_length`` of the generation config, which the estimate of "never" goes by.
+        """
+        self.tokens.fill_(self._rules.fill)
+        self.tokens.flatten(0, 1)[:, : prompt.shape[1]] = prompt
+        self.sequences.copy_(self.tokens)
+        for indices in (self.beam_indices, self._running_indices):
+            indices.fill_(-1)
+        self.beam_scores.fill_(_NEVER)
+        self._running_scores.fill_(_NEVER)
+        self._running_scores[:, 0] = 0.0  # all beams start equal: only the first one counts in the first step
+        self._full.zero_()
+        self._improvable.fill_(True)
+        self.report.zero_()
+        self.expired.zero_()
+        self._limits.copy_(torch.tensor([prompt.shape[1], limit, longest]))
+
+    def take_over(self, other: BeamChoice, rows: torch.Tensor | None = None) -> None:
+        """Go on where another one stands, with all of its batch entries or those that `rows` names."""
+        for mine, theirs in zip(self._entries(), other._entries(), strict=True):
+            mine.copy_(theirs if rows is None else theirs[rows])
+        for name in ("report", "expired", "_limits"):
+            getattr(self, name).copy_(getattr(other, name))
+
+    def _entries(self) -> tuple[torch.Tensor, ...]:
+        """What the choice knows of every batch entry."""
+        finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
+        return (self.tokens, self._running_indices, self._running_scores, *finished)
+
+    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the tokens at ``position + 1``.
+
+        Args:
+            logits: float32 [B * N, V].
+            position: int64 [1], of the tokens that the logits follow.
+
+        Returns:
+            The tokens, int64 [B * N], and the rows that they continue, int64 [B * N].
+        """
+        place = position + 1  # cur_len
+        made = place + 1 - self._limits[:1]  # new tokens, this one included
+        ended = self.report.bool()
+        log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+        log_probs = self._process(self.tokens.flatten(0, 1), position, log_probs)
+        if not self.recordable:
+            self._keep_records(log_probs, logits)
+        scores, beams, ids = self._candidates(log_probs)
+        sequences = _put(_pick(self.tokens, beams), place, ids)
+        indices = _put(_pick(self._running_indices, beams), place, (beams + self._offset).int())
+        hits = (place + 1 >= self._limits[1]) | self.expired | (ids[..., None] == self._eos).any(-1)  # [B, K]
+        if not self.recordable:
+            hits = hits | self._custom_hits(sequences, int(place) + 1)
+        # rows that go on: the N best that have not ended
+        running = scores + hits * _NEVER
+        going = running.topk(self._rules.num_beams).indices
+        # rows that have ended: the N best of those known and the new ones
+        final = self._final_scores(scores, hits, made)
+        self._keep_best(sequences, indices, final, hits & self._first, ended)
+        self._replace(ended, (self.tokens, _pick(sequences, going)), (self._running_indices, _pick(indices, going)))
+        self._replace(ended, (self._running_scores, running.gather(1, going)))
+        self._replace(ended, (self._improvable, self._can_improve(made)))
+        self._end(hits)
+        chosen = self.tokens.flatten(0, 1).index_select(1, place)[:, 0]
+        parents = self._running_indices.flatten(0, 1).index_select(1, place)[:, 0].long()
+        return chosen, torch.where(ended, self._own, parents)
+
+    def result(self, prompt_tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The finished rows, `count` for each batch entry: sequences [B * count, tokens], scores, beam indices."""
+        indices = self.beam_indices[:, :count, prompt_tokens:].flatten(0, 1)
+        made = int((indices >= 0).sum(1).max())
+        sequences = self.sequences[:, :count, : prompt_tokens + made].flatten(0, 1)
+        return sequences.clone(), self.beam_scores[:, :count].flatten().clone(), indices[:, :made].clone()
+
+    def _candidates(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The K best continuations of each batch entry: scores, their beams and tokens, [B, K] each."""
+        batch, beams, _ = self.tokens.shape
+        vocabulary = log_probs.shape[-1]
+        summed = (log_probs.view(batch, beams, vocabulary) + self._running_scores[..., None]).view(batch, -1)
+        if self._rules.do_sample:
+            places = draw(summed, self._rules.candidates, recordable=self.recordable)
+            scores = summed.gather(1, places)
+        else:
+            scores, places = summed.topk(self._rules.candidates)
+        return scores, places // vocabulary, places % vocabulary
+
+    def _final_scores(self, scores: torch.Tensor, hits: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        """Scores of rows that end here; of all others a value that never wins, [B, K]."""
+        final = scores / self._penalties.index_select(0, made)
+        if self._rules.early_stopping is True:
+            final = final + self._full.all(-1, keepdim=True) * _NEVER
+        return final + ~self._improvable * _NEVER + ~(hits & self._first) * _NEVER
+
+    def _keep_best(
+        self,
+        sequences: torch.Tensor,
+        indices: torch.Tensor,
+        final: torch.Tensor,
+        just_ended: torch.Tensor,
+        ended: torch.Tensor,
+    ) -> None:
+        merged = torch.cat((self.beam_scores, final), 1)
+        best = merged.topk(self._rules.num_beams).indices
+        self._replace(
+            ended,
+            (self.sequences, _pick(torch.cat((self.sequences, sequences), 1), best)),
+            (self.beam_indices, _pick(torch.cat((self.beam_indices, indices), 1), best)),
+            (self.beam_scores, merged.gather(1, best)),
+            (self._full, torch.cat((self._full, just_ended), 1).gather(1, best)),
+        )
+
+    def _can_improve(self, made: torch.Tensor) -> torch.Tensor:
+        """Bool [B, 1]: whether a running row could still beat the worst finished one (_check_early_stop_heuristic)."""
+        rules = self._rules
+        hopeful = rules.early_stopping == "never" and rules.length_penalty > 0.0
+        length = self._limits[2:] - self._limits[:1] if hopeful else made
+        best = self._running_scores[:, :1] / self._penalties.index_select(0, length)
+        worst = torch.where(self._full, self.beam_scores.amin(1, keepdim=True), _NEVER)
+        return self._improvable & (best > worst).any(-1, keepdim=True)
+
+    def _end(self, hits: torch.Tensor) -> None:
+        """Set the report once no step can change the result (_beam_search_has_unfinished_sequences)."""
+        goes_on = self._improvable.any() & ~hits.all()
+        if self._rules.early_stopping is True:
+            goes_on = goes_on & ~self._full.all()
+        self.report |= (~goes_on).long()
+
+    def _replace(self, ended: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        for buffer, value in pairs:
+            buffer.copy_(torch.where(ended, buffer, value))
+
+    def _keep_records(self, log_probs: torch.Tensor, logits: torch.Tensor) -> None:
+        if self._logits is not None:
+            self._logits.append(logits.clone())
+        if self._scores is not None:
+            self._scores.append(log_probs.clone())
+
+    def _custom_hits(self, sequences: torch.Tensor, length: int) -> torch.Tensor:
+        rows = sequences[:, :, :length].flatten(0, 1)
+        hits = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for criterion in self._criteria:
+            hits = hits | criterion(rows, None if self._scores is None else tuple(self._scores))
+        return hits.view(sequences.shape[:2])
+
+
+def _pick(buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows [B, K, M] of a buffer [B, N, M] by indices [B, K]."""
+    return buffer.gather(1, rows[..., None].expand(-1, -1, buffer.shape[2]))
+
+
+def _put(rows: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Write values [B, K] into rows [B, K, M] at one place."""
+    return rows.index_copy_(2, place, values[..., None])

@@ -1,0 +1,141 @@
+"""Greedy choice and sampling after each decoder step, with Transformers' rules for rows that have ended.
+
+All of it is torch operations on buffers of fixed size, so that a session may record it as part of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from t5_trt.generation.processors import Processing
+
+
+@dataclass(frozen=True)
+class Ending:
+    """When a row is over and what stands behind its end.
+
+    Attributes:
+        eos: token ids that end a row.
+        pad: the token behind it; None where Transformers goes on writing tokens.
+    """
+
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+class TokenChoice:
+    """Chooses one token for every row: the best, or a random one.
+
+    Args:
+        rows: R.
+        capacity: M, tokens that a row can have, with the prompt.
+        process: of the logits.
+        ending: see `Ending`.
+        do_sample: draw instead of taking the best.
+        criteria: further stopping criteria, called with all tokens so far; they cannot be recorded.
+        scores: an empty list that takes the processed scores of every step, float32 [R, V].
+        logits: the same for unprocessed logits.
+        recordable: choose without waiting for the device.
+        device: of the buffers.
+
+    Attributes:
+        tokens: int64 [R, M], the prompt and what was chosen.
+        finished: bool [R].
+        report: int64 [1 + 2 R]: 1 after the last row has ended; the tokens chosen last; which rows have ended.
+        expired: bool [1]; set from outside when time is up.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        process: Processing,
+        ending: Ending,
+        *,
+        do_sample: bool,
+        criteria: Sequence[Any] = (),
+        scores: list[torch.Tensor] | None = None,
+        logits: list[torch.Tensor] | None = None,
+        recordable: bool,
+        device: torch.device,
+    ) -> None:
+        self.tokens = torch.zeros((rows, capacity), dtype=torch.int64, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.report = torch.zeros(1 + 2 * rows, dtype=torch.int64, device=device)
+        self.expired = torch.zeros(1, dtype=torch.bool, device=device)
+        self.recordable = recordable
+        self._process = process
+        self._eos = torch.tensor(ending.eos, dtype=torch.int64, device=device)
+        self._pad = ending.pad
+        self._do_sample = do_sample
+        self._criteria = criteria
+        self._scores, self._logits = scores, logits
+
+    def begin(self, prompt: torch.Tensor) -> None:
+        """Start with a prompt, int64 [R, tokens]."""
+        self.tokens[:, : prompt.shape[1]] = prompt
+        self.finished.zero_()
+        self.report.zero_()
+        self.expired.zero_()
+
+    def take_over(self, other: TokenChoice, rows: torch.Tensor | None = None) -> None:
+        """Go on where another one stands, with all of its rows or those that `rows` names."""
+        for mine, theirs in ((self.tokens, other.tokens), (self.finished, other.finished)):
+            mine.copy_(theirs if rows is None else theirs[rows])
+        self.expired.copy_(other.expired)
+
+    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Choose the tokens at ``position + 1``.
+
+        Args:
+            logits: float32 [R, V].
+            position: int64 [1], of the tokens that the logits follow.
+
+        Returns:
+            The tokens, int64 [R]; no rows change places.
+        """
+        scores = self._process(self.tokens, position, logits)
+        chosen = draw(scores, 1, recordable=self.recordable)[:, 0] if self._do_sample else scores.argmax(-1)
+        if self._pad is not None:
+            chosen = chosen.masked_fill(self.finished, self._pad)
+        self.tokens.index_copy_(1, position + 1, chosen[:, None])
+        if len(self._eos):
+            self.finished |= (chosen[:, None] == self._eos).any(-1)
+        if not self.recordable:
+            self._keep_records(scores, logits, int(position) + 2)
+        self.report[:1] = self.finished.all() | self.expired
+        self.report[1 : 1 + len(chosen)] = chosen
+        self.report[1 + len(chosen) :] = self.finished
+        return chosen, None
+
+    def _keep_records(self, scores: torch.Tensor, logits: torch.Tensor, length: int) -> None:
+        if self._scores is not None:
+            self._scores.append(scores.clone())
+        if self._logits is not None:
+            self._logits.append(logits.clone())
+        for criterion in self._criteria:
+            self.finished |= criterion(self.tokens[:, :length], None if self._scores is None else tuple(self._scores))
+
+
+def draw(scores: torch.Tensor, count: int, *, recordable: bool) -> torch.Tensor:
+    """Draw without replacement: the indices that ``torch.multinomial`` gives for the same state of the generator.
+
+    Args:
+        scores: float32 [rows, V], logarithms of the probabilities up to a constant for each row.
+        count: indices for each row.
+        recordable: leave out ``torch.multinomial``'s check of its input, which waits for the device.
+
+    Returns:
+        int64 [rows, count].
+    """
+    probabilities = torch.nn.functional.softmax(scores, dim=-1)
+    if not recordable:
+        return torch.multinomial(probabilities, count)
+    # dividing by exponential variates turns drawing into taking the largest: the way torch.multinomial does it
+    # (aten/src/ATen/native/Distributions.cpp; https://github.com/pytorch/pytorch/issues/11931)
+    keys = probabilities / torch.empty_like(probabilities).exponential_()
+    return keys.argmax(-1, keepdim=True) if count == 1 else keys.topk(count).indices

@@ -1,0 +1,128 @@
+"""A slot of the TensorRT session: the buffers of one shape and the decoder steps that were recorded over them.
+
+A slot is lent to one `DecoderState` at a time and used again for the next request of the same shape, so that only the
+first one records. A step may have a choice of tokens recorded with it: engine, K/V write, choice and the next step's
+input are then one CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from t5_trt.engine.profiles import Shapes
+from t5_trt.runtime.buffers import DecoderState
+
+#: recorded steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
+STEPS_KEPT = 8
+
+
+@dataclass
+class RecordedStep:
+    """A CUDA graph of one decoder step and the choice that is part of it (None: the step alone)."""
+
+    graph: Any
+    choice: Any
+
+    def replay(self, slot: Slot, state: DecoderState) -> None:
+        """Run the step for a state that lives in the slot, without waiting for it."""
+        if slot.position_host != state.length:
+            slot.position.fill_(state.length)
+        self.graph.replay()
+        state.length += 1
+        slot.position_host = state.length
+
+
+@dataclass
+class Slot:
+    """Fixed buffers of one shape with the context and the recorded steps that were bound to them."""
+
+    shapes: Shapes
+    kv: torch.Tensor  # [L, 2, R, H, T, D]
+    qkv: torch.Tensor  # [L, R, 1, 3, H, D], what a step makes; K and V of it go into the cache
+    cross: torch.Tensor  # [L, 2, B, H, S, D]
+    cross_bias: torch.Tensor  # [B, 1, 1, S]
+    tokens: torch.Tensor  # int32 [R, 1]
+    position: torch.Tensor  # int64 [1]
+    position32: torch.Tensor  # int32 [1], what the engine reads
+    logits: torch.Tensor  # float32 [R, 1, V]
+    context: Any = None
+    steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
+    position_host: int = -1  # what `position` holds
+
+
+class Lease:
+    """Brings a slot back to its session when the state that used it lets go of it."""
+
+    def __init__(self, slot: Slot, idle: list[Slot]) -> None:
+        self.slot = slot
+        self._idle = idle
+
+    def __del__(self) -> None:
+        self._idle.append(self.slot)
+
+
+class TrtProgram:
+    """See `t5_trt.runtime.session.Program`.
+
+    Args:
+        slot: that `state` lives in.
+        state: of the request.
+        step: recorded, with its choice or without.
+        choice: what to do after a step that was recorded without one.
+    """
+
+    def __init__(self, slot: Slot, state: DecoderState, step: RecordedStep, choice: Any) -> None:
+        self._slot, self._state, self._step = slot, state, step
+        self._apart = choice is not None
+        self.choice = step.choice if choice is None else choice
+        self.tokens = slot.tokens[: state.rows]
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        """See `t5_trt.runtime.session.Program.feed`."""
+        self.tokens.copy_(tokens)
+
+    def launch(self) -> None:
+        """See `t5_trt.runtime.session.Program.launch`."""
+        self._step.replay(self._slot, self._state)
+        if self._apart:
+            apply_choice(self._slot, self._state.rows, self.choice, self._slot.position - 1)
+
+
+def run_step(slot: Slot, rows: int, choice: Any, enqueue: Callable[[Any], None]) -> None:
+    """What is recorded: engine, K/V write, choice, next position."""
+    slot.position32.copy_(slot.position)
+    enqueue(slot.context)
+    slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
+    if choice is not None:
+        apply_choice(slot, rows, choice, slot.position)
+    slot.position.add_(1)
+
+
+def apply_choice(slot: Slot, rows: int, choice: Any, position: torch.Tensor) -> None:
+    """Choose tokens from the slot's logits, make them the next input, let rows change places."""
+    chosen, parents = choice.advance(slot.logits[:rows, 0], position)
+    slot.tokens[:rows].copy_(chosen[:, None])
+    if parents is not None:
+        reorder_rows(slot.kv, parents)
+
+
+def reorder_rows(kv: torch.Tensor, parents: torch.Tensor) -> None:
+    """Row i of a cache [L, 2, R, H, T, D] continues what row ``parents[i]`` held; rows beyond those named stay as they are."""
+    for layer in kv:  # layer by layer: the copy is small enough to stay in the GPU's cache
+        rows = layer[:, : len(parents)]
+        rows.copy_(rows.index_select(1, parents))
+
+
+def made_rows(qkv: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs of a decoder engine by name, out of [L, R, Q, 3, H, D]."""
+    return {f"new_qkv_{layer}": rows for layer, rows in enumerate(qkv)}
+
+
+def cache_rows(qkv: torch.Tensor) -> torch.Tensor:
+    """K and V out of [L, R, Q, 3, H, D] as the cache keeps them, [L, 2, R, H, Q, D]; a view."""
+    return qkv[:, :, :, 1:].permute(0, 3, 1, 4, 2, 5)

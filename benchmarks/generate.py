@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.shapes import SHAPES, environment, random_t5
+from benchmarks.shapes import SHAPES, environment, random_source, random_t5
 from t5_trt import TRTT5ForConditionalGeneration
 
 
@@ -26,8 +26,7 @@ def measure(shape: str, batch: int, source: int, new: int, beams: int, threads: 
     torch.set_num_threads(threads)
     stock = random_t5(shape)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=threads, prepack_weights=prepack)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, 32000, (batch, source), generator=generator)
+    ids = random_source(batch, source)
     request = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.shapes import environment, random_t5
+from benchmarks.shapes import environment, random_source, random_t5
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
@@ -56,7 +56,7 @@ def median_ms(work: Callable[[], Any], runs: int = 5) -> float:
 
 def request(rows: int = 1, **options: Any) -> dict[str, Any]:
     """Random ids of T5-base shapes and a fixed number of new tokens."""
-    ids = torch.randint(2, 32000, (rows, SOURCE_TOKENS), generator=torch.Generator().manual_seed(1)).cuda()
+    ids = random_source(rows, SOURCE_TOKENS).cuda()
     fixed = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fixed, **options}
 
@@ -137,7 +137,7 @@ def _step_us(slot: Any) -> float:
     """GPU time of one replayed step, positions running from 0 to NEW_TOKENS - 1."""
     slot.position.fill_(0)
     slot.position_host = -1
-    return _events_ms(slot.graph.replay, NEW_TOKENS) * 1e3
+    return _events_ms(slot.steps[None].graph.replay, NEW_TOKENS) * 1e3
 
 
 def _kernels(slot: Any) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _kernels(slot: Any) -> dict[str, Any]:
     slot.position.fill_(0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(10):
-            slot.graph.replay()
+            slot.steps[None].graph.replay()
         torch.cuda.synchronize()
     slot.position_host = -1
     events = [e for e in profile.key_averages() if e.device_time_total > 0]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         T5TRTError,
         UnsupportedModelError,
     )
+    from t5_trt.generation.many import generate_many
     from t5_trt.modeling import TRTT5ForConditionalGeneration
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "TRTT5ForConditionalGeneration",
     "UnsupportedModelError",
     "__version__",
+    "generate_many",
 ]
 
 # Names are imported when they are first used: torch and Transformers take seconds, which the command line's --help and
@@ -44,6 +46,7 @@ _HOMES = {
         "T5TRTError",
         "UnsupportedModelError",
     ),
+    "t5_trt.generation.many": ("generate_many",),
     "t5_trt.modeling": ("TRTT5ForConditionalGeneration",),
 }
 

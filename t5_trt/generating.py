@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
 from t5_trt.forwarding import EngineForward, ordinary_tensors
 from t5_trt.generation.engine_cache import EngineCache
-from t5_trt.generation.loop import Outcome, choose_tokens, search_beams
+from t5_trt.generation.loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.support import GenerationPath, Request, refusal
 from t5_trt.inputs import check_length, check_token_ids
 
@@ -41,6 +44,11 @@ class EngineGeneration(EngineForward):
             InputError, StrictModeError, BackendError: as `forward`.
         """
         chosen = generation_config or self.generation_config
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
+        home = getattr(given, "device", self.device)
+        if home != self.device:  # inputs from elsewhere: results go back there
+            inputs = _moved(inputs, self.device)
+            kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
         with self._generation_lock:
             for name in ("output_attentions", "output_hidden_states"):
                 value = kwargs.get(name)
@@ -49,9 +57,10 @@ class EngineGeneration(EngineForward):
                     if isinstance(cache, EngineCache):
                         kwargs["past_key_values"] = cache.stock()
                     self._last_path = GenerationPath("reference", name)
-                    return self._use_reference(name).generate(inputs, generation_config, *args, **kwargs)  # type: ignore[operator]
+                    stock: Any = self._use_reference(name)
+                    return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
             self._last_path = GenerationPath("transformers", "this decoding method")
-            return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+            return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
 
     def _sample(
         self,
@@ -72,7 +81,7 @@ class EngineGeneration(EngineForward):
             return stock(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        outcome = self._run_loop(choose_tokens, request)
+        outcome = self._run_loop(TokenLoop, request)
         if streamer is not None:
             streamer.end()
         return self._returned(GenerateEncoderDecoderOutput, request, outcome)
@@ -93,7 +102,7 @@ class EngineGeneration(EngineForward):
         if not self._takes(request):
             stock = super()._beam_search  # type: ignore[misc]
             return stock(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs)
-        outcome = self._run_loop(search_beams, request)
+        outcome = self._run_loop(BeamLoop, request)
         beams = {"beam_indices": outcome.beam_indices}
         if request.config.output_scores:
             beams["sequences_scores"] = outcome.sequences_scores
@@ -108,19 +117,17 @@ class EngineGeneration(EngineForward):
             logger.info("generate() runs in Transformers' own loop, which is slower: %s.", reason)
         return reason is None
 
-    def _run_loop(self, loop: Any, request: Request) -> Outcome:
+    def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:
         cache = request.model_kwargs["past_key_values"]
         prompt = check_token_ids("decoder_input_ids", request.prompt, self.architecture.vocab_size, self.device)
+        request = replace(request, prompt=prompt)
         cache.capacity_tokens = prompt.shape[1]
         with ordinary_tensors():
             self._open_cache(
                 cache, request.model_kwargs["encoder_outputs"], request.model_kwargs.get("attention_mask"), len(prompt)
             )
             longest = self.runtime_config.max_target_tokens
-            outcome: Outcome = loop(
-                self.session, cache.state, request, lambda tokens: check_length("target", tokens, longest)
-            )
-        return outcome
+            return loop(self.session, cache.state, request, partial(check_length, "target", limit=longest)).run()
 
     def _returned(self, kind: Any, request: Request, outcome: Outcome, **more: Any) -> Any:
         if not request.config.return_dict_in_generate:
@@ -132,3 +139,16 @@ class EngineGeneration(EngineForward):
             past_key_values=request.model_kwargs["past_key_values"],
             **more,
         )
+
+
+def _moved(value: Any, device: Any) -> Any:
+    """A tensor, or the tensors of a ``generate`` result, on another device; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, GenerateEncoderDecoderOutput | GenerateBeamEncoderDecoderOutput):
+        for name, entry in value.items():
+            if isinstance(entry, torch.Tensor):
+                value[name] = entry.to(device)
+            elif isinstance(entry, tuple) and all(isinstance(tensor, torch.Tensor) for tensor in entry):
+                value[name] = tuple(tensor.to(device) for tensor in entry)
+    return value

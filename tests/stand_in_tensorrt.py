@@ -104,6 +104,9 @@ class StandInProvider:
             build_device_graph(graph, self.arch, ir.DataType.FLOAT, fixed=fixed, taps=True)
         ).SerializeToString()
 
+    def has(self, graph: str, shapes: Shapes) -> bool:
+        return (graph, shapes) in self.asked
+
     def take_fresh(self, graph: str, shapes: Shapes) -> bool:
         return True
 

@@ -57,7 +57,7 @@ class BeamChoice:
         sequences: int64 [B, N, M], finished rows, the best first.
         beam_scores: float32 [B, N], of those.
         beam_indices: int32 [B, N, M], the decoder row that each of their tokens came from, -1 where there is none.
-        report: int64 [1], 1 once the search has ended.
+        report: int64 [1 + B]: 1 once the search has ended; which entries can change no more.
         expired: bool [1]; set from outside when time is up.
     """
 
@@ -80,7 +80,7 @@ class BeamChoice:
         self.sequences = torch.zeros_like(self.tokens)
         self.beam_indices = torch.zeros(shape, dtype=torch.int32, device=device)
         self.beam_scores = torch.zeros((batch, beams), device=device)
-        self.report = torch.zeros(1, dtype=torch.int64, device=device)
+        self.report = torch.zeros(1 + batch, dtype=torch.int64, device=device)
         self.expired = torch.zeros(1, dtype=torch.bool, device=device)
         self.recordable = recordable
         self._running_indices = torch.zeros_like(self.beam_indices)
@@ -124,8 +124,9 @@ class BeamChoice:
         """Go on where another one stands, with all of its batch entries or those that `rows` names."""
         for mine, theirs in zip(self._entries(), other._entries(), strict=True):
             mine.copy_(theirs if rows is None else theirs[rows])
-        for name in ("report", "expired", "_limits"):
-            getattr(self, name).copy_(getattr(other, name))
+        self.report[:1].copy_(other.report[:1])
+        self.expired.copy_(other.expired)
+        self._limits.copy_(other._limits)
 
     def _entries(self) -> tuple[torch.Tensor, ...]:
         """What the choice knows of every batch entry."""
@@ -144,7 +145,7 @@ class BeamChoice:
         """
         place = position + 1  # cur_len
         made = place + 1 - self._limits[:1]  # new tokens, this one included
-        ended = self.report.bool()
+        ended = self.report[:1].bool()
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
         log_probs = self._process(self.tokens.flatten(0, 1), position, log_probs)
         if not self.recordable:
@@ -169,12 +170,9 @@ class BeamChoice:
         parents = self._running_indices.flatten(0, 1).index_select(1, place)[:, 0].long()
         return chosen, torch.where(ended, self._own, parents)
 
-    def result(self, prompt_tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The finished rows, `count` for each batch entry: sequences [B * count, tokens], scores, beam indices."""
-        indices = self.beam_indices[:, :count, prompt_tokens:].flatten(0, 1)
-        made = int((indices >= 0).sum(1).max())
-        sequences = self.sequences[:, :count, : prompt_tokens + made].flatten(0, 1)
-        return sequences.clone(), self.beam_scores[:, :count].flatten().clone(), indices[:, :made].clone()
+    def results(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Finished rows, their scores and their beam indices; see the attributes."""
+        return self.sequences, self.beam_scores, self.beam_indices
 
     def _candidates(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The K best continuations of each batch entry: scores, their beams and tokens, [B, K] each."""
@@ -224,10 +222,14 @@ class BeamChoice:
 
     def _end(self, hits: torch.Tensor) -> None:
         """Set the report once no step can change the result (_beam_search_has_unfinished_sequences)."""
+        entries_over = ~self._improvable[:, 0]
+        if self._rules.early_stopping is True:
+            entries_over = entries_over | self._full.all(-1)
+        self.report[1:] = entries_over
         goes_on = self._improvable.any() & ~hits.all()
         if self._rules.early_stopping is True:
             goes_on = goes_on & ~self._full.all()
-        self.report |= (~goes_on).long()
+        self.report[:1] |= ~goes_on
 
     def _replace(self, ended: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
         for buffer, value in pairs:
@@ -245,6 +247,27 @@ class BeamChoice:
         for criterion in self._criteria:
             hits = hits | criterion(rows, None if self._scores is None else tuple(self._scores))
         return hits.view(sequences.shape[:2])
+
+
+def finished_beams(
+    sequences: torch.Tensor, scores: torch.Tensor, indices: torch.Tensor, *, given: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best `count` finished rows of every batch entry out of the attributes of `BeamChoice`.
+
+    Args:
+        sequences: int64 [B, N, M].
+        scores: float32 [B, N].
+        indices: int32 [B, N, M].
+        given: tokens of the prompt.
+        count: results for each entry.
+
+    Returns:
+        Sequences [B * count, given + new], scores [B * count], beam indices [B * count, new].
+    """
+    indices = indices[:, :count, given:].flatten(0, 1)
+    made = int((indices >= 0).sum(1).max())
+    rows = sequences[:, :count, : given + made].flatten(0, 1)
+    return rows.clone(), scores[:, :count].flatten().clone(), indices[:, :made].clone()
 
 
 def _pick(buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

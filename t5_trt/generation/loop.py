@@ -7,6 +7,7 @@ recorded as one CUDA graph where there is a GPU), a choice says what its report 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +15,9 @@ from typing import Any
 
 import torch
 
-from t5_trt.generation.beam import BeamChoice, BeamRules
+from t5_trt.generation.beam import BeamChoice, BeamRules, finished_beams
 from t5_trt.generation.processors import Processing, Recordable, Stock, device_forms, fingerprint
-from t5_trt.generation.sampling import Ending, TokenChoice
+from t5_trt.generation.sampling import Ending, GpuDraws, TokenChoice
 from t5_trt.generation.support import Request
 from t5_trt.generation.watch import STEPS_AHEAD, Watcher
 from t5_trt.runtime.buffers import DecoderState, bucket_length
@@ -42,148 +43,208 @@ class Outcome:
     beam_indices: torch.Tensor | None = None
 
 
-class _Run:
-    """One request on its way."""
+class DecodeLoop(ABC):
+    """One request on its way; an entry is a source with all of its beams.
+
+    Args:
+        session: runs the decoder.
+        state: an empty cache of R rows; afterwards it holds all tokens but the last, unless rows were dropped.
+        request: see `t5_trt.generation.support.Request`.
+        check_length: raises if a cache must not hold so many tokens.
+    """
+
+    beams = 1
 
     def __init__(
         self, session: Session, state: DecoderState, request: Request, check_length: Callable[[int], None]
     ) -> None:
         assert request.limit is not None
-        given = request.prompt.shape[1]
-        self.session, self.state, self.request, self.check_length = session, state, request, check_length
-        self.steps = max(request.limit - given, 1)
-        self.capacity = bucket_length(max(request.limit, request.config.max_length or 0, given + 1))
-        self.scores: list[torch.Tensor] | None = [] if request.wants_scores else None
-        self.logits: list[torch.Tensor] | None = [] if request.wants_logits else None
+        self.session, self.state, self.request = session, state, request
+        self._check_length = check_length
+        self._given = request.prompt.shape[1]
+        self._steps = max(request.limit - self._given, 1)
+        self.capacity = bucket_length(max(request.limit, request.config.max_length or 0, self._given + 1))
+        self._scores: list[torch.Tensor] | None = [] if request.wants_scores else None
+        self._logits: list[torch.Tensor] | None = [] if request.wants_logits else None
+        self._entries = torch.arange(len(request.prompt) // self.beams)  # those still decoded
+        self._kept: list[torch.Tensor] | None = None  # results of all entries, once some were dropped
+
+    @abstractmethod
+    def make(self, entries: int) -> Any:
+        """A new choice."""
+
+    @abstractmethod
+    def settings(self) -> tuple[Hashable, ...]:
+        """What a choice does, besides its processors."""
+
+    @abstractmethod
+    def begin(self, choice: Any) -> None:
+        """Give the prompt to a choice."""
+
+    def run(self) -> Outcome:
+        """Decode to the end."""
+        program = self._program()
+        self.begin(program.choice)
+        if self._given > 1:
+            self._check_length(self._given - 1)
+            self.session.decode(self.state, self.request.prompt[:, :-1])
+        program.feed(self.request.prompt[:, -1:])
+        draws = GpuDraws(self.session.device)
+        program, made = self._drive(program)
+        draws.rewind(self.state.length + 1 - self._given, made)
+        self.state.crop(self._given + made - 1)
+        self._keep(program.choice, made)
+        assert self._kept is not None
+        outcome = self.outcome(self._kept, made)
+        outcome.scores = None if self._scores is None else self._scores[:made]
+        outcome.logits = None if self._logits is None else self._logits[:made]
+        return outcome
+
+    @abstractmethod
+    def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
+        """The result from what the choices left for each entry, after `made` new tokens."""
 
     @cached_property
     def processing(self) -> Processing:
         """The request's processors, as device forms where all have one."""
         request = self.request
         forms = device_forms(request.processors, self.session.arch.vocab_size, self.capacity, self.session.device)
-        return Stock(request.processors, request.prompt.shape[1]) if forms is None else Recordable(forms)
+        return Stock(request.processors, self._given) if forms is None else Recordable(forms)
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments that both kinds of choice take."""
         request = self.request
-        records = {"scores": self.scores, "logits": self.logits, "criteria": request.custom_criteria}
+        records = {"scores": self._scores, "logits": self._logits, "criteria": request.custom_criteria}
         return {**records, "recordable": request.recordable, "device": self.session.device}
 
-    def key(self, *settings: Hashable) -> Hashable:
-        """Names a program that may serve other requests too; None if it may not."""
-        if not self.request.recordable:
-            return None
-        return (self.capacity, *settings, *(fingerprint(processor) for processor in self.request.processors))
+    def _program(self) -> Program:
+        entries, key = len(self._entries), None
+        if self.request.recordable:  # the same key for all requests that one recorded step can serve
+            processors = tuple(fingerprint(processor) for processor in self.request.processors)
+            key = (entries, self.capacity, *self.settings(), *processors)
+        return self.session.program(self.state, lambda: self.make(entries), key)
 
-    def program(self, make: Callable[[], Any], key: Hashable, begin: Callable[[Any], None]) -> Program:
-        """The program at the prompt's last token, the rest of the prompt decoded."""
-        program = self.session.program(self.state, make, key)
-        begin(program.choice)
-        prompt = self.request.prompt
-        if prompt.shape[1] > 1:
-            self.check_length(prompt.shape[1] - 1)
-            self.session.decode(self.state, prompt[:, :-1])
-        program.feed(prompt[:, -1:])
-        return program
-
-    def grown(self, program: Program, make: Callable[[], Any], key: Hashable) -> Program:
-        """The same program, or one of the next larger cache where the next token does not fit."""
-        if self.state.length < self.state.capacity:
-            return program
-        self.state.reserve(1)
-        larger = self.session.program(self.state, make, key)
-        if larger is not program:
-            larger.choice.take_over(program.choice)
-            larger.feed(program.tokens)
-        return larger
-
-    def watcher(self, report: torch.Tensor) -> Watcher:
-        """Requests with code of the user's in every step do not run ahead: it must not be called in vain."""
-        free = self.request.known_processors and not self.request.custom_criteria
-        return Watcher(report, STEPS_AHEAD if free else 0)
-
-    @property
-    def is_late(self) -> bool:
-        """Whether ``max_time`` is over."""
-        return self.request.deadline is not None and time.time() > self.request.deadline
-
-    def drive(self, program: Program, make: Callable[[], Any], key: Hashable) -> tuple[Program, int]:
-        """Launch steps until a report says that all is over.
-
-        Returns:
-            The program at the end, which may be one for a larger cache, and the number of steps that count.
-        """
-        streamer, rows = self.request.streamer, len(self.request.prompt)
-        watcher, made = self.watcher(program.choice.report), 0
-        for step in range(1, self.steps + 1):
-            self.check_length(self.state.length + 1)
-            program = self.grown(program, make, key)
-            if self.is_late:
+    def _drive(self, program: Program) -> tuple[Program, int]:
+        """Launch steps until a report says that all is over; the last program and the number of steps that count."""
+        request = self.request
+        # code of the user's in every step must not be called in vain: no step ahead then
+        free = request.known_processors and not request.custom_criteria
+        watcher, made = Watcher(program.choice.report, STEPS_AHEAD if free else 0), 0
+        for step in range(1, self._steps + 1):
+            self._check_length(self.state.length + 1)
+            if self.state.length == self.state.capacity:
+                self.state.reserve(1)
+                program = self._moved(program)
+            if request.deadline is not None and time.time() > request.deadline:
                 program.choice.expired.fill_(True)
             program.launch()
             watcher.post(program.choice.report)
-            for report in watcher.take(all_of_them=step == self.steps):
+            reports = watcher.take(all_of_them=step == self._steps)
+            if reports and self._should_shrink(reports[-1]):
+                reports += watcher.take(all_of_them=True)
+            for report in reports:
                 made += 1
-                if streamer is not None:
-                    streamer.put(report[1 : 1 + rows].clone())
+                if request.streamer is not None:
+                    request.streamer.put(report[1 + len(self._entries) :].clone())
                 if bool(report[0]):
                     return program, made
+            if reports and self._should_shrink(reports[-1]):
+                program = self._shrunk(program, reports[-1], made)
         return program, made
 
+    def _moved(self, program: Program, rows: torch.Tensor | None = None) -> Program:
+        """A program over the state as it is now, standing where another one stands, with all entries or with `rows`."""
+        moved = self._program()
+        moved.choice.take_over(program.choice, rows)
+        tokens = program.tokens.view(-1, self.beams)
+        moved.feed((tokens if rows is None else tokens[rows]).reshape(-1, 1))
+        return moved
 
-def choose_tokens(
-    session: Session, state: DecoderState, request: Request, check_length: Callable[[int], None]
-) -> Outcome:
-    """Greedy search or sampling.
+    def _should_shrink(self, report: torch.Tensor) -> bool:
+        """Whether to go on with fewer entries: half of them are over, and fewer cost less.
 
-    Args:
-        session: runs the decoder.
-        state: an empty cache of R rows; afterwards it holds all tokens but the last.
-        request: see `t5_trt.generation.support.Request`.
-        check_length: raises if the cache must not hold so many tokens.
+        Not with sampling (other shapes draw other numbers), nor where the caller gets a cache of all rows.
+        """
+        request, entries = self.request, len(self._entries)
+        if entries == 1 or not request.recordable or request.config.do_sample or request.streamer is not None:
+            return False
+        going = entries - int(report[1 : 1 + entries].sum())
+        if request.config.return_dict_in_generate or not 0 < going <= entries // 2:
+            return False
+        return self.session.gains_by_shrinking(self.state, going)
 
-    Returns:
-        Sequences [R, tokens] and what else was asked for.
-    """
-    run = _Run(session, state, request, check_length)
-    rows, given = request.prompt.shape
-    ending, sample = Ending(request.eos, request.pad), bool(request.config.do_sample)
+    def _shrunk(self, program: Program, report: torch.Tensor, made: int) -> Program:
+        self._keep(program.choice, made)
+        going = (report[1 : 1 + len(self._entries)] == 0).nonzero()[:, 0]
+        device = self.session.device
+        self.state = self.state.select_entries(going.to(device))
+        self._entries = self._entries[going]
+        return self._moved(program, going.to(device))
 
-    def make() -> TokenChoice:
-        return TokenChoice(rows, run.capacity, run.processing, ending, do_sample=sample, **run.options)
+    def _keep(self, choice: Any, made: int) -> None:
+        """Copy the results of the entries that are being decoded to their places among all."""
+        results = choice.results(self._given + made)
+        if self._kept is None:
+            self._kept = [result.clone() for result in results]
+            return
+        places = self._entries.to(self.session.device)
+        for kept, result in zip(self._kept, results, strict=True):
+            kept.index_copy_(0, places, result)
 
-    key = run.key("tokens", rows, ending, sample)
-    program = run.program(make, key, lambda choice: choice.begin(request.prompt))
-    program, made = run.drive(program, make, key)
-    state.crop(given + made - 1)
-    sequences = program.choice.tokens[:, : given + made].clone()
-    return Outcome(sequences, _first(run.scores, made), _first(run.logits, made))
+
+class TokenLoop(DecodeLoop):
+    """Greedy search and sampling."""
+
+    @cached_property
+    def _ending(self) -> Ending:
+        return Ending(self.request.eos, self.request.pad)
+
+    def make(self, entries: int) -> TokenChoice:
+        """See `DecodeLoop.make`."""
+        sample = bool(self.request.config.do_sample)
+        return TokenChoice(entries, self.capacity, self.processing, self._ending, do_sample=sample, **self.options)
+
+    def settings(self) -> tuple[Hashable, ...]:
+        """See `DecodeLoop.settings`."""
+        return "tokens", bool(self.request.config.do_sample), self._ending
+
+    def begin(self, choice: TokenChoice) -> None:
+        """See `DecodeLoop.begin`."""
+        choice.begin(self.request.prompt)
+
+    def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
+        """See `DecodeLoop.outcome`."""
+        return Outcome(results[0][:, : self._given + made].clone())
 
 
-def search_beams(
-    session: Session, state: DecoderState, request: Request, check_length: Callable[[int], None]
-) -> Outcome:
-    """Beam search or beam sampling; arguments as of `choose_tokens`, R = B * N.
+class BeamLoop(DecodeLoop):
+    """Beam search and beam sampling."""
 
-    Returns:
-        Sequences [B * num_return_sequences, tokens] with their scores and beam indices.
-    """
-    run = _Run(session, state, request, check_length)
-    config = request.config
-    rows, given = request.prompt.shape
-    rules = beam_rules(config, request.eos)
+    def __init__(self, session: Session, state: DecoderState, request: Request, check_length: Any) -> None:
+        self.rules = beam_rules(request.config, request.eos)
+        self.beams = self.rules.num_beams
+        super().__init__(session, state, request, check_length)
 
-    def make() -> BeamChoice:
-        return BeamChoice(rows // rules.num_beams, run.capacity, run.processing, rules, **run.options)
+    def make(self, entries: int) -> BeamChoice:
+        """See `DecodeLoop.make`."""
+        return BeamChoice(entries, self.capacity, self.processing, self.rules, **self.options)
 
-    key = run.key("beams", rows, rules)
-    longest = config.max_length or request.limit
-    program = run.program(make, key, lambda choice: choice.begin(request.prompt, request.limit, longest))
-    program, made = run.drive(program, make, key)
-    state.crop(given + made - 1)
-    sequences, scores, indices = program.choice.result(given, config.num_return_sequences)
-    return Outcome(sequences, _first(run.scores, made), _first(run.logits, made), scores, indices)
+    def settings(self) -> tuple[Hashable, ...]:
+        """See `DecodeLoop.settings`."""
+        return "beams", self.rules
+
+    def begin(self, choice: BeamChoice) -> None:
+        """See `DecodeLoop.begin`."""
+        limit = self.request.limit
+        assert limit is not None
+        choice.begin(self.request.prompt, limit, self.request.config.max_length or limit)
+
+    def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
+        """See `DecodeLoop.outcome`."""
+        count = self.request.config.num_return_sequences
+        sequences, scores, indices = finished_beams(*results, given=self._given, count=count)
+        return Outcome(sequences, sequences_scores=scores, beam_indices=indices)
 
 
 def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
@@ -205,7 +266,3 @@ def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
         eos=eos,
         fill=fill,
     )
-
-
-def _first(records: list[torch.Tensor] | None, count: int) -> list[torch.Tensor] | None:
-    return None if records is None else records[:count]

@@ -45,7 +45,7 @@ class TokenChoice:
     Attributes:
         tokens: int64 [R, M], the prompt and what was chosen.
         finished: bool [R].
-        report: int64 [1 + 2 R]: 1 after the last row has ended; the tokens chosen last; which rows have ended.
+        report: int64 [1 + 2 R]: 1 after the last row has ended; which rows have ended; the tokens chosen last.
         expired: bool [1]; set from outside when time is up.
     """
 
@@ -88,6 +88,12 @@ class TokenChoice:
             mine.copy_(theirs if rows is None else theirs[rows])
         self.expired.copy_(other.expired)
 
+    def results(self, length: int) -> tuple[torch.Tensor]:
+        """The tokens of every row, with padding from `length` on."""
+        if self._pad is not None:
+            self.tokens[:, length:] = self._pad
+        return (self.tokens,)
+
     def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Choose the tokens at ``position + 1``.
 
@@ -108,8 +114,8 @@ class TokenChoice:
         if not self.recordable:
             self._keep_records(scores, logits, int(position) + 2)
         self.report[:1] = self.finished.all() | self.expired
-        self.report[1 : 1 + len(chosen)] = chosen
-        self.report[1 + len(chosen) :] = self.finished
+        self.report[1 : 1 + len(chosen)] = self.finished
+        self.report[1 + len(chosen) :] = chosen
         return chosen, None
 
     def _keep_records(self, scores: torch.Tensor, logits: torch.Tensor, length: int) -> None:
@@ -119,6 +125,24 @@ class TokenChoice:
             self._logits.append(logits.clone())
         for criterion in self._criteria:
             self.finished |= criterion(self.tokens[:, :length], None if self._scores is None else tuple(self._scores))
+
+
+class GpuDraws:
+    """Takes back what steps beyond the end drew from the GPU's generator.
+
+    The next call then draws as it would after Transformers' loop, which makes no such steps. On a CPU there are none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._generator = torch.cuda.default_generators[device.index or 0] if on_gpu else None
+        self._start = self._generator.get_offset() if self._generator else 0
+
+    def rewind(self, launched: int, counted: int) -> None:
+        """Keep the draws of the first `counted` of `launched` steps, all of which drew the same number."""
+        if self._generator and launched > counted:
+            each = (self._generator.get_offset() - self._start) // launched
+            self._generator.set_offset(self._start + each * counted)
 
 
 def draw(scores: torch.Tensor, count: int, *, recordable: bool) -> torch.Tensor:

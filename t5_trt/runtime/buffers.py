@@ -166,6 +166,16 @@ class DecoderState:
         new = self.new.index_select(2, rows)
         return DecoderState(kv, new, self.cross.select(rows), bias, self.length, self.smallest_bucket)
 
+    def select_entries(self, entries: torch.Tensor) -> DecoderState:
+        """A copy with some of the batch entries, in the order of `entries`, each with all of its beams."""
+        beams = self.cross.beams
+        rows = (entries[:, None] * beams + torch.arange(beams, device=entries.device)).flatten()
+        used = (len(entries), self.cross.source_length)
+        cross = CrossStates(self.cross.kv.index_select(2, entries), beams, used)
+        kv, new = self.kv.index_select(2, rows), self.new.index_select(2, rows)
+        bias = self.cross_bias.index_select(0, entries)
+        return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket)
+
     def hide_keys(self, cross_bias: torch.Tensor) -> None:
         """Replace the cross bias; in place where the shape allows it, so that bindings stay good."""
         if cross_bias.shape == self.cross_bias.shape:

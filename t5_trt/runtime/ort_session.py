@@ -118,6 +118,10 @@ class OrtSession:
         state.append(new)
         return logits
 
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+        return batch < state.cross.batch
+
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
         """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""
         return OrtProgram(self, state, make())

@@ -118,6 +118,10 @@ class Session(Protocol):
         """
         ...
 
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """Whether a step of this state is cheaper with `batch` of its entries, without anything being built for that."""
+        ...
+
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
         """A program over the buffers of a state with room for one more token.
 

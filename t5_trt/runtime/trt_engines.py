@@ -49,6 +49,7 @@ class TrtEngines:
         self._check = check
         self._engines: dict[Key, Any] = {}
         self._contexts: dict[Key, Any] = {}
+        self._stored: dict[Key, bool] = {}
 
     def graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
@@ -95,6 +96,13 @@ class TrtEngines:
         if key not in self._contexts:
             self._contexts[key] = self.api.new_context(self._engines[key])
         return self._contexts[key]
+
+    def is_ready(self, graph: str, shapes: Shapes) -> bool:
+        """Whether the engine of a bucket is there without a build: loaded, or in the store when this was first asked."""
+        key = self._key(graph, shapes)
+        if key not in self._engines and key not in self._stored:
+            self._stored[key] = self._provider.has(*key)
+        return key in self._engines or self._stored[key]
 
     def tapped_context(self, graph: str, shapes: Shapes) -> Any:
         """A context of an engine that also puts out the residual stream after every block."""

@@ -152,6 +152,12 @@ class TrtSession:
         finally:  # the slots of the check hold steps that were recorded with an engine not yet trusted
             self._idle.clear()
 
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+        cross, sizes = state.cross, {"N": state.cross.beams, "S": state.cross.source_length, "T": state.capacity}
+        smaller, present = (self.engines.bucket(B=size, **sizes) for size in (batch, cross.batch))
+        return smaller.B < present.B and self.engines.is_ready(STEP, smaller)
+
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
         """See `t5_trt.runtime.session.Session.program`."""
         with self._lock:

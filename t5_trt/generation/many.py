@@ -1,0 +1,101 @@
+"""`generate_many`: whole files of texts in batches of similar length, results in the order of the input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from t5_trt.errors import InputError
+
+
+def generate_many(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    batch_size: int = 16,
+    sort_by_length: bool = True,
+    max_source_tokens: int | None = None,
+    show_progress: bool | None = None,
+    skip_special_tokens: bool = True,
+    **generate_arguments: Any,
+) -> Iterator[Any]:
+    """Generate for many texts.
+
+    Texts are batched with others of about the same length, the longest first: little is padded, and a request that is too
+    large fails at the start. All texts are tokenized before the first batch; a result is handed out as soon as those of
+    all earlier texts are.
+
+    Args:
+        model: a `TRTT5ForConditionalGeneration`, or any other Transformers model with ``generate``.
+        tokenizer: of the model.
+        texts: strings; an iterator is read to its end at once.
+        batch_size: texts in a batch.
+        sort_by_length: False takes batches as they come.
+        max_source_tokens: cut longer texts to this many tokens; None cuts nothing.
+        show_progress: draw a bar; None does so on a terminal only.
+        skip_special_tokens: leave padding and end tokens out of the results.
+        generate_arguments: of ``model.generate``, such as ``num_beams``.
+
+    Returns:
+        An iterator over the generated strings, in the order of `texts`; over lists of strings with
+        ``num_return_sequences`` above 1.
+
+    Raises:
+        InputError: `batch_size` is not positive, `texts` is one string or holds something else than strings, or the
+            arguments ask ``generate`` for something else than tokens.
+    """
+    if isinstance(texts, str):
+        raise InputError("texts got one string; expected several. Pass [text], or a file's lines.")
+    if batch_size < 1:
+        raise InputError(f"batch_size got {batch_size}; expected at least 1.")
+    if generate_arguments.get("return_dict_in_generate"):
+        raise InputError("return_dict_in_generate is not supported: generate_many gives text. Use model.generate().")
+    known = list(texts)
+    wrong = next((place for place, text in enumerate(known) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise InputError(f"texts[{wrong}] got {type(known[wrong]).__name__}; expected a string.")
+    cut = {"truncation": True, "max_length": max_source_tokens} if max_source_tokens else {}
+    sources = [tokenizer(text, **cut)["input_ids"] for text in known]
+    order = list(range(len(known)))
+    if sort_by_length:
+        order.sort(key=lambda place: -len(sources[place]))  # stable: equal lengths stay in order
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    bar = tqdm(
+        total=len(known), unit="text", disable=not (sys.stderr.isatty() if show_progress is None else show_progress)
+    )
+
+    def results() -> Iterator[Any]:
+        done: dict[int, Any] = {}
+        upcoming = 0
+        with bar:
+            for places in batches:
+                made = _generate(model, tokenizer, [sources[place] for place in places], batch_size, generate_arguments)
+                decoded = tokenizer.batch_decode(made, skip_special_tokens=skip_special_tokens)
+                each = len(decoded) // len(places)
+                for row, place in enumerate(places):
+                    found = decoded[row * each : (row + 1) * each]
+                    done[place] = found[0] if each == 1 else found
+                bar.update(len(places))
+                while upcoming in done:
+                    yield done.pop(upcoming)
+                    upcoming += 1
+
+    return results()
+
+
+def _generate(
+    model: Any, tokenizer: Any, sources: Sequence[list[int]], batch_size: int, arguments: dict[str, Any]
+) -> torch.Tensor:
+    """Token rows for one batch."""
+    count = len(sources)
+    if count < batch_size and model.device.type == "cuda":
+        # the last batch fills up with copies: an engine for its own size would first have to be built
+        sources = [*sources, *[sources[-1]] * (batch_size - count)]
+    inputs = tokenizer.pad({"input_ids": list(sources)}, return_tensors="pt").to(model.device)
+    rows: torch.Tensor = model.generate(**inputs, **arguments)
+    return rows[: len(rows) // len(sources) * count]

@@ -1,0 +1,288 @@
+"""The device loop's own logic: forms of processors, draws, dropped rows, steps ahead, programs that are used again."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as stock_processors
+
+import t5_trt.generation.loop as loop
+from t5_trt import TRTT5ForConditionalGeneration, generating
+from t5_trt.generation.processors import DEVICE_FORMS, Recordable, device_forms, fingerprint, has_device_form
+from t5_trt.generation.sampling import draw
+from t5_trt.generation.support import GenerationPath
+from t5_trt.runtime import trt_session
+from t5_trt.runtime.buffers import DecoderState
+from tests.stand_in_tensorrt import stand_in_session
+from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
+from tests.tiny_models import VOCAB, batch, make_stock
+
+#: end tokens by which twelve rows end at very different times
+ENDS = [1, 8, 27, 34, 67, 69, 82, 88, 107, 122, 184, 189, 192, 199, 205]
+
+PROCESSORS: list[LogitsProcessor] = [
+    stock_processors.TemperatureLogitsWarper(0.7),
+    stock_processors.TopKLogitsWarper(7),
+    stock_processors.TopPLogitsWarper(0.6),
+    stock_processors.MinPLogitsWarper(0.1),
+    stock_processors.TypicalLogitsWarper(0.5),
+    stock_processors.EpsilonLogitsWarper(0.01),
+    stock_processors.InfNanRemoveLogitsProcessor(),
+    stock_processors.LogitNormalization(),
+    stock_processors.MinLengthLogitsProcessor(5, [1, 4]),
+    stock_processors.MinNewTokensLengthLogitsProcessor(3, 4, 1),
+    stock_processors.SuppressTokensLogitsProcessor([3, 50, 7]),
+    stock_processors.SuppressTokensAtBeginLogitsProcessor([3, 50, 7], 4),
+    stock_processors.ForcedBOSTokenLogitsProcessor(17),
+    stock_processors.ForcedEOSTokenLogitsProcessor(12, [1, 4]),
+    stock_processors.RepetitionPenaltyLogitsProcessor(1.7),
+    *(stock_processors.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3, 40)),
+    stock_processors.SequenceBiasLogitsProcessor([[[9], 4.0], [[2, 3], -6.0], [[3, 2], 1.5], [[2, 3, 2], 2.0]]),
+    stock_processors.NoBadWordsLogitsProcessor([[2], [3, 2], [2, 2, 3], [0, 2]], 1),
+    stock_processors.ExponentialDecayLengthPenalty((2, 1.3), 1, 1),
+]
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+def test_device_form_equals_stock_processor(processor: Any) -> None:
+    """At every length of a buffer whose later part holds tokens that must not count."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 4, (6, 32), generator=generator)  # few kinds: n-grams repeat
+    scores = 3 * torch.randn(6, VOCAB, generator=generator)
+    scores[2, 30:60] = -torch.inf
+    forms = device_forms([processor], VOCAB, 32, torch.device("cpu"))
+    assert forms is not None
+    changed = 0
+    for length in range(1, 20):
+        expected = processor(tokens[:, :length], scores.clone())
+        got = Recordable(forms)(tokens, torch.tensor([length - 1]), scores.clone())
+        assert torch.equal(got, expected), length
+        changed += not torch.equal(got, scores)
+    assert changed or isinstance(processor, stock_processors.InfNanRemoveLogitsProcessor) or processor.ngram_size == 40
+
+
+def test_every_device_form_is_compared() -> None:
+    assert {type(processor) for processor in PROCESSORS} == set(DEVICE_FORMS)
+
+
+def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
+    class Hotter(stock_processors.TemperatureLogitsWarper):
+        pass
+
+    assert not has_device_form(Hotter(0.5)) and has_device_form(stock_processors.TemperatureLogitsWarper(0.5))
+    assert not has_device_form(stock_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
+
+
+def test_fingerprints() -> None:
+    warm, hot = (stock_processors.TemperatureLogitsWarper(t) for t in (0.5, 2.0))
+    assert fingerprint(warm) == fingerprint(stock_processors.TemperatureLogitsWarper(0.5)) != fingerprint(hot)
+    assert len({fingerprint(processor) for processor in PROCESSORS}) == len(PROCESSORS)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_draws_are_those_of_multinomial(count: int) -> None:
+    scores = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
+    results = []
+    for recordable in (True, False):
+        torch.manual_seed(8)
+        results.append([draw(scores, count, recordable=recordable) for _ in range(20)])
+    assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """Chi-square of 20,000 draws over 12 tokens: below the 99.9% quantile of 11 degrees of freedom."""
+    torch.manual_seed(0)
+    scores = torch.linspace(-2, 2, 12)
+    counts = draw(scores.expand(20_000, -1), 1, recordable=True).flatten().bincount(minlength=12)
+    expected = 20_000 * scores.softmax(-1)
+    assert ((counts - expected) ** 2 / expected).sum() < 31.3
+
+
+class LateWatcher:
+    """Hands out reports four steps late, as on a GPU."""
+
+    def __init__(self, report: torch.Tensor, ahead: int) -> None:
+        self.waiting: deque[torch.Tensor] = deque()
+        self.ahead = ahead
+
+    def post(self, report: torch.Tensor) -> None:
+        self.waiting.append(report.clone())
+
+    def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
+        keep = 0 if all_of_them else self.ahead
+        return [self.waiting.popleft() for _ in range(len(self.waiting) - keep)]
+
+
+@pytest.fixture(scope="module")
+def on_stand_in() -> Iterator[Any]:
+    """A T5 v1.1 model on the TensorRT session, with the steps ahead of a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Watcher", LateWatcher)
+        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+        ours._session = stand_in_session(ours, patch)
+        yield ours
+
+
+@pytest.mark.parametrize("name", [*CORE, *MORE])
+def test_recorded_steps_some_steps_ahead(on_stand_in: Any, v11: tuple[Any, Any], name: str) -> None:
+    """Every argument set on fixed buffers, padded rows, programs that earlier requests left, and late reports."""
+    arguments = {**CORE, **MORE}[name]
+    assert_same(run(on_stand_in, arguments), run(v11[0], arguments))
+    reason = OTHER_LOOP.get(name, "")
+    assert on_stand_in.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
+
+
+def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch)
+    recorded, record = [], trt_session.record
+    monkeypatch.setattr(trt_session, "record", lambda *args: recorded.append(1) or record(*args))
+    counts = []
+    requests: list[dict[str, Any]] = [
+        {},
+        {"max_new_tokens": 9},
+        {"num_beams": 2},
+        {"num_beams": 2},
+        {"temperature": 0.5},
+    ]
+    for request in [*requests, {"temperature": 0.6}, {"temperature": 0.5}]:
+        ours.generate(
+            **batch(seed=len(counts)), **{"do_sample": "temperature" in request, "max_new_tokens": 7, **request}
+        )
+        counts.append(len(recorded))
+    assert counts == [1, 1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "early_stopping": True, "num_return_sequences": 2},
+        {"num_beams": 2, "early_stopping": "never", "length_penalty": -1.0},
+    ],
+    ids=["greedy", "beams", "early", "never"],
+)
+@pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
+def test_rows_that_are_over_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, engine: str, arguments: dict[str, Any], late: bool
+) -> None:
+    """Twelve rows end at different times; half of them gone, the rest goes on in a smaller batch."""
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    if late:
+        monkeypatch.setattr(loop, "Watcher", LateWatcher)
+    if engine == "stand-in":
+        ours._session = stand_in_session(ours, monkeypatch)
+        for rows in (1, 2, 4, 8):  # only engines that are there are used
+            ours.generate(**batch(rows, 11), max_new_tokens=3, **arguments)
+    sizes = []
+    select = DecoderState.select_entries
+    monkeypatch.setattr(
+        DecoderState, "select_entries", lambda state, kept: sizes.append(len(kept)) or select(state, kept)
+    )
+    request = {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **arguments}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert sizes and sizes == sorted(sizes, reverse=True)
+
+
+def test_rows_are_kept_where_that_would_show(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, ours = v11
+    monkeypatch.setattr(DecoderState, "select_entries", lambda *_: pytest.fail("rows were dropped"))
+    for arguments in ({"do_sample": True}, {"return_dict_in_generate": True}):
+        request = {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **arguments}
+        results = []
+        for model in (stock, ours):
+            torch.manual_seed(0)
+            out = model.generate(**request)
+            results.append(getattr(out, "sequences", out).tolist())
+        assert results[0] == results[1]
+        assert ours.last_generation_path.loop == "device"
+
+
+def test_returned_cache_goes_on_as_stock(v11: tuple[Any, Any]) -> None:
+    """The cache of a finished request holds all tokens but the last, for every beam."""
+    stock, ours = v11
+    for arguments in ({}, {"num_beams": 3}):
+        logits = []
+        for model in (stock, ours):
+            out = model.generate(
+                **batch(), max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, **arguments
+            )
+            beams = arguments.get("num_beams", 1)
+            states = model.get_encoder()(**batch()).last_hidden_state.repeat_interleave(beams, 0)
+            mask = batch()["attention_mask"].repeat_interleave(beams, 0)
+            assert out.past_key_values.get_seq_length() == 8
+            token = torch.full((3 * beams, 1), 7)
+            with torch.no_grad():
+                step = model(
+                    encoder_outputs=(states,),
+                    attention_mask=mask,
+                    decoder_input_ids=token,
+                    past_key_values=out.past_key_values,
+                )
+            logits.append(step.logits)
+        torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}])
+def test_time_is_up(v11: tuple[Any, Any], arguments: dict[str, Any]) -> None:
+    stock, ours = v11
+    request = {**batch(), "max_new_tokens": 500, "min_new_tokens": 500, "max_time": 1e-6, **arguments}
+    expected = stock.generate(**request)
+    assert ours.generate(**request).tolist() == expected.tolist() and expected.shape[1] == 2
+
+
+class Counter(LogitsProcessor):
+    """Counts its calls and records the lengths it sees."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.lengths.append(input_ids.shape[1])
+        return scores
+
+
+def test_custom_code_is_called_once_a_step(on_stand_in: Any) -> None:
+    counter = Counter()
+    out = on_stand_in.generate(
+        **batch(), max_new_tokens=20, eos_token_id=ENDS, logits_processor=LogitsProcessorList([counter])
+    )
+    assert counter.lengths == list(range(1, out.shape[1]))
+    assert on_stand_in.last_generation_path.loop == "device"
+
+
+def test_other_loops_are_named_and_logged_once(
+    v11: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generating, "_said", set())
+    ours = TRTT5ForConditionalGeneration.from_model(v11[0], num_threads=1)
+    assert ours.last_generation_path is None
+    with caplog.at_level(logging.INFO, "t5_trt"):
+        for _ in range(2):
+            ours.generate(**batch(), max_new_tokens=3, use_cache=False)
+    assert str(ours.last_generation_path) == "transformers (use_cache=False)"
+    assert caplog.text.count("use_cache=False") == 1
+    ours.generate(**batch(1), max_new_tokens=5, prompt_lookup_num_tokens=2)
+    assert ours.last_generation_path == GenerationPath("transformers", "this decoding method")
+    ours.generate(**batch(), max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
+    assert ours.last_generation_path == GenerationPath("reference", "output_attentions")
+    ours.generate(**batch(), max_new_tokens=3)
+    assert str(ours.last_generation_path) == "device"
+
+
+def test_max_target_tokens(v11: tuple[Any, Any]) -> None:
+    from t5_trt import InputError
+
+    ours = TRTT5ForConditionalGeneration.from_model(v11[0], num_threads=1, max_target_tokens=6)
+    assert ours.generate(**batch(), max_new_tokens=6, min_new_tokens=6).shape == (3, 7)
+    with pytest.raises(InputError, match="max_target_tokens"):
+        ours.generate(**batch(), max_new_tokens=9, min_new_tokens=9)

@@ -157,7 +157,7 @@ def run(model: Any, arguments: dict[str, Any], seed: int = 11) -> Any:
     return model.generate(**batch(), **{"max_new_tokens": 12, **arguments})
 
 
-def assert_same(ours: Any, expected: Any) -> None:
+def assert_same(ours: Any, expected: Any, atol: float = LOGITS_ATOL) -> None:
     if isinstance(expected, torch.Tensor):
         assert ours.tolist() == expected.tolist()
         return
@@ -166,9 +166,9 @@ def assert_same(ours: Any, expected: Any) -> None:
     for name in ("scores", "logits"):
         for left, right in zip(ours[name], expected[name], strict=True):
             assert torch.equal(left.isinf(), right.isinf())
-            torch.testing.assert_close(left, right, atol=LOGITS_ATOL, rtol=1e-5)
+            torch.testing.assert_close(left, right, atol=atol, rtol=1e-5)
     if "sequences_scores" in expected:
-        torch.testing.assert_close(ours.sequences_scores, expected.sequences_scores, atol=LOGITS_ATOL, rtol=1e-5)
+        torch.testing.assert_close(ours.sequences_scores, expected.sequences_scores, atol=atol, rtol=1e-5)
         assert ours.beam_indices.tolist() == expected.beam_indices.tolist()
 
 

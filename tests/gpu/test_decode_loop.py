@@ -1,0 +1,75 @@
+"""The recorded decode loop on a real GPU: the CPU suite's argument sets, draws, and no waiting for the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt.generation.sampling import draw
+from t5_trt.generation.support import GenerationPath
+from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.tiny_models import batch
+
+LOGITS_ATOL = 1e-3  # as in test_tensorrt.py
+
+
+def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+@pytest.mark.parametrize("name", [*CORE, *MORE])
+def test_generates_as_stock(gpu_pair: Any, name: str) -> None:
+    """Draws too: the recorded step draws what torch.multinomial does for the same seed."""
+    stock, ours = gpu_pair("t5-v1.1")
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(11)
+        results.append(model.generate(**on_gpu({**batch(), "max_new_tokens": 12, **{**CORE, **MORE}[name]})))
+    assert_same(*results, atol=LOGITS_ATOL)
+    reason = OTHER_LOOP.get(name, "")
+    assert ours.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
+
+
+def test_generator_stands_where_the_stock_loop_leaves_it(gpu_pair: Any) -> None:
+    """Steps beyond the end draw numbers; they are taken back, so that the next request draws the same in both."""
+    stock, ours = gpu_pair("t5-v1.1")
+    results = []
+    for model in (stock, ours):
+        torch.manual_seed(5)
+        inputs = on_gpu(batch())
+        ends = {"eos_token_id": [1, 5, 9, 20, 33, 60, 90, 120, 150], "pad_token_id": 3}
+        first = model.generate(**inputs, do_sample=True, max_new_tokens=60, **ends)
+        results.append([first.tolist(), model.generate(**inputs, do_sample=True, max_new_tokens=9).tolist()])
+    assert len(results[0][0][0]) < 61 and results[0] == results[1]
+
+
+def test_recorded_draws_are_those_of_multinomial() -> None:
+    scores = torch.randn(5, 1000, device="cuda")
+    for count in (1, 4):
+        torch.manual_seed(8)
+        expected = draw(scores, count, recordable=False)
+        torch.manual_seed(8)
+        assert torch.equal(draw(scores, count, recordable=True), expected)
+
+
+def test_steps_do_not_wait_for_the_gpu(gpu_pair: Any) -> None:
+    """Torch raises where something synchronizes inside the loop; reading a report waits for an event, which it allows."""
+    _, ours = gpu_pair("t5-v1.1")
+    inputs = on_gpu(batch())
+    session = ours.session
+    for arguments in ({}, {"num_beams": 3}, {"do_sample": True, "top_p": 0.9}):
+        ours.generate(**inputs, max_new_tokens=9, **arguments)
+        programs, make = [], session.program
+        session.program = lambda *args, make=make, kept=programs: kept.append(make(*args)) or kept[-1]
+        try:
+            ours.generate(**inputs, max_new_tokens=9, return_dict_in_generate=True, **arguments)
+        finally:
+            session.program = make
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                programs[-1].launch()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -43,14 +43,19 @@ class Placement:
 
 def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> str | None:
     """Why TensorRT cannot run here, or None if it can."""
+    no_gpu = None
+    if not torch.cuda.is_available():
+        no_gpu = (
+            "there is no NVIDIA GPU, or its driver does not work with this PyTorch (torch.cuda.is_available() is False)"
+        )
+        if flavor is None:  # answered before TensorRT is imported, which takes 100 MB
+            return no_gpu
     try:
         api = load_tensorrt(flavor)
     except BackendError as error:
         return str(error)
-    if not torch.cuda.is_available():
-        return (
-            "there is no NVIDIA GPU, or its driver does not work with this PyTorch (torch.cuda.is_available() is False)"
-        )
+    if no_gpu:
+        return no_gpu
     if device is not None and not device.startswith("cuda"):
         return f"device is {device!r}; TensorRT runs on CUDA devices"
     major, minor = torch.cuda.get_device_capability(device or "cuda")

@@ -159,6 +159,27 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [1, 1, 2, 2, 3, 4, 4]
 
 
+def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It runs after the recorded step then, and is not tried again."""
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch)
+    record, tries = trt_session.record, []
+
+    def refuse(work: Any, device: torch.device) -> Any:
+        if work.args[2] is not None:
+            tries.append(1)
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return record(work, device)
+
+    monkeypatch.setattr(trt_session, "record", refuse)
+    for arguments in ({}, {}, {"num_beams": 2}):
+        request = {**batch(), "max_new_tokens": 9, **arguments}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert len(tries) == 2 and caplog.text.count("is not recorded") == 2
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     "arguments",

@@ -6,6 +6,7 @@ that exact. Buffers, execution context and recorded steps of one shape are a slo
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -29,6 +30,8 @@ from t5_trt.runtime.session import Choice, Session
 from t5_trt.runtime.trt_engines import TrtEngines
 from t5_trt.runtime.trt_slot import STEPS_KEPT, Lease, RecordedStep, Slot, TrtProgram, cache_rows, made_rows, run_step
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
+
+logger = logging.getLogger("t5_trt")
 
 
 class TrtSession:
@@ -64,6 +67,7 @@ class TrtSession:
         device_weights = DeviceWeights(self.arch, weights, self.dtype, device)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         self._idle: dict[Shapes, list[Slot]] = {}
+        self._unrecordable: set[Hashable] = set()
         self._lock = threading.RLock()
 
     def encode(
@@ -163,11 +167,19 @@ class TrtSession:
         with self._lock:
             state.reserve(1)
             slot = self._slot(state)
-            if key is None:
-                return TrtProgram(slot, state, self._recorded(slot, state, None, None), make())
-            found = slot.steps.get(key)
-            choice = make() if found is None else found.choice
-            return TrtProgram(slot, state, self._recorded(slot, state, key, choice), None)
+            if key is not None and key not in self._unrecordable:
+                found = slot.steps.get(key)
+                choice = make() if found is None else found.choice
+                try:
+                    return TrtProgram(slot, state, self._recorded(slot, state, key, choice), None)
+                except BackendError:  # the step itself cannot run
+                    raise
+                except RuntimeError as error:  # torch's complaint about an operation that waits for the GPU
+                    self._unrecordable.add(key)
+                    logger.warning(
+                        "the choice of tokens is not recorded with the decoder step (%s); it runs after it.", error
+                    )
+            return TrtProgram(slot, state, self._recorded(slot, state, None, None), make())
 
     def _step(self, slot: Slot, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         slot.tokens[: state.rows].copy_(input_ids)

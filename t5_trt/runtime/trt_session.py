@@ -200,8 +200,9 @@ class TrtSession:
             graph = record(partial(run_step, slot, state.rows, choice, self._enqueue), self.device)
         except torch.cuda.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
-        slot.kv[..., : state.length, :].copy_(kept)
-        slot.position_host = -1
+        finally:
+            slot.kv[..., : state.length, :].copy_(kept)
+            slot.position_host = -1
         slot.steps[key] = RecordedStep(graph, choice)
         while len(slot.steps) > STEPS_KEPT:
             slot.steps.popitem(last=False)

@@ -182,11 +182,11 @@ def cache_path(cache_dir: CacheDir = None) -> None:
 def cache_list(cache_dir: CacheDir = None) -> None:
     """List the engines, most recently used first."""
     entries = _store(cache_dir).entries()
-    table = Table("key", "graph", "shapes", "precision", "TensorRT", "MB", "built", "build s")
+    table = Table("key", "graph", "shapes", "precision", "made for", "MB", "built", "build s")
     for entry in entries:
         facts = entry.manifest
         shapes = " ".join(f"{axis}{size}" for axis, size in facts.get("shapes", {}).items() if isinstance(size, int))
-        version = f"{facts.get('flavor')} {facts.get('tensorrt')}"
+        version = f"{facts.get('flavor')} {facts.get('tensorrt', '')}".strip()
         size = f"{entry.size_bytes / 1e6:.1f}"
         row = (
             facts.get("graph"),

@@ -14,7 +14,7 @@ import platformdirs
 from t5_trt.errors import InputError
 
 BACKENDS = ("auto", "tensorrt", "onnxruntime")
-PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
 
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> str:
@@ -41,7 +41,7 @@ class RuntimeConfig:
     Attributes:
         backend: "auto" (TensorRT where it and a GPU are there, else ONNX Runtime on the CPU), "tensorrt" or
             "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
-        precision: "auto", "fp32", "tf32", "fp16" or "bf16". ONNX Runtime on CPU runs "fp32".
+        precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8". ONNX Runtime on CPU runs "fp32" and "int8".
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the stock PyTorch model where an engine cannot serve.
         num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.

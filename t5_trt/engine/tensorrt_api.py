@@ -90,6 +90,11 @@ class TensorRT:
         Raises:
             InputError: bf16 with TensorRT 8.
         """
+        if precision == "int8":
+            raise InputError(
+                f"precision got 'int8'; engines of {self.flavor} {self.version} have no 8-bit weights here. Use 'fp16', or "
+                "backend='onnxruntime' for 'int8' on a CPU."
+            )
         if precision == "bf16" and not (hasattr(self.trt, "bfloat16") and self.strongly_typed):
             raise InputError(
                 f"precision got 'bf16'; TensorRT {self.version} has no bfloat16 networks (10.0 and newer do). Use 'fp16'."

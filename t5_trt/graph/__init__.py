@@ -13,6 +13,7 @@ from t5_trt.architecture import Architecture
 from t5_trt.graph.decoder import build_decoder
 from t5_trt.graph.encoder import build_cross, build_encoder
 from t5_trt.graph.forms import DeviceForm, Form, HostForm
+from t5_trt.graph.int8 import Int8HostForm
 from t5_trt.graph.parameters import Weights
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
@@ -30,6 +31,7 @@ def build_host_graph(
     index: ir.DataType = ir.DataType.INT64,
     fixed: Mapping[str, int] | None = None,
     *,
+    quantized: Weights | None = None,
     taps: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.signature.GRAPHS` with the weights as initializers.
@@ -41,8 +43,11 @@ def build_host_graph(
         real: compute type of weights and activations.
         index: type of ids, positions and masks.
         fixed: axis letter of `t5_trt.signature` -> size, for axes that are known.
+        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of all else is float32 then.
         taps: also put out the residual stream after every block, named "encoder.block.0" and so on.
     """
+    if quantized is not None:
+        return _build(graph, Int8HostForm(graph, arch, weights, quantized), taps)
     return _build(graph, HostForm(graph, arch, weights, real, index, fixed), taps)
 
 

@@ -44,6 +44,7 @@ class GraphBuilder:
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
+        self._domains: dict[str, int] = {"": OPSET}
         self._scope = ""
         self._serial = 0
         self._taps: dict[str, ir.Value] | None = None
@@ -85,10 +86,25 @@ class GraphBuilder:
 
     def multi(self, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
         """Append a node and return its outputs."""
+        return self._append("", op_type, outputs, inputs, attributes)
+
+    def foreign(self, domain: str, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Append a node of another domain than ONNX's, such as "com.microsoft", and return its only output."""
+        self._domains[domain] = 1
+        return self._append(domain, op_type, 1, inputs, attributes)[0]
+
+    def _append(
+        self,
+        domain: str,
+        op_type: str,
+        outputs: int,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any],
+    ) -> Sequence[ir.Value]:
         self._serial += 1
         name = f"{self._scope}{op_type}_{self._serial}"
         node = ir.Node(
-            "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=outputs, name=name
+            domain, op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=outputs, name=name
         )
         for number, value in enumerate(node.outputs):
             value.name = name if outputs == 1 else f"{name}:{number}"
@@ -192,7 +208,7 @@ class GraphBuilder:
             outputs=results,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET},
+            opset_imports=self._domains,
             name=self.name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="t5_trt")

@@ -15,6 +15,7 @@ from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, real_type
+from t5_trt.runtime.int8_weights import load_int8_weights
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.trt_session import TrtSession
@@ -26,7 +27,7 @@ class Placement:
 
     Attributes:
         backend: "tensorrt" or "onnxruntime".
-        precision: "fp32", "tf32", "fp16" or "bf16".
+        precision: "fp32", "tf32", "fp16", "bf16" or "int8".
         device: where engines run.
         dtype: of hidden states and K/V.
         flavor: of TensorRT, or None.
@@ -88,13 +89,14 @@ def resolve(config: RuntimeConfig) -> Placement:
         raise InputError(
             f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
         )
-    if config.precision not in ("auto", "fp32"):
+    if config.precision not in ("auto", "fp32", "int8"):
         raise InputError(
-            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' on the CPU. Use 'fp32' or "
-            "'auto'."
+            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' or 'int8' on the CPU. Use one "
+            "of them, or 'auto' (fp32)."
         )
     reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
-    return Placement("onnxruntime", "fp32", torch.device("cpu"), torch.float32, None, reason)
+    precision = "int8" if config.precision == "int8" else "fp32"
+    return Placement("onnxruntime", precision, torch.device("cpu"), torch.float32, None, reason)
 
 
 def _on_gpu(config: RuntimeConfig) -> Placement:
@@ -126,12 +128,15 @@ def open_session(
         placement: what `resolve` made of it.
         build: settings of the engine builder.
     """
+    store = EngineStore(config.cache_dir, config.engine_cache_bytes)
     if placement.backend == "onnxruntime":
-        return OrtSession(arch, weights, num_threads=config.num_threads, prepack_weights=config.prepack_weights)
+        quantized = load_int8_weights(arch, weights, store) if placement.precision == "int8" else None
+        threads, prepack = config.num_threads, config.prepack_weights
+        return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
     assert placement.flavor is not None
     provider = EngineProvider(
         arch,
-        EngineStore(config.cache_dir, config.engine_cache_bytes),
+        store,
         build,
         precision=placement.precision,
         flavor=placement.flavor,

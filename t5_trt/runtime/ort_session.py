@@ -39,23 +39,31 @@ class OrtSession:
         weights: state-dict key -> CPU tensor; it is kept, and its memory read, for as long as the session lives.
         num_threads: of every operator; None takes torch's.
         prepack_weights: see `t5_trt.config.RuntimeConfig`.
+        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
 
     Raises:
         BackendError: onnxruntime cannot be imported.
     """
 
     backend = "onnxruntime"
-    precision = "fp32"
     device = torch.device("cpu")
     dtype = torch.float32
 
     def __init__(
-        self, arch: Architecture, weights: Weights, *, num_threads: int | None = None, prepack_weights: bool = False
+        self,
+        arch: Architecture,
+        weights: Weights,
+        *,
+        num_threads: int | None = None,
+        prepack_weights: bool = False,
+        quantized: Weights | None = None,
     ) -> None:
         self.arch = arch
+        self.precision = "fp32" if quantized is None else "int8"
+        self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
         self._weights = weights
-        self._prepack = prepack_weights
+        self._prepack = prepack_weights or quantized is not None  # packed 8-bit matrices take a quarter of float32 ones
         self._ort = import_onnxruntime()
         self._sessions: dict[str, Any] = {}
         self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
@@ -183,7 +191,8 @@ class OrtSession:
             return self._sessions[graph]
 
     def _load(self, graph: str, *, taps: bool = False) -> Any:
-        model = build_host_graph(graph, self.arch, self._weights, real_type(self.precision), taps=taps)
+        real = real_type(self.precision)
+        model = build_host_graph(graph, self.arch, self._weights, real, quantized=self._quantized, taps=taps)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3

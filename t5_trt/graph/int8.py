@@ -1,0 +1,94 @@
+"""Matrices in 8 bits: how they are rounded, and the host graphs that multiply by them (ONNX Runtime on a CPU).
+
+Weights are rounded symmetrically with one scale for each output column (per channel); activations are rounded by the
+operator, with one scale for each product, when it runs (dynamic quantization). Norms, softmax, attention products,
+biases and the embedding stay in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.graph.forms import HostForm, Projection
+from t5_trt.graph.ops import Dim
+from t5_trt.graph.parameters import LM_HEAD, Weights, parameters
+
+#: name of a group's matrix and of its scales among the tensors that `quantize` makes
+MATRIX, SCALE = "{}.int8", "{}.scale"
+
+
+def quantize(arch: Architecture, weights: Weights, *, head: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """Round the matrices of a model, one group of `t5_trt.graph.parameters` after the other.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> tensor.
+        head: the output matrix too.
+
+    Yields:
+        Names as in `MATRIX` with int8 [in, out], and as in `SCALE` with float32 [out].
+    """
+    for name, parameter in parameters(arch).items():
+        if not parameter.is_matrix or (name == LM_HEAD and not head):
+            continue
+        rounded = torch.empty(parameter.shape, dtype=torch.int8)
+        scales = torch.empty(parameter.shape[1])
+        start = 0
+        for key, columns in zip(parameter.parts, parameter.widths, strict=True):
+            matrix = weights[key].detach().float()  # [out, in]
+            scale = matrix.abs().amax(1).clamp_min(1e-30) / 127.0
+            place = slice(start, start + columns)
+            rounded[:, place] = (matrix / scale[:, None]).round_().to(torch.int8).t()
+            scales[place] = scale
+            start += columns
+        yield MATRIX.format(name), rounded
+        yield SCALE.format(name), scales
+
+
+class Int8HostForm(HostForm):
+    """Products with matrices in 8 bits by ONNX Runtime's DynamicQuantizeMatMul.
+
+    Args:
+        name: of the graph.
+        arch: of the model.
+        weights: state-dict key -> CPU tensor, for what is not quantized.
+        quantized: what `quantize` made, as int8 or, for processors whose 8-bit products of mixed sign saturate, shifted
+            by 128 as uint8.
+    """
+
+    def __init__(self, name: str, arch: Architecture, weights: Weights, quantized: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(name, arch, weights, ir.DataType.FLOAT)
+        self._quantized = quantized
+
+    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
+        """See `Form.project`: one product for the whole group."""
+        if MATRIX.format(group) not in self._quantized:
+            return super().project(stream, group, scale)
+        parameter = self.groups[group]
+        if parameter.norm is not None:
+            stream = self.rms_norm(stream, self.parameter(parameter.norm))
+        if scale != 1.0:
+            stream = self.op("Mul", stream, self.scalar(scale))
+        matrix = self._stored(MATRIX.format(group))
+        assert matrix.const_value is not None
+        shift = np.full(parameter.shape[1], 128 if matrix.const_value.dtype == ir.DataType.UINT8 else 0)
+        zero_points = self.constant(shift, matrix.const_value.dtype)
+        packed = self.foreign(
+            "com.microsoft", "DynamicQuantizeMatMul", stream, matrix, self._stored(SCALE.format(group)), zero_points
+        )
+        if len(parameter.parts) == 1:
+            return Projection([packed], None)
+        ends = np.cumsum(parameter.widths).tolist()
+        pieces = zip([0, *ends[:-1]], ends, strict=True)
+        return Projection([self._columns(packed, start, end) for start, end in pieces], None)
+
+    def _columns(self, value: ir.Value, start: Dim, end: Dim) -> ir.Value:
+        return self.op("Slice", value, self.vector(start), self.vector(end), self.ints(1))
+
+    def _stored(self, name: str) -> ir.Value:
+        return self.initializer(name, ir.tensor_adapters.TorchTensor(self._quantized[name], name=name))

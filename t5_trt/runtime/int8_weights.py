@@ -1,0 +1,83 @@
+"""The 8-bit matrices of one model on disk: rounded once, kept in the engine store, mapped into memory by every process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, load_file, save_file
+
+from t5_trt.architecture import Architecture
+from t5_trt.engine.cache_key import engine_key
+from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.graph.int8 import quantize
+from t5_trt.graph.parameters import Weights, parameters
+
+logger = logging.getLogger("t5_trt")
+
+
+def load_int8_weights(arch: Architecture, weights: Weights, store: EngineStore) -> dict[str, torch.Tensor]:
+    """The matrices of a model in 8 bits, from the store or made and put there.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> tensor.
+        store: of engines.
+
+    Returns:
+        See `t5_trt.graph.int8.quantize`; on processors whose 8-bit products saturate the matrices are uint8, shifted by 128.
+
+    Raises:
+        BackendError: the store cannot be written, or others may write to it.
+    """
+    facts = {
+        "graph": "int8 weights",
+        "precision": "int8",
+        "architecture": asdict(arch),
+        "weights": weights_digest(arch, weights),
+        "flavor": "onnxruntime",
+    }
+    key = engine_key(facts)
+
+    def make(folder: Path) -> None:
+        logger.info("rounding the matrices of a model to 8 bits, once; they are kept in %s", store.root)
+        save_file(dict(quantize(arch, weights)), folder / PLAN)
+
+    stored = store.get_or_build(key, facts, make)
+    try:
+        made: dict[str, torch.Tensor] = load_file(store.root / key / PLAN)  # mapped: processes share the pages
+    except OSError:  # pruned by another process since
+        made = load(stored)
+    if products_saturate():
+        made = {name: (t.short() + 128).to(torch.uint8) if t.dtype == torch.int8 else t for name, t in made.items()}
+    return made
+
+
+def weights_digest(arch: Architecture, weights: Weights) -> str:
+    """SHA-256 of the matrices that are rounded."""
+    digest = hashlib.sha256()
+    for parameter in parameters(arch).values():
+        for key in parameter.parts if parameter.is_matrix else ():
+            tensor = weights[key].detach().contiguous()
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def products_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether 8-bit products of mixed sign may saturate here: x86 without the VNNI instructions.
+
+    There ONNX Runtime multiplies unsigned by signed bytes with VPMADDUBSW, which adds pairs in 16 bits
+    (onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "When and why do I need to try U8U8?").
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
+        return False
+    try:
+        flags = cpuinfo.read_text().split()
+    except OSError:
+        return True
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from t5_trt.errors import InputError
+
+#: what a ``dtype`` argument means
+PRECISION_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -90,3 +93,27 @@ def check_length(name: str, tokens: int, limit: int | None) -> None:
             f"got {tokens} {name} tokens; expected at most {limit}, the max_{name}_tokens that this model was loaded "
             "with. Truncate the text, or load the model with a larger limit."
         )
+
+
+def as_dtype(dtype: Any) -> torch.dtype:
+    """A torch dtype or its name as one of those that precisions exist for.
+
+    Raises:
+        InputError: it is another one.
+    """
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in PRECISION_OF:
+        raise InputError(f"dtype got {dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16.")
+    return cast("torch.dtype", dtype)
+
+
+def device_of_map(device_map: Any) -> Any:
+    """The one device that a ``device_map`` stands for, or None where it leaves the choice."""
+    if isinstance(device_map, dict):
+        places = set(device_map.values())
+        if len(places) != 1:
+            raise InputError(
+                f"device_map got {device_map!r}; an engine runs on one device. Use device='cuda:0' or 'cpu'."
+            )
+        device_map = places.pop()
+    return None if device_map in (None, "auto", "balanced", "sequential") else device_map

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from transformers import (
+    AutoTokenizer,
     GenerationMixin,
     MT5ForConditionalGeneration,
     PreTrainedModel,
@@ -23,19 +25,21 @@ from transformers import (
 )
 
 from t5_trt.architecture import Architecture, check_family, read_architecture
+from t5_trt.calibration import observe, random_batches, text_batches
 from t5_trt.checkpoint import HUB_ARGUMENTS, correct_vocabulary, load_checked, load_config, share_weights
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import BackendError, InputError, StrictModeError
 from t5_trt.generating import EngineGeneration
-from t5_trt.runtime.open import Placement, open_session, resolve
+from t5_trt.graph.ranges import Ranges
+from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
+from t5_trt.runtime.open import Placement, best_precision, open_session, resolve
 from t5_trt.runtime.session import Session
 
 logger = logging.getLogger("t5_trt")
 Self = TypeVar("Self", bound="TRTT5ForConditionalGeneration")
 _DERIVED = ("_session", "_reference", "_architecture")
-_PRECISION_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, GenerationMixin):
@@ -65,6 +69,7 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
         self._architecture: Architecture | None = None
         self._generation_lock = threading.RLock()
         self._last_path = None
+        self._calibration: list[Any] | None = None
         attach_encoder(self)
 
     @classmethod
@@ -88,6 +93,7 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
         check_engines: bool = True,
         trust_engines: bool | None = None,
         build: BuildConfig | None = None,
+        calibration: Iterable[str] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a checkpoint of the T5 family. No engine is built or opened yet.
@@ -112,6 +118,7 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
             trust_engines: use engines that come with the checkpoint; by default those of a folder and not those of a
                 hub id, because an engine is code.
             build: settings of the engine builder.
+            calibration: texts whose largest activations set the range of half precision; None goes by the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
                 ``dtype`` and ``device_map`` are read as a precision and a device.
 
@@ -126,7 +133,7 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
         """
         name = str(pretrained_model_name_or_path)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        mapped = _device_of_map(kwargs.pop("device_map", None))
+        mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
         if kwargs.pop("quantization_config", None) is not None:
             raise InputError("quantization_config is not supported: engines choose their own types. Use precision=...")
@@ -148,13 +155,14 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
             check_engines=check_engines,
         )
         if precision == "auto" and dtype not in (None, "auto") and resolve(runtime).backend == "tensorrt":
-            runtime = replace(runtime, precision=_PRECISION_OF.get(_as_dtype(dtype), "auto"))
+            runtime = replace(runtime, precision=PRECISION_OF.get(as_dtype(dtype), "auto"))
             dtype = None
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if resolve(runtime).backend == "tensorrt":
             runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
-        placement = resolve(runtime)
         config = load_config(name, **where) if config is None else config
+        runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
+        placement = resolve(runtime)
         correct_vocabulary(name, config, **where)
         chosen = _class_for(config)
         load = super(TRTT5ForConditionalGeneration, chosen).from_pretrained
@@ -163,6 +171,8 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
         model._runtime_config, model._placement_ = runtime, placement
         model._build_config = build or BuildConfig()
+        if calibration is not None:
+            model._calibration = list(text_batches(AutoTokenizer.from_pretrained(name, **where), calibration))
         if dtype not in (None, "auto"):
             model._wish_dtype(dtype)
         return cast("Self", model)
@@ -173,7 +183,8 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
 
         Args:
             model: a T5, MT5 or UMT5 ForConditionalGeneration, float32, on the CPU.
-            options: `RuntimeConfig` fields, and ``build`` as in `from_pretrained`.
+            options: `RuntimeConfig` fields, ``build`` as in `from_pretrained`, and ``calibration``: batches of
+                ``input_ids`` and ``attention_mask``.
 
         Raises:
             InputError: the weights are not float32 on the CPU.
@@ -185,12 +196,13 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
             raise InputError(
                 f"from_model got weights of {sorted(wrong)}; expected float32 on cpu: model.float().cpu()."
             )
-        build = options.pop("build", None)
+        build, calibration = options.pop("build", None), options.pop("calibration", None)
         runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
         placement = resolve(runtime)
         wrapped = share_weights(chosen, model)
         wrapped._runtime_config, wrapped._placement_ = runtime, placement
         wrapped._build_config = build or BuildConfig()
+        wrapped._calibration = None if calibration is None else list(calibration)
         wrapped.generation_config = model.generation_config
         return cast("Self", wrapped)
 
@@ -200,8 +212,13 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
         if self._session is None:
             weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
             settings = (self._runtime_config, self._placement, self._build_config)
-            self._session = open_session(self.architecture, weights, *settings)
+            calibrated = self._calibration is not None
+            self._session = open_session(self.architecture, weights, *settings, self._observe, calibrated=calibrated)
         return self._session
+
+    def _observe(self) -> Ranges:
+        batches = self._calibration or random_batches(self.architecture.vocab_size)
+        return observe(share_weights(self._stock_class, self), batches)
 
     @property
     def architecture(self) -> Architecture:
@@ -339,11 +356,11 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
         attach_encoder(self)
 
     def _wish_dtype(self, dtype: Any) -> None:
-        dtype = _as_dtype(dtype)
+        dtype = as_dtype(dtype)
         if dtype is self.dtype or dtype is torch.float32:
             return
         if self._placement.backend == "tensorrt" and self._session is None:
-            self._runtime_config = replace(self._runtime_config, precision=_PRECISION_OF[dtype])
+            self._runtime_config = replace(self._runtime_config, precision=PRECISION_OF[dtype])
             self._placement_ = None
         else:
             logger.warning(
@@ -377,22 +394,3 @@ _CLASSES: dict[str, type[TRTT5ForConditionalGeneration]] = {"t5": TRTT5, "mt5": 
 
 def _class_for(config: Any) -> type[TRTT5ForConditionalGeneration]:
     return _CLASSES[check_family(config)]
-
-
-def _as_dtype(dtype: Any) -> torch.dtype:
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in _PRECISION_OF:
-        raise InputError(f"dtype got {dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16.")
-    return cast("torch.dtype", dtype)
-
-
-def _device_of_map(device_map: Any) -> Any:
-    """The one device that a ``device_map`` stands for, or None where it leaves the choice."""
-    if isinstance(device_map, dict):
-        places = set(device_map.values())
-        if len(places) != 1:
-            raise InputError(
-                f"device_map got {device_map!r}; an engine runs on one device. Use device='cuda:0' or 'cpu'."
-            )
-        device_map = places.pop()
-    return None if device_map in (None, "auto", "balanced", "sequential") else device_map

@@ -7,19 +7,25 @@ TensorRT itself computes is not tested by it; tests/gpu does that.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
 
+from t5_trt.architecture import Architecture
 from t5_trt.config import BuildConfig
 from t5_trt.engine.profiles import Shapes, fixed_axes
 from t5_trt.graph import build_device_graph
+from t5_trt.graph.precision import real_type
+from t5_trt.graph.ranges import Folding
 from t5_trt.runtime import trt_session
 from t5_trt.runtime.trt_session import TrtSession
+from tests.torch_graph import TorchGraph
 
 _TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 
@@ -81,13 +87,52 @@ class StandInContext:
         return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
+class HalfEngine:
+    """A graph in half precision, computed by torch node by node."""
+
+    def __init__(self, plan: bytes) -> None:
+        self.graph = TorchGraph(ir.from_proto(onnx.ModelProto.FromString(plan)))
+        self._names = [*self.graph.inputs, *self.graph.outputs]
+        self.num_io_tensors = len(self._names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._names[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (self.graph.inputs | self.graph.outputs)[name][1]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "INPUT" if name in self.graph.inputs else "OUTPUT"
+
+
+class HalfContext:
+    """Addresses and a run of a `HalfEngine`."""
+
+    def __init__(self, engine: HalfEngine) -> None:
+        self.engine = engine
+        self.addresses: dict[str, int] = {}
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def run(self) -> None:
+        graph = self.engine.graph
+        results = graph.run({name: self._memory(name, *kind) for name, kind in graph.inputs.items()})
+        for name, kind in graph.outputs.items():
+            self._memory(name, *kind).copy_(results[name])
+
+    def _memory(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        size = int(np.prod(shape)) * dtype.itemsize
+        return torch.frombuffer((ctypes.c_char * size).from_address(self.addresses[name]), dtype=dtype).reshape(shape)
+
+
 class StandInProvider:
     """Writes graphs as the real provider would, and remembers which were asked for."""
 
-    precision = "fp32"
-
-    def __init__(self, model: Any, settings: BuildConfig) -> None:
-        self.arch = model.architecture
+    def __init__(self, arch: Architecture, settings: BuildConfig, precision: str) -> None:
+        self.arch = arch
+        self.precision = precision
         self.settings = settings
         self.asked: list[tuple[str, Shapes]] = []
         self.discarded: list[tuple[str, Shapes]] = []
@@ -95,13 +140,13 @@ class StandInProvider:
     def plan(self, graph: str, shapes: Shapes) -> bytes:
         self.asked.append((graph, shapes.for_graph(graph)))
         fixed = fixed_axes(shapes.for_graph(graph))
-        model = build_device_graph(graph, self.arch, ir.DataType.FLOAT, fixed=fixed)
+        model = build_device_graph(graph, self.arch, real_type(self.precision), fixed=fixed)
         return ir.to_proto(model).SerializeToString()
 
     def tapped_plan(self, graph: str, shapes: Shapes) -> bytes:
         fixed = fixed_axes(shapes.for_graph(graph))
         return ir.to_proto(
-            build_device_graph(graph, self.arch, ir.DataType.FLOAT, fixed=fixed, taps=True)
+            build_device_graph(graph, self.arch, real_type(self.precision), fixed=fixed, taps=True)
         ).SerializeToString()
 
     def has(self, graph: str, shapes: Shapes) -> bool:
@@ -123,7 +168,14 @@ class _Graph:
 
 
 def stand_in_session(
-    model: Any, monkeypatch: Any, settings: BuildConfig | None = None, *, strict: bool = False, reference: Any = None
+    model: Any,
+    monkeypatch: Any,
+    settings: BuildConfig | None = None,
+    *,
+    strict: bool = False,
+    reference: Any = None,
+    precision: str = "fp32",
+    folding: Folding | None = None,
 ) -> Any:
     """A `TrtSession` on the CPU for a model."""
 
@@ -136,14 +188,17 @@ def stand_in_session(
     monkeypatch.setattr(trt_session, "record", record)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),
-        load_engine=StandInEngine,
-        new_context=StandInContext,
+        load_engine=HalfEngine if precision == "fp16" else StandInEngine,
+        new_context=HalfContext if precision == "fp16" else StandInContext,
         errors=lambda: "no reason",
         version="0.0",
     )
-    provider: Any = StandInProvider(model, settings or BuildConfig())
+    arch = model.architecture
+    arch = replace(arch, epsilon=arch.epsilon * (folding or Folding()).stream ** 2)
+    provider: Any = StandInProvider(arch, settings or BuildConfig(), precision)
+    device: Any = torch.device("cpu")
     session: Any = TrtSession(
-        provider, model.state_dict(), api, torch.device("cpu"), strict=strict, reference=reference
+        provider, model.state_dict(), api, device, strict=strict, reference=reference, folding=folding
     )  # type: ignore[arg-type]
     session._enqueue = lambda context: context.run()
     return session

@@ -20,6 +20,10 @@ def activation(graph: GraphBuilder, name: str, value: ir.Value) -> ir.Value:
     if name == "gelu":
         inner = graph.op("Erf", graph.op("Mul", value, graph.scalar(math.sqrt(0.5))))
     else:  # gelu_new: the tanh approximation of Hendrycks and Gimpel 2016
+        if (
+            graph.real == ir.DataType.FLOAT16
+        ):  # beyond 10 the tangent is 1 to the last bit, and the cube of 41 is too large
+            value = graph.op("Max", graph.op("Min", value, graph.scalar(10.0)), graph.scalar(-10.0))
         cube = graph.op("Mul", value, graph.op("Mul", value, value))
         inner = graph.op("Add", value, graph.op("Mul", cube, graph.scalar(0.044715)))
         inner = graph.op("Tanh", graph.op("Mul", inner, graph.scalar(math.sqrt(2.0 / math.pi))))

@@ -8,7 +8,7 @@ that TensorRT multiplies by without transposing it first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +84,13 @@ def parameters(arch: Architecture) -> dict[str, Parameter]:
     return made
 
 
-def materialize(parameter: Parameter, weights: Weights, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def materialize(
+    parameter: Parameter,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    factor: Callable[[str], float] = lambda key: 1.0,
+) -> torch.Tensor:
     """Make the tensor that a device graph reads.
 
     Args:
@@ -92,18 +98,23 @@ def materialize(parameter: Parameter, weights: Weights, dtype: torch.dtype, devi
         weights: state-dict key -> tensor, anywhere and of any floating type.
         dtype: of the result; stacking and scaling are done in float32.
         device: of the result, where the work is done.
+        factor: state-dict key -> what its tensor is multiplied by.
 
     Returns:
         Contiguous, of the shape `Parameter.shape`.
     """
     width = 0 if not parameter.inputs else parameter.inputs
     if not parameter.is_matrix:
-        return weights[parameter.parts[0]].detach().to(device, dtype).contiguous()
+        key = parameter.parts[0]
+        tensor, by = weights[key].detach().to(device), factor(key)
+        return (tensor if by == 1.0 else tensor.float() * by).to(dtype).contiguous()
     made = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
     scale = None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
     start = 0
     for key, columns in zip(parameter.parts, parameter.widths, strict=True):  # one part at a time: little extra memory
         part = weights[key].detach().to(device, torch.float32)
+        if (by := factor(key)) != 1.0:
+            part = part * by
         made[:, start : start + columns] = (part if scale is None else part * scale).t()
         start += columns
     return made

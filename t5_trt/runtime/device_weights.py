@@ -6,7 +6,12 @@ import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.errors import BackendError
-from t5_trt.graph.parameters import Weights, materialize, parameters
+from t5_trt.graph.parameters import LM_HEAD, Weights, materialize, parameters
+from t5_trt.graph.ranges import Folding
+
+
+def _unchanged(key: str) -> float:
+    return 1.0
 
 
 class DeviceWeights:
@@ -17,9 +22,18 @@ class DeviceWeights:
         weights: state-dict key -> CPU tensor; kept.
         dtype: compute type of the engines.
         device: the GPU.
+        folding: factors to write into the weights.
     """
 
-    def __init__(self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        folding: Folding | None = None,
+    ) -> None:
+        self._folding = folding or Folding()
         self._parameters = parameters(arch)
         self._weights = weights
         self._dtype = dtype
@@ -37,7 +51,11 @@ class DeviceWeights:
         """
         if name not in self._made:
             try:
-                self._made[name] = materialize(self._parameters[name], self._weights, self._dtype, self._device)
+                factor = (
+                    _unchanged if name == LM_HEAD else self._folding.factor
+                )  # a tied head shares the embedding's key
+                parameter = self._parameters[name]
+                self._made[name] = materialize(parameter, self._weights, self._dtype, self._device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)
                 self._made.clear()

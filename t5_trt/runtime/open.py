@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, real_type
+from t5_trt.graph.ranges import Folding, Ranges, fold
 from t5_trt.runtime.int8_weights import load_int8_weights
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.trt_session import TrtSession
+
+logger = logging.getLogger("t5_trt")
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,29 @@ def resolve(config: RuntimeConfig) -> Placement:
 
 def _on_gpu(config: RuntimeConfig) -> Placement:
     api = load_tensorrt(config.flavor)
-    # float32 until the exact range folding of fp16 is in: an unfolded v1.1 checkpoint can overflow there
-    precision = "fp32" if config.precision == "auto" else config.precision
+    precision = "fp16" if config.precision == "auto" else config.precision
     api.check_precision(precision)
     device = torch.device(config.device or "cuda")
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     reason = f"TensorRT {api.version} and a GPU are there"
     return Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason)
+
+
+def best_precision(config: RuntimeConfig, trained_in: torch.dtype | None) -> str:
+    """What "auto" stands for with a checkpoint: bf16 on a GPU if it was trained in that and TensorRT has it, else "auto".
+
+    Args:
+        config: what the user asked for.
+        trained_in: dtype that the checkpoint's config names.
+    """
+    placement = resolve(config) if config.precision == "auto" and trained_in == torch.bfloat16 else None
+    if placement is None or placement.backend != "tensorrt":
+        return config.precision
+    try:
+        load_tensorrt(placement.flavor).check_precision("bf16")
+    except InputError:
+        return config.precision
+    return "bf16"
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
@@ -117,7 +138,14 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def open_session(
-    arch: Architecture, weights: Weights, config: RuntimeConfig, placement: Placement, build: BuildConfig
+    arch: Architecture,
+    weights: Weights,
+    config: RuntimeConfig,
+    placement: Placement,
+    build: BuildConfig,
+    seen: Callable[[], Ranges],
+    *,
+    calibrated: bool = False,
 ) -> Session:
     """Open the session of a model on this machine.
 
@@ -127,6 +155,8 @@ def open_session(
         config: what the user asked for.
         placement: what `resolve` made of it.
         build: settings of the engine builder.
+        seen: measures the largest activations, where half precision needs them.
+        calibrated: `seen` measures texts of the user's, which go before bounds from the weights.
     """
     store = EngineStore(config.cache_dir, config.engine_cache_bytes)
     if placement.backend == "onnxruntime":
@@ -134,8 +164,20 @@ def open_session(
         threads, prepack = config.num_threads, config.prepack_weights
         return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
     assert placement.flavor is not None
+    folding = Folding()
+    if placement.precision == "fp16":
+        folding = fold(arch, weights, seen() if calibrated else None)
+        if not folding.certain:
+            logger.info("the weights alone set no useful bound to half precision: a few inputs are tried in float32")
+            folding = fold(arch, weights, seen())
+    if folding != Folding():
+        logger.info(
+            "half precision: residual streams are kept at %g of their value, feed-forward layers at %s",
+            folding.stream,
+            ", ".join(f"{factor:g}" for factor in sorted(set(folding.inner.values()))) or 1,
+        )
     provider = EngineProvider(
-        arch,
+        replace(arch, epsilon=arch.epsilon * folding.stream**2),
         store,
         build,
         precision=placement.precision,
@@ -152,4 +194,5 @@ def open_session(
             placement.device,
             strict=config.strict,
             reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
+            folding=folding,
         )

@@ -22,6 +22,7 @@ from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
+from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
 from t5_trt.runtime.cuda_graph import record
 from t5_trt.runtime.device_weights import DeviceWeights
@@ -44,6 +45,7 @@ class TrtSession:
         device: the GPU.
         strict: raise instead of building beyond the configured maxima.
         reference: what new engines are compared with before they are used; None trusts TensorRT.
+        folding: factors in the weights; the provider's architecture has its epsilon scaled by their square.
     """
 
     backend = "tensorrt"
@@ -57,6 +59,7 @@ class TrtSession:
         *,
         strict: bool = False,
         reference: Session | None = None,
+        folding: Folding | None = None,
     ) -> None:
         self.arch: Architecture = provider.arch
         self.precision = provider.precision
@@ -64,7 +67,8 @@ class TrtSession:
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
         check = None if reference is None else partial(self._error_of_engine, reference)
-        device_weights = DeviceWeights(self.arch, weights, self.dtype, device)
+        self._folding = folding or Folding()
+        device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self._folding)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         self._idle: dict[Shapes, list[Slot]] = {}
         self._unrecordable: set[Hashable] = set()
@@ -81,7 +85,8 @@ class TrtSession:
             assert input_ids is not None
             graph, inputs["input_ids"] = ENCODER, self._pad(input_ids.int(), shapes.B, shapes.S)
         else:
-            graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(inputs_embeds, shapes.B, shapes.S)
+            embeds = inputs_embeds * self._folding.stream  # the stream's scale, which the embedding would bring
+            graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(embeds, shapes.B, shapes.S)
         hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
         cross = self._new_cross(shapes, (batch, length))
         if graph == ENCODER:  # the decoder's engine will be wanted next: built side by side if it is missing
@@ -144,6 +149,8 @@ class TrtSession:
             self.engines.bind(context, sources | found | rest)
             self._enqueue(context)
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
+            for name in names:
+                found[name] = found[name].float() / self._folding.stream
         return found
 
     def loaded_graphs(self) -> tuple[str, ...]:

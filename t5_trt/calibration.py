@@ -1,0 +1,82 @@
+"""The largest activations that some inputs cause, measured on the stock PyTorch model in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from t5_trt.errors import InputError
+from t5_trt.graph.ranges import Ranges
+
+Batch = dict[str, torch.Tensor]
+_BATCH_SIZE, _NEW_TOKENS = 8, 32
+
+
+def observe(model: Any, batches: Iterable[Batch], max_new_tokens: int = _NEW_TOKENS) -> Ranges:
+    """Generate for some batches and record how large activations become.
+
+    Args:
+        model: a stock T5, MT5 or UMT5, float32.
+        batches: of ``input_ids`` and ``attention_mask``, int64 [B, S].
+        max_new_tokens: greedy tokens for each source.
+    """
+    largest = activation_table(model, batches, max_new_tokens)
+    inner = {name.removesuffix(".DenseReluDense.wo"): v for name, v in largest.items() if name.endswith(".wo")}
+    return Ranges(max(value for name, value in largest.items() if not name.endswith(".wo")), inner)
+
+
+def activation_table(model: Any, batches: Iterable[Batch], max_new_tokens: int = _NEW_TOKENS) -> dict[str, float]:
+    """Largest absolute value that enters each norm (the residual stream there) and each ``wo``, by module name.
+
+    Arguments as for `observe`.
+    """
+    with _watched(model) as largest, torch.no_grad():
+        for batch in batches:
+            model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    return dict(largest)
+
+
+def text_batches(tokenizer: Any, texts: Iterable[str]) -> Iterator[Batch]:
+    """Texts in batches of a few.
+
+    Raises:
+        InputError: there are none.
+    """
+    known = list(texts)
+    if not known or any(not isinstance(text, str) for text in known):
+        raise InputError(f"calibration got {known[:3]!r}; expected strings, at least one.")
+    for start in range(0, len(known), _BATCH_SIZE):
+        yield dict(tokenizer(known[start : start + _BATCH_SIZE], return_tensors="pt", padding=True))
+
+
+def random_batches(vocab_size: int) -> Iterator[Batch]:
+    """Random tokens, for want of texts."""
+    generator = torch.Generator().manual_seed(0)
+    for length in (8, 48):
+        ids = torch.randint(2, vocab_size, (_BATCH_SIZE, length), generator=generator)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[dict[str, float]]:
+    largest: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            largest[name] = max(float(inputs[0].abs().max()), largest.get(name, 0.0))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in model.named_modules()
+        if name.endswith(("layer_norm", ".wo"))
+    ]
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()

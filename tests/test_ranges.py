@@ -1,0 +1,211 @@
+"""Half precision that cannot overflow: factors in the weights, on graphs that torch computes in float16 node by node."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.shapes import random_t5
+from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
+from t5_trt.calibration import activation_table, observe, random_batches, text_batches
+from t5_trt.graph.ranges import LIMIT, Folding, Ranges, bound, fold
+from t5_trt.runtime import open as opening
+from t5_trt.runtime.open import best_precision
+from tests.conftest import SHIPPED
+from tests.stand_in_tensorrt import stand_in_session
+from tests.tiny_models import KINDS, batch, make_stock
+from tests.torch_graph import NotFiniteError
+
+HALF_RELATIVE = 0.02  # L2 of the logits' error, as the tiny models have it in stock half precision too (up to 0.009)
+FOLDED_RELATIVE = 1e-4  # the same function in float32, other roundings
+#: by what the matrices of the feed-forward layers are multiplied, inner and output, until float16 overflows: in the stream, which
+#: the stock class cuts off at 65504, or inside a layer, where it gets NaN
+FACTORS = ((30.0, 1e3), (100.0, 1e4), (3e4, 1.0), (3e4, 0.01))
+EXTREME = (300.0, 1e5)
+
+
+def swollen(stock: Any, inner: float, output: float) -> Any:
+    """The same model with feed-forward layers of very large values."""
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if name.endswith(".wo.weight"):
+                parameter.mul_(output)
+            elif name.endswith(("wi_1.weight", ".wi.weight")):
+                parameter.mul_(inner)
+    return stock
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.randint(2, 200, (3, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(**batch(), decoder_input_ids=ids).logits.float()  # type: ignore[no-any-return]
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def folding_of(ours: Any) -> Folding:
+    """What opening a session in half precision would take."""
+    folding = fold(ours.architecture, ours.state_dict())
+    return folding if folding.certain else fold(ours.architecture, ours.state_dict(), ours._observe())
+
+
+@pytest.mark.parametrize("factors", FACTORS, ids=str)
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_overflowing_checkpoints(kind: str, factors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain half precision fails on them; folded, every value of every node is finite and the logits are right."""
+    if kind == "few-buckets" and factors[0] > 1e3:
+        factors = (100.0, 1e4)  # gelu between its matrices: its inside cannot be scaled
+    stock = swollen(make_stock(kind), *factors)
+    expected = logits(stock)
+    half = logits(copy.deepcopy(stock).half())
+    assert not half.isfinite().all() or relative(half, expected) > 0.5
+    if factors[0] == 3e4:  # inside a layer
+        assert half.isnan().any()
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch, precision="fp16")
+    with pytest.raises(NotFiniteError):
+        logits(ours)
+    folding = folding_of(ours)
+    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
+    assert relative(logits(ours), expected) < HALF_RELATIVE
+    ours._session = stand_in_session(ours, monkeypatch, folding=folding)
+    assert folding != Folding() and relative(logits(ours), expected) < FOLDED_RELATIVE
+
+
+def test_beyond_what_the_weights_can_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of 6e8 over an embedding of 0.2: activations are observed, nothing overflows, some precision is lost."""
+    stock = swollen(make_stock("mt5"), *EXTREME)
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    assert not fold(ours.architecture, ours.state_dict()).certain
+    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    assert relative(logits(ours), logits(stock)) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1"])
+def test_tokens_and_given_embeddings(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy steps over a half precision cache, and embeddings that come from outside."""
+    stock = swollen(make_stock(kind), 100.0, 1e4)
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    request = {**batch(), "max_new_tokens": 6, "min_new_tokens": 6}
+    got = ours.generate(**request, output_scores=True, return_dict_in_generate=True)
+    scores = stock.generate(**request, output_scores=True, return_dict_in_generate=True).scores
+    assert relative(got.scores[0][:, 2:], scores[0][:, 2:]) < HALF_RELATIVE and len(got.scores) == 6
+    inputs = batch()
+    with torch.no_grad():
+        embeds = stock.shared(inputs.pop("input_ids"))
+        expected = stock.encoder(inputs_embeds=embeds, **inputs).last_hidden_state
+        states = ours.get_encoder()(inputs_embeds=embeds, **inputs).last_hidden_state
+    keep = inputs["attention_mask"].bool()
+    assert relative(states.float()[keep], expected[keep]) < HALF_RELATIVE
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (3e4, 1.0)], ids=str)
+def test_t5_base_shapes(factors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve layers of published width; four tokens, because torch computes float16 slowly on some CPUs."""
+    stock = swollen(random_t5("t5-base"), *factors)
+    ids, tokens = torch.arange(100, 116)[None], torch.tensor([[0, 8, 9, 10]])
+    with torch.no_grad():
+        expected = stock(input_ids=ids, decoder_input_ids=tokens).logits
+    ours = TRTT5ForConditionalGeneration.from_model(stock)
+    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    got = ours(input_ids=ids, decoder_input_ids=tokens).logits
+    assert relative(got, expected) < HALF_RELATIVE
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_bounds_hold(kind: str) -> None:
+    """What is observed stays below them, for ordinary and for large weights."""
+    for stock in (make_stock(kind), swollen(make_stock(kind), 30.0, 1e3)):
+        ours = TRTT5ForConditionalGeneration.from_model(stock)
+        bounds = bound(ours.architecture, ours.state_dict())
+        seen = observe(stock, [batch(), batch(2, 30, seed=7)])
+        assert seen.stream <= bounds.stream < 1e5 * seen.stream
+        assert all(seen.inner[layer] <= largest for layer, largest in bounds.inner.items())
+        scales = stock.config.feed_forward_proj != "gelu"
+        assert len(bounds.inner) == (len(seen.inner) if scales else 0)
+
+
+def test_ordinary_checkpoints_are_left_alone() -> None:
+    for stock in (make_stock("t5-v1.1"), random_t5("t5-base")):
+        ours = TRTT5ForConditionalGeneration.from_model(stock)
+        assert fold(ours.architecture, ours.state_dict()) == Folding()
+
+
+def test_factors() -> None:
+    folding = Folding(2**-4, {"encoder.block.0.layer.1": 2**-3})
+    assert folding.factor("shared.weight") == 2**-4
+    assert folding.factor("decoder.block.3.layer.1.EncDecAttention.o.weight") == 2**-4
+    dense = "encoder.block.0.layer.1.DenseReluDense"
+    assert [folding.factor(f"{dense}.{name}.weight") for name in ("wi", "wi_0", "wi_1", "wo")] == [2**-3, 1, 2**-3, 0.5]
+    assert folding.factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 2**-4
+    assert folding.factor("lm_head.weight") == folding.factor("encoder.final_layer_norm.weight") == 1.0
+
+
+def test_seen_ranges_get_headroom() -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"))
+    names = bound(ours.architecture, ours.state_dict()).inner
+    folding = fold(ours.architecture, ours.state_dict(), Ranges(1e6, dict.fromkeys(names, 1e5)))
+    assert folding.stream * 1e6 * 4 < LIMIT <= folding.stream * 1e6 * 16
+    assert all(factor * 1e5 * 4 < LIMIT for factor in folding.inner.values()) and len(folding.inner) == len(names)
+
+
+def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Texts of the user's decide, and are looked at when the session opens, not when the model is loaded."""
+    asked = []
+    monkeypatch.setattr(opening, "fold", lambda arch, weights, seen=None: asked.append(seen) or Folding())
+    monkeypatch.setattr(opening, "gpu_facts", lambda device: {})
+    monkeypatch.setattr(opening, "load_tensorrt", lambda flavor: None)
+    monkeypatch.setattr(opening, "EngineProvider", lambda *args, **kwargs: None)
+    monkeypatch.setattr(opening, "TrtSession", lambda *args, **kwargs: "session")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
+    ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, calibration=["さくら", "とうきょう"])
+    assert len(ours._calibration) == 1 and ours._calibration[0]["input_ids"].shape[0] == 2
+    ours._placement_ = replace(ours._placement, backend="tensorrt", precision="fp16", flavor="tensorrt")
+    assert ours.session == "session"  # type: ignore[comparison-overlap]
+    assert len(asked) == 1 and isinstance(asked[0], Ranges) and 1.0 < asked[0].stream < 1e5
+
+
+def test_bad_calibration() -> None:
+    for texts in ([], [3]):
+        with pytest.raises(InputError, match="calibration got"):
+            list(text_batches(None, texts))
+
+
+def test_activation_table() -> None:
+    stock = make_stock("t5-v1.1")
+    table = activation_table(stock, random_batches(200), max_new_tokens=2)
+    assert {"encoder.final_layer_norm", "decoder.block.1.layer.2.DenseReluDense.wo"} < set(table)
+    assert all(value > 0 for value in table.values())
+    assert not any(module._forward_pre_hooks for module in stock.modules())
+
+
+def test_precision_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 on a GPU, bf16 for a checkpoint that was trained in it where TensorRT has it; fp32 on a CPU."""
+
+    def check(precision: str) -> None:
+        if precision == "bf16" and not has_bf16:
+            raise InputError("no bfloat16")
+
+    api = SimpleNamespace(check_precision=check, version="10.0", flavor="tensorrt")
+    assert (
+        best_precision(RuntimeConfig(), torch.bfloat16) == "auto"
+        and opening.resolve(RuntimeConfig()).precision == "fp32"
+    )
+    monkeypatch.setattr(opening, "load_tensorrt", lambda flavor=None: api)
+    monkeypatch.setattr(opening, "why_not_tensorrt", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    has_bf16 = True
+    assert best_precision(RuntimeConfig(), torch.bfloat16) == "bf16"
+    assert best_precision(RuntimeConfig(), torch.float32) == "auto"
+    assert best_precision(RuntimeConfig(precision="fp32"), torch.bfloat16) == "fp32"
+    assert opening.resolve(RuntimeConfig()).precision == "fp16"
+    has_bf16 = False
+    assert best_precision(RuntimeConfig(), torch.bfloat16) == "auto"

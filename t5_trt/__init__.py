@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from t5_trt.generation.many import generate_many
     from t5_trt.modeling import TRTT5ForConditionalGeneration
+    from t5_trt.verification import compare
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "TRTT5ForConditionalGeneration",
     "UnsupportedModelError",
     "__version__",
+    "compare",
     "generate_many",
 ]
 
@@ -48,6 +50,7 @@ _HOMES = {
     ),
     "t5_trt.generation.many": ("generate_many",),
     "t5_trt.modeling": ("TRTT5ForConditionalGeneration",),
+    "t5_trt.verification": ("compare",),
 }
 
 

@@ -39,17 +39,17 @@ def activation_table(model: Any, batches: Iterable[Batch], max_new_tokens: int =
     return dict(largest)
 
 
-def text_batches(tokenizer: Any, texts: Iterable[str]) -> Iterator[Batch]:
-    """Texts in batches of a few.
+def text_batches(tokenizer: Any, texts: Iterable[str], size: int = _BATCH_SIZE) -> Iterator[Batch]:
+    """Texts in batches of `size`.
 
     Raises:
         InputError: there are none.
     """
     known = list(texts)
     if not known or any(not isinstance(text, str) for text in known):
-        raise InputError(f"calibration got {known[:3]!r}; expected strings, at least one.")
-    for start in range(0, len(known), _BATCH_SIZE):
-        yield dict(tokenizer(known[start : start + _BATCH_SIZE], return_tensors="pt", padding=True))
+        raise InputError(f"texts got {known[:3]!r}; expected strings, at least one.")
+    for start in range(0, len(known), size):
+        yield dict(tokenizer(known[start : start + size], return_tensors="pt", padding=True))
 
 
 def random_batches(vocab_size: int) -> Iterator[Batch]:

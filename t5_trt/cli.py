@@ -68,7 +68,10 @@ def build(
     compute_capability: Annotated[
         Optional[list[str]], typer.Option(help="GPUs to build for without one here, such as 8.6 8.9 12.0 (rtx)")  # noqa: UP045
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16")] = "fp16",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, bf16 or int8")] = "fp16",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="file of texts, one a line, that set the range of fp16")
+    ] = None,
     batch: int = 1,
     beams: int = 1,
     source_tokens: int = 128,
@@ -84,10 +87,11 @@ def build(
 
     api = load_tensorrt(flavor)
     capabilities = tuple(compute_capability or ())
-    loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime")
+    texts = calibrate.read_text(encoding="utf-8").splitlines() if calibrate else None
+    loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=texts)
     store = EngineStore(cache_dir or default_engine_cache_dir())
     provider = EngineProvider(
-        loaded.architecture,
+        loaded.folding(precision).architecture(loaded.architecture),
         store,
         BuildConfig(),
         precision=precision,
@@ -141,25 +145,39 @@ def verify(
     batch_size: int = 3,
     at_least: Annotated[float, typer.Option(help="share of equal sequences below which the status is 1")] = 1.0,
     layers: Annotated[bool, typer.Option("--layers", help="also show the error after every block")] = False,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="also show where half precision comes near its limit")
+    ] = False,
+    max_relative_error: Annotated[float, typer.Option(help="of the logits, above which the status is 1")] = float(
+        "inf"
+    ),
     cache_dir: CacheDir = None,
 ) -> None:
     """Compare a model with the stock class: tokens, logits, and with --layers the block where they part."""
     import torch
 
     from t5_trt.modeling import TRTT5ForConditionalGeneration
-    from t5_trt.verification import block_errors
-    from t5_trt.verification import verify as compare
+    from t5_trt.verification import block_errors, compare
 
     loaded = TRTT5ForConditionalGeneration.from_pretrained(
         model, backend=backend, precision=precision, engine_cache_dir=cache_dir
     )
     batches = _batches(model, texts, batch_size, loaded.config.vocab_size)
-    found = compare(loaded, batches, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    found = compare(loaded, loaded.reference, batches, activations=activations, **options)
     typer.echo(f"{loaded.session.backend} {loaded.session.precision} against Transformers {loaded.reference.dtype}")
     typer.echo(f"equal sequences: {found.equal} of {found.sequences}")
     if found.first_difference is not None:
         typer.echo("first difference: sequence {}, token {}".format(*found.first_difference))
-    typer.echo(f"logits: largest error {found.max_logit_error:.2e}, relative {found.relative_logit_error:.2e}")
+    typer.echo(
+        f"logits: largest error {found.max_logit_error:.2e}, mean {found.mean_logit_error:.2e}, relative "
+        f"{found.relative_logit_error:.2e}; KL divergence {found.kl_divergence:.2e} nats a token"
+    )
+    if activations:
+        table = Table("input of", "largest", "of float16's limit")
+        for row in found.activations:
+            table.add_row(row.name, f"{row.largest:.4g}", f"{row.half_share:.4%}")
+        _console().print(table)
     if layers:
         table = Table("after", "largest error", "mean error", "relative error")
         start = [loaded.config.decoder_start_token_id, *range(4, 10)]
@@ -168,7 +186,7 @@ def verify(
             numbers = (error.max_error, error.mean_error, error.relative_error)
             table.add_row(error.name, *(f"{number:.2e}" for number in numbers))
         _console().print(table)
-    if found.equal < at_least * found.sequences:
+    if found.share < at_least or found.relative_logit_error > max_relative_error:
         raise typer.Exit(1)
 
 

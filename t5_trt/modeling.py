@@ -32,9 +32,9 @@ from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import BackendError, InputError, StrictModeError
 from t5_trt.generating import EngineGeneration
-from t5_trt.graph.ranges import Ranges
+from t5_trt.graph.ranges import Folding, Ranges
 from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
-from t5_trt.runtime.open import Placement, best_precision, open_session, resolve
+from t5_trt.runtime.open import Placement, best_precision, choose_folding, open_session, resolve
 from t5_trt.runtime.session import Session
 
 logger = logging.getLogger("t5_trt")
@@ -216,6 +216,11 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
             self._session = open_session(self.architecture, weights, *settings, self._observe, calibrated=calibrated)
         return self._session
 
+    def folding(self, precision: str) -> Folding:
+        """Factors that engines of a precision have in their weights, see `t5_trt.graph.ranges`."""
+        calibrated = self._calibration is not None
+        return choose_folding(self.architecture, self.state_dict(), precision, self._observe, calibrated=calibrated)
+
     def _observe(self) -> Ranges:
         batches = self._calibration or random_batches(self.architecture.vocab_size)
         return observe(share_weights(self._stock_class, self), batches)
@@ -278,9 +283,8 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and (device.type != self.device.type or device.index not in (None, self.device.index)):
             raise BackendError(
-                f".to({str(device)!r}): this model runs on {self.device} with the backend "
-                f"{self._placement.backend!r}. Choose the device when loading: from_pretrained(..., "
-                "device=...)."
+                f".to({str(device)!r}): this model runs on {self.device} with the backend {self._placement.backend!r}. "
+                "Choose the device when loading: from_pretrained(..., device=...)."
             )
         if dtype is not None:
             self._wish_dtype(dtype)

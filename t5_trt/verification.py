@@ -5,36 +5,65 @@ Nothing here is on the way of a request; `t5-trt verify` and the GPU tests call 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
+from t5_trt.calibration import Batch, activation_table, text_batches
 from t5_trt.engine.profiles import SMALLEST, bucket
 from t5_trt.errors import BackendError
+from t5_trt.graph.ranges import fold
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.runtime.buffers import layer_views
 from t5_trt.signature import ENCODER, QUERIES
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What `verify` found.
+class Activation:
+    """The largest values at one place of the model.
+
+    Attributes:
+        name: module whose input it is: a norm (the residual stream) or ``wo`` (the inside of a feed-forward layer).
+        largest: absolute value in float32.
+        half_share: of float16's largest number (65504), as engines in half precision keep it; above 1 would overflow.
+    """
+
+    name: str
+    largest: float
+    half_share: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
 
     Attributes:
         sequences: compared.
         equal: of them, token for token.
         first_difference: (sequence, position) of the first token that differs, or None.
-        max_logit_error: largest absolute difference, decoder fed with the stock class's tokens.
+        max_logit_error: largest absolute difference, decoder fed with the reference's tokens.
+        mean_logit_error: mean absolute difference.
         relative_logit_error: L2 of the difference over L2 of the logits.
+        kl_divergence: of the model's from the reference's next-token distribution, in nats, mean over tokens.
+        activations: where values come near the limit of half precision, if they were asked for.
     """
 
     sequences: int
     equal: int
     first_difference: tuple[int, int] | None
     max_logit_error: float
+    mean_logit_error: float
     relative_logit_error: float
+    kl_divergence: float
+    activations: tuple[Activation, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of equal sequences, 0 to 1."""
+        return self.equal / self.sequences
 
 
 @dataclass(frozen=True)
@@ -54,42 +83,103 @@ class BlockError:
     relative_error: float
 
 
-def verify(
-    model: TRTT5ForConditionalGeneration, batches: Iterable[dict[str, torch.Tensor]], **generate: Any
-) -> Verification:
-    """Compare greedy (or, with ``num_beams``, beam) output and logits with ``model.reference``.
+def compare(
+    model: TRTT5ForConditionalGeneration,
+    reference: Any,
+    texts: Iterable[str] | Iterable[Batch],
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    activations: bool = False,
+    **generate: Any,
+) -> Comparison:
+    """Compare a model's tokens and logits with those of another, such as ``model.reference``.
 
     Args:
         model: under test.
-        batches: of ``input_ids`` and ``attention_mask``, int64 [B, S], anywhere.
-        generate: arguments of ``generate()``, such as ``max_new_tokens``.
+        reference: a stock model of the same checkpoint, or this library's in another precision.
+        texts: strings, or batches of ``input_ids`` and ``attention_mask``, int64 [B, S], anywhere.
+        tokenizer: for strings; None takes the checkpoint's.
+        batch_size: strings in a batch.
+        activations: also look for values near the limit of half precision, on the stock model.
+        generate: arguments of ``generate()``, such as ``max_new_tokens`` or ``num_beams``.
 
     Raises:
-        StrictModeError: the model was loaded with ``strict=True``: it has no reference.
+        InputError: there are no texts.
+        StrictModeError: `activations` with a model that was loaded with ``strict=True``.
     """
-    reference = model.reference
-    sequences = equal = 0
+    batches = _as_batches(model, list(texts), tokenizer, batch_size)
+    sequences = equal = tokens = values = 0
     first: tuple[int, int] | None = None
-    largest = difference = total = 0.0
+    largest = absolute = squared = total = divergence = 0.0
     for batch in batches:
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.no_grad():
-            expected = reference.generate(**inputs, **generate)
-            got = model.generate(**inputs, **generate)
+            expected, got = (_generated(each, batch, generate) for each in (reference, model))
             width = max(expected.shape[1], got.shape[1])
-            expected, got = (_padded(tokens, width, model.config.pad_token_id) for tokens in (expected, got))
+            expected, got = (_padded(rows, width, model.config.pad_token_id) for rows in (expected, got))
             same = (expected == got).all(dim=1)
             if first is None and not same.all():
                 row = int((~same).nonzero()[0])
                 first = (sequences + row, int((expected[row] != got[row]).nonzero()[0]))
             sequences, equal = sequences + len(same), equal + int(same.sum())
-            forced = {**inputs, "decoder_input_ids": expected[:, :-1]}
-            wanted, found = reference(**forced).logits.float(), model(**forced).logits.float()
-        largest = max(largest, float((found - wanted).abs().nan_to_num(nan=torch.inf).max()))
-        difference += float((found - wanted).square().sum())
-        total += float(wanted.square().sum())
-    relative = (difference / max(total, 1e-30)) ** 0.5
-    return Verification(sequences, equal, first, largest, relative)
+            wanted, found = (_logits(each, batch, expected[:, :-1]) for each in (reference, model))
+        difference = (found - wanted).abs().nan_to_num(nan=torch.inf)
+        largest = max(largest, float(difference.max()))
+        absolute, values = absolute + float(difference.sum()), values + difference.numel()
+        squared, total = squared + float((found - wanted).square().sum()), total + float(wanted.square().sum())
+        odds, other = (torch.log_softmax(logits, -1) for logits in (wanted, found))
+        divergence += float((odds.exp() * (odds - other)).sum())
+        tokens += wanted.shape[0] * wanted.shape[1]
+    return Comparison(
+        sequences,
+        equal,
+        first,
+        largest,
+        absolute / values,
+        (squared / max(total, 1e-30)) ** 0.5,
+        divergence / tokens,
+        _activations(model, batches) if activations else (),
+    )
+
+
+def verify(model: TRTT5ForConditionalGeneration, batches: Iterable[Batch], **generate: Any) -> Comparison:
+    """`compare` with ``model.reference``.
+
+    Raises:
+        StrictModeError: the model was loaded with ``strict=True``: it has no reference.
+    """
+    return compare(model, model.reference, batches, **generate)
+
+
+def _as_batches(model: Any, texts: list[Any], tokenizer: Any, size: int) -> list[Batch]:
+    if texts and isinstance(texts[0], Mapping):
+        return [dict(batch) for batch in texts]
+    if tokenizer is None and texts:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    return list(text_batches(tokenizer, texts, size))
+
+
+def _generated(model: Any, batch: Batch, arguments: dict[str, Any]) -> torch.Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return model.generate(**inputs, **arguments).cpu()  # type: ignore[no-any-return]
+
+
+def _logits(model: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return model(**inputs, decoder_input_ids=tokens.to(model.device)).logits.float().cpu()  # type: ignore[no-any-return]
+
+
+def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> tuple[Activation, ...]:
+    """Largest values in float32, and what engines in half precision make of them."""
+    arch, reference = model.architecture, model.reference
+    on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
+    folding = getattr(model.session, "folding", None) or fold(arch, model.state_dict())
+    rows = []
+    for name, value in activation_table(reference, on_device).items():
+        layer = name.removesuffix(".DenseReluDense.wo")
+        factor = folding.stream if layer == name else folding.inner.get(layer, 1.0)
+        rows.append(Activation(name, value, value * factor / torch.finfo(torch.float16).max))
+    return tuple(sorted(rows, key=lambda row: -row.half_share))
 
 
 def block_errors(

@@ -7,7 +7,6 @@ TensorRT itself computes is not tested by it; tests/gpu does that.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,7 +193,7 @@ def stand_in_session(
         version="0.0",
     )
     arch = model.architecture
-    arch = replace(arch, epsilon=arch.epsilon * (folding or Folding()).stream ** 2)
+    arch = (folding or Folding()).architecture(arch)
     provider: Any = StandInProvider(arch, settings or BuildConfig(), precision)
     device: Any = torch.device("cpu")
     session: Any = TrtSession(

@@ -79,6 +79,25 @@ def test_values_after_one_option() -> None:
     ]  # fmt: skip
 
 
+def test_build_with_calibration(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("がっこう\nコーヒー\n", encoding="utf-8")
+    rtx = ("--flavor", "rtx", "--compute-capability", "8.6", "--calibrate", str(texts))
+    done = run("build", str(SHIPPED), *rtx, "--target-tokens", "16", "--source-tokens", "16", cache=tmp_path / "store")
+    assert done.returncode == 0 and "3 engines" in done.stdout, done.stderr
+
+
+def test_verify_precision_and_thresholds(tmp_path: Path) -> None:
+    """Status 1 beyond a threshold; the table of activations names the place that comes nearest to the limit first."""
+    int8 = ("verify", str(SHIPPED), "--precision", "int8", "--max-new-tokens", "8")
+    loose = run(*int8, "--at-least", "0.3", "--activations", cache=tmp_path)
+    assert loose.returncode == 0 and "onnxruntime int8 against" in loose.stdout, loose.stderr
+    assert "KL divergence" in loose.stdout and "encoder.final_layer_norm" in loose.stdout
+    shares = [float(line.split("│")[3].strip().rstrip("%")) for line in loose.stdout.splitlines() if "%" in line]
+    assert shares == sorted(shares, reverse=True) and 0 < shares[0] < 100
+    assert run(*int8, "--at-least", "0", "--max-relative-error", "1e-6", cache=tmp_path).returncode == 1
+
+
 def test_verify_tokens_logits_and_layers(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("がっこう\nコーヒー\nきのう\nさくら\n", encoding="utf-8")

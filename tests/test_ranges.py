@@ -175,7 +175,7 @@ def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_bad_calibration() -> None:
     for texts in ([], [3]):
-        with pytest.raises(InputError, match="calibration got"):
+        with pytest.raises(InputError, match="texts got"):
             list(text_batches(None, texts))
 
 

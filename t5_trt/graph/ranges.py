@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -55,6 +55,10 @@ class Folding:
     stream: float = 1.0
     inner: Mapping[str, float] = field(default_factory=dict)
     certain: bool = True
+
+    def architecture(self, arch: Architecture) -> Architecture:
+        """The architecture whose graphs compute with folded weights: epsilon goes with the square of the stream."""
+        return replace(arch, epsilon=arch.epsilon * self.stream**2)
 
     def factor(self, key: str) -> float:
         """What the tensor of a state-dict key is multiplied by."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -137,6 +137,24 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
     return {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
 
 
+def choose_folding(
+    arch: Architecture, weights: Weights, precision: str, seen: Callable[[], Ranges], *, calibrated: bool = False
+) -> Folding:
+    """The factors that keep engines of a precision in range; none but in half precision. Arguments as of `open_session`."""
+    if precision != "fp16":
+        return Folding()
+    folding = fold(arch, weights, seen() if calibrated else None)
+    if not folding.certain:
+        logger.info("the weights alone set no useful bound to half precision: a few inputs are tried in float32")
+        folding = fold(arch, weights, seen())
+    if folding != Folding():
+        inner = ", ".join(f"{factor:g}" for factor in sorted(set(folding.inner.values()))) or "1"
+        logger.info(
+            "half precision: streams are kept at %g of their value, feed-forward layers at %s", folding.stream, inner
+        )
+    return folding
+
+
 def open_session(
     arch: Architecture,
     weights: Weights,
@@ -164,20 +182,9 @@ def open_session(
         threads, prepack = config.num_threads, config.prepack_weights
         return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
     assert placement.flavor is not None
-    folding = Folding()
-    if placement.precision == "fp16":
-        folding = fold(arch, weights, seen() if calibrated else None)
-        if not folding.certain:
-            logger.info("the weights alone set no useful bound to half precision: a few inputs are tried in float32")
-            folding = fold(arch, weights, seen())
-    if folding != Folding():
-        logger.info(
-            "half precision: residual streams are kept at %g of their value, feed-forward layers at %s",
-            folding.stream,
-            ", ".join(f"{factor:g}" for factor in sorted(set(folding.inner.values()))) or 1,
-        )
+    folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
     provider = EngineProvider(
-        replace(arch, epsilon=arch.epsilon * folding.stream**2),
+        folding.architecture(arch),
         store,
         build,
         precision=placement.precision,

@@ -67,8 +67,8 @@ class TrtSession:
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
         check = None if reference is None else partial(self._error_of_engine, reference)
-        self._folding = folding or Folding()
-        device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self._folding)
+        self.folding = folding or Folding()
+        device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.folding)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         self._idle: dict[Shapes, list[Slot]] = {}
         self._unrecordable: set[Hashable] = set()
@@ -85,7 +85,7 @@ class TrtSession:
             assert input_ids is not None
             graph, inputs["input_ids"] = ENCODER, self._pad(input_ids.int(), shapes.B, shapes.S)
         else:
-            embeds = inputs_embeds * self._folding.stream  # the stream's scale, which the embedding would bring
+            embeds = inputs_embeds * self.folding.stream  # the stream's scale, which the embedding would bring
             graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(embeds, shapes.B, shapes.S)
         hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
         cross = self._new_cross(shapes, (batch, length))
@@ -150,7 +150,7 @@ class TrtSession:
             self._enqueue(context)
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
             for name in names:
-                found[name] = found[name].float() / self._folding.stream
+                found[name] = found[name].float() / self.folding.stream
         return found
 
     def loaded_graphs(self) -> tuple[str, ...]:

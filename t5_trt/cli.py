@@ -83,6 +83,7 @@ def build(
     from t5_trt.engine.provider import EngineProvider
     from t5_trt.engine.store import EngineStore
     from t5_trt.modeling import TRTT5ForConditionalGeneration
+    from t5_trt.runtime.open import eight_bits
     from t5_trt.signature import ENCODER, QUERIES, STEP
 
     api = load_tensorrt(flavor)
@@ -90,14 +91,16 @@ def build(
     texts = calibrate.read_text(encoding="utf-8").splitlines() if calibrate else None
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=texts)
     store = EngineStore(cache_dir or default_engine_cache_dir())
+    folding = loaded.folding(precision)
     provider = EngineProvider(
-        loaded.folding(precision).architecture(loaded.architecture),
+        folding.architecture(loaded.architecture),
         store,
         BuildConfig(),
         precision=precision,
         flavor=api.flavor,
         gpu=_gpu(api.flavor, capabilities),
         compute_capabilities=capabilities,
+        **eight_bits(loaded.architecture, loaded.state_dict(), folding, precision),
     )
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)

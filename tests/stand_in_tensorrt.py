@@ -20,6 +20,7 @@ from t5_trt.architecture import Architecture
 from t5_trt.config import BuildConfig
 from t5_trt.engine.profiles import Shapes, fixed_axes
 from t5_trt.graph import build_device_graph
+from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.precision import real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime import trt_session
@@ -129,8 +130,9 @@ class HalfContext:
 class StandInProvider:
     """Writes graphs as the real provider would, and remembers which were asked for."""
 
-    def __init__(self, arch: Architecture, settings: BuildConfig, precision: str) -> None:
+    def __init__(self, arch: Architecture, settings: BuildConfig, precision: str, quantized: Any = None) -> None:
         self.arch = arch
+        self.quantized = quantized
         self.precision = precision
         self.settings = settings
         self.asked: list[tuple[str, Shapes]] = []
@@ -139,7 +141,7 @@ class StandInProvider:
     def plan(self, graph: str, shapes: Shapes) -> bytes:
         self.asked.append((graph, shapes.for_graph(graph)))
         fixed = fixed_axes(shapes.for_graph(graph))
-        model = build_device_graph(graph, self.arch, real_type(self.precision), fixed=fixed)
+        model = build_device_graph(graph, self.arch, real_type(self.precision), fixed=fixed, quantized=self.quantized)
         return ir.to_proto(model).SerializeToString()
 
     def tapped_plan(self, graph: str, shapes: Shapes) -> bytes:
@@ -187,14 +189,16 @@ def stand_in_session(
     monkeypatch.setattr(trt_session, "record", record)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),
-        load_engine=HalfEngine if precision == "fp16" else StandInEngine,
-        new_context=HalfContext if precision == "fp16" else StandInContext,
+        load_engine=StandInEngine if precision == "fp32" else HalfEngine,
+        new_context=StandInContext if precision == "fp32" else HalfContext,
         errors=lambda: "no reason",
         version="0.0",
     )
     arch = model.architecture
     arch = (folding or Folding()).architecture(arch)
-    provider: Any = StandInProvider(arch, settings or BuildConfig(), precision)
+    folded = folding or Folding()
+    quantized = dict(quantize_for_device(arch, model.state_dict(), folded)) if precision == "int8" else None
+    provider: Any = StandInProvider(arch, settings or BuildConfig(), precision, quantized)
     device: Any = torch.device("cpu")
     session: Any = TrtSession(
         provider, model.state_dict(), api, device, strict=strict, reference=reference, folding=folding

@@ -20,6 +20,7 @@ from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.runtime.open import eight_bits
 from t5_trt.signature import GRAPHS
 from tests.conftest import SHIPPED, pair_of
 from tests.tiny_models import make_stock
@@ -27,7 +28,9 @@ from tests.tiny_models import make_stock
 CAPABILITIES = ("8.6", "8.9", "12.0")
 
 
-def provider(model: Any, folder: Path, precision: str, settings: BuildConfig | None = None) -> EngineProvider:
+def provider(
+    model: Any, folder: Path, precision: str, settings: BuildConfig | None = None, **options: Any
+) -> EngineProvider:
     return EngineProvider(
         model.architecture,
         EngineStore(folder),
@@ -36,6 +39,7 @@ def provider(model: Any, folder: Path, precision: str, settings: BuildConfig | N
         flavor="rtx",
         gpu={"compute_capabilities": CAPABILITIES},
         compute_capabilities=CAPABILITIES,
+        **options,
     )
 
 
@@ -56,6 +60,24 @@ def test_two_layers_of_t5_base(tmp_path: Path) -> None:
     plans = provider(model, tmp_path, "fp16")
     for graph in ("encoder", "decoder_step", "decoder_queries"):
         assert 10_000 < len(plans.plan(graph, Shapes(B=1, S=32, T=128, Q=8))) < 20e6  # the weights are not inside
+
+
+def test_weights_in_8_bits(tmp_path: Path) -> None:
+    """Two layers of T5-base with matrices inside, a byte for each weight; other weights are another engine."""
+    sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 32128}
+    keys, matrices = set(), 0
+    for seed in (0, 1):
+        model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", seed=seed, **sizes), num_threads=1)
+        options = eight_bits(model.architecture, model.state_dict(), model.folding("int8"), "int8")
+        plans = provider(model, tmp_path, "int8", **options)
+        plan = plans.plan("decoder_step", Shapes(B=1, S=32, T=128))
+        keys = {entry.key for entry in plans.store.entries()}
+        if seed == 0:
+            made = options["quantized"]()
+            matrices = sum(t.nbytes for n, t in made.items() if n.startswith(("decoder.block", "lm_")))
+            assert matrices < len(plan) < 1.3 * matrices
+            assert len(plans.plan("encoder", Shapes(B=1, S=32))) > 10e6
+    assert len(keys) == 3 and len(plan) > matrices
 
 
 def test_t5_3b_without_its_weights(tmp_path: Path) -> None:

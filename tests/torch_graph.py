@@ -94,7 +94,8 @@ _OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "Concat": lambda *tensors, axis: torch.cat(tensors, axis),
     "Slice": _slice,
     "Cast": lambda x, to: x.to(_TYPES[ir.DataType(to)]),
+    "DequantizeLinear": lambda x, scale, axis: x.to(scale.dtype) * scale,  # columns: the last of two axes
     "Softmax": lambda x, axis: F.softmax(x, axis),
-    "ReduceMean": lambda x, axes, keepdims: x.mean(tuple(axes), keepdim=bool(keepdims)),
+    "ReduceMean": lambda x, axes, keepdims: x.mean(tuple(map(int, axes)), keepdim=bool(keepdims)),
     "ReduceSum": lambda x, axes, keepdims: x.sum(tuple(axes.tolist()), keepdim=bool(keepdims)),
 }

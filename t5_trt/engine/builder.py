@@ -22,6 +22,7 @@ from t5_trt.engine.progress import BuildProgress
 from t5_trt.engine.tensorrt_api import BuildJob
 from t5_trt.errors import BackendError
 from t5_trt.graph import build_device_graph
+from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import real_type
 
 logger = logging.getLogger("t5_trt.tensorrt")
@@ -53,11 +54,12 @@ class EngineRequest:
         return f"{self.graph} {self.shapes.describe()} {self.precision}"
 
 
-def write_onnx(request: EngineRequest, arch: Architecture, path: Path) -> None:
-    """Write the graph of a request; it holds no weights."""
+def write_onnx(request: EngineRequest, arch: Architecture, path: Path, quantized: Weights | None = None) -> None:
+    """Write the graph of a request; it holds no weights but those in 8 bits, which lie in a file beside it."""
     real = real_type(request.precision)
     fixed = fixed_axes(request.shapes)
-    ir.save(build_device_graph(request.graph, arch, real, fixed=fixed, taps=request.taps), path)
+    model = build_device_graph(request.graph, arch, real, fixed=fixed, quantized=quantized, taps=request.taps)
+    ir.save(model, path, external_data=None if quantized is None else "weights")
 
 
 def build_engine(
@@ -66,6 +68,7 @@ def build_engine(
     folder: Path,
     settings: BuildConfig,
     *,
+    quantized: Weights | None = None,
     timing_cache: Path | None = None,
     show_progress: bool | None = None,
 ) -> None:
@@ -78,7 +81,7 @@ def build_engine(
     """
     onnx_path = folder / "model.onnx"
     with BuildProgress(request.label, show_progress) as progress:
-        write_onnx(request, arch, onnx_path)
+        write_onnx(request, arch, onnx_path, quantized)
         job = BuildJob(
             onnx_path=str(onnx_path),
             plan_path=str(folder / "engine.plan"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from t5_trt.engine.bundle import read_bundled, write_bundle
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.graph.parameters import Weights
 
 
 class EngineProvider:
@@ -31,6 +32,8 @@ class EngineProvider:
         compute_capabilities: to build for without a GPU.
         bundle: folder of engines that came with the checkpoint and may be used.
         show_progress: draw bars; None does so on a terminal only.
+        quantized: makes the matrices that engines of 8-bit weights hold; None for other precisions.
+        weights: digest of the weights that such engines are made from.
     """
 
     def __init__(
@@ -45,8 +48,12 @@ class EngineProvider:
         compute_capabilities: tuple[str, ...] = (),
         bundle: Path | None = None,
         show_progress: bool | None = None,
+        quantized: Callable[[], Weights] | None = None,
+        weights: str | None = None,
     ) -> None:
         self.arch = arch
+        self._quantized = quantized
+        self._weights = weights
         self.store = store
         self.settings = settings
         self.precision = precision
@@ -81,6 +88,7 @@ class EngineProvider:
             "flavor": request.flavor,
             "tensorrt": self.version,
             "gpu": self.gpu,
+            **({} if self._weights is None else {"weights": self._weights}),
         }
 
     def plan(self, graph: str, shapes: Any) -> bytes:
@@ -104,6 +112,7 @@ class EngineProvider:
                 self.arch,
                 folder,
                 self.settings,
+                quantized=self._quantized() if self._quantized else None,
                 timing_cache=None if self.compute_capabilities else timing,
                 show_progress=self.show_progress,
             )
@@ -117,7 +126,10 @@ class EngineProvider:
         """A plan that also puts out the residual stream after every block; it is not kept."""
         request = replace(self.request(graph, shapes), taps=True)
         with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
-            build_engine(request, self.arch, Path(folder), self.settings, show_progress=self.show_progress)
+            quantized = self._quantized() if self._quantized else None
+            build_engine(
+                request, self.arch, Path(folder), self.settings, quantized=quantized, show_progress=self.show_progress
+            )
             return (Path(folder) / "engine.plan").read_bytes()
 
     def write_bundle(self, checkpoint: Path) -> Path:

@@ -90,10 +90,10 @@ class TensorRT:
         Raises:
             InputError: bf16 with TensorRT 8.
         """
-        if precision == "int8":
+        if precision == "int8" and not self.strongly_typed:
             raise InputError(
-                f"precision got 'int8'; engines of {self.flavor} {self.version} have no 8-bit weights here. Use 'fp16', or "
-                "backend='onnxruntime' for 'int8' on a CPU."
+                f"precision got 'int8'; TensorRT {self.version} cannot keep weights in 8 bits and compute in half precision (10.0 "
+                "and newer can). Use 'fp16'."
             )
         if precision == "bf16" and not (hasattr(self.trt, "bfloat16") and self.strongly_typed):
             raise InputError(

@@ -13,7 +13,7 @@ from t5_trt.architecture import Architecture
 from t5_trt.graph.decoder import build_decoder
 from t5_trt.graph.encoder import build_cross, build_encoder
 from t5_trt.graph.forms import DeviceForm, Form, HostForm
-from t5_trt.graph.int8 import Int8HostForm
+from t5_trt.graph.int8 import Int8DeviceForm, Int8HostForm
 from t5_trt.graph.parameters import Weights
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
@@ -58,12 +58,16 @@ def build_device_graph(
     index: ir.DataType = ir.DataType.INT32,
     fixed: Mapping[str, int] | None = None,
     *,
+    quantized: Weights | None = None,
     taps: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.signature.GRAPHS` with the weights as inputs, named as in `t5_trt.graph.parameters`.
 
-    Arguments as for `build_host_graph`.
+    Arguments as for `build_host_graph`, but that `quantized` is what `t5_trt.graph.int8.quantize_for_device` made, and in the
+    graph.
     """
+    if quantized is not None:
+        return _build(graph, Int8DeviceForm(graph, arch, real, quantized, fixed), taps)
     return _build(graph, DeviceForm(graph, arch, real, index, fixed), taps)
 
 

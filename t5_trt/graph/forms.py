@@ -72,7 +72,7 @@ class Form(GraphBuilder):
         wide = self.cast(value, self.real, FLOAT)
         with self.wide():
             square = self.op("Pow", wide, self.scalar(2.0, FLOAT))
-            mean = self.op("ReduceMean", square, axes=[-1], keepdims=1)
+            mean = self.mean(square)
             root = self.op("Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon, FLOAT)))
             normed = self.op("Div", wide, root)
             if weight is not None:  # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
@@ -163,7 +163,7 @@ class DeviceForm(Form):
             stream = self.rms_norm(stream, None)
         if scale != 1.0:
             stream = self.op("Mul", stream, self.scalar(scale))
-        packed = self.op("MatMul", stream, self.parameter(group))
+        packed = self.op("MatMul", stream, self.matrix(group))
         if len(parameter.parts) == 1:
             return Projection([packed], packed)
         ends = [sum(parameter.widths[: part + 1]) for part in range(len(parameter.parts))]
@@ -174,6 +174,10 @@ class DeviceForm(Form):
             for start, end in zip(starts, ends, strict=True)
         ]
         return Projection(parts, packed)
+
+    def matrix(self, group: str) -> ir.Value:
+        """The matrix of a group, [in, out]."""
+        return self.parameter(group)
 
     def stream(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
         """See `Form.stream`: the leading axes are kept apart.

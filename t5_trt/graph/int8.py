@@ -1,8 +1,9 @@
-"""Matrices in 8 bits: how they are rounded, and the host graphs that multiply by them (ONNX Runtime on a CPU).
+"""Matrices in 8 bits: how they are rounded, and the graphs that multiply by them.
 
-Weights are rounded symmetrically with one scale for each output column (per channel); activations are rounded by the
+On a CPU (ONNX Runtime) activations are rounded too; on a GPU (TensorRT 10 and newer) only the weights are, which halves what
+a step reads; such engines hold the weights. Weights are rounded symmetrically with one scale for each output column (per channel); activations are rounded by the
 operator, with one scale for each product, when it runs (dynamic quantization). Norms, softmax, attention products,
-biases and the embedding stay in float32.
+biases and the embedding stay as they are.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import onnx_ir as ir
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.graph.forms import HostForm, Projection
+from t5_trt.graph.forms import DeviceForm, HostForm, Projection
 from t5_trt.graph.ops import Dim
-from t5_trt.graph.parameters import LM_HEAD, Weights, parameters
+from t5_trt.graph.parameters import LM_HEAD, Weights, materialize, parameters
+from t5_trt.graph.ranges import Folding
 
 #: name of a group's matrix and of its scales among the tensors that `quantize` makes
 MATRIX, SCALE = "{}.int8", "{}.scale"
+
+#: the first in which a scale, and with it the widened matrix, may be half precision
+WEIGHT_ONLY_OPSET = 19
 
 
 def quantize(arch: Architecture, weights: Weights, *, head: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
@@ -40,14 +45,32 @@ def quantize(arch: Architecture, weights: Weights, *, head: bool = True) -> Iter
         scales = torch.empty(parameter.shape[1])
         start = 0
         for key, columns in zip(parameter.parts, parameter.widths, strict=True):
-            matrix = weights[key].detach().float()  # [out, in]
-            scale = matrix.abs().amax(1).clamp_min(1e-30) / 127.0
             place = slice(start, start + columns)
-            rounded[:, place] = (matrix / scale[:, None]).round_().to(torch.int8).t()
-            scales[place] = scale
+            rounded[:, place], scales[place] = round_columns(weights[key].detach().float().t())
             start += columns
         yield MATRIX.format(name), rounded
         yield SCALE.format(name), scales
+
+
+def quantize_for_device(arch: Architecture, weights: Weights, folding: Folding) -> Iterator[tuple[str, torch.Tensor]]:
+    """Round the matrices as device graphs read them, with norm weights and range factors in them.
+
+    Yields:
+        As `quantize`.
+    """
+    for name, parameter in parameters(arch).items():
+        if parameter.is_matrix:
+            factor = folding.factor_in(name)
+            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), factor)
+            rounded, scales = round_columns(matrix)
+            yield MATRIX.format(name), rounded
+            yield SCALE.format(name), scales
+
+
+def round_columns(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 matrix [in, out] in int8, and the scale of every column, float32 [out]."""
+    scales = matrix.abs().amax(0).clamp_min(1e-30) / 127.0
+    return (matrix / scales).round_().to(torch.int8), scales
 
 
 class Int8HostForm(HostForm):
@@ -92,3 +115,35 @@ class Int8HostForm(HostForm):
 
     def _stored(self, name: str) -> ir.Value:
         return self.initializer(name, ir.tensor_adapters.TorchTensor(self._quantized[name], name=name))
+
+
+class Int8DeviceForm(DeviceForm):
+    """Products with matrices that are kept in 8 bits and widened where they are used (weight-only quantization).
+
+    Args:
+        name: of the graph.
+        arch: of the model.
+        real: compute type.
+        quantized: what `quantize_for_device` made; it becomes part of the graph.
+        fixed: axis letter -> size.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arch: Architecture,
+        real: ir.DataType,
+        quantized: Mapping[str, torch.Tensor],
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(name, arch, real, fixed=fixed)
+        self._domains[""] = WEIGHT_ONLY_OPSET
+        self._quantized = quantized
+
+    def matrix(self, group: str) -> ir.Value:
+        """See `DeviceForm.matrix`."""
+        stored, scales = (self._quantized[name.format(group)] for name in (MATRIX, SCALE))
+        name = MATRIX.format(group)
+        matrix = self.initializer(name, ir.tensor_adapters.TorchTensor(stored, name=name))
+        scale = self.constant(scales.numpy(), self.real)
+        return self.op("DequantizeLinear", matrix, scale, axis=1)

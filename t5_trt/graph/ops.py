@@ -181,6 +181,12 @@ class GraphBuilder:
         end = self.op("Squeeze", length, self.ints(0))
         return self.op("Range", self.scalar(0, ir.DataType.INT64), end, self.scalar(1, ir.DataType.INT64))
 
+    def mean(self, value: ir.Value) -> ir.Value:
+        """The mean over the last axis, which stays with size 1."""
+        if self._domains[""] >= 18:  # the axes became an input
+            return self.op("ReduceMean", value, self.ints(-1), keepdims=1)
+        return self.op("ReduceMean", value, axes=[-1], keepdims=1)
+
     def clip(self, value: ir.Value, low: int, high: int) -> ir.Value:
         """Limit int64 values (Clip itself takes no integers in TensorRT 8)."""
         return self.op(

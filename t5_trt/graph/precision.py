@@ -13,7 +13,7 @@ REAL_TYPES = {
     "tf32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.FLOAT,  # matrices only; this is the type of all else, in ONNX Runtime
+    "int8": ir.DataType.FLOAT16,  # matrices only; this is the type of all else
 }
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,

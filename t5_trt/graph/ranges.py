@@ -13,13 +13,13 @@ activations that some text has shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.graph.parameters import EMBEDDING, Weights
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights
 
 LIMIT = 2.0**15  # half of what float16 holds
 #: how small factors may make weights and the embedding (root mean square): below 2^-14 float16 has an absolute error of 3e-8,
@@ -59,6 +59,10 @@ class Folding:
     def architecture(self, arch: Architecture) -> Architecture:
         """The architecture whose graphs compute with folded weights: epsilon goes with the square of the stream."""
         return replace(arch, epsilon=arch.epsilon * self.stream**2)
+
+    def factor_in(self, group: str) -> Callable[[str], float]:
+        """`factor` for the tensors of a group of `t5_trt.graph.parameters`; a tied head shares the embedding's key."""
+        return (lambda key: 1.0) if group == LM_HEAD else self.factor
 
     def factor(self, key: str) -> float:
         """What the tensor of a state-dict key is multiplied by."""

@@ -6,12 +6,8 @@ import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.errors import BackendError
-from t5_trt.graph.parameters import LM_HEAD, Weights, materialize, parameters
+from t5_trt.graph.parameters import Weights, materialize, parameters
 from t5_trt.graph.ranges import Folding
-
-
-def _unchanged(key: str) -> float:
-    return 1.0
 
 
 class DeviceWeights:
@@ -51,10 +47,7 @@ class DeviceWeights:
         """
         if name not in self._made:
             try:
-                factor = (
-                    _unchanged if name == LM_HEAD else self._folding.factor
-                )  # a tied head shares the embedding's key
-                parameter = self._parameters[name]
+                parameter, factor = self._parameters[name], self._folding.factor_in(name)
                 self._made[name] = materialize(parameter, self._weights, self._dtype, self._device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)

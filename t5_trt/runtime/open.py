@@ -15,10 +15,11 @@ from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import BackendError, InputError
+from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.graph.ranges import Folding, Ranges, fold
-from t5_trt.runtime.int8_weights import load_int8_weights
+from t5_trt.runtime.int8_weights import load_int8_weights, weights_digest
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.trt_session import TrtSession
@@ -141,7 +142,7 @@ def choose_folding(
     arch: Architecture, weights: Weights, precision: str, seen: Callable[[], Ranges], *, calibrated: bool = False
 ) -> Folding:
     """The factors that keep engines of a precision in range; none but in half precision. Arguments as of `open_session`."""
-    if precision != "fp16":
+    if precision not in ("fp16", "int8"):
         return Folding()
     folding = fold(arch, weights, seen() if calibrated else None)
     if not folding.certain:
@@ -153,6 +154,14 @@ def choose_folding(
             "half precision: streams are kept at %g of their value, feed-forward layers at %s", folding.stream, inner
         )
     return folding
+
+
+def eight_bits(arch: Architecture, weights: Weights, folding: Folding, precision: str) -> dict[str, Any]:
+    """What an `EngineProvider` of a precision needs to know of 8-bit weights; empty but for "int8"."""
+    if precision != "int8":
+        return {}
+    digest = f"{weights_digest(arch, weights)} {folding.stream} {sorted(folding.inner.items())}"
+    return {"quantized": lambda: dict(quantize_for_device(arch, weights, folding)), "weights": digest}
 
 
 def open_session(
@@ -192,6 +201,7 @@ def open_session(
         gpu=gpu_facts(placement.device),
         bundle=config.bundled_engines,
         show_progress=config.show_progress,
+        **eight_bits(arch, weights, folding, placement.precision),
     )
     with torch.cuda.device(placement.device):
         return TrtSession(

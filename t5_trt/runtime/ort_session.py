@@ -21,7 +21,7 @@ from t5_trt.architecture import Architecture
 from t5_trt.errors import BackendError
 from t5_trt.graph import build_host_graph
 from t5_trt.graph.parameters import Weights
-from t5_trt.graph.precision import mask_value, real_type
+from t5_trt.graph.precision import mask_value
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
 from t5_trt.runtime.session import Choice
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -191,7 +191,7 @@ class OrtSession:
             return self._sessions[graph]
 
     def _load(self, graph: str, *, taps: bool = False) -> Any:
-        real = real_type(self.precision)
+        real = ir.DataType.FLOAT
         model = build_host_graph(graph, self.arch, self._weights, real, quantized=self._quantized, taps=taps)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads

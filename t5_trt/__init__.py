@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from t5_trt.generation.many import generate_many
-    from t5_trt.modeling import TRTT5ForConditionalGeneration
+    from t5_trt.modeling import TRTT5EncoderModel, TRTT5ForConditionalGeneration
     from t5_trt.verification import compare
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "RuntimeConfig",
     "StrictModeError",
     "T5TRTError",
+    "TRTT5EncoderModel",
     "TRTT5ForConditionalGeneration",
     "UnsupportedModelError",
     "__version__",
@@ -49,7 +50,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "t5_trt.generation.many": ("generate_many",),
-    "t5_trt.modeling": ("TRTT5ForConditionalGeneration",),
+    "t5_trt.modeling": ("TRTT5EncoderModel", "TRTT5ForConditionalGeneration"),
     "t5_trt.verification": ("compare",),
 }
 

@@ -36,7 +36,7 @@ class Architecture:
     Attributes:
         vocab_size: V, the rows of the embedding (not of the tokenizer).
         d_model: E. d_kv: D, which need not be d_model / num_heads. num_heads: H. d_ff: inner feed-forward size.
-        encoder_layers, decoder_layers: they may differ.
+        encoder_layers, decoder_layers: they may differ; an encoder alone has 0 decoder layers.
         num_buckets, max_distance: of the relative position bias.
         activation: one of `ACTIVATIONS`. gated: whether the feed-forward has two input matrices.
         epsilon: of every RMSNorm.
@@ -71,7 +71,7 @@ class Architecture:
         return f"{stack}.block.{owner}.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
-def check_family(config: Any) -> str:
+def check_family(config: Any, *, encoder_only: bool = False) -> str:
     """Return the config's model type if this library can run it.
 
     Raises:
@@ -87,11 +87,13 @@ def check_family(config: Any) -> str:
             f"{works}. Use the Transformers class of that model instead."
         )
     names = [str(name) for name in (getattr(config, "architectures", None) or [])]
-    encoder_only = any(name.endswith("EncoderModel") for name in names)
-    if encoder_only or not getattr(config, "is_encoder_decoder", True):
+    lacks_decoder = any(name.endswith("EncoderModel") for name in names) or not getattr(
+        config, "is_encoder_decoder", True
+    )
+    if lacks_decoder and not encoder_only:
         raise UnsupportedModelError(
             f"got an encoder-only checkpoint (architectures {names}); expected an encoder-decoder model of the types "
-            f"{works}. Load a checkpoint that has decoder weights, or use Transformers' T5EncoderModel for this one."
+            f"{works}. Load a checkpoint that has decoder weights, or use TRTT5EncoderModel for this one."
         )
     activation = str(config.dense_act_fn)
     if activation not in ACTIVATIONS:
@@ -102,31 +104,34 @@ def check_family(config: Any) -> str:
     return model_type
 
 
-def read_architecture(config: Any, shapes: Mapping[str, tuple[int, ...]], *, tied_head: bool) -> Architecture:
+def read_architecture(
+    config: Any, shapes: Mapping[str, tuple[int, ...]], *, tied_head: bool, encoder_only: bool = False
+) -> Architecture:
     """Build the `Architecture` of a model from its config and the shapes of its loaded tensors.
 
     Args:
         config: a T5Config, MT5Config or UMT5Config (of Transformers 4 or 5).
         shapes: state-dict key -> shape.
         tied_head: whether ``lm_head.weight`` is the same tensor as ``shared.weight``.
+        encoder_only: there is no decoder, whatever the config says.
 
     Raises:
         UnsupportedModelError: the family or its activation has no graph.
     """
-    model_type = check_family(config)
+    model_type = check_family(config, encoder_only=encoder_only)
     if model_type == "t5":  # Transformers 5 keeps the old meaning of tie_word_embeddings under this name
         scaled = bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
     else:  # MT5 never scales; UMT5 follows tie_word_embeddings, exactly as the stock classes do
         scaled = model_type == "umt5" and bool(config.tie_word_embeddings)
-    query = shapes["decoder.block.0.layer.0.SelfAttention.q.weight"]
+    query = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"]
     return Architecture(
         vocab_size=shapes["shared.weight"][0],
         d_model=shapes["shared.weight"][1],
         d_kv=query[0] // config.num_heads,
         num_heads=config.num_heads,
-        d_ff=shapes["decoder.block.0.layer.2.DenseReluDense.wo.weight"][1],
+        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1],
         encoder_layers=config.num_layers,
-        decoder_layers=config.num_decoder_layers,
+        decoder_layers=0 if encoder_only else config.num_decoder_layers,
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
         activation=config.dense_act_fn,

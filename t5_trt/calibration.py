@@ -35,7 +35,10 @@ def activation_table(model: Any, batches: Iterable[Batch], max_new_tokens: int =
     """
     with _watched(model) as largest, torch.no_grad():
         for batch in batches:
-            model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+            if model.can_generate():
+                model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+            else:
+                model(**batch)
     return dict(largest)
 
 

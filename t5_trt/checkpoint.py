@@ -27,7 +27,7 @@ _EMBEDDING = "shared.weight"
 Loader = Callable[..., tuple[Any, dict[str, Any]]]
 
 
-def load_config(name_or_path: str, **hub_arguments: Any) -> Any:
+def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_arguments: Any) -> Any:
     """Load the config of a hub id or folder and check that its family can be run.
 
     Raises:
@@ -52,7 +52,7 @@ def load_config(name_or_path: str, **hub_arguments: Any) -> Any:
             f"cannot load {name_or_path!r}: {error} Expected a folder written by save_pretrained() or the id of a model "
             "on the Hugging Face hub."
         ) from error
-    check_family(config)
+    check_family(config, encoder_only=encoder_only)
     return config
 
 
@@ -115,8 +115,8 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
         )
     if missing:
         raise CheckpointError(
-            f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected the weights of "
-            "an encoder-decoder T5 with a language-model head. Load a complete checkpoint."
+            f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected all weights of "
+            f"{type(model)._stock_class.__name__}. Load a complete checkpoint."
         )
     return model
 
@@ -139,7 +139,7 @@ def share_weights(
     if device is not None and device.type != "cpu":
         state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
-    if source.lm_head.weight is source.shared.weight:
+    if hasattr(source, "lm_head") and source.lm_head.weight is source.shared.weight:
         model.lm_head.weight = model.shared.weight
     return model.eval()
 

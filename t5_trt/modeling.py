@@ -1,48 +1,25 @@
-"""`TRTT5ForConditionalGeneration`: Hugging Face's T5 class with engines in place of its forward pass.
-
-The model *is* a stock T5 (or MT5, UMT5) module tree whose parameters are loaded by Transformers; the engines read the
-same memory. So ``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy
-of the weights. ``generate`` is Hugging Face's; `t5_trt.forwarding` holds the forward pass.
-"""
+"""The classes that users import: Hugging Face's T5 classes with engines in place of their forward pass."""
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     GenerationMixin,
+    MT5EncoderModel,
     MT5ForConditionalGeneration,
-    PreTrainedModel,
+    T5EncoderModel,
     T5ForConditionalGeneration,
+    UMT5EncoderModel,
     UMT5ForConditionalGeneration,
 )
 
-from t5_trt.architecture import Architecture, check_family, read_architecture
-from t5_trt.calibration import observe, random_batches, text_batches
-from t5_trt.checkpoint import HUB_ARGUMENTS, correct_vocabulary, load_checked, load_config, share_weights
-from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
-from t5_trt.encoder_module import attach_encoder
-from t5_trt.engine.bundle import find_bundle
-from t5_trt.errors import BackendError, InputError, StrictModeError
+from t5_trt.engine_model import EngineModel
 from t5_trt.generating import EngineGeneration
-from t5_trt.graph.ranges import Folding, Ranges
-from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
-from t5_trt.runtime.open import Placement, best_precision, choose_folding, open_session, resolve
-from t5_trt.runtime.session import Session
-
-logger = logging.getLogger("t5_trt")
-Self = TypeVar("Self", bound="TRTT5ForConditionalGeneration")
-_DERIVED = ("_session", "_reference", "_architecture")
 
 
-class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, GenerationMixin):
+class TRTT5ForConditionalGeneration(EngineGeneration, EngineModel, GenerationMixin):
     """Drop-in replacement of ``T5ForConditionalGeneration`` for inference.
 
     ``TRTT5ForConditionalGeneration.from_pretrained(...)`` returns an instance of this class and, at the same time, of
@@ -51,328 +28,6 @@ class TRTT5ForConditionalGeneration(EngineGeneration, PreTrainedModel, Generatio
     Args:
         config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the stock classes.
     """
-
-    _stock_class: type[PreTrainedModel]
-
-    def __new__(cls: type[Self], config: Any = None, *args: Any, **kwargs: Any) -> Self:
-        """Make an instance of the class that combines this one with the config's stock class."""
-        chosen = cls if "_stock_class" in cls.__dict__ or config is None else _class_for(config)
-        return cast("Self", super().__new__(chosen))
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self._runtime_config = RuntimeConfig()
-        self._build_config = BuildConfig()
-        self._placement_: Placement | None = None
-        self._session: Session | None = None
-        self._reference: PreTrainedModel | None = None
-        self._architecture: Architecture | None = None
-        self._generation_lock = threading.RLock()
-        self._last_path = None
-        self._calibration: list[Any] | None = None
-        attach_encoder(self)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls: type[Self],
-        pretrained_model_name_or_path: str | Path,
-        *model_args: Any,
-        config: Any = None,
-        backend: str | None = None,
-        precision: str = "auto",
-        device: str | torch.device | int | None = None,
-        strict: bool = False,
-        num_threads: int | None = None,
-        prepack_weights: bool = False,
-        max_source_tokens: int | None = None,
-        max_target_tokens: int | None = None,
-        engine_cache_dir: str | Path | None = None,
-        engine_cache_bytes: int | None = None,
-        flavor: str | None = None,
-        show_progress: bool | None = None,
-        check_engines: bool = True,
-        trust_engines: bool | None = None,
-        build: BuildConfig | None = None,
-        calibration: Iterable[str] | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Load a checkpoint of the T5 family. No engine is built or opened yet.
-
-        Args:
-            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``.
-            model_args: passed on to Transformers.
-            config: a config to use instead of the checkpoint's.
-            backend: "auto", "tensorrt" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
-            precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices, on CPUs).
-            device: where the engines run, such as "cuda:0"; None lets the backend choose.
-            strict: raise instead of using the stock PyTorch model where engines cannot serve a request.
-            num_threads: CPU threads of ONNX Runtime; None takes torch's number.
-            prepack_weights: faster beams and batches on CPU for twice the memory.
-            max_source_tokens: refuse longer sources.
-            max_target_tokens: refuse longer outputs.
-            engine_cache_dir: folder of built engines; default ``T5_TRT_CACHE``, else the user's cache folder.
-            engine_cache_bytes: above this size the engines used least recently are removed.
-            flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
-            show_progress: draw a bar while engines are built; None does so on a terminal only.
-            check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
-            trust_engines: use engines that come with the checkpoint; by default those of a folder and not those of a
-                hub id, because an engine is code.
-            build: settings of the engine builder.
-            calibration: texts whose largest activations set the range of half precision; None goes by the weights.
-            kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
-                ``dtype`` and ``device_map`` are read as a precision and a device.
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            CheckpointError: files are missing, damaged, or do not fit each other.
-            UnsupportedModelError: the checkpoint is not of the T5 family.
-            BackendError: the backend that was asked for cannot run here.
-            InputError: an argument has no meaning.
-        """
-        name = str(pretrained_model_name_or_path)
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        mapped = device_of_map(kwargs.pop("device_map", None))
-        device = mapped if device is None else device
-        if kwargs.pop("quantization_config", None) is not None:
-            raise InputError("quantization_config is not supported: engines choose their own types. Use precision=...")
-        if kwargs.pop("output_loading_info", False):
-            raise InputError("output_loading_info is not supported: a checkpoint that is not complete is refused.")
-        runtime = RuntimeConfig(
-            backend=backend_from_environment(backend),
-            precision=precision,
-            device=None if device is None else str(torch.device(device)),
-            strict=strict,
-            num_threads=num_threads,
-            prepack_weights=prepack_weights,
-            max_source_tokens=max_source_tokens,
-            max_target_tokens=max_target_tokens,
-            engine_cache_dir=None if engine_cache_dir is None else Path(engine_cache_dir),
-            engine_cache_bytes=engine_cache_bytes,
-            flavor=flavor,
-            show_progress=show_progress,
-            check_engines=check_engines,
-        )
-        if precision == "auto" and dtype not in (None, "auto") and resolve(runtime).backend == "tensorrt":
-            runtime = replace(runtime, precision=PRECISION_OF.get(as_dtype(dtype), "auto"))
-            dtype = None
-        where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        if resolve(runtime).backend == "tensorrt":
-            runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
-        config = load_config(name, **where) if config is None else config
-        runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
-        placement = resolve(runtime)
-        correct_vocabulary(name, config, **where)
-        chosen = _class_for(config)
-        load = super(TRTT5ForConditionalGeneration, chosen).from_pretrained
-        # ONNX Runtime reads the parameters' own memory, so they must be float32; plans hold converted copies
-        stored = torch.float32 if placement.backend == "onnxruntime" else "auto"
-        model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
-        model._runtime_config, model._placement_ = runtime, placement
-        model._build_config = build or BuildConfig()
-        if calibration is not None:
-            model._calibration = list(text_batches(AutoTokenizer.from_pretrained(name, **where), calibration))
-        if dtype not in (None, "auto"):
-            model._wish_dtype(dtype)
-        return cast("Self", model)
-
-    @classmethod
-    def from_model(cls: type[Self], model: PreTrainedModel, **options: Any) -> Self:
-        """Wrap a stock model that is in memory, for example one that was just fine-tuned. Its weights are shared.
-
-        Args:
-            model: a T5, MT5 or UMT5 ForConditionalGeneration, float32, on the CPU.
-            options: `RuntimeConfig` fields, ``build`` as in `from_pretrained`, and ``calibration``: batches of
-                ``input_ids`` and ``attention_mask``.
-
-        Raises:
-            InputError: the weights are not float32 on the CPU.
-            UnsupportedModelError: the model is not of the T5 family.
-        """
-        chosen = _class_for(model.config)
-        wrong = {(str(p.dtype), str(p.device)) for p in model.parameters()} - {("torch.float32", "cpu")}
-        if wrong:
-            raise InputError(
-                f"from_model got weights of {sorted(wrong)}; expected float32 on cpu: model.float().cpu()."
-            )
-        build, calibration = options.pop("build", None), options.pop("calibration", None)
-        runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
-        placement = resolve(runtime)
-        wrapped = share_weights(chosen, model)
-        wrapped._runtime_config, wrapped._placement_ = runtime, placement
-        wrapped._build_config = build or BuildConfig()
-        wrapped._calibration = None if calibration is None else list(calibration)
-        wrapped.generation_config = model.generation_config
-        return cast("Self", wrapped)
-
-    @property
-    def session(self) -> Session:
-        """The opened engines; opening happens at the first use."""
-        if self._session is None:
-            weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
-            settings = (self._runtime_config, self._placement, self._build_config)
-            calibrated = self._calibration is not None
-            self._session = open_session(self.architecture, weights, *settings, self._observe, calibrated=calibrated)
-        return self._session
-
-    def folding(self, precision: str) -> Folding:
-        """Factors that engines of a precision have in their weights, see `t5_trt.graph.ranges`."""
-        calibrated = self._calibration is not None
-        return choose_folding(self.architecture, self.state_dict(), precision, self._observe, calibrated=calibrated)
-
-    def _observe(self) -> Ranges:
-        batches = self._calibration or random_batches(self.architecture.vocab_size)
-        return observe(share_weights(self._stock_class, self), batches)
-
-    @property
-    def architecture(self) -> Architecture:
-        """Sizes and switches of the model, read from its config and tensors once."""
-        if self._architecture is not None:
-            return self._architecture
-        shapes = {key: tuple(tensor.shape) for key, tensor in self.state_dict().items()}
-        tied = self.lm_head.weight.data_ptr() == self.shared.weight.data_ptr()
-        self._architecture = read_architecture(self.config, shapes, tied_head=tied)
-        return self._architecture
-
-    @property
-    def runtime_config(self) -> RuntimeConfig:
-        """The settings that the model was loaded with."""
-        return self._runtime_config
-
-    @property
-    def reference(self) -> PreTrainedModel:
-        """The stock PyTorch model over the same weights, with eager attention, for what engines cannot give.
-
-        It is made at the first use.
-
-        Raises:
-            StrictModeError: the model was loaded with ``strict=True``.
-        """
-        if self._runtime_config.strict:
-            raise StrictModeError(
-                "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
-            )
-        if self._reference is None:
-            self._reference = share_weights(self._stock_class, self, attention="eager", device=self.device)
-        self._reference.train(self.training)
-        return self._reference
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs are expected and outputs appear."""
-        return self._placement.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of hidden states; logits are always float32."""
-        return self._placement.dtype
-
-    @property
-    def _placement(self) -> Placement:
-        if self._placement_ is None:
-            self._placement_ = resolve(self._runtime_config)
-        return self._placement_
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Accepts what ``nn.Module.to`` takes. A device that the backend cannot use is refused; see `half` for dtypes.
-
-        Raises:
-            BackendError: the backend does not run on that device.
-        """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and (device.type != self.device.type or device.index not in (None, self.device.index)):
-            raise BackendError(
-                f".to({str(device)!r}): this model runs on {self.device} with the backend {self._placement.backend!r}. "
-                "Choose the device when loading: from_pretrained(..., device=...)."
-            )
-        if dtype is not None:
-            self._wish_dtype(dtype)
-        return self
-
-    def cuda(self, device: int | torch.device | None = None) -> Any:  # type: ignore[override]
-        """Like ``to("cuda")``."""
-        return self.to("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
-
-    def cpu(self) -> Any:
-        """Like ``to("cpu")``."""
-        return self.to("cpu")
-
-    def float(self, *args: Any) -> Any:
-        """Keep float32."""
-        return self
-
-    def half(self, *args: Any) -> Any:
-        """A wish: ONNX Runtime computes in float32 on the CPU and says so once."""
-        return self.to(torch.float16)
-
-    def bfloat16(self, *args: Any) -> Any:
-        """A wish: ONNX Runtime computes in float32 on the CPU and says so once."""
-        return self.to(torch.bfloat16)
-
-    def save_pretrained(
-        self, save_directory: str | Path, *args: Any, include_engines: bool = False, **kwargs: Any
-    ) -> Any:
-        """Write an ordinary checkpoint that the stock class and this one load.
-
-        Args:
-            save_directory: the folder.
-            args: as in Transformers.
-            include_engines: also write the engines that were used so far; `from_pretrained` of the folder uses them on
-                the same kind of GPU with the same TensorRT.
-            kwargs: as in Transformers.
-
-        Raises:
-            InputError: there are no engines, because the backend is not TensorRT or nothing was run yet.
-        """
-        engines = getattr(self._session, "engines", None)
-        if include_engines and engines is None:
-            raise InputError(
-                f"include_engines=True needs engines; the backend is {self._placement.backend!r} and "
-                f"{'nothing was run yet' if self._session is None else 'has none'}. Run generate() on TensorRT first."
-            )
-        stock = share_weights(self._stock_class, self)
-        stock.generation_config = self.generation_config
-        result = stock.save_pretrained(save_directory, *args, **kwargs)
-        if include_engines and engines is not None:
-            engines.write_bundle(Path(save_directory))
-        return result
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights; engines over the old ones are dropped."""
-        self._session = self._reference = self._architecture = None
-        return super().load_state_dict(*args, **kwargs)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Change the vocabulary size; engines over the old matrix are dropped."""
-        self._session = self._reference = self._architecture = None
-        return super().resize_token_embeddings(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the engines: the copy opens its own at its first use."""
-        return {
-            key: None if key in _DERIVED else value for key, value in self.__dict__.items() if key != "_generation_lock"
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._generation_lock = threading.RLock()
-        attach_encoder(self)
-
-    def _wish_dtype(self, dtype: Any) -> None:
-        dtype = as_dtype(dtype)
-        if dtype is self.dtype or dtype is torch.float32:
-            return
-        if self._placement.backend == "tensorrt" and self._session is None:
-            self._runtime_config = replace(self._runtime_config, precision=PRECISION_OF[dtype])
-            self._placement_ = None
-        else:
-            logger.warning(
-                "the backend %r computes in %s here; dtype %s is not used. Choose the precision when loading.",
-                self._placement.backend,
-                self._placement.precision,
-                dtype,
-            )
 
 
 class TRTT5(TRTT5ForConditionalGeneration, T5ForConditionalGeneration):
@@ -393,8 +48,78 @@ class TRTUMT5(TRTT5ForConditionalGeneration, UMT5ForConditionalGeneration):
     _stock_class = UMT5ForConditionalGeneration
 
 
-_CLASSES: dict[str, type[TRTT5ForConditionalGeneration]] = {"t5": TRTT5, "mt5": TRTMT5, "umt5": TRTUMT5}
+TRTT5ForConditionalGeneration._families = {"t5": TRTT5, "mt5": TRTMT5, "umt5": TRTUMT5}
 
 
-def _class_for(config: Any) -> type[TRTT5ForConditionalGeneration]:
-    return _CLASSES[check_family(config)]
+class TRTT5EncoderModel(EngineModel):
+    """Drop-in replacement of ``T5EncoderModel`` (and the mT5 and UMT5 ones): text encoders, sentence encoders.
+
+    It loads encoder-only checkpoints and the encoder of complete ones. ``model(input_ids, attention_mask)`` gives
+    ``last_hidden_state`` [B, S, E]; attention maps, inner states and gradients come from the stock model.
+
+    Args:
+        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the stock classes.
+    """
+
+    _encoder_only = True
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the encoder, as ``T5EncoderModel.forward``.
+
+        Args:
+            input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
+            attention_mask: [B, S], 0 for padding; None attends to everything.
+            inputs_embeds: see `input_ids`.
+            output_attentions: served by the stock model.
+            output_hidden_states: served by the stock model.
+            return_dict: False returns a tuple.
+            kwargs: ignored, as by the stock class.
+
+        Returns:
+            BaseModelOutput: last_hidden_state [B, S, E].
+
+        Raises:
+            InputError, StrictModeError, BackendError: as `TRTT5ForConditionalGeneration.forward`.
+        """
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        for name, value in wanted.items():
+            wanted[name] = getattr(self.config, name, False) if value is None else value
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=as_dict,
+            **wanted,
+            **kwargs,
+        )
+
+
+class TRTT5Encoder(TRTT5EncoderModel, T5EncoderModel):
+    """`TRTT5EncoderModel` of a T5Config; also an instance of `T5EncoderModel`."""
+
+    _stock_class = T5EncoderModel
+
+
+class TRTMT5Encoder(TRTT5EncoderModel, MT5EncoderModel):
+    """`TRTT5EncoderModel` of an MT5Config; also an instance of `MT5EncoderModel`."""
+
+    _stock_class = MT5EncoderModel
+
+
+class TRTUMT5Encoder(TRTT5EncoderModel, UMT5EncoderModel):
+    """`TRTT5EncoderModel` of a UMT5Config; also an instance of `UMT5EncoderModel`."""
+
+    _stock_class = UMT5EncoderModel
+
+
+TRTT5EncoderModel._families = {"t5": TRTT5Encoder, "mt5": TRTMT5Encoder, "umt5": TRTUMT5Encoder}

@@ -63,12 +63,12 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
     The device form is `packed`: cross_kv [L,2,B,H,S,D] stands for all cross_{k,v}_l that leave an encoder, and
     new_qkv_l [R,Q,3*H*D] (q, k and v of each new token side by side) for new_{k,v}_l.
 
-    ``position`` is the number of tokens already in the cache; cached entries from there on are ignored. The biases are
+    An encoder without a decoder makes no cross K/V. ``position`` is the number of tokens already in the cache; cached entries from there on are ignored. The biases are
     added to attention scores: 0 keeps a key, the type's lowest value hides it.
     """
     heads, width, size, layers = arch.num_heads, arch.d_kv, arch.d_model, arch.decoder_layers
     cross = tuple(Tensor(name, REAL, ("B", heads, "S", width)) for name in layered("cross", layers))
-    made = (Tensor("cross_kv", REAL, (layers, 2, "B", heads, "S", width)),) if packed else cross
+    made = (Tensor("cross_kv", REAL, (layers, 2, "B", heads, "S", width)),) if packed and layers else cross
     hidden = Tensor("encoder_hidden_states", REAL, ("B", "S", size))
     mask = Tensor("attention_mask", INDEX, ("B", "S"))
     if graph == ENCODER:

@@ -199,3 +199,9 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
     assert DataCollatorForSeq2Seq is not None
     assert (results[0].predictions == results[1].predictions).all()
     assert results[0].metrics["test_loss"] == pytest.approx(results[1].metrics["test_loss"], abs=1e-4)
+
+
+def test_repr_tells_how_the_model_runs(fresh: Any) -> None:
+    assert "backend=onnxruntime, precision=fp32, engines=(none opened yet)" in repr(fresh)
+    fresh.generate(**batch(), max_new_tokens=2)
+    assert "engines=(encoder, decoder_step), weights=(the parameters' memory)" in repr(fresh)

@@ -50,7 +50,9 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
     with graph.scope("encoder.final_layer_norm"):
         stream = graph.rms_norm(stream, graph.parameter("encoder.final_layer_norm.weight"))
     outputs = {"encoder_hidden_states": graph.reshape(stream, batch, length, arch.d_model)}
-    return graph.finish(outputs | _cross_projections(graph, stream, (batch, length)), declared.outputs)
+    if arch.decoder_layers:
+        outputs |= _cross_projections(graph, stream, (batch, length))
+    return graph.finish(outputs, declared.outputs)
 
 
 def build_cross(graph: Form) -> ir.Model:

@@ -79,6 +79,8 @@ def parameters(arch: Architecture) -> dict[str, Parameter]:
         for layer in range(arch.decoder_layers)
         for kind in "kv"
     )
+    if not keys:  # an encoder alone
+        return made
     made[CROSS_KV] = Parameter(keys, (inner,) * len(keys), size)
     made[LM_HEAD] = Parameter((arch.head_weight,), (arch.vocab_size,), size, "decoder.final_layer_norm.weight")
     return made

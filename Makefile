@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint gpu-test oldest clean
+.PHONY: demo test lint docs gpu-test oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,10 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+
+# warnings are errors
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # on a machine with TensorRT and an NVIDIA GPU
 gpu-test: $(VENV)/installed

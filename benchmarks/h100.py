@@ -12,7 +12,6 @@ import json
 import logging
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,10 +34,7 @@ NEW_TOKENS, SOURCE_TOKENS = 99, 32
 
 def gpu_environment() -> dict[str, Any]:
     """Versions, GPU and driver."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    return {**environment(), "tensorrt": load_tensorrt().version, "cuda": torch.version.cuda, "gpu_and_driver": driver}
+    return environment(load_tensorrt().version)
 
 
 def median_ms(work: Callable[[], Any], runs: int = 5) -> float:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from t5_trt import cli_bench
 from t5_trt.config import BuildConfig, default_engine_cache_dir
 from t5_trt.engine.tensorrt_api import FLAVORS, load_tensorrt
 from t5_trt.errors import BackendError, InputError, T5TRTError
@@ -250,6 +251,9 @@ def cache_prune(
 def cache_clear(cache_dir: CacheDir = None) -> None:
     """Delete all engines."""
     typer.echo(f"{_store(cache_dir).clear()} engines deleted")
+
+
+cli_bench.register(app)
 
 
 def _batches(model: str, texts: Path | None, size: int, vocabulary: int) -> list[dict[str, Any]]:

@@ -54,6 +54,22 @@ def test_shipped_model(tmp_path: Path, precision: str) -> None:
     assert all(plans.has(*want) for want in wanted)
 
 
+def test_engines_built_ahead_are_found_on_the_gpu(tmp_path: Path) -> None:
+    """By a GPU whose capability is among those that were built for, and by no other."""
+    model = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, num_threads=1)
+    wanted = ("encoder", Shapes(B=1, S=32))
+    plan = provider(model, tmp_path, "fp32").plan(*wanted)
+
+    def on(capability: str, precision: str = "fp32") -> EngineProvider:
+        gpu = {"name": "a GPU", "compute_capability": capability}
+        store, settings = EngineStore(tmp_path), BuildConfig()
+        return EngineProvider(model.architecture, store, settings, precision=precision, flavor="rtx", gpu=gpu)
+
+    assert on("8.9").has(*wanted) and on("8.9").plan(*wanted) == plan
+    assert not on("7.5").has(*wanted) and not on("8.9", "fp16").has(*wanted)
+    assert not on("8.9").has("encoder", Shapes(B=2, S=32))
+
+
 def test_two_layers_of_t5_base(tmp_path: Path) -> None:
     sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 32128}
     model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0", **sizes), num_threads=1)

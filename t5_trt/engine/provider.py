@@ -104,6 +104,10 @@ class EngineProvider:
             self._handed_out[key] = self.bundle / key
             return bundled
 
+        if (portable := self._portable_key(facts)) is not None and (plan := self.store.get(portable)) is not None:
+            self._handed_out[portable] = self.store.root / portable
+            return plan
+
         def build(folder: Path) -> None:
             # one for each kind of graph: TensorRT 8.5 does not read what processes on different graphs wrote
             timing = self.store.root / f"timing-{self.flavor}-{self.version}-{graph}-{self.precision}.cache"
@@ -155,4 +159,17 @@ class EngineProvider:
 
     def has(self, graph: str, shapes: Any) -> bool:
         """Whether the engine is on disk and whole."""
-        return self.store.get(engine_key(self.facts(self.request(graph, shapes)))) is not None
+        facts = self.facts(self.request(graph, shapes))
+        return self._portable_key(facts) is not None or self.store.get(engine_key(facts)) is not None
+
+    def _portable_key(self, facts: dict[str, Any]) -> str | None:
+        """The key of an engine that was built without a GPU for several kinds of them, this one included."""
+        capability = self.gpu.get("compute_capability")
+        if self.flavor != "rtx" or capability is None:
+            return None
+        for entry in self.store.entries():
+            made_for = entry.manifest.get("gpu")
+            capabilities = made_for.get("compute_capabilities", ()) if isinstance(made_for, dict) else ()
+            if capability in capabilities and entry.key == engine_key({**facts, "gpu": made_for}):
+                return entry.key
+        return None

@@ -103,6 +103,10 @@ class Session(Protocol):
         """
         ...
 
+    def loaded_graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that engines are loaded for."""
+        ...
+
     def decode(
         self, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:

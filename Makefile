@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n auto $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup $(PYTEST_ARGUMENTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ Model = Annotated[str, typer.Argument(help="hub id or folder of a checkpoint")]
 CacheDir = Annotated[Optional[Path], typer.Option("--cache-dir", help="folder of engines; default T5_TRT_CACHE")]  # noqa: UP045 - typer reads it at run time
 
 
-@app.command()
+@app.command(epilog="Examples: t5-trt info")
 def info() -> None:
     """Say what is there, what "auto" chooses, and why."""
     import onnxruntime
@@ -62,7 +62,9 @@ def info() -> None:
     _console().print(table)
 
 
-@app.command()
+@app.command(
+    epilog="Examples: t5-trt build MODEL --batch 8 --beams 4;  t5-trt build MODEL --flavor rtx --compute-capability 8.6 8.9"
+)
 def build(
     model: Model,
     flavor: Annotated[Optional[str], typer.Option(help='"tensorrt" or "rtx"')] = None,  # noqa: UP045
@@ -114,7 +116,7 @@ def build(
     typer.echo(f"{len(plans)} engines in {store.root}, {time.monotonic() - start:.1f} s")
 
 
-@app.command()
+@app.command(epilog='Examples: t5-trt generate MODEL "text" --num-beams 4;  t5-trt generate MODEL < lines.txt')
 def generate(
     model: Model,
     texts: Annotated[Optional[list[str]], typer.Argument(help="texts; none reads lines from standard input")] = None,  # noqa: UP045
@@ -138,7 +140,7 @@ def generate(
             typer.echo(line)
 
 
-@app.command()
+@app.command(epilog="Examples: t5-trt verify MODEL --texts lines.txt --precision int8 --at-least 0.98")
 def verify(
     model: Model,
     texts: Annotated[Optional[Path], typer.Option(help="file of texts, one a line; default: random tokens")] = None,  # noqa: UP045
@@ -224,7 +226,7 @@ def cache_list(cache_dir: CacheDir = None) -> None:
     typer.echo(f"{len(entries)} engines, {sum(entry.size_bytes for entry in entries) / 1e6:.1f} MB")
 
 
-@cache_app.command("show")
+@cache_app.command("show", epilog="Example: t5-trt cache show 3f2a")
 def cache_show(
     key: Annotated[str, typer.Argument(help="the key or its beginning")], cache_dir: CacheDir = None
 ) -> None:
@@ -239,7 +241,7 @@ def cache_show(
     typer.echo(json.dumps(found[0].manifest, indent=2))
 
 
-@cache_app.command("prune")
+@cache_app.command("prune", epilog="Example: t5-trt cache prune --max-gb 10")
 def cache_prune(
     max_gb: Annotated[float, typer.Option(help="size to keep, in 10**9 bytes")], cache_dir: CacheDir = None
 ) -> None:

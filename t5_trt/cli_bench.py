@@ -21,7 +21,8 @@ _Numbers = Optional[list[int]]  # noqa: UP045 - typer reads it at run time
 
 def register(app: typer.Typer) -> None:
     """Add ``bench`` to the application."""
-    app.command(cls=BenchCommand)(bench)
+    epilog = "Example: t5-trt bench MODEL --batch 1 8 --num-beams 1 4 --json records.json --plot latency.png"
+    app.command(cls=BenchCommand, epilog=epilog)(bench)
 
 
 class BenchCommand(TyperCommand):

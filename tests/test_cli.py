@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from t5_trt.cli import spread_values
 from tests.conftest import ROOT, SHIPPED
 
@@ -107,3 +109,9 @@ def test_verify_tokens_logits_and_layers(tmp_path: Path) -> None:
     rows = [line for line in done.stdout.splitlines() if "e-0" in line and "│" in line]
     assert [row.split("│")[1].strip() for row in rows][:2] == ["encoder.block.0", "encoder.block.1"]
     assert "logits" in rows[-1]
+
+
+@pytest.mark.parametrize("command", ["info", "build", "generate", "verify", "bench"])
+def test_help_shows_examples(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0 and f"t5-trt {command}" in done.stdout.split("xample")[-1], done.stdout

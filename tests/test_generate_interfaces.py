@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
+from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import HIDDEN_ATOL
 
@@ -212,3 +213,27 @@ def test_two_requests_interleaved(v11: tuple[Any, Any]) -> None:
                 tokens[index] = torch.cat((tokens[index], logits.argmax(-1, keepdim=True)), 1)
     assert [rows.tolist() for rows in tokens] == alone
     assert isinstance(encoded[0], EngineEncoderOutput)
+
+
+class Interrupt(Recorder):
+    """Ctrl-C while the third token is shown."""
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.pieces) == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
+def test_interrupted_request_leaves_a_usable_model(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    if engine == "stand-in":
+        ours._session = stand_in_session(ours, monkeypatch)
+    expected = stock.generate(**batch(), max_new_tokens=12).tolist()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ours.generate(**batch(), max_new_tokens=12, streamer=Interrupt())
+        assert ours.generate(**batch(), max_new_tokens=12).tolist() == expected
+    if engine == "stand-in":  # buffers came back
+        assert sum(len(slots) for slots in ours.session._idle.values()) == 1

@@ -129,8 +129,8 @@ class DecodeLoop(ABC):
         """Launch steps until a report says that all is over; the last program and the number of steps that count."""
         request = self.request
         # code of the user's in every step must not be called in vain: no step ahead then
-        free = request.known_processors and not request.custom_criteria
-        watcher, made = Watcher(program.choice.report, STEPS_AHEAD if free else 0), 0
+        ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
+        watcher, made = Watcher(program.choice.report, ahead), 0
         for step in range(1, self._steps + 1):
             self._check_length(self.state.length + 1)
             if self.state.length == self.state.capacity:
@@ -151,6 +151,7 @@ class DecodeLoop(ABC):
                     return program, made
             if reports and self._should_shrink(reports[-1]):
                 program = self._shrunk(program, reports[-1], made)
+                watcher = Watcher(program.choice.report, ahead)
         return program, made
 
     def _moved(self, program: Program, rows: torch.Tensor | None = None) -> Program:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -22,30 +23,36 @@ class Watcher:
     """
 
     def __init__(self, report: torch.Tensor, ahead: int = STEPS_AHEAD) -> None:
-        self._on_gpu = report.is_cuda
-        self._ahead = ahead if self._on_gpu else 0
-        self._waiting: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._ahead = ahead if report.is_cuda else 0
+        # page-locked once, because allocating that takes longer than a step; a place is used again after it was handed out
+        places = (self._ahead + 2, *report.shape)
+        self._copies = torch.empty(places, dtype=report.dtype, pin_memory=report.is_cuda)
+        self._events: list[Any] = [torch.cuda.Event() if report.is_cuda else None for _ in self._copies]  # type: ignore[no-untyped-call]
+        self._posted = 0
+        self._waiting: deque[int] = deque()
 
     def post(self, report: torch.Tensor) -> None:
         """Send the current report on its way; does not wait."""
-        if not self._on_gpu:
-            self._waiting.append((report.clone(), None))
-            return
-        copy = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
-        copy.copy_(report, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._waiting.append((copy, event))
+        place = self._posted % len(self._copies)
+        self._posted += 1
+        self._copies[place].copy_(report, non_blocking=True)
+        if self._events[place] is not None:
+            self._events[place].record()
+        self._waiting.append(place)
 
     def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
-        """Reports that have arrived; waits only where more than `ahead` are outstanding, or for all if asked to."""
+        """Reports that have arrived; waits only where more than `ahead` are outstanding, or for all if asked to.
+
+        They are good until the next one is posted.
+        """
         arrived = []
         while self._waiting:
-            report, event = self._waiting[0]
-            if event is not None and not event.query():  # type: ignore[no-untyped-call]
+            place = self._waiting[0]
+            event = self._events[place]
+            if event is not None and not event.query():
                 if len(self._waiting) <= self._ahead and not all_of_them:
                     break
                 event.synchronize()
             self._waiting.popleft()
-            arrived.append(report)
+            arrived.append(self._copies[place])
         return arrived

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
 
 
-def record(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> torch.cuda.CUDAGraph:
     """Run `work` a few times on a side stream, then record it.
 
     Args:
-        work: enqueues on torch's current stream, reads and writes fixed addresses, and neither allocates nor waits.
+        work: enqueues on torch's current stream, reads and writes fixed addresses, and does not wait. What torch allocates in it
+            comes from the graph's memory and is not there between replays.
         device: of the GPU.
+        pool: memory shared with other graphs, none of which runs at the same time (``torch.cuda.graph_pool_handle()``).
 
     Returns:
         The graph. Replaying it runs what was recorded with whatever the buffers then hold.
@@ -27,6 +30,6 @@ def record(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGra
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         work()
     return graph

@@ -71,6 +71,8 @@ class TrtSession:
         device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.folding)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         self._idle: dict[Shapes, list[Slot]] = {}
+        # one memory for all recorded steps: they run one after the other, and keep nothing in it
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._unrecordable: set[Hashable] = set()
         self._lock = threading.RLock()
 
@@ -206,7 +208,7 @@ class TrtSession:
         kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
         slot.position.zero_()
         try:
-            graph = record(partial(run_step, slot, state.rows, choice, self._enqueue), self.device)
+            graph = record(partial(run_step, slot, state.rows, choice, self._enqueue), self.device, self._pool)
         except torch.cuda.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
         finally:

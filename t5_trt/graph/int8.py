@@ -23,6 +23,9 @@ from t5_trt.graph.ranges import Folding
 #: name of a group's matrix and of its scales among the tensors that `quantize` makes
 MATRIX, SCALE = "{}.int8", "{}.scale"
 
+#: outputs of a product come in multiples of this: where the rest is 8 and there are 32 rows or more, ONNX Runtime 1.23 gives
+#: wrong ones on processors with AMX
+COLUMNS = 16
 #: the first in which a scale, and with it the widened matrix, may be half precision
 WEIGHT_ONLY_OPSET = 19
 
@@ -36,13 +39,15 @@ def quantize(arch: Architecture, weights: Weights, *, head: bool = True) -> Iter
         head: the output matrix too.
 
     Yields:
-        Names as in `MATRIX` with int8 [in, out], and as in `SCALE` with float32 [out].
+        Names as in `MATRIX` with int8 [in, out], and as in `SCALE` with float32 [out]; out is a multiple of `COLUMNS`, with
+        zeros behind the matrix.
     """
     for name, parameter in parameters(arch).items():
         if not parameter.is_matrix or (name == LM_HEAD and not head):
             continue
-        rounded = torch.empty(parameter.shape, dtype=torch.int8)
-        scales = torch.empty(parameter.shape[1])
+        columns_made = -(-parameter.shape[1] // COLUMNS) * COLUMNS
+        rounded = torch.zeros((parameter.shape[0], columns_made), dtype=torch.int8)
+        scales = torch.ones(columns_made)
         start = 0
         for key, columns in zip(parameter.parts, parameter.widths, strict=True):
             place = slice(start, start + columns)
@@ -99,13 +104,14 @@ class Int8HostForm(HostForm):
             stream = self.op("Mul", stream, self.scalar(scale))
         matrix = self._stored(MATRIX.format(group))
         assert matrix.const_value is not None
-        shift = np.full(parameter.shape[1], 128 if matrix.const_value.dtype == ir.DataType.UINT8 else 0)
+        width, made = parameter.shape[1], self._quantized[MATRIX.format(group)].shape[1]
+        shift = np.full(made, 128 if matrix.const_value.dtype == ir.DataType.UINT8 else 0)
         zero_points = self.constant(shift, matrix.const_value.dtype)
         packed = self.foreign(
             "com.microsoft", "DynamicQuantizeMatMul", stream, matrix, self._stored(SCALE.format(group)), zero_points
         )
         if len(parameter.parts) == 1:
-            return Projection([packed], None)
+            return Projection([packed if made == width else self._columns(packed, 0, width)], None)
         ends = np.cumsum(parameter.widths).tolist()
         pieces = zip([0, *ends[:-1]], ends, strict=True)
         return Projection([self._columns(packed, start, end) for start, end in pieces], None)

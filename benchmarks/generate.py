@@ -35,7 +35,7 @@ def main() -> None:
         threads=args.threads,
         backend="onnxruntime",
         precision=args.precision,
-        prepack_weights=args.prepack_weights,
+        prepack_weights=args.prepack_weights or None,
     )
     case = Case(
         batch=args.batch, source_tokens=args.source_tokens, new_tokens=args.new_tokens, num_beams=args.num_beams

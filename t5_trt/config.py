@@ -45,8 +45,9 @@ class RuntimeConfig:
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the stock PyTorch model where an engine cannot serve.
         num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
-        prepack_weights: let ONNX Runtime copy the weights into its own layout: up to twice as fast with 2 or more
-            rows (beams, batches), at the price of holding the decoder's and encoder's matrices twice in memory.
+        prepack_weights: let ONNX Runtime copy the matrices into its own layout, which is up to twice as fast with 2 or more
+            rows (beams, batches) and holds them twice in memory. None does so for decoder steps of several rows, once
+            there is one; True for everything; False for nothing.
         max_source_tokens: longer sources are refused; None sets no limit (T5 itself has none).
         max_target_tokens: longer outputs are refused; None sets no limit.
         engine_cache_dir: folder of built engines. Default: ``T5_TRT_CACHE``, else the user's cache folder.
@@ -62,7 +63,7 @@ class RuntimeConfig:
     device: str | None = None
     strict: bool = False
     num_threads: int | None = None
-    prepack_weights: bool = False
+    prepack_weights: bool | None = None
     max_source_tokens: int | None = None
     max_target_tokens: int | None = None
     engine_cache_dir: Path | None = None

@@ -80,7 +80,7 @@ class EngineModel(EngineForward, PreTrainedModel):
         device: str | torch.device | int | None = None,
         strict: bool = False,
         num_threads: int | None = None,
-        prepack_weights: bool = False,
+        prepack_weights: bool | None = None,
         max_source_tokens: int | None = None,
         max_target_tokens: int | None = None,
         engine_cache_dir: str | Path | None = None,
@@ -104,7 +104,7 @@ class EngineModel(EngineForward, PreTrainedModel):
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
             strict: raise instead of using the stock PyTorch model where engines cannot serve a request.
             num_threads: CPU threads of ONNX Runtime; None takes torch's number.
-            prepack_weights: faster beams and batches on CPU for twice the memory.
+            prepack_weights: faster beams and batches on CPU for more memory; None packs the decoder once it has several rows.
             max_source_tokens: refuse longer sources.
             max_target_tokens: refuse longer outputs.
             engine_cache_dir: folder of built engines; default ``T5_TRT_CACHE``, else the user's cache folder.

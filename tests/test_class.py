@@ -154,6 +154,27 @@ def test_prepacked_weights_and_threads() -> None:
         assert packed.generate(**REQUEST, num_beams=beams).tolist() == expected
 
 
+def test_several_rows_are_packed_when_they_come(fresh: Any) -> None:
+    """And a request of one row that began before goes on as it was."""
+    stock = fresh.reference
+    one, sources = torch.zeros(1, 1, dtype=torch.long), batch(1)
+    first = fresh(**sources, decoder_input_ids=one)
+    assert list(fresh.session._sessions) == [("encoder", False), ("decoder_step", False)]
+    several = fresh.generate(**batch(), num_beams=2, max_new_tokens=6).tolist()
+    assert several == stock.generate(**batch(), num_beams=2, max_new_tokens=6).tolist()
+    assert ("decoder_step", True) in fresh.session._sessions
+    second = fresh(
+        encoder_outputs=(first.encoder_last_hidden_state,),
+        attention_mask=sources["attention_mask"],
+        decoder_input_ids=one,
+        past_key_values=first.past_key_values,
+    )
+    with torch.no_grad():
+        expected = stock(**sources, decoder_input_ids=torch.zeros(1, 2, dtype=torch.long)).logits[:, -1:]
+    torch.testing.assert_close(second.logits, expected, atol=1e-4, rtol=1e-4)
+    assert fresh.session.loaded_graphs().count("decoder_step") == 1
+
+
 def test_buffers_stay_where_they_are(fresh: Any) -> None:
     """Between two buckets the cache keeps its address and its binding: nothing of it is allocated per step."""
     out = fresh(**batch(), decoder_input_ids=torch.zeros(3, 1, dtype=torch.long))

@@ -55,7 +55,7 @@ class OrtSession:
         weights: Weights,
         *,
         num_threads: int | None = None,
-        prepack_weights: bool = False,
+        prepack_weights: bool | None = None,
         quantized: Weights | None = None,
     ) -> None:
         self.arch = arch
@@ -63,9 +63,10 @@ class OrtSession:
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
         self._weights = weights
-        self._prepack = prepack_weights or quantized is not None  # packed 8-bit matrices take a quarter of float32 ones
+        # packed 8-bit matrices take a quarter of float32 ones
+        self._prepack = True if quantized is not None else prepack_weights
         self._ort = import_onnxruntime()
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[tuple[str, bool], Any] = {}  # by graph, and whether its matrices are packed
         self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
         self._loading = threading.Lock()
 
@@ -136,25 +137,25 @@ class OrtSession:
 
     def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.streams`."""
-        session = self._load(graph, taps=True)
+        session = self._load(graph, bool(self._prepack), taps=True)
         names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
         found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that are loaded."""
-        return tuple(self._sessions)
+        return tuple(dict.fromkeys(graph for graph, _ in self._sessions))
 
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
-        session = self._session(STEP)
         if STEP not in state.bindings:
+            session = self._session(STEP, several_rows=state.rows > 1)
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             binding = session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
             _bind(binding.bind_input, inputs)
             _bind(binding.bind_output, layer_views("new", state.new))
-            state.bindings[STEP] = (binding, tokens, position, inputs)
-        binding, tokens, position, _ = state.bindings[STEP]
+            state.bindings[STEP] = (session, binding, tokens, position, inputs)
+        session, binding, tokens, position, _ = state.bindings[STEP]
         tokens.copy_(input_ids)
         position.fill_(state.length)
         _bind(binding.bind_output, {"logits": logits})
@@ -184,19 +185,22 @@ class OrtSession:
                 "smaller batch or fewer beams."
             ) from error
 
-    def _session(self, graph: str) -> Any:
+    def _session(self, graph: str, *, several_rows: bool = False) -> Any:
         with self._loading:
-            if graph not in self._sessions:
-                self._sessions[graph] = self._load(graph)
-            return self._sessions[graph]
+            packed = bool(self._prepack) or (self._prepack is None and several_rows)
+            if self._prepack is None and (graph, True) in self._sessions:
+                packed = True  # it is there, and as good for one row
+            if (graph, packed) not in self._sessions:
+                self._sessions[graph, packed] = self._load(graph, packed)
+            return self._sessions[graph, packed]
 
-    def _load(self, graph: str, *, taps: bool = False) -> Any:
+    def _load(self, graph: str, packed: bool, *, taps: bool = False) -> Any:
         real = ir.DataType.FLOAT
         model = build_host_graph(graph, self.arch, self._weights, real, quantized=self._quantized, taps=taps)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3
-        if not self._prepack:
+        if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         # a spinning pool steals cycles from torch's threads, which run between two steps
         options.add_session_config_entry("session.force_spinning_stop", "1")

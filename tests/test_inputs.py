@@ -124,8 +124,8 @@ def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.Mo
         def run_with_iobinding(self, binding: Any) -> None:
             raise RuntimeError("out of memory")
 
-    fresh.session._sessions["decoder_step"] = Broken()
+    fresh.session._sessions["decoder_step", False] = Broken()
     with pytest.raises(BackendError, match="out of memory"):
         fresh.generate(IDS, max_new_tokens=4)
-    fresh.session._sessions["decoder_step"] = session
+    fresh.session._sessions["decoder_step", False] = session
     assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected

@@ -115,7 +115,7 @@ def test_onnxruntime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fresh.generate(IDS, max_new_tokens=4).tolist()
-    session = fresh.session._session("decoder_step")
+    session = fresh.session._session("decoder_step", several_rows=True)
 
     class Broken:
         def __getattr__(self, name: str) -> Any:
@@ -124,8 +124,8 @@ def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.Mo
         def run_with_iobinding(self, binding: Any) -> None:
             raise RuntimeError("out of memory")
 
-    fresh.session._sessions["decoder_step", False] = Broken()
+    fresh.session._sessions["decoder_step", True] = Broken()
     with pytest.raises(BackendError, match="out of memory"):
         fresh.generate(IDS, max_new_tokens=4)
-    fresh.session._sessions["decoder_step", False] = session
+    fresh.session._sessions["decoder_step", True] = session
     assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected

@@ -91,9 +91,8 @@ class TrtSession:
             graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(embeds, shapes.B, shapes.S)
         hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
         cross = self._new_cross(shapes, (batch, length))
-        if (
-            graph == ENCODER and self.arch.decoder_layers
-        ):  # the decoder's engine will be wanted next: built side by side if it is missing
+        if graph == ENCODER and self.arch.decoder_layers:
+            # the decoder's engine will be wanted next: built side by side if it is missing
             with self._lock:
                 self.engines.prefetch([(graph, shapes), (STEP, self.engines.bucket(B=batch, S=length, T=1))])
         self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden, "cross_kv": cross.kv})

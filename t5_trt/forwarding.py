@@ -109,9 +109,7 @@ class EngineForward:
             StrictModeError: engines cannot serve the request and the model was loaded with ``strict=True``.
             BackendError: the backend failed.
         """
-        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        for name, value in wanted.items():
-            wanted[name] = getattr(self.config, name, False) if value is None else value
+        wanted = self._wanted_outputs(output_attentions, output_hidden_states)
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -205,6 +203,11 @@ class EngineForward:
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder module; calling it runs the encoder engine."""
         return self.encoder
+
+    def _wanted_outputs(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, Any]:
+        """Which inner values a caller wants: what was said, else what the config says."""
+        said = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        return {name: getattr(self.config, name, False) if value is None else value for name, value in said.items()}
 
     def _beyond_engines(
         self,

@@ -90,9 +90,7 @@ class TRTT5EncoderModel(EngineModel):
         Raises:
             InputError, StrictModeError, BackendError: as `TRTT5ForConditionalGeneration.forward`.
         """
-        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        for name, value in wanted.items():
-            wanted[name] = getattr(self.config, name, False) if value is None else value
+        wanted = self._wanted_outputs(output_attentions, output_hidden_states)
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return self.encoder(
             input_ids=input_ids,

@@ -7,14 +7,12 @@ takes it from a tensor, and nothing changes any more once the search has ended, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from t5_trt.generation.processors import Processing
-from t5_trt.generation.sampling import draw
+from t5_trt.generation.sampling import Apart, draw
 
 _NEVER = -1.0e9  # the score of what must not be chosen
 
@@ -50,7 +48,7 @@ class BeamChoice:
         capacity: M, tokens that a row can have, with the prompt; at least the longest that `begin` gets.
         process: of the log probabilities.
         rules: see `BeamRules`.
-        criteria, scores, logits, recordable, device: as of `t5_trt.generation.sampling.TokenChoice`.
+        apart, device: as of `t5_trt.generation.sampling.TokenChoice`.
 
     Attributes:
         tokens: int64 [B, N, M], rows that go on.
@@ -68,10 +66,7 @@ class BeamChoice:
         process: Processing,
         rules: BeamRules,
         *,
-        criteria: Sequence[Any] = (),
-        scores: list[torch.Tensor] | None = None,
-        logits: list[torch.Tensor] | None = None,
-        recordable: bool,
+        apart: Apart | None,
         device: torch.device,
     ) -> None:
         beams = rules.num_beams
@@ -82,15 +77,14 @@ class BeamChoice:
         self.beam_scores = torch.zeros((batch, beams), device=device)
         self.report = torch.zeros(1 + batch, dtype=torch.int64, device=device)
         self.expired = torch.zeros(1, dtype=torch.bool, device=device)
-        self.recordable = recordable
+        self.recordable = apart is None
         self._running_indices = torch.zeros_like(self.beam_indices)
         self._running_scores = torch.zeros((batch, beams), device=device)
         self._full = torch.zeros((batch, beams), dtype=torch.bool, device=device)  # is_sent_finished
         self._improvable = torch.ones((batch, 1), dtype=torch.bool, device=device)
         self._limits = torch.zeros(3, dtype=torch.int64, device=device)  # prompt length, max_length, longest estimate
         self._process, self._rules = process, rules
-        self._criteria = criteria
-        self._scores, self._logits = scores, logits
+        self._apart = apart
         self._eos = torch.tensor(rules.eos, dtype=torch.int64, device=device)
         self._first = torch.arange(rules.candidates, device=device) < beams  # top_num_beam_mask
         self._offset = (torch.arange(batch, device=device) * beams)[:, None]
@@ -148,14 +142,15 @@ class BeamChoice:
         ended = self.report[:1].bool()
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
         log_probs = self._process(self.tokens.flatten(0, 1), position, log_probs)
-        if not self.recordable:
-            self._keep_records(log_probs, logits)
+        if self._apart is not None:
+            self._apart.keep(log_probs, logits)
         scores, beams, ids = self._candidates(log_probs)
         sequences = _put(_pick(self.tokens, beams), place, ids)
         indices = _put(_pick(self._running_indices, beams), place, (beams + self._offset).int())
         hits = (place + 1 >= self._limits[1]) | self.expired | (ids[..., None] == self._eos).any(-1)  # [B, K]
-        if not self.recordable:
-            hits = hits | self._custom_hits(sequences, int(place) + 1)
+        if self._apart is not None:
+            rows = sequences[:, :, : int(place) + 1].flatten(0, 1)
+            hits = hits | self._apart.hits(rows).view(hits.shape)
         # rows that go on: the N best that have not ended
         running = scores + hits * _NEVER
         going = running.topk(self._rules.num_beams).indices
@@ -234,19 +229,6 @@ class BeamChoice:
     def _replace(self, ended: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
         for buffer, value in pairs:
             buffer.copy_(torch.where(ended, buffer, value))
-
-    def _keep_records(self, log_probs: torch.Tensor, logits: torch.Tensor) -> None:
-        if self._logits is not None:
-            self._logits.append(logits.clone())
-        if self._scores is not None:
-            self._scores.append(log_probs.clone())
-
-    def _custom_hits(self, sequences: torch.Tensor, length: int) -> torch.Tensor:
-        rows = sequences[:, :, :length].flatten(0, 1)
-        hits = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for criterion in self._criteria:
-            hits = hits | criterion(rows, None if self._scores is None else tuple(self._scores))
-        return hits.view(sequences.shape[:2])
 
 
 def finished_beams(

@@ -17,7 +17,7 @@ import torch
 
 from t5_trt.generation.beam import BeamChoice, BeamRules, finished_beams
 from t5_trt.generation.processors import Processing, Recordable, Stock, device_forms, fingerprint
-from t5_trt.generation.sampling import Ending, GpuDraws, TokenChoice
+from t5_trt.generation.sampling import Apart, Ending, GpuDraws, TokenChoice
 from t5_trt.generation.support import Request
 from t5_trt.generation.watch import STEPS_AHEAD, Watcher
 from t5_trt.runtime.buffers import DecoderState, bucket_length
@@ -64,8 +64,9 @@ class DecodeLoop(ABC):
         self._given = request.prompt.shape[1]
         self._steps = max(request.limit - self._given, 1)
         self.capacity = bucket_length(max(request.limit, request.config.max_length or 0, self._given + 1))
-        self._scores: list[torch.Tensor] | None = [] if request.wants_scores else None
-        self._logits: list[torch.Tensor] | None = [] if request.wants_logits else None
+        scores: list[torch.Tensor] | None = [] if request.wants_scores else None
+        logits: list[torch.Tensor] | None = [] if request.wants_logits else None
+        self.apart = None if request.recordable else Apart(request.custom_criteria, scores, logits)
         self._entries = torch.arange(len(request.prompt) // self.beams)  # those still decoded
         self._kept: list[torch.Tensor] | None = None  # results of all entries, once some were dropped
 
@@ -96,8 +97,10 @@ class DecodeLoop(ABC):
         self._keep(program.choice, made)
         assert self._kept is not None
         outcome = self.outcome(self._kept, made)
-        outcome.scores = None if self._scores is None else self._scores[:made]
-        outcome.logits = None if self._logits is None else self._logits[:made]
+        if self.apart is not None:
+            outcome.scores, outcome.logits = (
+                None if kept is None else kept[:made] for kept in (self.apart.scores, self.apart.logits)
+            )
         return outcome
 
     @abstractmethod
@@ -111,16 +114,9 @@ class DecodeLoop(ABC):
         forms = device_forms(request.processors, self.session.arch.vocab_size, self.capacity, self.session.device)
         return Stock(request.processors, self._given) if forms is None else Recordable(forms)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments that both kinds of choice take."""
-        request = self.request
-        records = {"scores": self._scores, "logits": self._logits, "criteria": request.custom_criteria}
-        return {**records, "recordable": request.recordable, "device": self.session.device}
-
     def _program(self) -> Program:
         entries, key = len(self._entries), None
-        if self.request.recordable:  # the same key for all requests that one recorded step can serve
+        if self.apart is None:  # the same key for all requests that one recorded step can serve
             processors = tuple(fingerprint(processor) for processor in self.request.processors)
             key = (entries, self.capacity, *self.settings(), *processors)
         return self.session.program(self.state, lambda: self.make(entries), key)
@@ -130,18 +126,19 @@ class DecodeLoop(ABC):
         request = self.request
         # code of the user's in every step must not be called in vain: no step ahead then
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
-        watcher, made = Watcher(program.choice.report, ahead), 0
+        watcher, made, deadline = Watcher(program.choice.report, ahead), 0, request.deadline
         for step in range(1, self._steps + 1):
             self._check_length(self.state.length + 1)
             if self.state.length == self.state.capacity:
                 self.state.reserve(1)
                 program = self._moved(program)
-            if request.deadline is not None and time.time() > request.deadline:
+            if deadline is not None and time.time() > deadline:
                 program.choice.expired.fill_(True)
             program.launch()
             watcher.post(program.choice.report)
             reports = watcher.take(all_of_them=step == self._steps)
-            if reports and self._should_shrink(reports[-1]):
+            shrinks = bool(reports) and self._should_shrink(reports[-1])
+            if shrinks:
                 reports += watcher.take(all_of_them=True)
             for report in reports:
                 made += 1
@@ -149,7 +146,7 @@ class DecodeLoop(ABC):
                     request.streamer.put(report[1 + len(self._entries) :].clone())
                 if bool(report[0]):
                     return program, made
-            if reports and self._should_shrink(reports[-1]):
+            if shrinks and self._should_shrink(reports[-1]):  # the newest may tell of fewer entries still
                 program = self._shrunk(program, reports[-1], made)
                 watcher = Watcher(program.choice.report, ahead)
         return program, made
@@ -162,18 +159,20 @@ class DecodeLoop(ABC):
         moved.feed((tokens if rows is None else tokens[rows]).reshape(-1, 1))
         return moved
 
-    def _should_shrink(self, report: torch.Tensor) -> bool:
-        """Whether to go on with fewer entries: half of them are over, and fewer cost less.
+    @cached_property
+    def _may_shrink(self) -> bool:
+        """Not with sampling (other shapes draw other numbers), nor where the caller gets a cache of all rows."""
+        request, config = self.request, self.request.config
+        seen_outside = request.streamer is not None or config.return_dict_in_generate
+        return self.apart is None and not config.do_sample and not seen_outside
 
-        Not with sampling (other shapes draw other numbers), nor where the caller gets a cache of all rows.
-        """
-        request, entries = self.request, len(self._entries)
-        if entries == 1 or not request.recordable or request.config.do_sample or request.streamer is not None:
+    def _should_shrink(self, report: torch.Tensor) -> bool:
+        """Whether to go on with fewer entries: half of them are over, and fewer cost less."""
+        entries = len(self._entries)
+        if entries == 1 or not self._may_shrink:
             return False
         going = entries - int(report[1 : 1 + entries].sum())
-        if request.config.return_dict_in_generate or not 0 < going <= entries // 2:
-            return False
-        return self.session.gains_by_shrinking(self.state, going)
+        return 0 < going <= entries // 2 and self.session.gains_by_shrinking(self.state, going)
 
     def _shrunk(self, program: Program, report: torch.Tensor, made: int) -> Program:
         self._keep(program.choice, made)
@@ -204,7 +203,15 @@ class TokenLoop(DecodeLoop):
     def make(self, entries: int) -> TokenChoice:
         """See `DecodeLoop.make`."""
         sample = bool(self.request.config.do_sample)
-        return TokenChoice(entries, self.capacity, self.processing, self._ending, do_sample=sample, **self.options)
+        return TokenChoice(
+            entries,
+            self.capacity,
+            self.processing,
+            self._ending,
+            do_sample=sample,
+            apart=self.apart,
+            device=self.session.device,
+        )
 
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""
@@ -229,7 +236,8 @@ class BeamLoop(DecodeLoop):
 
     def make(self, entries: int) -> BeamChoice:
         """See `DecodeLoop.make`."""
-        return BeamChoice(entries, self.capacity, self.processing, self.rules, **self.options)
+        device = self.session.device
+        return BeamChoice(entries, self.capacity, self.processing, self.rules, apart=self.apart, device=device)
 
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""

@@ -27,6 +27,35 @@ class Ending:
     pad: int | None = None
 
 
+@dataclass(frozen=True)
+class Apart:
+    """What a choice does besides choosing, which cannot be recorded: it keeps values and calls code of others.
+
+    Attributes:
+        criteria: further stopping criteria, called with all tokens so far.
+        scores: an empty list that takes the processed scores of every step, float32 [rows, V]; None keeps none.
+        logits: the same for unprocessed logits.
+    """
+
+    criteria: Sequence[Any] = ()
+    scores: list[torch.Tensor] | None = None
+    logits: list[torch.Tensor] | None = None
+
+    def keep(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
+        """Copy a step's values."""
+        for kept, values in ((self.scores, scores), (self.logits, logits)):
+            if kept is not None:
+                kept.append(values.clone())
+
+    def hits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which rows of tokens, int64 [rows, tokens], a criterion ends: bool [rows]."""
+        scores = None if self.scores is None else tuple(self.scores)
+        hits = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for criterion in self.criteria:
+            hits = hits | criterion(rows, scores)
+        return hits
+
+
 class TokenChoice:
     """Chooses one token for every row: the best, or a random one.
 
@@ -36,10 +65,7 @@ class TokenChoice:
         process: of the logits.
         ending: see `Ending`.
         do_sample: draw instead of taking the best.
-        criteria: further stopping criteria, called with all tokens so far; they cannot be recorded.
-        scores: an empty list that takes the processed scores of every step, float32 [R, V].
-        logits: the same for unprocessed logits.
-        recordable: choose without waiting for the device.
+        apart: see `Apart`; None makes a choice that can be recorded, because it never waits for the device.
         device: of the buffers.
 
     Attributes:
@@ -57,23 +83,19 @@ class TokenChoice:
         ending: Ending,
         *,
         do_sample: bool,
-        criteria: Sequence[Any] = (),
-        scores: list[torch.Tensor] | None = None,
-        logits: list[torch.Tensor] | None = None,
-        recordable: bool,
+        apart: Apart | None,
         device: torch.device,
     ) -> None:
         self.tokens = torch.zeros((rows, capacity), dtype=torch.int64, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.report = torch.zeros(1 + 2 * rows, dtype=torch.int64, device=device)
         self.expired = torch.zeros(1, dtype=torch.bool, device=device)
-        self.recordable = recordable
+        self.recordable = apart is None
         self._process = process
         self._eos = torch.tensor(ending.eos, dtype=torch.int64, device=device)
         self._pad = ending.pad
         self._do_sample = do_sample
-        self._criteria = criteria
-        self._scores, self._logits = scores, logits
+        self._apart = apart
 
     def begin(self, prompt: torch.Tensor) -> None:
         """Start with a prompt, int64 [R, tokens]."""
@@ -111,20 +133,13 @@ class TokenChoice:
         self.tokens.index_copy_(1, position + 1, chosen[:, None])
         if len(self._eos):
             self.finished |= (chosen[:, None] == self._eos).any(-1)
-        if not self.recordable:
-            self._keep_records(scores, logits, int(position) + 2)
+        if self._apart is not None:
+            self._apart.keep(scores, logits)
+            self.finished |= self._apart.hits(self.tokens[:, : int(position) + 2])
         self.report[:1] = self.finished.all() | self.expired
         self.report[1 : 1 + len(chosen)] = self.finished
         self.report[1 + len(chosen) :] = chosen
         return chosen, None
-
-    def _keep_records(self, scores: torch.Tensor, logits: torch.Tensor, length: int) -> None:
-        if self._scores is not None:
-            self._scores.append(scores.clone())
-        if self._logits is not None:
-            self._logits.append(logits.clone())
-        for criterion in self._criteria:
-            self.finished |= criterion(self.tokens[:, :length], None if self._scores is None else tuple(self._scores))
 
 
 class GpuDraws:

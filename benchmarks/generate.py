@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from t5_trt.bench_records import append_records
-from t5_trt.benchmarking import RANDOM, SHAPES, Case, load_contest, measure
+from t5_trt.benchmarking import Case, load_contest, measure
+from t5_trt.random_models import RANDOM, SHAPES
 
 
 def main() -> None:

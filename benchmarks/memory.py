@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def save(folder: str) -> None:
     """Write the model that the other stage loads."""
-    from benchmarks.shapes import random_t5
+    from t5_trt.random_models import random_t5
 
     random_t5("t5-base").save_pretrained(folder)
 
@@ -29,8 +29,8 @@ def run(folder: str) -> None:
     import onnxruntime  # noqa: F401 - part of the baseline
     import torch
 
-    from benchmarks.shapes import environment
     from t5_trt import TRTT5ForConditionalGeneration
+    from t5_trt.environment import environment
 
     torch.set_num_threads(2)
     baseline = peak_mb()

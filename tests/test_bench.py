@@ -18,11 +18,11 @@ from rich.console import Console
 from transformers import CompileConfig
 from typer.testing import CliRunner
 
-from benchmarks.shapes import SHAPES
 from t5_trt import BackendError, InputError, cli_bench
 from t5_trt.bench_plot import check_picture, draw_records
 from t5_trt.bench_records import append_records, print_records, read_records
-from t5_trt.benchmarking import Case, Contestant, equal_share, load_contest, measure, random_source
+from t5_trt.benchmarking import Case, Contestant, equal_share, load_contest, measure
+from t5_trt.random_models import SHAPES, random_source
 from tests.conftest import ROOT, SHIPPED
 
 FIELDS = {

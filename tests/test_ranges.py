@@ -10,34 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.shapes import random_t5
 from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
 from t5_trt.calibration import activation_table, observe, random_batches, text_batches
 from t5_trt.graph.ranges import LIMIT, Folding, Ranges, bound, fold
+from t5_trt.random_models import random_t5
 from t5_trt.runtime import open as opening
 from t5_trt.runtime.open import best_precision
 from tests.conftest import SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import KINDS, batch, make_stock
+from tests.tiny_models import FACTORS, KINDS, batch, make_stock, swollen
 from tests.torch_graph import NotFiniteError
 
 HALF_RELATIVE = 0.02  # L2 of the logits' error, as the tiny models have it in stock half precision too (up to 0.009)
 FOLDED_RELATIVE = 1e-4  # the same function in float32, other roundings
-#: by what the matrices of the feed-forward layers are multiplied, inner and output, until float16 overflows: in the stream, which
-#: the stock class cuts off at 65504, or inside a layer, where it gets NaN
-FACTORS = ((30.0, 1e3), (100.0, 1e4), (3e4, 1.0), (3e4, 0.01))
 EXTREME = (300.0, 1e5)
-
-
-def swollen(stock: Any, inner: float, output: float) -> Any:
-    """The same model with feed-forward layers of very large values."""
-    with torch.no_grad():
-        for name, parameter in stock.named_parameters():
-            if name.endswith(".wo.weight"):
-                parameter.mul_(output)
-            elif name.endswith(("wi_1.weight", ".wi.weight")):
-                parameter.mul_(inner)
-    return stock
 
 
 def logits(model: Any) -> torch.Tensor:

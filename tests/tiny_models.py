@@ -88,6 +88,22 @@ def make_stock(kind: str, seed: int = 0, attention: str | None = None, **changes
     return model
 
 
+#: by what the matrices of the feed-forward layers are multiplied, inner and output, until float16 overflows: in the stream, which
+#: the stock class cuts off at 65504, or inside a layer, where it gets NaN
+FACTORS = ((30.0, 1e3), (100.0, 1e4), (3e4, 1.0), (3e4, 0.01))
+
+
+def swollen(stock: Any, inner: float, output: float) -> Any:
+    """The same model with feed-forward layers of very large values."""
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if name.endswith(".wo.weight"):
+                parameter.mul_(output)
+            elif name.endswith(("wi_1.weight", ".wi.weight")):
+                parameter.mul_(inner)
+    return stock
+
+
 def batch(rows: int = 3, tokens: int = 11, seed: int = 5, *, padding: str = "both") -> dict[str, torch.Tensor]:
     """Random ids [rows, tokens] with padding on the "right", the "left", on "both" sides or "none"."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
+#: torch's allocator cannot serve two recordings at once, nor give back its memory during one
+_alone = threading.Lock()
 
 
 def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> torch.cuda.CUDAGraph:
@@ -22,14 +25,25 @@ def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> 
     Returns:
         The graph. Replaying it runs what was recorded with whatever the buffers then hold.
     """
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.random.fork_rng([device]), torch.cuda.stream(side):  # warm-ups draw nothing from the user's generator
-        for _ in range(WARM_UPS):
+    with _alone:
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with (
+            torch.random.fork_rng([device]),
+            torch.cuda.stream(side),
+        ):  # warm-ups draw nothing from the user's generator
+            for _ in range(WARM_UPS):
+                work()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        # other threads go on with their own work on the GPU
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             work()
-    torch.cuda.current_stream(device).wait_stream(side)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=side):
-        work()
     return graph
+
+
+def free_unused() -> None:
+    """Give memory that torch holds and nobody uses back to the GPU, not while something is recorded."""
+    with _alone:
+        torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from t5_trt.architecture import Architecture
 from t5_trt.errors import BackendError
 from t5_trt.graph.parameters import Weights, materialize, parameters
 from t5_trt.graph.ranges import Folding
+from t5_trt.runtime.cuda_graph import free_unused
 
 
 class DeviceWeights:
@@ -52,7 +53,7 @@ class DeviceWeights:
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)
                 self._made.clear()
-                torch.cuda.empty_cache()
+                free_unused()
                 raise BackendError(
                     f"GPU memory ran out while the weights were loaded: they take {needed / 1e9:.2f} GB as "
                     f"{str(self._dtype).removeprefix('torch.')}. Free other models, or use precision='fp16'."

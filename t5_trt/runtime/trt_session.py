@@ -24,7 +24,7 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
-from t5_trt.runtime.cuda_graph import record
+from t5_trt.runtime.cuda_graph import free_unused, record
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import worst_error
 from t5_trt.runtime.session import Choice, Session
@@ -296,7 +296,7 @@ class TrtSession:
     def _out_of_memory(self, error: Exception) -> BackendError:
         self._idle.clear()
         self.engines.drop_contexts()
-        torch.cuda.empty_cache()
+        free_unused()
         return BackendError(
             f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer beams or "
             "shorter texts, or free other models."

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForCondition
 from t5_trt.engine.store import EngineStore
 from t5_trt.verification import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
-from tests.tiny_models import KINDS, batch, make_stock
+from tests.tiny_models import FACTORS, KINDS, batch, make_stock, swollen
 
 LOGITS_ATOL = 1e-3  # float32 on a GPU: sums in another order than cuBLAS's, over logits of the order of 1 to 10
 
@@ -89,6 +90,34 @@ def test_fp16_logits(gpu_pair: Any) -> None:
     got = ours(**on_gpu(batch()), decoder_input_ids=ids).logits
     error = (got - expected).norm() / expected.norm()
     assert got.dtype == torch.float32 and error < 0.02
+
+
+@pytest.mark.parametrize("factors", FACTORS, ids=str)
+def test_fp16_of_overflowing_checkpoints(store: Path, factors: Any) -> None:
+    stock = swollen(make_stock("t5-v1.1"), *factors)
+    ours = TRTT5ForConditionalGeneration.from_model(stock, backend="tensorrt", precision="fp16", engine_cache_dir=store)
+    ids = torch.randint(2, 200, (3, 5))
+    with torch.no_grad():
+        expected = stock(**batch(), decoder_input_ids=ids).logits
+    got = ours(**batch(), decoder_input_ids=ids).logits
+    assert got.isfinite().all() and (got.cpu() - expected).norm() / expected.norm() < 0.02
+
+
+def test_two_models_in_two_threads(store: Path) -> None:
+    """Both record their steps while the other one runs."""
+    kinds = ("t5-v1.0", "t5-v1.1")
+    requests = [{}, {"num_beams": 3}, {"max_new_tokens": 150, "min_new_tokens": 150}]
+    fixed = {**on_gpu(batch()), "max_new_tokens": 12}
+    expected = [[make_stock(kind).cuda().generate(**{**fixed, **more}).tolist() for more in requests] for kind in kinds]
+
+    def run(kind: str) -> list[Any]:
+        ours = TRTT5ForConditionalGeneration.from_model(
+            make_stock(kind), backend="tensorrt", precision="fp32", engine_cache_dir=store
+        )
+        return [[ours.generate(**{**fixed, **more}).tolist() for more in requests] for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, kinds)) == [[rows] * 3 for rows in expected]
 
 
 def test_slots_are_used_again(gpu_pair: Any) -> None:

@@ -1,0 +1,99 @@
+"""What the scripts for a GPU share: requests, clocks, what a record says about the machine, and a command line of stages.
+
+Nothing here needs an engine, so that Hugging Face's class can be timed where there is no TensorRT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from t5_trt.environment import environment
+from t5_trt.random_models import random_source, random_t5
+
+SOURCE_TOKENS, NEW_TOKENS = 32, 99
+BASE = "t5-base shapes, random weights, seed 0"
+Stage = Callable[[Path, str], list[dict[str, Any]]]
+
+
+def request(rows: int = 1, new: int = NEW_TOKENS, **options: Any) -> dict[str, Any]:
+    """Random ids [rows, SOURCE_TOKENS] on the GPU and a fixed number of new tokens, greedy unless options say otherwise."""
+    ids = random_source(rows, SOURCE_TOKENS).cuda()
+    fixed = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fixed, **options}
+
+
+def our_model(store: Path, precision: str, stock: Any = None) -> Any:
+    """A stock model, T5-base shapes unless one is given, on TensorRT."""
+    from t5_trt import TRTT5ForConditionalGeneration
+
+    return TRTT5ForConditionalGeneration.from_model(
+        random_t5("t5-base") if stock is None else stock,
+        backend="tensorrt",
+        precision=precision,
+        engine_cache_dir=store,
+    )
+
+
+def gpu_environment() -> dict[str, Any]:
+    """Versions, TensorRT's included, GPU and driver."""
+    from t5_trt.engine.tensorrt_api import load_tensorrt
+
+    return environment(load_tensorrt().version)
+
+
+def timed_ms(work: Callable[[], Any], runs: int = 5) -> tuple[float, float]:
+    """Median and 90th percentile of wall times in milliseconds, the GPU's work included, after one warm-up."""
+    work()
+    times = []
+    for _ in range(runs):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times), sorted(times)[int(0.9 * (runs - 1) + 0.5)]
+
+
+def events_ms(work: Callable[[], Any], times: int = 20) -> float:
+    """The GPU's time for one of several calls in a row, in milliseconds, after one warm-up."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    work()
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / times
+
+
+def replay_us(slot: Any, key: Any = None, steps: int = NEW_TOKENS) -> float:
+    """The GPU's time for one replay of a slot's recorded step in microseconds, positions running up from 0."""
+    slot.position.zero_()
+    slot.position_host = -1
+    return events_ms(slot.steps[key].graph.replay, steps) * 1e3
+
+
+def main(description: str | None, stages: dict[str, Stage], precision: str) -> None:
+    """Run one stage and append its records to a file."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--precision", default=precision)
+    parser.add_argument("--store", type=Path, default=Path("engines"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    records = stages[args.stage](args.store, args.precision)
+    if args.json and records:
+        from t5_trt.bench_records import append_records
+
+        append_records(args.json, records)

@@ -1,0 +1,223 @@
+"""Two choices in the decode loop, each measured against its alternative on a GPU.
+
+Stage ``launch``: one CUDA graph for a step, launched by the host for every token, or one for the whole sentence, whose WHILE
+node runs the step until a small kernel finds the report set. Stage ``reorder``: rows of the K/V cache change places after a
+step of beam search by a copy there and back, or the step reads them through an index. ``reorder`` needs no TensorRT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.gpu import BASE, NEW_TOKENS, SOURCE_TOKENS, events_ms, gpu_environment, main, our_model, request
+from t5_trt.environment import environment
+
+#: of CUDA's own device functions; the driver supplies it when the module is loaded
+KERNEL = b"""
+extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
+extern "C" __global__ void go_on(unsigned long long handle, const long long* report, const long long* position, long long end) {
+    cudaGraphSetConditional(handle, report[0] == 0 && position[0] < end);
+}
+"""
+
+
+def checked(result: Any) -> Any:
+    """The value of a call of cuda.bindings.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    if int(result[0]):
+        raise RuntimeError(f"CUDA: {result[0]}")
+    return result[1] if len(result) == 2 else result[1:]
+
+
+def go_on_kernel() -> Any:
+    """The kernel that decides whether another step follows, for this GPU."""
+    from cuda.bindings import driver, nvrtc
+
+    program = checked(nvrtc.nvrtcCreateProgram(KERNEL, b"go_on.cu", 0, [], []))
+    major, minor = torch.cuda.get_device_capability()
+    options = [f"--gpu-architecture=sm_{major}{minor}".encode()]
+    if int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]):
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.decode())
+    code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    module = checked(driver.cuModuleLoadData(code))
+    go_on_kernel.module = module  # type: ignore[attr-defined]  # it must outlive its function
+    return checked(driver.cuModuleGetFunction(module, b"go_on"))
+
+
+def sentence_graph(step: int, report: torch.Tensor, position: torch.Tensor, end: int) -> Any:
+    """A graph that repeats another one (a CUgraph) until report[0] is set or the position reaches `end`; instantiated."""
+    from cuda.bindings import driver
+
+    graph, context = checked(driver.cuGraphCreate(0)), checked(driver.cuCtxGetCurrent())
+    # the handle is 1 whenever the graph is launched
+    handle = checked(driver.cuGraphConditionalHandleCreate(graph, context, 1, driver.CU_GRAPH_COND_ASSIGN_DEFAULT))
+    loop = driver.CUgraphNodeParams()
+    loop.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+    loop.conditional.handle = handle
+    loop.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
+    loop.conditional.size = 1
+    loop.conditional.ctx = context
+    checked(driver.cuGraphAddNode(graph, None, None, 0, loop))
+    body = loop.conditional.phGraph_out[0]
+    once = checked(driver.cuGraphAddChildGraphNode(body, None, 0, driver.CUgraph(step)))
+    parameters = driver.CUDA_KERNEL_NODE_PARAMS()
+    parameters.func = go_on_kernel()
+    parameters.gridDimX = parameters.gridDimY = parameters.gridDimZ = 1
+    parameters.blockDimX = parameters.blockDimY = parameters.blockDimZ = 1
+    values = (int(handle), report.data_ptr(), position.data_ptr(), end)
+    parameters.kernelParams = (values, (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64))
+    checked(driver.cuGraphAddKernelNode(body, [once], 1, parameters))
+    return checked(driver.cuGraphInstantiate(graph, 0))
+
+
+def stage_launch(store: Path, precision: str) -> list[dict[str, Any]]:
+    """99 steps with their choice of tokens: launched one by one, and as one graph with a WHILE node."""
+    from cuda.bindings import driver
+
+    from t5_trt.runtime.trt_slot import run_step
+
+    ours, records = our_model(store, precision), []
+    for rows, beams in ((1, 1), (1, 4), (32, 1)):
+        arguments = request(rows, num_beams=beams)
+        ours.generate(**arguments)
+        gc.collect()
+        session = ours.session
+        shapes = session.engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS + 1)
+        slot = session._idle[shapes][-1]
+        choice = next(step.choice for key, step in reversed(slot.steps.items()) if key is not None)
+        prompt = torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda")
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph, pool=session._pool):
+            run_step(slot, rows * beams, choice, session._enqueue)
+        graph.instantiate()
+        whole = sentence_graph(graph.raw_cuda_graph(), choice.report, slot.position, NEW_TOKENS)
+
+        def begin(choice: Any = choice, slot: Any = slot, prompt: Any = prompt, beams: int = beams) -> None:
+            choice.begin(prompt) if beams == 1 else choice.begin(prompt, NEW_TOKENS + 1, NEW_TOKENS + 1)
+            slot.tokens.zero_()
+            slot.position.zero_()
+            torch.cuda.synchronize()
+
+        def one_by_one(graph: Any = graph) -> None:
+            for _ in range(NEW_TOKENS):
+                graph.replay()
+
+        def at_once(whole: Any = whole) -> None:
+            checked((*driver.cuGraphLaunch(whole, torch.cuda.current_stream().cuda_stream), None))
+
+        tokens, found = [], {}
+        for name, work in (("graph_per_step", one_by_one), ("while_node", at_once)):
+            times = []
+            for _ in range(7):
+                begin()
+                start = time.perf_counter()
+                work()
+                launched = time.perf_counter()
+                torch.cuda.synchronize()
+                times.append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
+            total, host = sorted(times[2:])[2]
+            found |= {f"{name}_ms": round(total, 3), f"{name}_host_ms": round(host, 3)}
+            tokens.append(choice.tokens.clone())
+        slot.position_host = -1
+        records.append(
+            {
+                "model": BASE,
+                "precision": precision,
+                "batch": rows,
+                "num_beams": beams,
+                "new_tokens": NEW_TOKENS,
+                "compared": "launches of 99 steps with their choice of tokens",
+                **found,
+                "tokens_equal": bool(torch.equal(*tokens)),
+                **gpu_environment(),
+            }
+        )
+        print(json.dumps(records[-1]), flush=True)
+    return records
+
+
+def stage_reorder(store: Path, precision: str) -> list[dict[str, Any]]:
+    """T5-base's K/V cache of one bucket: rows change places, several ways."""
+    records = []
+    for entries, beams, tokens in ((1, 4, 128), (8, 4, 128), (32, 4, 128), (1, 4, 512)):
+        rows = entries * beams
+        kv = torch.randn((12, 2, rows, 12, tokens, 64), dtype=torch.float16, device="cuda")
+        within = torch.randint(0, beams, (entries, beams), device="cuda")
+        parents = (within + torch.arange(entries, device="cuda")[:, None] * beams).flatten()
+        spare, expected = torch.empty_like(kv), kv.index_select(2, parents)
+        found: dict[str, float] = {}
+        for name, work in ways(kv, spare, parents).items():
+            kept = kv.clone()
+            work()
+            if name.startswith("copy") and not torch.equal(kv, expected):
+                raise RuntimeError(f"{name} moved rows to wrong places")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+            found[name] = round(events_ms(graph.replay, 50) * 1e3, 1)
+            kv.copy_(kept)
+        records.append(
+            {
+                "compared": "rows of T5-base's float16 K/V cache change places, microseconds for a step",
+                "batch": entries,
+                "num_beams": beams,
+                "cache_tokens": tokens,
+                "cache_mb": round(kv.numel() * 2 / 1e6),
+                "us": found,
+                **environment(),
+            }
+        )
+        print(json.dumps(records[-1]), flush=True)
+        del kv, spare, expected
+    return records
+
+
+def ways(kv: torch.Tensor, spare: torch.Tensor, parents: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Name -> what is recorded. "copy" leaves the rows in their new places; "index" is a read in order before every step."""
+
+    def by(count: int, of: torch.Tensor) -> Callable[[], None]:
+        pieces = of.flatten(0, 1)
+
+        def work() -> None:
+            for start in range(0, len(pieces), count):
+                piece = pieces[start : start + count]
+                piece.copy_(piece.index_select(1, parents))
+
+        return work
+
+    wide, wider = kv.view(torch.int64), kv.view(torch.complex128)
+    return {
+        "index, through a second cache": lambda: torch.index_select(kv, 2, parents, out=spare),
+        "index, 16 bytes at a time": lambda: torch.index_select(
+            wider, 2, parents, out=spare.view(torch.complex128)
+        ),
+        "copy, a layer at a time": by(2, kv),
+        "copy, all at once": by(24, kv),
+        "copy, a layer at a time, 8 bytes": by(2, wide),
+        "copy, K or V of a layer at a time, 16 bytes": by(1, wider),
+        "copy, a layer at a time, 16 bytes": by(2, wider),
+        "copy, 4 layers at a time, 16 bytes": by(8, wider),
+        "copy, all at once, 16 bytes": by(24, wider),
+    }  # fmt: skip
+
+
+STAGES = {"launch": stage_launch, "reorder": stage_reorder}
+
+if __name__ == "__main__":
+    main(__doc__, STAGES, "fp16")

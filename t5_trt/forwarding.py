@@ -47,6 +47,9 @@ def ordinary_tensors() -> Iterator[None]:
 class EngineForward:
     """`forward` and the hooks of `generate` on engines; mixed in before a stock ForConditionalGeneration class."""
 
+    #: decoder rows of each batch entry in the ``generate()`` that is running; None outside of one
+    _beams_ahead: int | None = None
+
     if TYPE_CHECKING:
         config: Any
         generation_config: Any
@@ -197,7 +200,7 @@ class EngineForward:
         check_length("source", length, self.runtime_config.max_source_tokens)
         mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
         with ordinary_tensors():
-            hidden, cross = session.encode(input_ids, inputs_embeds, mask)
+            hidden, cross = session.encode(input_ids, inputs_embeds, mask, self._beams_ahead)
             return EngineEncoderOutput(last_hidden_state=hidden).remember(cross)  # type: ignore[arg-type]
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:

@@ -49,18 +49,25 @@ class EngineGeneration(EngineForward):
         if home != self.device:  # inputs from elsewhere: results go back there
             inputs = _moved(inputs, self.device)
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
+        settings = {
+            name: getattr(chosen, name, None) if kwargs.get(name) is None else kwargs[name]
+            for name in ("output_attentions", "output_hidden_states", "num_beams", "num_return_sequences")
+        }
         with self._generation_lock:
-            for name in ("output_attentions", "output_hidden_states"):
-                value = kwargs.get(name)
-                if getattr(chosen, name, False) if value is None else value:
-                    cache = kwargs.get("past_key_values")
-                    if isinstance(cache, EngineCache):
-                        kwargs["past_key_values"] = cache.stock()
-                    self._last_path = GenerationPath("reference", name)
-                    stock: Any = self._use_reference(name)
-                    return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
-            self._last_path = GenerationPath("transformers", "this decoding method")
-            return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
+            self._beams_ahead = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+            try:
+                for name in ("output_attentions", "output_hidden_states"):
+                    if settings[name]:
+                        cache = kwargs.get("past_key_values")
+                        if isinstance(cache, EngineCache):
+                            kwargs["past_key_values"] = cache.stock()
+                        self._last_path = GenerationPath("reference", name)
+                        stock: Any = self._use_reference(name)
+                        return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
+                self._last_path = GenerationPath("transformers", "this decoding method")
+                return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
+            finally:
+                self._beams_ahead = None
 
     def _sample(
         self,

@@ -127,7 +127,7 @@ MORE: dict[str, dict[str, Any]] = {
         "decoder_attention_mask": torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]]),
     },
     "prompt, sampling": {"decoder_input_ids": prompt(3, 3), "do_sample": True, "num_return_sequences": 2},
-    "static cache wished": {"cache_implementation": "static"},
+    "static cache wished": {"cache_implementation": "static", "disable_compile": True},
     "dynamic cache wished": {"cache_implementation": "dynamic"},
     "processor": {"logits_processor": LogitsProcessorList([PreferEven()])},
     "processors, beams": {"logits_processor": LogitsProcessorList([PreferEven()]), "num_beams": 3},

@@ -71,7 +71,11 @@ class OrtSession:
         self._loading = threading.Lock()
 
     def encode(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        beams: int | None = None,
     ) -> tuple[torch.Tensor, CrossStates]:
         """See `t5_trt.runtime.session.Session.encode`."""
         batch, length = attention_mask.shape

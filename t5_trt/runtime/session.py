@@ -64,7 +64,11 @@ class Session(Protocol):
     dtype: torch.dtype
 
     def encode(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        beams: int | None = None,
     ) -> tuple[torch.Tensor, CrossStates]:
         """Run the encoder.
 
@@ -72,6 +76,8 @@ class Session(Protocol):
             input_ids: int64 [B, S], or None with `inputs_embeds`.
             inputs_embeds: [B, S, E], or None with `input_ids`.
             attention_mask: int64 [B, S], 0 hides a token.
+            beams: that the decoder will run with next, one token at a time, so that its engine can be built side by side
+                with the encoder's; None if nothing is known.
 
         Returns:
             Hidden states [B, S, E] and the decoder's cross-attention K/V.

@@ -77,7 +77,11 @@ class TrtSession:
         self._lock = threading.RLock()
 
     def encode(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        beams: int | None = None,
     ) -> tuple[torch.Tensor, CrossStates]:
         """See `t5_trt.runtime.session.Session.encode`."""
         batch, length = attention_mask.shape
@@ -91,10 +95,10 @@ class TrtSession:
             graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(embeds, shapes.B, shapes.S)
         hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
         cross = self._new_cross(shapes, (batch, length))
-        if graph == ENCODER and self.arch.decoder_layers:
-            # the decoder's engine will be wanted next: built side by side if it is missing
+        if beams is not None:
+            step = self.engines.bucket(B=batch, N=beams, S=length, T=1)
             with self._lock:
-                self.engines.prefetch([(graph, shapes), (STEP, self.engines.bucket(B=batch, S=length, T=1))])
+                self.engines.prefetch([(graph, shapes), (STEP, step)])
         self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden, "cross_kv": cross.kv})
         return hidden[:batch, :length].contiguous(), cross
 

@@ -106,18 +106,19 @@ def test_fp16_of_overflowing_checkpoints(store: Path, factors: Any) -> None:
 def test_two_models_in_two_threads(store: Path) -> None:
     """Both record their steps while the other one runs."""
     kinds = ("t5-v1.0", "t5-v1.1")
-    requests = [{}, {"num_beams": 3}, {"max_new_tokens": 150, "min_new_tokens": 150}]
+    requests: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"max_new_tokens": 150, "min_new_tokens": 150}]
     fixed = {**on_gpu(batch()), "max_new_tokens": 12}
+    stocks = [make_stock(kind) for kind in kinds]  # not in the threads: they share torch's seed
     expected = [[make_stock(kind).cuda().generate(**{**fixed, **more}).tolist() for more in requests] for kind in kinds]
 
-    def run(kind: str) -> list[Any]:
+    def run(stock: Any) -> list[Any]:
         ours = TRTT5ForConditionalGeneration.from_model(
-            make_stock(kind), backend="tensorrt", precision="fp32", engine_cache_dir=store
+            stock, backend="tensorrt", precision="fp32", engine_cache_dir=store
         )
         return [[ours.generate(**{**fixed, **more}).tolist() for more in requests] for _ in range(3)]
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(run, kinds)) == [[rows] * 3 for rows in expected]
+        assert list(pool.map(run, stocks)) == [[rows] * 3 for rows in expected]
 
 
 def test_slots_are_used_again(gpu_pair: Any) -> None:

@@ -84,6 +84,23 @@ def replay_us(slot: Any, key: Any = None, steps: int = NEW_TOKENS) -> float:
     return events_ms(slot.steps[key].graph.replay, steps) * 1e3
 
 
+def kernels(slot: Any, key: Any = None, most: int = 14) -> dict[str, Any]:
+    """Kernels of a slot's recorded step: how many, their summed time, and the most expensive names."""
+    slot.position.zero_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(10):
+            slot.steps[key].graph.replay()
+        torch.cuda.synchronize()
+    slot.position_host = -1
+    events = [e for e in profile.key_averages() if e.device_time_total > 0]
+    top = sorted(events, key=lambda e: -e.device_time_total)[:most]
+    return {
+        "step_kernels": sum(e.count for e in events) // 10,
+        "step_kernel_sum_us": round(sum(e.device_time_total for e in events) / 10, 1),
+        "top_kernels": [[e.key[:70], e.count / 10, round(e.device_time_total / 10, 1)] for e in top],
+    }
+
+
 def main(description: str | None, stages: dict[str, Stage], precision: str) -> None:
     """Run one stage and append its records to a file."""
     parser = argparse.ArgumentParser(description=description)

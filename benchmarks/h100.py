@@ -23,6 +23,7 @@ from benchmarks.gpu import (
     SOURCE_TOKENS,
     events_ms,
     gpu_environment,
+    kernels,
     main,
     our_model,
     replay_us,
@@ -87,28 +88,11 @@ def stage_base(store: Path, precision: str) -> list[dict[str, Any]]:
         "load_s": round(load_s, 2),
         "step_us": round(replay_us(slot), 1),
         "encoder_ms": round(events_ms(lambda: ours.session.encode(ids, None, mask)), 3),
-        **_kernels(slot),
+        **kernels(slot),
         **gpu_environment(),
     }
     print(json.dumps(record, indent=1))
     return [record]
-
-
-def _kernels(slot: Any) -> dict[str, Any]:
-    """Kernels of one step: how many, their summed time, and the most expensive names."""
-    slot.position.fill_(0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(10):
-            slot.steps[None].graph.replay()
-        torch.cuda.synchronize()
-    slot.position_host = -1
-    events = [e for e in profile.key_averages() if e.device_time_total > 0]
-    top = sorted(events, key=lambda e: -e.device_time_total)[:14]
-    return {
-        "step_kernels": sum(e.count for e in events) // 10,
-        "step_kernel_sum_us": round(sum(e.device_time_total for e in events) / 10, 1),
-        "top_kernels": [[e.key[:70], e.count / 10, round(e.device_time_total / 10, 1)] for e in top],
-    }
 
 
 #: two layers of published shapes (mT5-small: d_kv * num_heads is not d_model)

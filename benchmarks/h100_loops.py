@@ -23,6 +23,7 @@ from benchmarks.gpu import (
     SOURCE_TOKENS,
     events_ms,
     gpu_environment,
+    kernels,
     main,
     our_model,
     replay_us,
@@ -68,7 +69,6 @@ def stage_loops(store: Path, precision: str) -> list[dict[str, Any]]:
         }
         loop = str(ours.last_generation_path)
         got, expected = ours.generate(**arguments), baselines["fp32"].generate(**arguments)
-        width = min(got.shape[1], expected.shape[1])
         step_us = step_times_us(ours, rows, beams, arguments)
         ids, mask = arguments["input_ids"], arguments["attention_mask"]
         encoder_ms = events_ms(lambda ids=ids, mask=mask: ours.session.encode(ids, None, mask))
@@ -92,7 +92,8 @@ def stage_loops(store: Path, precision: str) -> list[dict[str, Any]]:
                 "step_us": {name: round(value, 1) for name, value in step_us.items()},
                 "encoder_ms": round(encoder_ms, 3),
                 "host_share": round(1 - gpu_ms / ours_ms, 3),
-                "rows_equal": int((got[:, :width] == expected[:, :width]).all(1).sum()),
+                "rows_equal": _rows_equal(got, expected),
+                "hf_fp16_rows_equal": _rows_equal(baselines["fp16"].generate(**arguments), expected),
                 "tokens_equal": got.shape == expected.shape and bool(torch.equal(got, expected)),
                 **gpu_environment(),
             }
@@ -101,8 +102,19 @@ def stage_loops(store: Path, precision: str) -> list[dict[str, Any]]:
     return records
 
 
+def _rows_equal(got: torch.Tensor, expected: torch.Tensor) -> int:
+    width = min(got.shape[1], expected.shape[1])
+    return int((got[:, :width] == expected[:, :width]).all(1).sum())
+
+
 def step_times_us(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> dict[str, float]:
     """The GPU's time for a step of the request that ran last: "with choice", and "alone", the engine and the K/V write."""
+    slot, key = recorded(ours, rows, beams, arguments)
+    return {"with choice": replay_us(slot, key), "alone": replay_us(slot)}
+
+
+def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The slot that the last request used, with a step without a choice recorded too, and the key of the one with."""
     gc.collect()  # requests that are over give their slots back
     session = ours.session
     shapes = session.engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS + 1)
@@ -112,7 +124,25 @@ def step_times_us(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -
     _, cross = session.encode(arguments["input_ids"], None, arguments["attention_mask"])
     state = session.start(cross.for_beams(beams), NEW_TOKENS + 1)
     session.decode(state, torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda"))  # records it alone
-    return {"with choice": replay_us(slot, chosen), "alone": replay_us(slot)}
+    return slot, chosen
+
+
+def stage_kernels(store: Path, precision: str) -> list[dict[str, Any]]:
+    """The kernels of a step of every case, the choice of tokens included; for reading, not for the records."""
+    ours = our_model(store, precision)
+    for rows, beams in CASES:
+        arguments = request(rows, num_beams=beams)
+        ours.generate(**arguments)
+        slot, key = recorded(ours, rows, beams, arguments)
+        for name, which in (("alone", None), ("with choice", key)):
+            found = kernels(slot, which, 40)
+            times = (
+                f"{replay_us(slot, which):.0f} us, {found['step_kernels']} kernels of {found['step_kernel_sum_us']} us"
+            )
+            print(f"batch {rows}, {beams} beams, {name}: {times}")
+            for kernel, count, us in found["top_kernels"]:
+                print(f"  {us:8.1f} us {count:5.1f} x {kernel}", flush=True)
+    return []
 
 
 def stage_long(store: Path, precision: str) -> list[dict[str, Any]]:
@@ -190,6 +220,7 @@ def stage_compiled(store: Path, precision: str) -> list[dict[str, Any]]:
 STAGES = {
     "build": stage_build,
     "loops": stage_loops,
+    "kernels": stage_kernels,
     "long": stage_long,
     "curves": stage_curves,
     "compiled": stage_compiled,

@@ -13,6 +13,7 @@ import torch
 
 from t5_trt.generation.processors import Processing
 from t5_trt.generation.sampling import Apart, draw
+from t5_trt.runtime import cuda_kernels
 
 _NEVER = -1.0e9  # the score of what must not be chosen
 
@@ -38,6 +39,11 @@ class BeamRules:
     do_sample: bool
     eos: tuple[int, ...]
     fill: int
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether rows are judged by the longest length that there can be."""
+        return self.early_stopping == "never" and self.length_penalty > 0.0
 
 
 class BeamChoice:
@@ -91,6 +97,9 @@ class BeamChoice:
         self._own = torch.arange(batch * beams, device=device)
         lengths = torch.arange(capacity + 1, dtype=torch.float64)
         self._penalties = (lengths**rules.length_penalty).float().to(device)  # [M + 1], by new tokens
+        # of the kernel that does a step at once on a GPU: results, and counters that are 0 between steps
+        self._chosen, self._parents = torch.empty_like(self._own), torch.empty_like(self._own)
+        self._counters = torch.zeros(4, dtype=torch.int32, device=device)
 
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
         """Start with a prompt.
@@ -137,14 +146,23 @@ class BeamChoice:
         Returns:
             The tokens, int64 [B * N], and the rows that they continue, int64 [B * N].
         """
-        place = position + 1  # cur_len
-        made = place + 1 - self._limits[:1]  # new tokens, this one included
-        ended = self.report[:1].bool()
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
         log_probs = self._process(self.tokens.flatten(0, 1), position, log_probs)
         if self._apart is not None:
             self._apart.keep(log_probs, logits)
-        scores, beams, ids = self._candidates(log_probs)
+        vocabulary = log_probs.shape[-1]
+        scores, places = self._candidates(log_probs)
+        if self._apart is None and self._step_of_kernel(scores, places, position, vocabulary):
+            return self._chosen, self._parents
+        return self._step(scores, places // vocabulary, places % vocabulary, position)
+
+    def _step(
+        self, scores: torch.Tensor, beams: torch.Tensor, ids: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What follows from candidates, [B, K] each: their scores, the beams that they continue, their tokens."""
+        place = position + 1  # cur_len
+        made = place + 1 - self._limits[:1]  # new tokens, this one included
+        ended = self.report[:1].bool()
         sequences = _put(_pick(self.tokens, beams), place, ids)
         indices = _put(_pick(self._running_indices, beams), place, (beams + self._offset).int())
         hits = (place + 1 >= self._limits[1]) | self.expired | (ids[..., None] == self._eos).any(-1)  # [B, K]
@@ -165,12 +183,28 @@ class BeamChoice:
         parents = self._running_indices.flatten(0, 1).index_select(1, place)[:, 0].long()
         return chosen, torch.where(ended, self._own, parents)
 
+    def _step_of_kernel(
+        self, scores: torch.Tensor, places: torch.Tensor, position: torch.Tensor, vocabulary: int
+    ) -> bool:
+        """All that follows in `advance` as one kernel; False if there is none."""
+        rules = self._rules
+        running = (self.tokens, self._running_indices, self._running_scores)
+        finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
+        inputs = (self.expired, self._limits, self._penalties, self._eos, position)
+        buffers = (scores, places, *running, *finished, self.report, *inputs)
+        return cuda_kernels.beam_step(
+            (*buffers, self._chosen, self._parents, self._counters),
+            vocabulary,
+            stops_early=rules.early_stopping is True,
+            hopeful=rules.hopeful,
+        )
+
     def results(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Finished rows, their scores and their beam indices; see the attributes."""
         return self.sequences, self.beam_scores, self.beam_indices
 
-    def _candidates(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The K best continuations of each batch entry: scores, their beams and tokens, [B, K] each."""
+    def _candidates(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The K best continuations of each batch entry: scores, and places among all beams' tokens, [B, K] each."""
         batch, beams, _ = self.tokens.shape
         vocabulary = log_probs.shape[-1]
         summed = (log_probs.view(batch, beams, vocabulary) + self._running_scores[..., None]).view(batch, -1)
@@ -179,7 +213,7 @@ class BeamChoice:
             scores = summed.gather(1, places)
         else:
             scores, places = summed.topk(self._rules.candidates)
-        return scores, places // vocabulary, places % vocabulary
+        return scores, places
 
     def _final_scores(self, scores: torch.Tensor, hits: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         """Scores of rows that end here; of all others a value that never wins, [B, K]."""
@@ -209,8 +243,7 @@ class BeamChoice:
     def _can_improve(self, made: torch.Tensor) -> torch.Tensor:
         """Bool [B, 1]: whether a running row could still beat the worst finished one (_check_early_stop_heuristic)."""
         rules = self._rules
-        hopeful = rules.early_stopping == "never" and rules.length_penalty > 0.0
-        length = self._limits[2:] - self._limits[:1] if hopeful else made
+        length = self._limits[2:] - self._limits[:1] if rules.hopeful else made
         best = self._running_scores[:, :1] / self._penalties.index_select(0, length)
         worst = torch.where(self._full, self.beam_scores.amin(1, keepdim=True), _NEVER)
         return self._improvable & (best > worst).any(-1, keepdim=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from t5_trt.generation.processors import Processing
+from t5_trt.runtime import cuda_kernels
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ class TokenChoice:
             The tokens, int64 [R]; no rows change places.
         """
         scores = self._process(self.tokens, position, logits)
-        chosen = draw(scores, 1, recordable=self.recordable)[:, 0] if self._do_sample else scores.argmax(-1)
+        chosen = draw(scores, 1, recordable=self.recordable).flatten() if self._do_sample else scores.argmax(-1)
+        buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos, position)
+        if self._apart is None and cuda_kernels.token_step(buffers, self._pad):
+            return chosen, None
         if self._pad is not None:
             chosen = chosen.masked_fill(self.finished, self._pad)
         self.tokens.index_copy_(1, position + 1, chosen[:, None])

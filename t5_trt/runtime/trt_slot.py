@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from t5_trt.engine.profiles import Shapes
+from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.buffers import DecoderState
 
 #: recorded steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
@@ -108,11 +109,16 @@ def apply_choice(slot: Slot, rows: int, choice: Any, position: torch.Tensor) -> 
     chosen, parents = choice.advance(slot.logits[:rows, 0], position)
     slot.tokens[:rows].copy_(chosen[:, None])
     if parents is not None:
-        reorder_rows(slot.kv, parents)
+        reorder_rows(slot.kv, parents, position, slot.shapes.N)
 
 
-def reorder_rows(kv: torch.Tensor, parents: torch.Tensor) -> None:
-    """Row i of a cache [L, 2, R, H, T, D] continues what row ``parents[i]`` held; rows beyond those named stay as they are."""
+def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> None:
+    """Row i of a cache [L, 2, R, H, T, D] continues what row ``parents[i]`` held; rows beyond those named stay as they are.
+
+    On a GPU a kernel moves the tokens up to `position` (int64 [1]) only; those behind it are of no row yet.
+    """
+    if cuda_kernels.reorder_rows(kv, parents, position, beams):
+        return
     for layer in kv:  # layer by layer: the copy is small enough to stay in the GPU's cache
         rows = layer[:, : len(parents)]
         rows.copy_(rows.index_select(1, parents))

@@ -21,6 +21,14 @@ from t5_trt.errors import InputError, T5TRTError
 
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_RECORDS, CPU_PLOT_RECORDS = "cpu-onnxruntime.json", "cpu-bench.json"
+GPU_RECORDS = "h100-trt8.5.3.json"
+#: names in records of a GPU -> columns
+GPU_TIMES = {
+    "hf_eager_fp32_ms": "Transformers fp32 ms",
+    "hf_eager_fp16_ms": "Transformers fp16 ms",
+    "hf_compiled_fp16_ms": "compiled fp16 ms",
+    "ours_ms": "t5_trt ms",
+}
 PICTURES = "docs/images"
 COLUMNS = ("model", "precision", "batch", "beams", "processor", "Transformers ms", "t5_trt ms", "times as fast")
 
@@ -44,6 +52,29 @@ def speed_table(records: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *rows.values()])
 
 
+def gpu_speed_table(records: Sequence[Record]) -> str:
+    """A markdown table of whole calls on a GPU: ours, and Transformers eager and compiled; the last record of a case counts."""
+    cases: dict[tuple[int, int, int], Record] = {}
+    for record in records:
+        if "ours_ms" in record or "hf_compiled_fp16_ms" in record:
+            case = cases.setdefault((record["batch"], record["num_beams"], record["new_tokens"]), {})
+            case |= {name: record[name] for name in GPU_TIMES if name in record}
+    columns = ("batch", "beams", "new tokens", *GPU_TIMES.values(), "times as fast", "tokens per s")
+    lines = [columns, ("---:",) * len(columns)]
+    for (batch, beams, tokens), case in cases.items():
+        if "ours_ms" in case and "hf_eager_fp32_ms" in case:
+            times = [f"{case[name]:.0f}" if name in case else "" for name in GPU_TIMES]
+            ours = case["ours_ms"]
+            ratios = (f"{case['hf_eager_fp32_ms'] / ours:.1f}", f"{batch * tokens / ours * 1e3:.0f}")
+            lines.append((str(batch), str(beams), str(tokens), *times, *ratios))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gpu_speed(readme: Path, write: bool) -> str:
+    """The table of times on a GPU."""
+    return gpu_speed_table(read_records(RESULTS / GPU_RECORDS))
+
+
 def cpu_speed(readme: Path, write: bool) -> str:
     """The table of times on CPUs."""
     return speed_table(read_records(RESULTS / CPU_RECORDS))
@@ -60,7 +91,11 @@ def cpu_speed_plot(readme: Path, write: bool) -> str:
     return f"![Time of generate() on CPUs]({PICTURES}/cpu-speed.png)"
 
 
-SECTIONS: dict[str, Callable[[Path, bool], str]] = {"cpu-speed": cpu_speed, "cpu-speed-plot": cpu_speed_plot}
+SECTIONS: dict[str, Callable[[Path, bool], str]] = {
+    "cpu-speed": cpu_speed,
+    "cpu-speed-plot": cpu_speed_plot,
+    "gpu-speed": gpu_speed,
+}
 
 
 def filled(readme: Path, write: bool) -> tuple[str, list[str]]:

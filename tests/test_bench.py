@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import CompileConfig
 from typer.testing import CliRunner
 
+from benchmarks.report import gpu_speed_table
 from t5_trt import BackendError, InputError, cli_bench
 from t5_trt.bench_plot import check_picture, draw_records
 from t5_trt.bench_records import append_records, print_records, read_records
@@ -240,6 +241,21 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert all(option in done.stdout for option in ("--batch", "--no-stock", "--plot", "--json")), done.stderr
     assert done.stdout.split()[-1] == "False"
+
+
+def test_table_of_a_gpu() -> None:
+    """Ours and the compiled baseline come from different runs; what was measured otherwise is no row."""
+    case = {"batch": 8, "num_beams": 4, "new_tokens": 100}
+    records = [
+        {**case, "ours_ms": 50.0, "hf_eager_fp32_ms": 1000.0},
+        {**case, "ours_ms": 40.0, "hf_eager_fp32_ms": 1000.0, "hf_eager_fp16_ms": 2000.0},
+        {**case, "hf_compiled_fp16_ms": 200.0},
+        {"compared": "something", "batch": 1},
+        {**case, "batch": 1, "ours_ms": 3.0},
+    ]
+    *_, row = gpu_speed_table(records).split("\n")
+    assert row == "| 8 | 4 | 100 | 1000 | 2000 | 200 | 40 | 25.0 | 20000 |"
+    assert len(gpu_speed_table(records).split("\n")) == 3
 
 
 def test_report_fills_a_readme(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
 
 from t5_trt.architecture import check_family
 from t5_trt.errors import CheckpointError, T5TRTError
@@ -24,6 +24,7 @@ from t5_trt.errors import CheckpointError, T5TRTError
 #: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 _EMBEDDING = "shared.weight"
+_READ = {".json", ".safetensors", ".bin", ".model", ".txt"}
 Loader = Callable[..., tuple[Any, dict[str, Any]]]
 
 
@@ -41,6 +42,8 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
             f"the folder {name_or_path!r} has no config.json (it holds {found}); expected a folder written by "
             "save_pretrained(). Check the path, or save the model and its config there first."
         )
+    if folder.is_dir():
+        check_files(folder / hub_arguments.get("subfolder", ""))
     try:
         config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
     except T5TRTError:
@@ -56,6 +59,42 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
     return config
 
 
+def check_files(folder: Path) -> None:
+    """Refuse a folder whose files are pipes or devices (reading one may never end), or whose index names others' files.
+
+    Raises:
+        CheckpointError: it has such a file.
+    """
+    for path in folder.iterdir():
+        if path.suffix in _READ and path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{str(path)!r} is a pipe, a socket or a device; expected an ordinary file.")
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        if (folder / name).is_file():
+            shards_of(folder / name)
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Tensor -> file beside it, out of the index of a checkpoint in several files.
+
+    Raises:
+        CheckpointError: it is no such index, or names files elsewhere.
+    """
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name) for name in shards.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the index {str(index)!r} cannot be read ({type(error).__name__}: {error}); expected JSON with a weight_map. "
+            "Download or save the checkpoint again."
+        ) from error
+    outside = sorted(name for name in names if Path(name).name != name or "\\" in name or name in ("", ".."))
+    if outside:
+        raise CheckpointError(
+            f"the index {str(index)!r} names {outside[0]!r}; expected names of files beside it. Do not use this checkpoint."
+        )
+    return shards  # type: ignore[no-any-return]
+
+
 def correct_vocabulary(name_or_path: str, config: Any, **hub_arguments: Any) -> None:
     """Set the config's vocab_size to the number of rows of the embedding, where a safetensors header tells it.
 
@@ -65,7 +104,7 @@ def correct_vocabulary(name_or_path: str, config: Any, **hub_arguments: Any) -> 
     path = _find(name_or_path, SAFE_WEIGHTS_NAME, hub_arguments)
     if path is None:
         index = _find(name_or_path, SAFE_WEIGHTS_INDEX_NAME, hub_arguments)
-        shards = {} if index is None else json.loads(Path(index).read_text()).get("weight_map", {})
+        shards = {} if index is None else shards_of(Path(index))
         path = _find(name_or_path, shards[_EMBEDDING], hub_arguments) if _EMBEDDING in shards else None
     if path is None:
         return

@@ -241,6 +241,27 @@ def cache_show(
     typer.echo(json.dumps(found[0].manifest, indent=2))
 
 
+@cache_app.command("check", epilog="Example: t5-trt cache check --repair")
+def cache_check(
+    repair: Annotated[bool, typer.Option("--repair", help="remove what is damaged or left over")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Check every engine's bytes and look for leftovers; the status is 1 if anything is wrong afterwards."""
+    from t5_trt.engine.store_check import check_store
+
+    store = _store(cache_dir)
+    try:
+        found = check_store(store, repair=repair)
+    except OSError as error:
+        raise BackendError(f"cannot check {store.root}: {error}. Look at its owner and its permissions.") from error
+    for problem in found:
+        typer.echo(f"{'mended' if problem.mended else 'wrong'}: {problem.path}: {problem.what}")
+    left = sum(not problem.mended for problem in found)
+    typer.echo(f"{len(store.entries())} engines; {len(found) - left} problems mended, {left} left")
+    if left:
+        raise typer.Exit(1)
+
+
 @cache_app.command("prune", epilog="Example: t5-trt cache prune --max-gb 10")
 def cache_prune(
     max_gb: Annotated[float, typer.Option(help="size to keep, in 10**9 bytes")], cache_dir: CacheDir = None

@@ -27,7 +27,7 @@ from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
 PLAN, MANIFEST = "engine.plan", "manifest.json"
-_STAGING = ".building-"
+STAGING, LOCKS = ".building-", ".locks"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class EngineStore:
         folder = self.root / key
         if not folder.is_dir():
             return None
-        self._check_private(self.root)
+        self._check_private()
         problem, plan = read_engine(folder, key)
         if problem:
             logger.warning("the stored engine %s is not used and will be built again: %s.", folder, problem)
@@ -105,7 +105,7 @@ class EngineStore:
             if plan is not None:
                 return plan
             self._sweep(key)
-            staging = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{key}-", dir=self.root))
+            staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{key}-", dir=self.root))
             try:
                 started = time.time()
                 build(staging)
@@ -166,44 +166,60 @@ class EngineStore:
         entries = self.entries()
         for entry in entries:
             self.remove(entry.key)
-        for folder in self.root.glob(f"{_STAGING}*") if self.root.is_dir() else []:
+        for folder in self.root.glob(f"{STAGING}*") if self.root.is_dir() else []:
             shutil.rmtree(folder, ignore_errors=True)
         return len(entries)
 
     def _publish(self, staging: Path, target: Path, manifest: dict[str, Any]) -> None:
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for name in (PLAN, MANIFEST):  # on disk before the rename: a power cut must not leave a name without content
-            with open(staging / name, "rb") as file:
-                os.fsync(file.fileno())
+            _sync(staging / name)
+        _sync(staging)
         shutil.rmtree(target, ignore_errors=True)  # a damaged engine of the same key
         os.rename(staging, target)
+        _sync(self.root)
 
     def _sweep(self, key: str) -> None:
         """Remove what a killed build of this key left; its lock is ours, so nobody works there."""
-        for folder in self.root.glob(f"{_STAGING}{key}-*"):
+        for folder in self.root.glob(f"{STAGING}{key}-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _make_root(self) -> None:
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.root / ".locks").mkdir(mode=0o700, exist_ok=True)
+            (self.root / LOCKS).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise BackendError(
                 f"cannot make the engine cache {self.root}: {error}. Set T5_TRT_CACHE or engine_cache_dir to a folder that "
                 "can be written."
             ) from error
-        self._check_private(self.root)
+        self._check_private()
 
-    def _check_private(self, folder: Path) -> None:
-        info = folder.stat()
-        if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    def problem_of_permissions(self) -> str | None:
+        """Why others may write to the folder, or None."""
+        info = self.root.stat()
+        if info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return None
+        return f"it may be written by others (owner {info.st_uid}, mode {stat.S_IMODE(info.st_mode):o})"
+
+    def _check_private(self) -> None:
+        problem = self.problem_of_permissions()
+        if problem is not None:
             raise BackendError(
-                f"the engine cache {folder} may be written by others (owner {info.st_uid}, mode "
-                f"{stat.S_IMODE(info.st_mode):o}); engines are code, so it must be yours alone: chmod 700 it, or set "
-                "T5_TRT_CACHE to another folder."
+                f"the engine cache {self.root} cannot be trusted: {problem}; engines are code, so it must be yours alone: "
+                "chmod 700 it, or set T5_TRT_CACHE to another folder."
             )
 
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        with FileLock(self.root / ".locks" / f"{key}.lock", mode=0o600):
+        with FileLock(self.root / LOCKS / f"{key}.lock", mode=0o600):
             yield
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

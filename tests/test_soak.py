@@ -1,0 +1,51 @@
+"""The soak script: a few seconds of it, and that it notices what it is there to notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.soak import Sizes, Soak, Usage, main, soak
+from tests.conftest import pair_of
+
+SMALL = Sizes(batch=3, source_tokens=24, new_tokens=12)
+
+
+def test_some_seconds(tmp_path: Any) -> None:
+    """Every kind of request is answered or disturbed, compared ones are equal, threads and files stay."""
+    stock, ours = pair_of("t5-v1.1")
+    seen = soak(ours, stock, SMALL, minutes=0.05, share=0.3)
+    assert seen.compared >= 10 and seen.different == []
+    assert set(seen.answered) >= {"greedy", "sampling", "beams", "scores", "stream"}
+    assert set(seen.disturbed) >= {"stream closed early", "streamer raises", "processor raises"}
+    assert not [problem for problem in seen.broken() if "grew" in problem or "differ" in problem]
+
+
+def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, ours = pair_of("t5-v1.1")
+    real = ours.generate
+    monkeypatch.setattr(ours, "generate", lambda *a, **k: changed(real(*a, **k)))
+    assert any("differ" in problem for problem in soak(ours, stock, SMALL, minutes=0.0).broken())
+
+
+def changed(result: Any) -> Any:
+    tokens = result if isinstance(result, torch.Tensor) else result.sequences
+    tokens[0, -1] += 1
+    return result
+
+
+@pytest.mark.parametrize(("growth_mb", "files", "problems"), [(0.0, 0, 0), (20.0, 0, 1), (0.0, 1, 1)])
+def test_growth_is_noticed(growth_mb: float, files: int, problems: int) -> None:
+    usage = [
+        Usage(100 * place, 500 + growth_mb * place / 10, 4, 9 + (files if place > 5 else 0)) for place in range(20)
+    ]
+    assert len(Soak(usage=usage, warm=2, compared=1).broken()) == problems
+
+
+def test_status(capsys: pytest.CaptureFixture[str]) -> None:
+    """Too short a run has shown nothing."""
+    small = ["--batch", "1", "--source-tokens", "4", "--new-tokens", "3"]
+    assert main(["--model", "tiny", "--minutes", "0", *small]) == 1
+    assert "Run longer" in capsys.readouterr().out

@@ -252,10 +252,11 @@ class EngineModel(EngineForward, PreTrainedModel):
             raise StrictModeError(
                 "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
             )
-        if self._reference is None:
-            self._reference = share_weights(self._stock_class, self, attention="eager", device=self.device)
-        self._reference.train(self.training)
-        return self._reference
+        stock = self._reference
+        if stock is None:
+            stock = share_weights(self._stock_class, self, attention="eager", device=self.device)
+            self.__dict__["_reference"] = stock  # as an attribute it would become a part of this module and its state
+        return stock.train(self.training)
 
     @property
     def device(self) -> torch.device:

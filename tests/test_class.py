@@ -87,6 +87,14 @@ def test_strict_has_no_reference() -> None:
         _ = strict.reference
 
 
+def test_reference_is_no_part_of_the_model(fresh: Any, tmp_path: Path) -> None:
+    names = set(fresh.state_dict())
+    assert fresh.reference is fresh.reference and set(fresh.state_dict()) == names
+    fresh.save_pretrained(tmp_path)
+    again = type(fresh).from_pretrained(tmp_path)
+    assert again.generate(**REQUEST).tolist() == fresh.generate(**REQUEST).tolist()
+
+
 def test_copies(fresh: Any) -> None:
     expected = fresh.generate(**REQUEST).tolist()
     fresh.reference.eval()

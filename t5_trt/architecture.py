@@ -6,7 +6,7 @@ Nothing else in the library looks at a Hugging Face config for a size. Loading w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from t5_trt.errors import UnsupportedModelError
@@ -42,6 +42,8 @@ class Architecture:
         epsilon: of every RMSNorm.
         tied_head: the output matrix is the embedding. output_scale: factor on the decoder's output before it.
         bias_per_layer: every layer has its own relative bias table (UMT5) instead of sharing the first layer's.
+        branch_factors: module name of an ``o`` or ``wo`` -> what its matrix was multiplied by to keep half precision in range
+            (`t5_trt.graph.ranges`); the graphs divide by it again. Where none is named it is 1.
     """
 
     vocab_size: int
@@ -59,6 +61,7 @@ class Architecture:
     tied_head: bool
     output_scale: float
     bias_per_layer: bool
+    branch_factors: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def head_weight(self) -> str:

@@ -23,23 +23,13 @@ def observe(model: Any, batches: Iterable[Batch], max_new_tokens: int = _NEW_TOK
         batches: of ``input_ids`` and ``attention_mask``, int64 [B, S].
         max_new_tokens: greedy tokens for each source.
     """
-    largest = activation_table(model, batches, max_new_tokens)
-    inner = {name.removesuffix(".DenseReluDense.wo"): v for name, v in largest.items() if name.endswith(".wo")}
-    return Ranges(max(value for name, value in largest.items() if not name.endswith(".wo")), inner)
-
-
-def activation_table(model: Any, batches: Iterable[Batch], max_new_tokens: int = _NEW_TOKENS) -> dict[str, float]:
-    """Largest absolute value that enters each norm (the residual stream there) and each ``wo``, by module name.
-
-    Arguments as for `observe`.
-    """
-    with _watched(model) as largest, torch.no_grad():
+    with _watched(model) as seen, torch.no_grad():
         for batch in batches:
             if model.can_generate():
                 model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
             else:
                 model(**batch)
-    return dict(largest)
+    return seen
 
 
 def text_batches(tokenizer: Any, texts: Iterable[str], size: int = _BATCH_SIZE) -> Iterator[Batch]:
@@ -64,22 +54,27 @@ def random_batches(vocab_size: int) -> Iterator[Batch]:
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[dict[str, float]]:
-    largest: dict[str, float] = {}
+def _watched(model: Any) -> Iterator[Ranges]:
+    branches: dict[str, float] = {}
+    inner: dict[str, float] = {}
 
     def watch(name: str) -> Any:
-        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            largest[name] = max(float(inputs[0].abs().max()), largest.get(name, 0.0))
+        layer = name.removesuffix(".DenseReluDense.wo")
+
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            branches[name] = max(float(output.abs().max()), branches.get(name, 0.0))
+            if layer != name:
+                inner[layer] = max(float(inputs[0].abs().max()), inner.get(layer, 0.0))
 
         return hook
 
     handles = [
-        module.register_forward_pre_hook(watch(name))
+        module.register_forward_hook(watch(name))
         for name, module in model.named_modules()
-        if name.endswith(("layer_norm", ".wo"))
+        if name.endswith((".o", ".wo"))
     ]
     try:
-        yield largest
+        yield Ranges(branches, inner)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from t5_trt.calibration import Batch, activation_table, text_batches
+from t5_trt.calibration import Batch, observe, text_batches
 from t5_trt.engine.profiles import SMALLEST, bucket
 from t5_trt.errors import BackendError
 from t5_trt.graph.ranges import fold
@@ -26,7 +26,8 @@ class Activation:
     """The largest values at one place of the model.
 
     Attributes:
-        name: module whose input it is: a norm (the residual stream) or ``wo`` (the inside of a feed-forward layer).
+        name: what it is: the output of an ``o`` or ``wo`` (added to the residual stream) or the input of a ``wo`` (the inside of a
+            feed-forward layer).
         largest: absolute value in float32.
         half_share: of float16's largest number (65504), as engines in half precision keep it; above 1 would overflow.
     """
@@ -174,11 +175,11 @@ def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> 
     arch, reference = model.architecture, model.reference
     on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
     folding = getattr(model.session, "folding", None) or fold(arch, model.state_dict())
-    rows = []
-    for name, value in activation_table(reference, on_device).items():
-        layer = name.removesuffix(".DenseReluDense.wo")
-        factor = folding.stream if layer == name else folding.inner.get(layer, 1.0)
-        rows.append(Activation(name, value, value * factor / torch.finfo(torch.float16).max))
+    seen = observe(reference, on_device)
+    found = [(f"{layer}.DenseReluDense.wo, input", value, folding.inner.get(layer)) for layer, value in seen.inner.items()]
+    found += [(f"{module}, output", value, folding.branches.get(module)) for module, value in seen.branches.items()]
+    most = torch.finfo(torch.float16).max
+    rows = [Activation(name, value, value * (factor or 1.0) / most) for name, value, factor in found]
     return tuple(sorted(rows, key=lambda row: -row.half_share))
 
 

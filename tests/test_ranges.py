@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
-from t5_trt.calibration import activation_table, observe, random_batches, text_batches
+from t5_trt.calibration import observe, random_batches, text_batches
+from t5_trt.graph import ranges
 from t5_trt.graph.ranges import LIMIT, Folding, Ranges, bound, fold
 from t5_trt.random_models import random_t5
 from t5_trt.runtime import open as opening
@@ -65,13 +66,16 @@ def test_overflowing_checkpoints(kind: str, factors: Any, monkeypatch: pytest.Mo
     assert folding != Folding() and relative(logits(ours), expected) < FOLDED_RELATIVE
 
 
-def test_beyond_what_the_weights_can_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream of 6e8 over an embedding of 0.2: activations are observed, nothing overflows, some precision is lost."""
+@pytest.mark.parametrize("least", [None, 8.0], ids=["by bounds", "observed"])
+def test_extreme_values(least: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of 6e8 over an embedding of 0.2; where bounds would cost too much precision activations are observed."""
+    if least is not None:
+        monkeypatch.setattr(ranges, "_LEAST", least)
     stock = swollen(make_stock("mt5"), *EXTREME)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    assert not fold(ours.architecture, ours.state_dict()).certain
+    assert fold(ours.architecture, ours.state_dict()).certain == (least is None)
     ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
-    assert relative(logits(ours), logits(stock)) < 0.05
+    assert relative(logits(ours), logits(stock)) < HALF_RELATIVE
 
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1"])
@@ -113,7 +117,8 @@ def test_bounds_hold(kind: str) -> None:
         ours = TRTT5ForConditionalGeneration.from_model(stock)
         bounds = bound(ours.architecture, ours.state_dict())
         seen = observe(stock, [batch(), batch(2, 30, seed=7)])
-        assert seen.stream <= bounds.stream < 1e5 * seen.stream
+        assert all(seen.branches[name] <= largest < 1e5 * seen.branches[name] for name, largest in bounds.branches.items())
+        assert set(seen.branches) == set(bounds.branches)
         assert all(seen.inner[layer] <= largest for layer, largest in bounds.inner.items())
         scales = stock.config.feed_forward_proj != "gelu"
         assert len(bounds.inner) == (len(seen.inner) if scales else 0)
@@ -126,21 +131,23 @@ def test_ordinary_checkpoints_are_left_alone() -> None:
 
 
 def test_factors() -> None:
-    folding = Folding(2**-4, {"encoder.block.0.layer.1": 2**-3})
-    assert folding.factor("shared.weight") == 2**-4
-    assert folding.factor("decoder.block.3.layer.1.EncDecAttention.o.weight") == 2**-4
-    dense = "encoder.block.0.layer.1.DenseReluDense"
+    dense, attention = "encoder.block.0.layer.1.DenseReluDense", "decoder.block.3.layer.1.EncDecAttention"
+    folding = Folding({f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
+    assert folding.factor(f"{attention}.o.weight") == 2**-5 and folding.factor(f"{attention}.q.weight") == 1.0
     assert [folding.factor(f"{dense}.{name}.weight") for name in ("wi", "wi_0", "wi_1", "wo")] == [2**-3, 1, 2**-3, 0.5]
-    assert folding.factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 2**-4
-    assert folding.factor("lm_head.weight") == folding.factor("encoder.final_layer_norm.weight") == 1.0
+    assert folding.factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 1.0
+    assert folding.factor("shared.weight") == folding.factor("lm_head.weight") == 1.0
+    assert folding.factor("encoder.final_layer_norm.weight") == 1.0
 
 
 def test_seen_ranges_get_headroom() -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"))
-    names = bound(ours.architecture, ours.state_dict()).inner
-    folding = fold(ours.architecture, ours.state_dict(), Ranges(1e6, dict.fromkeys(names, 1e5)))
-    assert folding.stream * 1e6 * 4 < LIMIT <= folding.stream * 1e6 * 16
-    assert all(factor * 1e5 * 4 < LIMIT for factor in folding.inner.values()) and len(folding.inner) == len(names)
+    bounds = bound(ours.architecture, ours.state_dict())
+    seen = Ranges(dict.fromkeys(bounds.branches, 1e6), dict.fromkeys(bounds.inner, 1e5))
+    folding = fold(ours.architecture, ours.state_dict(), seen)
+    assert all(factor * 1e6 * 4 < LIMIT <= factor * 1e6 * 16 for factor in folding.branches.values())
+    assert all(factor * 1e5 * 4 < LIMIT for factor in folding.inner.values())
+    assert len(folding.inner) == len(bounds.inner) and len(folding.branches) == len(bounds.branches)
 
 
 def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +163,7 @@ def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog:
     assert len(ours._calibration) == 1 and ours._calibration[0]["input_ids"].shape[0] == 2
     ours._placement_ = replace(ours._placement, backend="tensorrt", precision="fp16", flavor="tensorrt")
     assert ours.session == "session"  # type: ignore[comparison-overlap]
-    assert len(asked) == 1 and isinstance(asked[0], Ranges) and 1.0 < asked[0].stream < 1e5
+    assert len(asked) == 1 and isinstance(asked[0], Ranges) and 0.0 < max(asked[0].branches.values()) < 1e5
 
 
 def test_bad_calibration() -> None:
@@ -165,12 +172,13 @@ def test_bad_calibration() -> None:
             list(text_batches(None, texts))
 
 
-def test_activation_table() -> None:
+def test_observed_names() -> None:
     stock = make_stock("t5-v1.1")
-    table = activation_table(stock, random_batches(200), max_new_tokens=2)
-    assert {"encoder.final_layer_norm", "decoder.block.1.layer.2.DenseReluDense.wo"} < set(table)
-    assert all(value > 0 for value in table.values())
-    assert not any(module._forward_pre_hooks for module in stock.modules())
+    seen = observe(stock, random_batches(200), max_new_tokens=2)
+    assert {"encoder.block.0.layer.0.SelfAttention.o", "decoder.block.1.layer.2.DenseReluDense.wo"} < set(seen.branches)
+    assert set(seen.inner) == {f"{stack}.block.{n}.layer.{k}" for stack, k in (("encoder", 1), ("decoder", 2)) for n in (0, 1)}
+    assert min(*seen.branches.values(), *seen.inner.values()) > 0
+    assert not any(module._forward_hooks for module in stock.modules())
 
 
 def test_precision_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def feed_forward(graph: Form, stream: ir.Value, layer: str) -> ir.Value:
     inner = activation(graph, graph.arch.activation, first)
     if linear:  # gated
         inner = graph.op("Mul", inner, linear[0])
-    return graph.op("Add", stream, graph.linear(inner, f"{dense}.wo"))
+    return graph.add_branch(stream, inner, f"{dense}.wo")
 
 
 def attend(graph: GraphBuilder, query: ir.Value, key: ir.Value) -> ir.Value:

@@ -60,7 +60,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False))
     biases: dict[str, list[ir.Value]] = {}
     embedded = graph.op("Gather", graph.parameter(EMBEDDING), inputs["decoder_input_ids"], axis=0)
-    stream = graph.stream(embedded, frame.streams, arch.d_model)
+    stream = graph.stream(embedded, frame.streams)
     outputs: dict[str, ir.Value] = {}
     for layer in range(arch.decoder_layers):
         block = f"decoder.block.{layer}.layer"
@@ -74,7 +74,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
             attention = _queries_attention if queries else _step_attention
             mixed = attention(graph, frame, made, past, biases[table])
             outputs |= _new_rows(graph, frame, made, layer)
-            stream = graph.op("Add", stream, graph.linear(mixed, f"{block}.0.SelfAttention.o"))
+            stream = graph.add_branch(stream, mixed, f"{block}.0.SelfAttention.o")
         with graph.scope(f"{block}.1"):
             stream = _cross_attention(graph, frame, stream, f"{block}.1", cross, inputs["cross_bias"])
         with graph.scope(f"{block}.2"):
@@ -165,7 +165,7 @@ def _step_attention(
     past_weights = graph.reshape(graph.op("Where", frame.here, zero, weights), -1, 1, frame.cached)
     mixed = graph.reshape(graph.op("MatMul", past_weights, past_value), *frame.streams, heads, width)
     mixed = graph.op("Add", mixed, graph.op("Mul", new_weight, value))
-    return graph.stream(mixed, frame.streams, heads * width)
+    return graph.flat(mixed, frame.streams, heads * width)
 
 
 def _queries_attention(
@@ -183,7 +183,7 @@ def _queries_attention(
     past_weights = graph.op("Slice", weights, graph.ints(0), end, graph.ints(3))
     new_weights = graph.op("Slice", weights, end, graph.ints(2**31 - 1), graph.ints(3))
     mixed = graph.op("Add", graph.op("MatMul", past_weights, past[1]), graph.op("MatMul", new_weights, value))
-    return graph.stream(graph.transpose(mixed, 0, 2, 1, 3), frame.streams, heads * width)
+    return graph.flat(graph.transpose(mixed, 0, 2, 1, 3), frame.streams, heads * width)
 
 
 def _new_rows(graph: Form, frame: _Frame, made: Projection, layer: int) -> dict[str, ir.Value]:
@@ -216,4 +216,4 @@ def _cross_attention(
     mixed = graph.reshape(graph.op("MatMul", weights, value), frame.batch, heads, frame.beams, width)
     if not one:
         mixed = graph.transpose(mixed, 0, 2, 1, 3)
-    return graph.op("Add", stream, graph.linear(graph.stream(mixed, frame.streams, heads * width), f"{attention}.o"))
+    return graph.add_branch(stream, graph.flat(mixed, frame.streams, heads * width), f"{attention}.o")

@@ -28,7 +28,7 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
     source, mask = (graph.input(tensor) for tensor in declared.inputs)
     batch, length = graph.size(mask, 0), graph.size(mask, 1)
     embedded = source if embeds else graph.op("Gather", graph.parameter(EMBEDDING), source, axis=0)
-    stream = graph.stream(embedded, (batch, length), arch.d_model)
+    stream = graph.stream(embedded, (batch, length))
 
     hidden = graph.op("Equal", mask, graph.scalar(0, graph.index))
     hide = graph.op("Where", hidden, graph.scalar(mask_value(graph.real)), graph.scalar(0.0))
@@ -48,10 +48,10 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
             stream = feed_forward(graph, stream, f"{prefix}.layer.1")
         graph.tap(prefix, stream)
     with graph.scope("encoder.final_layer_norm"):
-        stream = graph.rms_norm(stream, graph.parameter("encoder.final_layer_norm.weight"))
-    outputs = {"encoder_hidden_states": graph.reshape(stream, batch, length, arch.d_model)}
+        states = graph.rms_norm(stream, graph.parameter("encoder.final_layer_norm.weight"))
+    outputs = {"encoder_hidden_states": graph.reshape(states, batch, length, arch.d_model)}
     if arch.decoder_layers:
-        outputs |= _cross_projections(graph, stream, (batch, length))
+        outputs |= _cross_projections(graph, states, (batch, length))
     return graph.finish(outputs, declared.outputs)
 
 
@@ -60,16 +60,16 @@ def build_cross(graph: Form) -> ir.Model:
     declared = signature(CROSS, graph.arch, packed=graph.packed)
     (states,) = (graph.input(tensor) for tensor in declared.inputs)
     outer = (graph.size(states, 0), graph.size(states, 1))
-    stream = graph.stream(states, outer, graph.arch.d_model)
-    return graph.finish(_cross_projections(graph, stream, outer), declared.outputs)
+    flat = graph.flat(states, outer, graph.arch.d_model)
+    return graph.finish(_cross_projections(graph, flat, outer), declared.outputs)
 
 
-def _cross_projections(graph: Form, stream: ir.Value, outer: tuple[Dim, Dim]) -> dict[str, ir.Value]:
+def _cross_projections(graph: Form, states: ir.Value, outer: tuple[Dim, Dim]) -> dict[str, ir.Value]:
     """Cross-attention K and V of every decoder layer: one [L, 2, B, H, S, D], or in the host form 2 * L of [B, H, S, D]."""
     arch = graph.arch
     heads = (arch.num_heads, arch.d_kv)
     with graph.scope(CROSS_KV):
-        made = graph.project(stream, CROSS_KV)
+        made = graph.project(states, CROSS_KV)
         if made.packed is not None:
             split = graph.reshape(made.packed, *outer, arch.decoder_layers, 2, *heads)
             return {"cross_kv": graph.transpose(split, 2, 3, 0, 4, 1, 5)}
@@ -97,5 +97,5 @@ def _self_attention(graph: Form, stream: ir.Value, layer: str, outer: tuple[Dim,
     )  # [B, H, S, D]
     scores = graph.op("MatMul", query, graph.transpose(key, 0, 1, 3, 2))
     mixed = graph.op("MatMul", softmax(graph, graph.op("Add", scores, bias)), value)
-    merged = graph.stream(graph.transpose(mixed, 0, 2, 1, 3), outer, arch.num_heads * arch.d_kv)
-    return graph.op("Add", stream, graph.linear(merged, f"{attention}.o"))
+    merged = graph.flat(graph.transpose(mixed, 0, 2, 1, 3), outer, arch.num_heads * arch.d_kv)
+    return graph.add_branch(stream, merged, f"{attention}.o")

@@ -59,22 +59,34 @@ class Form(GraphBuilder):
         """The products of a group, its norm (and a scale) applied to the stream first."""
         raise NotImplementedError
 
-    def stream(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
-        """Bring a value into the shape in which streams are kept: [outer .., width], or [rows, width] on the host."""
+    def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
+        """Bring a value into the shape that products take: [outer .., width], or [rows, width] on the host."""
         raise NotImplementedError
+
+    def stream(self, embedded: ir.Value, outer: Sequence[Dim]) -> ir.Value:
+        """Start a residual stream. It is float32 whatever the compute type, so that no sum over layers leaves the range."""
+        return self.cast(self.flat(embedded, outer, self.arch.d_model), self.real, FLOAT)
+
+    def add_branch(self, stream: ir.Value, inner: ir.Value, group: str) -> ir.Value:
+        """A layer's output, ``stream + linear(inner, group)``, with the factor that range folding put into the matrix undone."""
+        branch = self.cast(self.linear(inner, group), self.real, FLOAT)
+        factor = self.arch.branch_factors.get(group, 1.0)
+        with self.wide():
+            if factor != 1.0:
+                branch = self.op("Mul", branch, self.scalar(1.0 / factor, FLOAT))
+            return self.op("Add", stream, branch)
 
     def linear(self, stream: ir.Value, group: str) -> ir.Value:
         """The product of a group of one matrix."""
         return self.project(stream, group).parts[0]
 
-    def rms_norm(self, value: ir.Value, weight: ir.Value | None) -> ir.Value:
-        """T5's layer norm (no mean, no bias), computed in float32 whatever the compute type."""
-        wide = self.cast(value, self.real, FLOAT)
+    def rms_norm(self, stream: ir.Value, weight: ir.Value | None) -> ir.Value:
+        """T5's layer norm (no mean, no bias) of a float32 stream, in the compute type."""
         with self.wide():
-            square = self.op("Pow", wide, self.scalar(2.0, FLOAT))
+            square = self.op("Pow", stream, self.scalar(2.0, FLOAT))
             mean = self.mean(square)
             root = self.op("Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon, FLOAT)))
-            normed = self.op("Div", wide, root)
+            normed = self.op("Div", stream, root)
             if weight is not None:  # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
                 normed = self.op("Mul", normed, self.cast(weight, self.real, FLOAT))
         return self.cast(normed, FLOAT, self.real)
@@ -119,8 +131,8 @@ class HostForm(Form):
             stream = self.op("Mul", stream, self.scalar(scale))
         return Projection([self.op("Gemm", stream, self._weight(key), transB=1) for key in parameter.parts], None)
 
-    def stream(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
-        """See `Form.stream`: [rows, width], as Gemm wants it."""
+    def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
+        """See `Form.flat`: [rows, width], as Gemm wants it."""
         return self.reshape(value, -1, width)
 
     def _weight(self, key: str) -> ir.Value:
@@ -179,8 +191,8 @@ class DeviceForm(Form):
         """The matrix of a group, [in, out]."""
         return self.parameter(group)
 
-    def stream(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
-        """See `Form.stream`: the leading axes are kept apart.
+    def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
+        """See `Form.flat`: the leading axes are kept apart.
 
         Merging them makes TensorRT 8.5 mix up rows where a transposed product follows (docs/performance.md).
         """

@@ -65,8 +65,7 @@ def quantize_for_device(arch: Architecture, weights: Weights, folding: Folding) 
     """
     for name, parameter in parameters(arch).items():
         if parameter.is_matrix:
-            factor = folding.factor_in(name)
-            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), factor)
+            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), folding.factor)
             rounded, scales = round_columns(matrix)
             yield MATRIX.format(name), rounded
             yield SCALE.format(name), scales

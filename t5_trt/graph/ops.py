@@ -207,7 +207,7 @@ class GraphBuilder:
             results.append(value)
         for name, source in (self._taps or {}).items():
             value = self.op("Identity", source)
-            value.name, value.type = name, ir.TensorType(self.real)
+            value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
             results.append(value)
         graph = ir.Graph(
             inputs=self._inputs,

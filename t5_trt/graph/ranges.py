@@ -1,10 +1,10 @@
 """Keeping half precision in range without changing what a model computes.
 
-T5's norms are RMS norms: they do not see a factor on the whole residual stream. So the stream may be kept at s times its value
-by writing s into the embedding and into every matrix that adds to it (``o``, ``wo``), and s^2 into epsilon. The inside of a
-feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``. With
-powers of two nothing is rounded by that. Checkpoints whose activations go beyond 65504, the largest float16, then stay
-within it (T5 v1.1, Flan-T5 and mT5 are known for them; huggingface/transformers issue 9295).
+The residual streams are float32, and no sum over layers can leave their range. What is left is each layer: the inside of a
+feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``, and
+what an ``o`` or ``wo`` adds to the stream at u times its value by writing u into that matrix and dividing by it in float32,
+where the graphs add it. With powers of two nothing is rounded by that. Checkpoints whose activations go beyond 65504, the
+largest float16, then stay within it (T5 v1.1, Flan-T5 and mT5 are known for them; huggingface/transformers issue 9295).
 
 The factors come from bounds that hold for every input, derived from the weights by Cauchy and Schwarz, or from the largest
 activations that some text has shown.
@@ -13,18 +13,17 @@ activations that some text has shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights
+from t5_trt.graph.parameters import Weights
 
 LIMIT = 2.0**15  # half of what float16 holds
-#: how small factors may make weights and the embedding (root mean square): below 2^-14 float16 has an absolute error of 3e-8,
-#: here 0.2%, which is what half precision costs anyway
-_LEAST = 2.0**-16
+#: how small factors may make matrices (root mean square): below 2^-14 float16 has an absolute error of 3e-8, here 0.05%
+_LEAST = 2.0**-14
 #: how much larger than what was seen activations of other texts may be
 HEADROOM = 8.0
 
@@ -34,46 +33,39 @@ class Ranges:
     """Largest absolute values of activations.
 
     Attributes:
-        stream: of the residual streams, embedding included.
+        branches: by module name of an ``o`` or ``wo``, of what it adds to the residual stream.
         inner: by feed-forward layer (its state-dict prefix, such as "encoder.block.0.layer.1"), of what ``wo`` multiplies.
     """
 
-    stream: float
+    branches: Mapping[str, float]
     inner: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Folding:
-    """Powers of two to write into the weights.
+    """Powers of two to write into the weights; 1 where none is named.
 
     Attributes:
-        stream: s.
-        inner: t by feed-forward layer; 1 where it is left out.
+        branches: u by module name of an ``o`` or ``wo``.
+        inner: t by feed-forward layer.
         certain: no input can leave the range; False where that would have cost too much precision.
     """
 
-    stream: float = 1.0
+    branches: Mapping[str, float] = field(default_factory=dict)
     inner: Mapping[str, float] = field(default_factory=dict)
     certain: bool = True
 
     def architecture(self, arch: Architecture) -> Architecture:
-        """The architecture whose graphs compute with folded weights: epsilon goes with the square of the stream."""
-        return replace(arch, epsilon=arch.epsilon * self.stream**2)
-
-    def factor_in(self, group: str) -> Callable[[str], float]:
-        """`factor` for the tensors of a group of `t5_trt.graph.parameters`; a tied head shares the embedding's key."""
-        return (lambda key: 1.0) if group == LM_HEAD else self.factor
+        """The architecture whose graphs compute with folded weights."""
+        return replace(arch, branch_factors=dict(self.branches))
 
     def factor(self, key: str) -> float:
         """What the tensor of a state-dict key is multiplied by."""
-        if key == EMBEDDING:
-            return self.stream
-        layer, _, name = key.removesuffix(".weight").rpartition(".")
-        if name == "o":
-            return self.stream
+        module = key.removesuffix(".weight")
+        layer, _, name = module.rpartition(".")
         owner = layer.removesuffix(".DenseReluDense")
-        if name == "wo":
-            return self.stream / self.inner.get(owner, 1.0)
+        if name in ("o", "wo"):
+            return self.branches.get(module, 1.0) / (self.inner.get(owner, 1.0) if name == "wo" else 1.0)
         return self.inner.get(owner, 1.0) if name in ("wi", "wi_1") else 1.0
 
 
@@ -86,16 +78,21 @@ def fold(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Fo
         seen: largest activations of some texts; None goes by the weights alone.
     """
     bounds = bound(arch, weights) if seen is None else seen
-    inner, certain = {}, True
-    for layer, largest in bounds.inner.items():
+    inner, branches, certain = {}, {}, True
+    for layer, largest in bounds.inner.items() if _scales_inside(arch) else ():
         matrix = weights[f"{layer}.DenseReluDense.{'wi_1' if arch.gated else 'wi'}.weight"]
-        factor, holds = _power(largest, _LEAST / _rms(matrix), seen is not None)
+        size = _rms(_normed(matrix, weights[f"{layer}.layer_norm.weight"]))
+        factor, holds = _power(largest, _LEAST / size, seen is not None)
         certain &= holds
         if factor < 1.0:
             inner[layer] = factor
-    branches = [weights[key] for key in weights if key.endswith((".o.weight", ".wo.weight"))]
-    stream, holds = _power(bounds.stream, _LEAST / min(map(_rms, [*branches, weights[EMBEDDING]])), seen is not None)
-    return Folding(stream, inner, certain and holds)
+    for module, largest in bounds.branches.items():
+        size = _rms(weights[f"{module}.weight"]) / inner.get(module.removesuffix(".DenseReluDense.wo"), 1.0)
+        factor, holds = _power(largest, _LEAST / size, seen is not None)
+        certain &= holds
+        if factor < 1.0:
+            branches[module] = factor
+    return Folding(branches, inner, certain)
 
 
 def bound(arch: Architecture, weights: Weights) -> Ranges:
@@ -105,22 +102,23 @@ def bound(arch: Architecture, weights: Weights) -> Ranges:
     matrix W at most as long as the largest singular value of W diag(g) times sqrt(E). A mix of values is no longer than the
     longest, in every head; no activation function makes a value larger.
     """
-    root, inner, streams = math.sqrt(arch.d_model), {}, []
+    root, inner, branches = math.sqrt(arch.d_model), {}, {}
     for stack, layers in (("encoder", arch.encoder_layers), ("decoder", arch.decoder_layers)):
-        stream = float(weights[EMBEDDING].detach().float().abs().max())
         for layer in range(layers):
             block = f"{stack}.block.{layer}.layer"
-            stream += _attention(arch, weights, f"{block}.0.SelfAttention", f"{block}.0.layer_norm", root)
+            attention = f"{block}.0.SelfAttention"
+            branches[f"{attention}.o"] = _attention(arch, weights, attention, f"{block}.0.layer_norm", root)
             if stack == "decoder":  # its K and V come from the encoder's output, normed by the encoder's last norm
-                norm = "encoder.final_layer_norm"
-                stream += _attention(arch, weights, f"{block}.1.EncDecAttention", norm, root)
+                attention, norm = f"{block}.1.EncDecAttention", "encoder.final_layer_norm"
+                branches[f"{attention}.o"] = _attention(arch, weights, attention, norm, root)
             name = f"{block}.{2 if stack == 'decoder' else 1}"
-            inner[name], output = _feed_forward(arch, weights, name, root)
-            stream += output
-        streams.append(stream)
-    if not arch.gated and arch.activation != "relu":
-        inner = {}  # the non-linearity lies between wi and wo and does not scale
-    return Ranges(max(streams), inner)
+            inner[name], branches[f"{name}.DenseReluDense.wo"] = _feed_forward(arch, weights, name, root)
+    return Ranges(branches, inner if _scales_inside(arch) else {})
+
+
+def _scales_inside(arch: Architecture) -> bool:
+    """Whether a factor on ``wi`` (or ``wi_1``) is one on what ``wo`` multiplies: no non-linearity but relu lies between."""
+    return arch.gated or arch.activation == "relu"
 
 
 def _attention(arch: Architecture, weights: Weights, attention: str, norm: str, root: float) -> float:

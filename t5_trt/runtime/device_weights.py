@@ -48,7 +48,7 @@ class DeviceWeights:
         """
         if name not in self._made:
             try:
-                parameter, factor = self._parameters[name], self._folding.factor_in(name)
+                parameter, factor = self._parameters[name], self._folding.factor
                 self._made[name] = materialize(parameter, self._weights, self._dtype, self._device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)

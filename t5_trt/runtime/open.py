@@ -149,10 +149,11 @@ def choose_folding(
         logger.info("the weights alone set no useful bound to half precision: a few inputs are tried in float32")
         folding = fold(arch, weights, seen())
     if folding != Folding():
-        inner = ", ".join(f"{factor:g}" for factor in sorted(set(folding.inner.values()))) or "1"
-        logger.info(
-            "half precision: streams are kept at %g of their value, feed-forward layers at %s", folding.stream, inner
+        inner, branches = (
+            ", ".join(f"{factor:g}" for factor in sorted(set(factors.values()))) or "1"
+            for factors in (folding.inner, folding.branches)
         )
+        logger.info("half precision: feed-forward layers are kept at %s of their value, results at %s", inner, branches)
     return folding
 
 
@@ -160,7 +161,7 @@ def eight_bits(arch: Architecture, weights: Weights, folding: Folding, precision
     """What an `EngineProvider` of a precision needs to know of 8-bit weights; empty but for "int8"."""
     if precision != "int8":
         return {}
-    digest = f"{weights_digest(arch, weights)} {folding.stream} {sorted(folding.inner.items())}"
+    digest = f"{weights_digest(arch, weights)} {sorted(folding.branches.items())} {sorted(folding.inner.items())}"
     return {"quantized": lambda: dict(quantize_for_device(arch, weights, folding)), "weights": digest}
 
 

@@ -45,7 +45,7 @@ class TrtSession:
         device: the GPU.
         strict: raise instead of building beyond the configured maxima.
         reference: what new engines are compared with before they are used; None trusts TensorRT.
-        folding: factors in the weights; the provider's architecture has its epsilon scaled by their square.
+        folding: factors in the weights; the provider's architecture names those that its graphs undo.
     """
 
     backend = "tensorrt"
@@ -91,8 +91,7 @@ class TrtSession:
             assert input_ids is not None
             graph, inputs["input_ids"] = ENCODER, self._pad(input_ids.int(), shapes.B, shapes.S)
         else:
-            embeds = inputs_embeds * self.folding.stream  # the stream's scale, which the embedding would bring
-            graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(embeds, shapes.B, shapes.S)
+            graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(inputs_embeds, shapes.B, shapes.S)
         hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
         cross = self._new_cross(shapes, (batch, length))
         if beams is not None:
@@ -151,13 +150,11 @@ class TrtSession:
                 found["logits"] = torch.empty((rows, shapes.Q, arch.vocab_size), device=self.device)
                 rest = made_rows(self._new(arch.decoder_layers, rows, shapes.Q, 3, arch.num_heads, arch.d_kv))
                 names, tokens = [f"decoder.block.{layer}" for layer in range(arch.decoder_layers)], rows * shapes.Q
-            found |= {name: self._new(tokens, arch.d_model) for name in names}
+            found |= {name: torch.zeros((tokens, arch.d_model), device=self.device) for name in names}
             sources = {name: (t.int() if t.dtype == torch.int64 else t).contiguous() for name, t in inputs.items()}
             self.engines.bind(context, sources | found | rest)
             self._enqueue(context)
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
-            for name in names:
-                found[name] = found[name].float() / self.folding.stream
         return found
 
     def loaded_graphs(self) -> tuple[str, ...]:

@@ -42,8 +42,9 @@ class Architecture:
         epsilon: of every RMSNorm.
         tied_head: the output matrix is the embedding. output_scale: factor on the decoder's output before it.
         bias_per_layer: every layer has its own relative bias table (UMT5) instead of sharing the first layer's.
-        branch_factors: module name of an ``o`` or ``wo`` -> what its matrix was multiplied by to keep half precision in range
-            (`t5_trt.graph.ranges`); the graphs divide by it again. Where none is named it is 1.
+        wide_stream: residual streams are float32 whatever the compute type (`t5_trt.graph.ranges`).
+        branch_factors: module name of an ``o`` or ``wo`` -> what its matrix was multiplied by to keep half precision in range;
+            graphs of a wide stream divide by it again. Where none is named it is 1.
     """
 
     vocab_size: int
@@ -61,6 +62,7 @@ class Architecture:
     tied_head: bool
     output_scale: float
     bias_per_layer: bool
+    wide_stream: bool = False
     branch_factors: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property

@@ -132,7 +132,7 @@ def test_ordinary_checkpoints_are_left_alone() -> None:
 
 def test_factors() -> None:
     dense, attention = "encoder.block.0.layer.1.DenseReluDense", "decoder.block.3.layer.1.EncDecAttention"
-    folding = Folding({f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
+    folding = Folding(True, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
     assert folding.factor(f"{attention}.o.weight") == 2**-5 and folding.factor(f"{attention}.q.weight") == 1.0
     assert [folding.factor(f"{dense}.{name}.weight") for name in ("wi", "wi_0", "wi_1", "wo")] == [2**-3, 1, 2**-3, 0.5]
     assert folding.factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 1.0

@@ -79,7 +79,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
             stream = _cross_attention(graph, frame, stream, f"{block}.1", cross, inputs["cross_bias"])
         with graph.scope(f"{block}.2"):
             stream = feed_forward(graph, stream, f"{block}.2")
-        graph.tap(f"decoder.block.{layer}", stream)
+        graph.tap(f"decoder.block.{layer}", graph.cast(stream, graph.stream_type, FLOAT))
     with graph.scope(LM_HEAD):
         (flat,) = graph.project(stream, LM_HEAD, arch.output_scale).parts
         logits = graph.reshape(flat, frame.rows, frame.queries, arch.vocab_size)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from t5_trt.graph.blocks import feed_forward, softmax
-from t5_trt.graph.forms import Form
+from t5_trt.graph.forms import FLOAT, Form
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.graph.precision import mask_value
@@ -46,7 +46,7 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
             stream = _self_attention(graph, stream, f"{prefix}.layer.0", (batch, length), biases[table])
         with graph.scope(f"{prefix}.layer.1"):
             stream = feed_forward(graph, stream, f"{prefix}.layer.1")
-        graph.tap(prefix, stream)
+        graph.tap(prefix, graph.cast(stream, graph.stream_type, FLOAT))
     with graph.scope("encoder.final_layer_norm"):
         states = graph.rms_norm(stream, graph.parameter("encoder.final_layer_norm.weight"))
     outputs = {"encoder_hidden_states": graph.reshape(states, batch, length, arch.d_model)}

@@ -63,13 +63,20 @@ class Form(GraphBuilder):
         """Bring a value into the shape that products take: [outer .., width], or [rows, width] on the host."""
         raise NotImplementedError
 
+    @property
+    def stream_type(self) -> ir.DataType:
+        """Type of residual streams: the compute type, or float32 where sums over layers could leave the range."""
+        return FLOAT if self.arch.wide_stream else self.real
+
     def stream(self, embedded: ir.Value, outer: Sequence[Dim]) -> ir.Value:
-        """Start a residual stream. It is float32 whatever the compute type, so that no sum over layers leaves the range."""
-        return self.cast(self.flat(embedded, outer, self.arch.d_model), self.real, FLOAT)
+        """Start a residual stream."""
+        return self.cast(self.flat(embedded, outer, self.arch.d_model), self.real, self.stream_type)
 
     def add_branch(self, stream: ir.Value, inner: ir.Value, group: str) -> ir.Value:
         """A layer's output, ``stream + linear(inner, group)``, with the factor that range folding put into the matrix undone."""
-        branch = self.cast(self.linear(inner, group), self.real, FLOAT)
+        branch = self.cast(self.linear(inner, group), self.real, self.stream_type)
+        if not self.arch.wide_stream:
+            return self.op("Add", stream, branch)
         factor = self.arch.branch_factors.get(group, 1.0)
         with self.wide():
             if factor != 1.0:
@@ -81,12 +88,13 @@ class Form(GraphBuilder):
         return self.project(stream, group).parts[0]
 
     def rms_norm(self, stream: ir.Value, weight: ir.Value | None) -> ir.Value:
-        """T5's layer norm (no mean, no bias) of a float32 stream, in the compute type."""
+        """T5's layer norm (no mean, no bias), computed in float32 whatever the compute type."""
+        wide = self.cast(stream, self.stream_type, FLOAT)
         with self.wide():
-            square = self.op("Pow", stream, self.scalar(2.0, FLOAT))
+            square = self.op("Pow", wide, self.scalar(2.0, FLOAT))
             mean = self.mean(square)
             root = self.op("Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon, FLOAT)))
-            normed = self.op("Div", stream, root)
+            normed = self.op("Div", wide, root)
             if weight is not None:  # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
                 normed = self.op("Mul", normed, self.cast(weight, self.real, FLOAT))
         return self.cast(normed, FLOAT, self.real)

@@ -1,6 +1,6 @@
 """Keeping half precision in range without changing what a model computes.
 
-The residual streams are float32, and no sum over layers can leave their range. What is left is each layer: the inside of a
+Where sums over layers could leave the range, the residual streams are float32. What is left is each layer: the inside of a
 feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``, and
 what an ``o`` or ``wo`` adds to the stream at u times its value by writing u into that matrix and dividing by it in float32,
 where the graphs add it. With powers of two nothing is rounded by that. Checkpoints whose activations go beyond 65504, the
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.graph.parameters import Weights
+from t5_trt.graph.parameters import EMBEDDING, Weights
 
 LIMIT = 2.0**15  # half of what float16 holds
 #: how small factors may make matrices (root mean square): below 2^-14 float16 has an absolute error of 3e-8, here 0.05%
@@ -43,21 +43,23 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Folding:
-    """Powers of two to write into the weights; 1 where none is named.
+    """What keeps a checkpoint in range: powers of two to write into the weights, 1 where none is named.
 
     Attributes:
+        wide_stream: the residual streams must be float32; so they are wherever there are `branches`.
         branches: u by module name of an ``o`` or ``wo``.
         inner: t by feed-forward layer.
         certain: no input can leave the range; False where that would have cost too much precision.
     """
 
+    wide_stream: bool = False
     branches: Mapping[str, float] = field(default_factory=dict)
     inner: Mapping[str, float] = field(default_factory=dict)
     certain: bool = True
 
     def architecture(self, arch: Architecture) -> Architecture:
         """The architecture whose graphs compute with folded weights."""
-        return replace(arch, branch_factors=dict(self.branches))
+        return replace(arch, wide_stream=self.wide_stream, branch_factors=dict(self.branches))
 
     def factor(self, key: str) -> float:
         """What the tensor of a state-dict key is multiplied by."""
@@ -92,7 +94,15 @@ def fold(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Fo
         certain &= holds
         if factor < 1.0:
             branches[module] = factor
-    return Folding(branches, inner, certain)
+    room = LIMIT if seen is None else LIMIT / HEADROOM
+    return Folding(bool(branches) or _largest_sum(weights, bounds) > room, branches, inner, certain)
+
+
+def _largest_sum(weights: Weights, bounds: Ranges) -> float:
+    """What no value of a residual stream exceeds: the embedding and all that one stack's layers add."""
+    embedding = float(weights[EMBEDDING].detach().float().abs().max())
+    stacks = {name.partition(".")[0] for name in bounds.branches}
+    return embedding + max(sum(v for name, v in bounds.branches.items() if name.startswith(s)) for s in stacks)
 
 
 def bound(arch: Architecture, weights: Weights) -> Ranges:

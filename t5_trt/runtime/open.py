@@ -153,7 +153,11 @@ def choose_folding(
             ", ".join(f"{factor:g}" for factor in sorted(set(factors.values()))) or "1"
             for factors in (folding.inner, folding.branches)
         )
-        logger.info("half precision: feed-forward layers are kept at %s of their value, results at %s", inner, branches)
+        stream = "float32" if folding.wide_stream else "half precision too"
+        logger.info(
+            "half precision: feed-forward layers are kept at %s of their value, what layers add to the stream at %s; streams "
+            "are %s", inner, branches, stream
+        )
     return folding
 
 

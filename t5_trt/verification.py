@@ -176,7 +176,9 @@ def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> 
     on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
     folding = getattr(model.session, "folding", None) or fold(arch, model.state_dict())
     seen = observe(reference, on_device)
-    found = [(f"{layer}.DenseReluDense.wo, input", value, folding.inner.get(layer)) for layer, value in seen.inner.items()]
+    found = [
+        (f"{layer}.DenseReluDense.wo, input", value, folding.inner.get(layer)) for layer, value in seen.inner.items()
+    ]
     found += [(f"{module}, output", value, folding.branches.get(module)) for module, value in seen.branches.items()]
     most = torch.finfo(torch.float16).max
     rows = [Activation(name, value, value * (factor or 1.0) / most) for name, value, factor in found]

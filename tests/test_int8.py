@@ -146,7 +146,12 @@ def test_digest_follows_the_weights() -> None:
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize(
-    "folding", [Folding(), Folding(True, {"decoder.block.0.layer.2.DenseReluDense.wo": 2**-5}, {"decoder.block.0.layer.2": 2**-3})], ids=["plain", "folded"]
+    "folding",
+    [
+        Folding(),
+        Folding(True, {"decoder.block.0.layer.2.DenseReluDense.wo": 2**-5}, {"decoder.block.0.layer.2": 2**-3}),
+    ],
+    ids=["plain", "folded"],
 )
 def test_weight_only_graphs(kind: str, folding: Folding, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs of GPU engines with 8-bit weights, computed by torch: activations stay in half precision."""

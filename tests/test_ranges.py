@@ -117,7 +117,9 @@ def test_bounds_hold(kind: str) -> None:
         ours = TRTT5ForConditionalGeneration.from_model(stock)
         bounds = bound(ours.architecture, ours.state_dict())
         seen = observe(stock, [batch(), batch(2, 30, seed=7)])
-        assert all(seen.branches[name] <= largest < 1e5 * seen.branches[name] for name, largest in bounds.branches.items())
+        assert all(
+            seen.branches[name] <= largest < 1e5 * seen.branches[name] for name, largest in bounds.branches.items()
+        )
         assert set(seen.branches) == set(bounds.branches)
         assert all(seen.inner[layer] <= largest for layer, largest in bounds.inner.items())
         scales = stock.config.feed_forward_proj != "gelu"
@@ -176,7 +178,9 @@ def test_observed_names() -> None:
     stock = make_stock("t5-v1.1")
     seen = observe(stock, random_batches(200), max_new_tokens=2)
     assert {"encoder.block.0.layer.0.SelfAttention.o", "decoder.block.1.layer.2.DenseReluDense.wo"} < set(seen.branches)
-    assert set(seen.inner) == {f"{stack}.block.{n}.layer.{k}" for stack, k in (("encoder", 1), ("decoder", 2)) for n in (0, 1)}
+    assert set(seen.inner) == {
+        f"{stack}.block.{n}.layer.{k}" for stack, k in (("encoder", 1), ("decoder", 2)) for n in (0, 1)
+    }
     assert min(*seen.branches.values(), *seen.inner.values()) > 0
     assert not any(module._forward_hooks for module in stock.modules())
 

@@ -36,7 +36,11 @@ def test_two_precisions_on_texts(tmp_path: Path) -> None:
     assert 1e-4 < found.relative_logit_error < 0.1 and 0 < found.kl_divergence < 0.1
     names = {row.name for row in found.activations}
     feed_forward = "decoder.block.1.layer.2.DenseReluDense.wo"
-    assert {f"{feed_forward}, input", f"{feed_forward}, output", "encoder.block.0.layer.0.SelfAttention.o, output"} < names
+    assert {
+        f"{feed_forward}, input",
+        f"{feed_forward}, output",
+        "encoder.block.0.layer.0.SelfAttention.o, output",
+    } < names
     shares = [row.half_share for row in found.activations]
     assert shares == sorted(shares, reverse=True) and 0 < shares[0] < 0.1
 

@@ -156,7 +156,10 @@ def choose_folding(
         stream = "float32" if folding.wide_stream else "half precision too"
         logger.info(
             "half precision: feed-forward layers are kept at %s of their value, what layers add to the stream at %s; streams "
-            "are %s", inner, branches, stream
+            "are %s",
+            inner,
+            branches,
+            stream,
         )
     return folding
 

@@ -91,7 +91,8 @@ def check_family(config: Any, *, encoder_only: bool = False) -> str:
             f"got a checkpoint of model type {model_type!r}{because}; t5_trt runs encoder-decoder models of the types "
             f"{works}. Use the Transformers class of that model instead."
         )
-    names = [str(name) for name in (getattr(config, "architectures", None) or [])]
+    listed = getattr(config, "architectures", None)
+    names = [str(name) for name in listed] if isinstance(listed, list | tuple) else []
     lacks_decoder = any(name.endswith("EncoderModel") for name in names) or not getattr(
         config, "is_encoder_decoder", True
     )

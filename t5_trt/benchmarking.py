@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM
 
+from t5_trt.checkpoint import load_tokenizer
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.environment import environment
 from t5_trt.errors import InputError
@@ -110,7 +111,7 @@ def load_contest(
         ours = TRTT5ForConditionalGeneration.from_pretrained(model, num_threads=threads, **options)
         name = Path(model).resolve().name if Path(model).is_dir() else model
         first = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32).eval() if stock else None
-    contest = Contest(name, ours, {}, {}, AutoTokenizer.from_pretrained(model) if texts else None)
+    contest = Contest(name, ours, {}, {}, load_tokenizer(model) if texts else None)
     if stock and ours.device.type == "cpu":
         contest.rivals["hf_eager_fp32"] = Contestant(first)
         contest.left_out = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
 
 from t5_trt.architecture import check_family
@@ -48,15 +48,35 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
         config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
     except T5TRTError:
         raise
-    except ValueError as error:  # a model_type that Transformers does not know, or damaged JSON
-        raise CheckpointError(f"the config of {name_or_path!r} cannot be used: {error}") from error
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"cannot load {name_or_path!r}: {error} Expected a folder written by save_pretrained() or the id of a model "
             "on the Hugging Face hub."
         ) from error
+    except (
+        Exception
+    ) as error:  # damaged JSON, an unknown model_type, values of other types than the config's class wants
+        raise CheckpointError(
+            f"the config of {name_or_path!r} cannot be used: {type(error).__name__}: {error} Repair config.json, or download or "
+            "save the checkpoint again."
+        ) from error
     check_family(config, encoder_only=encoder_only)
     return config
+
+
+def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
+    """The tokenizer of a hub id or folder.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
+    except Exception as error:  # of Transformers, tokenizers, sentencepiece and the hub
+        raise CheckpointError(
+            f"cannot load a tokenizer from {name_or_path!r}: {type(error).__name__}: {error} Expected the tokenizer's files beside "
+            "config.json, as save_pretrained() writes them."
+        ) from error
 
 
 def check_files(folder: Path) -> None:

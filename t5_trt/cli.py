@@ -126,12 +126,11 @@ def generate(
     batch_size: int = 8,
 ) -> None:
     """Print what a model generates, a line for each text."""
-    from transformers import AutoTokenizer
-
+    from t5_trt.checkpoint import load_tokenizer
     from t5_trt.modeling import TRTT5ForConditionalGeneration
 
     lines = texts or [line.rstrip("\n") for line in sys.stdin]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend=backend)
     for start in range(0, len(lines), batch_size):
         inputs = tokenizer(lines[start : start + batch_size], return_tensors="pt", padding=True).to(loaded.device)
@@ -284,9 +283,9 @@ def _batches(model: str, texts: Path | None, size: int, vocabulary: int) -> list
     import torch
 
     if texts is not None:
-        from transformers import AutoTokenizer
+        from t5_trt.checkpoint import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
         lines = texts.read_text(encoding="utf-8").splitlines()
         chunks = (lines[start : start + size] for start in range(0, len(lines), size))
         return [dict(tokenizer(chunk, return_tensors="pt", padding=True)) for chunk in chunks]

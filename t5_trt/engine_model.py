@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from t5_trt.architecture import Architecture, check_family, read_architecture
 from t5_trt.calibration import observe, random_batches, text_batches
-from t5_trt.checkpoint import HUB_ARGUMENTS, correct_vocabulary, load_checked, load_config, share_weights
+from t5_trt.checkpoint import (
+    HUB_ARGUMENTS,
+    correct_vocabulary,
+    load_checked,
+    load_config,
+    load_tokenizer,
+    share_weights,
+)
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
@@ -169,7 +176,7 @@ class EngineModel(EngineForward, PreTrainedModel):
         model._runtime_config, model._placement_ = runtime, placement
         model._build_config = build or BuildConfig()
         if calibration is not None:
-            model._calibration = list(text_batches(AutoTokenizer.from_pretrained(name, **where), calibration))
+            model._calibration = list(text_batches(load_tokenizer(name, **where), calibration))
         if dtype not in (None, "auto"):
             model._wish_dtype(dtype)
         return cast("Self", model)

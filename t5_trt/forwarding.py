@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from t5_trt.errors import InputError, StrictModeError
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
-from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids
+from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids, check_wide_mask
 from t5_trt.runtime.buffers import CrossStates
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class EngineForward:
             wanted, attention_mask, decoder_attention_mask, decoder_inputs_embeds, inputs_embeds
         )
         if reason:
+            input_ids, decoder_input_ids = self._checked_for_reference(input_ids, decoder_input_ids, attention_mask)
             stock = past_key_values.stock() if isinstance(past_key_values, EngineCache) else past_key_values
             return self._use_reference(reason)(
                 input_ids=input_ids,
@@ -232,6 +233,15 @@ class EngineForward:
         if torch.is_grad_enabled() and (self.training or getattr(inputs_embeds, "requires_grad", False)):
             return "gradients"
         return None
+
+    def _checked_for_reference(self, input_ids: Any, decoder_input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+        """Token ids for the stock model, int64, after the checks that the engines' inputs get."""
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() > 2:
+            check_wide_mask("attention_mask", attention_mask, input_ids)
+        size = self.architecture.vocab_size
+        given = (("input_ids", input_ids), ("decoder_input_ids", decoder_input_ids))
+        source, target = (None if ids is None else check_token_ids(name, ids, size, self.device) for name, ids in given)
+        return source, target
 
     def _use_reference(self, reason: str) -> PreTrainedModel:
         if self.runtime_config.strict:

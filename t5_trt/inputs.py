@@ -82,6 +82,24 @@ def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.devic
     return (mask.to(device) != 0).long()
 
 
+def check_wide_mask(name: str, mask: torch.Tensor, ids: Any) -> None:
+    """Refuse a mask of more than two axes that is no 4-D mask over the tokens of `ids` (where they are given).
+
+    Raises:
+        InputError: naming both shapes.
+    """
+    sizes = tuple(ids.shape) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+    fits = mask.dim() == 4 and mask.numel() > 0
+    if fits and sizes is not None:
+        fits = mask.shape[0] in (1, sizes[0]) and mask.shape[2] in (1, sizes[1]) and mask.shape[3] == sizes[1]
+    if not fits:
+        expected = "[batch, tokens]" if sizes is None else f"[{sizes[0]}, {sizes[1]}]"
+        raise InputError(
+            f"{name} got shape {tuple(mask.shape)}; expected {expected}, one value per token, 0 for padding; or four axes, batch, "
+            "heads, queries and tokens, for the stock model."
+        )
+
+
 def check_length(name: str, tokens: int, limit: int | None) -> None:
     """Refuse more tokens than the configured limit.
 

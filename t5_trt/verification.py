@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from t5_trt.calibration import Batch, observe, text_batches
+from t5_trt.checkpoint import load_tokenizer
 from t5_trt.engine.profiles import SMALLEST, bucket
 from t5_trt.errors import BackendError
 from t5_trt.graph.ranges import fold
@@ -156,7 +156,7 @@ def _as_batches(model: Any, texts: list[Any], tokenizer: Any, size: int) -> list
     if texts and isinstance(texts[0], Mapping):
         return [dict(batch) for batch in texts]
     if tokenizer is None and texts:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        tokenizer = load_tokenizer(model.name_or_path)
     return list(text_batches(tokenizer, texts, size))
 
 

@@ -6,6 +6,7 @@ recorded as one CUDA graph where there is a GPU), a choice says what its report 
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
@@ -63,7 +64,7 @@ class DecodeLoop(ABC):
         self._check_length = check_length
         self._given = request.prompt.shape[1]
         self._steps = max(request.limit - self._given, 1)
-        self.capacity = bucket_length(max(request.limit, request.config.max_length or 0, self._given + 1))
+        self.capacity = bucket_length(max(request.limit, math.ceil(request.config.max_length or 0), self._given + 1))
         scores: list[torch.Tensor] | None = [] if request.wants_scores else None
         logits: list[torch.Tensor] | None = [] if request.wants_logits else None
         self.apart = None if request.recordable else Apart(request.custom_criteria, scores, logits)

@@ -100,10 +100,8 @@ def _as_is(processor: Any, vocab_size: int, capacity: int, device: torch.device)
 
 
 def _marked(ids: Any, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Bool [V], true at the ids."""
-    mask = torch.zeros(vocab_size, dtype=torch.bool)
-    mask[torch.as_tensor(ids).cpu().flatten().long()] = True
-    return mask.to(device)
+    """Bool [V], true at the ids; those beyond the vocabulary mark nothing, as in the stock processors."""
+    return torch.isin(torch.arange(vocab_size), torch.as_tensor(ids).cpu().flatten().long()).to(device)
 
 
 def _min_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
@@ -182,7 +180,7 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
     for ids, bias in processor.sequence_bias.items():
         if len(ids) == 1:
             single[ids[0]] = bias
-        elif len(ids) - 1 <= capacity:
+        elif ids and len(ids) - 1 <= capacity:  # an empty sequence says nothing
             groups.setdefault(len(ids) - 1, []).append((ids, bias))
     single = single.to(device)
     longer = [

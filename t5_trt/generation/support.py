@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Request:
     def limit(self) -> int | None:
         """Tokens at which every row is over."""
         limits = [c.max_length for c in self.criteria if type(c) is stopping_criteria.MaxLengthCriteria]
-        return min(limits, default=None)
+        return None if not limits else math.ceil(min(limits))  # Transformers takes fractions
 
     @property
     def deadline(self) -> float | None:

@@ -53,9 +53,7 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
             f"cannot load {name_or_path!r}: {error} Expected a folder written by save_pretrained() or the id of a model "
             "on the Hugging Face hub."
         ) from error
-    except (
-        Exception
-    ) as error:  # damaged JSON, an unknown model_type, values of other types than the config's class wants
+    except Exception as error:  # damaged JSON, an unknown model_type, values of types that the class refuses
         raise CheckpointError(
             f"the config of {name_or_path!r} cannot be used: {type(error).__name__}: {error} Repair config.json, or download or "
             "save the checkpoint again."

@@ -177,11 +177,11 @@ def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> 
     folding = getattr(model.session, "folding", None) or fold(arch, model.state_dict())
     seen = observe(reference, on_device)
     found = [
-        (f"{layer}.DenseReluDense.wo, input", value, folding.inner.get(layer)) for layer, value in seen.inner.items()
+        (f"{layer}.DenseReluDense.wo, input", most, folding.inner.get(layer, 1.0)) for layer, most in seen.inner.items()
     ]
-    found += [(f"{module}, output", value, folding.branches.get(module)) for module, value in seen.branches.items()]
-    most = torch.finfo(torch.float16).max
-    rows = [Activation(name, value, value * (factor or 1.0) / most) for name, value, factor in found]
+    found += [(f"{name}, output", most, folding.branches.get(name, 1.0)) for name, most in seen.branches.items()]
+    limit = torch.finfo(torch.float16).max
+    rows = [Activation(name, most, most * factor / limit) for name, most, factor in found]
     return tuple(sorted(rows, key=lambda row: -row.half_share))
 
 

@@ -1,7 +1,8 @@
 """Records of equal text on a GPU with TensorRT: the shipped model on real words, and checkpoints that overflow float16.
 
-Stage ``shipped`` runs sentences in several batch sizes against Hugging Face in float32; ``overflow`` runs models that give NaN
-or wrong logits in Hugging Face's float16. Every stage appends to the same JSON file.
+Stage ``shipped`` runs sentences in several batch sizes against Hugging Face in float32 (``shipped-build`` only builds its
+engines); ``overflow`` runs models of two layers that give NaN or wrong logits in Hugging Face's float16, and ``overflow-stream``
+and ``overflow-inner`` such models of T5-base shapes. Every stage appends to the same JSON file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,8 @@ from tests.tiny_models import FACTORS, batch, make_stock, swollen
 SENTENCES = {"fp32": 500, "fp16": 1000}
 
 
-def stage_shipped(store: Path, precision: str) -> list[dict[str, Any]]:
-    """Sentences through the shipped model in several batch sizes, greedy and with 4 beams."""
+def stage_shipped(store: Path, precision: str, build: bool = False) -> list[dict[str, Any]]:
+    """Sentences through the shipped model in several batch sizes, greedy and with 4 beams; or only what needs engines."""
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     from t5_trt import TRTT5ForConditionalGeneration
@@ -54,9 +57,11 @@ def stage_shipped(store: Path, precision: str) -> list[dict[str, Any]]:
 
     records = []
     for beams in (1, 4):
-        expected, stock_ms = run(stock, 50, beams)
+        expected, stock_ms = run(stock, 50, beams, [] if build else sentences)
         for size in (1, 7, 16):
             run(ours, size, beams, sentences[:64])  # builds what is missing
+            if build:
+                continue
             got, ours_ms = run(ours, size, beams)
             for source, left, right in zip(sentences, got, expected, strict=True):
                 if left != right:
@@ -88,19 +93,22 @@ SEEDS = {
 }
 
 
-def overflowing() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (a stock model that overflows float16, a request for it)."""
+def small_overflowing() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name -> (a stock model of two layers that overflows float16, a request for it)."""
     small = {**batch(), "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
-    models: dict[str, tuple[Any, dict[str, Any]]] = {
+    return {
         f"{kind}, 2 layers, feed-forward times {FACTORS[index]}": (
             swollen(make_stock(kind, seed=seed), *FACTORS[index]),
             small,
         )
         for (kind, index), seed in SEEDS.items()
     }
-    models[f"{BASE}, stream times 4096"] = (larger(random_t5("t5-base"), stream=4096.0), request(1))
-    models[f"{BASE}, inside of feed-forward times 32768"] = (larger(random_t5("t5-base"), inner=32768.0), request(1))
-    return models
+
+
+def base_overflowing(**factors: float) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name -> (a stock model of T5-base shapes, `larger` by these factors, a request for it)."""
+    words = ", ".join(f"{name} times {factor:g}" for name, factor in factors.items())
+    return {f"{BASE}, {words}": (larger(random_t5("t5-base"), **factors), request(1))}
 
 
 def larger(stock: Any, stream: float = 1.0, inner: float = 1.0) -> Any:
@@ -119,39 +127,43 @@ def larger(stock: Any, stream: float = 1.0, inner: float = 1.0) -> Any:
     return stock
 
 
-def stage_overflow(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_overflow(
+    store: Path, precision: str, models: Callable[[], dict[str, tuple[Any, dict[str, Any]]]] = small_overflowing
+) -> list[dict[str, Any]]:
     """Greedy tokens and logits of models that overflow, against Hugging Face in float32; and what its float16 gives."""
     torch.backends.cuda.matmul.allow_tf32 = False
     records = []
-    for name, (stock, arguments) in overflowing().items():
+    for name, (stock, arguments) in models().items():
         ours, stock = our_model(store, precision, copy.deepcopy(stock)), stock.cuda()
         arguments = {key: value.cuda() if hasattr(value, "cuda") else value for key, value in arguments.items()}
+        arguments |= {"output_logits": True, "return_dict_in_generate": True}
         inputs = {key: arguments[key] for key in ("input_ids", "attention_mask")}
         expected, got = stock.generate(**arguments), ours.generate(**arguments)
+        path, equal = str(ours.last_generation_path), bool(torch.equal(got.sequences, expected.sequences))
+        wanted, logits = (torch.stack(each.logits, 1) for each in (expected, got))  # [B, T, V]
         with torch.no_grad():
-            wanted = stock(**inputs, decoder_input_ids=expected[:, :-1]).logits
-            half = copy.deepcopy(stock).half()(**inputs, decoder_input_ids=expected[:, :-1]).logits.float()
-        logits = ours(**inputs, decoder_input_ids=expected[:, :-1]).logits
+            half = copy.deepcopy(stock).half()(**inputs, decoder_input_ids=expected.sequences[:, :-1]).logits.float()
         best = wanted.topk(2).values
         records.append(
             {
                 "model": name,
                 "precision": precision,
-                "batch": len(expected),
+                "batch": len(wanted),
                 "source_tokens": inputs["input_ids"].shape[1],
-                "new_tokens": expected.shape[1] - 1,
+                "new_tokens": wanted.shape[1],
                 "num_beams": 1,
-                "tokens_equal": bool(torch.equal(got, expected)),
-                "distinct_tokens": int(expected.unique().numel()),
+                "tokens_equal": equal,
+                "distinct_tokens": int(expected.sequences.unique().numel()),
                 "finite": bool(logits.isfinite().all()),
-                "relative_logit_error": round(float((logits - wanted).norm() / wanted.norm()), 5),
+                "relative_logit_error": round(float((logits - wanted).norm() / wanted.norm()), 5) if equal else None,
                 "least_margin": round(float((best[..., 0] - best[..., 1]).min() / wanted.std()), 4),
                 "hf_fp16_finite_share": round(float(half.isfinite().float().mean()), 4),
                 "hf_fp16_relative_logit_error": _error(half, wanted),
+                "loop": path,
                 **gpu_environment(),
             }
         )
-        print({key: records[-1][key] for key in list(records[-1])[:13]}, flush=True)
+        print({key: records[-1][key] for key in list(records[-1])[:14]}, flush=True)
     return records
 
 
@@ -160,7 +172,13 @@ def _error(got: torch.Tensor, wanted: torch.Tensor) -> float | None:
     return round(error, 4) if error < 1e9 else None
 
 
-STAGES = {"shipped": stage_shipped, "overflow": stage_overflow}
+STAGES = {
+    "shipped": stage_shipped,
+    "shipped-build": partial(stage_shipped, build=True),
+    "overflow": stage_overflow,
+    "overflow-stream": partial(stage_overflow, models=partial(base_overflowing, stream=4096.0)),
+    "overflow-inner": partial(stage_overflow, models=partial(base_overflowing, inner=32768.0)),
+}
 
 if __name__ == "__main__":
     main(__doc__, STAGES, "fp16")

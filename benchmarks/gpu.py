@@ -6,10 +6,11 @@ Nothing here needs an engine, so that Hugging Face's class can be timed where th
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from t5_trt.random_models import random_source, random_t5
 
 SOURCE_TOKENS, NEW_TOKENS = 32, 99
 BASE = "t5-base shapes, random weights, seed 0"
-Stage = Callable[[Path, str], list[dict[str, Any]]]
+Records = Iterator[dict[str, Any]]
+Stage = Callable[[Path, str], Records]
 
 
 def request(rows: int = 1, new: int = NEW_TOKENS, **options: Any) -> dict[str, Any]:
@@ -102,15 +104,16 @@ def kernels(slot: Any, key: Any = None, most: int = 14) -> dict[str, Any]:
 
 
 def main(description: str | None, stages: dict[str, Stage], precision: str) -> None:
-    """Run one stage and append its records to a file."""
+    """Run one stage and append each record to a file as it comes: what a time limit cuts off keeps what was measured."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--precision", default=precision)
     parser.add_argument("--store", type=Path, default=Path("engines"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    records = stages[args.stage](args.store, args.precision)
-    if args.json and records:
-        from t5_trt.bench_records import append_records
+    for record in stages[args.stage](args.store, args.precision):
+        print(json.dumps(record), flush=True)
+        if args.json:
+            from t5_trt.bench_records import append_records
 
-        append_records(args.json, records)
+            append_records(args.json, [record])

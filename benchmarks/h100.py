@@ -7,7 +7,6 @@ others use it. Every stage appends to the same JSON file.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from benchmarks.gpu import (
     BASE,
     NEW_TOKENS,
     SOURCE_TOKENS,
+    Records,
     events_ms,
     gpu_environment,
     kernels,
@@ -36,15 +36,15 @@ from t5_trt.random_models import random_t5
 from tests.tiny_models import batch, make_stock
 
 
-def stage_build(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_build(store: Path, precision: str) -> Records:
     """Build T5-base's encoder and step side by side."""
     model, start = our_model(store, precision), time.perf_counter()
     model.generate(**request(new=2))
     print(f"{precision}: first call with builds {time.perf_counter() - start:.1f} s")
-    return []
+    return iter(())
 
 
-def stage_base(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_base(store: Path, precision: str) -> Records:
     """T5-base shapes, batch 1: load from the store, compare tokens, time everything."""
     stock = random_t5("t5-base")
     ours, start = our_model(store, precision, stock), time.perf_counter()
@@ -71,7 +71,7 @@ def stage_base(store: Path, precision: str) -> list[dict[str, Any]]:
     gc.collect()  # requests that are over give their slots back
     slot = next(slots[-1] for slots in ours.session._idle.values() if slots)
     ids, mask = request()["input_ids"], request()["attention_mask"]
-    record = {
+    yield {
         "model": BASE,
         "precision": precision,
         "batch": 1,
@@ -91,8 +91,6 @@ def stage_base(store: Path, precision: str) -> list[dict[str, Any]]:
         **kernels(slot),
         **gpu_environment(),
     }
-    print(json.dumps(record, indent=1))
-    return [record]
 
 
 #: two layers of published shapes (mT5-small: d_kv * num_heads is not d_model)
@@ -118,9 +116,8 @@ def family(kind: str) -> Any:
     return model
 
 
-def stage_families(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_families(store: Path, precision: str) -> Records:
     """Two-layer models of every kind: 40 greedy tokens of batches with padding, against the stock class."""
-    records = []
     for kind, sizes in FAMILIES.items():
         ours = our_model(store, precision, family(kind))
         stock = family(kind).cuda()
@@ -128,21 +125,17 @@ def stage_families(store: Path, precision: str) -> list[dict[str, Any]]:
             inputs = {name: tensor.cuda() for name, tensor in batch(rows).items()}
             wanted = {**inputs, "max_new_tokens": 40, "min_new_tokens": 40}
             got, expected = ours.generate(**wanted), stock.generate(**wanted)
-            records.append(
-                {
-                    "model": f"{kind}, 2 layers, {sizes}, random weights",
-                    "precision": precision,
-                    "batch": rows,
-                    "source_tokens": 11,
-                    "new_tokens": 40,
-                    "num_beams": 1,
-                    "tokens_equal": bool(torch.equal(got, expected)),
-                    "distinct_tokens": int(expected.unique().numel()),
-                    **gpu_environment(),
-                }
-            )
-            print(kind, rows, records[-1]["tokens_equal"], records[-1]["distinct_tokens"], flush=True)
-    return records
+            yield {
+                "model": f"{kind}, 2 layers, {sizes}, random weights",
+                "precision": precision,
+                "batch": rows,
+                "source_tokens": 11,
+                "new_tokens": 40,
+                "num_beams": 1,
+                "tokens_equal": bool(torch.equal(got, expected)),
+                "distinct_tokens": int(expected.unique().numel()),
+                **gpu_environment(),
+            }
 
 
 STAGES = {"build": stage_build, "base": stage_base, "families": stage_families}

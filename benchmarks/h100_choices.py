@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,17 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.gpu import BASE, NEW_TOKENS, SOURCE_TOKENS, events_ms, gpu_environment, main, our_model, request
+from benchmarks.gpu import (
+    BASE,
+    NEW_TOKENS,
+    SOURCE_TOKENS,
+    Records,
+    events_ms,
+    gpu_environment,
+    main,
+    our_model,
+    request,
+)
 from t5_trt.environment import environment
 
 #: of CUDA's own device functions; the driver supplies it when the module is loaded
@@ -86,13 +95,13 @@ def sentence_graph(step: int, report: torch.Tensor, position: torch.Tensor, end:
     return checked(driver.cuGraphInstantiate(graph, 0))
 
 
-def stage_launch(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_launch(store: Path, precision: str) -> Records:
     """99 steps with their choice of tokens: launched one by one, and as one graph with a WHILE node."""
     from cuda.bindings import driver
 
     from t5_trt.runtime.trt_slot import run_step
 
-    ours, records = our_model(store, precision), []
+    ours = our_model(store, precision)
     for rows, beams in ((1, 1), (1, 4), (32, 1)):
         arguments = request(rows, num_beams=beams)
         ours.generate(**arguments)
@@ -135,26 +144,21 @@ def stage_launch(store: Path, precision: str) -> list[dict[str, Any]]:
             found |= {f"{name}_ms": round(total, 3), f"{name}_host_ms": round(host, 3)}
             tokens.append(choice.tokens.clone())
         slot.position_host = -1
-        records.append(
-            {
-                "model": BASE,
-                "precision": precision,
-                "batch": rows,
-                "num_beams": beams,
-                "new_tokens": NEW_TOKENS,
-                "compared": "launches of 99 steps with their choice of tokens",
-                **found,
-                "tokens_equal": bool(torch.equal(*tokens)),
-                **gpu_environment(),
-            }
-        )
-        print(json.dumps(records[-1]), flush=True)
-    return records
+        yield {
+            "model": BASE,
+            "precision": precision,
+            "batch": rows,
+            "num_beams": beams,
+            "new_tokens": NEW_TOKENS,
+            "compared": "launches of 99 steps with their choice of tokens",
+            **found,
+            "tokens_equal": bool(torch.equal(*tokens)),
+            **gpu_environment(),
+        }
 
 
-def stage_reorder(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_reorder(store: Path, precision: str) -> Records:
     """T5-base's K/V cache of one bucket: rows change places, several ways."""
-    records = []
     for entries, beams, tokens in ((1, 4, 128), (8, 4, 128), (32, 4, 128), (1, 4, 512)):
         rows = entries * beams
         kv = torch.randn((12, 2, rows, 12, tokens, 64), dtype=torch.float16, device="cuda")
@@ -172,20 +176,16 @@ def stage_reorder(store: Path, precision: str) -> list[dict[str, Any]]:
                 work()
             found[name] = round(events_ms(graph.replay, 50) * 1e3, 1)
             kv.copy_(kept)
-        records.append(
-            {
-                "compared": "rows of T5-base's float16 K/V cache change places, microseconds for a step",
-                "batch": entries,
-                "num_beams": beams,
-                "cache_tokens": tokens,
-                "cache_mb": round(kv.numel() * 2 / 1e6),
-                "us": found,
-                **environment(),
-            }
-        )
-        print(json.dumps(records[-1]), flush=True)
+        yield {
+            "compared": "rows of T5-base's float16 K/V cache change places, microseconds for a step",
+            "batch": entries,
+            "num_beams": beams,
+            "cache_tokens": tokens,
+            "cache_mb": round(kv.numel() * 2 / 1e6),
+            "us": found,
+            **environment(),
+        }
         del kv, spare, expected
-    return records
 
 
 def ways(kv: torch.Tensor, spare: torch.Tensor, parents: torch.Tensor) -> dict[str, Callable[[], Any]]:

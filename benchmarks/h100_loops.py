@@ -8,7 +8,6 @@ with a static cache and torch.compile, on whatever Python the machine has. Every
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from benchmarks.gpu import (
     BASE,
     NEW_TOKENS,
     SOURCE_TOKENS,
+    Records,
     events_ms,
     gpu_environment,
     kernels,
@@ -40,7 +40,7 @@ LONG_TOKENS = 512
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (16, 64, 128, 256)
 
 
-def stage_build(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_build(store: Path, precision: str) -> Records:
     """All engines of the other stages, side by side."""
     from t5_trt.signature import ENCODER, STEP
 
@@ -52,12 +52,12 @@ def stage_build(store: Path, precision: str) -> list[dict[str, Any]]:
     wanted = [(STEP, each) for each in shapes] + [(ENCODER, each) for each in shapes]
     engines.prefetch(list(dict.fromkeys((graph, each.for_graph(graph)) for graph, each in wanted)))
     print(f"engines: {len(engines._engines)} after {time.perf_counter() - start:.1f} s")
-    return []
+    return iter(())
 
 
-def stage_loops(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_loops(store: Path, precision: str) -> Records:
     """Every case, ours and eager Hugging Face, in one process."""
-    ours, records = our_model(store, precision), []
+    ours = our_model(store, precision)
     baselines = {"fp32": random_t5("t5-base").cuda(), "fp16": random_t5("t5-base").half().cuda()}
     torch.backends.cuda.matmul.allow_tf32 = False
     for (rows, beams), published in CASES.items():
@@ -73,33 +73,29 @@ def stage_loops(store: Path, precision: str) -> list[dict[str, Any]]:
         ids, mask = arguments["input_ids"], arguments["attention_mask"]
         encoder_ms = events_ms(lambda ids=ids, mask=mask: ours.session.encode(ids, None, mask))
         gpu_ms = NEW_TOKENS * step_us["with choice"] / 1e3 + encoder_ms
-        records.append(
-            {
-                "model": BASE,
-                "precision": precision,
-                "batch": rows,
-                "source_tokens": SOURCE_TOKENS,
-                "new_tokens": NEW_TOKENS,
-                "num_beams": beams,
-                "loop": loop,
-                "ours_ms": round(ours_ms, 2),
-                "ours_p90_ms": round(ours_p90_ms, 2),
-                "hf_eager_fp32_ms": round(eager["fp32"], 1),
-                "hf_eager_fp16_ms": round(eager["fp16"], 1),
-                "speedup_over_fp32": round(eager["fp32"] / ours_ms, 2),
-                "tokens_per_s": round(rows * NEW_TOKENS / ours_ms * 1e3),
-                "published_tokens_per_s": published,
-                "step_us": {name: round(value, 1) for name, value in step_us.items()},
-                "encoder_ms": round(encoder_ms, 3),
-                "host_share": round(1 - gpu_ms / ours_ms, 3),
-                "rows_equal": _rows_equal(got, expected),
-                "hf_fp16_rows_equal": _rows_equal(baselines["fp16"].generate(**arguments), expected),
-                "tokens_equal": got.shape == expected.shape and bool(torch.equal(got, expected)),
-                **gpu_environment(),
-            }
-        )
-        print(json.dumps(records[-1]), flush=True)
-    return records
+        yield {
+            "model": BASE,
+            "precision": precision,
+            "batch": rows,
+            "source_tokens": SOURCE_TOKENS,
+            "new_tokens": NEW_TOKENS,
+            "num_beams": beams,
+            "loop": loop,
+            "ours_ms": round(ours_ms, 2),
+            "ours_p90_ms": round(ours_p90_ms, 2),
+            "hf_eager_fp32_ms": round(eager["fp32"], 1),
+            "hf_eager_fp16_ms": round(eager["fp16"], 1),
+            "speedup_over_fp32": round(eager["fp32"] / ours_ms, 2),
+            "tokens_per_s": round(rows * NEW_TOKENS / ours_ms * 1e3),
+            "published_tokens_per_s": published,
+            "step_us": {name: round(value, 1) for name, value in step_us.items()},
+            "encoder_ms": round(encoder_ms, 3),
+            "host_share": round(1 - gpu_ms / ours_ms, 3),
+            "rows_equal": _rows_equal(got, expected),
+            "hf_fp16_rows_equal": _rows_equal(baselines["fp16"].generate(**arguments), expected),
+            "tokens_equal": got.shape == expected.shape and bool(torch.equal(got, expected)),
+            **gpu_environment(),
+        }
 
 
 def _rows_equal(got: torch.Tensor, expected: torch.Tensor) -> int:
@@ -127,7 +123,7 @@ def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tup
     return slot, chosen
 
 
-def stage_kernels(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_kernels(store: Path, precision: str) -> Records:
     """The kernels of a step of every case, the choice of tokens included; for reading, not for the records."""
     ours = our_model(store, precision)
     for rows, beams in CASES:
@@ -142,10 +138,10 @@ def stage_kernels(store: Path, precision: str) -> list[dict[str, Any]]:
             print(f"batch {rows}, {beams} beams, {name}: {times}")
             for kernel, count, us in found["top_kernels"]:
                 print(f"  {us:8.1f} us {count:5.1f} x {kernel}", flush=True)
-    return []
+    return iter(())
 
 
-def stage_long(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_long(store: Path, precision: str) -> Records:
     """512 new tokens at batch 1: the step in every cache bucket that the request went through."""
     ours, arguments = our_model(store, precision), request(1, LONG_TOKENS)
     ours_ms, ours_p90_ms = timed_ms(lambda: ours.generate(**arguments))
@@ -155,7 +151,7 @@ def stage_long(store: Path, precision: str) -> list[dict[str, Any]]:
         gc.collect()
         slot = next(slots[-1] for shapes, slots in ours.session._idle.items() if tokens == shapes.T and slots)
         step_us[tokens] = round(replay_us(slot, next(key for key in reversed(slot.steps) if key), 64), 1)
-    record = {
+    yield {
         "model": BASE,
         "precision": precision,
         "batch": 1,
@@ -168,27 +164,22 @@ def stage_long(store: Path, precision: str) -> list[dict[str, Any]]:
         "growth": round(max(step_us.values()) / step_us[128] - 1, 3),
         **gpu_environment(),
     }
-    print(json.dumps(record), flush=True)
-    return [record]
 
 
-def stage_curves(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_curves(store: Path, precision: str) -> Records:
     """Latency against batch and against new tokens, as ``t5-trt bench`` measures it."""
     from t5_trt.benchmarking import Case, load_contest, measure
 
     contest = load_contest(RANDOM + "t5-base", backend="tensorrt", precision=precision, engine_cache_dir=store)
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = dict.fromkeys([(rows, 64) for rows in BATCHES] + [(1, tokens) for tokens in LENGTHS])
-    records = []
     for rows, tokens in cases:
-        records.append(measure(contest, Case(batch=rows, source_tokens=SOURCE_TOKENS, new_tokens=tokens), runs=3))
-        print(json.dumps(records[-1]), flush=True)
-    return records
+        yield measure(contest, Case(batch=rows, source_tokens=SOURCE_TOKENS, new_tokens=tokens), runs=3)
 
 
-def stage_compiled(store: Path, precision: str) -> list[dict[str, Any]]:
+def stage_compiled(store: Path, precision: str) -> Records:
     """Hugging Face with a static cache and torch.compile, half precision."""
-    model, records = random_t5("t5-base").half().cuda(), []
+    model = random_t5("t5-base").half().cuda()
     for rows, beams in CASES:
         arguments = request(rows, num_beams=beams, cache_implementation="static")
         start = time.perf_counter()
@@ -199,22 +190,18 @@ def stage_compiled(store: Path, precision: str) -> list[dict[str, Any]]:
         except Exception as error:  # it is their path that failed: that is the result
             print(f"batch {rows}, {beams} beams: {type(error).__name__}: {error}"[:300], flush=True)
             continue
-        records.append(
-            {
-                "model": BASE,
-                "precision": "fp16",
-                "batch": rows,
-                "source_tokens": SOURCE_TOKENS,
-                "new_tokens": NEW_TOKENS,
-                "num_beams": beams,
-                "hf_compiled_fp16_ms": round(compiled_ms, 2),
-                "first_call_s": round(first_s, 1),
-                "compiled": "_compiled_call" in vars(model),
-                **environment(),
-            }
-        )
-        print(json.dumps(records[-1]), flush=True)
-    return records
+        yield {
+            "model": BASE,
+            "precision": "fp16",
+            "batch": rows,
+            "source_tokens": SOURCE_TOKENS,
+            "new_tokens": NEW_TOKENS,
+            "num_beams": beams,
+            "hf_compiled_fp16_ms": round(compiled_ms, 2),
+            "first_call_s": round(first_s, 1),
+            "compiled": "_compiled_call" in vars(model),
+            **environment(),
+        }
 
 
 STAGES = {

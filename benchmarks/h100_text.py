@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.gpu import BASE, ROOT, gpu_environment, main, our_model, request
+from benchmarks.gpu import BASE, ROOT, Records, gpu_environment, main, our_model, request
 from t5_trt.random_models import random_t5
 from tests.tiny_models import FACTORS, batch, make_stock, swollen
 
@@ -28,7 +28,7 @@ from tests.tiny_models import FACTORS, batch, make_stock, swollen
 SENTENCES = {"fp32": 500, "fp16": 1000}
 
 
-def stage_shipped(store: Path, precision: str, build: bool = False) -> list[dict[str, Any]]:
+def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
     """Sentences through the shipped model in several batch sizes, greedy and with 4 beams; or only what needs engines."""
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
@@ -55,7 +55,6 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> list[dict
         torch.cuda.synchronize()
         return results, (time.perf_counter() - start) * 1e3
 
-    records = []
     for beams in (1, 4):
         expected, stock_ms = run(stock, 50, beams, [] if build else sentences)
         for size in (1, 7, 16):
@@ -67,21 +66,17 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> list[dict
                 if left != right:
                     print(f"differs at batch {size}, {beams} beams: {source}: {left} against {right}", flush=True)
             equal = sum(a == b for a, b in zip(got, expected, strict=True))
-            records.append(
-                {
-                    "model": f"kana_romaji, {count} sentences",
-                    "precision": precision,
-                    "batch": size,
-                    "num_beams": beams,
-                    "sentences_equal": equal,
-                    "tokens_equal": equal == count,
-                    "ours_ms": round(ours_ms, 1),
-                    "hf_eager_fp32_ms_batch_50": round(stock_ms, 1),
-                    **gpu_environment(),
-                }
-            )
-            print(beams, size, equal, ours_ms, stock_ms, flush=True)
-    return records
+            yield {
+                "model": f"kana_romaji, {count} sentences",
+                "precision": precision,
+                "batch": size,
+                "num_beams": beams,
+                "sentences_equal": equal,
+                "tokens_equal": equal == count,
+                "ours_ms": round(ours_ms, 1),
+                "hf_eager_fp32_ms_batch_50": round(stock_ms, 1),
+                **gpu_environment(),
+            }
 
 
 #: (kind, index into FACTORS) -> seed for which the two best logits of every step stay apart, found on the CPU: closer ones may
@@ -129,10 +124,9 @@ def larger(stock: Any, stream: float = 1.0, inner: float = 1.0) -> Any:
 
 def stage_overflow(
     store: Path, precision: str, models: Callable[[], dict[str, tuple[Any, dict[str, Any]]]] = small_overflowing
-) -> list[dict[str, Any]]:
+) -> Records:
     """Greedy tokens and logits of models that overflow, against Hugging Face in float32; and what its float16 gives."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    records = []
     for name, (stock, arguments) in models().items():
         ours, stock = our_model(store, precision, copy.deepcopy(stock)), stock.cuda()
         arguments = {key: value.cuda() if hasattr(value, "cuda") else value for key, value in arguments.items()}
@@ -144,27 +138,23 @@ def stage_overflow(
         with torch.no_grad():
             half = copy.deepcopy(stock).half()(**inputs, decoder_input_ids=expected.sequences[:, :-1]).logits.float()
         best = wanted.topk(2).values
-        records.append(
-            {
-                "model": name,
-                "precision": precision,
-                "batch": len(wanted),
-                "source_tokens": inputs["input_ids"].shape[1],
-                "new_tokens": wanted.shape[1],
-                "num_beams": 1,
-                "tokens_equal": equal,
-                "distinct_tokens": int(expected.sequences.unique().numel()),
-                "finite": bool(logits.isfinite().all()),
-                "relative_logit_error": round(float((logits - wanted).norm() / wanted.norm()), 5) if equal else None,
-                "least_margin": round(float((best[..., 0] - best[..., 1]).min() / wanted.std()), 4),
-                "hf_fp16_finite_share": round(float(half.isfinite().float().mean()), 4),
-                "hf_fp16_relative_logit_error": _error(half, wanted),
-                "loop": path,
-                **gpu_environment(),
-            }
-        )
-        print({key: records[-1][key] for key in list(records[-1])[:14]}, flush=True)
-    return records
+        yield {
+            "model": name,
+            "precision": precision,
+            "batch": len(wanted),
+            "source_tokens": inputs["input_ids"].shape[1],
+            "new_tokens": wanted.shape[1],
+            "num_beams": 1,
+            "tokens_equal": equal,
+            "distinct_tokens": int(expected.sequences.unique().numel()),
+            "finite": bool(logits.isfinite().all()),
+            "relative_logit_error": round(float((logits - wanted).norm() / wanted.norm()), 5) if equal else None,
+            "least_margin": round(float((best[..., 0] - best[..., 1]).min() / wanted.std()), 4),
+            "hf_fp16_finite_share": round(float(half.isfinite().float().mean()), 4),
+            "hf_fp16_relative_logit_error": _error(half, wanted),
+            "loop": path,
+            **gpu_environment(),
+        }
 
 
 def _error(got: torch.Tensor, wanted: torch.Tensor) -> float | None:

@@ -11,6 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
 from t5_trt.errors import InputError
+from t5_trt.runtime.exits import at_work
 
 
 class EngineEncoder:
@@ -18,6 +19,7 @@ class EngineEncoder:
 
     _owner: Any  # a weak reference to the model; Transformers evaluates this annotation, so it names no class of ours
 
+    @at_work()
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -35,6 +35,7 @@ from t5_trt.forwarding import EngineForward
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
 from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
+from t5_trt.runtime.forks import abandon, watch_forks
 from t5_trt.runtime.open import Placement, best_precision, choose_folding, open_session, resolve
 from t5_trt.runtime.session import Session
 
@@ -67,10 +68,9 @@ class EngineModel(EngineForward, PreTrainedModel):
         self._session: Session | None = None
         self._reference: PreTrainedModel | None = None
         self._architecture: Architecture | None = None
-        self._generation_lock = threading.RLock()
         self._last_path: GenerationPath | None = None
         self._calibration: list[Any] | None = None
-        attach_encoder(self)
+        self._attach()
 
     @classmethod
     def _class_for(cls: type[Self], config: Any) -> type[Self]:
@@ -214,7 +214,7 @@ class EngineModel(EngineForward, PreTrainedModel):
     @property
     def session(self) -> Session:
         """The opened engines; opening happens at the first use."""
-        if self._session is None:
+        if self._session is None or not self._session.weights_in_place():
             weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
             settings = (self._runtime_config, self._placement, self._build_config)
             calibrated = self._calibration is not None
@@ -372,8 +372,17 @@ class EngineModel(EngineForward, PreTrainedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._attach()
+
+    def _attach(self) -> None:
         self._generation_lock = threading.RLock()
         attach_encoder(self)
+        watch_forks(self)
+
+    def after_fork(self) -> None:
+        """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
+        abandon(self._session)
+        self._session, self._generation_lock = None, threading.RLock()
 
     def _wish_dtype(self, dtype: Any) -> None:
         dtype = as_dtype(dtype)

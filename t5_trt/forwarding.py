@@ -22,6 +22,7 @@ from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
 from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids, check_wide_mask
 from t5_trt.runtime.buffers import CrossStates
+from t5_trt.runtime.exits import at_work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +69,7 @@ class EngineForward:
         @property
         def reference(self) -> PreTrainedModel: ...  # noqa: D102
 
+    @at_work()
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -20,6 +20,7 @@ from t5_trt.generation.engine_cache import EngineCache
 from t5_trt.generation.loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.support import GenerationPath, Request, refusal
 from t5_trt.inputs import check_length, check_token_ids
+from t5_trt.runtime.exits import at_work
 
 logger = logging.getLogger("t5_trt")
 _said: set[str] = set()  # reasons that were logged
@@ -53,7 +54,7 @@ class EngineGeneration(EngineForward):
             name: getattr(chosen, name, None) if kwargs.get(name) is None else kwargs[name]
             for name in ("output_attentions", "output_hidden_states", "num_beams", "num_return_sequences")
         }
-        with self._generation_lock:
+        with self._generation_lock, at_work():
             self._beams_ahead = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
             try:
                 for name in ("output_attentions", "output_hidden_states"):

@@ -22,6 +22,7 @@ from t5_trt.generation.sampling import Apart, Ending, GpuDraws, TokenChoice
 from t5_trt.generation.support import Request
 from t5_trt.generation.watch import STEPS_AHEAD, Watcher
 from t5_trt.runtime.buffers import DecoderState, bucket_length
+from t5_trt.runtime.exits import pause_at_exit
 from t5_trt.runtime.session import Program, Session
 
 
@@ -129,6 +130,7 @@ class DecodeLoop(ABC):
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
         watcher, made, deadline = Watcher(program.choice.report, ahead), 0, request.deadline
         for step in range(1, self._steps + 1):
+            pause_at_exit()
             self._check_length(self.state.length + 1)
             if self.state.length == self.state.capacity:
                 self.state.reserve(1)

@@ -19,6 +19,7 @@ from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.graph.ranges import Folding, Ranges, fold
+from t5_trt.runtime.forks import check_cuda_after_fork
 from t5_trt.runtime.int8_weights import load_int8_weights, weights_digest
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
 from t5_trt.runtime.session import Session
@@ -192,6 +193,9 @@ def open_session(
         build: settings of the engine builder.
         seen: measures the largest activations, where half precision needs them.
         calibrated: `seen` measures texts of the user's, which go before bounds from the weights.
+
+    Raises:
+        BackendError: this process was forked from one that had used the GPU.
     """
     store = EngineStore(config.cache_dir, config.engine_cache_bytes)
     if placement.backend == "onnxruntime":
@@ -199,6 +203,7 @@ def open_session(
         threads, prepack = config.num_threads, config.prepack_weights
         return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
     assert placement.flavor is not None
+    check_cuda_after_fork()
     folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
     provider = EngineProvider(
         folding.architecture(arch),

@@ -68,6 +68,7 @@ class OrtSession:
         self._ort = import_onnxruntime()
         self._sessions: dict[tuple[str, bool], Any] = {}  # by graph, and whether its matrices are packed
         self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
+        self._addresses: dict[str, int] = {}  # where the graphs read the parameters
         self._loading = threading.Lock()
 
     def encode(
@@ -146,20 +147,24 @@ class OrtSession:
         found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
 
+    def weights_in_place(self) -> bool:
+        """See `t5_trt.runtime.session.Session.weights_in_place`."""
+        return all(self._weights[name].data_ptr() == address for name, address in self._addresses.items())
+
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that are loaded."""
         return tuple(dict.fromkeys(graph for graph, _ in self._sessions))
 
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
-        if STEP not in state.bindings:
+        if STEP not in state.bindings or state.bindings[STEP][0] is not self:  # a cache may outlive its engines
             session = self._session(STEP, several_rows=state.rows > 1)
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             binding = session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
             _bind(binding.bind_input, inputs)
             _bind(binding.bind_output, layer_views("new", state.new))
-            state.bindings[STEP] = (session, binding, tokens, position, inputs)
-        session, binding, tokens, position, _ = state.bindings[STEP]
+            state.bindings[STEP] = (self, session, binding, tokens, position, inputs)
+        _, session, binding, tokens, position, _ = state.bindings[STEP]
         tokens.copy_(input_ids)
         position.fill_(state.length)
         _bind(binding.bind_output, {"logits": logits})
@@ -214,6 +219,8 @@ class OrtSession:
                 if value.name not in self._shared:
                     array = value.const_value.numpy()
                     self._shared[value.name] = self._ort.OrtValue.ortvalue_from_numpy(array)
+                    if value.name in self._weights and array.ctypes.data == self._weights[value.name].data_ptr():
+                        self._addresses[value.name] = array.ctypes.data
                 options.add_initializer(value.name, self._shared[value.name])
                 value.const_value = ir.ExternalTensor(
                     "weights",

@@ -157,6 +157,10 @@ class TrtSession:
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
         return found
 
+    def weights_in_place(self) -> bool:
+        """See `t5_trt.runtime.session.Session.weights_in_place`: the GPU has a copy."""
+        return True
+
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
         return self.engines.graphs()

@@ -111,7 +111,8 @@ def main(description: str | None, stages: dict[str, Stage], precision: str) -> N
     parser.add_argument("--store", type=Path, default=Path("engines"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    for record in stages[args.stage](args.store, args.precision):
+    for found in stages[args.stage](args.store, args.precision):
+        record = {"stage": f"{Path(sys.argv[0]).stem} {args.stage}", **found}
         print(json.dumps(record), flush=True)
         if args.json:
             from t5_trt.bench_records import append_records

@@ -1,8 +1,9 @@
-"""Two choices in the decode loop, each measured against its alternative on a GPU.
+"""Choices in the decode loop and in its graph, each measured against its alternative on a GPU.
 
 Stage ``launch``: one CUDA graph for a step, launched by the host for every token, or one for the whole sentence, whose WHILE
 node runs the step until a small kernel finds the report set. Stage ``reorder``: rows of the K/V cache change places after a
-step of beam search by a copy there and back, or the step reads them through an index. ``reorder`` needs no TensorRT.
+step of beam search by a copy there and back, or the step reads them through an index. ``reorder`` needs no TensorRT. Stage
+``scores``: the product of a step's queries with its cached keys, and a cache of half the length.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from benchmarks.gpu import (
     Records,
     events_ms,
     gpu_environment,
+    kernels,
     main,
     our_model,
+    replay_us,
     request,
 )
+from t5_trt.engine.profiles import SMALLEST
 from t5_trt.environment import environment
+from t5_trt.random_models import SHAPES, random_t5
 
 #: of CUDA's own device functions; the driver supplies it when the module is loaded
 KERNEL = b"""
@@ -217,7 +222,93 @@ def ways(kv: torch.Tensor, spare: torch.Tensor, parents: torch.Tensor) -> dict[s
     }  # fmt: skip
 
 
-STAGES = {"launch": stage_launch, "reorder": stage_reorder}
+#: (batch, beams, cache tokens) of the steps that `stage_scores` compares
+SCORE_CASES = ((32, 4, 128), (32, 4, 64), (8, 4, 128))
+SCORE_LAYERS = 3
+
+
+def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
+    """Name -> how a step multiplies its queries with the cached keys, as `t5_trt.graph.decoder.cached_scores`."""
+    from t5_trt.graph import decoder
+
+    def several_rows(count: int) -> Callable[[Any, Any, Any], Any]:
+        def product(graph: Any, query: Any, past_key: Any) -> Any:
+            single = graph.reshape(query, -1, 1, graph.arch.d_kv)
+            wide = graph.op("Concat", *[single] * count, axis=1)
+            scores = graph.op("MatMul", wide, graph.transpose(past_key, 0, 2, 1))  # [R*H, count, T]
+            return graph.op("Slice", scores, graph.ints(0), graph.ints(1), graph.ints(1))
+
+        return product
+
+    def keys_first(graph: Any, query: Any, past_key: Any) -> Any:
+        return graph.op("MatMul", past_key, graph.reshape(query, -1, graph.arch.d_kv, 1))
+
+    def as_a_sum(graph: Any, query: Any, past_key: Any) -> Any:
+        product = graph.op("Mul", graph.reshape(query, -1, 1, graph.arch.d_kv), past_key)
+        return graph.op("ReduceSum", product, graph.ints(2), keepdims=0)
+
+    return {
+        "query times keys": decoder.cached_scores,
+        "keys times query": keys_first,
+        "2 equal queries": several_rows(2),
+        "8 equal queries": several_rows(8),
+        "product and sum": as_a_sum,
+    }
+
+
+def stage_scores(store: Path, precision: str) -> Records:
+    """A decoder step of `SCORE_LAYERS` layers of T5-base with its queries and cached keys multiplied in several ways."""
+    from t5_trt import TRTT5ForConditionalGeneration
+    from t5_trt.graph import decoder
+    from t5_trt.runtime.buffers import CrossStates
+    from t5_trt.signature import STEP
+
+    SHAPES["t5-base"] = {**SHAPES["t5-base"], "num_layers": SCORE_LAYERS}
+    SMALLEST["T"] = min(tokens for _, _, tokens in SCORE_CASES)
+    first: dict[Any, torch.Tensor] = {}
+    for name, form in score_forms().items():
+        decoder.cached_scores = form
+        ours = TRTT5ForConditionalGeneration.from_model(
+            random_t5("t5-base"),
+            backend="tensorrt",
+            precision=precision,
+            engine_cache_dir=store / name.replace(" ", "-"),  # the graph is not part of an engine's key
+            check_engines=False,
+        )
+        session, arch = ours.session, ours.session.arch
+        bucket, start = session.engines.bucket, time.perf_counter()
+        shapes = [bucket(B=entries, N=beams, S=SOURCE_TOKENS, T=tokens) for entries, beams, tokens in SCORE_CASES]
+        session.engines.prefetch([(STEP, each.for_graph(STEP)) for each in shapes])
+        print(f"{name}: built in {time.perf_counter() - start:.1f} s", flush=True)
+        for entries, beams, tokens in SCORE_CASES:
+            generator = torch.Generator().manual_seed(0)
+            cross, past = (
+                0.5
+                * torch.randn((arch.decoder_layers, 2, rows, arch.num_heads, length, arch.d_kv), generator=generator)
+                for rows, length in ((entries, SOURCE_TOKENS), (entries * beams, 40))
+            )
+            state = session.start(CrossStates(cross.to(session.device, session.dtype), beams), tokens)
+            state.append(past.to(session.device, session.dtype))
+            ids = torch.randint(2, 32000, (entries * beams, 1), generator=generator)
+            logits = session.decode(state, ids.to(session.device)).float()
+            expected = first.setdefault((entries, beams), logits)
+            slot = state.bindings["lease"].slot
+            found = kernels(slot)
+            yield {
+                "compared": f"a step of {SCORE_LAYERS} layers of T5-base: how queries meet the cached keys",
+                "form": name,
+                "precision": precision,
+                "batch": entries,
+                "num_beams": beams,
+                "cache_tokens": tokens,
+                "step_us": round(min(replay_us(slot, steps=20) for _ in range(9)), 1),
+                "error": round(float((logits - expected).norm() / expected.norm()), 6),
+                **found,
+                **gpu_environment(),
+            }
+
+
+STAGES = {"launch": stage_launch, "reorder": stage_reorder, "scores": stage_scores}
 
 if __name__ == "__main__":
     main(__doc__, STAGES, "fp16")

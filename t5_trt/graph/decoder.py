@@ -156,7 +156,7 @@ def _step_attention(
     assert frame.here is not None
     query, key, value = (graph.reshape(part, *frame.streams, heads, width) for part in made.parts)  # [B, N, H, D]
     past_key, past_value = (graph.reshape(part, -1, frame.cached, width) for part in past)  # [R*H, T, D]
-    cached = attend(graph, graph.reshape(query, -1, 1, width), past_key)  # [R*H, 1, T]
+    cached = cached_scores(graph, query, past_key)
     new = graph.op("ReduceSum", graph.op("Mul", query, key), graph.ints(3), keepdims=1)  # [B, N, H, 1]
     scores = graph.op("Where", frame.here, new, graph.reshape(cached, *frame.streams, heads, frame.cached))
     weights = softmax(graph, graph.op("Add", scores, biases[0]))  # [B, N, H, T]
@@ -166,6 +166,14 @@ def _step_attention(
     mixed = graph.reshape(graph.op("MatMul", past_weights, past_value), *frame.streams, heads, width)
     mixed = graph.op("Add", mixed, graph.op("Mul", new_weight, value))
     return graph.flat(mixed, frame.streams, heads * width)
+
+
+def cached_scores(graph: Form, query: ir.Value, past_key: ir.Value) -> ir.Value:
+    """One query for each row and head, [B, N, H, D], times its cached keys [R*H, T, D]: scores [R*H, 1, T].
+
+    ``benchmarks/h100_choices.py`` measures other forms of this product.
+    """
+    return attend(graph, graph.reshape(query, -1, 1, graph.arch.d_kv), past_key)
 
 
 def _queries_attention(

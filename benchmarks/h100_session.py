@@ -1,0 +1,170 @@
+"""All that is measured on one H100 with TensorRT, as three calls of at most ten minutes each, and the keeping of what they give.
+
+    python benchmarks/h100_session.py text --out FOLDER      equal text: soak, GPU tests, families, shipped model, overflow
+    python benchmarks/h100_session.py times --out FOLDER     builds side by side, then everything that is timed, one by one
+    python benchmarks/h100_session.py choices --out FOLDER   torch.compile's times, and the forms of a step's scores
+    python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
+
+A part runs lanes side by side and the commands of a lane one after the other. What has not ended when the time is up is killed;
+records that it has made by then are kept. FOLDER gets records.json, soak.json and log.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, SOAK = ROOT / "benchmarks" / "results" / "h100-trt8.5.3.json", "h100-soak.json"
+STORE = Path("/var/tmp/t5_trt-engines")
+#: records that agree in these are of one case: the newer one replaces the older one
+CASE = ("stage", "model", "precision", "batch", "num_beams", "source_tokens", "new_tokens", "cache_tokens", "form")
+#: Python without TensorRT's environment around it
+PLAIN = "env -u PYTHONHOME -u PYTHONPATH -u LD_LIBRARY_PATH python3"
+
+#: part -> steps one after the other -> lanes side by side -> commands; {python}, {store} and {json} are filled in
+PARTS: dict[str, list[list[list[str]]]] = {
+    "text": [
+        [
+            [
+                "{python} benchmarks/soak.py --backend tensorrt --minutes 8 --store {store}/soak --json {out}/soak.json",
+            ],
+            ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist"],
+            [
+                "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
+            ],
+            [
+                f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
+                for stage in ("overflow-inner", "overflow-stream", "overflow")
+            ],
+        ]
+    ],
+    "times": [
+        [
+            ["{python} benchmarks/h100_loops.py build --precision fp16 --store {store}"],
+            ["{python} benchmarks/h100.py build --precision fp32 --store {store}"],
+        ],
+        [
+            [
+                "{python} -m pytest -q -m gpu tests/gpu -k too_little_memory -p no:xdist",
+                "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
+                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
+            ]
+        ],
+    ],
+    "choices": [
+        [
+            [
+                f"{PLAIN} benchmarks/h100_loops.py compiled --json {{json}}",
+                "{python} benchmarks/h100_choices.py scores --store {store}/scores --json {json}",
+            ]
+        ]
+    ],
+}
+
+
+@dataclass
+class Run:
+    """One part on its way."""
+
+    out: Path
+    end: float  # time.monotonic()
+    summary: list[str] = field(default_factory=list)
+
+    def lane(self, name: str, commands: list[str]) -> None:
+        """Run commands one after the other, each with a log and a file of records of its own."""
+        for number, command in enumerate(commands):
+            label = f"{name}-{number}"
+            words = command.format(python=sys.executable, store=STORE, out=self.out, json=self.out / f"{label}.json")
+            start = time.monotonic()
+            with (self.out / f"{label}.log").open("w") as log:
+                log.write(f"$ {words}\n")
+                log.flush()
+                process = subprocess.Popen(
+                    words, shell=True, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                try:
+                    status = str(process.wait(max(self.end - start, 1)))
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    status = "cut off"
+            self.summary.append(f"{status:>8} {time.monotonic() - start:6.1f} s  {words}")
+            print(self.summary[-1], flush=True)
+
+    def collect(self) -> None:
+        """Put all records into one file and all logs into another, and remove the rest."""
+        records: list[dict[str, Any]] = []
+        for path in sorted(self.out.glob("*-*.json")):
+            records += json.loads(path.read_text())
+            path.unlink()
+        (self.out / "records.json").write_text(json.dumps(records, indent=2) + "\n")
+        logs = sorted(self.out.glob("*.log"))
+        texts = [path.read_text(errors="replace") for path in logs]
+        (self.out / "log.txt").write_text("\n".join([*self.summary, *texts]))
+        for path in logs:
+            path.unlink()
+
+
+def run_part(part: str, out: Path, minutes: float) -> None:
+    """Run one of `PARTS` in at most that time."""
+    out.mkdir(parents=True, exist_ok=True)
+    STORE.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run = Run(out.resolve(), time.monotonic() + minutes * 60)
+    for number, lanes in enumerate(PARTS[part]):
+        threads = [
+            threading.Thread(target=run.lane, args=(f"{part}-{number}-{lane}", commands))
+            for lane, commands in enumerate(lanes)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    run.collect()
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Old records with new ones in the places of those of the same case, and the others behind them."""
+    cases = {tuple(map(record.get, CASE)): record for record in old}
+    return list((cases | {tuple(map(record.get, CASE)): record for record in new}).values())
+
+
+def keep(folder: Path) -> None:
+    """Put a folder's records into the results."""
+    records, soak = folder / "records.json", folder / "soak.json"
+    if records.is_file():
+        old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+        text = json.dumps(merged(old, json.loads(records.read_text())), indent=2) + "\n"
+        RESULTS.write_text(text)
+    if soak.is_file():
+        RESULTS.with_name(SOAK).write_text(soak.read_text())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "keep"])
+    parser.add_argument("folder", nargs="?", type=Path, help="with keep: what a part wrote")
+    parser.add_argument("--out", type=Path, help="folder for records and logs")
+    parser.add_argument("--minutes", type=float, default=9.5)
+    args = parser.parse_args()
+    if (args.folder if args.part == "keep" else args.out) is None:
+        parser.error("keep needs FOLDER" if args.part == "keep" else f"{args.part} needs --out FOLDER")
+    keep(args.folder) if args.part == "keep" else run_part(args.part, args.out, args.minutes)
+
+
+if __name__ == "__main__":
+    main()

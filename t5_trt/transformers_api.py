@@ -17,7 +17,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from transformers import T5ForConditionalGeneration
+import torch
+from transformers import GenerationMixin, T5ForConditionalGeneration
 from transformers.utils.deprecation import deprecate_kwarg
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,3 +64,27 @@ def names_cache_as_stock(function: F) -> F:
     parameters = [p.replace(name=CACHE) if name == "cache" else p for name, p in signature.parameters.items()]
     cast("Any", renamed).__signature__ = signature.replace(parameters=parameters)
     return cast("F", renamed)
+
+
+@functools.cache
+def orders_drawn_beams() -> bool:
+    """Whether the stock beam search sorts the continuations that it has drawn, best first (5.24 and newer).
+
+    Only the first ones can end a row, so the order decides results. A draw of all of 64 tokens tells: unsorted, it comes
+    out in order once in 64! times. The random state is left as it was.
+    """
+    tokens = 64
+    with torch.random.fork_rng(devices=[]):
+        scores, *_ = GenerationMixin()._get_top_k_continuations(
+            accumulated_log_probs=torch.linspace(0.0, -1.0, tokens)[None],
+            running_sequences=torch.zeros((1, 1, 2), dtype=torch.int64),
+            running_beam_indices=torch.zeros((1, 1, 1), dtype=torch.int32),
+            cur_len=1,
+            decoder_prompt_len=1,
+            do_sample=True,
+            beams_to_keep=tokens,
+            num_beams=1,
+            vocab_size=tokens,
+            batch_size=1,
+        )
+    return bool((scores.diff() <= 0).all())

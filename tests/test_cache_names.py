@@ -1,4 +1,4 @@
-"""What the installed Transformers calls the cache: arguments old and new, signatures, outputs, warnings.
+"""What the installed Transformers calls the cache: arguments old and new, signatures, outputs, warnings, and its other rules.
 
 Both models get the same calls under every name, and must take, refuse, warn and return alike: so the tests hold for each version.
 """
@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, generation, modeling_outputs
+from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration, generation, modeling_outputs
 from transformers.utils import generic
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
-from t5_trt.transformers_api import CACHE
+from t5_trt.transformers_api import CACHE, orders_drawn_beams
 from tests.tiny_models import batch, make_stock
 
 NAMES = ("cache", "past_key_values", "cache_params")
@@ -155,3 +155,21 @@ def test_errors_name_the_argument_as_it_is_called(v11: tuple[Any, Any]) -> None:
     v11[1](**batch(), decoder_input_ids=ONE, **{CACHE: foreign})
     with pytest.raises(InputError, match=f"^{CACHE} holds 2 layers; the decoder has 1. Pass {CACHE}=None"):
         other(**batch(), decoder_input_ids=ONE, **{CACHE: foreign})
+
+
+def test_probe_leaves_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tells a beam search that sorts its draws from one that does not."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    orders_drawn_beams.__wrapped__()
+    assert torch.equal(torch.rand(3), expected)
+    stock = T5ForConditionalGeneration._get_top_k_continuations
+    for descending in (True, False):
+
+        def changed(self: Any, descending: bool = descending, **arguments: Any) -> Any:
+            scores, *more = stock(self, **arguments)
+            return (scores.sort(descending=descending).values, *more)
+
+        monkeypatch.setattr(generation.GenerationMixin, "_get_top_k_continuations", changed)
+        assert orders_drawn_beams.__wrapped__() is descending

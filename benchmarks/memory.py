@@ -31,6 +31,7 @@ def run(folder: str) -> None:
 
     from t5_trt import TRTT5ForConditionalGeneration
     from t5_trt.environment import environment
+    from t5_trt.transformers_api import CACHE
 
     torch.set_num_threads(2)
     baseline = peak_mb()
@@ -38,7 +39,7 @@ def run(folder: str) -> None:
     ids = torch.arange(2, 34)[None]
     model.generate(ids, min_new_tokens=99, max_new_tokens=99)
     weights = sum(p.nbytes for p in model.parameters()) / 1e6
-    cache = model(ids, decoder_input_ids=torch.zeros(1, 100, dtype=torch.long)).past_key_values
+    cache = model(ids, decoder_input_ids=torch.zeros(1, 100, dtype=torch.long))[CACHE]
     buffers = (cache.state.kv.nbytes + cache.state.cross.kv.nbytes) / 1e6
     used = peak_mb() - baseline
     record: dict[str, Any] = {

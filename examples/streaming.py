@@ -4,7 +4,7 @@
     python examples/streaming.py MODEL --text "文章" --max-new-tokens 128
 
 Streamers are Transformers' own, with greedy search or sampling (--sample); Transformers has none for beams. They hand
-out whole words, so romaji come word by word and Japanese character by character.
+out Japanese character by character, and romaji token by token (word by word before Transformers 5.24).
 """
 
 from __future__ import annotations

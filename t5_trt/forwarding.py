@@ -23,6 +23,7 @@ from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
 from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids, check_wide_mask
 from t5_trt.runtime.buffers import CrossStates
 from t5_trt.runtime.exits import at_work
+from t5_trt.transformers_api import CACHE, names_cache_as_stock, takes_old_cache_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +70,8 @@ class EngineForward:
         @property
         def reference(self) -> PreTrainedModel: ...  # noqa: D102
 
+    @takes_old_cache_names(past_key_values="5.40.0")
+    @names_cache_as_stock
     @at_work()
     def forward(
         self,
@@ -77,7 +80,7 @@ class EngineForward:
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -95,7 +98,8 @@ class EngineForward:
             decoder_input_ids: int64 [R, Q], any number of tokens; made from `labels` if left out.
             decoder_attention_mask: [R, cached + Q], 0 for padding on either side.
             encoder_outputs: a ModelOutput or tuple whose first entry is [B, S, E].
-            past_key_values: the cache that an earlier call returned, or a stock ``EncoderDecoderCache``.
+            cache: what an earlier call returned, or a stock ``EncoderDecoderCache``; called ``past_key_values`` before
+                Transformers 5.24.
             inputs_embeds: see `input_ids`.
             decoder_inputs_embeds: [R, Q, E]; served by the stock model.
             labels: int64 [R, Q], -100 where no loss is wanted.
@@ -106,8 +110,8 @@ class EngineForward:
             kwargs: ignored, as by the stock class.
 
         Returns:
-            Seq2SeqLMOutput: loss (float32 scalar, with `labels`), logits float32 [R, Q, V], past_key_values,
-            encoder_last_hidden_state [B, S, E].
+            Seq2SeqLMOutput: loss (float32 scalar, with `labels`), logits float32 [R, Q, V], cache (named
+            as the argument), encoder_last_hidden_state [B, S, E].
 
         Raises:
             InputError: an argument has a wrong type, dtype, shape or value.
@@ -124,19 +128,18 @@ class EngineForward:
         )
         if reason:
             input_ids, decoder_input_ids = self._checked_for_reference(input_ids, decoder_input_ids, attention_mask)
-            stock = past_key_values.stock() if isinstance(past_key_values, EngineCache) else past_key_values
             return self._use_reference(reason)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids,
                 decoder_attention_mask=decoder_attention_mask,
                 encoder_outputs=encoder_outputs,
-                past_key_values=stock,
                 inputs_embeds=inputs_embeds,
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 return_dict=as_dict,
+                **{CACHE: cache.stock() if isinstance(cache, EngineCache) else cache},
                 **wanted,
                 **kwargs,
             )
@@ -149,8 +152,8 @@ class EngineForward:
                              "generate().")  # fmt: skip
         tokens = check_token_ids("decoder_input_ids", decoder_input_ids, self.architecture.vocab_size, self.device)
         with ordinary_tensors():
-            cache = self._open_cache(past_key_values, encoder_outputs, attention_mask, len(tokens))
-            logits = self._decode(cache, tokens, decoder_attention_mask, past_key_values)
+            opened = self._open_cache(cache, encoder_outputs, attention_mask, len(tokens))
+            logits = self._decode(opened, tokens, decoder_attention_mask, cache)
         loss = None
         if labels is not None:
             target = self._check_labels(labels).to(logits.device)
@@ -159,14 +162,13 @@ class EngineForward:
                     f"labels got shape {tuple(target.shape)}; expected that of the decoder's input, {tuple(tokens.shape)}."
                 )
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
-        foreign = past_key_values is not None and not isinstance(past_key_values, EngineCache)
         result = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=(past_key_values if foreign else cache) if use_cache else None,
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
+            **{CACHE: (opened if cache is None else cache) if use_cache else None},
         )
         return result if as_dict else result.to_tuple()
 
@@ -280,7 +282,7 @@ class EngineForward:
         if cache.state.rows != rows:
             raise InputError(
                 f"decoder_input_ids has {rows} rows; the cache was made for {cache.state.rows}. Start with "
-                "past_key_values=None, or reorder the cache with batch_select_indices."
+                f"{CACHE}=None, or reorder the cache with batch_select_indices."
             )
         self._apply_mask(cache, attention_mask)
         return cache
@@ -343,13 +345,13 @@ class EngineForward:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:  # fmt: skip
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         else:  # whatever cache_implementation says: the engines' cache is static and grows
-            model_kwargs["past_key_values"] = EngineCache(self.architecture.decoder_layers, 0)
+            model_kwargs[CACHE] = EngineCache(self.architecture.decoder_layers, 0)
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.prefill_chunk_size is not None:

@@ -21,6 +21,7 @@ from t5_trt.generation.loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.support import GenerationPath, Request, refusal
 from t5_trt.inputs import check_length, check_token_ids
 from t5_trt.runtime.exits import at_work
+from t5_trt.transformers_api import CACHE, takes_old_cache_names
 
 logger = logging.getLogger("t5_trt")
 _said: set[str] = set()  # reasons that were logged
@@ -38,6 +39,7 @@ class EngineGeneration(EngineForward):
         """Which loop the last ``generate()`` ran in, and why; None before the first."""
         return self._last_path
 
+    @takes_old_cache_names(past_key_values="6.0.0", cache_params="6.0.0")
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``generate``, with all its arguments and results. Calls from several threads run one by one.
 
@@ -59,9 +61,9 @@ class EngineGeneration(EngineForward):
             try:
                 for name in ("output_attentions", "output_hidden_states"):
                     if settings[name]:
-                        cache = kwargs.get("past_key_values")
+                        cache = kwargs.get(CACHE)
                         if isinstance(cache, EngineCache):
-                            kwargs["past_key_values"] = cache.stock()
+                            kwargs[CACHE] = cache.stock()
                         self._last_path = GenerationPath("reference", name)
                         stock: Any = self._use_reference(name)
                         return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
@@ -126,7 +128,7 @@ class EngineGeneration(EngineForward):
         return reason is None
 
     def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:
-        cache = request.model_kwargs["past_key_values"]
+        cache = request.cache
         prompt = check_token_ids("decoder_input_ids", request.prompt, self.architecture.vocab_size, self.device)
         request = replace(request, prompt=prompt)
         cache.capacity_tokens = prompt.shape[1]
@@ -144,7 +146,7 @@ class EngineGeneration(EngineForward):
             sequences=outcome.sequences,
             scores=None if outcome.scores is None else tuple(outcome.scores),
             logits=None if outcome.logits is None else tuple(outcome.logits),
-            past_key_values=request.model_kwargs["past_key_values"],
+            **{CACHE: request.cache},
             **more,
         )
 

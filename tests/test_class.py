@@ -15,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel, T5Config, T5ForCondit
 import t5_trt
 from t5_trt import BackendError, CheckpointError, InputError, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.runtime.ort_session import SHARED_FROM_BYTES
+from t5_trt.transformers_api import CACHE
 from tests.tiny_models import batch, make_stock
 
 REQUEST = {**batch(), "max_new_tokens": 8}
@@ -175,7 +176,7 @@ def test_several_rows_are_packed_when_they_come(fresh: Any) -> None:
         encoder_outputs=(first.encoder_last_hidden_state,),
         attention_mask=sources["attention_mask"],
         decoder_input_ids=one,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
     )
     with torch.no_grad():
         expected = stock(**sources, decoder_input_ids=torch.zeros(1, 2, dtype=torch.long)).logits[:, -1:]
@@ -186,7 +187,7 @@ def test_several_rows_are_packed_when_they_come(fresh: Any) -> None:
 def test_buffers_stay_where_they_are(fresh: Any) -> None:
     """Between two buckets the cache keeps its address and its binding: nothing of it is allocated per step."""
     out = fresh(**batch(), decoder_input_ids=torch.zeros(3, 1, dtype=torch.long))
-    cache, hidden = out.past_key_values, out.encoder_last_hidden_state
+    cache, hidden = out[CACHE], out.encoder_last_hidden_state
     mask = batch()["attention_mask"]
     seen = set()
     for _ in range(63):
@@ -194,7 +195,7 @@ def test_buffers_stay_where_they_are(fresh: Any) -> None:
             encoder_outputs=(hidden,),
             attention_mask=mask,
             decoder_input_ids=torch.ones(3, 1, dtype=torch.long),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         seen.add((cache.state.kv.data_ptr(), cache.state.new.data_ptr(), id(cache.state.bindings.get("decoder_step"))))
     assert cache.state.length == cache.state.capacity == 64

@@ -19,6 +19,7 @@ from t5_trt.generation.sampling import draw
 from t5_trt.generation.support import GenerationPath
 from t5_trt.runtime import trt_session
 from t5_trt.runtime.buffers import DecoderState
+from t5_trt.transformers_api import CACHE
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
 from tests.tiny_models import VOCAB, batch, make_stock
@@ -240,14 +241,14 @@ def test_returned_cache_goes_on_as_stock(v11: tuple[Any, Any]) -> None:
             beams = arguments.get("num_beams", 1)
             states = model.get_encoder()(**batch()).last_hidden_state.repeat_interleave(beams, 0)
             mask = batch()["attention_mask"].repeat_interleave(beams, 0)
-            assert out.past_key_values.get_seq_length() == 8
+            assert out[CACHE].get_seq_length() == 8
             token = torch.full((3 * beams, 1), 7)
             with torch.no_grad():
                 step = model(
                     encoder_outputs=(states,),
                     attention_mask=mask,
                     decoder_input_ids=token,
-                    past_key_values=out.past_key_values,
+                    **{CACHE: out[CACHE]},
                 )
             logits.append(step.logits)
         torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)

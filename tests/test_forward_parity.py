@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
+from t5_trt.generation.engine_cache import EngineCache
+from t5_trt.transformers_api import CACHE
 from tests.tiny_models import VOCAB, batch, make_stock
 from tests.tolerances import HIDDEN_ATOL, LOGITS_ATOL, LOSS_ATOL
 
@@ -55,9 +58,9 @@ def test_cached_pieces_equal_one_pass(pair: tuple[Any, Any], pieces: tuple[int, 
                 encoder_outputs=encoded,
                 attention_mask=inputs["attention_mask"],
                 decoder_input_ids=ids[:, start : start + count],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
-            cache, start = out.past_key_values, start + count
+            cache, start = out[CACHE], start + count
             parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=LOGITS_ATOL, rtol=1e-5)
 
@@ -77,7 +80,7 @@ def test_decoder_padding(v11: tuple[Any, Any], count: int) -> None:
             attention_mask=inputs["attention_mask"],
             decoder_input_ids=ids[:, 4:],
             decoder_attention_mask=mask,
-            past_key_values=first.past_key_values,
+            **{CACHE: first[CACHE]},
         )
     seen = torch.cat((first.logits, rest.logits), 1)
     keep = mask.bool()  # a padded position's own logits are never used, and mean nothing
@@ -109,7 +112,7 @@ def test_tuple_result_and_no_cache(v11: tuple[Any, Any]) -> None:
     with torch.no_grad():
         expected, got = stock(**request), ours(**request)
     assert isinstance(got, tuple) and len(got) == len(expected) == 2
-    assert ours(**{**request, "return_dict": True}).past_key_values is None
+    assert CACHE not in ours(**{**request, "return_dict": True})
 
 
 def test_bool_int32_and_float_masks(v10: tuple[Any, Any]) -> None:
@@ -167,9 +170,7 @@ def test_attentions_with_an_engine_cache(v11: tuple[Any, Any]) -> None:
     with torch.no_grad():
         expected = stock(**batch(), decoder_input_ids=ids).logits[:, 4:]
         first = ours(**batch(), decoder_input_ids=ids[:, :4])
-        last = ours(
-            **batch(), decoder_input_ids=ids[:, 4:], past_key_values=first.past_key_values, output_attentions=True
-        )
+        last = ours(**batch(), decoder_input_ids=ids[:, 4:], **{CACHE: first[CACHE]}, output_attentions=True)
     torch.testing.assert_close(last.logits, expected, atol=LOGITS_ATOL, rtol=1e-5)
     assert last.decoder_attentions[0].shape[-1] == 5
 
@@ -196,8 +197,18 @@ def test_inference_mode_then_ordinary_use(fresh: Any) -> None:
     """Buffers made under inference_mode are written to afterwards."""
     with torch.inference_mode():
         first = fresh(**batch(), decoder_input_ids=tokens(3, 2))
-    again = fresh(**batch(), decoder_input_ids=tokens(3, 1), past_key_values=first.past_key_values)
-    assert again.past_key_values.get_seq_length() == 3
+    again = fresh(**batch(), decoder_input_ids=tokens(3, 1), **{CACHE: first[CACHE]})
+    assert again[CACHE].get_seq_length() == 3
+
+
+def test_cache_is_described_as_the_stock_one(v11: tuple[Any, Any]) -> None:
+    """All properties of the stock class, without copying the contents for an answer."""
+    names = [name for name, value in vars(EncoderDecoderCache).items() if isinstance(value, property)]
+    assert {"is_sliding", "is_croppable", "is_compileable"} <= set(names)
+    with torch.no_grad():
+        stock, ours = (model(**batch(), decoder_input_ids=tokens(3, 2))[CACHE] for model in v11)
+    for name in names:
+        assert name in vars(EngineCache) and getattr(ours, name) == getattr(stock, name), name
 
 
 def test_cache_operations(v11: tuple[Any, Any]) -> None:
@@ -209,7 +220,7 @@ def test_cache_operations(v11: tuple[Any, Any]) -> None:
     for model in (stock, ours):
         with torch.no_grad():
             out = model(**batch(), decoder_input_ids=tokens(3, 4))
-            cache = copy.deepcopy(out.past_key_values)
+            cache = copy.deepcopy(out[CACHE])
             assert cache.get_seq_length() == 4 and len(cache) == 2
             cache.reorder_cache(torch.tensor([2, 0, 0]))
             cache.crop(-1)
@@ -218,9 +229,9 @@ def test_cache_operations(v11: tuple[Any, Any]) -> None:
             mask = batch()["attention_mask"][torch.tensor([0, 2, 0])]
             hidden = out.encoder_last_hidden_state[torch.tensor([0, 2, 0])]
             step = model(
-                encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=tokens(3, 1), past_key_values=cache
+                encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=tokens(3, 1), **{CACHE: cache}
             )
-            caches.append(step.past_key_values)
+            caches.append(step[CACHE])
             outputs.append(step.logits)
     torch.testing.assert_close(outputs[1], outputs[0], atol=LOGITS_ATOL, rtol=1e-5)
     assert caches[1].get_seq_length() == caches[0].get_seq_length() == 4

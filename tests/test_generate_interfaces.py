@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
+from t5_trt.transformers_api import CACHE
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import HIDDEN_ATOL
@@ -123,7 +124,7 @@ def test_custom_generate_callable(v11: tuple[Any, Any]) -> None:
         known = {"logits_processor", "stopping_criteria", "generation_config"}
         state = {name: value for name, value in kwargs.items() if name not in known}
         while input_ids.shape[1] < limit:
-            step = 1 if state["past_key_values"].get_seq_length() else None
+            step = 1 if state[CACHE].get_seq_length() else None
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)
             outputs = model(**inputs, return_dict=True)
             state = model._update_model_kwargs_for_generation(outputs, state, is_encoder_decoder=True)
@@ -151,9 +152,9 @@ def test_own_loop_with_a_stock_cache_written_in_place(v11: tuple[Any, Any]) -> N
                     encoder_outputs=encoded,
                     attention_mask=inputs["attention_mask"],
                     decoder_input_ids=tokens[:, -1:],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
-                assert out.past_key_values is cache
+                assert out[CACHE] is cache
                 tokens = torch.cat((tokens, out.logits[:, -1:].argmax(-1)), 1)
             assert cache.get_seq_length() == 6
             rows.append(tokens.tolist())
@@ -165,7 +166,7 @@ def test_generate_with_a_stock_cache_given(v11: tuple[Any, Any]) -> None:
     results = []
     for model in (stock, ours):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        results.append(model.generate(**batch(), past_key_values=cache, max_new_tokens=8).tolist())
+        results.append(model.generate(**batch(), **{CACHE: cache}, max_new_tokens=8).tolist())
     assert results[0] == results[1]
 
 
@@ -173,7 +174,7 @@ def test_returned_cache_continues(v11: tuple[Any, Any]) -> None:
     """return_dict_in_generate hands out the cache; it holds every token but the last."""
     _, ours = v11
     out = ours.generate(**batch(), max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True)
-    assert out.past_key_values.get_seq_length() == 8
+    assert out[CACHE].get_seq_length() == 8
 
 
 @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
@@ -205,9 +206,9 @@ def test_two_requests_interleaved(v11: tuple[Any, Any]) -> None:
                     encoder_outputs=encoded[index],
                     attention_mask=batches[index]["attention_mask"],
                     decoder_input_ids=tokens[index][:, -1:],
-                    past_key_values=caches[index],
+                    **{CACHE: caches[index]},
                 )
-                caches[index] = out.past_key_values
+                caches[index] = out[CACHE]
                 logits = out.logits[:, -1]
                 logits[:, 1] = -torch.inf
                 tokens[index] = torch.cat((tokens[index], logits.argmax(-1, keepdim=True)), 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from t5_trt import BackendError, InputError, T5TRTError, TRTT5ForConditionalGeneration
+from t5_trt.transformers_api import CACHE
 from tests.tiny_models import VOCAB, batch, make_stock
 
 IDS = batch()["input_ids"]
@@ -66,7 +67,7 @@ def test_cache_of_other_rows(v11: tuple[Any, Any]) -> None:
         ours(
             encoder_outputs=(out.encoder_last_hidden_state,),
             decoder_input_ids=ONE[:2],
-            past_key_values=out.past_key_values,
+            **{CACHE: out[CACHE]},
         )
 
 

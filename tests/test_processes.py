@@ -18,6 +18,7 @@ import torch
 from t5_trt import BackendError, TRTT5ForConditionalGeneration
 from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.runtime.open import Placement, open_session
+from t5_trt.transformers_api import CACHE
 from tests.conftest import ROOT, SHIPPED
 from tests.tiny_models import batch, make_stock
 
@@ -26,6 +27,7 @@ import multiprocessing, os, signal, sys, threading, time
 import torch
 sys.path.insert(0, {str(ROOT)!r})
 from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.transformers_api import CACHE
 
 SOURCES = torch.tensor([[5, 6, 7, 1], [9, 4, 8, 1]])
 
@@ -68,7 +70,7 @@ def test_forked_while_a_thread_generates() -> None:
         def child():
             assert [answer(model), answer(model, num_beams=4)] == expected
             token = held.logits[:, -1:].argmax(-1)
-            cache = {name: held[name] for name in ("past_key_values", "cache") if name in held}
+            cache = {CACHE: held[CACHE]}
             inputs = dict(encoder_outputs=(held.encoder_last_hidden_state,), attention_mask=torch.ones_like(SOURCES))
             logits = model(**inputs, decoder_input_ids=token, **cache).logits
             whole = model(SOURCES, decoder_input_ids=torch.cat([start, token], 1)).logits
@@ -179,9 +181,7 @@ def test_moved_to_shared_memory() -> None:
     assert not session.weights_in_place()
     assert ours.generate(**request).tolist() == expected
     assert ours.session is not session and ours.session.weights_in_place()
-    again = ours(
-        **batch(), decoder_input_ids=held.logits.argmax(-1), past_key_values=held.past_key_values, use_cache=True
-    )
+    again = ours(**batch(), decoder_input_ids=held.logits.argmax(-1), **{CACHE: held[CACHE]}, use_cache=True)
     assert again.logits.isfinite().all()
 
 

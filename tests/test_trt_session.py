@@ -13,6 +13,7 @@ from transformers import T5ForConditionalGeneration
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.profiles import Shapes
 from t5_trt.signature import GRAPHS
+from t5_trt.transformers_api import CACHE
 from t5_trt.verification import block_errors, verify
 from tests.stand_in_tensorrt import StandInContext, stand_in_session
 from tests.tiny_models import KINDS, batch, make_stock
@@ -87,12 +88,12 @@ def test_slots_are_used_again(make_pair: Any) -> None:
     _, ours = make_pair("t5-v1.0")
     one = torch.zeros(3, 1, dtype=torch.long)
     first = ours(**batch(), decoder_input_ids=one)
-    address, expected = first.past_key_values.state.kv.data_ptr(), first.logits.clone()
+    address, expected = first[CACHE].state.kv.data_ptr(), first.logits.clone()
     second = ours(**batch(), decoder_input_ids=one)
-    assert second.past_key_values.state.kv.data_ptr() != address
+    assert second[CACHE].state.kv.data_ptr() != address
     del first
     third = ours(**batch(seed=9), decoder_input_ids=one)
-    assert third.past_key_values.state.kv.data_ptr() == address
+    assert third[CACHE].state.kv.data_ptr() == address
     assert torch.equal(second.logits, expected) and not torch.equal(third.logits, expected)
 
 
@@ -102,7 +103,7 @@ def test_changed_mask_and_rearranged_rows(make_pair: Any) -> None:
     for model in (stock, ours):
         with torch.no_grad():
             out = model(**batch(), decoder_input_ids=torch.tensor([[0, 4], [0, 5], [0, 6]]))
-            cache = out.past_key_values
+            cache = out[CACHE]
             cache.batch_select_indices(torch.tensor([2, 0]))
             mask = batch()["attention_mask"][[2, 0]].clone()
             mask[0, 5] = 0
@@ -110,7 +111,7 @@ def test_changed_mask_and_rearranged_rows(make_pair: Any) -> None:
                 encoder_outputs=(out.encoder_last_hidden_state[[2, 0]],),
                 attention_mask=mask,
                 decoder_input_ids=torch.tensor([[7], [8]]),
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             results.append(step.logits)
     torch.testing.assert_close(results[1], results[0], atol=LOGITS_ATOL, rtol=1e-5)

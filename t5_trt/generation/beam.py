@@ -28,6 +28,7 @@ class BeamRules:
         length_penalty: exponent of the length that a finished score is divided by.
         early_stopping: True, False or "never".
         do_sample: draw continuations instead of taking the best.
+        orders_draws: put drawn continuations into the order of their scores; see `orders_drawn_beams`.
         eos: token ids that end a row.
         fill: what stands behind the end.
     """
@@ -37,6 +38,7 @@ class BeamRules:
     length_penalty: float
     early_stopping: bool | str
     do_sample: bool
+    orders_draws: bool
     eos: tuple[int, ...]
     fill: int
 
@@ -211,6 +213,9 @@ class BeamChoice:
         if self._rules.do_sample:
             places = draw(summed, self._rules.candidates, recordable=self.recordable)
             scores = summed.gather(1, places)
+            if self._rules.orders_draws:
+                scores, order = scores.sort(dim=-1, descending=True)
+                places = places.gather(1, order)
         else:
             scores, places = summed.topk(self._rules.candidates)
         return scores, places

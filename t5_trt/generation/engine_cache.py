@@ -10,10 +10,11 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from t5_trt.errors import InputError
 from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.transformers_api import CACHE
 
 
 class EngineCache(EncoderDecoderCache):
-    """What `past_key_values` is while an engine decodes: a view on one request's `DecoderState`.
+    """What the cache is while an engine decodes: a view on one request's `DecoderState`.
 
     It is filled by the first forward call. Reordering, cropping and selecting rows do what the stock class does.
     `stock()` gives an ordinary cache with copies of the contents.
@@ -113,6 +114,16 @@ class EngineCache(EncoderDecoderCache):
         return [False] * self.layers_count
 
     @property
+    def is_linear(self) -> list[bool]:
+        """No layer has linear attention."""
+        return [False] * self.layers_count
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Every layer has keys and values."""
+        return [False] * self.layers_count
+
+    @property
     def is_compileable(self) -> bool:
         """False: the forward pass is an engine already, nothing is left for torch.compile."""
         return False
@@ -173,8 +184,8 @@ def _cross_rows(state: DecoderState, layer: int) -> torch.Tensor:
 def _stack(cache: Cache, layers: int, length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if len(cache.layers) != layers:
         raise InputError(
-            f"past_key_values holds {len(cache.layers)} layers; the decoder has {layers}. Pass past_key_values=None and "
-            "use the cache that forward() returns."
+            f"{CACHE} holds {len(cache.layers)} layers; the decoder has {layers}. Pass {CACHE}=None and use "
+            "the cache that forward() returns."
         )
     pairs = [torch.stack((entry.keys[:, :, :length], entry.values[:, :, :length])) for entry in cache.layers]
     return torch.stack(pairs).to(device=device, dtype=dtype)

@@ -24,6 +24,7 @@ from t5_trt.generation.watch import STEPS_AHEAD, Watcher
 from t5_trt.runtime.buffers import DecoderState, bucket_length
 from t5_trt.runtime.exits import pause_at_exit
 from t5_trt.runtime.session import Program, Session
+from t5_trt.transformers_api import orders_drawn_beams
 
 
 @dataclass
@@ -275,6 +276,7 @@ def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
         length_penalty=float(config.length_penalty),
         early_stopping=config.early_stopping,
         do_sample=bool(config.do_sample),
+        orders_draws=bool(config.do_sample) and orders_drawn_beams(),
         eos=eos,
         fill=fill,
     )

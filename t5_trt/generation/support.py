@@ -25,6 +25,7 @@ from transformers.generation import logits_process, stopping_criteria
 
 from t5_trt.generation.engine_cache import EngineCache
 from t5_trt.generation.processors import has_device_form
+from t5_trt.transformers_api import CACHE
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Request:
     model_kwargs: dict[str, Any]
     streamer: Any = None
     synced_gpus: bool = False
+
+    @property
+    def cache(self) -> Any:
+        """The cache to decode with; None without one."""
+        return self.model_kwargs.get(CACHE)
 
     @property
     def limit(self) -> int | None:
@@ -129,8 +135,7 @@ def _hides_decoder_tokens(request: Request) -> bool:
 
 
 def _cache_in_use(request: Request) -> bool:
-    cache = request.model_kwargs.get("past_key_values")
-    return not isinstance(cache, EngineCache) or cache.state is not None
+    return not isinstance(request.cache, EngineCache) or request.cache.state is not None
 
 
 def _calls_the_model(request: Request) -> bool:

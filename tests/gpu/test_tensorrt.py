@@ -16,6 +16,7 @@ import torch
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
+from t5_trt.transformers_api import CACHE
 from t5_trt.verification import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
 from tests.tiny_models import FACTORS, KINDS, batch, make_stock, swollen
@@ -127,13 +128,13 @@ def test_slots_are_used_again(gpu_pair: Any) -> None:
     one = torch.zeros(3, 1, dtype=torch.long, device="cuda")
     inputs = on_gpu(batch())
     first = ours(**inputs, decoder_input_ids=one)
-    address = first.past_key_values.state.kv.data_ptr()
+    address = first[CACHE].state.kv.data_ptr()
     second = ours(**inputs, decoder_input_ids=one)
-    assert second.past_key_values.state.kv.data_ptr() != address
+    assert second[CACHE].state.kv.data_ptr() != address
     expected = first.logits.clone()
     del first
     third = ours(**inputs, decoder_input_ids=one)
-    assert third.past_key_values.state.kv.data_ptr() == address
+    assert third[CACHE].state.kv.data_ptr() == address
     assert torch.equal(third.logits, expected) and torch.equal(second.logits, expected)
 
 

@@ -1,8 +1,9 @@
-"""All that is measured on one H100 with TensorRT, as three calls of at most ten minutes each, and the keeping of what they give.
+"""All that is measured on one H100 with TensorRT, as calls of at most ten minutes each, and the keeping of what they give.
 
+    python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores: first, since the others depend on it
     python benchmarks/h100_session.py text --out FOLDER      equal text: soak, GPU tests, families, shipped model, overflow
-    python benchmarks/h100_session.py times --out FOLDER     builds side by side, then everything that is timed, one by one
-    python benchmarks/h100_session.py choices --out FOLDER   torch.compile's times, and the forms of a step's scores
+    python benchmarks/h100_session.py times --out FOLDER     builds side by side, then what is timed, one by one
+    python benchmarks/h100_session.py rest --out FOLDER      full GPU memory, and torch.compile's times
     python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
 
 A part runs lanes side by side and the commands of a lane one after the other. What has not ended when the time is up is killed;
@@ -57,20 +58,20 @@ PARTS: dict[str, list[list[list[str]]]] = {
         ],
         [
             [
-                "{python} -m pytest -q -m gpu tests/gpu -k too_little_memory -p no:xdist",
                 "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
-                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
+                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
             ]
         ],
     ],
-    "choices": [
+    "choices": [[["{python} benchmarks/h100_choices.py scores --store {store}/scores --json {json}"]]],
+    "rest": [
         [
             [
+                "{python} -m pytest -q -m gpu tests/gpu -k too_little_memory -p no:xdist",
                 f"{PLAIN} benchmarks/h100_loops.py compiled --json {{json}}",
-                "{python} benchmarks/h100_choices.py scores --store {store}/scores --json {json}",
             ]
         ]
     ],

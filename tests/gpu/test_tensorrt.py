@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -166,6 +167,27 @@ def test_second_process_loads_from_the_store(tmp_path: Path) -> None:
         logs.append(run.stderr)
         assert json.loads(run.stdout) > 0
     assert "building the engine" in logs[0] and "building the engine" not in logs[1]
+
+
+def _generate_in_child(ours: Any, queue: Any) -> None:
+    try:
+        queue.put(ours.generate(**batch(), max_new_tokens=4).tolist())
+    except (BackendError, RuntimeError) as error:  # torch's own words, if it is asked first
+        queue.put(str(error))
+
+
+def test_forked_after_the_gpu_was_used(gpu_pair: Any) -> None:
+    """CUDA cannot go on in a forked process: the error says how to start workers, and the parent goes on."""
+    _, ours = gpu_pair("t5-v1.1")
+    expected = ours.generate(**on_gpu(batch()), max_new_tokens=8).tolist()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_generate_in_child, args=(ours, queue))
+    child.start()
+    said = queue.get(timeout=60)
+    child.join(30)
+    assert isinstance(said, str) and "spawn" in said and child.exitcode == 0
+    assert ours.generate(**on_gpu(batch()), max_new_tokens=8).tolist() == expected
 
 
 def test_beyond_the_configured_shapes(store: Path) -> None:

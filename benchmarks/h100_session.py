@@ -7,7 +7,7 @@
     python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
 
 A part runs lanes side by side and the commands of a lane one after the other. What has not ended when the time is up is killed;
-records that it has made by then are kept. FOLDER gets records.json, soak.json and log.txt.
+records that it has made by then are kept. FOLDER gets records.json and log.txt; soak.json comes with a later part.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,8 +37,9 @@ PLAIN = "env -u PYTHONHOME -u PYTHONPATH -u LD_LIBRARY_PATH python3"
 PARTS: dict[str, list[list[list[str]]]] = {
     "text": [
         [
-            [
-                "{python} benchmarks/soak.py --backend tensorrt --minutes 8 --store {store}/soak --json {out}/soak.json",
+            [  # in a session of its own: it may outlive this call a little
+                "setsid {python} benchmarks/soak.py --backend tensorrt --minutes 8 --store {store}/soak --json {store}/soak.json "
+                "> {store}/soak.log 2>&1 &"
             ],
             ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist"],
             [
@@ -53,9 +55,10 @@ PARTS: dict[str, list[list[list[str]]]] = {
     ],
     "times": [
         [
-            ["{python} benchmarks/h100_loops.py build --precision fp16 --store {store}"],
-            ["{python} benchmarks/h100.py build --precision fp32 --store {store}"],
+            [f"{{python}} benchmarks/h100.py build --precision {precision} --store {{store}}"]
+            for precision in ("fp16", "fp32")
         ],
+        [["{python} benchmarks/h100_loops.py build --precision fp16 --store {store}"]],
         [
             [
                 "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
@@ -107,7 +110,7 @@ class Run:
             print(self.summary[-1], flush=True)
 
     def collect(self) -> None:
-        """Put all records into one file and all logs into another, and remove the rest."""
+        """Put all records into one file and all logs into another, remove the rest, and add what the soak has left so far."""
         records: list[dict[str, Any]] = []
         for path in sorted(self.out.glob("*-*.json")):
             records += json.loads(path.read_text())
@@ -118,6 +121,8 @@ class Run:
         (self.out / "log.txt").write_text("\n".join([*self.summary, *texts]))
         for path in logs:
             path.unlink()
+        for path in STORE.glob("soak.*"):
+            shutil.copy(path, self.out)
 
 
 def run_part(part: str, out: Path, minutes: float) -> None:

@@ -14,8 +14,10 @@ import copy
 import ctypes
 import gc
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -72,7 +74,7 @@ class Usage:
     open_files: int
     gpu_allocated_mb: float | None = None
     gpu_reserved_mb: float | None = None
-    gpu_used_mb: float | None = None  # of the whole device, as nvidia-smi shows it
+    gpu_used_mb: float | None = None  # as nvidia-smi shows it for this process, TensorRT's own memory included
 
     @classmethod
     def now(cls, requests: int, on_gpu: bool) -> Usage:
@@ -83,11 +85,22 @@ class Usage:
         usage = cls(requests, process.memory_info().rss / 1e6, process.num_threads(), process.num_fds())
         if on_gpu:
             torch.cuda.synchronize()
-            free, total = torch.cuda.mem_get_info()
             usage.gpu_allocated_mb = torch.cuda.memory_allocated() / 1e6
             usage.gpu_reserved_mb = torch.cuda.memory_reserved() / 1e6
-            usage.gpu_used_mb = (total - free) / 1e6
+            usage.gpu_used_mb = gpu_memory_mb(os.getpid())
         return usage
+
+
+def gpu_memory_mb(process: int) -> float | None:
+    """Memory of a process on all GPUs in 10**6 bytes, from nvidia-smi; None where that does not tell."""
+    question = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+        rows = [tuple(map(int, line.split(","))) for line in answer.splitlines()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    found = [mib for number, mib in rows if number == process]
+    return sum(found) * 2**20 / 1e6 if found else None
 
 
 @dataclass
@@ -106,7 +119,7 @@ class Soak:
     def slope(self, name: str) -> float | None:
         """Least squares growth of a kind of memory after the warm-up, in 10**6 bytes for 1,000 requests."""
         steady = [(usage.requests, getattr(usage, name)) for usage in self.usage[self.warm :]]
-        if len(steady) < 2 or steady[0][1] is None:
+        if len(steady) < 2 or any(value is None for _, value in steady):
             return None
         return statistics.linear_regression(*zip(*steady, strict=True)).slope * 1000
 

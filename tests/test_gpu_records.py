@@ -36,10 +36,12 @@ def test_what_ends_is_kept_and_the_rest_cut_off(tmp_path: Path, monkeypatch: pyt
     lanes = [[write.replace("{{}}", "one"), "exit 3"], [write.replace("{{}}", "two") + "; sleep 60"]]
     monkeypatch.setattr(h100_session, "PARTS", {"part": [lanes]})
     monkeypatch.setattr(h100_session, "STORE", tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "soak.json").write_text("{}")
     start = time.monotonic()
     run_part("part", tmp_path / "out", minutes=0.05)
     assert time.monotonic() - start < 30
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.json", "log.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.json", "log.txt", "soak.json"}
     records = json.loads((tmp_path / "out" / "records.json").read_text())
     assert [record["stage"] for record in records] == ["one", "two"]
     summary = (tmp_path / "out" / "log.txt").read_text().splitlines()[:3]

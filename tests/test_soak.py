@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.soak import Sizes, Soak, Usage, main, soak
+from benchmarks.soak import Sizes, Soak, Usage, gpu_memory_mb, main, soak
 from tests.conftest import pair_of
 
 SMALL = Sizes(batch=3, source_tokens=24, new_tokens=12)
@@ -49,3 +51,17 @@ def test_status(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--batch", "1", "--source-tokens", "4", "--new-tokens", "3"]
     assert main(["--model", "tiny", "--minutes", "0", *small]) == 1
     assert "Run longer" in capsys.readouterr().out
+
+
+def test_memory_of_one_process_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others on the same GPU do not count; where nothing tells, nothing is judged."""
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 12, 500\necho 7, 100\necho 7, 50\n")
+    command.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu_memory_mb(7) == pytest.approx(150 * 1.048576)
+    assert gpu_memory_mb(8) is None
+    command.write_text("#!/bin/sh\necho 7, [N/A]\n")
+    assert gpu_memory_mb(7) is None
+    usage = [Usage(100 * place, 500, 4, 9, gpu_used_mb=None if place == 5 else 80.0 * place) for place in range(20)]
+    assert Soak(usage=usage, warm=2).slope("gpu_used_mb") is None

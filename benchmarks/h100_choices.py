@@ -34,6 +34,7 @@ from benchmarks.gpu import (
 )
 from t5_trt.engine.profiles import SMALLEST
 from t5_trt.environment import environment
+from t5_trt.graph.forms import DeviceForm
 from t5_trt.random_models import SHAPES, random_t5
 
 #: of CUDA's own device functions; the driver supplies it when the module is loaded
@@ -228,27 +229,24 @@ SCORE_LAYERS = 3
 
 
 def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
-    """Name -> how a step multiplies its queries with the cached keys, as `t5_trt.graph.decoder.cached_scores`."""
-    from t5_trt.graph import decoder
+    """Name -> how a step multiplies its queries with the cached keys, as `t5_trt.graph.forms.DeviceForm.key_product`."""
 
     def several_rows(count: int) -> Callable[[Any, Any, Any], Any]:
-        def product(graph: Any, query: Any, past_key: Any) -> Any:
-            single = graph.reshape(query, -1, 1, graph.arch.d_kv)
-            wide = graph.op("Concat", *[single] * count, axis=1)
-            scores = graph.op("MatMul", wide, graph.transpose(past_key, 0, 2, 1))  # [R*H, count, T]
+        def product(graph: Any, query: Any, keys: Any) -> Any:
+            wide = graph.op("Concat", *[query] * count, axis=1)
+            scores = graph.op("MatMul", wide, graph.transpose(keys, 0, 2, 1))  # [R*H, count, T]
             return graph.op("Slice", scores, graph.ints(0), graph.ints(1), graph.ints(1))
 
         return product
 
-    def keys_first(graph: Any, query: Any, past_key: Any) -> Any:
-        return graph.op("MatMul", past_key, graph.reshape(query, -1, graph.arch.d_kv, 1))
+    def keys_first(graph: Any, query: Any, keys: Any) -> Any:
+        return graph.op("MatMul", keys, graph.reshape(query, -1, graph.arch.d_kv, 1))
 
-    def as_a_sum(graph: Any, query: Any, past_key: Any) -> Any:
-        product = graph.op("Mul", graph.reshape(query, -1, 1, graph.arch.d_kv), past_key)
-        return graph.op("ReduceSum", product, graph.ints(2), keepdims=0)
+    def as_a_sum(graph: Any, query: Any, keys: Any) -> Any:
+        return graph.op("ReduceSum", graph.op("Mul", query, keys), graph.ints(2), keepdims=0)
 
     return {
-        "query times keys": decoder.cached_scores,
+        "query times keys": DeviceForm.key_product,
         "keys times query": keys_first,
         "2 equal queries": several_rows(2),
         "8 equal queries": several_rows(8),
@@ -259,7 +257,6 @@ def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
 def stage_scores(store: Path, precision: str) -> Records:
     """A decoder step of `SCORE_LAYERS` layers of T5-base with its queries and cached keys multiplied in several ways."""
     from t5_trt import TRTT5ForConditionalGeneration
-    from t5_trt.graph import decoder
     from t5_trt.runtime.buffers import CrossStates
     from t5_trt.signature import STEP
 
@@ -267,7 +264,7 @@ def stage_scores(store: Path, precision: str) -> Records:
     SMALLEST["T"] = min(tokens for _, _, tokens in SCORE_CASES)
     first: dict[Any, torch.Tensor] = {}
     for name, form in score_forms().items():
-        decoder.cached_scores = form
+        DeviceForm.key_product = form  # type: ignore[method-assign]
         ours = TRTT5ForConditionalGeneration.from_model(
             random_t5("t5-base"),
             backend="tensorrt",

@@ -1,4 +1,4 @@
-"""The pieces of a T5 layer that encoder and decoder share: feed-forward, attention scores, softmax."""
+"""The pieces of a T5 layer that encoder and decoder share: feed-forward, softmax."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ def feed_forward(graph: Form, stream: ir.Value, layer: str) -> ir.Value:
     if linear:  # gated
         inner = graph.op("Mul", inner, linear[0])
     return graph.add_branch(stream, inner, f"{dense}.wo")
-
-
-def attend(graph: GraphBuilder, query: ir.Value, key: ir.Value) -> ir.Value:
-    """``query [.., q, D] @ key [.., k, D]^T`` of three axes (T5 does not scale by sqrt(D))."""
-    return graph.op("MatMul", query, graph.transpose(key, 0, 2, 1))
 
 
 def softmax(graph: GraphBuilder, value: ir.Value) -> ir.Value:

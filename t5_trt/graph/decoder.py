@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from t5_trt.graph.blocks import attend, feed_forward, softmax
+from t5_trt.graph.blocks import feed_forward, softmax
 from t5_trt.graph.forms import FLOAT, Form, Projection
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
@@ -136,9 +136,10 @@ def _queries_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
 
 
 def _masked_biases(graph: Form, relative: RelativeBias, table: str, frame: _Frame) -> list[ir.Value]:
-    """Relative bias plus mask. A step: [H, T]. Several: over cached keys [R, H, Q, T] and over new keys [R, H, Q, Q]."""
+    """Relative bias plus mask. A step: [H, 1, T] (device form: [H, T]). Several: over cached keys [R, H, Q, T], new [R, H, Q, Q]."""
     if frame.single:
-        return [graph.op("Add", graph.transpose(relative.rows(table, frame.past_index), 1, 0), frame.past_mask)]
+        bias = graph.op("Add", graph.transpose(relative.rows(table, frame.past_index), 1, 0), frame.past_mask)
+        return [graph.bias_of_rows(bias)]
     assert frame.new_index is not None and frame.new_mask is not None
     biases = []
     for index, mask in ((frame.past_index, frame.past_mask), (frame.new_index, frame.new_mask)):
@@ -150,30 +151,18 @@ def _masked_biases(graph: Form, relative: RelativeBias, table: str, frame: _Fram
 def _step_attention(
     graph: Form, frame: _Frame, made: Projection, past: tuple[ir.Value, ir.Value], biases: list[ir.Value]
 ) -> ir.Value:
-    """Self-attention of one new token for each row."""
-    arch = graph.arch
-    heads, width = arch.num_heads, arch.d_kv
+    """Self-attention of one new token for each row. Shapes are the host form's; for the device form's see `Form.by_heads`."""
     assert frame.here is not None
-    query, key, value = (graph.reshape(part, *frame.streams, heads, width) for part in made.parts)  # [B, N, H, D]
-    past_key, past_value = (graph.reshape(part, -1, frame.cached, width) for part in past)  # [R*H, T, D]
-    cached = cached_scores(graph, query, past_key)
-    new = graph.op("ReduceSum", graph.op("Mul", query, key), graph.ints(3), keepdims=1)  # [B, N, H, 1]
-    scores = graph.op("Where", frame.here, new, graph.reshape(cached, *frame.streams, heads, frame.cached))
-    weights = softmax(graph, graph.op("Add", scores, biases[0]))  # [B, N, H, T]
+    query, key, value = (graph.by_heads(part, frame.streams) for part in made.parts)  # [R, H, 1, D]
+    cached = graph.row_scores(query, past[0], frame.streams, frame.cached)  # [R, H, 1, T]
+    new = graph.op("ReduceSum", graph.op("Mul", query, key), graph.ints(3), keepdims=1)  # [R, H, 1, 1]
+    weights = softmax(graph, graph.op("Add", graph.op("Where", frame.here, new, cached), biases[0]))
     zero = graph.scalar(0.0)
     new_weight = graph.op("ReduceSum", graph.op("Where", frame.here, weights, zero), graph.ints(3), keepdims=1)
-    past_weights = graph.reshape(graph.op("Where", frame.here, zero, weights), -1, 1, frame.cached)
-    mixed = graph.reshape(graph.op("MatMul", past_weights, past_value), *frame.streams, heads, width)
+    past_weights = graph.op("Where", frame.here, zero, weights)
+    mixed = graph.row_mixture(past_weights, past[1], frame.streams, frame.cached)  # [R, H, 1, D]
     mixed = graph.op("Add", mixed, graph.op("Mul", new_weight, value))
-    return graph.flat(mixed, frame.streams, heads * width)
-
-
-def cached_scores(graph: Form, query: ir.Value, past_key: ir.Value) -> ir.Value:
-    """One query for each row and head, [B, N, H, D], times its cached keys [R*H, T, D]: scores [R*H, 1, T].
-
-    ``benchmarks/h100_choices.py`` measures other forms of this product.
-    """
-    return attend(graph, graph.reshape(query, -1, 1, graph.arch.d_kv), past_key)
+    return graph.flat(mixed, frame.streams, graph.arch.num_heads * graph.arch.d_kv)
 
 
 def _queries_attention(
@@ -202,6 +191,9 @@ def _new_rows(graph: Form, frame: _Frame, made: Projection, layer: int) -> dict[
         return {f"new_qkv_{layer}": graph.reshape(made.packed, frame.rows, frame.queries, width)}
     rows = {}
     for kind, part in zip("kv", made.parts[1:], strict=True):
+        if frame.single:  # no axes change places
+            rows[f"new_{kind}_{layer}"] = graph.by_heads(part, frame.streams)
+            continue
         split = graph.reshape(part, frame.rows, frame.queries, arch.num_heads, arch.d_kv)
         rows[f"new_{kind}_{layer}"] = graph.transpose(split, 0, 2, 1, 3)
     return rows
@@ -217,11 +209,10 @@ def _cross_attention(
     one = frame.beams == 1
     flat = graph.reshape(graph.linear(stream, f"{attention}.q"), *frame.streams, heads, width)  # [B, N*Q, H, D]
     query = flat if one else graph.transpose(flat, 0, 2, 1, 3)
-    key, value = (graph.reshape(part, -1, frame.source, width) for part in cross)  # [B*H, S, D]
-    query = graph.reshape(query, -1, frame.beams, width)
-    scores = graph.reshape(attend(graph, query, key), frame.batch, heads, frame.beams, frame.source)
-    weights = graph.reshape(softmax(graph, graph.op("Add", scores, bias)), -1, frame.beams, frame.source)
-    mixed = graph.reshape(graph.op("MatMul", weights, value), frame.batch, heads, frame.beams, width)
+    sizes = (frame.batch, heads, frame.beams)
+    scores = graph.product(query, cross[0], sizes, width, frame.source, transposed=True)  # [B, H, N*Q, S]
+    weights = softmax(graph, graph.op("Add", scores, bias))
+    mixed = graph.product(weights, cross[1], sizes, frame.source, width)  # [B, H, N*Q, D]
     if not one:
         mixed = graph.transpose(mixed, 0, 2, 1, 3)
     return graph.add_branch(stream, graph.flat(mixed, frame.streams, heads * width), f"{attention}.o")

@@ -63,6 +63,40 @@ class Form(GraphBuilder):
         """Bring a value into the shape that products take: [outer .., width], or [rows, width] on the host."""
         raise NotImplementedError
 
+    def by_heads(self, value: ir.Value, streams: Sequence[Dim]) -> ir.Value:
+        """One token of each row, [rows, H * D], by heads: [R, H, 1, D], or on a device, whose rows stay apart, [B, N, H, D].
+
+        In both, the last axis is what a row's product with its cache runs over, so the same nodes follow.
+        """
+        raise NotImplementedError
+
+    def bias_of_rows(self, bias: ir.Value) -> ir.Value:
+        """A bias [H, T] in a shape that goes with `by_heads`."""
+        raise NotImplementedError
+
+    def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
+        """Queries as of `by_heads` times each row's cached keys [R, H, T, D]; the last axis becomes T."""
+        raise NotImplementedError
+
+    def row_mixture(self, weights: ir.Value, values: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
+        """Weights as of `row_scores` times each row's cached values [R, H, T, D]; the last axis becomes D."""
+        raise NotImplementedError
+
+    def product(
+        self, left: ir.Value, right: ir.Value, sizes: Sequence[Dim], inner: Dim, width: Dim, *, transposed: bool = False
+    ) -> ir.Value:
+        """The product over the last two axes, [B, H, rows, inner] times [B, H, inner, width] (or its transpose).
+
+        Args:
+            left: the last axis is `inner`; on a device those before it may be in any order that flattens to B, H, rows.
+            right: [B, H, inner, width], or if `transposed` [B, H, width, inner].
+            sizes: B, H, rows.
+            inner: see above.
+            width: see above.
+            transposed: see above.
+        """
+        raise NotImplementedError
+
     @property
     def stream_type(self) -> ir.DataType:
         """Type of residual streams: the compute type, or float32 where sums over layers could leave the range."""
@@ -143,6 +177,28 @@ class HostForm(Form):
         """See `Form.flat`: [rows, width], as Gemm wants it."""
         return self.reshape(value, -1, width)
 
+    def by_heads(self, value: ir.Value, streams: Sequence[Dim]) -> ir.Value:
+        """See `Form.by_heads`."""
+        return self.reshape(value, -1, self.arch.num_heads, 1, self.arch.d_kv)
+
+    def bias_of_rows(self, bias: ir.Value) -> ir.Value:
+        """See `Form.bias_of_rows`."""
+        return self.op("Unsqueeze", bias, self.ints(1))
+
+    def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
+        """See `Form.row_scores`."""
+        return self.op("MatMul", query, self.transpose(keys, 0, 1, 3, 2))
+
+    def row_mixture(self, weights: ir.Value, values: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
+        """See `Form.row_mixture`."""
+        return self.op("MatMul", weights, values)
+
+    def product(
+        self, left: ir.Value, right: ir.Value, sizes: Sequence[Dim], inner: Dim, width: Dim, *, transposed: bool = False
+    ) -> ir.Value:
+        """See `Form.product`."""
+        return self.op("MatMul", left, self.transpose(right, 0, 1, 3, 2) if transposed else right)
+
     def _weight(self, key: str) -> ir.Value:
         source = self._weights[key]
 
@@ -205,6 +261,40 @@ class DeviceForm(Form):
         Merging them makes TensorRT 8.5 mix up rows where a transposed product follows (docs/performance.md).
         """
         return self.reshape(value, *outer, width)
+
+    def by_heads(self, value: ir.Value, streams: Sequence[Dim]) -> ir.Value:
+        """See `Form.by_heads`."""
+        return self.reshape(value, *streams, self.arch.num_heads, self.arch.d_kv)
+
+    def bias_of_rows(self, bias: ir.Value) -> ir.Value:
+        """See `Form.bias_of_rows`: it broadcasts as it is."""
+        return bias
+
+    def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
+        """See `Form.row_scores`."""
+        single, of_heads = (self.reshape(part, -1, rows, self.arch.d_kv) for part, rows in ((query, 1), (keys, cached)))
+        return self.reshape(self.key_product(single, of_heads), *streams, self.arch.num_heads, cached)
+
+    def key_product(self, query: ir.Value, keys: ir.Value) -> ir.Value:
+        """``[R*H, 1, D] @ [R*H, T, D]^T``; ``benchmarks/h100_choices.py`` measures other ways to write it."""
+        return self.op("MatMul", query, self.transpose(keys, 0, 2, 1))
+
+    def row_mixture(self, weights: ir.Value, values: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
+        """See `Form.row_mixture`."""
+        width = self.arch.d_kv
+        mixed = self.op("MatMul", self.reshape(weights, -1, 1, cached), self.reshape(values, -1, cached, width))
+        return self.reshape(mixed, *streams, self.arch.num_heads, width)
+
+    def product(
+        self, left: ir.Value, right: ir.Value, sizes: Sequence[Dim], inner: Dim, width: Dim, *, transposed: bool = False
+    ) -> ir.Value:
+        """See `Form.product`: over three axes, which TensorRT 8.5 does without reformats."""
+        left = self.reshape(left, -1, sizes[-1], inner)
+        if transposed:
+            right = self.transpose(self.reshape(right, -1, width, inner), 0, 2, 1)
+        else:
+            right = self.reshape(right, -1, inner, width)
+        return self.reshape(self.op("MatMul", left, right), *sizes, width)
 
     def input(self, tensor: Tensor) -> ir.Value:
         """Declare an input flat, and hand it out in its own shape."""

@@ -127,7 +127,9 @@ class EngineForward:
             wanted, attention_mask, decoder_attention_mask, decoder_inputs_embeds, inputs_embeds
         )
         if reason:
-            input_ids, decoder_input_ids = self._checked_for_reference(input_ids, decoder_input_ids, attention_mask)
+            input_ids, decoder_input_ids = self._checked_for_reference(
+                input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, cache
+            )
             return self._use_reference(reason)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -238,13 +240,18 @@ class EngineForward:
             return "gradients"
         return None
 
-    def _checked_for_reference(self, input_ids: Any, decoder_input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+    def _checked_for_reference(
+        self, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, decoder_mask: Any = None, cache: Any = None
+    ) -> tuple[Any, Any]:
         """Token ids for the stock model, int64, after the checks that the engines' inputs get."""
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() > 2:
-            check_wide_mask("attention_mask", attention_mask, input_ids)
-        size = self.architecture.vocab_size
+        size, heads = self.architecture.vocab_size, self.architecture.num_heads
         given = (("input_ids", input_ids), ("decoder_input_ids", decoder_input_ids))
         source, target = (None if ids is None else check_token_ids(name, ids, size, self.device) for name, ids in given)
+        attending = [ids for ids in (source, target) if ids is not None]
+        check_wide_mask("attention_mask", attention_mask, heads, attending, source)
+        check_wide_mask(
+            "decoder_attention_mask", decoder_mask, heads, attending[-1:], target if cache is None else None
+        )
         return source, target
 
     def _use_reference(self, reason: str) -> PreTrainedModel:

@@ -82,21 +82,30 @@ def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.devic
     return (mask.to(device) != 0).long()
 
 
-def check_wide_mask(name: str, mask: torch.Tensor, ids: Any) -> None:
-    """Refuse a mask of more than two axes that is no 4-D mask over the tokens of `ids` (where they are given).
+def check_wide_mask(name: str, mask: Any, heads: int, queries: list[torch.Tensor], keys: torch.Tensor | None) -> None:
+    """Refuse a mask of more than two axes that the stock model cannot broadcast; one of two axes is not looked at.
+
+    Args:
+        name: of the mask.
+        mask: [batch, heads, queries, keys] or with 1 in place of any but the last.
+        heads: of the model.
+        queries: token ids [rows, tokens] that attend through it; each of them must go with the mask.
+        keys: token ids that are attended to; None if there may be cached ones besides.
 
     Raises:
         InputError: naming both shapes.
     """
-    sizes = tuple(ids.shape) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
-    fits = mask.dim() == 4 and mask.numel() > 0
-    if fits and sizes is not None:
-        fits = mask.shape[0] in (1, sizes[0]) and mask.shape[2] in (1, sizes[1]) and mask.shape[3] == sizes[1]
-    if not fits:
-        expected = "[batch, tokens]" if sizes is None else f"[{sizes[0]}, {sizes[1]}]"
+    if not isinstance(mask, torch.Tensor) or mask.dim() <= 2:
+        return
+    fits = mask.dim() == 4 and mask.numel() > 0 and mask.shape[1] in (1, heads)
+    fits = fits and all(mask.shape[0] in (1, len(ids)) and mask.shape[2] in (1, ids.shape[1]) for ids in queries)
+    if not fits or (keys is not None and mask.shape[3] != keys.shape[1]):
+        rows = "batch" if not queries else len(queries[0])
+        places = "queries" if not queries else " and ".join(str(ids.shape[1]) for ids in queries)
         raise InputError(
-            f"{name} got shape {tuple(mask.shape)}; expected {expected}, one value per token, 0 for padding; or four axes, batch, "
-            "heads, queries and tokens, for the stock model."
+            f"{name} got shape {tuple(mask.shape)}; expected [{rows}, {'tokens' if keys is None else keys.shape[1]}], one value "
+            f"per token, 0 for padding; or for the stock model four axes, [{rows}, {heads}, {places}, tokens], with 1 in place "
+            "of what is the same for all."
         )
 
 

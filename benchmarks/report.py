@@ -22,6 +22,8 @@ from t5_trt.errors import InputError, T5TRTError
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_RECORDS, CPU_PLOT_RECORDS = "cpu-onnxruntime.json", "cpu-bench.json"
 GPU_RECORDS = "h100-trt8.5.3.json"
+#: stages of `benchmarks/h100_loops.py` whose records are in the table, and the one that is drawn
+GPU_STAGES, GPU_CURVES = ("h100_loops loops", "h100_loops compiled"), "h100_loops curves"
 #: names in records of a GPU -> columns
 GPU_TIMES = {
     "hf_eager_fp32_ms": "Transformers fp32 ms",
@@ -56,7 +58,7 @@ def gpu_speed_table(records: Sequence[Record]) -> str:
     """A markdown table of whole calls on a GPU: ours, and Transformers eager and compiled; the last record of a case counts."""
     cases: dict[tuple[int, int, int], Record] = {}
     for record in records:
-        if "ours_ms" in record or "hf_compiled_fp16_ms" in record:
+        if record.get("stage") in GPU_STAGES:
             case = cases.setdefault((record["batch"], record["num_beams"], record["new_tokens"]), {})
             case |= {name: record[name] for name in GPU_TIMES if name in record}
     columns = ("batch", "beams", "new tokens", *GPU_TIMES.values(), "times as fast", "tokens per s")
@@ -81,20 +83,33 @@ def cpu_speed(readme: Path, write: bool) -> str:
 
 
 def cpu_speed_plot(readme: Path, write: bool) -> str:
-    """The picture of times on CPUs, drawn beside the README, and the line that shows it."""
-    picture = readme.parent / PICTURES / "cpu-speed.png"
+    """The picture of times on CPUs, and the line that shows it."""
+    return _picture(readme, write, "cpu-speed.png", "CPUs", read_records(RESULTS / CPU_PLOT_RECORDS))
+
+
+def gpu_speed_plot(readme: Path, write: bool) -> str:
+    """The picture of times on a GPU, and the line that shows it."""
+    records = read_records(RESULTS / GPU_RECORDS)
+    curves = [record for record in records if record.get("stage") == GPU_CURVES]
+    return _picture(readme, write, "gpu-speed.png", "an H100", curves)
+
+
+def _picture(readme: Path, write: bool, name: str, where: str, records: Sequence[Record]) -> str:
+    """Draw records into a file beside the README."""
+    picture = readme.parent / PICTURES / name
     if write:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_records(read_records(RESULTS / CPU_PLOT_RECORDS), picture)
+        draw_records(records, picture)
     elif not picture.exists():
         return "the picture is missing"  # differs from any README
-    return f"![Time of generate() on CPUs]({PICTURES}/cpu-speed.png)"
+    return f"![Time of generate() on {where}]({PICTURES}/{name})"
 
 
 SECTIONS: dict[str, Callable[[Path, bool], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-speed-plot": cpu_speed_plot,
     "gpu-speed": gpu_speed,
+    "gpu-speed-plot": gpu_speed_plot,
 }
 
 

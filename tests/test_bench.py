@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import CompileConfig
 from typer.testing import CliRunner
 
+from benchmarks import report
 from benchmarks.report import gpu_speed_table
 from t5_trt import BackendError, InputError, cli_bench
 from t5_trt.bench_plot import check_picture, draw_records
@@ -245,11 +246,12 @@ def test_help_needs_no_torch() -> None:
 
 def test_table_of_a_gpu() -> None:
     """Ours and the compiled baseline come from different runs; what was measured otherwise is no row."""
-    case = {"batch": 8, "num_beams": 4, "new_tokens": 100}
-    records = [
+    case = {"stage": "h100_loops loops", "batch": 8, "num_beams": 4, "new_tokens": 100}
+    records: list[dict[str, Any]] = [
         {**case, "ours_ms": 50.0, "hf_eager_fp32_ms": 1000.0},
         {**case, "ours_ms": 40.0, "hf_eager_fp32_ms": 1000.0, "hf_eager_fp16_ms": 2000.0},
-        {**case, "hf_compiled_fp16_ms": 200.0},
+        {**case, "stage": "h100_loops compiled", "hf_compiled_fp16_ms": 200.0},
+        {**case, "stage": "h100 base", "ours_ms": 30.0, "hf_eager_fp32_ms": 1000.0},
         {"compared": "something", "batch": 1},
         {**case, "batch": 1, "ours_ms": 3.0},
     ]
@@ -258,18 +260,32 @@ def test_table_of_a_gpu() -> None:
     assert len(gpu_speed_table(records).split("\n")) == 3
 
 
+def test_picture_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn from the records of its stage; one that is missing makes a README out of date."""
+    drawn = read_records(report.RESULTS / report.CPU_PLOT_RECORDS)
+    others = [{"stage": "h100 base", "batch": 1}]
+    (tmp_path / report.GPU_RECORDS).write_text(
+        json.dumps(others + [{"stage": "h100_loops curves", **each} for each in drawn])
+    )
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert "missing" in report.gpu_speed_plot(tmp_path / "README.md", write=False)
+    line = report.gpu_speed_plot(tmp_path / "README.md", write=True)
+    assert line == report.gpu_speed_plot(tmp_path / "README.md", write=False) and "gpu-speed.png" in line
+    assert (tmp_path / "docs" / "images" / "gpu-speed.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_report_fills_a_readme(tmp_path: Path) -> None:
     """On a copy: first out of date, then rewritten, then up to date; what has no markers is left out."""
     readme = tmp_path / "README.md"
 
-    def report(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def rewrite(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--readme", str(readme), *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     readme.write_text("before\n<!-- begin: cpu-speed -->\nold\n<!-- end: cpu-speed -->\nafter\n")
-    stale = report("--check")
+    stale = rewrite("--check")
     assert stale.returncode == 1 and "out of date" in stale.stderr and "old" in readme.read_text()
-    written = report()
+    written = rewrite()
     assert written.returncode == 0 and "no <!-- begin: cpu-speed-plot -->" in written.stdout, written.stderr
     text = readme.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n") and "| model |" in text
@@ -281,9 +297,9 @@ def test_report_fills_a_readme(tmp_path: Path) -> None:
     assert text.count("\n| ") == len(newest) + 2
     last = list(newest.values())[-1]
     assert f"| {last['hf_eager_fp32_ms']:.0f} | {last['ours_ms']:.0f} | {last['speedup']:.2f} |" in text
-    assert report("--check").returncode == 0
+    assert rewrite("--check").returncode == 0
     readme.write_text(text + "<!-- begin: cpu-speed-plot -->\n<!-- end: cpu-speed-plot -->\n")
-    assert report("--check").returncode == 1 and report().returncode == 0 and report("--check").returncode == 0
+    assert rewrite("--check").returncode == 1 and rewrite().returncode == 0 and rewrite("--check").returncode == 0
     assert (tmp_path / "docs" / "images" / "cpu-speed.png").read_bytes().startswith(b"\x89PNG")
     readme.write_text("<!-- begin: cpu-speed -->\n")
-    assert "do not pair" in report().stderr
+    assert "do not pair" in rewrite().stderr

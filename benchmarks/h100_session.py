@@ -41,7 +41,7 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "setsid {python} benchmarks/soak.py --backend tensorrt --minutes 8 --store {store}/soak --json {store}/soak.json "
                 "> {store}/soak.log 2>&1 &"
             ],
-            ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist"],
+            ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist -W default"],
             [
                 "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
@@ -73,7 +73,7 @@ PARTS: dict[str, list[list[list[str]]]] = {
     "rest": [
         [
             [
-                "{python} -m pytest -q -m gpu tests/gpu -k too_little_memory -p no:xdist",
+                "{python} -m pytest -q -m gpu tests/gpu -k too_little_memory -p no:xdist -W default",
                 f"{PLAIN} benchmarks/h100_loops.py compiled --json {{json}}",
             ]
         ]

@@ -5,8 +5,8 @@
     python examples/prebuild_engines.py MODEL OUT --compute-capability 8.6 8.9         # TensorRT for RTX, no GPU needed
 
 First form, on a machine with TensorRT and the same kind of GPU as the service: runs every shape once, which builds its
-engines, and writes OUT with save_pretrained(include_engines=True). Copy OUT into the image; from_pretrained(OUT) there
-builds nothing for these shapes. Without TensorRT and a GPU it says what it would do and ends with status 0. CI has no
+engines, and writes OUT with save_pretrained(include_engines=True). Copy OUT into the image; there from_pretrained(OUT,
+trust_engines=True) builds nothing for these shapes. Without TensorRT and a GPU it says what it would do and ends with status 0. CI has no
 GPU and runs this form up to that message.
 
 Last form: builds with TensorRT for RTX, without a GPU, what `t5-trt build` builds, into the store OUT. With T5_TRT_CACHE=OUT a

@@ -21,7 +21,9 @@ from t5_trt.architecture import Architecture, check_family, read_architecture
 from t5_trt.calibration import observe, random_batches, text_batches
 from t5_trt.checkpoint import (
     HUB_ARGUMENTS,
+    check_indexes,
     correct_vocabulary,
+    drop_unsafe,
     load_checked,
     load_config,
     load_tokenizer,
@@ -95,7 +97,7 @@ class EngineModel(EngineForward, PreTrainedModel):
         flavor: str | None = None,
         show_progress: bool | None = None,
         check_engines: bool = True,
-        trust_engines: bool | None = None,
+        trust_engines: bool = False,
         build: BuildConfig | None = None,
         calibration: Iterable[str] | None = None,
         **kwargs: Any,
@@ -119,8 +121,7 @@ class EngineModel(EngineForward, PreTrainedModel):
             flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
             show_progress: draw a bar while engines are built; None does so on a terminal only.
             check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
-            trust_engines: use engines that come with the checkpoint; by default those of a folder and not those of a
-                hub id, because an engine is code.
+            trust_engines: use engines that come with the checkpoint. An engine is code: whoever wrote it can do what you can.
             build: settings of the engine builder.
             calibration: texts whose largest activations set the range of half precision; None goes by the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
@@ -136,6 +137,7 @@ class EngineModel(EngineForward, PreTrainedModel):
             InputError: an argument has no meaning.
         """
         name = str(pretrained_model_name_or_path)
+        drop_unsafe(kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
@@ -167,6 +169,7 @@ class EngineModel(EngineForward, PreTrainedModel):
         config = load_config(name, encoder_only=cls._encoder_only, **where) if config is None else config
         runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
         placement = resolve(runtime)
+        check_indexes(name, config, kwargs.get("variant"), **where)
         correct_vocabulary(name, config, **where)
         chosen = cls._class_for(config)
         load = super(EngineModel, chosen).from_pretrained

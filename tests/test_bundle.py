@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from t5_trt.engine import provider as providers
 from t5_trt.engine.bundle import FOLDER, find_bundle
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
-from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.engine.store import MANIFEST, PLAN, EngineStore
 from tests.tiny_models import make_stock
 
 WANTED = ("encoder", Shapes())
@@ -61,7 +62,7 @@ def no_building(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_saved_engines_are_used(model: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_building(monkeypatch)
-    fresh = provider(model, tmp_path / "empty", find_bundle(str(saved), None))
+    fresh = provider(model, tmp_path / "empty", find_bundle(str(saved), True))
     assert fresh.plan(*WANTED) == b"encoder B1 S32 fp32 built"
     assert not (tmp_path / "empty").exists() and not fresh.take_fresh(*WANTED)
     fresh.write_bundle(tmp_path / "again")
@@ -83,6 +84,24 @@ def test_engines_of_another_gpu_are_not_used(model: Any, saved: Path, tmp_path: 
     assert other.plan(*WANTED) and len(other.store.entries()) == 1
 
 
+@pytest.mark.parametrize("name", ["", PLAN, MANIFEST])
+def test_parts_that_others_may_write_to(
+    model: Any, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """The folder of one engine, or a file in it; also when it is reached by a link, as in the hub's cache."""
+    (engine,) = (saved / FOLDER).iterdir()
+    part = engine / name if name else engine
+    assert part.stat().st_mode & 0o777 == (0o644 if name else 0o755)
+    outside = part.rename(tmp_path / "outside")
+    part.symlink_to(outside)
+    assert provider(model, tmp_path / "none", saved / FOLDER).plan(*WANTED)
+    assert not (tmp_path / "none").exists()  # links are fine
+    outside.chmod(0o777)
+    with caplog.at_level(logging.WARNING, "t5_trt"):
+        assert provider(model, tmp_path / "one", saved / FOLDER).plan(*WANTED) == b"encoder B1 S32 fp32 built"
+    assert "it may be written by others" in caplog.text and (tmp_path / "one").is_dir()
+
+
 def test_damaged_or_writable_by_others(
     model: Any, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,10 +116,14 @@ def test_damaged_or_writable_by_others(
     assert "its bytes are not those that were built" in caplog.text
 
 
-def test_trust(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A folder's engines are used unless forbidden; a hub id's are not even fetched unless asked for."""
-    assert find_bundle(str(saved), None) == find_bundle(str(saved), True) == saved / FOLDER
-    assert find_bundle(str(saved), False) is None and find_bundle(str(tmp_path), True) is None
+def test_trust(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder may be a download, so its engines are used only if asked for; a hub id's are not even fetched otherwise."""
+    assert find_bundle(str(saved), True) == saved / FOLDER and find_bundle(str(tmp_path), True) is None
+    with caplog.at_level(logging.INFO, "t5_trt"):
+        assert find_bundle(str(tmp_path), False) is None and not caplog.text
+        assert find_bundle(str(saved), False) is None and "trust_engines=True" in caplog.text
+    default = inspect.signature(TRTT5ForConditionalGeneration.from_pretrained).parameters["trust_engines"].default
+    assert default is False
     fetched: list[Any] = []
 
     def fetch(name: str, **arguments: Any) -> str:
@@ -108,7 +131,7 @@ def test_trust(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         return str(saved)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert find_bundle("someone/t5", None, revision="main") is None and not fetched
+    assert find_bundle("someone/t5", False, revision="main") is None and not fetched
     assert find_bundle("someone/t5", True, revision="main", token=None) == saved / FOLDER
     assert fetched == [("someone/t5", {"allow_patterns": [f"{FOLDER}/*/*"], "revision": "main"})]
 

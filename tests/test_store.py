@@ -15,7 +15,8 @@ import pytest
 
 from t5_trt import BackendError
 from t5_trt.engine.cache_key import engine_key
-from t5_trt.engine.store import MANIFEST, PLAN, EngineStore
+from t5_trt.engine.store import LOCKS, MANIFEST, PLAN, EngineStore
+from t5_trt.engine.store_check import check_store
 
 KEY = engine_key({"graph": "encoder"})
 
@@ -113,13 +114,58 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
         EngineStore(tmp_path / "file" / "store").get_or_build(KEY, {}, writing())
 
 
-def test_folder_that_others_may_write_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_folder_that_others_may_write_to(tmp_path: Path, mode: int) -> None:
     store = EngineStore(tmp_path / "store")
     store.get_or_build(KEY, {}, writing())
-    store.root.chmod(0o777)
+    store.root.chmod(mode)
     for ask in (lambda: store.get(KEY), lambda: store.get_or_build(KEY, {}, never)):
         with pytest.raises(BackendError, match=r"may be written by others.*chmod 700"):
             ask()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to somebody else")
+@pytest.mark.parametrize("name", ["", PLAN, MANIFEST])
+def test_what_somebody_else_wrote(tmp_path: Path, name: str) -> None:
+    """While the folder was open to others, or into one that they made: its mode alone does not show it."""
+    store = EngineStore(tmp_path / "store")
+    store.get_or_build(KEY, {}, writing())
+    os.chown(store.root / KEY / name, 65534, 65534)
+    assert [problem.what for problem in check_store(store)] == [
+        f"it may be written by others (owner 65534, mode {'600' if name else '700'}): {name or KEY}"
+    ]
+    assert store.get(KEY) is None
+    assert store.get_or_build(KEY, {}, writing("mine")) == b"mine"
+    os.chown(store.root, 65534, 65534)
+    with pytest.raises(BackendError, match="may be written by others"):
+        store.get(KEY)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_nothing_is_open_to_others_at_any_moment(tmp_path: Path, umask: int) -> None:
+    """Not even while it is built, whatever the umask."""
+    store, modes = EngineStore(tmp_path / "store"), []
+
+    def build(folder: Path) -> None:
+        (folder / PLAN).write_text("plan")
+        modes.extend(path.stat().st_mode & 0o777 for path in (store.root, folder, store.root / LOCKS))
+
+    before = os.umask(umask)
+    try:
+        store.get_or_build(KEY, {}, build)
+    finally:
+        os.umask(before)
+    assert modes == [0o700] * 3
+    files = {path.name: path.stat().st_mode & 0o777 for path in (store.root / KEY).iterdir()}
+    assert files == {PLAN: 0o600, MANIFEST: 0o600} and (store.root / KEY).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("manifest", ["[]", "null", '"text"', "7"])
+def test_a_manifest_that_is_none(tmp_path: Path, manifest: str) -> None:
+    store = EngineStore(tmp_path / "store")
+    store.get_or_build(KEY, {}, writing())
+    (store.root / KEY / MANIFEST).write_text(manifest)
+    assert store.entries() == [] and store.get(KEY) is None
 
 
 def test_least_recently_used_go_first(tmp_path: Path) -> None:

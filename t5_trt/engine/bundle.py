@@ -1,7 +1,7 @@
 """Engines that travel with a checkpoint: written beside it, used where they fit this GPU and this TensorRT.
 
-A plan is code to whoever loads it. Those in a folder of the user's own are used; those of a hub repository only if the user
-says so (``trust_engines=True``).
+A plan is code to whoever loads it, and a folder does not show who wrote it: it may be a download. So they are used only if the
+user says so (``trust_engines=True``).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from t5_trt.engine.store import read_engine
+from t5_trt.engine.ownership import who_else_may_write
+from t5_trt.engine.store import MANIFEST, PLAN, read_engine
 from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
@@ -23,18 +23,23 @@ FOLDER = "t5_trt_engines"
 _HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only")
 
 
-def find_bundle(name_or_path: str, trust: bool | None, **hub_arguments: Any) -> Path | None:
+def find_bundle(name_or_path: str, trust: bool, **hub_arguments: Any) -> Path | None:
     """The folder of engines that comes with a checkpoint, if there is one that may be used.
 
     Args:
         name_or_path: hub id or folder of the checkpoint.
-        trust: use it; None uses that of a folder and not that of a hub id.
+        trust: use it; else engines in a folder are mentioned in the log, and those on a hub are not asked for.
         hub_arguments: cache_dir, revision, token, local_files_only, subfolder.
     """
     inner = "/".join(filter(None, (hub_arguments.get("subfolder"), FOLDER)))
     if os.path.isdir(name_or_path):
         folder = Path(name_or_path) / inner
-        return folder if trust is not False and folder.is_dir() else None
+        if not trust and folder.is_dir():
+            logger.info(
+                "the engines in %s are not used, as engines are code. If you trust who wrote them: trust_engines=True.",
+                folder,
+            )
+        return folder if trust and folder.is_dir() else None
     if not trust:
         return None
     from huggingface_hub import snapshot_download
@@ -53,11 +58,11 @@ def read_bundled(bundle: Path, key: str) -> bytes | None:
     folder = bundle / key
     if not folder.is_dir():
         return None
-    info = bundle.stat()
-    if info.st_uid not in (os.getuid(), 0) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    owners = (os.getuid(), 0)
+    if who_else_may_write(bundle, owners):
         logger.warning("the engines in %s are not used: others may write to that folder. chmod go-w it.", bundle)
         return None
-    problem, plan = read_engine(folder, key)
+    problem, plan = read_engine(folder, key, owners)
     if problem:
         logger.warning("the engine %s is not used and will be built: %s.", folder, problem)
         return None
@@ -85,6 +90,9 @@ def write_bundle(engines: Iterable[Path], checkpoint: Path) -> Path:
                 continue
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as staging:
                 copy = Path(shutil.copytree(folder, Path(staging) / folder.name))
+                copy.chmod(0o755)  # to be read by all and written by nobody else, as the bundle's own folder
+                for name in (PLAN, MANIFEST):
+                    (copy / name).chmod(0o644)
                 shutil.rmtree(bundle / folder.name, ignore_errors=True)
                 os.rename(copy, bundle / folder.name)
     except OSError as error:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import overrides
+from torch.utils import _device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
 
@@ -197,14 +200,15 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
         CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
     """
     try:
-        model, info = load(
-            name_or_path,
-            *model_args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **arguments,
-        )
+        with _torch_modes_kept():
+            model, info = load(
+                name_or_path,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **arguments,
+            )
     except T5TRTError:
         raise
     except Exception as error:  # safetensors, torch, hub and OS errors share no base class
@@ -236,7 +240,7 @@ def share_weights(
     if attention is not None:
         config = copy.deepcopy(config)
         config._attn_implementation = attention
-    with torch.device("meta"):
+    with _torch_modes_kept(), torch.device("meta"):
         model = target(config)
     state = source.state_dict(keep_vars=True)
     if device is not None and device.type != "cpu":
@@ -245,6 +249,30 @@ def share_weights(
     if hasattr(source, "lm_head") and source.lm_head.weight is source.shared.weight:
         model.lm_head.weight = model.shared.weight
     return model.eval()
+
+
+@contextmanager
+def _torch_modes_kept() -> Iterator[None]:
+    """Leave torch's modes as they were when Ctrl-C comes while ``torch.device("meta")`` is at work, here or in Transformers.
+
+    Every torch function under it takes it off a stack and puts it back. An interrupt in between leaves the process without
+    it, which ends in a RuntimeError that hides the interrupt; one while it is left leaves a process whose tensors have no data.
+    """
+    modes, device = overrides._get_current_function_mode_stack(), _device.CURRENT_DEVICE  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except BaseException as error:
+        while overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            overrides._pop_mode()  # type: ignore[no-untyped-call]
+        for mode in modes:
+            overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+        _device.CURRENT_DEVICE = device
+        hidden: BaseException | None = error
+        while hidden is not None and not isinstance(hidden, KeyboardInterrupt):
+            hidden = hidden.__context__
+        if hidden is None or hidden is error:
+            raise
+        raise hidden from None
 
 
 def _find(name_or_path: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:

@@ -57,9 +57,11 @@ def cluster() -> Iterator[str]:
     """The address of a cluster of two CPUs."""
     folder = tempfile.mkdtemp(prefix="ray")  # short, for the names of sockets
     memory = {"object_store_memory": 100_000_000, "_temp_dir": folder}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **memory)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("PYTHONWARNINGS")  # Ray's own processes use what is deprecated
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **memory)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,6 +19,8 @@ from t5_trt.engine.store import LOCKS, MANIFEST, PLAN, EngineStore
 from t5_trt.engine.store_check import check_store
 
 KEY = engine_key({"graph": "encoder"})
+PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and a fork of them may wait for ever
+PROCESSES.set_forkserver_preload(["tests.test_faults", "tests.test_store"])  # else each of them imports for a second
 
 
 def writing(text: str = "plan", log: Path | None = None, wait_s: float = 0.0) -> Any:
@@ -187,9 +189,8 @@ def _ask(root: Path, log: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_many_processes_build_once(tmp_path: Path, count: int) -> None:
-    context = multiprocessing.get_context("fork")
     log = tmp_path / "log"
-    processes = [context.Process(target=_ask, args=(tmp_path / "store", log)) for _ in range(count)]
+    processes = [PROCESSES.Process(target=_ask, args=(tmp_path / "store", log)) for _ in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -205,7 +206,7 @@ def _hang(root: Path, log: Path) -> None:
 def test_killed_while_building(tmp_path: Path) -> None:
     """The lock of a dead process is free, and what it left is swept by the next build."""
     log = tmp_path / "log"
-    process = multiprocessing.get_context("fork").Process(target=_hang, args=(tmp_path / "store", log))
+    process = PROCESSES.Process(target=_hang, args=(tmp_path / "store", log))
     process.start()
     while not log.exists():
         time.sleep(0.01)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
 
 from t5_trt.architecture import check_family
-from t5_trt.errors import CheckpointError, T5TRTError
+from t5_trt.errors import CheckpointError, T5TRTError, raise_hidden_interrupt
 
 logger = logging.getLogger("t5_trt")
 #: keyword arguments of from_pretrained that let a checkpoint run code, and the values with which it cannot
@@ -267,12 +267,8 @@ def _torch_modes_kept() -> Iterator[None]:
         for mode in modes:
             overrides._push_mode(mode)  # type: ignore[no-untyped-call]
         _device.CURRENT_DEVICE = device
-        hidden: BaseException | None = error
-        while hidden is not None and not isinstance(hidden, KeyboardInterrupt):
-            hidden = hidden.__context__
-        if hidden is None or hidden is error:
-            raise
-        raise hidden from None
+        raise_hidden_interrupt(error)
+        raise
 
 
 def _find(name_or_path: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +129,25 @@ def test_ctrl_c_between_torchs_modes(
         call()
     monkeypatch.undo()
     assert torch.zeros(1).device.type == "cpu" and not torch.overrides._get_current_function_mode_stack()
+    call()
+
+
+def test_ctrl_c_that_makes_clean_up_fail(shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """shutil closes a folder twice if it is interrupted right after the first time; that error once hid the Ctrl-C."""
+
+    class Interrupted(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            try:
+                raise KeyboardInterrupt
+            finally:
+                os.close(9999)
+
+    call = calls(shipped, tmp_path)["from_model"]
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    monkeypatch.undo()
     call()
 
 

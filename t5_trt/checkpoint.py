@@ -67,9 +67,8 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
             "save the checkpoint again."
         ) from error
     check_family(config, encoder_only=encoder_only)
-    config._attn_implementation = (
-        None  # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
-    )
+    # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
+    config._attn_implementation = None
     return config
 
 

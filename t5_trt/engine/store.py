@@ -1,8 +1,8 @@
 """Engines on disk: one folder per key with ``engine.plan`` and ``manifest.json``; safe for many processes at once.
 
 A plan is code to whoever loads it. So the folder belongs to the user alone (0700), a plan is read only if its bytes have
-the digest that its manifest names, and what is damaged, or was written by somebody else, is never handed out. New engines are written to a
-temporary sibling and renamed: a reader sees all of an engine or nothing.
+the digest that its manifest names, and what is damaged, or was written by somebody else, is never handed out. New engines
+are written to a temporary sibling and renamed: a reader sees all of an engine or nothing.
 """
 
 from __future__ import annotations

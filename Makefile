@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs gpu-test oldest clean
+.PHONY: demo test lint docs audit pythons gpu-test oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,15 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
+# licences and known vulnerabilities of what the library depends on
+audit: $(VENV)/installed
+	$(BIN)/python -m audit.licences
+	$(BIN)/python -m audit.advisories
+
+# what needs no torch, on every other supported Python that is here
+pythons: $(VENV)/installed
+	$(BIN)/python -m audit.pythons
+
 # on a machine with TensorRT and an NVIDIA GPU
 gpu-test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
@@ -38,4 +47,4 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest dist
+	rm -rf .venv .venv-oldest .venv-python3.* dist

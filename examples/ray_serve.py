@@ -10,10 +10,12 @@
 
 `/generate` answers {"text", "batch_size"}; requests with equal settings that come close together run as one batch, and
 others never share one. `/stream` (without beams) answers lines of JSON: {"text": piece} ..., then {"done": true} or
-{"error": ...}. Errors are {"error": message} with status 400 (values), 413 (too long), 500 or 504 (too late).
+{"error": ...}. Errors are {"error": message} with status 400 (values), 408 (the body came too slowly), 413 (too long), 500 or
+504 (too late); 503 is Ray's and plain text: too many wait.
 
-A request of a new size builds an engine where the store has none: fill it first. There is no login and no TLS: put this
-behind a gateway that has them and that limits the size of request bodies.
+A request is one text; `Settings` has the limits of its size, its time and how many wait. A request of a new size builds an
+engine where the store has none: fill it first. There is no login and no TLS: put this behind a gateway that has them. Ray's
+dashboard runs code for whoever reaches it: it stays on this machine unless told otherwise.
 """
 
 import argparse
@@ -25,14 +27,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from transformers import AutoTokenizer, TextStreamer
 
 from t5_trt import TRTT5ForConditionalGeneration, generate_many
@@ -53,11 +56,12 @@ class Settings(BaseModel):
     max_batch_size: int = Field(8, ge=1)
     batch_wait_s: float = Field(0.01, ge=0, description="how long a batch waits for more texts")
     max_queued_requests: int = Field(256, ge=1, description="more than these are answered with 503")
+    max_body_bytes: int = Field(64_000, ge=1, description="of a request, before it is read as JSON")
     max_text_characters: int = Field(4000, ge=1)
     max_source_tokens: int = Field(512, ge=1)
     max_new_tokens: int = Field(256, ge=1)
     max_num_beams: int = Field(8, ge=1)
-    request_timeout_s: float = Field(30, gt=0)
+    request_timeout_s: float = Field(30, gt=0, description="for the body to arrive, and again for the answer")
 
 
 class Ask(BaseModel):
@@ -99,8 +103,9 @@ api = FastAPI(title="t5_trt")
 
 @api.exception_handler(RequestValidationError)
 async def _bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
-    names = [".".join(part for part in found["loc"][1:] if isinstance(part, str)) for found in error.errors()]
-    problems = [f"{name or 'body'}: {found['msg']}" for name, found in zip(names, error.errors(), strict=True)]
+    told = error.errors()[:5]  # the names are the client's own, of any length and number
+    names = [".".join(part for part in found["loc"][1:] if isinstance(part, str))[:50] for found in told]
+    problems = [f"{name or 'body'}: {found['msg']}" for name, found in zip(names, told, strict=True)]
     return JSONResponse({"error": "; ".join(problems)}, status_code=400)
 
 
@@ -112,6 +117,32 @@ async def _refused(_: Request, error: HTTPException) -> JSONResponse:
 @api.exception_handler(Exception)
 async def _failed(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": "internal error"}, status_code=500)  # Starlette logs it
+
+
+async def _read_ask(request: Request) -> Ask:
+    """The body, never more of it in memory than is allowed: FastAPI's own way would read all of it first."""
+    limits = serve.get_replica_context().servable_object.settings
+    body = bytearray()
+
+    async def read() -> None:
+        async for piece in request.stream():
+            body.extend(piece)
+            if len(body) > limits.max_body_bytes:
+                raise HTTPException(413, f"the body is too long; expected at most {limits.max_body_bytes} bytes")
+
+    try:
+        await asyncio.wait_for(read(), limits.request_timeout_s)
+        return Ask.model_validate_json(bytes(body))
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {limits.request_timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body is not complete") from None
+    except ValidationError as error:
+        found = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_url=False)]
+        raise RequestValidationError(found) from None
+
+
+Body = Annotated[Ask, Depends(_read_ask)]
 
 
 @serve.deployment(name="t5")
@@ -136,7 +167,7 @@ class TextService:
         return {"status": "ok", "backend": self.model.session.backend}
 
     @api.post("/generate")
-    async def generate(self, ask: Ask) -> dict[str, Any]:
+    async def generate(self, ask: Body) -> dict[str, Any]:
         """The whole answer."""
         self._check(ask)
         batch, timeout_s = self._batch(ask.num_beams, ask.max_new_tokens), self.settings.request_timeout_s
@@ -147,7 +178,7 @@ class TextService:
         return {"text": text, "batch_size": size}
 
     @api.post("/stream")
-    async def stream(self, ask: Ask) -> StreamingResponse:
+    async def stream(self, ask: Body) -> StreamingResponse:
         """The answer piece by piece."""
         self._check(ask)
         if ask.num_beams != 1:
@@ -158,8 +189,6 @@ class TextService:
 
     def _check(self, ask: Ask) -> None:
         limits = self.settings
-        if any("\ud800" <= letter <= "\udfff" for letter in ask.text):
-            raise HTTPException(400, "text: half of a surrogate pair stands alone")
         if (got := len(ask.text)) > limits.max_text_characters:
             raise HTTPException(413, f"text got {got} characters; expected at most {limits.max_text_characters}")
         if (got := len(self.tokenizer(ask.text)["input_ids"])) > limits.max_source_tokens:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from t5_trt.checkpoint import load_tokenizer
+from t5_trt.checkpoint import load_config, load_tokenizer
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.environment import environment
 from t5_trt.errors import InputError
@@ -110,7 +110,8 @@ def load_contest(
     else:
         ours = TRTT5ForConditionalGeneration.from_pretrained(model, num_threads=threads, **options)
         name = Path(model).resolve().name if Path(model).is_dir() else model
-        first = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32).eval() if stock else None
+        safe: dict[str, Any] = {"config": load_config(model), "trust_remote_code": False}
+        first = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval() if stock else None
     contest = Contest(name, ours, {}, {}, load_tokenizer(model) if texts else None)
     if stock and ours.device.type == "cpu":
         contest.rivals["hf_eager_fp32"] = Contestant(first)

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import overrides
+from torch.utils import _device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
 
 from t5_trt.architecture import check_family
-from t5_trt.errors import CheckpointError, T5TRTError
+from t5_trt.errors import CheckpointError, T5TRTError, raise_hidden_interrupt
 
+logger = logging.getLogger("t5_trt")
+#: keyword arguments of from_pretrained that let a checkpoint run code, and the values with which it cannot
+_SAFE = {"trust_remote_code": False, "weights_only": True}
 #: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 _EMBEDDING = "shared.weight"
@@ -45,7 +52,8 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
     if folder.is_dir():
         check_files(folder / hub_arguments.get("subfolder", ""))
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **hub_arguments)
+        # None would ask on the terminal whether to run the checkpoint's code
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub_arguments)
     except T5TRTError:
         raise
     except OSError as error:
@@ -59,7 +67,17 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
             "save the checkpoint again."
         ) from error
     check_family(config, encoder_only=encoder_only)
+    # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
+    config._attn_implementation = None
     return config
+
+
+def drop_unsafe(arguments: dict[str, Any]) -> None:
+    """Take arguments that would let the checkpoint run code out of those for Transformers, and say so."""
+    for name, safe in _SAFE.items():
+        given = arguments.pop(name, None)
+        if given is not None and given != safe:
+            logger.warning("%s=%s is not used: no code of a checkpoint is run. The stock class can do it.", name, given)
 
 
 def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
@@ -69,7 +87,7 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
         CheckpointError: there is none that can be used.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, **hub_arguments)
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub_arguments)
     except Exception as error:  # of Transformers, tokenizers, sentencepiece and the hub
         raise CheckpointError(
             f"cannot load a tokenizer from {name_or_path!r}: {type(error).__name__}: {error} Expected the tokenizer's files beside "
@@ -78,7 +96,7 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder whose files are pipes or devices (reading one may never end), or whose index names others' files.
+    """Refuse a folder whose files are pipes or devices: reading one may never end.
 
     Raises:
         CheckpointError: it has such a file.
@@ -86,9 +104,39 @@ def check_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.suffix in _READ and path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError(f"{str(path)!r} is a pipe, a socket or a device; expected an ordinary file.")
-    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        if (folder / name).is_file():
-            shards_of(folder / name)
+
+
+def check_indexes(name_or_path: str, config: Any, variant: str | None = None, **hub_arguments: Any) -> None:
+    """Refuse a checkpoint whose config or whose indexes of weights lead to files that are not beside them.
+
+    Args:
+        name_or_path: hub id or folder.
+        config: of the model.
+        variant: of the weights, as in ``model.safetensors.index.fp16.json``.
+        hub_arguments: see HUB_ARGUMENTS.
+
+    Raises:
+        CheckpointError: one of them does.
+    """
+    folder = Path(name_or_path) / hub_arguments.get("subfolder", "")
+    if folder.is_dir():
+        check_files(folder)  # the config may have been given
+    chosen = getattr(config, "transformers_weights", None)
+    if chosen is not None and not _is_name(chosen):
+        raise CheckpointError(
+            f"the config of {name_or_path!r} names the weights {chosen!r}; expected the name of a file beside it. Do not use "
+            "this checkpoint."
+        )
+    names = [SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME]
+    names += [f"{name.removesuffix('json')}{variant}.json" for name in names if variant]
+    for name in (*names, *([chosen] if chosen is not None and chosen.endswith(".json") else [])):
+        if (path := _find(name_or_path, name, hub_arguments)) is not None:
+            shards_of(Path(path))
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is the name of a file and leads nowhere else."""
+    return isinstance(value, str) and Path(value).name == value and "\\" not in value and value not in ("", "..")
 
 
 def shards_of(index: Path) -> dict[str, str]:
@@ -105,7 +153,7 @@ def shards_of(index: Path) -> dict[str, str]:
             f"the index {str(index)!r} cannot be read ({type(error).__name__}: {error}); expected JSON with a weight_map. "
             "Download or save the checkpoint again."
         ) from error
-    outside = sorted(name for name in names if Path(name).name != name or "\\" in name or name in ("", ".."))
+    outside = sorted(name for name in names if not _is_name(name))
     if outside:
         raise CheckpointError(
             f"the index {str(index)!r} names {outside[0]!r}; expected names of files beside it. Do not use this checkpoint."
@@ -151,14 +199,15 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
         CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
     """
     try:
-        model, info = load(
-            name_or_path,
-            *model_args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **arguments,
-        )
+        with _torch_modes_kept():
+            model, info = load(
+                name_or_path,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **arguments,
+            )
     except T5TRTError:
         raise
     except Exception as error:  # safetensors, torch, hub and OS errors share no base class
@@ -190,7 +239,7 @@ def share_weights(
     if attention is not None:
         config = copy.deepcopy(config)
         config._attn_implementation = attention
-    with torch.device("meta"):
+    with _torch_modes_kept(), torch.device("meta"):
         model = target(config)
     state = source.state_dict(keep_vars=True)
     if device is not None and device.type != "cpu":
@@ -199,6 +248,26 @@ def share_weights(
     if hasattr(source, "lm_head") and source.lm_head.weight is source.shared.weight:
         model.lm_head.weight = model.shared.weight
     return model.eval()
+
+
+@contextmanager
+def _torch_modes_kept() -> Iterator[None]:
+    """Leave torch's modes as they were when Ctrl-C comes while ``torch.device("meta")`` is at work, here or in Transformers.
+
+    Every torch function under it takes it off a stack and puts it back. An interrupt in between leaves the process without
+    it, which ends in a RuntimeError that hides the interrupt; one while it is left leaves a process whose tensors have no data.
+    """
+    modes, device = overrides._get_current_function_mode_stack(), _device.CURRENT_DEVICE  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except BaseException as error:
+        while overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            overrides._pop_mode()  # type: ignore[no-untyped-call]
+        for mode in modes:
+            overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+        _device.CURRENT_DEVICE = device
+        raise_hidden_interrupt(error)
+        raise
 
 
 def _find(name_or_path: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:

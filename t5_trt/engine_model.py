@@ -1,8 +1,8 @@
-"""What every model on engines has: loading, its session, its stock twin, devices and dtypes, saving, pickling.
+"""What every model on engines has: loading, its session, its stock twin, saving, pickling.
 
 The model *is* a stock module tree whose parameters are loaded by Transformers; the engines read the same memory. So
 ``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy of the weights. The
-forward pass is not here: see `t5_trt.forwarding` and `t5_trt.encoder_module`.
+forward pass is not here: see `t5_trt.forwarding` and `t5_trt.encoder_module`; nor devices and dtypes: `t5_trt.placed_model`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from t5_trt.architecture import Architecture, check_family, read_architecture
 from t5_trt.calibration import observe, random_batches, text_batches
 from t5_trt.checkpoint import (
     HUB_ARGUMENTS,
+    check_indexes,
     correct_vocabulary,
+    drop_unsafe,
     load_checked,
     load_config,
     load_tokenizer,
@@ -30,13 +32,14 @@ from t5_trt.checkpoint import (
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
-from t5_trt.errors import BackendError, InputError, StrictModeError
+from t5_trt.errors import InputError, StrictModeError
 from t5_trt.forwarding import EngineForward
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
 from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
+from t5_trt.placed_model import PlacedModel
 from t5_trt.runtime.forks import abandon, watch_forks
-from t5_trt.runtime.open import Placement, best_precision, choose_folding, open_session, resolve
+from t5_trt.runtime.open import best_precision, choose_folding, open_session, resolve
 from t5_trt.runtime.session import Session
 
 logger = logging.getLogger("t5_trt")
@@ -44,7 +47,7 @@ Self = TypeVar("Self", bound="EngineModel")
 _DERIVED = ("_session", "_reference", "_architecture")
 
 
-class EngineModel(EngineForward, PreTrainedModel):
+class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
     """Base of the models on engines; a subclass of it is mixed in before the stock class of each family.
 
     Args:
@@ -64,8 +67,8 @@ class EngineModel(EngineForward, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self._runtime_config = RuntimeConfig()
         self._build_config = BuildConfig()
-        self._placement_: Placement | None = None
-        self._session: Session | None = None
+        self._placement_ = None
+        self._session = None
         self._reference: PreTrainedModel | None = None
         self._architecture: Architecture | None = None
         self._last_path: GenerationPath | None = None
@@ -119,8 +122,8 @@ class EngineModel(EngineForward, PreTrainedModel):
             flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
             show_progress: draw a bar while engines are built; None does so on a terminal only.
             check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
-            trust_engines: use engines that come with the checkpoint; by default those of a folder and not those of a
-                hub id, because an engine is code.
+            trust_engines: use engines that come with the checkpoint; by default those of a folder that is no download from a
+                hub. An engine is code: whoever wrote it can do what you can.
             build: settings of the engine builder.
             calibration: texts whose largest activations set the range of half precision; None goes by the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
@@ -136,6 +139,7 @@ class EngineModel(EngineForward, PreTrainedModel):
             InputError: an argument has no meaning.
         """
         name = str(pretrained_model_name_or_path)
+        drop_unsafe(kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
@@ -167,6 +171,7 @@ class EngineModel(EngineForward, PreTrainedModel):
         config = load_config(name, encoder_only=cls._encoder_only, **where) if config is None else config
         runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
         placement = resolve(runtime)
+        check_indexes(name, config, kwargs.get("variant"), **where)
         correct_vocabulary(name, config, **where)
         chosen = cls._class_for(config)
         load = super(EngineModel, chosen).from_pretrained
@@ -265,22 +270,6 @@ class EngineModel(EngineForward, PreTrainedModel):
             self.__dict__["_reference"] = stock  # as an attribute it would become a part of this module and its state
         return stock.train(self.training)
 
-    @property
-    def device(self) -> torch.device:
-        """Where inputs are expected and outputs appear."""
-        return self._placement.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of hidden states; logits are always float32."""
-        return self._placement.dtype
-
-    @property
-    def _placement(self) -> Placement:
-        if self._placement_ is None:
-            self._placement_ = resolve(self._runtime_config)
-        return self._placement_
-
     def extra_repr(self) -> str:
         """Backend, precision, loaded engines and memory of their weights, at the head of the model's repr."""
         placement, session = self._placement, self._session
@@ -288,42 +277,6 @@ class EngineModel(EngineForward, PreTrainedModel):
         engines = getattr(session, "engines", None)
         own = f"{engines.weights.nbytes / 1e6:.1f} MB on {placement.device}" if engines else "the parameters' memory"
         return f"backend={placement.backend}, precision={placement.precision}, engines=({graphs}), weights=({own})"
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Accepts what ``nn.Module.to`` takes. A device that the backend cannot use is refused; see `half` for dtypes.
-
-        Raises:
-            BackendError: the backend does not run on that device.
-        """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and (device.type != self.device.type or device.index not in (None, self.device.index)):
-            raise BackendError(
-                f".to({str(device)!r}): this model runs on {self.device} with the backend {self._placement.backend!r}. "
-                "Choose the device when loading: from_pretrained(..., device=...)."
-            )
-        if dtype is not None:
-            self._wish_dtype(dtype)
-        return self
-
-    def cuda(self, device: int | torch.device | None = None) -> Any:  # type: ignore[override]
-        """Like ``to("cuda")``."""
-        return self.to("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
-
-    def cpu(self) -> Any:
-        """Like ``to("cpu")``."""
-        return self.to("cpu")
-
-    def float(self, *args: Any) -> Any:
-        """Keep float32."""
-        return self
-
-    def half(self, *args: Any) -> Any:
-        """A wish: ONNX Runtime computes in float32 on the CPU and says so once."""
-        return self.to(torch.float16)
-
-    def bfloat16(self, *args: Any) -> Any:
-        """A wish: ONNX Runtime computes in float32 on the CPU and says so once."""
-        return self.to(torch.bfloat16)
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, include_engines: bool = False, **kwargs: Any
@@ -383,18 +336,3 @@ class EngineModel(EngineForward, PreTrainedModel):
         """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
         abandon(self._session)
         self._session, self._generation_lock = None, threading.RLock()
-
-    def _wish_dtype(self, dtype: Any) -> None:
-        dtype = as_dtype(dtype)
-        if dtype is self.dtype or dtype is torch.float32:
-            return
-        if self._placement.backend == "tensorrt" and self._session is None:
-            self._runtime_config = replace(self._runtime_config, precision=PRECISION_OF[dtype])
-            self._placement_ = None
-        else:
-            logger.warning(
-                "the backend %r computes in %s here; dtype %s is not used. Choose the precision when loading.",
-                self._placement.backend,
-                self._placement.precision,
-                dtype,
-            )

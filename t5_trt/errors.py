@@ -29,3 +29,16 @@ class BackendError(T5TRTError, RuntimeError):
 
 class StrictModeError(T5TRTError, RuntimeError):
     """``strict=True`` and the request would have needed the stock PyTorch model or a new engine."""
+
+
+def raise_hidden_interrupt(error: BaseException) -> None:
+    """Raise the KeyboardInterrupt that an error came out of, if it did; else do nothing.
+
+    Ctrl-C at the wrong moment makes clean-up in Python's library or in torch fail: a file is closed twice, a stack is empty. That
+    error would hide it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        cause = cause.__context__

@@ -12,6 +12,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# as in pyproject.toml, for the processes that tests start
+os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"
 
 from t5_trt import TRTT5ForConditionalGeneration
 from tests.tiny_models import KINDS, make_stock

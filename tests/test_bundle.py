@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from t5_trt.engine import provider as providers
 from t5_trt.engine.bundle import FOLDER, find_bundle
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
-from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.engine.store import MANIFEST, PLAN, EngineStore
 from tests.tiny_models import make_stock
 
 WANTED = ("encoder", Shapes())
@@ -83,6 +84,24 @@ def test_engines_of_another_gpu_are_not_used(model: Any, saved: Path, tmp_path: 
     assert other.plan(*WANTED) and len(other.store.entries()) == 1
 
 
+@pytest.mark.parametrize("name", ["", PLAN, MANIFEST])
+def test_parts_that_others_may_write_to(
+    model: Any, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """The folder of one engine, or a file in it; also when it is reached by a link, as in the hub's cache."""
+    (engine,) = (saved / FOLDER).iterdir()
+    part = engine / name if name else engine
+    assert part.stat().st_mode & 0o777 == (0o644 if name else 0o755)
+    outside = part.rename(tmp_path / "outside")
+    part.symlink_to(outside)
+    assert provider(model, tmp_path / "none", saved / FOLDER).plan(*WANTED)
+    assert not (tmp_path / "none").exists()  # links are fine
+    outside.chmod(0o777)
+    with caplog.at_level(logging.WARNING, "t5_trt"):
+        assert provider(model, tmp_path / "one", saved / FOLDER).plan(*WANTED) == b"encoder B1 S32 fp32 built"
+    assert "it may be written by others" in caplog.text and (tmp_path / "one").is_dir()
+
+
 def test_damaged_or_writable_by_others(
     model: Any, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,10 +116,26 @@ def test_damaged_or_writable_by_others(
     assert "its bytes are not those that were built" in caplog.text
 
 
-def test_trust(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["models--someone--t5/snapshots/0123", "t5"])
+def test_downloaded_folders_are_not_trusted(saved: Path, tmp_path: Path, place: str) -> None:
+    """A hub's client fills a folder of its cache, or one that it was given, where it leaves notes of its own."""
+    folder = tmp_path / place
+    shutil.copytree(saved, folder)
+    if place == "t5":
+        (folder / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    assert find_bundle(str(folder), None) is None and find_bundle(str(folder), True) == folder / FOLDER
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert find_bundle(str(link), None) is None
+
+
+def test_trust(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A folder's engines are used unless forbidden; a hub id's are not even fetched unless asked for."""
     assert find_bundle(str(saved), None) == find_bundle(str(saved), True) == saved / FOLDER
-    assert find_bundle(str(saved), False) is None and find_bundle(str(tmp_path), True) is None
+    assert find_bundle(str(tmp_path), True) is None
+    with caplog.at_level(logging.INFO, "t5_trt"):
+        assert find_bundle(str(tmp_path), False) is None and not caplog.text
+        assert find_bundle(str(saved), False) is None and "trust_engines=True" in caplog.text
     fetched: list[Any] = []
 
     def fetch(name: str, **arguments: Any) -> str:

@@ -22,6 +22,8 @@ from t5_trt.engine.store import LOCKS, MANIFEST, PLAN, STAGING, EngineStore
 from t5_trt.engine.store_check import check_store
 
 KEY, OTHER = engine_key({"graph": "encoder"}), engine_key({"graph": "decoder"})
+PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and a fork of them may wait for ever
+PROCESSES.set_forkserver_preload(["tests.test_faults", "tests.test_store"])  # else each of them imports for a second
 #: audit events of Python that touch files: each of them is a step at which a process may die
 STEPS = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 
@@ -49,13 +51,13 @@ def store_until(root: Path, last: int) -> None:
 
 def test_killed_at_every_step(tmp_path: Path) -> None:
     """A damaged engine of the same key is there already, as its removal is among the steps."""
-    context, killed = multiprocessing.get_context("fork"), 0
+    killed = 0
     for last in range(1, 200):
         root = tmp_path / str(last)
         store = EngineStore(root)
         store.get_or_build(KEY, {}, write)
         (root / KEY / PLAN).write_bytes(b"evil")
-        process = context.Process(target=store_until, args=(root, last))
+        process = PROCESSES.Process(target=store_until, args=(root, last))
         process.start()
         process.join(30)
         if process.exitcode == 0:

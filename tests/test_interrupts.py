@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +104,51 @@ def test_ctrl_c(shipped: Any, tmp_path: Path, name: str) -> None:
             interrupted += 1
         assert call() == expected
     assert interrupted > 0
+
+
+@pytest.mark.parametrize("name", ["from_model", "from_pretrained"])
+@pytest.mark.parametrize("place", ["_pop_mode", "_push_mode"])
+@pytest.mark.parametrize("first", range(3))
+def test_ctrl_c_between_torchs_modes(
+    shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str, first: int
+) -> None:
+    """While ``torch.device("meta")`` is entered, left, or taken away for a torch function, as it once was by chance."""
+    call, seen = calls(shipped, tmp_path)[name], 0
+
+    def interrupt(real: Any, *mode: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == 1 + first:
+            raise KeyboardInterrupt
+        return real(*mode)
+
+    for module in ("torch.utils._device", "torch.overrides"):
+        real = getattr(importlib.import_module(module), place)
+        monkeypatch.setattr(f"{module}.{place}", partial(interrupt, real))
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    monkeypatch.undo()
+    assert torch.zeros(1).device.type == "cpu" and not torch.overrides._get_current_function_mode_stack()
+    call()
+
+
+def test_ctrl_c_that_makes_clean_up_fail(shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """shutil closes a folder twice if it is interrupted right after the first time; that error once hid the Ctrl-C."""
+
+    class Interrupted(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            try:
+                raise KeyboardInterrupt
+            finally:
+                os.close(9999)
+
+    call = calls(shipped, tmp_path)["from_model"]
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    monkeypatch.undo()
+    call()
 
 
 @pytest.mark.parametrize("method", ["encode", "decode", "program"])

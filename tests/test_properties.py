@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def test_damaged_engines(tmp_path: Path, name: str, place: int, piece: bytes) ->
     path = store.root / key / name
     whole = path.read_bytes()
     path.write_bytes(whole[:place] + piece + whole[place + len(piece) :])
-    problem, got = read_engine(store.root / key, key)
+    problem, got = read_engine(store.root / key, key, (os.getuid(),))
     found = store.get(key)
     path.write_bytes(whole)
     assert found in (None, plan) and (problem is None) == (got == plan)

@@ -57,9 +57,11 @@ def cluster() -> Iterator[str]:
     """The address of a cluster of two CPUs."""
     folder = tempfile.mkdtemp(prefix="ray")  # short, for the names of sockets
     memory = {"object_store_memory": 100_000_000, "_temp_dir": folder}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **memory)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("PYTHONWARNINGS")  # Ray's own processes use what is deprecated
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **memory)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -166,9 +168,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    common = {"max_batch_size": 6, "max_text_characters": 200}
-    good = {"model": str(SHIPPED), "batch_wait_s": 0.5, "max_source_tokens": 50, **common}
-    bad = {"model": str(broken), "request_timeout_s": 1, "max_new_tokens": 100_000, **common}
+    common = {"max_text_characters": 200, "max_body_bytes": 2000}
+    good = {"model": str(SHIPPED), "max_batch_size": 6, "batch_wait_s": 0.5, "max_source_tokens": 50, **common}
+    waiting = {"max_batch_size": 1, "max_queued_requests": 1}
+    bad = {"model": str(broken), "request_timeout_s": 1, "max_new_tokens": 100_000, **waiting, **common}
     serve.run(module.build_app(good), name="good", route_prefix="/")
     serve.run(module.build_app(module.Settings(**bad)), name="bad", route_prefix="/bad")
     yield f"http://127.0.0.1:{port}"
@@ -218,7 +221,7 @@ class TestServe:
             ("generate", {"text": "か", "max_new_tokens": 0}, 400, "max_new_tokens: Input should be greater than"),
             ("generate", {"text": ["か"], "num_beams": True}, 400, "num_beams: Input should be a valid integer"),
             ("generate", {"text": "か", "beams": 2}, 400, "beams: Extra inputs are not permitted"),
-            ("generate", {"text": "\ud800"}, 400, "surrogate"),
+            ("generate", {"text": "\ud800"}, 400, "body: Invalid JSON: unexpected end of hex escape"),
             ("generate", {}, 400, "text: Field required"),
             ("stream", {"text": "か", "num_beams": 2}, 400, "/stream takes 1"),
             ("nothing", {"text": "か"}, 404, "Not Found"),
@@ -237,7 +240,53 @@ class TestServe:
     def test_broken_body(self, url: str) -> None:
         headers = {"Content-Type": "application/json"}
         answer = requests.post(f"{url}/generate", data=b'{"text', headers=headers, timeout=30)
-        assert (answer.status_code, answer.json()) == (400, {"error": "body: JSON decode error"})
+        words = "body: Invalid JSON: EOF while parsing a string at line 1 column 6"
+        assert (answer.status_code, answer.json()) == (400, {"error": words})
+
+    def test_an_error_is_short_whatever_was_sent(self, url: str) -> None:
+        answer = requests.post(
+            f"{url}/generate", json={f"{place:02}" + 120 * "x": 1 for place in range(15)}, timeout=30
+        )
+        assert answer.status_code == 400 and "text: Field required" in answer.json()["error"]
+        assert answer.text.count("Extra inputs") == 4 and len(answer.text) < 500
+
+    @pytest.mark.parametrize("path", ["generate", "stream"])
+    @pytest.mark.parametrize(
+        ("length", "sent", "status", "message"),
+        [
+            (10**12, 2001, 413, "the body is too long; expected at most 2000 bytes"),
+            (None, 2001, 413, "the body is too long; expected at most 2000 bytes"),
+            (2000, 20, 408, "the body did not arrive within 1 s"),
+        ],
+        ids=["large", "endless", "slow"],
+    )
+    def test_bodies(self, url: str, path: str, length: int | None, sent: int, status: int, message: str) -> None:
+        """A body that is announced to be large, one that may have no end, and one that does not come."""
+        port = int(url.rsplit(":", 1)[1])
+        kind = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        body = b"%x\r\n%s\r\n" % (sent, b" " * sent) if length is None else b" " * sent
+        head = f"POST /bad/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{kind}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(head.encode() + body)
+            answer = b""
+            while not answer.endswith(b'"}'):
+                piece = connection.recv(10_000)
+                assert piece, answer
+                answer += piece
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and message in answer.decode()
+
+    def test_more_than_may_wait(self, url: str) -> None:
+        """Four may run and one may wait, and do until their time is over; the others are refused at once."""
+
+        def ask(_: int) -> tuple[int, str]:
+            answer = requests.post(f"{url}/bad/generate", json={"text": "か", "max_new_tokens": 100_000}, timeout=30)
+            return answer.status_code, answer.text
+
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(ask, range(20)))
+        refused = [text for status, text in answers if status == 503]
+        assert len(refused) >= 5 and sum(status == 504 for status, _ in answers) == 20 - len(refused) >= 1
+        assert all(text.startswith("Request dropped due to backpressure") and "/" not in text for text in refused)
 
     def test_streams_end_when_late_and_when_left(self, url: str) -> None:
         body = {"text": "か", "max_new_tokens": 100_000}

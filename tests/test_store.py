@@ -15,9 +15,12 @@ import pytest
 
 from t5_trt import BackendError
 from t5_trt.engine.cache_key import engine_key
-from t5_trt.engine.store import MANIFEST, PLAN, EngineStore
+from t5_trt.engine.store import LOCKS, MANIFEST, PLAN, EngineStore
+from t5_trt.engine.store_check import check_store
 
 KEY = engine_key({"graph": "encoder"})
+PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and a fork of them may wait for ever
+PROCESSES.set_forkserver_preload(["tests.test_faults", "tests.test_store"])  # else each of them imports for a second
 
 
 def writing(text: str = "plan", log: Path | None = None, wait_s: float = 0.0) -> Any:
@@ -113,13 +116,58 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
         EngineStore(tmp_path / "file" / "store").get_or_build(KEY, {}, writing())
 
 
-def test_folder_that_others_may_write_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_folder_that_others_may_write_to(tmp_path: Path, mode: int) -> None:
     store = EngineStore(tmp_path / "store")
     store.get_or_build(KEY, {}, writing())
-    store.root.chmod(0o777)
+    store.root.chmod(mode)
     for ask in (lambda: store.get(KEY), lambda: store.get_or_build(KEY, {}, never)):
         with pytest.raises(BackendError, match=r"may be written by others.*chmod 700"):
             ask()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to somebody else")
+@pytest.mark.parametrize("name", ["", PLAN, MANIFEST])
+def test_what_somebody_else_wrote(tmp_path: Path, name: str) -> None:
+    """While the folder was open to others, or into one that they made: its mode alone does not show it."""
+    store = EngineStore(tmp_path / "store")
+    store.get_or_build(KEY, {}, writing())
+    os.chown(store.root / KEY / name, 65534, 65534)
+    assert [problem.what for problem in check_store(store)] == [
+        f"it may be written by others (owner 65534, mode {'600' if name else '700'}): {name or KEY}"
+    ]
+    assert store.get(KEY) is None
+    assert store.get_or_build(KEY, {}, writing("mine")) == b"mine"
+    os.chown(store.root, 65534, 65534)
+    with pytest.raises(BackendError, match="may be written by others"):
+        store.get(KEY)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_nothing_is_open_to_others_at_any_moment(tmp_path: Path, umask: int) -> None:
+    """Not even while it is built, whatever the umask."""
+    store, modes = EngineStore(tmp_path / "store"), []
+
+    def build(folder: Path) -> None:
+        (folder / PLAN).write_text("plan")
+        modes.extend(path.stat().st_mode & 0o777 for path in (store.root, folder, store.root / LOCKS))
+
+    before = os.umask(umask)
+    try:
+        store.get_or_build(KEY, {}, build)
+    finally:
+        os.umask(before)
+    assert modes == [0o700] * 3
+    files = {path.name: path.stat().st_mode & 0o777 for path in (store.root / KEY).iterdir()}
+    assert files == {PLAN: 0o600, MANIFEST: 0o600} and (store.root / KEY).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("manifest", ["[]", "null", '"text"', "7"])
+def test_a_manifest_that_is_none(tmp_path: Path, manifest: str) -> None:
+    store = EngineStore(tmp_path / "store")
+    store.get_or_build(KEY, {}, writing())
+    (store.root / KEY / MANIFEST).write_text(manifest)
+    assert store.entries() == [] and store.get(KEY) is None
 
 
 def test_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -141,9 +189,8 @@ def _ask(root: Path, log: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_many_processes_build_once(tmp_path: Path, count: int) -> None:
-    context = multiprocessing.get_context("fork")
     log = tmp_path / "log"
-    processes = [context.Process(target=_ask, args=(tmp_path / "store", log)) for _ in range(count)]
+    processes = [PROCESSES.Process(target=_ask, args=(tmp_path / "store", log)) for _ in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -159,7 +206,7 @@ def _hang(root: Path, log: Path) -> None:
 def test_killed_while_building(tmp_path: Path) -> None:
     """The lock of a dead process is free, and what it left is swept by the next build."""
     log = tmp_path / "log"
-    process = multiprocessing.get_context("fork").Process(target=_hang, args=(tmp_path / "store", log))
+    process = PROCESSES.Process(target=_hang, args=(tmp_path / "store", log))
     process.start()
     while not log.exists():
         time.sleep(0.01)

@@ -1,7 +1,7 @@
 """Engines that travel with a checkpoint: written beside it, used where they fit this GPU and this TensorRT.
 
-A plan is code to whoever loads it. Those in a folder of the user's own are used; those of a hub repository only if the user
-says so (``trust_engines=True``).
+A plan is code to whoever loads it. Those in a folder of the user's own are used; those of a hub repository, downloaded to wherever,
+only if the user says so (``trust_engines=True``).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from t5_trt.engine.store import read_engine
+from t5_trt.engine.ownership import who_else_may_write
+from t5_trt.engine.store import MANIFEST, PLAN, read_engine
 from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
@@ -28,13 +28,22 @@ def find_bundle(name_or_path: str, trust: bool | None, **hub_arguments: Any) -> 
 
     Args:
         name_or_path: hub id or folder of the checkpoint.
-        trust: use it; None uses that of a folder and not that of a hub id.
+        trust: use it; None uses that of a folder which is no download, and not that of a hub id. Engines in a folder that
+            are not used are mentioned in the log.
         hub_arguments: cache_dir, revision, token, local_files_only, subfolder.
     """
     inner = "/".join(filter(None, (hub_arguments.get("subfolder"), FOLDER)))
     if os.path.isdir(name_or_path):
         folder = Path(name_or_path) / inner
-        return folder if trust is not False and folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        if trust or (trust is None and not _is_download(Path(name_or_path))):
+            return folder
+        logger.info(
+            "the engines in %s are not used, as engines are code. If you trust who wrote them: trust_engines=True.",
+            folder,
+        )
+        return None
     if not trust:
         return None
     from huggingface_hub import snapshot_download
@@ -48,16 +57,23 @@ def find_bundle(name_or_path: str, trust: bool | None, **hub_arguments: Any) -> 
     return folder if folder.is_dir() else None
 
 
+def _is_download(folder: Path) -> bool:
+    """Whether a hub's client filled a folder: one of its cache, or one of the user's, in which it leaves its notes."""
+    snapshots = folder.resolve().parent
+    cached = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return cached or (folder / ".cache" / "huggingface").is_dir()
+
+
 def read_bundled(bundle: Path, key: str) -> bytes | None:
     """The plan of a key out of a bundle, or None if it is not there, not whole, or others may write to it."""
     folder = bundle / key
     if not folder.is_dir():
         return None
-    info = bundle.stat()
-    if info.st_uid not in (os.getuid(), 0) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    owners = (os.getuid(), 0)
+    if who_else_may_write(bundle, owners):
         logger.warning("the engines in %s are not used: others may write to that folder. chmod go-w it.", bundle)
         return None
-    problem, plan = read_engine(folder, key)
+    problem, plan = read_engine(folder, key, owners)
     if problem:
         logger.warning("the engine %s is not used and will be built: %s.", folder, problem)
         return None
@@ -85,6 +101,9 @@ def write_bundle(engines: Iterable[Path], checkpoint: Path) -> Path:
                 continue
             with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as staging:
                 copy = Path(shutil.copytree(folder, Path(staging) / folder.name))
+                copy.chmod(0o755)  # to be read by all and written by nobody else, as the bundle's own folder
+                for name in (PLAN, MANIFEST):
+                    (copy / name).chmod(0o644)
                 shutil.rmtree(bundle / folder.name, ignore_errors=True)
                 os.rename(copy, bundle / folder.name)
     except OSError as error:

@@ -1,8 +1,8 @@
 """Engines on disk: one folder per key with ``engine.plan`` and ``manifest.json``; safe for many processes at once.
 
 A plan is code to whoever loads it. So the folder belongs to the user alone (0700), a plan is read only if its bytes have
-the digest that its manifest names, and what is damaged or foreign is never handed out. New engines are written to a
-temporary sibling and renamed: a reader sees all of an engine or nothing.
+the digest that its manifest names, and what is damaged, or was written by somebody else, is never handed out. New engines
+are written to a temporary sibling and renamed: a reader sees all of an engine or nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from t5_trt.engine.ownership import who_else_may_write
 from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
@@ -41,9 +41,12 @@ class StoredEngine:
     used_at: float
 
 
-def read_engine(folder: Path, key: str) -> tuple[str | None, bytes]:
-    """(what is wrong with an engine's folder or None, its plan)."""
+def read_engine(folder: Path, key: str, owners: Collection[int]) -> tuple[str | None, bytes]:
+    """(what is wrong with an engine's folder or None, its plan); only `owners` may be able to write to any of it."""
     try:
+        for path in (folder, folder / MANIFEST, folder / PLAN):
+            if problem := who_else_may_write(path, owners):
+                return f"{problem}: {path.name}", b""
         manifest = json.loads((folder / MANIFEST).read_text())
         plan = (folder / PLAN).read_bytes()
     except (OSError, ValueError) as error:
@@ -77,7 +80,7 @@ class EngineStore:
         if not folder.is_dir():
             return None
         self._check_private()
-        problem, plan = read_engine(folder, key)
+        problem, plan = read_engine(folder, key, (os.getuid(),))
         if problem:
             logger.warning("the stored engine %s is not used and will be built again: %s.", folder, problem)
             return None
@@ -141,6 +144,8 @@ class EngineStore:
                 used_at, size = (folder / MANIFEST).stat().st_mtime, (folder / PLAN).stat().st_size
             except (OSError, ValueError):
                 continue
+            if not isinstance(manifest, dict):
+                continue
             found.append(StoredEngine(folder.name, folder, manifest, size, used_at))
         return sorted(found, key=lambda entry: -entry.used_at)
 
@@ -173,6 +178,7 @@ class EngineStore:
     def _publish(self, staging: Path, target: Path, manifest: dict[str, Any]) -> None:
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for name in (PLAN, MANIFEST):  # on disk before the rename: a power cut must not leave a name without content
+            (staging / name).chmod(0o600)  # whatever the umask
             _sync(staging / name)
         _sync(staging)
         shutil.rmtree(target, ignore_errors=True)  # a damaged engine of the same key
@@ -197,10 +203,7 @@ class EngineStore:
 
     def problem_of_permissions(self) -> str | None:
         """Why others may write to the folder, or None."""
-        info = self.root.stat()
-        if info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return None
-        return f"it may be written by others (owner {info.st_uid}, mode {stat.S_IMODE(info.st_mode):o})"
+        return who_else_may_write(self.root, (os.getuid(),))
 
     def _check_private(self) -> None:
         problem = self.problem_of_permissions()

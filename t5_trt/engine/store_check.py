@@ -82,7 +82,11 @@ def _problem(path: Path) -> str | None:
         return _FOREIGN
     if path.is_symlink() or not path.is_dir():
         return "it is no folder, as an engine's is"
-    return "a build that was killed left it" if path.name.startswith(STAGING) else read_engine(path, key)[0]
+    return (
+        "a build that was killed left it"
+        if path.name.startswith(STAGING)
+        else read_engine(path, key, (os.getuid(),))[0]
+    )
 
 
 def _key_of(path: Path) -> str | None:

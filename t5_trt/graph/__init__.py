@@ -17,10 +17,7 @@ from t5_trt.graph.int8 import Int8DeviceForm, Int8HostForm
 from t5_trt.graph.parameters import Weights
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
-#: part of every engine's cache key: raise it when a change here changes what a graph computes or is called
-GRAPH_REVISION = 3
-
-__all__ = ["GRAPH_REVISION", "build_device_graph", "build_host_graph"]
+__all__ = ["build_device_graph", "build_host_graph"]
 
 
 def build_host_graph(

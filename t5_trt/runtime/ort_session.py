@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.errors import BackendError
+from t5_trt.errors import BackendError, raise_hidden_interrupt
 from t5_trt.graph import build_host_graph
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
@@ -238,6 +238,7 @@ class OrtSession:
                 path.write_bytes(ir.to_proto(model).SerializeToString())
                 return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
+            raise_hidden_interrupt(error)
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
                 "Runtime 1.20 or newer; if this one is, please report the message."

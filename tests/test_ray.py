@@ -81,6 +81,31 @@ def command(tmp_path: Path) -> list[str]:
     return [str(SHIPPED), str(source), str(tmp_path / "out.txt"), *OPTIONS]
 
 
+def test_actors_get_the_model_itself(shipped: tuple[Any, Any, Any]) -> None:
+    """Pickled once into Ray's store; every actor opens engines of its own, and the driver's model goes on."""
+    tokenizer, stock, ours = shipped
+    inputs = tokenizer(LINES[:6], return_tensors="pt", padding=True)
+    expected = stock.generate(**inputs, max_new_tokens=30, num_beams=2).tolist()
+
+    class Holder:
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+        def answer(self, inputs: Any) -> Any:
+            return self.model.generate(**inputs, max_new_tokens=30, num_beams=2).tolist()
+
+    assert ours.generate(**inputs, max_new_tokens=30, num_beams=2).tolist() == expected
+    model = ray.put(ours)
+    actors = [ray.remote(num_cpus=1)(Holder).remote(model) for _ in range(2)]
+    try:
+        waiting = [actor.answer.remote(dict(inputs)) for _ in range(3) for actor in actors]
+        assert ray.get(waiting, timeout=120) == [expected] * 6
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    assert ours.generate(**inputs, max_new_tokens=30, num_beams=2).tolist() == expected
+
+
 def output_of(folder: Path) -> list[str]:
     return (folder / "out.txt").read_text(encoding="utf-8").split("\n")[:-1]
 

@@ -210,8 +210,8 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
 @cache
 def _whole_contexts_count() -> bool:
     """Whether a sequence counts whose beginning is all there is so far: not in Transformers 5.17, and in 5.20 and newer."""
-    stock_form = stock.SequenceBiasLogitsProcessor([[[0, 1], 1.0]])
-    return bool(stock_form(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
+    stock_form = stock.SequenceBiasLogitsProcessor([[[1, 1], 1.0]])
+    return bool(stock_form(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
 
 
 def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:

@@ -20,12 +20,14 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.config import BuildConfig
 from t5_trt.engine.builder import EngineRequest, write_onnx
 from t5_trt.engine.profiles import Shapes, input_shapes
 from t5_trt.engine.tensorrt_api import BuildJob
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "examples" / "kana_romaji"
 SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
 NEED_TORCH = {"torch", "transformers"}
 TOOLS = ("pytest>=8", "pytest-timeout>=2.4", "psutil>=7")
@@ -69,10 +71,8 @@ def make_environment(python: Path, folder: Path) -> Path:
 
 
 def write_job(folder: Path) -> BuildJob:
-    """An encoder of two layers, written with torch here, to be built without it elsewhere."""
-    from tests.conftest import pair_of
-
-    arch = pair_of("t5-v1.1")[1].architecture
+    """The shipped model's encoder, written with torch here, to be built without it elsewhere."""
+    arch = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, backend="onnxruntime").architecture
     shapes = Shapes().for_graph("encoder")
     request = EngineRequest(
         graph="encoder", shapes=shapes, precision="fp16", flavor="rtx", compute_capabilities=("8.9",)

@@ -9,13 +9,14 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tqdm.std import TqdmDefaultWriteLock
 from transformers import AutoTokenizer, TextIteratorStreamer
 
 from t5_trt import TRTT5ForConditionalGeneration, compare, generate_many
@@ -23,6 +24,16 @@ from tests.conftest import SHIPPED, pair_of
 from tests.tiny_models import batch
 
 MOMENTS = 12  # at which a call is interrupted, spread over the time it takes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unlock_tqdm() -> Iterator[None]:
+    """An interrupt may leave tqdm's lock, which all bars of a process share, with this thread: others would wait for ever."""
+    yield
+    for lock in (TqdmDefaultWriteLock.th_lock, TqdmDefaultWriteLock.mp_lock):
+        with suppress(AssertionError, RuntimeError):  # once it is free
+            while lock is not None:
+                lock.release()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ neither waits for the GPU nor looks at a value on the host. Each computes what t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -193,8 +194,7 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
         for prefix, group in groups.items()
     ]
 
-    # a sequence of which only the last token is missing counts since the stock class prepares groups of them
-    spare = 0 if "multi_token_biases" in vars(processor) else 1
+    spare = 0 if _whole_contexts_count() else 1
 
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         bias = single.expand_as(scores).clone() if longer else single
@@ -205,6 +205,13 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
         return scores + bias
 
     return apply
+
+
+@cache
+def _whole_contexts_count() -> bool:
+    """Whether a sequence counts whose beginning is all there is so far: not in Transformers 5.17, and in 5.20 and newer."""
+    stock_form = stock.SequenceBiasLogitsProcessor([[[1, 1], 1.0]])
+    return bool(stock_form(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
 
 
 def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:

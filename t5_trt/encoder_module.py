@@ -37,7 +37,7 @@ class EngineEncoder:
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         reason = owner._beyond_engines(wanted, attention_mask, None, None, inputs_embeds)
         if reason:
-            input_ids, _ = owner._checked_for_reference(input_ids, None, attention_mask)
+            input_ids, _, attention_mask, _ = owner._checked_for_reference(input_ids, None, attention_mask)
             encoder = owner._use_reference(reason).get_encoder()
             return encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from t5_trt.errors import InputError, StrictModeError
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
-from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids, check_wide_mask
+from t5_trt.inputs import check_embeds, check_length, check_mask, check_reference_mask, check_token_ids
 from t5_trt.runtime.buffers import CrossStates
 from t5_trt.runtime.exits import at_work
 from t5_trt.transformers_api import CACHE, names_cache_as_stock, takes_old_cache_names
@@ -127,7 +127,7 @@ class EngineForward:
             wanted, attention_mask, decoder_attention_mask, decoder_inputs_embeds, inputs_embeds
         )
         if reason:
-            input_ids, decoder_input_ids = self._checked_for_reference(
+            input_ids, decoder_input_ids, attention_mask, decoder_attention_mask = self._checked_for_reference(
                 input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, cache
             )
             return self._use_reference(reason)(
@@ -242,17 +242,16 @@ class EngineForward:
 
     def _checked_for_reference(
         self, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, decoder_mask: Any = None, cache: Any = None
-    ) -> tuple[Any, Any]:
-        """Token ids for the stock model, int64, after the checks that the engines' inputs get."""
+    ) -> tuple[Any, Any, Any, Any]:
+        """Token ids (int64) and masks for the stock model, after the checks that the engines' inputs get."""
         size, heads = self.architecture.vocab_size, self.architecture.num_heads
         given = (("input_ids", input_ids), ("decoder_input_ids", decoder_input_ids))
         source, target = (None if ids is None else check_token_ids(name, ids, size, self.device) for name, ids in given)
-        attending = [ids for ids in (source, target) if ids is not None]
-        check_wide_mask("attention_mask", attention_mask, heads, attending, source)
-        check_wide_mask(
-            "decoder_attention_mask", decoder_mask, heads, attending[-1:], target if cache is None else None
-        )
-        return source, target
+        attending, alone = [ids for ids in (source, target) if ids is not None], target if cache is None else None
+        mask = check_reference_mask("attention_mask", attention_mask, heads, attending, source, self.device)
+        name, queries = "decoder_attention_mask", [] if target is None else [target]
+        decoder_mask = check_reference_mask(name, decoder_mask, heads, queries, alone, self.device)
+        return source, target, mask, decoder_mask
 
     def _use_reference(self, reason: str) -> PreTrainedModel:
         if self.runtime_config.strict:

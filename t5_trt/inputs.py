@@ -82,31 +82,39 @@ def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.devic
     return (mask.to(device) != 0).long()
 
 
-def check_wide_mask(name: str, mask: Any, heads: int, queries: list[torch.Tensor], keys: torch.Tensor | None) -> None:
-    """Refuse a mask of more than two axes that the stock model cannot broadcast; one of two axes is not looked at.
+def check_reference_mask(
+    name: str, mask: Any, heads: int, queries: list[torch.Tensor], keys: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """Return a mask that the stock model can broadcast: one of two axes as `check_mask`, one of four axes as it is.
 
     Args:
         name: of the mask.
-        mask: [batch, heads, queries, keys] or with 1 in place of any but the last.
+        mask: [batch, keys]; or [batch, heads, queries, keys], or with 1 in place of any of these but the last.
         heads: of the model.
         queries: token ids [rows, tokens] that attend through it; each of them must go with the mask.
-        keys: token ids that are attended to; None if there may be cached ones besides.
+        keys: token ids that are attended to; None if there may be others.
+        device: of the model.
 
     Raises:
         InputError: naming both shapes.
     """
-    if not isinstance(mask, torch.Tensor) or mask.dim() <= 2:
-        return
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(f"{name} got {type(mask).__name__}; expected a torch.Tensor [batch, tokens].")
+    rows = len(queries[0]) if queries else len(mask) if mask.dim() else 0
+    if mask.dim() == 2:
+        return check_mask(name, mask, rows, mask.shape[1] if keys is None else keys.shape[1], device)
     fits = mask.dim() == 4 and mask.numel() > 0 and mask.shape[1] in (1, heads)
     fits = fits and all(mask.shape[0] in (1, len(ids)) and mask.shape[2] in (1, ids.shape[1]) for ids in queries)
     if not fits or (keys is not None and mask.shape[3] != keys.shape[1]):
-        rows = "batch" if not queries else len(queries[0])
         places = "queries" if not queries else " and ".join(str(ids.shape[1]) for ids in queries)
         raise InputError(
             f"{name} got shape {tuple(mask.shape)}; expected [{rows}, {'tokens' if keys is None else keys.shape[1]}], one value "
             f"per token, 0 for padding; or for the stock model four axes, [{rows}, {heads}, {places}, tokens], with 1 in place "
             "of what is the same for all."
         )
+    return mask
 
 
 def check_length(name: str, tokens: int, limit: int | None) -> None:

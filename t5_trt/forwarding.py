@@ -247,6 +247,10 @@ class EngineForward:
         size, heads = self.architecture.vocab_size, self.architecture.num_heads
         given = (("input_ids", input_ids), ("decoder_input_ids", decoder_input_ids))
         source, target = (None if ids is None else check_token_ids(name, ids, size, self.device) for name, ids in given)
+        if source is not None and target is not None and len(source) not in (1, len(target)):
+            raise InputError(
+                f"decoder_input_ids has {len(target)} rows and input_ids {len(source)}; expected the same number."
+            )
         attending, alone = [ids for ids in (source, target) if ids is not None], target if cache is None else None
         mask = check_reference_mask("attention_mask", attention_mask, heads, attending, source, self.device)
         name, queries = "decoder_attention_mask", [] if target is None else [target]

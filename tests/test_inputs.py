@@ -130,3 +130,27 @@ def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.Mo
         fresh.generate(IDS, max_new_tokens=4)
     fresh.session._sessions["decoder_step", True] = session
     assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"decoder_attention_mask": torch.ones(3)}, "decoder_attention_mask"),
+        ({"decoder_attention_mask": torch.tensor(1)}, "decoder_attention_mask"),
+        ({"decoder_attention_mask": torch.ones(3, 1, 2)}, "decoder_attention_mask"),
+        ({"decoder_attention_mask": torch.zeros(3, 1, 3, 2)}, "decoder_attention_mask"),
+        ({"attention_mask": torch.zeros(3, 5, 1, 4)}, "attention_mask"),
+        ({"decoder_input_ids": torch.ones(2, 2, dtype=torch.long)}, "decoder_input_ids"),
+    ],
+)
+def test_the_stock_model_gets_what_it_can_broadcast(pair: tuple[Any, Any], changes: Any, named: str) -> None:
+    """Beside a mask of four axes, which the stock model serves; these used to end in errors of torch."""
+    _, ours = pair
+    right = {
+        "input_ids": torch.ones(3, 4, dtype=torch.long),
+        "decoder_input_ids": torch.ones(3, 2, dtype=torch.long),
+        "attention_mask": torch.zeros(1, 1, 1, 4),
+    }
+    assert ours(**right).logits.isfinite().all()
+    with pytest.raises(InputError, match=f"^{named}"):
+        ours(**{**right, **changes})

@@ -13,7 +13,6 @@ records that it has made by then are kept. FOLDER gets records.json and log.txt;
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -23,9 +22,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from t5_trt.bench_records import Record, read_records, write_records
+
 RESULTS, SOAK = ROOT / "benchmarks" / "results" / "h100-trt8.5.3.json", "h100-soak.json"
 STORE = Path("/var/tmp/t5_trt-engines")
 #: records that agree in these are of one case: the newer one replaces the older one
@@ -111,11 +112,10 @@ class Run:
 
     def collect(self) -> None:
         """Put all records into one file and all logs into another, remove the rest, and add what the soak has left so far."""
-        records: list[dict[str, Any]] = []
-        for path in sorted(self.out.glob("*-*.json")):
-            records += json.loads(path.read_text())
+        parts = sorted(self.out.glob("*-*.json"))
+        write_records(self.out / "records.json", [record for path in parts for record in read_records(path)])
+        for path in parts:
             path.unlink()
-        (self.out / "records.json").write_text(json.dumps(records, indent=2) + "\n")
         logs = sorted(self.out.glob("*.log"))
         texts = [path.read_text(errors="replace") for path in logs]
         (self.out / "log.txt").write_text("\n".join([*self.summary, *texts]))
@@ -142,7 +142,7 @@ def run_part(part: str, out: Path, minutes: float) -> None:
     run.collect()
 
 
-def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged(old: list[Record], new: list[Record]) -> list[Record]:
     """Old records with new ones in the places of those of the same case, and the others behind them."""
     cases = {tuple(map(record.get, CASE)): record for record in old}
     return list((cases | {tuple(map(record.get, CASE)): record for record in new}).values())
@@ -152,9 +152,7 @@ def keep(folder: Path) -> None:
     """Put a folder's records into the results."""
     records, soak = folder / "records.json", folder / "soak.json"
     if records.is_file():
-        old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-        text = json.dumps(merged(old, json.loads(records.read_text())), indent=2) + "\n"
-        RESULTS.write_text(text)
+        write_records(RESULTS, merged(read_records(RESULTS), read_records(records)))
     if soak.is_file():
         RESULTS.with_name(SOAK).write_text(soak.read_text())
 

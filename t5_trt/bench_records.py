@@ -47,9 +47,13 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
     Raises:
         InputError: as `read_records`.
     """
-    text = json.dumps([*read_records(path), *records], indent=2) + "\n"
+    write_records(path, [*read_records(path), *records])
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Replace a file by these records, all at once."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 

@@ -91,9 +91,9 @@ class Form(GraphBuilder):
             left: the last axis is `inner`; on a device those before it may be in any order that flattens to B, H, rows.
             right: [B, H, inner, width], or if `transposed` [B, H, width, inner].
             sizes: B, H, rows.
-            inner: see above.
-            width: see above.
-            transposed: see above.
+            inner: the axis that is summed over.
+            width: last axis of the result.
+            transposed: multiply by the transpose of `right`.
         """
         raise NotImplementedError
 

@@ -229,7 +229,7 @@ SCORE_LAYERS = 3
 
 
 def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
-    """Name -> how a step multiplies its queries with the cached keys, as `t5_trt.graph.forms.DeviceForm.key_product`."""
+    """Name -> how a step multiplies its queries with the cached keys; `DeviceForm.key_product` is "keys times query"."""
 
     def several_rows(count: int) -> Callable[[Any, Any, Any], Any]:
         def product(graph: Any, query: Any, keys: Any) -> Any:
@@ -239,15 +239,15 @@ def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
 
         return product
 
-    def keys_first(graph: Any, query: Any, keys: Any) -> Any:
-        return graph.op("MatMul", keys, graph.reshape(query, -1, graph.arch.d_kv, 1))
+    def query_first(graph: Any, query: Any, keys: Any) -> Any:
+        return graph.op("MatMul", query, graph.transpose(keys, 0, 2, 1))
 
     def as_a_sum(graph: Any, query: Any, keys: Any) -> Any:
         return graph.op("ReduceSum", graph.op("Mul", query, keys), graph.ints(2), keepdims=0)
 
     return {
-        "query times keys": DeviceForm.key_product,
-        "keys times query": keys_first,
+        "query times keys": query_first,
+        "keys times query": DeviceForm.key_product,
         "2 equal queries": several_rows(2),
         "8 equal queries": several_rows(8),
         "product and sum": as_a_sum,

@@ -43,8 +43,9 @@ class Architecture:
         tied_head: the output matrix is the embedding. output_scale: factor on the decoder's output before it.
         bias_per_layer: every layer has its own relative bias table (UMT5) instead of sharing the first layer's.
         wide_stream: residual streams are float32 whatever the compute type (`t5_trt.graph.ranges`).
-        branch_factors: module name of an ``o`` or ``wo`` -> what its matrix was multiplied by to keep half precision in range;
-            graphs of a wide stream divide by it again. Where none is named it is 1.
+        branch_factors: module name of an ``o``, a ``wo``, the embedding ("shared") or the head ("lm_head") -> what its matrix
+            was multiplied by to keep half precision in range; graphs divide by it again, in float32. Where none is named it
+            is 1.
     """
 
     vocab_size: int

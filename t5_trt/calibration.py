@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from t5_trt.errors import InputError
+from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.ranges import Ranges
 
 Batch = dict[str, torch.Tensor]
@@ -71,7 +72,7 @@ def _watched(model: Any) -> Iterator[Ranges]:
     handles = [
         module.register_forward_hook(watch(name))
         for name, module in model.named_modules()
-        if name.endswith((".o", ".wo"))
+        if name.endswith((".o", ".wo")) or name == LM_HEAD
     ]
     try:
         yield Ranges(branches, inner)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.h100_text import larger
 from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
 from t5_trt.calibration import observe, random_batches, text_batches
 from t5_trt.graph import ranges
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
 from t5_trt.graph.ranges import LIMIT, Folding, Ranges, bound, fold
 from t5_trt.random_models import random_t5
 from t5_trt.runtime import open as opening
@@ -97,10 +99,10 @@ def test_tokens_and_given_embeddings(kind: str, monkeypatch: pytest.MonkeyPatch)
     assert relative(states.float()[keep], expected[keep]) < HALF_RELATIVE
 
 
-@pytest.mark.parametrize("factors", [(1.0, 1.0), (3e4, 1.0)], ids=str)
-def test_t5_base_shapes(factors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factors", [{}, {"inner": 2.0**15}, {"stream": 2.0**12}], ids=str)
+def test_t5_base_shapes(factors: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve layers of published width; four tokens, because torch computes float16 slowly on some CPUs."""
-    stock = swollen(random_t5("t5-base"), *factors)
+    stock = larger(random_t5("t5-base"), **factors)
     ids, tokens = torch.arange(100, 116)[None], torch.tensor([[0, 8, 9, 10]])
     with torch.no_grad():
         expected = stock(input_ids=ids, decoder_input_ids=tokens).logits
@@ -108,6 +110,28 @@ def test_t5_base_shapes(factors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
     got = ours(input_ids=ids, decoder_input_ids=tokens).logits
     assert relative(got, expected) < HALF_RELATIVE
+
+
+@pytest.mark.parametrize("factor", [2.0**15, 2.0**18], ids=["logits", "embeddings too"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings and a head (often the same tensor) whose values, or whose products, are beyond half precision."""
+    stock = make_stock(kind)
+    with torch.no_grad():
+        for matrix in {stock.shared.weight, stock.lm_head.weight}:
+            matrix.mul_(factor)
+    expected = logits(stock)
+    assert not logits(copy.deepcopy(stock).half()).isfinite().all()
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch, precision="fp16")
+    with pytest.raises(NotFiniteError):
+        logits(ours)
+    folding = folding_of(ours)
+    assert folding.branches["lm_head"] < 1 and (factor < 2**18 or folding.branches["shared"] < 1)
+    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
+    assert relative(logits(ours), expected) < HALF_RELATIVE
+    ours._session = stand_in_session(ours, monkeypatch, folding=folding)
+    assert relative(logits(ours), expected) < FOLDED_RELATIVE
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -135,11 +159,17 @@ def test_ordinary_checkpoints_are_left_alone() -> None:
 def test_factors() -> None:
     dense, attention = "encoder.block.0.layer.1.DenseReluDense", "decoder.block.3.layer.1.EncDecAttention"
     folding = Folding(True, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
-    assert folding.factor(f"{attention}.o.weight") == 2**-5 and folding.factor(f"{attention}.q.weight") == 1.0
-    assert [folding.factor(f"{dense}.{name}.weight") for name in ("wi", "wi_0", "wi_1", "wo")] == [2**-3, 1, 2**-3, 0.5]
-    assert folding.factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 1.0
-    assert folding.factor("shared.weight") == folding.factor("lm_head.weight") == 1.0
-    assert folding.factor("encoder.final_layer_norm.weight") == 1.0
+
+    def factor(key: str, group: str = "a matrix") -> float:
+        return folding.factor(group, key)
+
+    assert factor(f"{attention}.o.weight") == 2**-5 and factor(f"{attention}.q.weight") == 1.0
+    assert [factor(f"{dense}.{name}.weight") for name in ("wi", "wi_0", "wi_1", "wo")] == [2**-3, 1, 2**-3, 0.5]
+    assert factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 1.0
+    assert factor("encoder.final_layer_norm.weight") == 1.0
+    assert factor("shared.weight", EMBEDDING) == factor("shared.weight", LM_HEAD) == 1.0
+    tied = Folding(True, {"shared": 2**-6, "lm_head": 2**-7})
+    assert tied.factor(EMBEDDING, "shared.weight") == 2**-6 and tied.factor(LM_HEAD, "shared.weight") == 2**-7
 
 
 def test_seen_ranges_get_headroom() -> None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from t5_trt.graph.blocks import feed_forward, softmax
 from t5_trt.graph.forms import FLOAT, Form, Projection
 from t5_trt.graph.ops import Dim
-from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
+from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.relative_bias import RelativeBias, distance_buckets
 from t5_trt.signature import QUERIES, STEP, signature
@@ -59,8 +59,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     frame = _queries_frame(graph, inputs) if queries else _step_frame(graph, inputs)
     relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False))
     biases: dict[str, list[ir.Value]] = {}
-    embedded = graph.op("Gather", graph.parameter(EMBEDDING), inputs["decoder_input_ids"], axis=0)
-    stream = graph.stream(embedded, frame.streams)
+    stream = graph.stream_of_tokens(inputs["decoder_input_ids"], frame.streams)
     outputs: dict[str, ir.Value] = {}
     for layer in range(arch.decoder_layers):
         block = f"decoder.block.{layer}.layer"
@@ -83,7 +82,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     with graph.scope(LM_HEAD):
         (flat,) = graph.project(stream, LM_HEAD, arch.output_scale).parts
         logits = graph.reshape(flat, frame.rows, frame.queries, arch.vocab_size)
-        outputs["logits"] = graph.cast(logits, graph.real, FLOAT)
+        outputs["logits"] = graph.unfolded(graph.cast(logits, graph.real, FLOAT), LM_HEAD)
     return graph.finish(outputs, declared.outputs)
 
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from t5_trt.graph.blocks import feed_forward, softmax
 from t5_trt.graph.forms import FLOAT, Form
 from t5_trt.graph.ops import Dim
-from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
+from t5_trt.graph.parameters import CROSS_KV
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.relative_bias import RelativeBias, distance_buckets
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, layered, signature
@@ -27,8 +27,7 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
     declared = signature(ENCODER_EMBEDS if embeds else ENCODER, arch, packed=graph.packed)
     source, mask = (graph.input(tensor) for tensor in declared.inputs)
     batch, length = graph.size(mask, 0), graph.size(mask, 1)
-    embedded = source if embeds else graph.op("Gather", graph.parameter(EMBEDDING), source, axis=0)
-    stream = graph.stream(embedded, (batch, length))
+    stream = (graph.stream if embeds else graph.stream_of_tokens)(source, (batch, length))
 
     hidden = graph.op("Equal", mask, graph.scalar(0, graph.index))
     hide = graph.op("Where", hidden, graph.scalar(mask_value(graph.real)), graph.scalar(0.0))

@@ -9,6 +9,7 @@ biases and the embedding stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -65,7 +66,7 @@ def quantize_for_device(arch: Architecture, weights: Weights, folding: Folding) 
     """
     for name, parameter in parameters(arch).items():
         if parameter.is_matrix:
-            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), folding.factor)
+            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), partial(folding.factor, name))
             rounded, scales = round_columns(matrix)
             yield MATRIX.format(name), rounded
             yield SCALE.format(name), scales

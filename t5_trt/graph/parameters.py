@@ -18,6 +18,7 @@ from t5_trt.architecture import Architecture
 CROSS_KV = "decoder.cross_kv"
 LM_HEAD = "lm_head"
 EMBEDDING = "shared.weight"
+SHARED = "shared"  # the module of the embedding
 Weights = Mapping[str, torch.Tensor]
 
 

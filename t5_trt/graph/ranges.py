@@ -2,8 +2,8 @@
 
 Where sums over layers could leave the range, the residual streams are float32. What is left is each layer: the inside of a
 feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``, and
-what an ``o`` or ``wo`` adds to the stream at u times its value by writing u into that matrix and dividing by it in float32,
-where the graphs add it. With powers of two nothing is rounded by that. Checkpoints whose activations go beyond 65504, the
+what an ``o`` or ``wo`` adds to the stream, an embedding or a logit at u times its value by writing u into that matrix and
+dividing by it in float32, where the graphs add it or hand it out. With powers of two nothing is rounded by that. Checkpoints whose activations go beyond 65504, the
 largest float16, then stay within it (T5 v1.1, Flan-T5 and mT5 are known for them; huggingface/transformers issue 9295).
 
 The factors come from bounds that hold for every input, derived from the weights by Cauchy and Schwarz, or from the largest
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.graph.parameters import EMBEDDING, Weights
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, SHARED, Weights
 
 LIMIT = 2.0**15  # half of what float16 holds
 #: how small factors may make matrices (root mean square): below 2^-14 float16 has an absolute error of 3e-8, here 0.05%
@@ -33,7 +33,7 @@ class Ranges:
     """Largest absolute values of activations.
 
     Attributes:
-        branches: by module name of an ``o`` or ``wo``, of what it adds to the residual stream.
+        branches: by module name, of what an ``o`` or ``wo`` adds to the residual stream, and of what "lm_head" makes.
         inner: by feed-forward layer (its state-dict prefix, such as "encoder.block.0.layer.1"), of what ``wo`` multiplies.
     """
 
@@ -46,8 +46,8 @@ class Folding:
     """What keeps a checkpoint in range: powers of two to write into the weights, 1 where none is named.
 
     Attributes:
-        wide_stream: the residual streams must be float32; so they are wherever there are `branches`.
-        branches: u by module name of an ``o`` or ``wo``.
+        wide_stream: the residual streams must be float32; so they are wherever one of `branches` is added to them.
+        branches: u by module name of an ``o`` or ``wo``, "shared" (the embedding) or "lm_head".
         inner: t by feed-forward layer.
         certain: no input can leave the range; False where that would have cost too much precision.
     """
@@ -61,8 +61,10 @@ class Folding:
         """The architecture whose graphs compute with folded weights."""
         return replace(arch, wide_stream=self.wide_stream, branch_factors=dict(self.branches))
 
-    def factor(self, key: str) -> float:
-        """What the tensor of a state-dict key is multiplied by."""
+    def factor(self, group: str, key: str) -> float:
+        """What the tensor of a state-dict key is multiplied by in one of `t5_trt.graph.parameters.parameters`."""
+        if group in (EMBEDDING, LM_HEAD):  # the same tensor in many checkpoints
+            return self.branches.get(SHARED if group == EMBEDDING else LM_HEAD, 1.0)
         module = key.removesuffix(".weight")
         layer, _, name = module.rpartition(".")
         owner = layer.removesuffix(".DenseReluDense")
@@ -88,21 +90,33 @@ def fold(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Fo
         certain &= holds
         if factor < 1.0:
             inner[layer] = factor
-    for module, largest in bounds.branches.items():
-        size = _rms(weights[f"{module}.weight"]) / inner.get(module.removesuffix(".DenseReluDense.wo"), 1.0)
-        factor, holds = _power(largest, _LEAST / size, seen is not None)
+    embedding = float(weights[EMBEDDING].detach().float().abs().max())
+    for module, largest in {**bounds.branches, SHARED: embedding}.items():
+        size = _size(arch, weights, module) / inner.get(module.removesuffix(".DenseReluDense.wo"), 1.0)
+        factor, holds = _power(largest, _LEAST / size, seen is not None and module != SHARED)
         certain &= holds
         if factor < 1.0:
             branches[module] = factor
     room = LIMIT if seen is None else LIMIT / HEADROOM
-    return Folding(bool(branches) or _largest_sum(weights, bounds) > room, branches, inner, certain)
+    wide = bool(branches.keys() - {LM_HEAD}) or embedding + _largest_sum(bounds) > room
+    return Folding(wide, branches, inner, certain)
 
 
-def _largest_sum(weights: Weights, bounds: Ranges) -> float:
-    """What no value of a residual stream exceeds: the embedding and all that one stack's layers add."""
-    embedding = float(weights[EMBEDDING].detach().float().abs().max())
-    stacks = {name.partition(".")[0] for name in bounds.branches}
-    return embedding + max(sum(v for name, v in bounds.branches.items() if name.startswith(s)) for s in stacks)
+def _size(arch: Architecture, weights: Weights, module: str) -> float:
+    """Root mean square of a matrix as the engine reads it."""
+    if module == LM_HEAD:
+        return _rms(_head(arch, weights))
+    return _rms(weights[f"{module}.weight"])
+
+
+def _head(arch: Architecture, weights: Weights) -> torch.Tensor:
+    return _normed(weights[arch.head_weight], weights["decoder.final_layer_norm.weight"])
+
+
+def _largest_sum(bounds: Ranges) -> float:
+    """What no sum of all that one stack's layers add to its residual stream exceeds."""
+    stacks = ("encoder.", "decoder.")
+    return max(sum(v for name, v in bounds.branches.items() if name.startswith(stack)) for stack in stacks)
 
 
 def bound(arch: Architecture, weights: Weights) -> Ranges:
@@ -123,6 +137,8 @@ def bound(arch: Architecture, weights: Weights) -> Ranges:
                 branches[f"{attention}.o"] = _attention(arch, weights, attention, norm, root)
             name = f"{block}.{2 if stack == 'decoder' else 1}"
             inner[name], branches[f"{name}.DenseReluDense.wo"] = _feed_forward(arch, weights, name, root)
+    if arch.decoder_layers:
+        branches[LM_HEAD] = float(_head(arch, weights).norm(dim=1).max() * root * arch.output_scale)
     return Ranges(branches, inner if _scales_inside(arch) else {})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from t5_trt.architecture import Architecture
@@ -48,7 +50,7 @@ class DeviceWeights:
         """
         if name not in self._made:
             try:
-                parameter, factor = self._parameters[name], self._folding.factor
+                parameter, factor = self._parameters[name], partial(self._folding.factor, name)
                 self._made[name] = materialize(parameter, self._weights, self._dtype, self._device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)

@@ -1,8 +1,10 @@
 """All that is measured on one H100 with TensorRT, as calls of at most ten minutes each, and the keeping of what they give.
 
     python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores: first, since the others depend on it
-    python benchmarks/h100_session.py text --out FOLDER      equal text: soak, GPU tests, families, shipped model, overflow
+    python benchmarks/h100_session.py soak --out FOLDER      soak, GPU tests, and checkpoints that overflow, side by side
+    python benchmarks/h100_session.py text --out FOLDER      equal text: families, shipped model
     python benchmarks/h100_session.py times --out FOLDER     builds side by side, then what is timed, one by one
+    python benchmarks/h100_session.py curves --out FOLDER    latency against batch and new tokens
     python benchmarks/h100_session.py rest --out FOLDER      full GPU memory, and torch.compile's times
     python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
 
@@ -36,21 +38,25 @@ PLAIN = "env -u PYTHONHOME -u PYTHONPATH -u LD_LIBRARY_PATH python3"
 
 #: part -> steps one after the other -> lanes side by side -> commands; {python}, {store} and {json} are filled in
 PARTS: dict[str, list[list[list[str]]]] = {
-    "text": [
+    "soak": [
         [
             [  # in a session of its own: it may outlive this call a little
                 "setsid {python} benchmarks/soak.py --backend tensorrt --minutes 8 --store {store}/soak --json {store}/soak.json "
                 "> {store}/soak.log 2>&1 &"
             ],
-            ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist -W default"],
+            ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist -W default --durations=12"],
+            [
+                f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
+                for stage in ("overflow-stream", "overflow-inner", "overflow")
+            ],
+        ]
+    ],
+    "text": [
+        [
             [
                 "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
-            ],
-            [
-                f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
-                for stage in ("overflow-inner", "overflow-stream", "overflow")
             ],
         ]
     ],
@@ -66,10 +72,10 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
                 "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
             ]
         ],
     ],
+    "curves": [[["{python} benchmarks/h100_loops.py curves --store {store} --json {json}"]]],
     "choices": [[["{python} benchmarks/h100_choices.py scores --store {store}/scores --json {json}"]]],
     "rest": [
         [

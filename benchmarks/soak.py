@@ -2,8 +2,8 @@
 
 Requests differ in batch, source, length and decoding method; consumers of streamers go away, streamers and processors raise.
 A sample of the results is compared with Hugging Face's stock class; where one differs, `benchmarks.soak_ties` looks whether
-rounding explains it. The first requests, which are as large as any, and a tenth of the time are warm-up; from then on nothing
-may grow. The exit status is 1 if anything is broken.
+rounding explains it. The first requests, which are as large as any and on a GPU fill what is kept of recorded steps, and a tenth
+of the time are warm-up; from then on nothing may grow. The exit status is 1 if anything is broken.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.soak_requests import KINDS, Request, Sizes, answer, draw_request
+from benchmarks.soak_requests import KINDS, SAMPLED, Request, Sizes, answer, draw_request
 from benchmarks.soak_ties import is_tie, rounding
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.environment import environment
+from t5_trt.runtime.cuda_graph import free_unused
+from t5_trt.runtime.trt_slot import STEPS_KEPT
 
 #: growth of memory that is not allowed, in 10**6 bytes for 1,000 requests
 LIMIT_MB = 1.0
@@ -58,10 +60,13 @@ def _parts(rows: list[list[int]], expected: list[list[int]]) -> dict[str, Any]:
     return {"rows": which, "token": place, "got": got[place : place + 5], "wanted": want[place : place + 5]}
 
 
-def _return_free_memory() -> None:
-    """Have malloc give back what nobody uses (glibc only): else tens of MB of it come and go in the resident size."""
+def _return_free_memory(on_gpu: bool) -> None:
+    """Have malloc (glibc only) and torch give back what nobody uses: else tens of MB of it come and go."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+    if on_gpu:
+        torch.cuda.synchronize()
+        free_unused()
 
 
 @dataclass
@@ -80,11 +85,10 @@ class Usage:
     def now(cls, requests: int, on_gpu: bool) -> Usage:
         """Look."""
         gc.collect()
-        _return_free_memory()
+        _return_free_memory(on_gpu)
         process = psutil.Process()
         usage = cls(requests, process.memory_info().rss / 1e6, process.num_threads(), process.num_fds())
         if on_gpu:
-            torch.cuda.synchronize()
             usage.gpu_allocated_mb = torch.cuda.memory_allocated() / 1e6
             usage.gpu_reserved_mb = torch.cuda.memory_reserved() / 1e6
             usage.gpu_used_mb = gpu_memory_mb(os.getpid())
@@ -175,6 +179,11 @@ def soak(
         )
         for kind in KINDS:
             send(True, kind=kind, size=size)
+        for kind in (
+            SAMPLED if on_gpu else ()
+        ):  # every temperature is a recorded step of its own: fill what is kept of them
+            for _ in range(STEPS_KEPT):
+                send(False, kind=kind, size=size)
     start, count = time.monotonic(), sum((seen.answered + seen.disturbed).values())
     while (elapsed := time.monotonic() - start) < minutes * 60:
         send(dice.random() < share)

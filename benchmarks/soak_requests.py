@@ -29,6 +29,7 @@ KINDS = {
     "processor raises": 5,
 }
 STREAMED = {"stream", "stream closed early", "streamer raises"}
+SAMPLED = ("sampling", "beam sampling")
 
 
 class PlannedError(Exception):
@@ -136,7 +137,7 @@ def draw_request(dice: random.Random, vocabulary: int, sizes: Sizes, device: Any
         "input_ids": ids.masked_fill(mask == 0, 0).to(device),
         "attention_mask": mask.to(device),
         "max_new_tokens": new,
-        "do_sample": kind in ("sampling", "beam sampling"),
+        "do_sample": kind in SAMPLED,
     }
     if "size" in fixed:
         arguments["min_new_tokens"] = new

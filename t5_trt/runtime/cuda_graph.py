@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ import torch
 WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
 #: torch's allocator cannot serve two recordings at once, nor give back its memory during one
 _alone = threading.Lock()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all recordings: torch keeps freed memory, and cuBLAS a workspace, for every stream that was ever used."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> torch.cuda.CUDAGraph:
@@ -26,7 +33,7 @@ def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> 
         The graph. Replaying it runs what was recorded with whatever the buffers then hold.
     """
     with _alone:
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side = _side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with (
             torch.random.fork_rng([device]),

@@ -179,10 +179,8 @@ def soak(
         )
         for kind in KINDS:
             send(True, kind=kind, size=size)
-        for kind in (
-            SAMPLED if on_gpu else ()
-        ):  # every temperature is a recorded step of its own: fill what is kept of them
-            for _ in range(STEPS_KEPT):
+        if on_gpu:  # every temperature is a recorded step of its own: fill what is kept of them
+            for kind in SAMPLED * STEPS_KEPT:
                 send(False, kind=kind, size=size)
     start, count = time.monotonic(), sum((seen.answered + seen.disturbed).values())
     while (elapsed := time.monotonic() - start) < minutes * 60:

@@ -1,8 +1,8 @@
 """All that is measured on one H100 with TensorRT, as calls of at most ten minutes each, and the keeping of what they give.
 
     python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores: first, since the others depend on it
-    python benchmarks/h100_session.py soak --out FOLDER      soak, GPU tests, and checkpoints that overflow, side by side
-    python benchmarks/h100_session.py text --out FOLDER      equal text: families, shipped model
+    python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side
+    python benchmarks/h100_session.py text --out FOLDER      equal text: families, shipped model, checkpoints that overflow
     python benchmarks/h100_session.py times --out FOLDER     builds side by side, then what is timed, one by one
     python benchmarks/h100_session.py curves --out FOLDER    latency against batch and new tokens
     python benchmarks/h100_session.py rest --out FOLDER      full GPU memory, and torch.compile's times
@@ -45,10 +45,6 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "> {store}/soak.log 2>&1 &"
             ],
             ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist -W default --durations=12"],
-            [
-                f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
-                for stage in ("overflow-stream", "overflow-inner", "overflow")
-            ],
         ]
     ],
     "text": [
@@ -57,6 +53,10 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
+            ],
+            [
+                f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
+                for stage in ("overflow-stream", "overflow-inner", "overflow")
             ],
         ]
     ],

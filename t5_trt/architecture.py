@@ -44,8 +44,8 @@ class Architecture:
         bias_per_layer: every layer has its own relative bias table (UMT5) instead of sharing the first layer's.
         wide_stream: residual streams are float32 whatever the compute type (`t5_trt.graph.ranges`).
         branch_factors: module name of an ``o``, a ``wo``, the embedding ("shared") or the head ("lm_head") -> what its matrix
-            was multiplied by to keep half precision in range; graphs divide by it again, in float32. Where none is named it
-            is 1.
+            was multiplied by to keep half precision in range. Graphs divide by it again, in float32, but for the head's: the
+            logits that they give out are multiplied by it. Where none is named it is 1.
     """
 
     vocab_size: int

@@ -21,7 +21,7 @@ from t5_trt.runtime import open as opening
 from t5_trt.runtime.open import best_precision
 from tests.conftest import SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import FACTORS, KINDS, batch, make_stock, swollen
+from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
 from tests.torch_graph import NotFiniteError
 
 HALF_RELATIVE = 0.02  # L2 of the logits' error, as the tiny models have it in stock half precision too (up to 0.009)
@@ -116,10 +116,7 @@ def test_t5_base_shapes(factors: dict[str, float], monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings and a head (often the same tensor) whose values, or whose products, are beyond half precision."""
-    stock = make_stock(kind)
-    with torch.no_grad():
-        for matrix in {stock.shared.weight, stock.lm_head.weight}:
-            matrix.mul_(factor)
+    stock = large_logits(make_stock(kind), factor)
     expected = logits(stock)
     assert not logits(copy.deepcopy(stock).half()).isfinite().all()
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)

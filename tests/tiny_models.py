@@ -104,6 +104,14 @@ def swollen(stock: Any, inner: float, output: float) -> Any:
     return stock
 
 
+def large_logits(stock: Any, factor: float) -> Any:
+    """The same model with an embedding and a head (often one tensor) that are larger by a factor."""
+    with torch.no_grad():
+        for matrix in {stock.shared.weight, stock.lm_head.weight}:
+            matrix.mul_(factor)
+    return stock
+
+
 def batch(rows: int = 3, tokens: int = 11, seed: int = 5, *, padding: str = "both") -> dict[str, torch.Tensor]:
     """Random ids [rows, tokens] with padding on the "right", the "left", on "both" sides or "none"."""
     generator = torch.Generator().manual_seed(seed)

@@ -82,7 +82,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     with graph.scope(LM_HEAD):
         (flat,) = graph.project(stream, LM_HEAD, arch.output_scale).parts
         logits = graph.reshape(flat, frame.rows, frame.queries, arch.vocab_size)
-        outputs["logits"] = graph.unfolded(graph.cast(logits, graph.real, FLOAT), LM_HEAD)
+        outputs["logits"] = graph.cast(logits, graph.real, FLOAT)
     return graph.finish(outputs, declared.outputs)
 
 

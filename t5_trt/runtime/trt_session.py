@@ -20,7 +20,7 @@ from t5_trt.engine.profiles import SMALLEST, Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError
-from t5_trt.graph.parameters import Weights
+from t5_trt.graph.parameters import LM_HEAD, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
@@ -154,6 +154,8 @@ class TrtSession:
             sources = {name: (t.int() if t.dtype == torch.int64 else t).contiguous() for name, t in inputs.items()}
             self.engines.bind(context, sources | found | rest)
             self._enqueue(context)
+            if graph != ENCODER:
+                self._unfold(found["logits"])
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
         return found
 
@@ -212,7 +214,7 @@ class TrtSession:
         kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
         slot.position.zero_()
         try:
-            graph = record(partial(run_step, slot, state.rows, choice, self._enqueue), self.device, self._pool)
+            graph = record(partial(run_step, slot, state.rows, choice, self._enqueue_step), self.device, self._pool)
         except torch.cuda.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
         finally:
@@ -250,6 +252,7 @@ class TrtSession:
             "key_bias": bias,
         }
         self._run(QUERIES, shapes, inputs, {"logits": logits} | made_rows(qkv))
+        self._unfold(logits)
         state.append(cache_rows(qkv)[..., :used, :])
         return logits
 
@@ -319,6 +322,21 @@ class TrtSession:
         """Start an engine on torch's current stream, without waiting for it."""
         if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
             raise BackendError(f"TensorRT failed to run an engine: {self.engines.api.errors()}")
+
+    def _enqueue_step(self, slot: Slot) -> None:
+        """Start the step of a slot."""
+        self._enqueue(slot.context)
+        self._unfold(slot.logits)
+
+    def _unfold(self, logits: torch.Tensor) -> None:
+        """Undo, in place, the factor that range folding put into the head.
+
+        Not in the engine: TensorRT 8.5 multiplies in half precision there, whatever type the graph names, and large logits
+        become infinite (docs/performance.md).
+        """
+        factor = self.arch.branch_factors.get(LM_HEAD, 1.0)
+        if factor != 1.0:
+            logits.mul_(1.0 / factor)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)

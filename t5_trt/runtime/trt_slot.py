@@ -94,10 +94,10 @@ class TrtProgram:
             apply_choice(self._slot, self._state.rows, self.choice, self._slot.position - 1)
 
 
-def run_step(slot: Slot, rows: int, choice: Any, enqueue: Callable[[Any], None]) -> None:
+def run_step(slot: Slot, rows: int, choice: Any, enqueue: Callable[[Slot], None]) -> None:
     """What is recorded: engine, K/V write, choice, next position."""
     slot.position32.copy_(slot.position)
-    enqueue(slot.context)
+    enqueue(slot)
     slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
     if choice is not None:
         apply_choice(slot, rows, choice, slot.position)

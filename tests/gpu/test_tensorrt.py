@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from t5_trt.engine.store import EngineStore
 from t5_trt.transformers_api import CACHE
 from t5_trt.verification import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
-from tests.tiny_models import FACTORS, KINDS, batch, make_stock, swollen
+from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
 
+#: name -> what makes a checkpoint overflow half precision
+OVERFLOWING = {
+    **{
+        f"feed-forward times {inner, output}": partial(swollen, inner=inner, output=output) for inner, output in FACTORS
+    },
+    **{f"embedding and head times {factor:g}": partial(large_logits, factor=factor) for factor in (2.0**15, 2.0**18)},
+}
 LOGITS_ATOL = 1e-3  # float32 on a GPU: sums in another order than cuBLAS's, over logits of the order of 1 to 10
 
 
@@ -94,9 +102,9 @@ def test_fp16_logits(gpu_pair: Any) -> None:
     assert got.dtype == torch.float32 and error < 0.02
 
 
-@pytest.mark.parametrize("factors", FACTORS, ids=str)
-def test_fp16_of_overflowing_checkpoints(store: Path, factors: Any) -> None:
-    stock = swollen(make_stock("t5-v1.1"), *factors)
+@pytest.mark.parametrize("enlarge", OVERFLOWING.values(), ids=OVERFLOWING)
+def test_fp16_of_overflowing_checkpoints(store: Path, enlarge: Any) -> None:
+    stock = enlarge(make_stock("t5-v1.1"))
     ours = TRTT5ForConditionalGeneration.from_model(stock, backend="tensorrt", precision="fp16", engine_cache_dir=store)
     ids = torch.randint(2, 200, (3, 5))
     with torch.no_grad():

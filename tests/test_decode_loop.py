@@ -50,26 +50,64 @@ PROCESSORS: list[LogitsProcessor] = [
 ]
 
 
-@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
-def test_device_form_equals_stock_processor(processor: Any) -> None:
-    """At every length of a buffer whose later part holds tokens that must not count."""
+#: the same classes with other numbers, which a recorded step reads from memory
+OTHER_NUMBERS: list[LogitsProcessor] = [
+    stock_processors.TemperatureLogitsWarper(1.3),
+    stock_processors.TopPLogitsWarper(0.9),
+    stock_processors.MinPLogitsWarper(0.03),
+    stock_processors.TypicalLogitsWarper(0.8),
+    stock_processors.EpsilonLogitsWarper(0.003),
+    stock_processors.MinLengthLogitsProcessor(9, [1, 4]),
+    stock_processors.MinNewTokensLengthLogitsProcessor(3, 7, 1),
+    stock_processors.ForcedEOSTokenLogitsProcessor(7, [1, 4]),
+    stock_processors.RepetitionPenaltyLogitsProcessor(0.6),
+]
+
+
+def same_values(process: Recordable, processor: Any, device: str) -> bool:
+    """Compare with the stock class at every length of a buffer whose later part holds tokens that must not count.
+
+    Returns:
+        Whether any score was changed.
+    """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 4, (6, 32), generator=generator)  # few kinds: n-grams repeat
+    tokens = torch.randint(0, 4, (6, 32), generator=generator).to(device)  # few kinds: n-grams repeat
     scores = 3 * torch.randn(6, VOCAB, generator=generator)
     scores[2, 30:60] = -torch.inf
-    forms = device_forms([processor], VOCAB, 32, torch.device("cpu"))
-    assert forms is not None
-    changed = 0
+    scores, changed = scores.to(device), False
     for length in range(1, 20):
         expected = processor(tokens[:, :length], scores.clone())
-        got = Recordable(forms)(tokens, torch.tensor([length - 1]), scores.clone())
+        got = process(tokens, torch.tensor([length - 1], device=device), scores.clone())
         assert torch.equal(got, expected), length
-        changed += not torch.equal(got, scores)
-    assert changed or isinstance(processor, stock_processors.InfNanRemoveLogitsProcessor) or processor.ngram_size == 40
+        changed |= not torch.equal(got, scores)
+    return changed
 
 
 def test_every_device_form_is_compared() -> None:
     assert {type(processor) for processor in PROCESSORS} == set(DEVICE_FORMS)
+    assert {type(p) for p in OTHER_NUMBERS} == {type_ for type_, kind in DEVICE_FORMS.items() if kind.numbers}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+def test_device_form_equals_stock_processor(processor: Any) -> None:
+    forms = device_forms([processor], VOCAB, 32, torch.device("cpu"))
+    assert forms is not None
+    no_change = getattr(processor, "ngram_size", 0) == 40
+    assert same_values(Recordable(forms), processor, "cpu") != no_change
+
+
+@pytest.mark.parametrize("other", OTHER_NUMBERS, ids=lambda p: type(p).__name__)
+def test_device_form_takes_other_numbers(other: Any) -> None:
+    """And its own again; the processor that it was made from stays as it was."""
+    first = next(p for p in PROCESSORS if type(p) is type(other))
+    before = dict(vars(first))
+    forms = device_forms([first], VOCAB, 32, torch.device("cpu"))
+    assert forms is not None and fingerprint(first) == fingerprint(other)
+    process = Recordable(forms)
+    for processor in (other, first):
+        process.load([processor])
+        assert same_values(process, processor, "cpu")
+    assert vars(first) == before
 
 
 def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
@@ -81,8 +119,8 @@ def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
 
 
 def test_fingerprints() -> None:
-    warm, hot = (stock_processors.TemperatureLogitsWarper(t) for t in (0.5, 2.0))
-    assert fingerprint(warm) == fingerprint(stock_processors.TemperatureLogitsWarper(0.5)) != fingerprint(hot)
+    few, many = (stock_processors.TopKLogitsWarper(count) for count in (5, 20))
+    assert fingerprint(few) == fingerprint(stock_processors.TopKLogitsWarper(5)) != fingerprint(many)
     assert len({fingerprint(processor) for processor in PROCESSORS}) == len(PROCESSORS)
 
 
@@ -151,13 +189,14 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         {"num_beams": 2},
         {"num_beams": 2},
         {"temperature": 0.5},
+        {"temperature": 0.6},
     ]
-    for request in [*requests, {"temperature": 0.6}, {"temperature": 0.5}]:
+    for request in [*requests, {"temperature": 0.6, "top_k": 3}, {"temperature": 0.5}]:
         ours.generate(
             **batch(seed=len(counts)), **{"do_sample": "temperature" in request, "max_new_tokens": 7, **request}
         )
         counts.append(len(recorded))
-    assert counts == [1, 1, 2, 2, 3, 4, 4]
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

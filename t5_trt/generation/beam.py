@@ -91,7 +91,7 @@ class BeamChoice:
         self._full = torch.zeros((batch, beams), dtype=torch.bool, device=device)  # is_sent_finished
         self._improvable = torch.ones((batch, 1), dtype=torch.bool, device=device)
         self._limits = torch.zeros(3, dtype=torch.int64, device=device)  # prompt length, max_length, longest estimate
-        self._process, self._rules = process, rules
+        self.process, self._rules = process, rules
         self._apart = apart
         self._eos = torch.tensor(rules.eos, dtype=torch.int64, device=device)
         self._first = torch.arange(rules.candidates, device=device) < beams  # top_num_beam_mask
@@ -149,7 +149,7 @@ class BeamChoice:
             The tokens, int64 [B * N], and the rows that they continue, int64 [B * N].
         """
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
-        log_probs = self._process(self.tokens.flatten(0, 1), position, log_probs)
+        log_probs = self.process(self.tokens.flatten(0, 1), position, log_probs)
         if self._apart is not None:
             self._apart.keep(log_probs, logits)
         vocabulary = log_probs.shape[-1]

@@ -122,7 +122,10 @@ class DecodeLoop(ABC):
         if self.apart is None:  # the same key for all requests that one recorded step can serve
             processors = tuple(fingerprint(processor) for processor in self.request.processors)
             key = (entries, self.capacity, *self.settings(), *processors)
-        return self.session.program(self.state, lambda: self.make(entries), key)
+        program = self.session.program(self.state, lambda: self.make(entries), key)
+        if key is not None:  # the choice may be another request's
+            program.choice.process.load(self.request.processors)
+        return program
 
     def _drive(self, program: Program) -> tuple[Program, int]:
         """Launch steps until a report says that all is over; the last program and the number of steps that count."""

@@ -2,12 +2,15 @@
 
 A device form has fixed shapes and takes the length from a tensor, so that it can be part of a recorded CUDA graph: it
 neither waits for the GPU nor looks at a value on the host. Each computes what the class of the same name in
-`transformers.generation.logits_process` computes, value for value.
+`transformers.generation.logits_process` computes, value for value. Numbers such as a temperature are read from memory, so
+that a recorded step serves requests with other ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import copy
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -16,8 +19,28 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as stock
 
 #: (tokens int64 [rows, M], their number int64 [1], scores float32 [rows, V]) -> scores
-Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Apply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: (processor, device) -> a number of it, []
+Read = Callable[[Any, torch.device], torch.Tensor]
 _HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A processor in device form.
+
+    Attributes:
+        apply: see `Apply`.
+        numbers: tensors [] on the device that `apply` reads, and where their values come from.
+    """
+
+    apply: Apply
+    numbers: Sequence[tuple[torch.Tensor, Read]]
+
+    def load(self, processor: Any) -> None:
+        """Take over the numbers of a processor of the same `fingerprint`."""
+        for number, read in self.numbers:
+            number.fill_(read(processor, number.device).item())
 
 
 class Recordable:
@@ -35,8 +58,13 @@ class Recordable:
         if self._forms:
             length = position + 1
             for form in self._forms:
-                scores = form(tokens, length, scores)
+                scores = form.apply(tokens, length, scores)
         return scores
+
+    def load(self, processors: Sequence[Any]) -> None:
+        """Compute what these processors do from now on; only their numbers may be others."""
+        for form, processor in zip(self._forms, processors, strict=True):
+            form.load(processor)
 
 
 class Stock:
@@ -57,6 +85,9 @@ class Stock:
         self._length += 1
         return scores
 
+    def load(self, processors: Sequence[Any]) -> None:
+        """See `Recordable.load`; these are called as they are."""
+
 
 Processing = Recordable | Stock
 
@@ -72,7 +103,14 @@ def device_forms(processors: Sequence[Any], vocab_size: int, capacity: int, devi
     """
     if not all(has_device_form(processor) for processor in processors):
         return None
-    return [DEVICE_FORMS[type(processor)](processor, vocab_size, capacity, device) for processor in processors]
+    forms = []
+    for processor in processors:
+        kind, mine, numbers = DEVICE_FORMS[type(processor)], copy.copy(processor), []
+        for name, read in kind.numbers.items():
+            numbers.append((read(processor, device).to(device), read))
+            setattr(mine, name, numbers[-1][0])
+        forms.append(Form(kind.make(mine, vocab_size, capacity, device), numbers))
+    return forms
 
 
 def has_device_form(processor: Any) -> bool:
@@ -83,8 +121,10 @@ def has_device_form(processor: Any) -> bool:
 
 
 def fingerprint(processor: Any) -> Hashable:
-    """Equal for processors that do the same: the class and its settings."""
-    return type(processor).__name__, tuple((name, _frozen(value)) for name, value in sorted(vars(processor).items()))
+    """Equal for processors that one device form can do: the class and its settings, but for numbers in memory."""
+    numbers = DEVICE_FORMS[type(processor)].numbers
+    settings = ((name, _frozen(value)) for name, value in sorted(vars(processor).items()) if name not in numbers)
+    return type(processor).__name__, tuple(settings)
 
 
 def _frozen(value: Any) -> Hashable:
@@ -95,9 +135,38 @@ def _frozen(value: Any) -> Hashable:
     return tuple(_frozen(entry) for entry in value) if isinstance(value, list | tuple) else value
 
 
-def _as_is(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _real(name: str, *, more: Callable[[Any], float] = lambda processor: 0) -> Read:
+    """A number, and something added to it, in double precision as Python has it.
+
+    Torch rounds it where the stock class has it rounded; lengths, too, may be fractions.
+    """
+    return lambda processor, device: torch.tensor(getattr(processor, name) + more(processor), dtype=torch.float64)
+
+
+def _divisor(name: str) -> Read:
+    """What `_divide` takes: for a GPU the reciprocal, with which torch multiplies there to divide by a Python float.
+
+    See ``div_true_kernel_cuda`` in aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu.
+    """
+
+    def read(processor: Any, device: torch.device) -> torch.Tensor:
+        number = torch.tensor(getattr(processor, name), dtype=torch.float32)
+        return 1.0 / number if device.type == "cuda" else number
+
+    return read
+
+
+def _divide(scores: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    return scores * divisor if scores.is_cuda else scores / divisor
+
+
+def _as_is(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     """A stock processor that looks at scores only and has fixed shapes already."""
     return lambda tokens, length, scores: processor(tokens, scores)
+
+
+def _temperature(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
+    return lambda tokens, length, scores: _divide(scores, processor.temperature)
 
 
 def _marked(ids: Any, vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -105,54 +174,59 @@ def _marked(ids: Any, vocab_size: int, device: torch.device) -> torch.Tensor:
     return torch.isin(torch.arange(vocab_size), torch.as_tensor(ids).cpu().flatten().long()).to(device)
 
 
-def _min_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _min_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends, minimum = _marked(processor.eos_token_id, vocab_size, device), processor.min_length
     return lambda tokens, length, scores: scores.masked_fill(ends & (length < minimum), _HIDDEN)
 
 
-def _min_new_tokens(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _min_new_tokens(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends = _marked(processor.eos_token_id, vocab_size, device)
-    minimum = processor.prompt_length_to_skip + processor.min_new_tokens
+    minimum = processor.min_new_tokens  # with the prompt, see `DEVICE_FORMS`
     return lambda tokens, length, scores: scores.masked_fill(ends & (length < minimum), _HIDDEN)
 
 
-def _suppress(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _suppress(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     hidden = _marked(processor.suppress_tokens, vocab_size, device)
     return lambda tokens, length, scores: scores.masked_fill(hidden, _HIDDEN)
 
 
-def _suppress_at_begin(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _suppress_at_begin(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     hidden, begin = _marked(processor.begin_suppress_tokens, vocab_size, device), processor.begin_index
     return lambda tokens, length, scores: scores.masked_fill(hidden & (length == begin), _HIDDEN)
 
 
-def _forced(ids: Any, when: int, vocab_size: int, device: torch.device) -> Form:
+def _forced(ids: Any, when: Any, vocab_size: int, device: torch.device) -> Apply:
     only = torch.where(_marked(ids, vocab_size, device), 0.0, _HIDDEN)  # [V]
     return lambda tokens, length, scores: torch.where(length == when, only, scores)
 
 
-def _forced_bos(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _forced_bos(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     return _forced([processor.bos_token_id], 1, vocab_size, device)
 
 
-def _forced_eos(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
-    return _forced(processor.eos_token_id, processor.max_length - 1, vocab_size, device)
+def _forced_eos(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
+    return _forced(
+        processor.eos_token_id, processor.max_length, vocab_size, device
+    )  # the last place, see `DEVICE_FORMS`
 
 
-def _repetition_penalty(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
-    penalty, places = processor.penalty, torch.arange(capacity, device=device)
+def _repetition_penalty(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
+    penalty, divisor = processor.penalty, processor.divisor
+    places = torch.arange(capacity, device=device)
 
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen = scores.new_zeros(
             (len(scores), vocab_size + 1), dtype=torch.bool
         )  # the last column takes what is no token
         seen.scatter_(1, torch.where(places < length, tokens, vocab_size), True)
-        return torch.where(seen[:, :vocab_size], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        return torch.where(
+            seen[:, :vocab_size], torch.where(scores < 0, scores * penalty, _divide(scores, divisor)), scores
+        )
 
     return apply
 
 
-def _no_repeat_ngram(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _no_repeat_ngram(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     size = processor.ngram_size
     if size > capacity:
         return lambda tokens, length, scores: scores
@@ -170,7 +244,7 @@ def _no_repeat_ngram(processor: Any, vocab_size: int, capacity: int, device: tor
     return apply
 
 
-def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     beyond = sorted(token for ids in processor.sequence_bias for token in ids if token >= vocab_size)
     if beyond:
         raise ValueError(
@@ -214,7 +288,7 @@ def _whole_contexts_count() -> bool:
     return bool(stock_form(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
 
 
-def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Form:
+def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends, start = _marked(processor.eos_token_id, vocab_size, device), processor.regulation_start
     # a power on the host and in double precision, as the stock class has it
     growth = torch.tensor([processor.regulation_factor ** max(at - start, 0) - 1 for at in range(capacity + 1)])
@@ -227,25 +301,42 @@ def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: tor
     return apply
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A class of processors that has a device form.
+
+    Attributes:
+        make: (a copy of the processor with `numbers` in it, vocab_size, capacity, device) -> what it does.
+        numbers: attribute of that copy -> where its value comes from.
+    """
+
+    make: Callable[[Any, int, int, torch.device], Apply]
+    numbers: Mapping[str, Read] = field(default_factory=dict)
+
+
 #: the processors that can be part of a recorded step
-DEVICE_FORMS: dict[type, Callable[[Any, int, int, torch.device], Form]] = {
-    stock.TemperatureLogitsWarper: _as_is,
-    stock.TopKLogitsWarper: _as_is,
-    stock.TopPLogitsWarper: _as_is,
-    stock.MinPLogitsWarper: _as_is,
-    stock.TypicalLogitsWarper: _as_is,
-    stock.EpsilonLogitsWarper: _as_is,
-    stock.InfNanRemoveLogitsProcessor: _as_is,
-    stock.LogitNormalization: _as_is,
-    stock.MinLengthLogitsProcessor: _min_length,
-    stock.MinNewTokensLengthLogitsProcessor: _min_new_tokens,
-    stock.SuppressTokensLogitsProcessor: _suppress,
-    stock.SuppressTokensAtBeginLogitsProcessor: _suppress_at_begin,
-    stock.ForcedBOSTokenLogitsProcessor: _forced_bos,
-    stock.ForcedEOSTokenLogitsProcessor: _forced_eos,
-    stock.RepetitionPenaltyLogitsProcessor: _repetition_penalty,
-    stock.NoRepeatNGramLogitsProcessor: _no_repeat_ngram,
-    stock.SequenceBiasLogitsProcessor: _sequence_bias,
-    stock.NoBadWordsLogitsProcessor: _sequence_bias,
-    stock.ExponentialDecayLengthPenalty: _decaying_length,
+DEVICE_FORMS: dict[type, Kind] = {
+    stock.TemperatureLogitsWarper: Kind(_temperature, {"temperature": _divisor("temperature")}),
+    stock.TopKLogitsWarper: Kind(_as_is),
+    stock.TopPLogitsWarper: Kind(_as_is, {"top_p": _real("top_p")}),
+    stock.MinPLogitsWarper: Kind(_as_is, {"min_p": _real("min_p")}),
+    stock.TypicalLogitsWarper: Kind(_as_is, {"mass": _real("mass")}),
+    stock.EpsilonLogitsWarper: Kind(_as_is, {"epsilon": _real("epsilon")}),
+    stock.InfNanRemoveLogitsProcessor: Kind(_as_is),
+    stock.LogitNormalization: Kind(_as_is),
+    stock.MinLengthLogitsProcessor: Kind(_min_length, {"min_length": _real("min_length")}),
+    stock.MinNewTokensLengthLogitsProcessor: Kind(
+        _min_new_tokens, {"min_new_tokens": _real("min_new_tokens", more=lambda p: p.prompt_length_to_skip)}
+    ),
+    stock.SuppressTokensLogitsProcessor: Kind(_suppress),
+    stock.SuppressTokensAtBeginLogitsProcessor: Kind(_suppress_at_begin),
+    stock.ForcedBOSTokenLogitsProcessor: Kind(_forced_bos),
+    stock.ForcedEOSTokenLogitsProcessor: Kind(_forced_eos, {"max_length": _real("max_length", more=lambda p: -1)}),
+    stock.RepetitionPenaltyLogitsProcessor: Kind(
+        _repetition_penalty, {"penalty": _real("penalty"), "divisor": _divisor("penalty")}
+    ),
+    stock.NoRepeatNGramLogitsProcessor: Kind(_no_repeat_ngram),
+    stock.SequenceBiasLogitsProcessor: Kind(_sequence_bias),
+    stock.NoBadWordsLogitsProcessor: Kind(_sequence_bias),
+    stock.ExponentialDecayLengthPenalty: Kind(_decaying_length),
 }

@@ -92,7 +92,7 @@ class TokenChoice:
         self.report = torch.zeros(1 + 2 * rows, dtype=torch.int64, device=device)
         self.expired = torch.zeros(1, dtype=torch.bool, device=device)
         self.recordable = apart is None
-        self._process = process
+        self.process = process
         self._eos = torch.tensor(ending.eos, dtype=torch.int64, device=device)
         self._pad = ending.pad
         self._do_sample = do_sample
@@ -127,7 +127,7 @@ class TokenChoice:
         Returns:
             The tokens, int64 [R]; no rows change places.
         """
-        scores = self._process(self.tokens, position, logits)
+        scores = self.process(self.tokens, position, logits)
         chosen = draw(scores, 1, recordable=self.recordable).flatten() if self._do_sample else scores.argmax(-1)
         buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos, position)
         if self._apart is None and cuda_kernels.token_step(buffers, self._pad):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
 
+from t5_trt.generation.processors import Recordable, device_forms, fingerprint
 from t5_trt.generation.sampling import draw
 from t5_trt.generation.support import GenerationPath
+from tests.test_decode_loop import OTHER_NUMBERS, PROCESSORS, same_values
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
-from tests.tiny_models import batch
+from tests.tiny_models import VOCAB, batch
 
 LOGITS_ATOL = 1e-3  # as in test_tensorrt.py
 
@@ -61,6 +64,36 @@ def test_recorded_draws_are_those_of_multinomial() -> None:
         expected = draw(scores, count, recordable=False)
         torch.manual_seed(8)
         assert torch.equal(draw(scores, count, recordable=True), expected)
+
+
+@pytest.mark.parametrize("processor", [*PROCESSORS, *OTHER_NUMBERS], ids=lambda p: type(p).__name__)
+def test_device_form_equals_stock_processor(processor: Any) -> None:
+    """Also after it was made from one with other numbers."""
+    first = next(p for p in PROCESSORS if fingerprint(p) == fingerprint(processor))
+    forms = device_forms([first], VOCAB, 32, torch.device("cuda"))
+    assert forms is not None
+    process = Recordable(forms)
+    process.load([processor])
+    (moved,) = on_gpu({"logits_processor": [processor]})["logits_processor"]
+    same_values(process, moved, "cuda")
+
+
+def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
+    """Nothing is recorded anew for them, and what is drawn is what the stock class draws."""
+    stock, ours = gpu_pair("t5-v1.1")
+    recorded = set()
+    for numbers in ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_p": 0.5}):
+        request = {**on_gpu(batch()), **numbers, "do_sample": True, "repetition_penalty": numbers["temperature"]}
+        results = []
+        for model in (ours, stock):
+            torch.manual_seed(3)
+            results.append(model.generate(**request, max_new_tokens=20).tolist())
+        assert results[0] == results[1]
+        gc.collect()
+        recorded.add(
+            frozenset(id(step) for slots in ours.session._idle.values() for s in slots for step in s.steps.values())
+        )
+    assert len(recorded) == 1
 
 
 def test_steps_do_not_wait_for_the_gpu(gpu_pair: Any) -> None:

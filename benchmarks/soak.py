@@ -13,6 +13,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import itertools
 import json
 import os
 import random
@@ -32,12 +33,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.soak_requests import KINDS, SAMPLED, Request, Sizes, answer, draw_request
+from benchmarks.soak_requests import KINDS, Request, Sizes, answer, draw_request
 from benchmarks.soak_ties import is_tie, rounding
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.environment import environment
 from t5_trt.runtime.cuda_graph import free_unused
-from t5_trt.runtime.trt_slot import STEPS_KEPT
 
 #: growth of memory that is not allowed, in 10**6 bytes for 1,000 requests
 LIMIT_MB = 1.0
@@ -46,6 +46,8 @@ NOISE_MB = 8.0
 #: of results that are compared with the stock class
 SHARE = 0.05
 SAMPLE_EVERY = 20  # requests
+#: kind -> requests that, in all likelihood, are of every variant of it that a step is recorded for (top-k, stopping early)
+VARIANTS = {"greedy": 1, "scores": 1, "sampling": 6, "beams": 6, "beam sampling": 12}
 #: largest difference of logits in float32 that still is rounding
 ROUNDING = 1e-3
 #: for finding out, after the run, whether results that differ are ties
@@ -175,13 +177,15 @@ def soak(
     for size in sizes.corners():
         seen.rounding = max(
             seen.rounding,
-            rounding(ours, stock, draw_request(dice, vocabulary, sizes, ours.device, kind="greedy", size=size)),
+            rounding(
+                ours, stock, draw_request(dice, vocabulary, sizes, ours.device, kind="greedy", size=size, exact=True)
+            ),
         )
         for kind in KINDS:
-            send(True, kind=kind, size=size)
-        if on_gpu:  # every temperature is a recorded step of its own: fill what is kept of them
-            for kind in SAMPLED * STEPS_KEPT:
-                send(False, kind=kind, size=size)
+            send(True, kind=kind, size=size, exact=True)
+        if on_gpu:  # record the steps that are kept
+            for kind, each in itertools.product(Counter(VARIANTS).elements(), sizes.shorter(size)):
+                send(False, kind=kind, size=each)
     start, count = time.monotonic(), sum((seen.answered + seen.disturbed).values())
     while (elapsed := time.monotonic() - start) < minutes * 60:
         send(dice.random() < share)

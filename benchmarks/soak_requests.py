@@ -53,12 +53,17 @@ class Sizes:
         return tuple(self._spread(dice, size) for size in (self.batch, self.source_tokens, self.new_tokens))  # type: ignore[return-value]
 
     def corners(self) -> list[tuple[int, int, int]]:
-        """The sizes that need the most memory; with few sizes all that need engines of their own."""
+        """The sizes that need the most memory; with few sizes all with the most new tokens."""
         largest = (self.batch, self.source_tokens, self.new_tokens)
         if not self.few:
             return [largest]
         sources = {min(32, self.source_tokens), self.source_tokens}
         return [(batch, source, self.new_tokens) for batch in sorted({1, self.batch}) for source in sorted(sources)]
+
+    def shorter(self, corner: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+        """A corner with every length whose cache needs engines of its own: they are powers of two and the prompt is one token."""
+        batch, source, new = corner
+        return [(batch, source, new // part) for part in (4, 2, 1)]
 
     @staticmethod
     def _spread(dice: random.Random, largest: int) -> int:
@@ -123,7 +128,7 @@ class Raising(BaseStreamer):
 
 
 def draw_request(dice: random.Random, vocabulary: int, sizes: Sizes, device: Any, **fixed: Any) -> Request:
-    """A random request; `fixed` may name its ``kind`` and its ``size``, which then is also its exact length."""
+    """A random request; `fixed` may name its ``kind``, its ``size``, and whether that is its ``exact`` length."""
     kind = fixed.get("kind") or dice.choices(list(KINDS), list(KINDS.values()))[0]
     batch, source, new = fixed.get("size") or sizes.draw(dice)
     if kind in STREAMED:
@@ -139,7 +144,7 @@ def draw_request(dice: random.Random, vocabulary: int, sizes: Sizes, device: Any
         "max_new_tokens": new,
         "do_sample": kind in SAMPLED,
     }
-    if "size" in fixed:
+    if fixed.get("exact"):
         arguments["min_new_tokens"] = new
     if arguments["do_sample"]:
         arguments |= {"temperature": round(dice.uniform(0.5, 1.5), 2), "top_k": dice.choice((0, 50))}

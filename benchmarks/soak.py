@@ -13,7 +13,6 @@ import contextlib
 import copy
 import ctypes
 import gc
-import itertools
 import json
 import os
 import random
@@ -184,8 +183,8 @@ def soak(
         for kind in KINDS:
             send(True, kind=kind, size=size, exact=True)
         if on_gpu:  # record the steps that are kept
-            for kind, each in itertools.product(Counter(VARIANTS).elements(), sizes.shorter(size)):
-                send(False, kind=kind, size=each)
+            for kind in Counter(VARIANTS).elements():
+                send(False, kind=kind, size=size)
     start, count = time.monotonic(), sum((seen.answered + seen.disturbed).values())
     while (elapsed := time.monotonic() - start) < minutes * 60:
         send(dice.random() < share)

@@ -53,17 +53,12 @@ class Sizes:
         return tuple(self._spread(dice, size) for size in (self.batch, self.source_tokens, self.new_tokens))  # type: ignore[return-value]
 
     def corners(self) -> list[tuple[int, int, int]]:
-        """The sizes that need the most memory; with few sizes all with the most new tokens."""
+        """The sizes that need the most memory; with few sizes all that need engines of their own."""
         largest = (self.batch, self.source_tokens, self.new_tokens)
         if not self.few:
             return [largest]
         sources = {min(32, self.source_tokens), self.source_tokens}
         return [(batch, source, self.new_tokens) for batch in sorted({1, self.batch}) for source in sorted(sources)]
-
-    def shorter(self, corner: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-        """A corner with every length whose cache needs engines of its own: they are powers of two and the prompt is one token."""
-        batch, source, new = corner
-        return [(batch, source, new // part) for part in (4, 2, 1)]
 
     @staticmethod
     def _spread(dice: random.Random, largest: int) -> int:

@@ -185,7 +185,7 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     requests: list[dict[str, Any]] = [
         {},
-        {"max_new_tokens": 9},
+        {"max_new_tokens": 90},
         {"num_beams": 2},
         {"num_beams": 2},
         {"temperature": 0.5},

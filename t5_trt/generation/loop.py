@@ -66,7 +66,8 @@ class DecodeLoop(ABC):
         self._check_length = check_length
         self._given = request.prompt.shape[1]
         self._steps = max(request.limit - self._given, 1)
-        self.capacity = bucket_length(max(request.limit, math.ceil(request.config.max_length or 0), self._given + 1))
+        longest = max(request.limit, math.ceil(request.config.max_length or 0), self._given + 1)
+        self.capacity = bucket_length(longest, session.choice_tokens)
         scores: list[torch.Tensor] | None = [] if request.wants_scores else None
         logits: list[torch.Tensor] | None = [] if request.wants_logits else None
         self.apart = None if request.recordable else Apart(request.custom_criteria, scores, logits)

@@ -22,7 +22,7 @@ from t5_trt.errors import BackendError, raise_hidden_interrupt
 from t5_trt.graph import build_host_graph
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
-from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
+from t5_trt.runtime.buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.session import Choice
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
@@ -48,6 +48,7 @@ class OrtSession:
     backend = "onnxruntime"
     device = torch.device("cpu")
     dtype = torch.float32
+    choice_tokens = SMALLEST_BUCKET
 
     def __init__(
         self,

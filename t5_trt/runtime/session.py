@@ -55,13 +55,19 @@ class Program(Protocol):
 
 
 class Session(Protocol):
-    """Engines of one model on one device. Calls are thread-safe as long as each thread has its own `DecoderState`."""
+    """Engines of one model on one device. Calls are thread-safe as long as each thread has its own `DecoderState`.
+
+    Attributes:
+        choice_tokens: least number of tokens that a `Choice` should have room for; more than it needs where it is recorded, so
+            that requests of other lengths can use it again.
+    """
 
     arch: Architecture
     backend: str
     precision: str
     device: torch.device
     dtype: torch.dtype
+    choice_tokens: int
 
     def encode(
         self,

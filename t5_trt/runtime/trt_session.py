@@ -49,6 +49,7 @@ class TrtSession:
     """
 
     backend = "tensorrt"
+    choice_tokens = 512  # the kernels of a choice read no further than there are tokens
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """Records of the decode loops on a GPU with TensorRT: T5-base shapes in fp16, greedy and beams, against Hugging Face.
 
-Stage ``build`` fills the store, ``loops`` measures ours and both eager baselines in one process, ``long`` the cost of a
-token in every cache bucket, ``curves`` latency against batch and new tokens. ``compiled`` needs no TensorRT: Hugging Face
-with a static cache and torch.compile, on whatever Python the machine has. Every stage appends to the same JSON file.
+Stages ``build`` and ``build-curves`` fill the store, ``loops`` measures ours and both eager baselines in one process, ``long``
+the cost of a token in every cache bucket, ``curves`` latency against batch and new tokens. ``compiled`` needs no TensorRT:
+Hugging Face with a static cache and torch.compile, on whatever Python the machine has. Every stage appends to the same JSON
+file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +41,18 @@ CASES: dict[tuple[int, int], float | None] = {(1, 1): None, (32, 1): None, (1, 4
 LONG_TOKENS = 512
 #: latency against batch at 64 new tokens, and against new tokens at batch 1
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (16, 64, 128, 256)
+#: (batch, beams, cache tokens) of the engines that stages need: one token fewer is cached than there are
+LOOP_SIZES = [(rows, beams, NEW_TOKENS) for rows, beams in CASES] + [(1, 1, 256), (1, 1, LONG_TOKENS)]
+CURVE_SIZES = [(rows, 1, 64) for rows in BATCHES] + [(1, 1, tokens) for tokens in LENGTHS]
 
 
-def stage_build(store: Path, precision: str) -> Records:
-    """All engines of the other stages, side by side."""
+def stage_build(store: Path, precision: str, sizes: Sequence[tuple[int, int, int]] = LOOP_SIZES) -> Records:
+    """All engines of other stages, side by side."""
     from t5_trt.signature import ENCODER, STEP
 
     ours, start = our_model(store, precision), time.perf_counter()
     engines = ours.session.engines
-    sizes = [(rows, beams, NEW_TOKENS) for rows, beams in CASES]
-    sizes += [(rows, 1, 64) for rows in BATCHES] + [(1, 1, tokens) for tokens in (*LENGTHS, LONG_TOKENS)]
-    shapes = [engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=new + 1) for rows, beams, new in sizes]
+    shapes = [engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=tokens) for rows, beams, tokens in sizes]
     wanted = [(STEP, each) for each in shapes] + [(ENCODER, each) for each in shapes]
     engines.prefetch(list(dict.fromkeys((graph, each.for_graph(graph)) for graph, each in wanted)))
     print(f"engines: {len(engines._engines)} after {time.perf_counter() - start:.1f} s")
@@ -206,6 +210,7 @@ def stage_compiled(store: Path, precision: str) -> Records:
 
 STAGES = {
     "build": stage_build,
+    "build-curves": partial(stage_build, sizes=CURVE_SIZES),
     "loops": stage_loops,
     "kernels": stage_kernels,
     "long": stage_long,

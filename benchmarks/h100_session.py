@@ -2,9 +2,10 @@
 
     python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores: first, since the others depend on it
     python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side
-    python benchmarks/h100_session.py text --out FOLDER      equal text: families, shipped model, checkpoints that overflow
+    python benchmarks/h100_session.py text --out FOLDER      equal text: families and shipped model in fp32, small models that overflow
+    python benchmarks/h100_session.py fp16 --out FOLDER      equal text in fp16: shipped model, T5-base that overflows; and builds
     python benchmarks/h100_session.py times --out FOLDER     builds side by side, then what is timed, one by one
-    python benchmarks/h100_session.py curves --out FOLDER    latency against batch and new tokens
+    python benchmarks/h100_session.py curves --out FOLDER    whole calls, and latency against batch and new tokens; after fp16
     python benchmarks/h100_session.py rest --out FOLDER      full GPU memory, and torch.compile's times
     python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
 
@@ -52,12 +53,8 @@ PARTS: dict[str, list[list[list[str]]]] = {
             [
                 "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
             ],
-            [
-                f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
-                for stage in ("overflow-stream", "overflow-inner", "overflow")
-            ],
+            ["{python} benchmarks/h100_text.py overflow --precision fp16 --store {store}/overflow --json {json}"],
         ]
     ],
     "times": [
@@ -69,13 +66,29 @@ PARTS: dict[str, list[list[list[str]]]] = {
         [
             [
                 "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
-                "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
                 "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
             ]
         ],
     ],
-    "curves": [[["{python} benchmarks/h100_loops.py curves --store {store} --json {json}"]]],
+    "fp16": [
+        [
+            ["{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}"],
+            [
+                f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
+                for stage in ("overflow-stream", "overflow-inner")
+            ],
+            [f"{{python}} benchmarks/h100_loops.py {stage} --store {{store}}" for stage in ("build-curves", "build")],
+        ]
+    ],
+    "curves": [
+        [
+            [
+                f"{{python}} benchmarks/h100_loops.py {stage} --store {{store}} --json {{json}}"
+                for stage in ("curves", "loops")
+            ]
+        ]
+    ],
     "choices": [[["{python} benchmarks/h100_choices.py scores --store {store}/scores --json {json}"]]],
     "rest": [
         [

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,10 @@ def load_contest(
         half = copy.deepcopy(first).half().to(ours.device)
         contest.rivals["hf_eager_fp32"] = Contestant(copy.deepcopy(first).to(ours.device))
         contest.rivals["hf_eager_fp16"] = Contestant(half)
-        contest.rivals["hf_compiled_fp16"] = Contestant(half, {"cache_implementation": "static"})
+        if find_spec("triton"):
+            contest.rivals["hf_compiled_fp16"] = Contestant(half, {"cache_implementation": "static"})
+        else:  # torch finds out after half a minute, and in every case anew
+            contest.left_out["hf_compiled_fp16"] = "torch.compile needs the package triton, which is not installed"
     return contest
 
 

@@ -119,7 +119,7 @@ def stage_launch(store: Path, precision: str) -> Records:
         prompt = torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda")
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, pool=session._pool):
-            run_step(slot, rows * beams, choice, session._enqueue_step)
+            run_step(slot, choice, session._enqueue_step)
         graph.instantiate()
         whole = sentence_graph(graph.raw_cuda_graph(), choice.report, slot.position, NEW_TOKENS)
 

@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.generation.beam import BeamChoice, BeamRules
+from t5_trt.generation.processors import Recordable
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.trt_slot import reorder_rows
+from tests.stand_in_tensorrt import stand_in_session
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch
 
@@ -107,22 +111,69 @@ def test_what_the_kernel_does_not_take(on_cpu: None) -> None:
     assert not cuda_kernels.reorder_rows(torch.zeros(1, 2, 6, 1, 8, 8), parents, position, 4)
 
 
-@pytest.mark.parametrize("name", [name for name in {**CORE, **MORE} if name not in OTHER_LOOP])
-def test_generates_as_stock(on_cpu: None, monkeypatch: pytest.MonkeyPatch, v11: Any, name: str) -> None:
-    """Tokens, scores and beam indices; one thread for each block, as threads that wait for each other cannot run in turn."""
+NAMES = [name for name in {**CORE, **MORE} if name not in OTHER_LOOP]
+
+
+@pytest.fixture
+def steps(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a kernel did a step, for every step; one thread for each block, as threads that wait cannot run in turn."""
     monkeypatch.setattr(cuda_kernels, "THREADS", 1)
-    used = []
+    done: list[bool] = []
     for step in ("token_step", "beam_step"):
         real = getattr(cuda_kernels, step)
-        monkeypatch.setattr(cuda_kernels, step, lambda *a, real=real, **k: used.append(real(*a, **k)) or used[-1])
-    stock, ours = v11
-    arguments = {**batch(), "max_new_tokens": 12, **{**CORE, **MORE}[name]}
+        monkeypatch.setattr(cuda_kernels, step, lambda *a, real=real, **k: done.append(real(*a, **k)) or done[-1])
+    return done
+
+
+def assert_generates_as_stock(stock: Any, ours: Any, name: str) -> None:
     results = []
     for model in (ours, stock):
         torch.manual_seed(11)
-        results.append(model.generate(**arguments))
+        results.append(model.generate(**{**batch(), "max_new_tokens": 12, **{**CORE, **MORE}[name]}))
     assert_same(*results)
-    assert all(used)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generates_as_stock(steps: list[bool], v11: Any, name: str) -> None:
+    """Tokens, scores and beam indices."""
+    assert_generates_as_stock(*v11, name)
+    assert all(steps)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "do_sample" not in {**CORE, **MORE}[name]])
+def test_choices_of_more_rows_than_the_request(
+    steps: list[bool], monkeypatch: pytest.MonkeyPatch, v11: Any, name: str
+) -> None:
+    """Three batch entries on engines of four."""
+    stock, _ = v11
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch)
+    assert_generates_as_stock(stock, ours, name)
+    assert all(steps)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, early_stopping: bool | str) -> None:
+    """Nor do they let a search go on: they never end by themselves here, and those of the request do, one by one."""
+    if by_kernel:
+        request.getfixturevalue("steps")
+    rules = BeamRules(2, 4, 1.0, early_stopping, False, False, (1,), 0)
+    exact, more = (
+        BeamChoice(entries, 64, Recordable([]), rules, apart=None, device=torch.device("cpu")) for entries in (3, 5)
+    )
+    for choice in (exact, more):
+        choice.begin(torch.zeros((6, 1), dtype=torch.int64), 40, 40)
+    generator = torch.Generator().manual_seed(0)
+    for place in range(39):
+        logits = torch.randn((10, 12), generator=generator)
+        logits[:6, 1] += 0.5 * place
+        logits[6:, 1] = -50.0
+        results = [choice.advance(logits[: choice.rows], torch.tensor([place])) for choice in (exact, more)]
+        assert all(torch.equal(a, b[:6]) for a, b in zip(*results, strict=True))
+        assert torch.equal(exact.report, more.report[:4])
+    assert exact.report[0] == 1 and exact.tokens.count_nonzero() < 6 * 39
+    assert all(torch.equal(a, b[:3]) for a, b in zip(exact.results(0), more.results(0), strict=True))
 
 
 def test_without_a_gpu() -> None:

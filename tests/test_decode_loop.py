@@ -190,13 +190,17 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         {"num_beams": 2},
         {"temperature": 0.5},
         {"temperature": 0.6},
+        {"temperature": 0.6, "top_k": 3},
+        {"temperature": 0.5},
+        {"rows": 4},
+        {"rows": 4, "num_beams": 2},
+        {"rows": 4, "temperature": 0.5},
     ]
-    for request in [*requests, {"temperature": 0.6, "top_k": 3}, {"temperature": 0.5}]:
-        ours.generate(
-            **batch(seed=len(counts)), **{"do_sample": "temperature" in request, "max_new_tokens": 7, **request}
-        )
+    for request in requests:
+        inputs = batch(request.pop("rows", 3), seed=len(counts))
+        ours.generate(**inputs, **{"do_sample": "temperature" in request, "max_new_tokens": 7, **request})
         counts.append(len(recorded))
-    assert counts == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
 
 
 def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -207,7 +211,7 @@ def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog:
     record, tries = trt_session.record, []
 
     def refuse(work: Any, device: torch.device, pool: Any) -> Any:
-        if work.args[2] is not None:
+        if work.args[1] is not None:
             tries.append(1)
             work()
             raise RuntimeError("operation not permitted when stream is capturing")

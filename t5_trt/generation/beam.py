@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from t5_trt.generation.processors import Processing
-from t5_trt.generation.sampling import Apart, draw
+from t5_trt.generation.sampling import Apart, draw, filled_up
 from t5_trt.runtime import cuda_kernels
 
 _NEVER = -1.0e9  # the score of what must not be chosen
@@ -52,7 +52,7 @@ class BeamChoice:
     """Keeps the N best unfinished and the N best finished rows of every batch entry.
 
     Args:
-        batch: B.
+        batch: B, of which a request may use the first ones only; the others can change no more from the beginning.
         capacity: M, tokens that a row can have, with the prompt; at least the longest that `begin` gets.
         process: of the log probabilities.
         rules: see `BeamRules`.
@@ -79,6 +79,7 @@ class BeamChoice:
     ) -> None:
         beams = rules.num_beams
         shape = (batch, beams, capacity)
+        self.rows = batch * beams
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.sequences = torch.zeros_like(self.tokens)
         self.beam_indices = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -107,12 +108,12 @@ class BeamChoice:
         """Start with a prompt.
 
         Args:
-            prompt: int64 [B * N, tokens].
+            prompt: int64 [at most B * N, tokens].
             limit: tokens at which a row is over.
             longest: ``max_length`` of the generation config, which the estimate of "never" goes by.
         """
         self.tokens.fill_(self._rules.fill)
-        self.tokens.flatten(0, 1)[:, : prompt.shape[1]] = prompt
+        self.tokens.flatten(0, 1)[:, : prompt.shape[1]] = filled_up(prompt, self.rows)
         self.sequences.copy_(self.tokens)
         for indices in (self.beam_indices, self._running_indices):
             indices.fill_(-1)
@@ -124,14 +125,22 @@ class BeamChoice:
         self.report.zero_()
         self.expired.zero_()
         self._limits.copy_(torch.tensor([prompt.shape[1], limit, longest]))
+        self._end_behind(len(prompt) // self._rules.num_beams)
 
     def take_over(self, other: BeamChoice, rows: torch.Tensor | None = None) -> None:
         """Go on where another one stands, with all of its batch entries or those that `rows` names."""
         for mine, theirs in zip(self._entries(), other._entries(), strict=True):
-            mine.copy_(theirs if rows is None else theirs[rows])
+            mine.copy_(theirs if rows is None else theirs[filled_up(rows, len(self.tokens))])
         self.report[:1].copy_(other.report[:1])
         self.expired.copy_(other.expired)
         self._limits.copy_(other._limits)
+        if rows is not None:
+            self._end_behind(len(rows))
+
+    def _end_behind(self, entries: int) -> None:
+        """Let nothing depend on what stands behind so many batch entries."""
+        self._full[entries:] = True
+        self._improvable[entries:] = False
 
     def _entries(self) -> tuple[torch.Tensor, ...]:
         """What the choice knows of every batch entry."""

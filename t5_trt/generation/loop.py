@@ -121,6 +121,8 @@ class DecodeLoop(ABC):
     def _program(self) -> Program:
         entries, key = len(self._entries), None
         if self.apart is None:  # the same key for all requests that one recorded step can serve
+            if not self.request.config.do_sample:  # of more rows others would be drawn
+                entries = self.session.entries(self.state)
             processors = tuple(fingerprint(processor) for processor in self.request.processors)
             key = (entries, self.capacity, *self.settings(), *processors)
         program = self.session.program(self.state, lambda: self.make(entries), key)
@@ -151,7 +153,7 @@ class DecodeLoop(ABC):
             for report in reports:
                 made += 1
                 if request.streamer is not None:
-                    request.streamer.put(report[1 + len(self._entries) :].clone())
+                    request.streamer.put(report[1 + program.choice.rows :][: len(self._entries)].clone())
                 if bool(report[0]):
                     return program, made
             if shrinks and self._should_shrink(reports[-1]):  # the newest may tell of fewer entries still
@@ -192,7 +194,7 @@ class DecodeLoop(ABC):
 
     def _keep(self, choice: Any, made: int) -> None:
         """Copy the results of the entries that are being decoded to their places among all."""
-        results = choice.results(self._given + made)
+        results = [result[: len(self._entries)] for result in choice.results(self._given + made)]
         if self._kept is None:
             self._kept = [result.clone() for result in results]
             return

@@ -61,7 +61,7 @@ class TokenChoice:
     """Chooses one token for every row: the best, or a random one.
 
     Args:
-        rows: R.
+        rows: R, of which a request may use the first ones only; the others are over from the beginning.
         capacity: M, tokens that a row can have, with the prompt.
         process: of the logits.
         ending: see `Ending`.
@@ -87,6 +87,7 @@ class TokenChoice:
         apart: Apart | None,
         device: torch.device,
     ) -> None:
+        self.rows = rows
         self.tokens = torch.zeros((rows, capacity), dtype=torch.int64, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.report = torch.zeros(1 + 2 * rows, dtype=torch.int64, device=device)
@@ -99,19 +100,22 @@ class TokenChoice:
         self._apart = apart
 
     def begin(self, prompt: torch.Tensor) -> None:
-        """Start with a prompt, int64 [R, tokens]."""
-        self.tokens[:, : prompt.shape[1]] = prompt
+        """Start with a prompt, int64 [at most R, tokens]."""
+        self.tokens[:, : prompt.shape[1]] = filled_up(prompt, self.rows)
         self.finished.zero_()
+        self.finished[len(prompt) :] = True
         self.report.zero_()
         self.expired.zero_()
 
     def take_over(self, other: TokenChoice, rows: torch.Tensor | None = None) -> None:
         """Go on where another one stands, with all of its rows or those that `rows` names."""
         for mine, theirs in ((self.tokens, other.tokens), (self.finished, other.finished)):
-            mine.copy_(theirs if rows is None else theirs[rows])
+            mine.copy_(theirs if rows is None else theirs[filled_up(rows, self.rows)])
+        if rows is not None:
+            self.finished[len(rows) :] = True
         self.expired.copy_(other.expired)
 
-    def results(self, length: int) -> tuple[torch.Tensor]:
+    def results(self, length: int) -> tuple[torch.Tensor, ...]:
         """The tokens of every row, with padding from `length` on."""
         if self._pad is not None:
             self.tokens[:, length:] = self._pad
@@ -144,6 +148,11 @@ class TokenChoice:
         self.report[1 : 1 + len(chosen)] = self.finished
         self.report[1 + len(chosen) :] = chosen
         return chosen, None
+
+
+def filled_up(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """So many rows: those there are, and behind them the first one again and again."""
+    return rows if len(rows) == count else torch.cat((rows, rows[:1].expand(count - len(rows), *rows.shape[1:])))
 
 
 class GpuDraws:

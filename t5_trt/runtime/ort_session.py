@@ -137,6 +137,10 @@ class OrtSession:
         """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
         return batch < state.cross.batch
 
+    def entries(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.entries`."""
+        return state.cross.batch
+
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
         """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""
         return OrtProgram(self, state, make())

@@ -15,10 +15,12 @@ class Choice(Protocol):
     """What follows a decoder step: from its logits it decides how every row goes on.
 
     Attributes:
+        rows: R.
         recordable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
             host, so that a session may record them together with the step.
     """
 
+    rows: int
     recordable: bool
 
     def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -146,12 +148,16 @@ class Session(Protocol):
         """Whether a step of this state is cheaper with `batch` of its entries, without anything being built for that."""
         ...
 
+    def entries(self, state: DecoderState) -> int:
+        """Batch entries that are decoded for a state: its own, and behind them those that fill up the engines' shape."""
+        ...
+
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
         """A program over the buffers of a state with room for one more token.
 
         Args:
             state: of R rows.
-            make: a new choice for R rows.
+            make: a new choice for R rows, or for those of all `entries`.
             key: equal for choices that do the same; the session may then hand out a program that it has recorded
                 before, whose choice holds old contents. None: always a new choice.
         """

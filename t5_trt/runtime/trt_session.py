@@ -180,6 +180,11 @@ class TrtSession:
         smaller, present = (self.engines.bucket(B=size, **sizes) for size in (batch, cross.batch))
         return smaller.B < present.B and self.engines.is_ready(STEP, smaller)
 
+    def entries(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.entries`: those of the slot that the state lives in, or will."""
+        cross = state.cross
+        return self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity).B
+
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
         """See `t5_trt.runtime.session.Session.program`."""
         with self._lock:
@@ -215,7 +220,7 @@ class TrtSession:
         kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
         slot.position.zero_()
         try:
-            graph = record(partial(run_step, slot, state.rows, choice, self._enqueue_step), self.device, self._pool)
+            graph = record(partial(run_step, slot, choice, self._enqueue_step), self.device, self._pool)
         except torch.cuda.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
         finally:

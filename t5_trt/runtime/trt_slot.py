@@ -91,21 +91,22 @@ class TrtProgram:
         """See `t5_trt.runtime.session.Program.launch`."""
         self._step.replay(self._slot, self._state)
         if self._apart:
-            apply_choice(self._slot, self._state.rows, self.choice, self._slot.position - 1)
+            apply_choice(self._slot, self.choice, self._slot.position - 1)
 
 
-def run_step(slot: Slot, rows: int, choice: Any, enqueue: Callable[[Slot], None]) -> None:
+def run_step(slot: Slot, choice: Any, enqueue: Callable[[Slot], None]) -> None:
     """What is recorded: engine, K/V write, choice, next position."""
     slot.position32.copy_(slot.position)
     enqueue(slot)
     slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
     if choice is not None:
-        apply_choice(slot, rows, choice, slot.position)
+        apply_choice(slot, choice, slot.position)
     slot.position.add_(1)
 
 
-def apply_choice(slot: Slot, rows: int, choice: Any, position: torch.Tensor) -> None:
+def apply_choice(slot: Slot, choice: Any, position: torch.Tensor) -> None:
     """Choose tokens from the slot's logits, make them the next input, let rows change places."""
+    rows = choice.rows
     chosen, parents = choice.advance(slot.logits[:rows, 0], position)
     slot.tokens[:rows].copy_(chosen[:, None])
     if parents is not None:

@@ -9,11 +9,13 @@ file.
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,7 +75,8 @@ def stage_loops(store: Path, precision: str) -> Records:
         }
         loop = str(ours.last_generation_path)
         got, expected = ours.generate(**arguments), baselines["fp32"].generate(**arguments)
-        step_us = step_times_us(ours, rows, beams, arguments)
+        slot, key = recorded(ours, rows, beams, arguments)
+        step_us = {"with choice": replay_us(slot, key), "alone": replay_us(slot)}  # alone: the engine and the K/V write
         ids, mask = arguments["input_ids"], arguments["attention_mask"]
         encoder_ms = events_ms(lambda ids=ids, mask=mask: ours.session.encode(ids, None, mask))
         gpu_ms = NEW_TOKENS * step_us["with choice"] / 1e3 + encoder_ms
@@ -94,6 +97,7 @@ def stage_loops(store: Path, precision: str) -> Records:
             "published_tokens_per_s": published,
             "step_us": {name: round(value, 1) for name, value in step_us.items()},
             "encoder_ms": round(encoder_ms, 3),
+            **recording_cost(ours, slot, key),
             "host_share": round(1 - gpu_ms / ours_ms, 3),
             "rows_equal": _rows_equal(got, expected),
             "hf_fp16_rows_equal": _rows_equal(baselines["fp16"].generate(**arguments), expected),
@@ -105,12 +109,6 @@ def stage_loops(store: Path, precision: str) -> Records:
 def _rows_equal(got: torch.Tensor, expected: torch.Tensor) -> int:
     width = min(got.shape[1], expected.shape[1])
     return int((got[:, :width] == expected[:, :width]).all(1).sum())
-
-
-def step_times_us(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> dict[str, float]:
-    """The GPU's time for a step of the request that ran last: "with choice", and "alone", the engine and the K/V write."""
-    slot, key = recorded(ours, rows, beams, arguments)
-    return {"with choice": replay_us(slot, key), "alone": replay_us(slot)}
 
 
 def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -125,6 +123,20 @@ def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tup
     state = session.start(cross.for_beams(beams), NEW_TOKENS + 1)
     session.decode(state, torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda"))  # records it alone
     return slot, chosen
+
+
+def recording_cost(ours: Any, slot: Any, key: Any, times: int = 8) -> dict[str, float]:
+    """Milliseconds that a recording takes, and GPU memory in 10**6 bytes that each recorded step holds."""
+    choice, state, found = slot.steps[key].choice, SimpleNamespace(length=0), []
+    free = torch.cuda.mem_get_info()[0]
+    kept = []  # none is given back in between
+    for number in range(times):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        kept.append(ours.session._recorded(slot, state, ("again", number), choice))
+        found.append((time.perf_counter() - start) * 1e3)
+    held = (free - torch.cuda.mem_get_info()[0]) / times
+    return {"recording_ms": round(statistics.median(found), 2), "recorded_step_mb": round(held / 1e6, 2)}
 
 
 def stage_kernels(store: Path, precision: str) -> Records:

@@ -177,6 +177,17 @@ def test_recorded_steps_some_steps_ahead(on_stand_in: Any, v11: tuple[Any, Any],
     assert on_stand_in.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
 
 
+def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
+    """Transformers gives every beam a batch entry of its own then: 9 in engines for 16, which 3 beams do not divide."""
+    stock, inputs = make_stock("t5-v1.1"), batch()
+    expected = stock.generate(**inputs, num_beams=3, max_new_tokens=9).tolist()
+    with torch.no_grad():
+        states = stock.get_encoder()(**inputs)
+    mask = inputs["attention_mask"]
+    got = on_stand_in.generate(encoder_outputs=states, attention_mask=mask, num_beams=3, max_new_tokens=9)
+    assert got.tolist() == expected and on_stand_in.last_generation_path == GenerationPath("device")
+
+
 def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
     ours._session = stand_in_session(ours, monkeypatch)

@@ -122,7 +122,7 @@ class DecodeLoop(ABC):
         entries, key = len(self._entries), None
         if self.apart is None:  # the same key for all requests that one recorded step can serve
             if not self.request.config.do_sample:  # of more rows others would be drawn
-                entries = self.session.entries(self.state)
+                entries = self.session.decoded_rows(self.state) // self.beams
             processors = tuple(fingerprint(processor) for processor in self.request.processors)
             key = (entries, self.capacity, *self.settings(), *processors)
         program = self.session.program(self.state, lambda: self.make(entries), key)

@@ -137,9 +137,9 @@ class OrtSession:
         """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
         return batch < state.cross.batch
 
-    def entries(self, state: DecoderState) -> int:
-        """See `t5_trt.runtime.session.Session.entries`."""
-        return state.cross.batch
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`."""
+        return state.rows
 
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
         """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""

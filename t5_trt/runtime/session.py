@@ -148,8 +148,8 @@ class Session(Protocol):
         """Whether a step of this state is cheaper with `batch` of its entries, without anything being built for that."""
         ...
 
-    def entries(self, state: DecoderState) -> int:
-        """Batch entries that are decoded for a state: its own, and behind them those that fill up the engines' shape."""
+    def decoded_rows(self, state: DecoderState) -> int:
+        """Rows that are decoded for a state: its own R, and behind them those that fill up the engines' shape."""
         ...
 
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
@@ -157,7 +157,7 @@ class Session(Protocol):
 
         Args:
             state: of R rows.
-            make: a new choice for R rows, or for those of all `entries`.
+            make: a new choice for R rows, or for more, up to `decoded_rows`.
             key: equal for choices that do the same; the session may then hand out a program that it has recorded
                 before, whose choice holds old contents. None: always a new choice.
         """

@@ -180,10 +180,11 @@ class TrtSession:
         smaller, present = (self.engines.bucket(B=size, **sizes) for size in (batch, cross.batch))
         return smaller.B < present.B and self.engines.is_ready(STEP, smaller)
 
-    def entries(self, state: DecoderState) -> int:
-        """See `t5_trt.runtime.session.Session.entries`: those of the slot that the state lives in, or will."""
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`: those of the slot that the state lives in, or will."""
         cross = state.cross
-        return self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity).B
+        shapes = self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
+        return shapes.B * shapes.N
 
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
         """See `t5_trt.runtime.session.Session.program`."""

@@ -6,11 +6,15 @@ Nothing here needs an engine, so that Hugging Face's class can be timed where th
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from t5_trt.engine.profiles import AXES
 from t5_trt.environment import environment
 from t5_trt.random_models import random_source, random_t5
 
@@ -84,6 +89,57 @@ def replay_us(slot: Any, key: Any = None, steps: int = NEW_TOKENS) -> float:
     slot.position.zero_()
     slot.position_host = -1
     return events_ms(slot.steps[key].graph.replay, steps) * 1e3
+
+
+def slot_alone(ours: Any, arguments: dict[str, Any]) -> Any:
+    """The slot of a request, with a step recorded in it that has no choice of tokens."""
+    gc.collect()  # requests that are over give their slots back
+    ids, mask, beams = arguments["input_ids"], arguments["attention_mask"], arguments.get("num_beams", 1)
+    _, cross = ours.session.encode(ids, None, mask)
+    state = ours.session.start(cross.for_beams(beams), 1)
+    ours.session.decode(state, torch.zeros((len(ids) * beams, 1), dtype=torch.long, device="cuda"))
+    return state.bindings["lease"].slot
+
+
+def load_seconds(store: Path, precision: str, arguments: dict[str, Any], stock: Any = None) -> float:
+    """From a model without engines to its first tokens, with engines that the store has."""
+    ours, start = our_model(store, precision, stock), time.perf_counter()
+    ours.generate(**arguments)
+    return time.perf_counter() - start
+
+
+def build_seconds(store: Path, ours: Any, slot: Any) -> dict[str, float]:
+    """Graph -> seconds that its engine for a slot took, beside whatever was built at the same time."""
+    from t5_trt.engine.store import EngineStore
+    from t5_trt.signature import ENCODER, STEP
+
+    wanted = {graph: slot.shapes.for_graph(graph).as_dict() for graph in (ENCODER, STEP)}
+    sizes = {graph: {axis: shapes[axis] for axis in AXES} for graph, shapes in wanted.items()}
+    model = {"precision": ours.session.precision, "architecture": asdict(ours.session.arch)}
+    found = {}
+    for entry in EngineStore(store).entries():
+        made = entry.manifest
+        same = all(made[name] == value for name, value in model.items())
+        if same and sizes.get(made["graph"]) == {axis: made["shapes"][axis] for axis in AXES}:
+            found[made["graph"]] = made["build_s"]
+    return found
+
+
+def call_times(ours: Any, stock: Any, arguments: dict[str, Any], runs: int = 3) -> dict[str, float]:
+    """Whole calls in milliseconds: ours, and the stock class in float32 and in half precision."""
+    half = copy.deepcopy(stock).half()
+    models = {"ours_ms": ours, "hf_eager_fp32_ms": stock, "hf_eager_fp16_ms": half}
+    return {name: round(timed_ms(partial(model.generate, **arguments), runs)[0], 2) for name, model in models.items()}
+
+
+def engine_times(store: Path, ours: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the engines of a request cost: seconds of their builds, microseconds of a step, milliseconds of the encoder."""
+    slot, ids, mask = slot_alone(ours, arguments), arguments["input_ids"], arguments["attention_mask"]
+    return {
+        "build_s": build_seconds(store, ours, slot),
+        "step_us": round(replay_us(slot), 1),
+        "encoder_ms": round(events_ms(lambda: ours.session.encode(ids, None, mask)), 3),
+    }
 
 
 def kernels(slot: Any, key: Any = None, most: int = 14) -> dict[str, Any]:

@@ -6,10 +6,8 @@ others use it. Every stage appends to the same JSON file.
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,16 @@ from benchmarks.gpu import (
     NEW_TOKENS,
     SOURCE_TOKENS,
     Records,
-    events_ms,
+    call_times,
+    engine_times,
     gpu_environment,
     kernels,
+    load_seconds,
     main,
     our_model,
-    replay_us,
     request,
-    timed_ms,
+    slot_alone,
 )
-from t5_trt.engine.profiles import SMALLEST
-from t5_trt.engine.store import EngineStore
 from t5_trt.random_models import random_t5
 from tests.tiny_models import batch, make_stock
 
@@ -46,31 +43,10 @@ def stage_build(store: Path, precision: str) -> Records:
 
 def stage_base(store: Path, precision: str) -> Records:
     """T5-base shapes, batch 1: load from the store, compare tokens, time everything."""
-    stock = random_t5("t5-base")
-    ours, start = our_model(store, precision, stock), time.perf_counter()
-    ours.generate(**request(new=2))
-    load_s = time.perf_counter() - start
-    stock = random_t5("t5-base").cuda()
+    load_s = load_seconds(store, precision, request(new=2))
+    ours, stock = our_model(store, precision), random_t5("t5-base").cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
     expected, got = stock.generate(**request()), ours.generate(**request())
-    hf_fp32_ms, _ = timed_ms(lambda: stock.generate(**request()), 3)
-    ours_ms, _ = timed_ms(lambda: ours.generate(**request()))
-    stock.half()
-    hf_fp16_ms, _ = timed_ms(lambda: stock.generate(**request()), 3)
-    wanted = {"precision": precision, "architecture": asdict(ours.architecture)}
-    builds = {}
-    for entry in EngineStore(store).entries():
-        made = entry.manifest
-        smallest = made["shapes"]["B"] == made["shapes"]["N"] == 1 and made["shapes"]["T"] <= SMALLEST["T"]
-        if smallest and all(made[name] == value for name, value in wanted.items()):
-            builds[made["graph"]] = made["build_s"]
-    ours(
-        **{name: request()[name] for name in ("input_ids", "attention_mask")},
-        decoder_input_ids=torch.zeros_like(got[:, :1]),
-    )
-    gc.collect()  # requests that are over give their slots back
-    slot = next(slots[-1] for slots in ours.session._idle.values() if slots)
-    ids, mask = request()["input_ids"], request()["attention_mask"]
     yield {
         "model": BASE,
         "precision": precision,
@@ -78,17 +54,13 @@ def stage_base(store: Path, precision: str) -> Records:
         "source_tokens": SOURCE_TOKENS,
         "new_tokens": NEW_TOKENS,
         "num_beams": 1,
-        "ours_ms": round(ours_ms, 2),
-        "hf_eager_fp32_ms": round(hf_fp32_ms, 1),
-        "hf_eager_fp16_ms": round(hf_fp16_ms, 1),
+        **call_times(ours, stock, request()),
         "tokens_equal": bool(torch.equal(got, expected)),
         "tokens_equal_share": (got == expected).float().mean().item(),
         "distinct_tokens": int(expected.unique().numel()),
-        "build_s": builds,
         "load_s": round(load_s, 2),
-        "step_us": round(replay_us(slot), 1),
-        "encoder_ms": round(events_ms(lambda: ours.session.encode(ids, None, mask)), 3),
-        **kernels(slot),
+        **engine_times(store, ours, request()),
+        **kernels(slot_alone(ours, request())),
         **gpu_environment(),
     }
 
@@ -125,6 +97,7 @@ def stage_families(store: Path, precision: str) -> Records:
             inputs = {name: tensor.cuda() for name, tensor in batch(rows).items()}
             wanted = {**inputs, "max_new_tokens": 40, "min_new_tokens": 40}
             got, expected = ours.generate(**wanted), stock.generate(**wanted)
+            load_s = load_seconds(store, precision, {**wanted, "min_new_tokens": 2, "max_new_tokens": 2}, family(kind))
             yield {
                 "model": f"{kind}, 2 layers, {sizes}, random weights",
                 "precision": precision,
@@ -132,8 +105,11 @@ def stage_families(store: Path, precision: str) -> Records:
                 "source_tokens": 11,
                 "new_tokens": 40,
                 "num_beams": 1,
+                **call_times(ours, stock, wanted),
                 "tokens_equal": bool(torch.equal(got, expected)),
                 "distinct_tokens": int(expected.unique().numel()),
+                "load_s": round(load_s, 2),
+                **engine_times(store, ours, wanted),
                 **gpu_environment(),
             }
 

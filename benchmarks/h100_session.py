@@ -1,12 +1,11 @@
 """All that is measured on one H100 with TensorRT, as calls of at most ten minutes each, and the keeping of what they give.
 
-    python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores: first, since the others depend on it
     python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side
-    python benchmarks/h100_session.py text --out FOLDER      equal text: families and shipped model in fp32, small models that overflow
-    python benchmarks/h100_session.py fp16 --out FOLDER      equal text in fp16: shipped model, T5-base that overflows; and builds
-    python benchmarks/h100_session.py times --out FOLDER     builds side by side, then what is timed, one by one
-    python benchmarks/h100_session.py curves --out FOLDER    whole calls, and latency against batch and new tokens; after fp16
+    python benchmarks/h100_session.py builds --out FOLDER    engines of the next part side by side, and models that overflow
+    python benchmarks/h100_session.py measure --out FOLDER   equal text and whole calls, one after the other
+    python benchmarks/h100_session.py base --out FOLDER      T5-base at batch 1: builds side by side, then parts of a call
     python benchmarks/h100_session.py rest --out FOLDER      full GPU memory, and torch.compile's times
+    python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores
     python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
 
 A part runs lanes side by side and the commands of a lane one after the other. What has not ended when the time is up is killed;
@@ -48,46 +47,43 @@ PARTS: dict[str, list[list[list[str]]]] = {
             ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist -W default --durations=12"],
         ]
     ],
-    "text": [
+    "builds": [
         [
             [
-                "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100.py families --precision fp32 --store {store}",
+                "{python} benchmarks/h100_text.py shipped-build --precision fp32 --store {store}",
+                "{python} benchmarks/h100_text.py shipped-build --precision fp16 --store {store}",
             ],
-            ["{python} benchmarks/h100_text.py overflow --precision fp16 --store {store}/overflow --json {json}"],
-        ]
-    ],
-    "times": [
-        [
-            [f"{{python}} benchmarks/h100.py build --precision {precision} --store {{store}}"]
-            for precision in ("fp16", "fp32")
-        ],
-        [["{python} benchmarks/h100_loops.py build --precision fp16 --store {store}"]],
-        [
-            [
-                "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
-                "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
-                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
-            ]
-        ],
-    ],
-    "fp16": [
-        [
-            ["{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}"],
             [
                 f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
-                for stage in ("overflow-stream", "overflow-inner")
+                for stage in ("overflow-stream", "overflow-inner", "overflow")
             ],
             [f"{{python}} benchmarks/h100_loops.py {stage} --store {{store}}" for stage in ("build-curves", "build")],
         ]
     ],
-    "curves": [
+    "measure": [
         [
             [
-                f"{{python}} benchmarks/h100_loops.py {stage} --store {{store}} --json {{json}}"
-                for stage in ("curves", "loops")
+                "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
+                "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
             ]
         ]
+    ],
+    "base": [
+        [
+            [f"{{python}} benchmarks/h100.py build --precision {precision} --store {{store}}"]
+            for precision in ("fp16", "fp32")
+        ],
+        [
+            [
+                "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
+                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
+            ]
+        ],
     ],
     "choices": [[["{python} benchmarks/h100_choices.py scores --store {store}/scores --json {json}"]]],
     "rest": [

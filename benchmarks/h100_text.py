@@ -20,7 +20,18 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.gpu import BASE, ROOT, Records, gpu_environment, main, our_model, request
+from benchmarks.gpu import (
+    BASE,
+    ROOT,
+    Records,
+    call_times,
+    engine_times,
+    gpu_environment,
+    load_seconds,
+    main,
+    our_model,
+    request,
+)
 from t5_trt.random_models import random_t5
 from tests.tiny_models import FACTORS, batch, make_stock, swollen
 
@@ -40,41 +51,49 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
     chooser = random.Random(0)
     sentences = [" ".join(chooser.choices(words, k=chooser.randint(1, 5))) for _ in range(count)]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    stock = T5ForConditionalGeneration.from_pretrained(folder).cuda().eval()
+    plain = T5ForConditionalGeneration.from_pretrained(folder).eval()
+    stock = copy.deepcopy(plain).cuda()
     ours = TRTT5ForConditionalGeneration.from_pretrained(
         folder, backend="tensorrt", precision=precision, engine_cache_dir=store
     )
+
+    def encoded(texts: list[str]) -> dict[str, Any]:
+        return {**tokenizer(texts, return_tensors="pt", padding=True).to("cuda"), "max_new_tokens": 96}
 
     def run(model: Any, size: int, beams: int, texts: list[str] = sentences) -> tuple[list[list[int]], float]:
         results: list[list[int]] = []
         start = time.perf_counter()
         for first in range(0, len(texts), size):
-            inputs = tokenizer(texts[first : first + size], return_tensors="pt", padding=True).to("cuda")
-            rows = model.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist()
+            rows = model.generate(**encoded(texts[first : first + size]), num_beams=beams).tolist()
             results += [row[: row.index(1) + 1] if 1 in row else row for row in rows]
         torch.cuda.synchronize()
         return results, (time.perf_counter() - start) * 1e3
 
     for beams in (1, 4):
-        expected, stock_ms = run(stock, 50, beams, [] if build else sentences)
+        expected, _ = run(stock, 50, beams, [] if build else sentences)
         for size in (1, 7, 16):
             run(ours, size, beams, sentences[:64])  # builds what is missing
             if build:
                 continue
-            got, ours_ms = run(ours, size, beams)
+            got, all_ms = run(ours, size, beams)
             for source, left, right in zip(sentences, got, expected, strict=True):
                 if left != right:
                     print(f"differs at batch {size}, {beams} beams: {source}: {left} against {right}", flush=True)
             equal = sum(a == b for a, b in zip(got, expected, strict=True))
+            first = {**encoded(sentences[:size]), "num_beams": beams}
             yield {
                 "model": f"kana_romaji, {count} sentences",
                 "precision": precision,
                 "batch": size,
+                "source_tokens": first["input_ids"].shape[1],
+                "new_tokens": max(map(len, expected[:size])) - 1,
                 "num_beams": beams,
+                **call_times(ours, stock, first),
                 "sentences_equal": equal,
                 "tokens_equal": equal == count,
-                "ours_ms": round(ours_ms, 1),
-                "hf_eager_fp32_ms_batch_50": round(stock_ms, 1),
+                "all_sentences_ms": round(all_ms, 1),
+                "load_s": round(load_seconds(store, precision, first, plain), 2),
+                **engine_times(store, ours, first),
                 **gpu_environment(),
             }
 

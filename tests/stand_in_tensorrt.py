@@ -23,7 +23,7 @@ from t5_trt.graph import build_device_graph
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.precision import real_type
 from t5_trt.graph.ranges import Folding
-from t5_trt.runtime import trt_session
+from t5_trt.runtime import trt_encoder, trt_session
 from t5_trt.runtime.trt_session import TrtSession
 from tests.torch_graph import TorchGraph
 
@@ -186,7 +186,8 @@ def stand_in_session(
                 work()
         return _Graph(work)
 
-    monkeypatch.setattr(trt_session, "record", record)
+    for module in (trt_session, trt_encoder):
+        monkeypatch.setattr(module, "record", record)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),
         load_engine=StandInEngine if precision == "fp32" else HalfEngine,

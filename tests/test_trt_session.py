@@ -12,6 +12,7 @@ from transformers import T5ForConditionalGeneration
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.profiles import Shapes
+from t5_trt.runtime import trt_encoder, trt_session
 from t5_trt.signature import GRAPHS
 from t5_trt.transformers_api import CACHE
 from t5_trt.verification import block_errors, verify
@@ -231,3 +232,58 @@ def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> 
     _, strict = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32), strict=True)
     with pytest.raises(StrictModeError, match=r"needs S = 40"):
         strict.generate(**request)
+
+
+def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Hidden states of tokens that a mask shows, one after the other."""
+    with torch.no_grad():
+        states = model.get_encoder()(**inputs).last_hidden_state
+    return states[inputs["attention_mask"].bool()]
+
+
+def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
+    stock, ours = make_pair("t5-v1.1")
+    recorded, record = [], trt_encoder.record
+    monkeypatch.setattr(trt_encoder, "record", lambda *args: recorded.append(1) or record(*args))
+    sources = [batch(4, 30), batch(3, 11, padding="none"), batch(4, 17, seed=1), batch(1, 5), batch(4, 300)]
+    results = [encoded(ours, inputs) for inputs in sources]
+    assert len(recorded) == 2  # [4, 32] and [1, 32]; [4, 512] is too long
+    for inputs, result in zip(sources, results, strict=True):
+        torch.testing.assert_close(result, encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
+    embeds = {"inputs_embeds": torch.randn(2, 9, stock.config.d_model), "attention_mask": batch(2, 9)["attention_mask"]}
+    torch.testing.assert_close(encoded(ours, embeds), encoded(stock, embeds), atol=LOGITS_ATOL, rtol=0)
+
+
+def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_encoder, "ENCODERS_KEPT", 2)
+    stock, ours = make_pair("t5-v1.0")
+    for rows in (1, 2, 3, 1):
+        inputs = batch(rows)
+        torch.testing.assert_close(encoded(ours, inputs), encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
+    assert [shapes.B for _, shapes in ours.session._encoders._recorded] == [4, 1]
+
+
+def test_encoder_that_cannot_be_recorded(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs kernel by kernel then, and recording it is not tried again; without memory it is an error of ours."""
+    stock, ours = make_pair("t5-v1.1")
+    tries = []
+
+    def refuse(*args: Any) -> Any:
+        tries.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(trt_encoder, "record", refuse)
+    for _ in range(2):
+        torch.testing.assert_close(encoded(ours, batch()), encoded(stock, batch()), atol=LOGITS_ATOL, rtol=0)
+    assert len(tries) == 1 and caplog.text.count("the encoder is not recorded") == 1
+
+    def full(*args: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trt_encoder, "record", full)
+    monkeypatch.setattr(trt_session, "free_unused", lambda: None)
+    with pytest.raises(BackendError, match="GPU memory ran out"):
+        encoded(ours, batch(1))

@@ -28,6 +28,7 @@ from t5_trt.runtime.cuda_graph import free_unused, record
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import worst_error
 from t5_trt.runtime.session import Choice, Session
+from t5_trt.runtime.trt_encoder import Encoders
 from t5_trt.runtime.trt_engines import TrtEngines
 from t5_trt.runtime.trt_slot import STEPS_KEPT, Lease, RecordedStep, Slot, TrtProgram, cache_rows, made_rows, run_step
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -74,6 +75,15 @@ class TrtSession:
         self._idle: dict[Shapes, list[Slot]] = {}
         # one memory for all recorded steps: they run one after the other, and keep nothing in it
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._encoders = Encoders(
+            self.engines,
+            self.arch,
+            self.dtype,
+            device,
+            enqueue=lambda context: self._enqueue(context),
+            pool=self._pool,
+            out_of_memory=self._out_of_memory,
+        )
         self._unrecordable: set[Hashable] = set()
         self._lock = threading.RLock()
 
@@ -87,19 +97,19 @@ class TrtSession:
         """See `t5_trt.runtime.session.Session.encode`."""
         batch, length = attention_mask.shape
         shapes = self.engines.bucket(B=batch, S=length)
-        inputs = {"attention_mask": self._pad(attention_mask.int(), shapes.B, shapes.S)}
+        given = {"attention_mask": attention_mask}
         if inputs_embeds is None:
             assert input_ids is not None
-            graph, inputs["input_ids"] = ENCODER, self._pad(input_ids.int(), shapes.B, shapes.S)
+            graph, given["input_ids"] = ENCODER, input_ids
         else:
-            graph, inputs["inputs_embeds"] = ENCODER_EMBEDS, self._pad(inputs_embeds, shapes.B, shapes.S)
-        hidden = self._new(shapes.B, shapes.S, self.arch.d_model)
-        cross = self._new_cross(shapes, (batch, length))
+            graph, given["inputs_embeds"] = ENCODER_EMBEDS, inputs_embeds
         if beams is not None:
             step = self.engines.bucket(B=batch, N=beams, S=length, T=1)
             with self._lock:
                 self.engines.prefetch([(graph, shapes), (STEP, step)])
-        self._run(graph, shapes, inputs, {"encoder_hidden_states": hidden, "cross_kv": cross.kv})
+        with self._lock:
+            made = self._encoders.run(graph, shapes, given)
+        hidden, cross = made["encoder_hidden_states"], CrossStates(made["cross_kv"], used=(batch, length))
         return hidden[:batch, :length].contiguous(), cross
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
@@ -171,8 +181,8 @@ class TrtSession:
     def _error_of_engine(self, reference: Session, graph: str, shapes: Shapes) -> float:
         try:
             return worst_error(self, reference, graph, shapes)
-        finally:  # the slots of the check hold steps that were recorded with an engine not yet trusted
-            self._idle.clear()
+        finally:  # what the check recorded, it did with an engine not yet trusted
+            self._forget()
 
     def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
         """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
@@ -308,8 +318,13 @@ class TrtSession:
         except torch.cuda.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
 
-    def _out_of_memory(self, error: Exception) -> BackendError:
+    def _forget(self) -> None:
+        """Let go of idle buffers and of all that was recorded over them."""
         self._idle.clear()
+        self._encoders.clear()
+
+    def _out_of_memory(self, error: Exception) -> BackendError:
+        self._forget()
         self.engines.drop_contexts()
         free_unused()
         return BackendError(

@@ -105,8 +105,8 @@ def run_job(job: BuildJob, label: str, progress: BuildProgress) -> None:
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
         failure: dict[str, Any] | None = None
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             for line in process.stdout:
                 failure = _handle(line, progress) or failure
             process.wait()
@@ -114,6 +114,7 @@ def run_job(job: BuildJob, label: str, progress: BuildProgress) -> None:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            process.stdout.close()
         if failure is not None:
             kind = getattr(t5_trt.errors, str(failure["type"]), BackendError)
             raise kind(f"building {label}: {failure['message']}")

@@ -192,8 +192,7 @@ class TrtSession:
 
     def decoded_rows(self, state: DecoderState) -> int:
         """See `t5_trt.runtime.session.Session.decoded_rows`: those of the slot that the state lives in, or will."""
-        cross = state.cross
-        shapes = self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
+        shapes = self._shapes(state)
         return shapes.B * shapes.N
 
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
@@ -278,8 +277,7 @@ class TrtSession:
         lease = state.bindings.get("lease")
         if lease is not None:
             return lease.slot  # type: ignore[no-any-return]
-        cross = state.cross
-        shapes = self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
+        cross, shapes = state.cross, self._shapes(state)
         idle = self._idle.setdefault(shapes, [])
         slot = idle.pop() if idle else self._new_slot(shapes)
         _overlay(slot.cross, cross.kv)
@@ -292,6 +290,11 @@ class TrtSession:
         state.cross = CrossStates(slot.cross, cross.beams, (cross.batch, cross.source_length))
         state.bindings["lease"] = Lease(slot, idle)
         return slot
+
+    def _shapes(self, state: DecoderState) -> Shapes:
+        """The bucket of a state."""
+        cross = state.cross
+        return self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
 
     def _grown_bias(self, bias: torch.Tensor, slot: Slot) -> torch.Tensor:
         """A bias in the slot's shape; sources beyond it are hidden."""

@@ -23,7 +23,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.parameters import LM_HEAD, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.graph.ranges import Folding
-from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
+from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.cuda_graph import free_unused, record
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import worst_error
@@ -226,7 +226,7 @@ class TrtSession:
             return slot.steps[key]
         if slot.context is None:
             slot.context = self.engines.context(STEP, slot.shapes, own=True)
-            self.engines.bind(slot.context, self._step_tensors(slot))
+            self.engines.bind(slot.context, slot.step_tensors())
         kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
         slot.position.zero_()
         try:
@@ -241,14 +241,6 @@ class TrtSession:
             slot.steps.popitem(last=False)
         return slot.steps[key]
 
-    def _step_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
-        tensors = {"decoder_input_ids": slot.tokens, "position": slot.position32, "logits": slot.logits}
-        return tensors | made_rows(slot.qkv) | self._cache_tensors(slot)
-
-    def _cache_tensors(self, slot: Slot) -> dict[str, torch.Tensor]:
-        layers = layer_views("past", slot.kv) | layer_views("cross", slot.cross)
-        return layers | {"cross_bias": slot.cross_bias}
-
     def _queries(
         self, slot: Slot, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -262,7 +254,7 @@ class TrtSession:
                 bias[: state.rows, ..., start : start + part.shape[-1]].masked_fill_(part, mask_value(self.real))
         logits = torch.empty((rows, count, self.arch.vocab_size), device=self.device)
         qkv = self._new(self.arch.decoder_layers, rows, count, 3, self.arch.num_heads, self.arch.d_kv)
-        inputs = self._cache_tensors(slot) | {
+        inputs = slot.cache_tensors() | {
             "decoder_input_ids": self._pad(input_ids.int(), rows, count),
             "position": torch.full((1,), state.length, device=self.device, dtype=torch.int32),
             "key_bias": bias,
@@ -277,17 +269,10 @@ class TrtSession:
         lease = state.bindings.get("lease")
         if lease is not None:
             return lease.slot  # type: ignore[no-any-return]
-        cross, shapes = state.cross, self._shapes(state)
+        shapes = self._shapes(state)
         idle = self._idle.setdefault(shapes, [])
         slot = idle.pop() if idle else self._new_slot(shapes)
-        _overlay(slot.cross, cross.kv)
-        slot.cross_bias.copy_(self._grown_bias(state.cross_bias, slot))
-        slot.kv.zero_()
-        if state.length:
-            slot.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
-        slot.position_host = -1
-        state.kv, state.cross_bias = slot.kv, slot.cross_bias
-        state.cross = CrossStates(slot.cross, cross.beams, (cross.batch, cross.source_length))
+        slot.take_in(state, mask_value(self.real))
         state.bindings["lease"] = Lease(slot, idle)
         return slot
 
@@ -296,28 +281,9 @@ class TrtSession:
         cross = state.cross
         return self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
 
-    def _grown_bias(self, bias: torch.Tensor, slot: Slot) -> torch.Tensor:
-        """A bias in the slot's shape; sources beyond it are hidden."""
-        if bias.shape == slot.cross_bias.shape:
-            return bias
-        grown = torch.full_like(slot.cross_bias, mask_value(self.real))
-        grown[: bias.shape[0], ..., : bias.shape[3]].copy_(bias[: grown.shape[0], ..., : grown.shape[3]])
-        return grown
-
     def _new_slot(self, shapes: Shapes) -> Slot:
-        arch, rows = self.arch, shapes.B * shapes.N
         try:
-            return Slot(
-                shapes=shapes,
-                kv=self._new(arch.decoder_layers, 2, rows, arch.num_heads, shapes.T, arch.d_kv),
-                qkv=self._new(arch.decoder_layers, rows, 1, 3, arch.num_heads, arch.d_kv),
-                cross=self._new(arch.decoder_layers, 2, shapes.B, arch.num_heads, shapes.S, arch.d_kv),
-                cross_bias=self._new(shapes.B, 1, 1, shapes.S),
-                tokens=torch.zeros((rows, 1), dtype=torch.int32, device=self.device),
-                position=torch.zeros(1, dtype=torch.int64, device=self.device),
-                position32=torch.zeros(1, dtype=torch.int32, device=self.device),
-                logits=torch.empty((rows, 1, arch.vocab_size), device=self.device),
-            )
+            return Slot.allocate(self.arch, shapes, self.dtype, self.device)
         except torch.cuda.OutOfMemoryError as error:
             raise self._out_of_memory(error) from error
 
@@ -390,13 +356,3 @@ def _shapes_of(graph: str, inputs: dict[str, torch.Tensor]) -> Shapes:
     rows, queries = inputs["decoder_input_ids"].shape
     batch, length = inputs["cross_bias"].shape[0], inputs["cross_bias"].shape[3]
     return Shapes(B=batch, N=rows // batch, S=length, T=inputs["past_k_0"].shape[2], Q=queries)
-
-
-def _overlay(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy what both [.., B, H, S, D] buffers have room for; the rest of the target becomes zero."""
-    if target.shape == source.shape:
-        target.copy_(source)
-        return
-    target.zero_()
-    batch, length = (min(target.shape[axis], source.shape[axis]) for axis in (2, 4))
-    target[:, :, :batch, :, :length].copy_(source[:, :, :batch, :, :length])

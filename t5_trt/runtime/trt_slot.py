@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import Shapes
 from t5_trt.runtime import cuda_kernels
-from t5_trt.runtime.buffers import DecoderState
+from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
 
 #: recorded steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
 STEPS_KEPT = 8
@@ -54,6 +56,56 @@ class Slot:
     context: Any = None
     steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
     position_host: int = -1  # what `position` holds
+
+    @classmethod
+    def allocate(cls, arch: Architecture, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Slot:
+        """Buffers of one shape, zeros.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: GPU memory ran out.
+        """
+        rows, zeros = shapes.B * shapes.N, partial(torch.zeros, device=device)
+        heads = arch.num_heads
+        return cls(
+            shapes=shapes,
+            kv=zeros((arch.decoder_layers, 2, rows, heads, shapes.T, arch.d_kv), dtype=dtype),
+            qkv=zeros((arch.decoder_layers, rows, 1, 3, heads, arch.d_kv), dtype=dtype),
+            cross=zeros((arch.decoder_layers, 2, shapes.B, heads, shapes.S, arch.d_kv), dtype=dtype),
+            cross_bias=zeros((shapes.B, 1, 1, shapes.S), dtype=dtype),
+            tokens=zeros((rows, 1), dtype=torch.int32),
+            position=zeros(1, dtype=torch.int64),
+            position32=zeros(1, dtype=torch.int32),
+            logits=torch.empty((rows, 1, arch.vocab_size), device=device),
+        )
+
+    def take_in(self, state: DecoderState, mask_value: float) -> None:
+        """Copy a state into the buffers and have it use them from now on; `mask_value` hides sources behind its own."""
+        cross = state.cross
+        _overlay(self.cross, cross.kv)
+        self._set_bias(state.cross_bias, mask_value)
+        self.kv.zero_()
+        if state.length:
+            self.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
+        self.position_host = -1
+        state.kv, state.cross_bias = self.kv, self.cross_bias
+        state.cross = CrossStates(self.cross, cross.beams, (cross.batch, cross.source_length))
+
+    def _set_bias(self, bias: torch.Tensor, mask_value: float) -> None:
+        grown = bias
+        if bias.shape != self.cross_bias.shape:
+            grown = torch.full_like(self.cross_bias, mask_value)
+            grown[: bias.shape[0], ..., : bias.shape[3]].copy_(bias[: grown.shape[0], ..., : grown.shape[3]])
+        self.cross_bias.copy_(grown)
+
+    def step_tensors(self) -> dict[str, torch.Tensor]:
+        """Inputs and outputs of a step's engine by name."""
+        tensors = {"decoder_input_ids": self.tokens, "position": self.position32, "logits": self.logits}
+        return tensors | made_rows(self.qkv) | self.cache_tensors()
+
+    def cache_tensors(self) -> dict[str, torch.Tensor]:
+        """What every decoder engine reads, by name."""
+        layers = layer_views("past", self.kv) | layer_views("cross", self.cross)
+        return layers | {"cross_bias": self.cross_bias}
 
 
 class Lease:
@@ -133,3 +185,13 @@ def made_rows(qkv: torch.Tensor) -> dict[str, torch.Tensor]:
 def cache_rows(qkv: torch.Tensor) -> torch.Tensor:
     """K and V out of [L, R, Q, 3, H, D] as the cache keeps them, [L, 2, R, H, Q, D]; a view."""
     return qkv[:, :, :, 1:].permute(0, 3, 1, 4, 2, 5)
+
+
+def _overlay(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy what both [.., B, H, S, D] buffers have room for; the rest of the target becomes zero."""
+    if target.shape == source.shape:
+        target.copy_(source)
+        return
+    target.zero_()
+    batch, length = (min(target.shape[axis], source.shape[axis]) for axis in (2, 4))
+    target[:, :, :batch, :, :length].copy_(source[:, :, :batch, :, :length])

@@ -113,8 +113,8 @@ def build_seconds(store: Path, ours: Any, slot: Any) -> dict[str, float]:
     from t5_trt.engine.store import EngineStore
     from t5_trt.signature import ENCODER, STEP
 
-    wanted = {graph: slot.shapes.for_graph(graph).as_dict() for graph in (ENCODER, STEP)}
-    sizes = {graph: {axis: shapes[axis] for axis in AXES} for graph, shapes in wanted.items()}
+    shapes = {graph: slot.shapes.for_graph(graph) for graph in (ENCODER, STEP)}
+    sizes = {graph: {axis: getattr(each, axis) for axis in AXES} for graph, each in shapes.items()}
     model = {"precision": ours.session.precision, "architecture": asdict(ours.session.arch)}
     found = {}
     for entry in EngineStore(store).entries():

@@ -33,6 +33,7 @@ from benchmarks.gpu import (
     our_model,
     replay_us,
     request,
+    slot_alone,
     timed_ms,
 )
 from t5_trt.environment import environment
@@ -119,10 +120,7 @@ def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tup
     slot = session._idle[shapes][-1]
     chosen = next(key for key in reversed(slot.steps) if key is not None)
     session._idle[shapes] = [slot]
-    _, cross = session.encode(arguments["input_ids"], None, arguments["attention_mask"])
-    state = session.start(cross.for_beams(beams), NEW_TOKENS + 1)
-    session.decode(state, torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda"))  # records it alone
-    return slot, chosen
+    return slot_alone(ours, arguments), chosen
 
 
 def recording_cost(ours: Any, slot: Any, key: Any, times: int = 8) -> dict[str, float]:

@@ -205,9 +205,8 @@ def _forced_bos(processor: Any, vocab_size: int, capacity: int, device: torch.de
 
 
 def _forced_eos(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
-    return _forced(
-        processor.eos_token_id, processor.max_length, vocab_size, device
-    )  # the last place, see `DEVICE_FORMS`
+    last = processor.max_length  # less one, see `DEVICE_FORMS`
+    return _forced(processor.eos_token_id, last, vocab_size, device)
 
 
 def _repetition_penalty(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:

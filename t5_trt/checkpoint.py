@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
 
 from t5_trt.architecture import check_family
-from t5_trt.errors import CheckpointError, T5TRTError, raise_hidden_interrupt
+from t5_trt.errors import CheckpointError, T5TRTError, causes, raise_hidden_interrupt
 
 logger = logging.getLogger("t5_trt")
 #: keyword arguments of from_pretrained that let a checkpoint run code, and the values with which it cannot
@@ -256,11 +257,15 @@ def _torch_modes_kept() -> Iterator[None]:
 
     Every torch function under it takes it off a stack and puts it back. An interrupt in between leaves the process without
     it, which ends in a RuntimeError that hides the interrupt; one while it is left leaves a process whose tensors have no data.
+    An interrupted context manager of torch's puts it back when it is freed, with the error's frames: so those go first.
     """
     modes, device = overrides._get_current_function_mode_stack(), _device.CURRENT_DEVICE  # type: ignore[no-untyped-call]
     try:
         yield
     except BaseException as error:
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+            for cause in causes(error):
+                traceback.clear_frames(cause.__traceback__)
         while overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             overrides._pop_mode()  # type: ignore[no-untyped-call]
         for mode in modes:

@@ -6,6 +6,8 @@ Each kind also derives from the built-in exception that Hugging Face code would 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class T5TRTError(Exception):
     """Base of every error raised by t5_trt."""
@@ -32,13 +34,22 @@ class StrictModeError(T5TRTError, RuntimeError):
 
 
 def raise_hidden_interrupt(error: BaseException) -> None:
-    """Raise the KeyboardInterrupt that an error came out of, if it did; else do nothing.
+    """Raise the KeyboardInterrupt that an error is or came out of, if there is one; else do nothing.
 
     Ctrl-C at the wrong moment makes clean-up in Python's library or in torch fail: a file is closed twice, a stack is empty. That
     error would hide it.
     """
+    interrupt = next((cause for cause in causes(error) if isinstance(cause, KeyboardInterrupt)), None)
+    try:
+        if interrupt is not None:
+            raise interrupt from None
+    finally:  # else the error and this frame keep each other, and all that the error's frames hold
+        del interrupt, error
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, the one that was being handled when it was raised, and so on."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
+        yield cause
         cause = cause.__context__

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import os
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import _GeneratorContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,27 @@ def test_ctrl_c_between_torchs_modes(
         monkeypatch.setattr(f"{module}.{place}", partial(interrupt, real))
     with pytest.raises(KeyboardInterrupt):
         call()
+    monkeypatch.undo()
+    assert torch.zeros(1).device.type == "cpu" and not torch.overrides._get_current_function_mode_stack()
+    call()
+
+
+@pytest.mark.parametrize("name", ["from_model", "from_pretrained"])
+def test_ctrl_c_in_a_context_manager_of_torch(
+    shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its generator does not go on then, and puts ``torch.device("meta")`` back when it is freed, which once was any time later."""
+
+    class Interrupted(_GeneratorContextManager):  # type: ignore[type-arg]
+        def __exit__(self, *error: Any) -> None:
+            raise KeyboardInterrupt
+
+    call, real = calls(shipped, tmp_path)[name], torch.overrides._pop_mode_temporarily
+    monkeypatch.setattr("torch.overrides._pop_mode_temporarily", lambda: Interrupted(real.__wrapped__, (), {}))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        call()
+    del interrupt
+    gc.collect()
     monkeypatch.undo()
     assert torch.zeros(1).device.type == "cpu" and not torch.overrides._get_current_function_mode_stack()
     call()

@@ -44,7 +44,10 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "setsid {python} benchmarks/soak.py --backend tensorrt --minutes 8 --store {store}/soak --json {store}/soak.json "
                 "> {store}/soak.log 2>&1 &"
             ],
-            ["{python} -m pytest -q -m gpu tests/gpu -k 'not too_little_memory' -p no:xdist -W default --durations=12"],
+            *(
+                [f"{{python}} -m pytest -q -m gpu tests/gpu -k '{which}' -p no:xdist -W default --durations=12"]
+                for which in ("not too_little_memory and not fp16", "fp16")
+            ),
         ]
     ],
     "builds": [

@@ -198,7 +198,7 @@ class EngineForward:
             raise InputError(f"got {got} of input_ids and inputs_embeds; expected exactly one.")
         session, arch = self.session, self.architecture
         if inputs_embeds is not None:
-            inputs_embeds = check_embeds("inputs_embeds", inputs_embeds, arch.d_model, session.device, session.dtype)
+            inputs_embeds = check_embeds("inputs_embeds", inputs_embeds, arch.d_model, session.device, torch.float32)
         else:
             input_ids = check_token_ids("input_ids", input_ids, arch.vocab_size, session.device)
         source = input_ids if inputs_embeds is None else inputs_embeds

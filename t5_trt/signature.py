@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from t5_trt.architecture import Architecture
 
 #: part of every engine's cache key: raise it when a change in `t5_trt.graph` changes what a graph computes or is called
-GRAPH_REVISION = 5
+GRAPH_REVISION = 6
 
 INDEX = "index"  # token ids, positions and masks: int64 (int32 for TensorRT 8)
 REAL = "real"  # the compute type of the engine: float32, float16 or bfloat16
-LOGITS = "logits"  # always float32
+SINGLE = "single"  # float32, whatever the compute type
 
 #: in a node's name: its arithmetic stays in float32 whatever the engine's precision
 WIDE_MARK = "fp32:"
@@ -32,7 +32,7 @@ GRAPHS = (ENCODER, ENCODER_EMBEDS, CROSS, STEP, QUERIES)
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output: its name, dtype kind (`INDEX`, `REAL` or `LOGITS`) and axes."""
+    """One input or output: its name, dtype kind (`INDEX`, `REAL` or `SINGLE`) and axes."""
 
     name: str
     kind: str
@@ -77,7 +77,8 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
     if graph == ENCODER:
         return Signature((Tensor("input_ids", INDEX, ("B", "S")), mask), (hidden, *made))
     if graph == ENCODER_EMBEDS:
-        return Signature((Tensor("inputs_embeds", REAL, ("B", "S", size)), mask), (hidden, *made))
+        embeds = Tensor("inputs_embeds", SINGLE if arch.wide_embedding else REAL, ("B", "S", size))
+        return Signature((embeds, mask), (hidden, *made))
     if graph == CROSS:
         return Signature((hidden,), made)
     queries: str | int = 1 if graph == STEP else "Q"
@@ -92,5 +93,5 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
     ]
     if graph == QUERIES:
         inputs.append(Tensor("key_bias", REAL, ("R", 1, 1, "K")))
-    logits = Tensor("logits", LOGITS, ("R", queries, arch.vocab_size))
+    logits = Tensor("logits", SINGLE, ("R", queries, arch.vocab_size))
     return Signature((*inputs, *past, *cross), (logits, *new))

@@ -204,5 +204,5 @@ def stand_in_session(
     session: Any = TrtSession(
         provider, model.state_dict(), api, device, strict=strict, reference=reference, folding=folding
     )  # type: ignore[arg-type]
-    session._enqueue = lambda context: context.run()
+    session.engines.enqueue = lambda context: context.run()
     return session

@@ -18,7 +18,7 @@ from t5_trt.graph import build_device_graph, build_host_graph
 from t5_trt.graph.parameters import materialize, parameters
 from t5_trt.graph.precision import REAL_TYPES, mask_value, real_type
 from t5_trt.graph.relative_bias import distance_buckets
-from t5_trt.signature import GRAPHS, INDEX, LOGITS, REAL, signature
+from t5_trt.signature import GRAPHS, INDEX, REAL, SINGLE, signature
 from tests.conftest import ROOT
 
 
@@ -39,7 +39,7 @@ def test_graph_is_valid_and_as_declared(pair: tuple[Any, Any], graph: str, preci
     proto = onnx.load(str(tmp_path / "model.onnx"))
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 17)]
     declared = signature(graph, ours.architecture)
-    types = {INDEX: onnx.TensorProto.INT64, REAL: int(real), LOGITS: onnx.TensorProto.FLOAT}
+    types = {INDEX: onnx.TensorProto.INT64, REAL: int(real), SINGLE: onnx.TensorProto.FLOAT}
     for values, tensors in ((proto.graph.input, declared.inputs), (proto.graph.output, declared.outputs)):
         assert [v.name for v in values] == [t.name for t in tensors]
         for value, tensor in zip(values, tensors, strict=True):

@@ -39,6 +39,15 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
+@torch.no_grad()
+def encoded_embeds(model: Any) -> torch.Tensor:
+    """What an encoder makes of embeddings that come from outside, without padding."""
+    inputs = batch()
+    embeds = model.shared(inputs.pop("input_ids"))
+    states: torch.Tensor = model.get_encoder()(inputs_embeds=embeds, **inputs).last_hidden_state
+    return states[inputs["attention_mask"].bool()]
+
+
 def folding_of(ours: Any) -> Folding:
     """What opening a session in half precision would take."""
     folding = fold(ours.architecture, ours.state_dict())
@@ -90,13 +99,7 @@ def test_tokens_and_given_embeddings(kind: str, monkeypatch: pytest.MonkeyPatch)
     got = ours.generate(**request, output_scores=True, return_dict_in_generate=True)
     scores = stock.generate(**request, output_scores=True, return_dict_in_generate=True).scores
     assert relative(got.scores[0][:, 2:], scores[0][:, 2:]) < HALF_RELATIVE and len(got.scores) == 6
-    inputs = batch()
-    with torch.no_grad():
-        embeds = stock.shared(inputs.pop("input_ids"))
-        expected = stock.encoder(inputs_embeds=embeds, **inputs).last_hidden_state
-        states = ours.get_encoder()(inputs_embeds=embeds, **inputs).last_hidden_state
-    keep = inputs["attention_mask"].bool()
-    assert relative(states.float()[keep], expected[keep]) < HALF_RELATIVE
+    assert relative(encoded_embeds(ours).float(), encoded_embeds(stock)) < HALF_RELATIVE
 
 
 @pytest.mark.parametrize("factors", [{}, {"inner": 2.0**15}, {"stream": 2.0**12}], ids=str)
@@ -124,9 +127,10 @@ def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pyte
     with pytest.raises(NotFiniteError):
         logits(ours)
     folding = folding_of(ours)
-    assert folding.branches["lm_head"] < 1 and (factor < 2**18 or folding.branches["shared"] < 1)
+    assert folding.branches["lm_head"] < 1 and folding.wide_embedding == (factor == 2**18)
     ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
     assert relative(logits(ours), expected) < HALF_RELATIVE
+    assert relative(encoded_embeds(ours).float(), encoded_embeds(stock)) < HALF_RELATIVE
     ours._session = stand_in_session(ours, monkeypatch, folding=folding)
     assert relative(logits(ours), expected) < FOLDED_RELATIVE
 
@@ -155,7 +159,7 @@ def test_ordinary_checkpoints_are_left_alone() -> None:
 
 def test_factors() -> None:
     dense, attention = "encoder.block.0.layer.1.DenseReluDense", "decoder.block.3.layer.1.EncDecAttention"
-    folding = Folding(True, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
+    folding = Folding(True, False, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
 
     def factor(key: str, group: str = "a matrix") -> float:
         return folding.factor(group, key)
@@ -165,8 +169,8 @@ def test_factors() -> None:
     assert factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 1.0
     assert factor("encoder.final_layer_norm.weight") == 1.0
     assert factor("shared.weight", EMBEDDING) == factor("shared.weight", LM_HEAD) == 1.0
-    tied = Folding(True, {"shared": 2**-6, "lm_head": 2**-7})
-    assert tied.factor(EMBEDDING, "shared.weight") == 2**-6 and tied.factor(LM_HEAD, "shared.weight") == 2**-7
+    tied = Folding(True, True, {"lm_head": 2**-7})
+    assert tied.factor(EMBEDDING, "shared.weight") == 1 and tied.factor(LM_HEAD, "shared.weight") == 2**-7
 
 
 def test_seen_ranges_get_headroom() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,27 @@ def test_decoder_mask_precomputed_states_and_embeds(make_pair: Any) -> None:
         keep = mask.bool()
         torch.testing.assert_close(got.logits[keep], expected.logits[keep], atol=LOGITS_ATOL, rtol=1e-5)
         assert got.encoder_last_hidden_state.shape == states.shape
+
+
+def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU memory does not wait for the garbage collector."""
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    session = ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    for beams in (1, 3):
+        ours.generate(**batch(), max_new_tokens=5, num_beams=beams)
+    ours.generate(**batch(), max_new_tokens=5, do_sample=True, temperature=0.7)
+    for idle in session._idle.values():
+        for slot in idle:
+            for step in slot.steps.values():
+                step.graph = None  # the stand-in's keep the session, a CUDA graph keeps nothing
+    gone = [weakref.ref(kept) for kept in (ours, session, session.engines, session.engines.weights)]
+    gc.collect()
+    gc.disable()
+    try:
+        del ours, session, idle, slot, step
+        assert [kept() for kept in gone] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_slots_are_used_again(make_pair: Any) -> None:

@@ -59,7 +59,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     frame = _queries_frame(graph, inputs) if queries else _step_frame(graph, inputs)
     relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False))
     biases: dict[str, list[ir.Value]] = {}
-    stream = graph.stream_of_tokens(inputs["decoder_input_ids"], frame.streams)
+    stream = graph.stream(inputs["decoder_input_ids"], frame.streams)
     outputs: dict[str, ir.Value] = {}
     for layer in range(arch.decoder_layers):
         block = f"decoder.block.{layer}.layer"

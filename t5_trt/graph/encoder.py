@@ -27,7 +27,7 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
     declared = signature(ENCODER_EMBEDS if embeds else ENCODER, arch, packed=graph.packed)
     source, mask = (graph.input(tensor) for tensor in declared.inputs)
     batch, length = graph.size(mask, 0), graph.size(mask, 1)
-    stream = (graph.stream if embeds else graph.stream_of_tokens)(source, (batch, length))
+    stream = graph.stream(source, (batch, length), embeds=embeds)
 
     hidden = graph.op("Equal", mask, graph.scalar(0, graph.index))
     hide = graph.op("Where", hidden, graph.scalar(mask_value(graph.real)), graph.scalar(0.0))

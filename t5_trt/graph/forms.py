@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from t5_trt.architecture import Architecture
 from t5_trt.graph.ops import Dim, GraphBuilder
-from t5_trt.graph.parameters import EMBEDDING, SHARED, Parameter, Weights, parameters
+from t5_trt.graph.parameters import EMBEDDING, Parameter, Weights, parameters
 from t5_trt.graph.precision import TORCH_TYPES
-from t5_trt.signature import REAL, Tensor
+from t5_trt.signature import SINGLE, Tensor
 
 FLOAT = ir.DataType.FLOAT
 
@@ -102,14 +103,13 @@ class Form(GraphBuilder):
         """Type of residual streams: the compute type, or float32 where sums over layers could leave the range."""
         return FLOAT if self.arch.wide_stream else self.real
 
-    def stream(self, embedded: ir.Value, outer: Sequence[Dim]) -> ir.Value:
-        """Start a residual stream."""
-        return self.cast(self.flat(embedded, outer, self.arch.d_model), self.real, self.stream_type)
-
-    def stream_of_tokens(self, ids: ir.Value, outer: Sequence[Dim]) -> ir.Value:
-        """Start a residual stream with the embeddings of tokens."""
-        embedded = self.op("Gather", self.parameter(EMBEDDING), ids, axis=0)
-        return self.unfolded(self.stream(embedded, outer), SHARED)
+    def stream(self, source: ir.Value, outer: Sequence[Dim], *, embeds: bool = False) -> ir.Value:
+        """Start a residual stream with the embeddings of token ids, or with embeddings."""
+        wide = self.arch.wide_embedding
+        with self.wide() if wide else nullcontext():
+            embedded = source if embeds else self.op("Gather", self.parameter(EMBEDDING), source, axis=0)
+            flat = self.flat(embedded, outer, self.arch.d_model)
+        return self.cast(flat, FLOAT if wide else self.real, self.stream_type)
 
     def unfolded(self, value: ir.Value, module: str) -> ir.Value:
         """A float32 value with the factor undone that range folding put into a module's matrix, if there is one."""
@@ -240,7 +240,8 @@ class DeviceForm(Form):
         """See `Form.parameter`."""
         if name not in self._read:
             shape = ir.Shape(self.groups[name].shape)
-            self._read[name] = ir.Value(name=name, type=ir.TensorType(self.real), shape=shape)
+            dtype = FLOAT if self.groups[name].wide else self.real
+            self._read[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
         return self._read[name]
 
     def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
@@ -315,10 +316,11 @@ class DeviceForm(Form):
         """Declare an input flat, and hand it out in its own shape."""
         shape = self.shape_of(tensor)
         known = [size for size in shape if isinstance(size, int)]
-        if tensor.kind != REAL or len(shape) < 3 or len(known) < len(shape):
+        if len(shape) < 3 or len(known) < len(shape):
             return super().input(tensor)
-        value = self.reshape(super().input(self._flat(tensor)), *known)
-        value.shape, value.type = ir.Shape(shape), ir.TensorType(self.real)
+        with self.wide() if tensor.kind == SINGLE else nullcontext():
+            value = self.reshape(super().input(self._flat(tensor)), *known)
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(self._dtype(tensor.kind))
         return value
 
     def finish(self, outputs: Mapping[str, ir.Value], declared: Sequence[Tensor]) -> ir.Model:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from t5_trt.signature import INDEX, LOGITS, WIDE_MARK, Tensor
+from t5_trt.signature import INDEX, SINGLE, WIDE_MARK, Tensor
 
 OPSET = 17  # the newest that TensorRT 8.5 reads
 IR_VERSION = 8  # the one of opset 17's time
@@ -224,4 +224,4 @@ class GraphBuilder:
         return [self._fixed.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
 
     def _dtype(self, kind: str) -> ir.DataType:
-        return self.index if kind == INDEX else ir.DataType.FLOAT if kind == LOGITS else self.real
+        return self.index if kind == INDEX else ir.DataType.FLOAT if kind == SINGLE else self.real

@@ -18,7 +18,6 @@ from t5_trt.architecture import Architecture
 CROSS_KV = "decoder.cross_kv"
 LM_HEAD = "lm_head"
 EMBEDDING = "shared.weight"
-SHARED = "shared"  # the module of the embedding
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -32,6 +31,7 @@ class Parameter:
         inputs: columns of the checkpoint matrices; 0 for a vector.
         norm: state-dict key of the norm whose weight is folded in, or None.
         is_matrix: multiplied by (and so transposed) rather than looked up or added.
+        wide: float32 whatever the compute type.
     """
 
     parts: tuple[str, ...]
@@ -39,6 +39,7 @@ class Parameter:
     inputs: int
     norm: str | None = None
     is_matrix: bool = True
+    wide: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +51,8 @@ class Parameter:
 def parameters(arch: Architecture) -> dict[str, Parameter]:
     """Every weight of a model under the name that graphs use, with the checkpoint tensors behind it."""
     size, inner = arch.d_model, arch.num_heads * arch.d_kv
-    made = {EMBEDDING: Parameter((EMBEDDING,), (arch.vocab_size,), size, is_matrix=False)}
+    embedding = Parameter((EMBEDDING,), (arch.vocab_size,), size, is_matrix=False, wide=arch.wide_embedding)
+    made = {EMBEDDING: embedding}
 
     def attention(layer: str, kind: str, parts: str) -> None:
         keys = tuple(f"{layer}.{kind}.{part}.weight" for part in parts)

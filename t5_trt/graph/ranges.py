@@ -2,9 +2,9 @@
 
 Where sums over layers could leave the range, the residual streams are float32. What is left is each layer: the inside of a
 feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``, and
-what an ``o`` or ``wo`` adds to the stream, an embedding or a logit at u times its value by writing u into that matrix and
-dividing by it in float32: where the graphs add it, or for logits after the engine. With powers of two nothing is rounded by
-that. Checkpoints whose activations go beyond 65504, the largest float16, then stay within it (T5 v1.1, Flan-T5 and mT5 are known
+what an ``o`` or ``wo`` adds to the stream, or a logit, at u times its value by writing u into that matrix and dividing by it in
+float32: where the graphs add it, or for logits after the engine. With powers of two nothing is rounded by that. An embedding
+that is out of range is float32 itself. Checkpoints whose activations go beyond 65504, the largest float16, then stay within it (T5 v1.1, Flan-T5 and mT5 are known
 for them; huggingface/transformers issue 9295).
 
 The factors come from bounds that hold for every input, derived from the weights by Cauchy and Schwarz, or from the largest
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, SHARED, Weights
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights
 
 LIMIT = 2.0**15  # half of what float16 holds
 #: how small factors may make matrices (root mean square): below 2^-14 float16 has an absolute error of 3e-8, here 0.05%
@@ -48,24 +48,31 @@ class Folding:
 
     Attributes:
         wide_stream: the residual streams must be float32; so they are wherever one of `branches` is added to them.
-        branches: u by module name of an ``o`` or ``wo``, "shared" (the embedding) or "lm_head".
+        wide_embedding: the embedding must be float32; so are the streams then.
+        branches: u by module name of an ``o`` or ``wo``, or "lm_head".
         inner: t by feed-forward layer.
         certain: no input can leave the range; False where that would have cost too much precision.
     """
 
     wide_stream: bool = False
+    wide_embedding: bool = False
     branches: Mapping[str, float] = field(default_factory=dict)
     inner: Mapping[str, float] = field(default_factory=dict)
     certain: bool = True
 
     def architecture(self, arch: Architecture) -> Architecture:
         """The architecture whose graphs compute with folded weights."""
-        return replace(arch, wide_stream=self.wide_stream, branch_factors=dict(self.branches))
+        return replace(
+            arch,
+            wide_stream=self.wide_stream,
+            wide_embedding=self.wide_embedding,
+            branch_factors=dict(self.branches),
+        )
 
     def factor(self, group: str, key: str) -> float:
         """What the tensor of a state-dict key is multiplied by in one of `t5_trt.graph.parameters.parameters`."""
         if group in (EMBEDDING, LM_HEAD):  # the same tensor in many checkpoints
-            return self.branches.get(SHARED if group == EMBEDDING else LM_HEAD, 1.0)
+            return 1.0 if group == EMBEDDING else self.branches.get(LM_HEAD, 1.0)
         module = key.removesuffix(".weight")
         layer, _, name = module.rpartition(".")
         owner = layer.removesuffix(".DenseReluDense")
@@ -91,16 +98,16 @@ def fold(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Fo
         certain &= holds
         if factor < 1.0:
             inner[layer] = factor
-    embedding = float(weights[EMBEDDING].detach().float().abs().max())
-    for module, largest in {**bounds.branches, SHARED: embedding}.items():
+    for module, largest in bounds.branches.items():
         size = _size(arch, weights, module) / inner.get(module.removesuffix(".DenseReluDense.wo"), 1.0)
-        factor, holds = _power(largest, _LEAST / size, seen is not None and module != SHARED)
+        factor, holds = _power(largest, _LEAST / size, seen is not None)
         certain &= holds
         if factor < 1.0:
             branches[module] = factor
     room = LIMIT if seen is None else LIMIT / HEADROOM
+    embedding = float(weights[EMBEDDING].detach().float().abs().max())
     wide = bool(branches.keys() - {LM_HEAD}) or embedding + _largest_sum(bounds) > room
-    return Folding(wide, branches, inner, certain)
+    return Folding(wide, embedding > LIMIT, branches, inner, certain)
 
 
 def _size(arch: Architecture, weights: Weights, module: str) -> float:

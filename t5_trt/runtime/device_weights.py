@@ -36,7 +36,7 @@ class DeviceWeights:
         self._parameters = parameters(arch)
         self._weights = weights
         self._dtype = dtype
-        self._device = device
+        self.device = device
         self._made: dict[str, torch.Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -51,7 +51,7 @@ class DeviceWeights:
         if name not in self._made:
             try:
                 parameter, factor = self._parameters[name], partial(self._folding.factor, name)
-                self._made[name] = materialize(parameter, self._weights, self._dtype, self._device, factor)
+                self._made[name] = materialize(parameter, self._weights, self._dtype_of(name), self.device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)
                 self._made.clear()
@@ -71,4 +71,7 @@ class DeviceWeights:
         count = 1
         for size in self._parameters[name].shape:
             count *= size
-        return count * self._dtype.itemsize
+        return count * self._dtype_of(name).itemsize
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if self._parameters[name].wide else self._dtype

@@ -68,7 +68,7 @@ def _encoder(
             return states, on.project_cross(states)
         if graph == ENCODER:
             return on.encode(ids[rows].to(on.device), None, mask[rows].to(on.device))
-        return on.encode(None, embeds[rows].to(on.device, on.dtype), mask[rows].to(on.device))
+        return on.encode(None, embeds[rows].to(on.device), mask[rows].to(on.device))
 
     hidden, cross = run(session, torch.arange(shapes.B))
     expected, expected_cross = run(reference, entries)

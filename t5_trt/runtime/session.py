@@ -82,7 +82,7 @@ class Session(Protocol):
 
         Args:
             input_ids: int64 [B, S], or None with `inputs_embeds`.
-            inputs_embeds: [B, S, E], or None with `input_ids`.
+            inputs_embeds: float32 [B, S, E], or None with `input_ids`.
             attention_mask: int64 [B, S], 0 hides a token.
             beams: that the decoder will run with next, one token at a time, so that its engine can be built side by side
                 with the encoder's; None if nothing is known.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -80,9 +79,7 @@ class Encoders:
         arch: of the model.
         dtype: of hidden states and K/V.
         device: the GPU.
-        enqueue: starts a context on torch's current stream.
         pool: as of `t5_trt.runtime.cuda_graph.record`.
-        out_of_memory: frees what it can and says what to do.
     """
 
     def __init__(
@@ -91,13 +88,9 @@ class Encoders:
         arch: Architecture,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        enqueue: Callable[[Any], None],
         pool: Any,
-        out_of_memory: Callable[[Exception], BackendError],
     ) -> None:
-        self._engines, self._arch, self._dtype, self._device = engines, arch, dtype, device
-        self._enqueue, self._pool, self._out_of_memory = enqueue, pool, out_of_memory
+        self._engines, self._arch, self._dtype, self._device, self._pool = engines, arch, dtype, device, pool
         self._recorded: OrderedDict[tuple[str, Shapes], RecordedEncoder] = OrderedDict()
         self._unrecordable: set[tuple[str, Shapes]] = set()
 
@@ -105,15 +98,14 @@ class Encoders:
         """Outputs by name, padded to a bucket, for inputs [B, S, ..] that are not padded.
 
         Raises:
-            BackendError: see `TrtEngines.context`; or memory ran out.
+            BackendError: see `TrtEngines.context`.
+            torch.cuda.OutOfMemoryError: GPU memory ran out.
         """
         key = graph, shapes
         if shapes.B * shapes.S <= RECORDED_TOKENS and key not in self._unrecordable:
             try:
                 return self._recorded_one(graph, shapes).run(given)
-            except torch.cuda.OutOfMemoryError as error:
-                raise self._out_of_memory(error) from error
-            except BackendError:  # the engine cannot run
+            except (BackendError, torch.cuda.OutOfMemoryError):  # the engine cannot run
                 raise
             except RuntimeError as error:
                 self._unrecordable.add(key)
@@ -121,7 +113,7 @@ class Encoders:
         context, buffers = self._engines.context(graph, shapes), self._buffers(graph, shapes)
         buffers.fill(given)
         self._engines.bind(context, buffers.inputs | buffers.outputs)
-        self._enqueue(context)
+        self._engines.enqueue(context)
         return buffers.outputs
 
     def clear(self) -> None:
@@ -134,7 +126,7 @@ class Encoders:
         if key not in self._recorded:
             context, buffers = self._engines.context(graph, shapes, own=True), self._buffers(graph, shapes)
             self._engines.bind(context, buffers.inputs | buffers.outputs)
-            recorded = record(partial(self._enqueue, context), self._device, self._pool)
+            recorded = record(partial(self._engines.enqueue, context), self._device, self._pool)
             self._recorded[key] = RecordedEncoder(buffers, context, recorded)
             while len(self._recorded) > ENCODERS_KEPT:
                 self._recorded.popitem(last=False)
@@ -147,5 +139,8 @@ class Encoders:
         mask = new((rows, tokens), dtype=torch.int32)
         hidden = new((rows, tokens, arch.d_model), dtype=self._dtype)
         cross = new((arch.decoder_layers, 2, rows, arch.num_heads, tokens, arch.d_kv), dtype=self._dtype)
-        source = {"inputs_embeds": hidden.clone()} if graph == ENCODER_EMBEDS else {"input_ids": mask.clone()}
+        if graph == ENCODER_EMBEDS:
+            source = {"inputs_embeds": hidden.float() if arch.wide_embedding else hidden.clone()}
+        else:
+            source = {"input_ids": mask.clone()}
         return EncoderBuffers({"attention_mask": mask, **source}, {"encoder_hidden_states": hidden, "cross_kv": cross})

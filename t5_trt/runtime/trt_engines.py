@@ -136,6 +136,15 @@ class TrtEngines:
             if not context.set_tensor_address(name, tensor.data_ptr()):
                 raise BackendError(f"TensorRT refused the address of {name}: {self.api.errors()}")
 
+    def enqueue(self, context: Any) -> None:
+        """Start an engine on torch's current stream, without waiting for it.
+
+        Raises:
+            BackendError: TensorRT refused.
+        """
+        if not context.execute_async_v3(torch.cuda.current_stream(self.weights.device).cuda_stream):
+            raise BackendError(f"TensorRT failed to run an engine: {self.api.errors()}")
+
     @property
     def _limits(self) -> dict[str, int]:
         settings = self._provider.settings

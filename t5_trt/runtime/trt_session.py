@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
@@ -68,22 +69,15 @@ class TrtSession:
         self.device = device
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
-        check = None if reference is None else partial(self._error_of_engine, reference)
+        # by a weak reference: the GPU memory of a model is free when the last name of it goes, not at the next garbage collection
+        check = None if reference is None else partial(TrtSession._error_of_engine, weakref.proxy(self), reference)
         self.folding = folding or Folding()
         device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.folding)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         self._idle: dict[Shapes, list[Slot]] = {}
         # one memory for all recorded steps: they run one after the other, and keep nothing in it
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._encoders = Encoders(
-            self.engines,
-            self.arch,
-            self.dtype,
-            device,
-            enqueue=lambda context: self._enqueue(context),
-            pool=self._pool,
-            out_of_memory=self._out_of_memory,
-        )
+        self._encoders = Encoders(self.engines, self.arch, self.dtype, device, self._pool)
         self._unrecordable: set[Hashable] = set()
         self._lock = threading.RLock()
 
@@ -108,7 +102,10 @@ class TrtSession:
             with self._lock:
                 self.engines.prefetch([(graph, shapes), (STEP, step)])
         with self._lock:
-            made = self._encoders.run(graph, shapes, given)
+            try:
+                made = self._encoders.run(graph, shapes, given)
+            except torch.cuda.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from error
         hidden, cross = made["encoder_hidden_states"], CrossStates(made["cross_kv"], used=(batch, length))
         return hidden[:batch, :length].contiguous(), cross
 
@@ -164,7 +161,7 @@ class TrtSession:
             found |= {name: torch.zeros((tokens, arch.d_model), device=self.device) for name in names}
             sources = {name: (t.int() if t.dtype == torch.int64 else t).contiguous() for name, t in inputs.items()}
             self.engines.bind(context, sources | found | rest)
-            self._enqueue(context)
+            self.engines.enqueue(context)
             if graph != ENCODER:
                 self._unfold(found["logits"])
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
@@ -307,16 +304,11 @@ class TrtSession:
         with self._lock:
             context = self.engines.context(graph, shapes)
             self.engines.bind(context, inputs | outputs)
-            self._enqueue(context)
-
-    def _enqueue(self, context: Any) -> None:
-        """Start an engine on torch's current stream, without waiting for it."""
-        if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise BackendError(f"TensorRT failed to run an engine: {self.engines.api.errors()}")
+            self.engines.enqueue(context)
 
     def _enqueue_step(self, slot: Slot) -> None:
         """Start the step of a slot."""
-        self._enqueue(slot.context)
+        self.engines.enqueue(slot.context)
         self._unfold(slot.logits)
 
     def _unfold(self, logits: torch.Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -113,6 +115,17 @@ def test_fp16_of_overflowing_checkpoints(store: Path, enlarge: Any) -> None:
     assert got.isfinite().all() and (got.cpu() - expected).norm() / expected.norm() < 0.02
 
 
+def test_fp16_of_given_embeddings_out_of_range(store: Path) -> None:
+    stock = large_logits(make_stock("t5-v1.1"), 2.0**18)
+    ours = TRTT5ForConditionalGeneration.from_model(stock, backend="tensorrt", precision="fp16", engine_cache_dir=store)
+    inputs = batch(padding="none")
+    with torch.no_grad():
+        embeds = stock.shared(inputs.pop("input_ids"))
+        expected = stock.encoder(inputs_embeds=embeds, **inputs).last_hidden_state
+    got = ours.encoder(inputs_embeds=embeds, **inputs).last_hidden_state.float().cpu()
+    assert not embeds.half().isfinite().all() and (got - expected).norm() / expected.norm() < 0.02
+
+
 def test_two_models_in_two_threads(store: Path) -> None:
     """Both record their steps while the other one runs."""
     kinds = ("t5-v1.0", "t5-v1.1")
@@ -145,6 +158,22 @@ def test_slots_are_used_again(gpu_pair: Any) -> None:
     third = ours(**inputs, decoder_input_ids=one)
     assert third[CACHE].state.kv.data_ptr() == address
     assert torch.equal(third.logits, expected) and torch.equal(second.logits, expected)
+
+
+def test_deleted_model_is_freed_at_once(store: Path) -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(
+        make_stock("t5-v1.1"), backend="tensorrt", precision="fp32", engine_cache_dir=store
+    )
+    for beams in (1, 4):
+        ours.generate(**on_gpu(batch()), max_new_tokens=5, num_beams=beams)
+    gone = [weakref.ref(kept) for kept in (ours, ours.session, ours.session.engines.weights)]
+    gc.collect()
+    gc.disable()
+    try:
+        del ours
+        assert [kept() for kept in gone] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_reference_runs_on_the_gpu(gpu_pair: Any) -> None:

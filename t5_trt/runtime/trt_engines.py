@@ -20,6 +20,8 @@ from t5_trt.runtime.engine_check import LIMITS
 
 logger = logging.getLogger("t5_trt")
 Key = tuple[str, Shapes]
+#: axis -> the setting that limits it
+_SETTINGS = {"B": "max_batch", "N": "max_beams", "S": "max_source_tokens", "T": "max_target_tokens"}
 
 
 class TrtEngines:
@@ -50,13 +52,14 @@ class TrtEngines:
         self._engines: dict[Key, Any] = {}
         self._contexts: dict[Key, Any] = {}
         self._stored: dict[Key, bool] = {}
+        self._warned: set[tuple[str, int]] = set()  # axes and sizes beyond the configured ones
 
     def graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
         return tuple(dict.fromkeys(graph for graph, _ in self._engines))
 
     def bucket(self, **sizes: int) -> Shapes:
-        """The bucket of a request, with the axes that were configured as dynamic.
+        """The bucket of a request, with the axes that were configured as dynamic; one beyond the limits is logged once.
 
         Raises:
             StrictModeError: it is beyond the configured maxima, and the session is strict.
@@ -64,10 +67,13 @@ class TrtEngines:
         limits = self._limits
         for axis, size in sizes.items():
             if size > limits[axis]:
-                message = f"a request needs {axis} = {size}; engines were configured for at most {limits[axis]}"
+                message = f"a request needs {_SETTINGS[axis]} = {size}; engines were configured for {limits[axis]}"
                 if self._strict:
-                    raise StrictModeError(f"strict=True: {message}. Raise the limit in BuildConfig, or send less.")
-                logger.warning("%s: an engine for %d is used.", message, bucket(axis, size))
+                    raise StrictModeError(f"strict=True: {message}. Raise it in BuildConfig, or send less.")
+                served = axis, bucket(axis, size)
+                if served not in self._warned:
+                    self._warned.add(served)
+                    logger.warning("%s: an engine for %d is used.", message, served[1])
         found = {axis: bucket(axis, size) for axis, size in sizes.items()}
         return Shapes(**found, dynamic=self._provider.settings.dynamic)
 
@@ -147,13 +153,7 @@ class TrtEngines:
 
     @property
     def _limits(self) -> dict[str, int]:
-        settings = self._provider.settings
-        return {
-            "B": settings.max_batch,
-            "N": settings.max_beams,
-            "S": settings.max_source_tokens,
-            "T": settings.max_target_tokens,
-        }
+        return {axis: getattr(self._provider.settings, setting) for axis, setting in _SETTINGS.items()}
 
     def _key(self, graph: str, shapes: Shapes) -> Key:
         """The engine that serves a bucket: its own, or along dynamic axes the one that reaches up to the limit."""

@@ -232,7 +232,7 @@ def test_beyond_the_configured_shapes(store: Path) -> None:
     model = TRTT5ForConditionalGeneration.from_model(
         make_stock("t5-v1.0"), backend="tensorrt", engine_cache_dir=store, strict=True, build=build
     )
-    with pytest.raises(StrictModeError, match=r"needs S = 40.*at most 32"):
+    with pytest.raises(StrictModeError, match=r"needs max_source_tokens = 40.*for 32"):
         model.generate(**batch(1, 40), max_new_tokens=2)
     assert model.generate(**batch(1, 20), max_new_tokens=2).shape[0] == 1
 

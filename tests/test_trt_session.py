@@ -251,7 +251,9 @@ def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> 
     request = {**batch(1, 40), "max_new_tokens": 3}
     with caplog.at_level(logging.WARNING, "t5_trt"):
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    assert caplog.text.count("needs max_source_tokens = 40; engines were configured for 32: an engine for 64 is used") == 1
+    assert (
+        caplog.text.count("needs max_source_tokens = 40; engines were configured for 32: an engine for 64 is used") == 1
+    )
     _, strict = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32), strict=True)
     with pytest.raises(StrictModeError, match=r"needs max_source_tokens = 40"):
         strict.generate(**request)

@@ -17,8 +17,9 @@ from t5_trt import TRTT5ForConditionalGeneration, generating
 from t5_trt.generation.processors import DEVICE_FORMS, Recordable, device_forms, fingerprint, has_device_form
 from t5_trt.generation.sampling import draw
 from t5_trt.generation.support import GenerationPath
-from t5_trt.runtime import trt_session
+from t5_trt.runtime import trt_session, trt_slot
 from t5_trt.runtime.buffers import DecoderState
+from t5_trt.runtime.cuda_graph import NotRecordableError
 from t5_trt.transformers_api import CACHE
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
@@ -225,7 +226,7 @@ def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog:
         if work.args[1] is not None:
             tries.append(1)
             work()
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise NotRecordableError("operation not permitted when stream is capturing")
         return record(work, device, pool)
 
     monkeypatch.setattr(trt_session, "record", refuse)
@@ -267,6 +268,39 @@ def test_rows_that_are_over_are_dropped(
     request = {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **arguments}
     assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
     assert sizes and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_sources_given_once_for_each_beam(v11: tuple[Any, Any], beams: int) -> None:
+    """As `generate` repeats the states of a stock encoder; entries that are over are not dropped then."""
+    stock, ours = v11
+    inputs = batch(12, 11)
+    with torch.no_grad():
+        states = stock.get_encoder()(**inputs)
+    request = {"attention_mask": inputs["attention_mask"], "num_beams": beams, "max_new_tokens": 60}
+    ends: dict[str, Any] = {"eos_token_id": ENDS, "pad_token_id": 3}
+    expected = stock.generate(input_ids=inputs["input_ids"], **request, **ends).tolist()
+    assert ours.generate(encoder_outputs=states, **request, **ends).tolist() == expected
+    assert ours.last_generation_path.loop == "device"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, beams: int) -> None:
+    """Without a token that ends rows, Transformers fills them up with -1, which has no embedding."""
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours.generation_config.eos_token_id = None
+    monkeypatch.setattr(loop, "Watcher", LateWatcher)
+    ours._session = stand_in_session(ours, monkeypatch)
+    fed, run = [], trt_slot.run_step
+
+    def watched(slot: Any, *arguments: Any) -> None:
+        fed.append(int(slot.tokens.min()))
+        run(slot, *arguments)
+
+    monkeypatch.setattr(trt_session, "run_step", watched)
+    ours.generate(**batch(), max_new_tokens=60, max_time=0.0, num_beams=beams)
+    assert len(fed) > 5 and min(fed) >= 0
 
 
 def test_rows_are_kept_where_that_would_show(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from transformers import T5ForConditionalGeneration
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.profiles import Shapes
-from t5_trt.runtime import trt_encoder, trt_session
+from t5_trt.runtime import device_weights, trt_encoder, trt_session
+from t5_trt.runtime.cuda_graph import NotRecordableError
 from t5_trt.signature import GRAPHS
 from t5_trt.transformers_api import CACHE
 from t5_trt.verification import block_errors, verify
@@ -259,6 +260,52 @@ def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> 
         strict.generate(**request)
 
 
+def test_step_that_cannot_be_recorded(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs kernel by kernel then."""
+    stock, ours = make_pair("t5-v1.1")
+
+    def refuse(work: Any, device: torch.device, pool: Any) -> Any:
+        work()
+        raise NotRecordableError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(trt_session, "record", refuse)
+    for arguments in ({}, {"num_beams": 2}, {}):
+        request = {**batch(), "max_new_tokens": 9, **arguments}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert caplog.text.count("the decoder step is not recorded") == 2
+    assert caplog.text.count("the choice of tokens is not recorded") == 2
+
+
+def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded before does not read weights that were given back; the next request works."""
+    stock, ours = make_pair("t5-v1.1")
+    held = ours(**batch(1), decoder_input_ids=torch.zeros(1, 1, dtype=torch.long))
+    real = device_weights.materialize
+
+    def full(parameter: Any, *arguments: Any) -> torch.Tensor:
+        if any("decoder.block.1.layer.2" in part for part in parameter.parts):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(parameter, *arguments)
+
+    ours.session.engines.weights._made.clear()
+    monkeypatch.setattr(device_weights, "materialize", full)
+    monkeypatch.setattr(trt_session, "free_unused", lambda: None)
+    request = {**batch(), "max_new_tokens": 5}
+    with pytest.raises(BackendError, match=r"GPU memory ran out \(the weights take 0.00 GB as float32"):
+        ours.generate(**request)
+    assert not ours.session._encoders._recorded and not ours.session.engines.weights._made
+    monkeypatch.setattr(device_weights, "materialize", real)
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    step = {"attention_mask": batch(1)["attention_mask"], "decoder_input_ids": torch.tensor([[7]])}
+    with torch.no_grad():
+        expected = stock(**batch(1), decoder_input_ids=torch.tensor([[0, 7]])).logits[:, 1:]
+    states = (held.encoder_last_hidden_state,)
+    got = ours(encoder_outputs=states, **step, **{CACHE: held[CACHE]}).logits
+    torch.testing.assert_close(got, expected, atol=LOGITS_ATOL, rtol=0)
+
+
 def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Hidden states of tokens that a mask shows, one after the other."""
     with torch.no_grad():
@@ -281,7 +328,7 @@ def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: py
 
 
 def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_encoder, "ENCODERS_KEPT", 2)
+    monkeypatch.setattr(trt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
     stock, ours = make_pair("t5-v1.0")
     for rows in (1, 2, 3, 1):
         inputs = batch(rows)
@@ -298,7 +345,7 @@ def test_encoder_that_cannot_be_recorded(
 
     def refuse(*args: Any) -> Any:
         tries.append(1)
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise NotRecordableError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(trt_encoder, "record", refuse)
     for _ in range(2):

@@ -92,7 +92,7 @@ class BeamChoice:
         self._full = torch.zeros((batch, beams), dtype=torch.bool, device=device)  # is_sent_finished
         self._improvable = torch.ones((batch, 1), dtype=torch.bool, device=device)
         self._limits = torch.zeros(3, dtype=torch.int64, device=device)  # prompt length, max_length, longest estimate
-        self.process, self._rules = process, rules
+        self.process, self._rules, self.draws = process, rules, rules.do_sample
         self._apart = apart
         self._eos = torch.tensor(rules.eos, dtype=torch.int64, device=device)
         self._first = torch.arange(rules.candidates, device=device) < beams  # top_num_beam_mask
@@ -192,7 +192,7 @@ class BeamChoice:
         self._end(hits)
         chosen = self.tokens.flatten(0, 1).index_select(1, place)[:, 0]
         parents = self._running_indices.flatten(0, 1).index_select(1, place)[:, 0].long()
-        return chosen, torch.where(ended, self._own, parents)
+        return chosen.clamp(min=0), torch.where(ended, self._own, parents)  # behind the end stands `fill`, maybe -1
 
     def _step_of_kernel(
         self, scores: torch.Tensor, places: torch.Tensor, position: torch.Tensor, vocabulary: int

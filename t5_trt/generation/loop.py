@@ -171,10 +171,14 @@ class DecodeLoop(ABC):
 
     @cached_property
     def _may_shrink(self) -> bool:
-        """Not with sampling (other shapes draw other numbers), nor where the caller gets a cache of all rows."""
+        """Not with sampling (other shapes draw other numbers), nor where the caller gets a cache of all rows.
+
+        Nor with sources that were given once for each beam.
+        """
         request, config = self.request, self.request.config
         seen_outside = request.streamer is not None or config.return_dict_in_generate
-        return self.apart is None and not config.do_sample and not seen_outside
+        shared = self.state.cross.beams == self.beams
+        return self.apart is None and shared and not config.do_sample and not seen_outside
 
     def _should_shrink(self, report: torch.Tensor) -> bool:
         """Whether to go on with fewer entries: half of them are over, and fewer cost less."""

@@ -144,20 +144,27 @@ def _real(name: str, *, more: Callable[[Any], float] = lambda processor: 0) -> R
 
 
 def _divisor(name: str) -> Read:
-    """What `_divide` takes: for a GPU the reciprocal, with which torch multiplies there to divide by a Python float.
-
-    See ``div_true_kernel_cuda`` in aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu.
-    """
+    """What `_divide` takes: the reciprocal where torch multiplies by it to divide by a Python float."""
 
     def read(processor: Any, device: torch.device) -> torch.Tensor:
         number = torch.tensor(getattr(processor, name), dtype=torch.float32)
-        return 1.0 / number if device.type == "cuda" else number
+        return 1.0 / number if _multiplies(device) else number
 
     return read
 
 
 def _divide(scores: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    return scores * divisor if scores.is_cuda else scores / divisor
+    return scores * divisor if _multiplies(scores.device) else scores / divisor
+
+
+@cache
+def _multiplies(device: torch.device) -> bool:
+    """Whether torch divides by a Python float by multiplying with its reciprocal, rounded, as it does on GPUs.
+
+    See ``div_true_kernel_cuda`` in aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu.
+    """
+    numbers, divisor = torch.arange(1.0, 1000.0), 0.7
+    return not torch.equal((numbers.to(device) / divisor).cpu(), numbers / torch.tensor(divisor))
 
 
 def _as_is(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:

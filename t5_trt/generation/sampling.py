@@ -13,6 +13,7 @@ import torch
 
 from t5_trt.generation.processors import Processing
 from t5_trt.runtime import cuda_kernels
+from t5_trt.runtime.cuda_graph import undisturbed
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class TokenChoice:
         self.process = process
         self._eos = torch.tensor(ending.eos, dtype=torch.int64, device=device)
         self._pad = ending.pad
-        self._do_sample = do_sample
+        self.draws = do_sample
         self._apart = apart
 
     def begin(self, prompt: torch.Tensor) -> None:
@@ -132,7 +133,7 @@ class TokenChoice:
             The tokens, int64 [R]; no rows change places.
         """
         scores = self.process(self.tokens, position, logits)
-        chosen = draw(scores, 1, recordable=self.recordable).flatten() if self._do_sample else scores.argmax(-1)
+        chosen = draw(scores, 1, recordable=self.recordable).flatten() if self.draws else scores.argmax(-1)
         buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos, position)
         if self._apart is None and cuda_kernels.token_step(buffers, self._pad):
             return chosen, None
@@ -164,13 +165,18 @@ class GpuDraws:
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._generator = torch.cuda.default_generators[device.index or 0] if on_gpu else None
-        self._start = self._generator.get_offset() if self._generator else 0
+        self._start = self._offset()
 
     def rewind(self, launched: int, counted: int) -> None:
         """Keep the draws of the first `counted` of `launched` steps, all of which drew the same number."""
         if self._generator and launched > counted:
-            each = (self._generator.get_offset() - self._start) // launched
-            self._generator.set_offset(self._start + each * counted)
+            each = (self._offset() - self._start) // launched
+            with undisturbed():
+                self._generator.set_offset(self._start + each * counted)
+
+    def _offset(self) -> int:
+        with undisturbed():
+            return int(self._generator.get_offset()) if self._generator else 0
 
 
 def draw(scores: torch.Tensor, count: int, *, recordable: bool) -> torch.Tensor:

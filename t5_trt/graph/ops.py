@@ -168,11 +168,14 @@ class GraphBuilder:
         return self.op("Div", self.vector(left), self.vector(right))
 
     def vector(self, *dims: Dim) -> ir.Value:
-        """Dimensions as one int64 vector."""
+        """Dimensions as one int64 vector, which is never marked as float32 arithmetic."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(*(dim for dim in dims if isinstance(dim, int)))
         parts = (self.ints(dim) if isinstance(dim, int) else dim for dim in dims)
-        return self.op("Concat", *parts, axis=0)
+        outer, self._scope = self._scope, self._scope.replace(WIDE_MARK, "")
+        made = self.op("Concat", *parts, axis=0)
+        self._scope = outer
+        return made
 
     def arange(self, length: Dim) -> ir.Value:
         """0, 1, .. length - 1 as int64."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
+from t5_trt.errors import causes, raise_hidden_interrupt
+
 WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
-#: torch's allocator cannot serve two recordings at once, nor give back its memory during one
+#: torch's allocator cannot serve two recordings at once, nor give back its memory during one, nor can its generator draw
 _alone = threading.Lock()
+#: graphs whose capture failed: the allocator keeps a pointer to each
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+class NotRecordableError(RuntimeError):
+    """Work ran, but cannot be part of a CUDA graph: it waits for the GPU, say."""
 
 
 @cache
@@ -31,23 +41,88 @@ def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> 
 
     Returns:
         The graph. Replaying it runs what was recorded with whatever the buffers then hold.
+
+    Raises:
+        NotRecordableError: the work ran, but could not be recorded.
+        torch.cuda.OutOfMemoryError: GPU memory ran out.
     """
     with _alone:
-        side = _side_stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        side, before = _side_stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(before)
         with (
             torch.random.fork_rng([device]),
             torch.cuda.stream(side),
         ):  # warm-ups draw nothing from the user's generator
             for _ in range(WARM_UPS):
                 work()
-        torch.cuda.current_stream(device).wait_stream(side)
+        before.wait_stream(side)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        # other threads go on with their own work on the GPU
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            work()
+        pool = pool or torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        try:
+            # other threads go on with their own work on the GPU
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                work()
+        except BaseException as error:
+            _clean_up(graph, device, pool, before)
+            raise_hidden_interrupt(error)
+            for cause in causes(error):
+                if isinstance(cause, torch.cuda.OutOfMemoryError):
+                    raise cause from None
+            if not isinstance(error, Exception):
+                raise
+            raise NotRecordableError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
     return graph
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
+    """Put torch in order after a capture that failed.
+
+    ``CUDAGraph.capture_end`` throws before it has done so (torch 2.11): the allocator goes on serving a recording, the generator
+    refuses to draw, and the side stream stays the current one. A capture that succeeds puts the generator right.
+    """
+    _failed.append(graph)
+    torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):  # it was ended after all
+        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+    probe, side = torch.zeros(1, device=device), _side_stream(device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"):
+        probe.add_(1)
+
+
+@dataclass
+class Unrecorded:
+    """In place of a CUDA graph: it runs its work kernel by kernel."""
+
+    replay: Callable[[], None]
+
+
+class StreamOrder:
+    """Lets work on a stream begin after all that other streams were given before, where both use the same buffers.
+
+    Args:
+        device: of the buffers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Stream | None = None
+
+    def follow(self) -> None:
+        """Have torch's current stream, if it is another one than last time, wait for that one; the host does not."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and stream != self._last:
+            stream.wait_stream(self._last)
+        self._last = stream
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """While nothing is recorded, which the GPU's generator does not allow draws beside."""
+    with _alone:
+        yield
 
 
 def free_unused() -> None:

@@ -7,10 +7,8 @@ from functools import partial
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.errors import BackendError
 from t5_trt.graph.parameters import Weights, materialize, parameters
 from t5_trt.graph.ranges import Folding
-from t5_trt.runtime.cuda_graph import free_unused
 
 
 class DeviceWeights:
@@ -46,7 +44,7 @@ class DeviceWeights:
         """The tensor of a weight input, contiguous on the device.
 
         Raises:
-            BackendError: there is too little GPU memory.
+            torch.cuda.OutOfMemoryError: there is too little GPU memory. What was made is given back then, as far as nobody uses it.
         """
         if name not in self._made:
             try:
@@ -55,10 +53,9 @@ class DeviceWeights:
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)
                 self._made.clear()
-                free_unused()
-                raise BackendError(
-                    f"GPU memory ran out while the weights were loaded: they take {needed / 1e9:.2f} GB as "
-                    f"{str(self._dtype).removeprefix('torch.')}. Free other models, or use precision='fp16'."
+                kind = str(self._dtype).removeprefix("torch.")
+                raise torch.cuda.OutOfMemoryError(
+                    f"the weights take {needed / 1e9:.2f} GB as {kind}: {error}"
                 ) from error
         return self._made[name]
 

@@ -18,10 +18,12 @@ class Choice(Protocol):
         rows: R.
         recordable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
             host, so that a session may record them together with the step.
+        draws: `advance` draws random numbers on the device.
     """
 
     rows: int
     recordable: bool
+    draws: bool
 
     def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose.

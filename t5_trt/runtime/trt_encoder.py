@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import Shapes
-from t5_trt.errors import BackendError
-from t5_trt.runtime.cuda_graph import record
+from t5_trt.runtime.cuda_graph import NotRecordableError, record
 from t5_trt.runtime.trt_engines import TrtEngines
 from t5_trt.signature import ENCODER_EMBEDS
 
@@ -25,7 +25,9 @@ logger = logging.getLogger("t5_trt")
 #: source tokens of a batch, padding counted, up to which an encoder is recorded: with more the GPU is the slower one, and the
 #: buffers, 37 kB for a token of T5-base in half precision, would be kept for nothing
 RECORDED_TOKENS = 1024
-ENCODERS_KEPT = 8
+#: source tokens of all recorded encoders, those used last: 300 MB for T5-base. Nearly all shapes of mixed requests fit: to record one
+#: takes longer than a dozen runs of it save
+TOKENS_KEPT = 8192
 
 
 @dataclass
@@ -55,20 +57,14 @@ class RecordedEncoder:
 
     buffers: EncoderBuffers
     context: Any
+    weights: Sequence[torch.Tensor]
     graph: Any
-    _copied: Any = field(default=None)  # event
 
     def run(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Encode inputs as of `EncoderBuffers.fill`; returns copies of the outputs, without waiting for them."""
-        device = self.buffers.inputs["attention_mask"].device
-        if self._copied is not None:  # the caller before may have been on another stream
-            torch.cuda.current_stream(device).wait_event(self._copied)
         self.buffers.fill(given)
         self.graph.replay()
-        made = {name: buffer.clone() for name, buffer in self.buffers.outputs.items()}
-        if device.type == "cuda":
-            self._copied = torch.cuda.current_stream(device).record_event(self._copied)
-        return made
+        return {name: buffer.clone() for name, buffer in self.buffers.outputs.items()}
 
 
 class Encoders:
@@ -79,7 +75,6 @@ class Encoders:
         arch: of the model.
         dtype: of hidden states and K/V.
         device: the GPU.
-        pool: as of `t5_trt.runtime.cuda_graph.record`.
     """
 
     def __init__(
@@ -88,9 +83,8 @@ class Encoders:
         arch: Architecture,
         dtype: torch.dtype,
         device: torch.device,
-        pool: Any,
     ) -> None:
-        self._engines, self._arch, self._dtype, self._device, self._pool = engines, arch, dtype, device, pool
+        self._engines, self._arch, self._dtype, self._device = engines, arch, dtype, device
         self._recorded: OrderedDict[tuple[str, Shapes], RecordedEncoder] = OrderedDict()
         self._unrecordable: set[tuple[str, Shapes]] = set()
 
@@ -105,11 +99,9 @@ class Encoders:
         if shapes.B * shapes.S <= RECORDED_TOKENS and key not in self._unrecordable:
             try:
                 return self._recorded_one(graph, shapes).run(given)
-            except (BackendError, torch.cuda.OutOfMemoryError):  # the engine cannot run
-                raise
-            except RuntimeError as error:
+            except NotRecordableError as error:
                 self._unrecordable.add(key)
-                logger.warning("the encoder is not recorded (%s); it runs kernel by kernel.", error)
+                logger.warning("the encoder is not recorded (%s); it runs kernel by kernel.", str(error))
         context, buffers = self._engines.context(graph, shapes), self._buffers(graph, shapes)
         buffers.fill(given)
         self._engines.bind(context, buffers.inputs | buffers.outputs)
@@ -125,10 +117,11 @@ class Encoders:
         key = graph, shapes
         if key not in self._recorded:
             context, buffers = self._engines.context(graph, shapes, own=True), self._buffers(graph, shapes)
-            self._engines.bind(context, buffers.inputs | buffers.outputs)
-            recorded = record(partial(self._engines.enqueue, context), self._device, self._pool)
-            self._recorded[key] = RecordedEncoder(buffers, context, recorded)
-            while len(self._recorded) > ENCODERS_KEPT:
+            weights = self._engines.bind(context, buffers.inputs | buffers.outputs)
+            # a memory of its own, so that a failure cannot spoil that of the decoder's steps; torch allocates nothing in it
+            recorded = record(partial(self._engines.enqueue, context), self._device)
+            self._recorded[key] = RecordedEncoder(buffers, context, weights, recorded)
+            while sum(shapes.B * shapes.S for _, shapes in self._recorded) > TOKENS_KEPT:
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(key)
         return self._recorded[key]

@@ -122,16 +122,23 @@ class TrtEngines:
         """Give back the scratch memory of the shared contexts."""
         self._contexts.clear()
 
-    def bind(self, context: Any, tensors: dict[str, torch.Tensor]) -> None:
+    def bind(self, context: Any, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Set all addresses of a context; `tensors` are inputs and outputs by name, weights come by themselves.
+
+        Returns:
+            The weights, for who runs the context later to keep.
 
         Raises:
             BackendError: a tensor has not the size that the engine wants.
+            torch.cuda.OutOfMemoryError: there is too little GPU memory for the weights.
         """
-        engine = context.engine
+        engine, kept = context.engine, []
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
-            tensor = self.weights[name] if name in self.weights else tensors[name]
+            if name in self.weights:
+                kept.append(tensor := self.weights[name])
+            else:
+                tensor = tensors[name]
             shape = tuple(engine.get_tensor_shape(name))
             if -1 in shape:
                 is_input = engine.get_tensor_mode(name) == self.api.trt.TensorIOMode.INPUT
@@ -141,6 +148,7 @@ class TrtEngines:
                 raise BackendError(f"an engine wants {name} of shape {shape}; got a buffer of {tuple(tensor.shape)}.")
             if not context.set_tensor_address(name, tensor.data_ptr()):
                 raise BackendError(f"TensorRT refused the address of {name}: {self.api.errors()}")
+        return kept
 
     def enqueue(self, context: Any) -> None:
         """Start an engine on torch's current stream, without waiting for it.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from t5_trt.graph.parameters import LM_HEAD, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState
-from t5_trt.runtime.cuda_graph import free_unused, record
+from t5_trt.runtime.cuda_graph import NotRecordableError, StreamOrder, Unrecorded, free_unused, record
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import worst_error
 from t5_trt.runtime.session import Choice, Session
@@ -77,7 +78,8 @@ class TrtSession:
         self._idle: dict[Shapes, list[Slot]] = {}
         # one memory for all recorded steps: they run one after the other, and keep nothing in it
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._encoders = Encoders(self.engines, self.arch, self.dtype, device, self._pool)
+        self._encoders = Encoders(self.engines, self.arch, self.dtype, device)
+        self._order = StreamOrder(device)
         self._unrecordable: set[Hashable] = set()
         self._lock = threading.RLock()
 
@@ -101,11 +103,8 @@ class TrtSession:
             step = self.engines.bucket(B=batch, N=beams, S=length, T=1)
             with self._lock:
                 self.engines.prefetch([(graph, shapes), (STEP, step)])
-        with self._lock:
-            try:
-                made = self._encoders.run(graph, shapes, given)
-            except torch.cuda.OutOfMemoryError as error:
-                raise self._out_of_memory(error) from error
+        with self._at_work():
+            made = self._encoders.run(graph, shapes, given)
         hidden, cross = made["encoder_hidden_states"], CrossStates(made["cross_kv"], used=(batch, length))
         return hidden[:batch, :length].contiguous(), cross
 
@@ -136,7 +135,7 @@ class TrtSession:
     ) -> torch.Tensor:
         """See `t5_trt.runtime.session.Session.decode`."""
         rows, queries = input_ids.shape
-        with self._lock:
+        with self._at_work():
             state.reserve(queries)
             slot = self._slot(state)
             if queries == 1 and key_mask is None:
@@ -148,7 +147,7 @@ class TrtSession:
         shapes = _shapes_of(graph, inputs)
         arch, rows = self.arch, shapes.B * shapes.N
         found: dict[str, torch.Tensor] = {}
-        with self._lock:
+        with self._at_work():
             context = self.engines.tapped_context(graph, shapes)
             if graph == ENCODER:
                 found["encoder_hidden_states"] = self._new(shapes.B, shapes.S, arch.d_model)
@@ -194,7 +193,7 @@ class TrtSession:
 
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
         """See `t5_trt.runtime.session.Session.program`."""
-        with self._lock:
+        with self._at_work():
             state.reserve(1)
             slot = self._slot(state)
             if key is not None and key not in self._unrecordable:
@@ -202,12 +201,11 @@ class TrtSession:
                 choice = make() if found is None else found.choice
                 try:
                     return TrtProgram(slot, state, self._recorded(slot, state, key, choice), None)
-                except BackendError:  # the step itself cannot run
-                    raise
-                except RuntimeError as error:  # torch's complaint about an operation that waits for the GPU
+                except NotRecordableError as error:  # an operation that waits for the GPU, say
                     self._unrecordable.add(key)
                     logger.warning(
-                        "the choice of tokens is not recorded with the decoder step (%s); it runs after it.", error
+                        "the choice of tokens is not recorded with the decoder step (%s); it runs after it.",
+                        str(error),  # a log that keeps its arguments would keep the buffers, too
                     )
             return TrtProgram(slot, state, self._recorded(slot, state, None, None), make())
 
@@ -222,14 +220,19 @@ class TrtSession:
             slot.steps.move_to_end(key)
             return slot.steps[key]
         if slot.context is None:
-            slot.context = self.engines.context(STEP, slot.shapes, own=True)
-            self.engines.bind(slot.context, slot.step_tensors())
+            context = self.engines.context(STEP, slot.shapes, own=True)
+            slot.weights = self.engines.bind(context, slot.step_tensors())
+            slot.context = context  # now that all of it is bound
         kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
         slot.position.zero_()
+        work = partial(run_step, slot, choice, self._enqueue_step)
         try:
-            graph = record(partial(run_step, slot, choice, self._enqueue_step), self.device, self._pool)
-        except torch.cuda.OutOfMemoryError as error:
-            raise self._out_of_memory(error) from error
+            graph: Any = record(work, self.device, self._pool)
+        except NotRecordableError as error:
+            if choice is not None:
+                raise
+            logger.warning("the decoder step is not recorded (%s); it runs kernel by kernel.", str(error))
+            graph = Unrecorded(work)
         finally:
             slot.kv[..., : state.length, :].copy_(kept)
             slot.position_host = -1
@@ -268,7 +271,7 @@ class TrtSession:
             return lease.slot  # type: ignore[no-any-return]
         shapes = self._shapes(state)
         idle = self._idle.setdefault(shapes, [])
-        slot = idle.pop() if idle else self._new_slot(shapes)
+        slot = idle.pop() if idle else Slot.allocate(self.arch, shapes, self.dtype, self.device)
         slot.take_in(state, mask_value(self.real))
         state.bindings["lease"] = Lease(slot, idle)
         return slot
@@ -278,11 +281,15 @@ class TrtSession:
         cross = state.cross
         return self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
 
-    def _new_slot(self, shapes: Shapes) -> Slot:
-        try:
-            return Slot.allocate(self.arch, shapes, self.dtype, self.device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise self._out_of_memory(error) from error
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """One thread at a time, one stream after the other, and what to do where GPU memory runs out."""
+        with self._lock:
+            self._order.follow()
+            try:
+                yield
+            except torch.cuda.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from error
 
     def _forget(self) -> None:
         """Let go of idle buffers and of all that was recorded over them."""
@@ -295,13 +302,13 @@ class TrtSession:
         free_unused()
         return BackendError(
             f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer beams or "
-            "shorter texts, or free other models."
+            "shorter texts, or precision='fp16', or free other models."
         )
 
     def _run(
         self, graph: str, shapes: Shapes, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
     ) -> None:
-        with self._lock:
+        with self._at_work():
             context = self.engines.context(graph, shapes)
             self.engines.bind(context, inputs | outputs)
             self.engines.enqueue(context)

@@ -8,7 +8,8 @@ input are then one CUDA graph.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import Shapes
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
+from t5_trt.runtime.cuda_graph import undisturbed
 
 #: recorded steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
 STEPS_KEPT = 8
@@ -54,6 +56,7 @@ class Slot:
     position32: torch.Tensor  # int32 [1], what the engine reads
     logits: torch.Tensor  # float32 [R, 1, V]
     context: Any = None
+    weights: Sequence[torch.Tensor] = ()  # that the context reads
     steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
     position_host: int = -1  # what `position` holds
 
@@ -133,6 +136,7 @@ class TrtProgram:
         self._slot, self._state, self._step = slot, state, step
         self._apart = choice is not None
         self.choice = step.choice if choice is None else choice
+        self._draws = self.choice.draws
         self.tokens = slot.tokens[: state.rows]
 
     def feed(self, tokens: torch.Tensor) -> None:
@@ -141,9 +145,10 @@ class TrtProgram:
 
     def launch(self) -> None:
         """See `t5_trt.runtime.session.Program.launch`."""
-        self._step.replay(self._slot, self._state)
-        if self._apart:
-            apply_choice(self._slot, self.choice, self._slot.position - 1)
+        with undisturbed() if self._draws else nullcontext():
+            self._step.replay(self._slot, self._state)
+            if self._apart:
+                apply_choice(self._slot, self.choice, self._slot.position - 1)
 
 
 def run_step(slot: Slot, choice: Any, enqueue: Callable[[Slot], None]) -> None:

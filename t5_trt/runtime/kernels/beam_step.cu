@@ -129,7 +129,8 @@ extern "C" __global__ void beam_step(
         }
     }
     for (int beam = threadIdx.x; beam < BEAMS; beam += blockDim.x) {
-        chosen[first + beam] = ended ? tokens[(long long)(first + beam) * capacity + place] : id_of[going[beam]];
+        const long long last = tokens[(long long)(first + beam) * capacity + place];
+        chosen[first + beam] = ended ? (last < 0 ? 0 : last) : id_of[going[beam]];  // behind the end stands the fill, maybe -1
         parents[first + beam] = ended ? first + beam : first + beam_of[going[beam]];
     }
     if (threadIdx.x == 0) {

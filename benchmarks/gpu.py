@@ -86,9 +86,18 @@ def events_ms(work: Callable[[], Any], times: int = 20) -> float:
 
 def replay_us(slot: Any, key: Any = None, steps: int = NEW_TOKENS) -> float:
     """The GPU's time for one replay of a slot's recorded step in microseconds, positions running up from 0."""
+    start_over(slot, key)
+    return events_ms(slot.steps[key].graph.replay, steps) * 1e3
+
+
+def start_over(slot: Any, key: Any) -> None:
+    """Bring a recorded step back to position 0, and its search for tokens, which may be over, to its beginning."""
     slot.position.zero_()
     slot.position_host = -1
-    return events_ms(slot.steps[key].graph.replay, steps) * 1e3
+    choice = slot.steps[key].choice
+    if choice is not None:
+        prompt, beams = torch.zeros((choice.rows, 1), dtype=torch.long, device="cuda"), slot.shapes.N
+        choice.begin(prompt) if beams == 1 else choice.begin(prompt, slot.shapes.T, slot.shapes.T)
 
 
 def slot_alone(ours: Any, arguments: dict[str, Any]) -> Any:
@@ -144,12 +153,11 @@ def engine_times(store: Path, ours: Any, arguments: dict[str, Any]) -> dict[str,
 
 def kernels(slot: Any, key: Any = None, most: int = 14) -> dict[str, Any]:
     """Kernels of a slot's recorded step: how many, their summed time, and the most expensive names."""
-    slot.position.zero_()
+    start_over(slot, key)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(10):
             slot.steps[key].graph.replay()
         torch.cuda.synchronize()
-    slot.position_host = -1
     events = [e for e in profile.key_averages() if e.device_time_total > 0]
     top = sorted(events, key=lambda e: -e.device_time_total)[:most]
     return {

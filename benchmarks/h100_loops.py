@@ -126,6 +126,9 @@ def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tup
 def recording_cost(ours: Any, slot: Any, key: Any, times: int = 8) -> dict[str, float]:
     """Milliseconds that a recording takes, and GPU memory in 10**6 bytes that each recorded step holds."""
     choice, state, found = slot.steps[key].choice, SimpleNamespace(length=0), []
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # as a recording does
     free = torch.cuda.mem_get_info()[0]
     kept = []  # none is given back in between
     for number in range(times):

@@ -1,5 +1,6 @@
 """All that is measured on one H100 with TensorRT, as calls of at most ten minutes each, and the keeping of what they give.
 
+    python benchmarks/h100_session.py smoke --out FOLDER     is all recorded that ought to be? A minute before the rest
     python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side
     python benchmarks/h100_session.py builds --out FOLDER    engines of the next part side by side, and models that overflow
     python benchmarks/h100_session.py measure --out FOLDER   equal text and whole calls, one after the other
@@ -35,9 +36,12 @@ STORE = Path("/var/tmp/t5_trt-engines")
 CASE = ("stage", "model", "precision", "batch", "num_beams", "source_tokens", "new_tokens", "cache_tokens", "form")
 #: Python without TensorRT's environment around it
 PLAIN = "env -u PYTHONHOME -u PYTHONPATH -u LD_LIBRARY_PATH python3"
+#: the GPU tests of a file or folder
+TESTS = "T5_TRT_TEST_STORE={store}/tests {python} -m pytest -q -m gpu -p no:xdist -W default"
 
 #: part -> steps one after the other -> lanes side by side -> commands; {python}, {store} and {json} are filled in
 PARTS: dict[str, list[list[list[str]]]] = {
+    "smoke": [[[f"{TESTS} tests/gpu/test_recording.py"]]],
     "soak": [
         [
             [  # in a session of its own: it may outlive this call a little
@@ -45,7 +49,7 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "> {store}/soak.log 2>&1 &"
             ],
             *(
-                [f"{{python}} -m pytest -q -m gpu tests/gpu -k '{which}' -p no:xdist -W default --durations=12"]
+                [f"{TESTS} tests/gpu --deselect tests/gpu/test_recording.py -k '{which}' --durations=12"]
                 for which in ("not too_little_memory and not fp16", "fp16")
             ),
         ]
@@ -55,8 +59,8 @@ PARTS: dict[str, list[list[list[str]]]] = {
             [
                 "{python} benchmarks/h100.py families --precision fp32 --store {store}",
                 "{python} benchmarks/h100_text.py shipped-build --precision fp32 --store {store}",
-                "{python} benchmarks/h100_text.py shipped-build --precision fp16 --store {store}",
             ],
+            ["{python} benchmarks/h100_text.py shipped-build --precision fp16 --store {store}"],
             [
                 f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
                 for stage in ("overflow-stream", "overflow-inner", "overflow")
@@ -70,8 +74,8 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
-                "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
+                "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
             ]
         ]
     ],
@@ -92,7 +96,7 @@ PARTS: dict[str, list[list[list[str]]]] = {
     "rest": [
         [
             [
-                "{python} -m pytest -q -m gpu tests/gpu -k too_little_memory -p no:xdist -W default",
+                f"{TESTS} tests/gpu -k too_little_memory",
                 f"{PLAIN} benchmarks/h100_loops.py compiled --json {{json}}",
             ]
         ]
@@ -161,7 +165,12 @@ def run_part(part: str, out: Path, minutes: float) -> None:
 
 
 def merged(old: list[Record], new: list[Record]) -> list[Record]:
-    """Old records with new ones in the places of those of the same case, and the others behind them."""
+    """Old records with new ones in the places of those of the same case, and the others behind them.
+
+    New records that say how long their sources were also replace those of their stage, model and precision that did not.
+    """
+    renewed = {tuple(map(record.get, CASE[:3])) for record in new if "source_tokens" in record}
+    old = [record for record in old if "source_tokens" in record or tuple(map(record.get, CASE[:3])) not in renewed]
     cases = {tuple(map(record.get, CASE)): record for record in old}
     return list((cases | {tuple(map(record.get, CASE)): record for record in new}).values())
 

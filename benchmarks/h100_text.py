@@ -32,11 +32,17 @@ from benchmarks.gpu import (
     our_model,
     request,
 )
+from t5_trt.engine.profiles import bucket
 from t5_trt.random_models import random_t5
 from tests.tiny_models import FACTORS, batch, make_stock, swollen
 
 #: sentences by precision: in half precision the share of equal ones is counted in tenths of a percent
 SENTENCES = {"fp32": 500, "fp16": 1000}
+
+
+def batched(sentences: list[str], size: int) -> list[list[str]]:
+    """Lists of so many sentences, the last one of fewer."""
+    return [sentences[first : first + size] for first in range(0, len(sentences), size)]
 
 
 def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
@@ -60,22 +66,28 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
     def encoded(texts: list[str]) -> dict[str, Any]:
         return {**tokenizer(texts, return_tensors="pt", padding=True).to("cuda"), "max_new_tokens": 96}
 
-    def run(model: Any, size: int, beams: int, texts: list[str] = sentences) -> tuple[list[list[int]], float]:
+    def run(model: Any, batches: list[list[str]], beams: int) -> tuple[list[list[int]], float]:
         results: list[list[int]] = []
         start = time.perf_counter()
-        for first in range(0, len(texts), size):
-            rows = model.generate(**encoded(texts[first : first + size]), num_beams=beams).tolist()
+        for texts in batches:
+            rows = model.generate(**encoded(texts), num_beams=beams).tolist()
             results += [row[: row.index(1) + 1] if 1 in row else row for row in rows]
         torch.cuda.synchronize()
         return results, (time.perf_counter() - start) * 1e3
 
+    def one_of_each_shape(batches: list[list[str]]) -> list[list[str]]:
+        sources = [encoded(texts)["input_ids"] for texts in batches]
+        shapes = [(bucket("B", len(source)), bucket("S", source.shape[1])) for source in sources]
+        return list(dict(zip(shapes, batches, strict=True)).values())
+
     for beams in (1, 4):
-        expected, _ = run(stock, 50, beams, [] if build else sentences)
+        expected, _ = run(stock, [] if build else batched(sentences, 50), beams)
         for size in (1, 7, 16):
-            run(ours, size, beams, sentences[:64])  # builds what is missing
+            batches = batched(sentences, size)
+            run(ours, one_of_each_shape(batches), beams)  # builds what is missing
             if build:
                 continue
-            got, all_ms = run(ours, size, beams)
+            got, all_ms = run(ours, batches, beams)
             for source, left, right in zip(sentences, got, expected, strict=True):
                 if left != right:
                     print(f"differs at batch {size}, {beams} beams: {source}: {left} against {right}", flush=True)

@@ -52,6 +52,8 @@ def test_newer_records_replace_older_ones_of_their_case(tmp_path: Path, monkeypa
     old = [{"stage": "a", "batch": 1, "ours_ms": 3.0}, {"stage": "b", "batch": 1, "ours_ms": 4.0}]
     new = [{"stage": "a", "batch": 1, "ours_ms": 2.0}, {"stage": "a", "batch": 2, "ours_ms": 5.0}]
     assert merged(old, new) == [new[0], old[1], new[1]]
+    fuller = [{"stage": "a", "batch": 7, "source_tokens": 9}]
+    assert merged(old, fuller) == [old[1], fuller[0]]
     monkeypatch.setattr(h100_session, "RESULTS", tmp_path / "results.json")
     (tmp_path / "results.json").write_text(json.dumps(old))
     (tmp_path / "records.json").write_text(json.dumps(new))

@@ -175,8 +175,10 @@ class GpuDraws:
                 self._generator.set_offset(self._start + each * counted)
 
     def _offset(self) -> int:
+        if self._generator is None:
+            return 0
         with undisturbed():
-            return int(self._generator.get_offset()) if self._generator else 0
+            return int(self._generator.get_offset())
 
 
 def draw(scores: torch.Tensor, count: int, *, recordable: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,30 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
 
 from t5_trt.architecture import check_family
-from t5_trt.errors import CheckpointError, T5TRTError, causes, raise_hidden_interrupt
+from t5_trt.errors import CheckpointError, InputError, T5TRTError, UnsupportedModelError, causes, raise_hidden_interrupt
 
 logger = logging.getLogger("t5_trt")
 #: keyword arguments of from_pretrained that let a checkpoint run code, and the values with which it cannot
 _SAFE = {"trust_remote_code": False, "weights_only": True}
 #: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+#: more of its arguments that are no settings of the config, or are checked elsewhere
+_NO_SETTINGS = {*HUB_ARGUMENTS, "attn_implementation", "state_dict", "variant", "use_safetensors"}
 _EMBEDDING = "shared.weight"
 _READ = {".json", ".safetensors", ".bin", ".model", ".txt"}
 Loader = Callable[..., tuple[Any, dict[str, Any]]]
 
 
-def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_arguments: Any) -> Any:
+def load_config(
+    name_or_path: str, *, encoder_only: bool = False, changes: dict[str, Any] | None = None, **hub_arguments: Any
+) -> Any:
     """Load the config of a hub id or folder and check that its family can be run.
+
+    Args:
+        name_or_path: hub id or folder.
+        encoder_only: an encoder is enough.
+        changes: arguments of ``from_pretrained``; those that are settings of the config are taken out and set.
+        hub_arguments: see HUB_ARGUMENTS.
 
     Raises:
         CheckpointError: there is no readable config.
@@ -54,7 +64,10 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
         check_files(folder / hub_arguments.get("subfolder", ""))
     try:
         # None would ask on the terminal whether to run the checkpoint's code
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub_arguments)
+        offered = {name: value for name, value in (changes or {}).items() if name not in _NO_SETTINGS}
+        config, unused = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=False, return_unused_kwargs=True, **hub_arguments, **offered
+        )
     except T5TRTError:
         raise
     except OSError as error:
@@ -67,6 +80,9 @@ def load_config(name_or_path: str, *, encoder_only: bool = False, **hub_argument
             f"the config of {name_or_path!r} cannot be used: {type(error).__name__}: {error} Repair config.json, or download or "
             "save the checkpoint again."
         ) from error
+    for name in offered.keys() - unused.keys():
+        assert changes is not None
+        del changes[name]
     check_family(config, encoder_only=encoder_only)
     # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
     config._attn_implementation = None
@@ -198,6 +214,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
+        InputError: an argument is not known.
     """
     try:
         with _torch_modes_kept():
@@ -212,6 +229,11 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
     except T5TRTError:
         raise
     except Exception as error:  # safetensors, torch, hub and OS errors share no base class
+        if isinstance(error, TypeError) and "keyword argument" in str(error):
+            raise InputError(
+                f"from_pretrained got an argument that is not known: {error}. Expected those of this class, of Transformers' "
+                "from_pretrained, or settings of the config."
+            ) from error
         raise CheckpointError(_weights_message(name_or_path, error)) from error
     mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if mismatched:
@@ -235,20 +257,50 @@ def share_weights(
 
     Eager attention is the only kind that returns attention maps. It is set before the stacks copy the config: Transformers
     5.17 does not reach them afterwards.
+
+    Raises:
+        UnsupportedModelError: `source` has not the tensors of that class.
     """
     config = source.config
     if attention is not None:
         config = copy.deepcopy(config)
         config._attn_implementation = attention
-    with _torch_modes_kept(), torch.device("meta"):
-        model = target(config)
+    model = without_data(target, config)
     state = source.state_dict(keep_vars=True)
     if device is not None and device.type != "cpu":
         state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
+    check_tensors(state, model.state_dict(), target)
+    frozen = [key for key, tensor in source.state_dict(keep_vars=True).items() if not tensor.requires_grad]
     model.load_state_dict(state, strict=True, assign=True)
+    made = model.state_dict(keep_vars=True)
+    for key in frozen:  # loading has made them trainable, in both models
+        made[key].requires_grad_(False)
     if hasattr(source, "lm_head") and source.lm_head.weight is source.shared.weight:
         model.lm_head.weight = model.shared.weight
     return model.eval()
+
+
+def without_data(kind: type[PreTrainedModel], config: Any) -> Any:
+    """A model whose tensors have shapes only."""
+    with _torch_modes_kept(), torch.device("meta"):
+        return kind(config)
+
+
+def check_tensors(found: Iterable[str], expected: Iterable[str], kind: type) -> None:
+    """Refuse a model whose module tree was changed.
+
+    Raises:
+        UnsupportedModelError: tensors are missing, or there are others.
+    """
+    missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or more:
+        named = [
+            f"{len(keys)} {what} (first {keys[0]!r})" for keys, what in ((missing, "missing"), (more, "more")) if keys
+        ]
+        raise UnsupportedModelError(
+            f"the model's tensors are not those of {kind.__name__}: {', '.join(named)}. Engines run that class's modules only: merge "
+            "adapters (merge_and_unload()), and run other changes with the stock class."
+        )
 
 
 @contextmanager

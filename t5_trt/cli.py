@@ -91,7 +91,7 @@ def build(
 
     api = load_tensorrt(flavor)
     capabilities = tuple(compute_capability or ())
-    texts = calibrate.read_text(encoding="utf-8").splitlines() if calibrate else None
+    texts = _lines(calibrate) if calibrate else None
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=texts)
     store = EngineStore(cache_dir or default_engine_cache_dir())
     folding = loaded.folding(precision)
@@ -121,9 +121,9 @@ def generate(
     model: Model,
     texts: Annotated[Optional[list[str]], typer.Argument(help="texts; none reads lines from standard input")] = None,  # noqa: UP045
     backend: str = "auto",
-    num_beams: int = 1,
-    max_new_tokens: int = 128,
-    batch_size: int = 8,
+    num_beams: Annotated[Optional[int], typer.Option(help="default: the checkpoint's")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[Optional[int], typer.Option(help="default: the checkpoint's limit, or 128")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
     """Print what a model generates, a line for each text."""
     from t5_trt.checkpoint import load_tokenizer
@@ -132,9 +132,14 @@ def generate(
     lines = texts or [line.rstrip("\n") for line in sys.stdin]
     tokenizer = load_tokenizer(model)
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend=backend)
+    own = loaded.generation_config
+    if max_new_tokens is None and own.max_new_tokens is None and own.max_length is None:
+        max_new_tokens = 128
+    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    given = {name: value for name, value in options.items() if value is not None}
     for start in range(0, len(lines), batch_size):
         inputs = tokenizer(lines[start : start + batch_size], return_tensors="pt", padding=True).to(loaded.device)
-        tokens = loaded.generate(**inputs, num_beams=num_beams, max_new_tokens=max_new_tokens)
+        tokens = loaded.generate(**inputs, **given, return_dict_in_generate=False)
         for line in tokenizer.batch_decode(tokens, skip_special_tokens=True):
             typer.echo(line)
 
@@ -147,7 +152,7 @@ def verify(
     precision: str = "auto",
     num_beams: int = 1,
     max_new_tokens: int = 32,
-    batch_size: int = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 3,
     at_least: Annotated[float, typer.Option(help="share of equal sequences below which the status is 1")] = 1.0,
     layers: Annotated[bool, typer.Option("--layers", help="also show the error after every block")] = False,
     activations: Annotated[
@@ -278,6 +283,20 @@ def cache_clear(cache_dir: CacheDir = None) -> None:
 cli_bench.register(app)
 
 
+def _lines(path: Path) -> list[str]:
+    """Of a text file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read {str(path)!r}: {error}. Expected a text file in UTF-8, one text a line."
+        ) from error
+
+
 def _batches(model: str, texts: Path | None, size: int, vocabulary: int) -> list[dict[str, Any]]:
     """Tokenized texts, or without a file three batches of random tokens with padding."""
     import torch
@@ -286,7 +305,7 @@ def _batches(model: str, texts: Path | None, size: int, vocabulary: int) -> list
         from t5_trt.checkpoint import load_tokenizer
 
         tokenizer = load_tokenizer(model)
-        lines = texts.read_text(encoding="utf-8").splitlines()
+        lines = _lines(texts)
         chunks = (lines[start : start + size] for start in range(0, len(lines), size))
         return [dict(tokenizer(chunk, return_tensors="pt", padding=True)) for chunk in chunks]
     generator = torch.Generator().manual_seed(0)

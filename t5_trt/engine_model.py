@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,17 +23,19 @@ from t5_trt.calibration import observe, random_batches, text_batches
 from t5_trt.checkpoint import (
     HUB_ARGUMENTS,
     check_indexes,
+    check_tensors,
     correct_vocabulary,
     drop_unsafe,
     load_checked,
     load_config,
     load_tokenizer,
     share_weights,
+    without_data,
 )
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
-from t5_trt.errors import InputError, StrictModeError
+from t5_trt.errors import InputError, StrictModeError, UnsupportedModelError
 from t5_trt.forwarding import EngineForward
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
@@ -41,10 +44,11 @@ from t5_trt.placed_model import PlacedModel
 from t5_trt.runtime.forks import abandon, watch_forks
 from t5_trt.runtime.open import best_precision, choose_folding, open_session, resolve
 from t5_trt.runtime.session import Session
+from t5_trt.weight_watch import WeightWatch
 
 logger = logging.getLogger("t5_trt")
 Self = TypeVar("Self", bound="EngineModel")
-_DERIVED = ("_session", "_reference", "_architecture")
+_DERIVED = ("_session", "_session_weights", "_reference", "_reference_weights", "_architecture")
 
 
 class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
@@ -69,7 +73,9 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
         self._build_config = BuildConfig()
         self._placement_ = None
         self._session = None
+        self._session_weights: WeightWatch | None = None
         self._reference: PreTrainedModel | None = None
+        self._reference_weights: WeightWatch | None = None
         self._architecture: Architecture | None = None
         self._last_path: GenerationPath | None = None
         self._calibration: list[Any] | None = None
@@ -77,7 +83,10 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
 
     @classmethod
     def _class_for(cls: type[Self], config: Any) -> type[Self]:
-        return cast("type[Self]", cls._families[check_family(config, encoder_only=cls._encoder_only)])
+        family = cls._families[check_family(config, encoder_only=cls._encoder_only)]
+        if issubclass(cls, family) or issubclass(family, cls):
+            return cast("type[Self]", cls if issubclass(cls, family) else family)
+        return cast("type[Self]", _combined(cls, family))  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -138,6 +147,8 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
             BackendError: the backend that was asked for cannot run here.
             InputError: an argument has no meaning.
         """
+        if pretrained_model_name_or_path is None:
+            raise InputError("got None; expected a hub id or a folder. For a model in memory use from_model(model).")
         name = str(pretrained_model_name_or_path)
         drop_unsafe(kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
@@ -147,6 +158,8 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
             raise InputError("quantization_config is not supported: engines choose their own types. Use precision=...")
         if kwargs.pop("output_loading_info", False):
             raise InputError("output_loading_info is not supported: a checkpoint that is not complete is refused.")
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise InputError("ignore_mismatched_sizes is not supported: a checkpoint that does not fit is refused.")
         runtime = RuntimeConfig(
             backend=backend_from_environment(backend),
             precision=precision,
@@ -168,7 +181,10 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if resolve(runtime).backend == "tensorrt":
             runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
-        config = load_config(name, encoder_only=cls._encoder_only, **where) if config is None else config
+        if config is None:
+            config = load_config(name, encoder_only=cls._encoder_only, changes=kwargs, **where)
+        elif isinstance(config, str | Path):
+            config = load_config(str(config), encoder_only=cls._encoder_only, changes=kwargs, **where)
         runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
         placement = resolve(runtime)
         check_indexes(name, config, kwargs.get("variant"), **where)
@@ -197,8 +213,10 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
 
         Raises:
             InputError: the weights are not float32 on the CPU.
-            UnsupportedModelError: the model is not of the T5 family.
+            UnsupportedModelError: the model is not of the T5 family, or has other modules than its class.
         """
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"from_model got {type(model).__name__}; expected a Transformers model, uncompiled.")
         chosen = cls._class_for(model.config)
         wrong = {(str(p.dtype), str(p.device)) for p in model.parameters()} - {("torch.float32", "cpu")}
         if wrong:
@@ -218,8 +236,24 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
 
     @property
     def session(self) -> Session:
-        """The opened engines; opening happens at the first use."""
-        if self._session is None or not self._session.weights_in_place():
+        """The opened engines over the weights as they are now; opening happens at the first use.
+
+        Raises:
+            UnsupportedModelError: modules of the model were exchanged.
+        """
+        self._notice_changes()
+        return self._opened()
+
+    def _notice_changes(self) -> None:
+        """Drop engines over weights that have changed since they were opened. Every call of the user's begins with it."""
+        if self._session is not None and self._session_weights is not None and self._session_weights.changed():
+            logger.info("the model's weights have changed: its engines are opened anew")
+            self._session = self._architecture = None
+
+    def _opened(self) -> Session:
+        """`session` within a call."""
+        if self._session is None:
+            self._session_weights = WeightWatch(self)
             weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
             settings = (self._runtime_config, self._placement, self._build_config)
             calibrated = self._calibration is not None
@@ -240,7 +274,16 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
         """Sizes and switches of the model, read from its config and tensors once."""
         if self._architecture is not None:
             return self._architecture
-        shapes = {key: tuple(tensor.shape) for key, tensor in self.state_dict().items()}
+        state = self.state_dict()
+        check_tensors(state, without_data(self._stock_class, self.config).state_dict(), self._stock_class)
+        for stack in ("encoder", "decoder"):
+            table = state.get(f"{stack}.embed_tokens.weight", self.shared.weight)
+            if table.data_ptr() != self.shared.weight.data_ptr() and not torch.equal(table, self.shared.weight):
+                raise UnsupportedModelError(
+                    f"{stack}.embed_tokens has another matrix than shared; engines look up one matrix in both stacks. Use the stock "
+                    "class, or load the checkpoint without that tensor."
+                )
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         head: Any = getattr(self, "lm_head", self.shared)
         tied = head.weight.data_ptr() == self.shared.weight.data_ptr()
         self._architecture = read_architecture(self.config, shapes, tied_head=tied, encoder_only=self._encoder_only)
@@ -264,10 +307,15 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
             raise StrictModeError(
                 "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
             )
-        stock = self._reference
+        stock, weights = self._reference, self._reference_weights
+        if weights is not None and (weights.replaced() if self.device.type == "cpu" else weights.changed()):
+            stock = None
         if stock is None:
+            self._reference_weights = WeightWatch(self)
             stock = share_weights(self._stock_class, self, attention="eager", device=self.device)
             self.__dict__["_reference"] = stock  # as an attribute it would become a part of this module and its state
+        if hasattr(self, "generation_config"):
+            stock.generation_config = self.generation_config
         return stock.train(self.training)
 
     def extra_repr(self) -> str:
@@ -323,6 +371,12 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
             key: None if key in _DERIVED else value for key, value in self.__dict__.items() if key != "_generation_lock"
         }
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of a user's subclass, name that class: the one that combines it with a family is made again."""
+        if "_combines" not in type(self).__dict__:
+            return super().__reduce_ex__(protocol)
+        return _blank, (type(self)._combines, self.config), self.__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._attach()
@@ -336,3 +390,15 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
         """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
         abandon(self._session)
         self._session, self._generation_lock = None, threading.RLock()
+
+
+@cache
+def _combined(cls: type, family: type) -> type:
+    """A user's subclass of ours, together with the class of a family."""
+    said = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, family), {**said, "_stock_class": family._stock_class, "_combines": cls})  # type: ignore[attr-defined]
+
+
+def _blank(cls: type, config: Any) -> Any:
+    """An instance of a user's subclass without anything in it, for unpickling."""
+    return cls.__new__(cls, config)

@@ -65,8 +65,9 @@ class EngineForward:
         def runtime_config(self) -> RuntimeConfig: ...  # noqa: D102
         @property
         def architecture(self) -> Architecture: ...  # noqa: D102
-        @property
-        def session(self) -> Session: ...  # noqa: D102
+        def _opened(self) -> Session: ...
+        def _notice_changes(self) -> None: ...
+        def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
         @property
         def reference(self) -> PreTrainedModel: ...  # noqa: D102
 
@@ -118,13 +119,29 @@ class EngineForward:
             StrictModeError: engines cannot serve the request and the model was loaded with ``strict=True``.
             BackendError: the backend failed.
         """
+        if self._beams_ahead is None:
+            self._notice_changes()
         wanted = self._wanted_outputs(output_attentions, output_hidden_states)
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(self._check_labels(labels))
+        elif (
+            labels is not None
+            and isinstance(decoder_input_ids, torch.Tensor)
+            and labels.shape != decoder_input_ids.shape
+        ):
+            raise InputError(
+                f"labels got shape {tuple(labels.shape)}; expected that of the decoder's input, {tuple(decoder_input_ids.shape)}."
+            )
         reason = self._beyond_engines(
-            wanted, attention_mask, decoder_attention_mask, decoder_inputs_embeds, inputs_embeds
+            wanted,
+            attention_mask,
+            decoder_attention_mask,
+            decoder_inputs_embeds,
+            inputs_embeds,
+            encoder_outputs,
+            labels,
         )
         if reason:
             input_ids, decoder_input_ids, attention_mask, decoder_attention_mask = self._checked_for_reference(
@@ -159,10 +176,6 @@ class EngineForward:
         loss = None
         if labels is not None:
             target = self._check_labels(labels).to(logits.device)
-            if target.shape != tokens.shape:
-                raise InputError(
-                    f"labels got shape {tuple(target.shape)}; expected that of the decoder's input, {tuple(tokens.shape)}."
-                )
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
         result = Seq2SeqLMOutput(
             loss=loss,
@@ -196,7 +209,7 @@ class EngineForward:
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise InputError(f"got {got} of input_ids and inputs_embeds; expected exactly one.")
-        session, arch = self.session, self.architecture
+        session, arch = self._opened(), self.architecture
         if inputs_embeds is not None:
             inputs_embeds = check_embeds("inputs_embeds", inputs_embeds, arch.d_model, session.device, torch.float32)
         else:
@@ -226,6 +239,8 @@ class EngineForward:
         decoder_attention_mask: Any,
         decoder_inputs_embeds: Any,
         inputs_embeds: Any,
+        encoder_outputs: Any = None,
+        labels: Any = None,
     ) -> str | None:
         """Why engines cannot serve a request, or None if they can."""
         for name, value in wanted.items():
@@ -236,9 +251,20 @@ class EngineForward:
         for name, mask in (("attention_mask", attention_mask), ("decoder_attention_mask", decoder_attention_mask)):
             if isinstance(mask, torch.Tensor) and mask.dim() > 2:
                 return f"a {mask.dim()}-D {name}"
-        if torch.is_grad_enabled() and (self.training or getattr(inputs_embeds, "requires_grad", False)):
-            return "gradients"
-        return None
+        if self._beams_ahead is not None:
+            return None
+        if self.training:  # dropout, which Monte Carlo dropout wants without gradients, too
+            if labels is not None and torch.is_grad_enabled() and self.device.type != "cpu":
+                raise InputError(
+                    f"training got a model on {self.device}, whose gradients would not reach its parameters, which are on the CPU; "
+                    "expected the stock class. Train that, then use from_model() or save_pretrained(); or call eval()."
+                )
+            return "training mode"
+        given = None if encoder_outputs is None else encoder_outputs[0]
+        wants_gradients = any(getattr(source, "requires_grad", False) for source in (inputs_embeds, given))
+        if labels is not None and self.device.type == "cpu" and not self.runtime_config.strict:
+            wants_gradients = wants_gradients or any(weight.requires_grad for weight in self.parameters())
+        return "gradients" if wants_gradients and torch.is_grad_enabled() else None
 
     def _checked_for_reference(
         self, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, decoder_mask: Any = None, cache: Any = None
@@ -264,7 +290,8 @@ class EngineForward:
                 "strict=False to have the stock PyTorch model serve it."
             )
         if getattr(self, "_reference", None) is None:
-            logger.warning("%s is served by the stock PyTorch model (model.reference), at its speed.", reason)
+            hint = "; under torch.no_grad() engines serve it" if reason == "gradients" else ""
+            logger.warning("%s is served by the stock PyTorch model (model.reference), at its speed%s.", reason, hint)
         return self.reference
 
     def _check_labels(self, labels: Any) -> torch.Tensor:
@@ -278,7 +305,7 @@ class EngineForward:
 
     def _open_cache(self, past: Any, encoder_outputs: Any, attention_mask: Any, rows: int) -> EngineCache:
         """The cache to decode with: the given one, or a new one over the encoder's K/V."""
-        session, layers = self.session, self.architecture.decoder_layers
+        session, layers = self._opened(), self.architecture.decoder_layers
         cache = past if isinstance(past, EngineCache) else EngineCache(layers)
         if cache.state is None:
             own = cross = None
@@ -301,7 +328,7 @@ class EngineForward:
         cross = recall(encoder_outputs)
         if cross is None:
             hidden = encoder_outputs[0]
-            arch, session = self.architecture, self.session
+            arch, session = self.architecture, self._opened()
             cross = session.project_cross(
                 check_embeds("encoder_outputs[0]", hidden, arch.d_model, session.device, session.dtype)
             )
@@ -322,7 +349,7 @@ class EngineForward:
             return
         state = cache.state
         assert state is not None
-        cross, device = state.cross, self.session.device
+        cross, device = state.cross, self._opened().device
         given = len(mask) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else cross.batch
         rows = given if given in (cross.batch, cross.rows) else cross.batch
         checked = check_mask("attention_mask", mask, rows, cross.source_length, device)
@@ -332,7 +359,7 @@ class EngineForward:
                 checked = grouped[:, 0]
             else:
                 state.separate_sources()
-        bias = self.session.cross_bias(checked, state.cross)
+        bias = self._opened().cross_bias(checked, state.cross)
         if bias.shape != state.cross_bias.shape or not torch.equal(bias, state.cross_bias):
             state.hide_keys(bias)
         cache.mask_source = source
@@ -347,7 +374,7 @@ class EngineForward:
             total = state.length + count
             key_mask = check_mask("decoder_attention_mask", decoder_mask, len(tokens), total, tokens.device)
             key_mask = None if bool(key_mask.all()) else key_mask
-        logits = self.session.decode(state, tokens, key_mask)
+        logits = self._opened().decode(state, tokens, key_mask)
         if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does
             write_stock(past, state, count)
         return logits

@@ -46,16 +46,17 @@ class EngineGeneration(EngineForward):
         Raises:
             InputError, StrictModeError, BackendError: as `forward`.
         """
-        chosen = generation_config or self.generation_config
+        self._notice_changes()
+        configs = [each for each in (generation_config, self.generation_config) if each is not None]
         given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         home = getattr(given, "device", self.device)
         if home != self.device:  # inputs from elsewhere: results go back there
             inputs = _moved(inputs, self.device)
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
-        settings = {
-            name: getattr(chosen, name, None) if kwargs.get(name) is None else kwargs[name]
-            for name in ("output_attentions", "output_hidden_states", "num_beams", "num_return_sequences")
-        }
+        settings = {}
+        for name in ("output_attentions", "output_hidden_states", "num_beams", "num_return_sequences"):
+            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            settings[name] = next((value for value in values if value is not None), None)
         with self._generation_lock, at_work():
             self._beams_ahead = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
             try:
@@ -137,7 +138,7 @@ class EngineGeneration(EngineForward):
                 cache, request.model_kwargs["encoder_outputs"], request.model_kwargs.get("attention_mask"), len(prompt)
             )
             longest = self.runtime_config.max_target_tokens
-            return loop(self.session, cache.state, request, partial(check_length, "target", limit=longest)).run()
+            return loop(self._opened(), cache.state, request, partial(check_length, "target", limit=longest)).run()
 
     def _returned(self, kind: Any, request: Request, outcome: Outcome, **more: Any) -> Any:
         if not request.config.return_dict_in_generate:

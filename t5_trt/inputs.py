@@ -85,7 +85,9 @@ def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.devic
 def check_reference_mask(
     name: str, mask: Any, heads: int, queries: list[torch.Tensor], keys: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Return a mask that the stock model can broadcast: one of two axes as `check_mask`, one of four axes as it is.
+    """Return a mask that the stock model can broadcast: one of two axes as `check_mask`, one of four axes to be added.
+
+    Eager attention would add a boolean one of four axes as zeros and ones.
 
     Args:
         name: of the mask.
@@ -114,7 +116,10 @@ def check_reference_mask(
             f"per token, 0 for padding; or for the stock model four axes, [{rows}, {heads}, {places}, tokens], with 1 in place "
             "of what is the same for all."
         )
-    return mask
+    if mask.dtype != torch.bool:
+        return mask
+    added = torch.zeros(mask.shape, dtype=torch.float32, device=device)
+    return added.masked_fill_(~mask.to(device), torch.finfo(torch.float32).min)
 
 
 def check_length(name: str, tokens: int, limit: int | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from t5_trt.calibration import Batch, observe, text_batches
 from t5_trt.checkpoint import load_tokenizer
 from t5_trt.engine.profiles import SMALLEST, bucket
-from t5_trt.errors import BackendError
+from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.ranges import fold
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.runtime.buffers import layer_views
@@ -106,9 +106,13 @@ def compare(
         generate: arguments of ``generate()``, such as ``max_new_tokens`` or ``num_beams``.
 
     Raises:
-        InputError: there are no texts.
+        InputError: there are no texts, or they are one string.
         StrictModeError: `activations` with a model that was loaded with ``strict=True``.
     """
+    if isinstance(texts, str):
+        raise InputError("texts got one string; expected several. Pass [text], or a file's lines.")
+    if generate.get("num_return_sequences") not in (None, 1):
+        raise InputError("num_return_sequences is not supported: one result of a source is compared with one.")
     batches = _as_batches(model, list(texts), tokenizer, batch_size)
     sequences = equal = tokens = values = 0
     first: tuple[int, int] | None = None
@@ -162,7 +166,9 @@ def _as_batches(model: Any, texts: list[Any], tokenizer: Any, size: int) -> list
 
 def _generated(model: Any, batch: Batch, arguments: dict[str, Any]) -> torch.Tensor:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    return model.generate(**inputs, **arguments).cpu()  # type: ignore[no-any-return]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same draws for both
+        return model.generate(**inputs, **{**arguments, "return_dict_in_generate": False}).cpu()  # type: ignore[no-any-return]
 
 
 def _logits(model: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:

@@ -190,7 +190,8 @@ def test_training_mode_uses_the_stock_model(fresh: Any) -> None:
     loss = fresh(**batch(), labels=tokens(3, 4)).loss
     assert loss.requires_grad
     fresh.eval()
-    assert not fresh(**batch(), labels=tokens(3, 4)).loss.requires_grad
+    with torch.no_grad():
+        assert not fresh(**batch(), labels=tokens(3, 4)).loss.requires_grad
 
 
 def test_inference_mode_then_ordinary_use(fresh: Any) -> None:

@@ -83,12 +83,12 @@ class BeamChoice:
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.sequences = torch.zeros_like(self.tokens)
         self.beam_indices = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.beam_scores = torch.zeros((batch, beams), device=device)
+        self.beam_scores = torch.zeros((batch, beams), dtype=torch.float32, device=device)
         self.report = torch.zeros(1 + batch, dtype=torch.int64, device=device)
         self.expired = torch.zeros(1, dtype=torch.bool, device=device)
         self.recordable = apart is None
         self._running_indices = torch.zeros_like(self.beam_indices)
-        self._running_scores = torch.zeros((batch, beams), device=device)
+        self._running_scores = torch.zeros((batch, beams), dtype=torch.float32, device=device)
         self._full = torch.zeros((batch, beams), dtype=torch.bool, device=device)  # is_sent_finished
         self._improvable = torch.ones((batch, 1), dtype=torch.bool, device=device)
         self._limits = torch.zeros(3, dtype=torch.int64, device=device)  # prompt length, max_length, longest estimate

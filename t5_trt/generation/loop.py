@@ -111,12 +111,15 @@ class DecodeLoop(ABC):
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
         """The result from what the choices left for each entry, after `made` new tokens."""
 
-    @cached_property
     def processing(self) -> Processing:
-        """The request's processors, as device forms where all have one."""
-        request = self.request
-        forms = device_forms(request.processors, self.session.arch.vocab_size, self.capacity, self.session.device)
-        return Stock(request.processors, self._given) if forms is None else Recordable(forms)
+        """The request's processors, as device forms where all have one: anew for each choice, which keeps their numbers."""
+        device = self.session.device
+        forms = device_forms(self.request.processors, self.session.arch.vocab_size, self.capacity, device)
+        return self._stock_processing if forms is None else Recordable(forms)
+
+    @cached_property
+    def _stock_processing(self) -> Stock:
+        return Stock(self.request.processors, self._given)
 
     def _program(self) -> Program:
         entries, key = len(self._entries), None
@@ -220,7 +223,7 @@ class TokenLoop(DecodeLoop):
         return TokenChoice(
             entries,
             self.capacity,
-            self.processing,
+            self.processing(),
             self._ending,
             do_sample=sample,
             apart=self.apart,
@@ -251,7 +254,7 @@ class BeamLoop(DecodeLoop):
     def make(self, entries: int) -> BeamChoice:
         """See `DecodeLoop.make`."""
         device = self.session.device
-        return BeamChoice(entries, self.capacity, self.processing, self.rules, apart=self.apart, device=device)
+        return BeamChoice(entries, self.capacity, self.processing(), self.rules, apart=self.apart, device=device)
 
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""
@@ -284,7 +287,8 @@ def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
         num_beams=config.num_beams,
         candidates=max(2, 1 + (0 if ends is None else len(ends))) * config.num_beams,
         length_penalty=float(config.length_penalty),
-        early_stopping=config.early_stopping,
+        # what equals True without being it counts as False, as in the stock loop
+        early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
         do_sample=bool(config.do_sample),
         orders_draws=bool(config.do_sample) and orders_drawn_beams(),
         eos=eos,

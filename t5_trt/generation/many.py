@@ -97,5 +97,5 @@ def _generate(
         # the last batch fills up with copies: an engine for its own size would first have to be built
         sources = [*sources, *[sources[-1]] * (batch_size - count)]
     inputs = tokenizer.pad({"input_ids": list(sources)}, return_tensors="pt").to(model.device)
-    rows: torch.Tensor = model.generate(**inputs, **arguments)
+    rows: torch.Tensor = model.generate(**inputs, **{**arguments, "return_dict_in_generate": False})
     return rows[: len(rows) // len(sources) * count]

@@ -256,7 +256,7 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
         raise ValueError(
             f"The model vocabulary size is {vocab_size}, but the following tokens were being biased: {beyond}"
         )
-    single = torch.zeros(vocab_size)
+    single = torch.zeros(vocab_size, dtype=torch.float32)
     groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
     for ids, bias in processor.sequence_bias.items():
         if len(ids) == 1:
@@ -294,11 +294,19 @@ def _whole_contexts_count() -> bool:
     return bool(stock_form(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
 
 
+def _growth(factor: float, steps: int) -> float:
+    """What the penalty has grown to; lengths for which the stock class would fail are hardly reached."""
+    try:
+        return float(factor**steps - 1)
+    except OverflowError:
+        return float("inf") if factor > 0 or steps % 2 == 0 else float("-inf")
+
+
 def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends, start = _marked(processor.eos_token_id, vocab_size, device), processor.regulation_start
     # a power on the host and in double precision, as the stock class has it
-    growth = torch.tensor([processor.regulation_factor ** max(at - start, 0) - 1 for at in range(capacity + 1)])
-    growth = growth.to(device)
+    growths = [_growth(processor.regulation_factor, max(at - start, 0)) for at in range(capacity + 1)]
+    growth = torch.tensor(growths, dtype=torch.float32, device=device)
 
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         penalty = (scores.abs() * growth.index_select(0, length)).masked_fill(~(ends & scores.isfinite()), 0.0)

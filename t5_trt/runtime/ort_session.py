@@ -69,7 +69,6 @@ class OrtSession:
         self._ort = import_onnxruntime()
         self._sessions: dict[tuple[str, bool], Any] = {}  # by graph, and whether its matrices are packed
         self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
-        self._addresses: dict[str, int] = {}  # where the graphs read the parameters
         self._loading = threading.Lock()
 
     def encode(
@@ -82,7 +81,7 @@ class OrtSession:
         """See `t5_trt.runtime.session.Session.encode`."""
         batch, length = attention_mask.shape
         cross = self._new_cross(batch, length)
-        hidden = torch.empty((batch, length, self.arch.d_model))
+        hidden = torch.empty((batch, length, self.arch.d_model), dtype=torch.float32)
         if inputs_embeds is None:
             assert input_ids is not None
             graph, source = ENCODER, {"input_ids": input_ids.contiguous()}
@@ -100,7 +99,7 @@ class OrtSession:
 
     def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
         """See `t5_trt.runtime.session.Session.start`."""
-        bias = torch.zeros((cross.batch, 1, 1, cross.source_length))
+        bias = torch.zeros((cross.batch, 1, 1, cross.source_length), dtype=torch.float32)
         return DecoderState.allocate(self.arch, cross, bias, capacity_tokens)
 
     def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
@@ -113,17 +112,17 @@ class OrtSession:
         """See `t5_trt.runtime.session.Session.decode`."""
         rows, queries = input_ids.shape
         state.reserve(queries)
-        logits = torch.empty((rows, queries, self.arch.vocab_size))
+        logits = torch.empty((rows, queries, self.arch.vocab_size), dtype=torch.float32)
         if queries == 1 and key_mask is None:
             self._step(state, input_ids, logits)
             state.append(state.new)
             return logits
-        bias = torch.zeros((rows, 1, 1, state.capacity + queries))
+        bias = torch.zeros((rows, 1, 1, state.capacity + queries), dtype=torch.float32)
         if key_mask is not None:  # cached keys first, then unused slots (hidden by the graph itself), then new keys
             extra = _additive(key_mask)
             bias[..., : state.length] = extra[..., : state.length]
             bias[..., state.capacity :] = extra[..., state.length :]
-        new = torch.empty((*state.kv.shape[:4], queries, self.arch.d_kv))
+        new = torch.empty((*state.kv.shape[:4], queries, self.arch.d_kv), dtype=torch.float32)
         inputs = self._decoder_inputs(state) | {
             "decoder_input_ids": input_ids.contiguous(),
             "position": torch.tensor([state.length]),
@@ -152,10 +151,6 @@ class OrtSession:
         found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
 
-    def weights_in_place(self) -> bool:
-        """See `t5_trt.runtime.session.Session.weights_in_place`."""
-        return all(self._weights[name].data_ptr() == address for name, address in self._addresses.items())
-
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that are loaded."""
         return tuple(dict.fromkeys(graph for graph, _ in self._sessions))
@@ -181,7 +176,9 @@ class OrtSession:
 
     def _new_cross(self, batch: int, length: int) -> CrossStates:
         arch = self.arch
-        return CrossStates(torch.empty((arch.decoder_layers, 2, batch, arch.num_heads, length, arch.d_kv)))
+        return CrossStates(
+            torch.empty((arch.decoder_layers, 2, batch, arch.num_heads, length, arch.d_kv), dtype=torch.float32)
+        )
 
     def _run(self, graph: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
         session = self._session(graph)
@@ -224,8 +221,6 @@ class OrtSession:
                 if value.name not in self._shared:
                     array = value.const_value.numpy()
                     self._shared[value.name] = self._ort.OrtValue.ortvalue_from_numpy(array)
-                    if value.name in self._weights and array.ctypes.data == self._weights[value.name].data_ptr():
-                        self._addresses[value.name] = array.ctypes.data
                 options.add_initializer(value.name, self._shared[value.name])
                 value.const_value = ir.ExternalTensor(
                     "weights",
@@ -257,7 +252,7 @@ class OrtProgram:
         self.choice = choice
         self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
         self._session, self._state = session, state
-        self._logits = torch.empty((state.rows, 1, session.arch.vocab_size))
+        self._logits = torch.empty((state.rows, 1, session.arch.vocab_size), dtype=torch.float32)
         self._position = torch.zeros(1, dtype=torch.int64)
 
     def feed(self, tokens: torch.Tensor) -> None:
@@ -294,7 +289,7 @@ def import_onnxruntime() -> Any:
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:
     """0 where a mask [rows, keys] is non-zero, else the mask value: [rows, 1, 1, keys]."""
-    bias = torch.zeros(mask.shape).masked_fill_(mask == 0, mask_value(ir.DataType.FLOAT))
+    bias = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(mask == 0, mask_value(ir.DataType.FLOAT))
     return bias[:, None, None, :]
 
 

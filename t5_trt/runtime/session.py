@@ -119,14 +119,6 @@ class Session(Protocol):
         """
         ...
 
-    def weights_in_place(self) -> bool:
-        """Whether the model's parameters still lie where the engines read them.
-
-        Moving a model to shared memory (``share_memory()``, or handing it to a process of torch.multiprocessing) frees the
-        old place. Engines with a copy of their own do not mind.
-        """
-        ...
-
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
         ...

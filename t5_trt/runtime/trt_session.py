@@ -154,10 +154,14 @@ class TrtSession:
                 rest = {"cross_kv": self._new_cross(shapes, (shapes.B, shapes.S)).kv}
                 names, tokens = [f"encoder.block.{layer}" for layer in range(arch.encoder_layers)], shapes.B * shapes.S
             else:
-                found["logits"] = torch.empty((rows, shapes.Q, arch.vocab_size), device=self.device)
+                found["logits"] = torch.empty(
+                    (rows, shapes.Q, arch.vocab_size), dtype=torch.float32, device=self.device
+                )
                 rest = made_rows(self._new(arch.decoder_layers, rows, shapes.Q, 3, arch.num_heads, arch.d_kv))
                 names, tokens = [f"decoder.block.{layer}" for layer in range(arch.decoder_layers)], rows * shapes.Q
-            found |= {name: torch.zeros((tokens, arch.d_model), device=self.device) for name in names}
+            found |= {
+                name: torch.zeros((tokens, arch.d_model), dtype=torch.float32, device=self.device) for name in names
+            }
             sources = {name: (t.int() if t.dtype == torch.int64 else t).contiguous() for name, t in inputs.items()}
             self.engines.bind(context, sources | found | rest)
             self.engines.enqueue(context)
@@ -165,10 +169,6 @@ class TrtSession:
                 self._unfold(found["logits"])
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
         return found
-
-    def weights_in_place(self) -> bool:
-        """See `t5_trt.runtime.session.Session.weights_in_place`: the GPU has a copy."""
-        return True
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
@@ -252,7 +252,7 @@ class TrtSession:
             hidden = (key_mask == 0)[:, None, None, :]
             for start, part in ((0, hidden[..., : state.length]), (capacity, hidden[..., state.length :])):
                 bias[: state.rows, ..., start : start + part.shape[-1]].masked_fill_(part, mask_value(self.real))
-        logits = torch.empty((rows, count, self.arch.vocab_size), device=self.device)
+        logits = torch.empty((rows, count, self.arch.vocab_size), dtype=torch.float32, device=self.device)
         qkv = self._new(self.arch.decoder_layers, rows, count, 3, self.arch.num_heads, self.arch.d_kv)
         inputs = slot.cache_tensors() | {
             "decoder_input_ids": self._pad(input_ids.int(), rows, count),

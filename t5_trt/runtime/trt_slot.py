@@ -78,7 +78,7 @@ class Slot:
             tokens=zeros((rows, 1), dtype=torch.int32),
             position=zeros(1, dtype=torch.int64),
             position32=zeros(1, dtype=torch.int32),
-            logits=torch.empty((rows, 1, arch.vocab_size), device=device),
+            logits=torch.empty((rows, 1, arch.vocab_size), dtype=torch.float32, device=device),
         )
 
     def take_in(self, state: DecoderState, mask_value: float) -> None:
@@ -134,6 +134,9 @@ class TrtProgram:
 
     def __init__(self, slot: Slot, state: DecoderState, step: RecordedStep, choice: Any) -> None:
         self._slot, self._state, self._step = slot, state, step
+        self._lease = state.bindings.get(
+            "lease"
+        )  # what is read of the slot while the state moves on to a larger one stays its own
         self._apart = choice is not None
         self.choice = step.choice if choice is None else choice
         self._draws = self.choice.draws

@@ -2,7 +2,8 @@
 
 The model *is* a stock module tree whose parameters are loaded by Transformers; the engines read the same memory. So
 ``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy of the weights. The
-forward pass is not here: see `t5_trt.forwarding` and `t5_trt.encoder_module`; nor devices and dtypes: `t5_trt.placed_model`.
+forward pass is not here: see `t5_trt.forwarding` and `t5_trt.encoder_module`; nor devices and dtypes, `t5_trt.placed_model`, nor which
+class an instance has, `t5_trt.family_class`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from t5_trt.architecture import Architecture, check_family, read_architecture
+from t5_trt.architecture import Architecture, read_architecture
 from t5_trt.calibration import observe, random_batches, text_batches
 from t5_trt.checkpoint import (
     HUB_ARGUMENTS,
@@ -36,6 +36,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import InputError, StrictModeError, UnsupportedModelError
+from t5_trt.family_class import FamilyClass
 from t5_trt.forwarding import EngineForward
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
@@ -51,21 +52,12 @@ Self = TypeVar("Self", bound="EngineModel")
 _DERIVED = ("_session", "_session_weights", "_reference", "_reference_weights", "_architecture")
 
 
-class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
+class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
     """Base of the models on engines; a subclass of it is mixed in before the stock class of each family.
 
     Args:
         config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the stock classes.
     """
-
-    _families: dict[str, Any]  # model_type -> the class that combines a subclass of this one with a stock class
-    _stock_class: type[PreTrainedModel]
-    _encoder_only = False
-
-    def __new__(cls: type[Self], config: Any = None, *args: Any, **kwargs: Any) -> Self:
-        """Make an instance of the class that combines this one with the config's stock class."""
-        chosen = cls if "_stock_class" in cls.__dict__ or config is None else cls._class_for(config)
-        return cast("Self", super().__new__(chosen))
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -80,13 +72,6 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
         self._last_path: GenerationPath | None = None
         self._calibration: list[Any] | None = None
         self._attach()
-
-    @classmethod
-    def _class_for(cls: type[Self], config: Any) -> type[Self]:
-        family = cls._families[check_family(config, encoder_only=cls._encoder_only)]
-        if issubclass(cls, family) or issubclass(family, cls):
-            return cast("type[Self]", cls if issubclass(cls, family) else family)
-        return cast("type[Self]", _combined(cls, family))  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -371,12 +356,6 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
             key: None if key in _DERIVED else value for key, value in self.__dict__.items() if key != "_generation_lock"
         }
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Of a user's subclass, name that class: the one that combines it with a family is made again."""
-        if "_combines" not in type(self).__dict__:
-            return super().__reduce_ex__(protocol)
-        return _blank, (type(self)._combines, self.config), self.__getstate__()
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._attach()
@@ -390,15 +369,3 @@ class EngineModel(PlacedModel, EngineForward, PreTrainedModel):
         """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
         abandon(self._session)
         self._session, self._generation_lock = None, threading.RLock()
-
-
-@cache
-def _combined(cls: type, family: type) -> type:
-    """A user's subclass of ours, together with the class of a family."""
-    said = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls, family), {**said, "_stock_class": family._stock_class, "_combines": cls})  # type: ignore[attr-defined]
-
-
-def _blank(cls: type, config: Any) -> Any:
-    """An instance of a user's subclass without anything in it, for unpickling."""
-    return cls.__new__(cls, config)

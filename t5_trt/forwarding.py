@@ -1,4 +1,4 @@
-"""The forward pass and what `generate` needs of it, as a mixin over a stock T5 class.
+"""The forward pass, as a mixin over a stock T5 class.
 
 A request goes to the engines unless it asks for something they cannot give (see `_beyond_engines`); that goes to the
 stock PyTorch model over the same weights. Nothing here loads, builds or chooses engines.
@@ -6,7 +6,6 @@ stock PyTorch model over the same weights. Nothing here loads, builds or chooses
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 class EngineForward:
-    """`forward` and the hooks of `generate` on engines; mixed in before a stock ForConditionalGeneration class."""
+    """`forward` on engines; mixed in before a stock ForConditionalGeneration class."""
 
     #: decoder rows of each batch entry in the ``generate()`` that is running; None outside of one
     _beams_ahead: int | None = None
@@ -378,37 +377,3 @@ class EngineForward:
         if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does
             write_stock(past, state, count)
         return logits
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
-    ) -> None:  # fmt: skip
-        given = model_kwargs.get(CACHE)
-        if given is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(  # type: ignore[misc]
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-        else:  # whatever cache_implementation says: the engines' cache is static and grows
-            model_kwargs[CACHE] = EngineCache(self.architecture.decoder_layers, 0)
-
-    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if generation_config.prefill_chunk_size is not None:
-            # the stock loop would cut the *encoder's* mask to the chunk, and then fail; a prompt fits in one pass
-            generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = None
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = True, input_ids: Any = None, **model_kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        given = model_kwargs.get("encoder_outputs")
-        cross = recall(given)
-        if given is not None and expand_size > 1:  # the stock method writes into the caller's object
-            model_kwargs["encoder_outputs"] = copy.copy(given)
-        with ordinary_tensors():
-            input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-            )
-        if cross is not None and expand_size > 1:
-            expanded = EngineEncoderOutput(**model_kwargs["encoder_outputs"])
-            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size))
-        return input_ids, model_kwargs

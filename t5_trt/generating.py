@@ -6,6 +6,7 @@ that `t5_trt.generation.support` does not list runs in Transformers' loop over o
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
 from t5_trt.forwarding import EngineForward, ordinary_tensors
+from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache
 from t5_trt.generation.loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.support import GenerationPath, Request, refusal
@@ -118,6 +120,40 @@ class EngineGeneration(EngineForward):
         if request.config.output_scores:
             beams["sequences_scores"] = outcome.sequences_scores
         return self._returned(GenerateBeamEncoderDecoderOutput, request, outcome, **beams)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:  # fmt: skip
+        given = model_kwargs.get(CACHE)
+        if given is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        else:  # whatever cache_implementation says: the engines' cache is static and grows
+            model_kwargs[CACHE] = EngineCache(self.architecture.decoder_layers, 0)
+
+    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.prefill_chunk_size is not None:
+            # the stock loop would cut the *encoder's* mask to the chunk, and then fail; a prompt fits in one pass
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = True, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        given = model_kwargs.get("encoder_outputs")
+        cross = recall(given)
+        if given is not None and expand_size > 1:  # the stock method writes into the caller's object
+            model_kwargs["encoder_outputs"] = copy.copy(given)
+        with ordinary_tensors():
+            input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            )
+        if cross is not None and expand_size > 1:
+            expanded = EngineEncoderOutput(**model_kwargs["encoder_outputs"])
+            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size))
+        return input_ids, model_kwargs
 
     def _takes(self, request: Request) -> bool:
         """Whether the device loop takes a request; what it does not take is logged, each reason once."""

@@ -144,10 +144,11 @@ def call_times(ours: Any, stock: Any, arguments: dict[str, Any], runs: int = 3) 
 def engine_times(store: Path, ours: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the engines of a request cost: seconds of their builds, microseconds of a step, milliseconds of the encoder."""
     slot, ids, mask = slot_alone(ours, arguments), arguments["input_ids"], arguments["attention_mask"]
+    session = ours.session
     return {
         "build_s": build_seconds(store, ours, slot),
         "step_us": round(replay_us(slot), 1),
-        "encoder_ms": round(events_ms(lambda: ours.session.encode(ids, None, mask)), 3),
+        "encoder_ms": round(events_ms(lambda: session.encode(ids, None, mask)), 3),
     }
 
 

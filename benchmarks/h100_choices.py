@@ -118,7 +118,7 @@ def stage_launch(store: Path, precision: str) -> Records:
         choice = next(step.choice for key, step in reversed(slot.steps.items()) if key is not None)
         prompt = torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda")
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=session._pool):
+        with torch.cuda.graph(graph, pool=session._memory.take()):
             run_step(slot, choice, session._enqueue_step)
         graph.instantiate()
         whole = sentence_graph(graph.raw_cuda_graph(), choice.report, slot.position, NEW_TOKENS)

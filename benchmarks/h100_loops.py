@@ -79,7 +79,8 @@ def stage_loops(store: Path, precision: str) -> Records:
         slot, key = recorded(ours, rows, beams, arguments)
         step_us = {"with choice": replay_us(slot, key), "alone": replay_us(slot)}  # alone: the engine and the K/V write
         ids, mask = arguments["input_ids"], arguments["attention_mask"]
-        encoder_ms = events_ms(lambda ids=ids, mask=mask: ours.session.encode(ids, None, mask))
+        encode = ours.session.encode
+        encoder_ms = events_ms(lambda encode=encode, ids=ids, mask=mask: encode(ids, None, mask))
         gpu_ms = NEW_TOKENS * step_us["with choice"] / 1e3 + encoder_ms
         yield {
             "model": BASE,

@@ -35,7 +35,8 @@ class FamilyClass:
         """Of a user's subclass, name that class: the one that combines it with a family is made again."""
         if "_combines" not in type(self).__dict__:
             return super().__reduce_ex__(protocol)
-        return _blank, (type(self)._combines, self.config), self.__getstate__()
+        state = cast("Any", self).__getstate__()  # which Python 3.10 does not know of every object
+        return _blank, (type(self)._combines, self.config), state
 
 
 @cache

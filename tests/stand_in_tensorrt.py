@@ -180,7 +180,7 @@ def stand_in_session(
 ) -> Any:
     """A `TrtSession` on the CPU for a model."""
 
-    def record(work: Any, device: torch.device, pool: Any = None) -> _Graph:
+    def record(work: Any, device: torch.device, memory: Any = None) -> _Graph:
         with torch.random.fork_rng([]):
             for _ in range(3):
                 work()

@@ -222,12 +222,12 @@ def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog:
     ours._session = stand_in_session(ours, monkeypatch)
     record, tries = trt_session.record, []
 
-    def refuse(work: Any, device: torch.device, pool: Any) -> Any:
+    def refuse(work: Any, device: torch.device, memory: Any) -> Any:
         if work.args[1] is not None:
             tries.append(1)
             work()
             raise NotRecordableError("operation not permitted when stream is capturing")
-        return record(work, device, pool)
+        return record(work, device, memory)
 
     monkeypatch.setattr(trt_session, "record", refuse)
     for arguments in ({}, {}, {"num_beams": 2}):

@@ -266,7 +266,7 @@ def test_step_that_cannot_be_recorded(
     """It runs kernel by kernel then."""
     stock, ours = make_pair("t5-v1.1")
 
-    def refuse(work: Any, device: torch.device, pool: Any) -> Any:
+    def refuse(work: Any, device: torch.device, memory: Any) -> Any:
         work()
         raise NotRecordableError("operation not permitted when stream is capturing")
 

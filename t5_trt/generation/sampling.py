@@ -6,6 +6,7 @@ All of it is torch operations on buffers of fixed size, so that a session may re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from t5_trt.generation.processors import Processing
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import undisturbed
+
+_STEP = 4  # offsets of a GPU's generator are multiples of it
 
 
 @dataclass(frozen=True)
@@ -165,20 +168,17 @@ class GpuDraws:
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._generator = torch.cuda.default_generators[device.index or 0] if on_gpu else None
-        self._start = self._offset()
+        with undisturbed() if on_gpu else nullcontext():
+            self._start = int(self._generator.get_offset()) if self._generator else 0
 
     def rewind(self, launched: int, counted: int) -> None:
         """Keep the draws of the first `counted` of `launched` steps, all of which drew the same number."""
-        if self._generator and launched > counted:
-            each = (self._offset() - self._start) // launched
-            with undisturbed():
-                self._generator.set_offset(self._start + each * counted)
-
-    def _offset(self) -> int:
-        if self._generator is None:
-            return 0
+        if self._generator is None or launched <= counted:
+            return
         with undisturbed():
-            return int(self._generator.get_offset())
+            each, rest = divmod(int(self._generator.get_offset()) - self._start, launched)
+            if each > 0 and not rest and each % _STEP == 0:  # or another thread drew or seeded meanwhile
+                self._generator.set_offset(self._start + each * counted)
 
 
 def draw(scores: torch.Tensor, count: int, *, recordable: bool) -> torch.Tensor:
@@ -193,9 +193,11 @@ def draw(scores: torch.Tensor, count: int, *, recordable: bool) -> torch.Tensor:
         int64 [rows, count].
     """
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
-    if not recordable:
-        return torch.multinomial(probabilities, count)
+    with undisturbed() if scores.is_cuda else nullcontext():
+        if not recordable:
+            return torch.multinomial(probabilities, count)
+        variates = torch.empty_like(probabilities).exponential_()
     # dividing by exponential variates turns drawing into taking the largest: the way torch.multinomial does it
     # (aten/src/ATen/native/Distributions.cpp; https://github.com/pytorch/pytorch/issues/11931)
-    keys = probabilities / torch.empty_like(probabilities).exponential_()
+    keys = probabilities / variates
     return keys.argmax(-1, keepdim=True) if count == 1 else keys.topk(count).indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from t5_trt.errors import causes, raise_hidden_interrupt
 WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
 #: torch's allocator cannot serve two recordings at once, nor give back its memory during one, nor can its generator draw
 _alone = threading.Lock()
+_recorder: int | None = None  # the thread that records
 #: graphs whose capture failed: the allocator keeps a pointer to each
 _failed: list[torch.cuda.CUDAGraph] = []
 
@@ -24,20 +26,37 @@ class NotRecordableError(RuntimeError):
     """Work ran, but cannot be part of a CUDA graph: it waits for the GPU, say."""
 
 
+class GraphMemory:
+    """Memory that CUDA graphs share, none of which runs at the same time as another."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def take(self) -> Any:
+        """The pool for the next recording."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        return self.pool
+
+    def give_up(self) -> None:
+        """Record into another pool from now on."""
+        self.pool = None
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of all recordings: torch keeps freed memory, and cuBLAS a workspace, for every stream that was ever used."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> torch.cuda.CUDAGraph:
+def record(work: Callable[[], None], device: torch.device, memory: GraphMemory | None = None) -> torch.cuda.CUDAGraph:
     """Run `work` a few times on a side stream, then record it.
 
     Args:
         work: enqueues on torch's current stream, reads and writes fixed addresses, and does not wait. What torch allocates in it
             comes from the graph's memory and is not there between replays.
         device: of the GPU.
-        pool: memory shared with other graphs, none of which runs at the same time (``torch.cuda.graph_pool_handle()``).
+        memory: shared with other graphs; None gives the graph its own.
 
     Returns:
         The graph. Replaying it runs what was recorded with whatever the buffers then hold.
@@ -46,7 +65,8 @@ def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> 
         NotRecordableError: the work ran, but could not be recorded.
         torch.cuda.OutOfMemoryError: GPU memory ran out.
     """
-    with _alone:
+    memory = memory or GraphMemory()
+    with _recording():
         side, before = _side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(before)
         with (
@@ -58,17 +78,20 @@ def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> 
         before.wait_stream(side)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        pool = pool or torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        pool = memory.take()
         try:
-            # other threads go on with their own work on the GPU
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            # other threads go on with their own work on the GPU; freeing a graph here would be part of the capture
+            with (
+                _no_collection(),
+                torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
+            ):
                 work()
         except BaseException as error:
+            memory.give_up()
             _clean_up(graph, device, pool, before)
             raise_hidden_interrupt(error)
-            for cause in causes(error):
-                if isinstance(cause, torch.cuda.OutOfMemoryError):
-                    raise cause from None
+            if any(isinstance(cause, torch.cuda.OutOfMemoryError) for cause in causes(error)):
+                raise torch.cuda.OutOfMemoryError(str(error)) from error
             if not isinstance(error, Exception):
                 raise
             raise NotRecordableError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
@@ -78,13 +101,15 @@ def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> 
 def _clean_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
     """Put torch in order after a capture that failed.
 
-    ``CUDAGraph.capture_end`` throws before it has done so (torch 2.11): the allocator goes on serving a recording, the generator
-    refuses to draw, and the side stream stays the current one. A capture that succeeds puts the generator right.
+    ``CUDAGraph.capture_end`` throws before it has done so (torch 2.11): the allocators go on serving a recording, the generator
+    refuses to draw, and the side stream stays the current one. A capture that succeeds puts the generator right. The allocator of
+    page-locked memory cannot be told: it takes no further recording into that pool.
     """
     _failed.append(graph)
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError):  # it was ended after all
         torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+        torch._C._cuda_releasePool(stream.device.index, pool)
     probe, side = torch.zeros(1, device=device), _side_stream(device)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"):
         probe.add_(1)
@@ -120,9 +145,34 @@ class StreamOrder:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """While nothing is recorded, which the GPU's generator does not allow draws beside."""
+    """While no other thread records, which the GPU's generator does not allow draws beside."""
+    if _recorder == threading.get_ident():
+        yield
+        return
     with _alone:
         yield
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    global _recorder
+    with _alone:
+        _recorder = threading.get_ident()
+        try:
+            yield
+        finally:
+            _recorder = None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def free_unused() -> None:

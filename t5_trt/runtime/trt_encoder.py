@@ -25,8 +25,8 @@ logger = logging.getLogger("t5_trt")
 #: source tokens of a batch, padding counted, up to which an encoder is recorded: with more the GPU is the slower one, and the
 #: buffers, 37 kB for a token of T5-base in half precision, would be kept for nothing
 RECORDED_TOKENS = 1024
-#: source tokens of all recorded encoders, those used last: 300 MB for T5-base. Nearly all shapes of mixed requests fit: to record one
-#: takes longer than a dozen runs of it save
+#: source tokens of all recorded encoders, those used last: 300 MB of buffers for T5-base in half precision. Nearly all shapes of mixed
+#: requests fit: to record one takes longer than a dozen runs of it save
 TOKENS_KEPT = 8192
 
 

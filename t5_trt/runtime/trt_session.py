@@ -26,7 +26,7 @@ from t5_trt.graph.parameters import LM_HEAD, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState
-from t5_trt.runtime.cuda_graph import NotRecordableError, StreamOrder, Unrecorded, free_unused, record
+from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, StreamOrder, Unrecorded, free_unused, record
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import worst_error
 from t5_trt.runtime.session import Choice, Session
@@ -77,7 +77,7 @@ class TrtSession:
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         self._idle: dict[Shapes, list[Slot]] = {}
         # one memory for all recorded steps: they run one after the other, and keep nothing in it
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._memory = GraphMemory()
         self._encoders = Encoders(self.engines, self.arch, self.dtype, device)
         self._order = StreamOrder(device)
         self._unrecordable: set[Hashable] = set()
@@ -227,7 +227,7 @@ class TrtSession:
         slot.position.zero_()
         work = partial(run_step, slot, choice, self._enqueue_step)
         try:
-            graph: Any = record(work, self.device, self._pool)
+            graph: Any = record(work, self.device, self._memory)
         except NotRecordableError as error:
             if choice is not None:
                 raise

@@ -139,7 +139,7 @@ class TrtProgram:
         )  # what is read of the slot while the state moves on to a larger one stays its own
         self._apart = choice is not None
         self.choice = step.choice if choice is None else choice
-        self._draws = self.choice.draws
+        self._draws = self.choice.draws and not self._apart
         self.tokens = slot.tokens[: state.rows]
 
     def feed(self, tokens: torch.Tensor) -> None:
@@ -150,8 +150,8 @@ class TrtProgram:
         """See `t5_trt.runtime.session.Program.launch`."""
         with undisturbed() if self._draws else nullcontext():
             self._step.replay(self._slot, self._state)
-            if self._apart:
-                apply_choice(self._slot, self.choice, self._slot.position - 1)
+        if self._apart:
+            apply_choice(self._slot, self.choice, self._slot.position - 1)
 
 
 def run_step(slot: Slot, choice: Any, enqueue: Callable[[Slot], None]) -> None:

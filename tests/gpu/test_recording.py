@@ -15,7 +15,7 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.generation.sampling import TokenChoice
-from t5_trt.runtime.cuda_graph import NotRecordableError, record
+from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, record
 from tests.tiny_models import batch, make_stock
 
 
@@ -42,7 +42,7 @@ def test_everything_is_recorded(store: Path, caplog: pytest.LogCaptureFixture) -
 def test_capture_that_fails(shared: bool) -> None:
     """Torch itself then leaves its allocator recording, its generator unable to draw, and another stream the current one."""
     device, before = torch.device("cuda", torch.cuda.current_device()), torch.cuda.current_stream()
-    pool = torch.cuda.graph_pool_handle() if shared else None
+    memory = GraphMemory() if shared else None
     counter = torch.zeros(4, device=device)
 
     def count() -> None:
@@ -54,11 +54,11 @@ def test_capture_that_fails(shared: bool) -> None:
 
     for _ in range(2):
         with pytest.raises(NotRecordableError):
-            record(wait, device, pool)
+            record(wait, device, memory)
         assert torch.cuda.current_stream() == before
         torch.manual_seed(0)
         first = torch.rand(5, device=device)
-        graph = record(count, device, pool)
+        graph = record(count, device, memory)
         counter.zero_()
         for _ in range(3):
             graph.replay()
@@ -75,15 +75,14 @@ def test_capture_that_fails(shared: bool) -> None:
 def test_choice_that_cannot_be_recorded(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stock = make_stock("t5-v1.1")
-    ours, advance = model(store, stock), TokenChoice.advance
+    ours, advance = model(store, make_stock("t5-v1.1")), TokenChoice.advance
 
     def wait(choice: TokenChoice, logits: torch.Tensor, position: torch.Tensor) -> Any:
         logits.sum().item()
         return advance(choice, logits, position)
 
     monkeypatch.setattr(TokenChoice, "advance", wait)
-    stock = stock.cuda()
+    stock = make_stock("t5-v1.1").cuda()  # of its own: ours shares the parameters that it was made from
     for arguments in ({}, {"num_beams": 4}, {}, {"do_sample": True}):
         results = []
         for each in (ours, stock):

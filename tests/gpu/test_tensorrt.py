@@ -20,6 +20,7 @@ import torch
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
+from t5_trt.runtime.trt_slot import Slot
 from t5_trt.transformers_api import CACHE
 from t5_trt.verification import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
@@ -237,24 +238,14 @@ def test_beyond_the_configured_shapes(store: Path) -> None:
     assert model.generate(**batch(1, 20), max_new_tokens=2).shape[0] == 1
 
 
-def test_too_little_memory_then_smaller(gpu_pair: Any) -> None:
+def test_too_little_memory_then_smaller(gpu_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = gpu_pair("t5-v1.1")
     one = torch.zeros(3, 1, dtype=torch.long, device="cuda")
-    real = ours.session._new_slot
-
-    def full(shapes: Any) -> Any:
-        try:
-            torch.empty(1 << 50, device="cuda")
-        except torch.cuda.OutOfMemoryError as error:
-            raise ours.session._out_of_memory(error) from error
-
     ours.session._idle.clear()
-    ours.session._new_slot = full
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "allocate", lambda *_: torch.empty(1 << 50, device="cuda"))
         with pytest.raises(BackendError, match="GPU memory ran out"):
             ours(**on_gpu(batch()), decoder_input_ids=one)
-    finally:
-        ours.session._new_slot = real
     assert ours(**on_gpu(batch()), decoder_input_ids=one).logits.isfinite().all()
 
 

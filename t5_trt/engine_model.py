@@ -166,6 +166,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if resolve(runtime).backend == "tensorrt":
             runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
+        settings = dict(kwargs)
         if config is None:
             config = load_config(name, encoder_only=cls._encoder_only, changes=kwargs, **where)
         elif isinstance(config, str | Path):
@@ -179,6 +180,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         # ONNX Runtime reads the parameters' own memory, so they must be float32; plans hold converted copies
         stored = torch.float32 if placement.backend == "onnxruntime" else "auto"
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
+        taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
+        if taken and getattr(model, "generation_config", None) is not None:
+            model.generation_config.update(**taken)
         model._runtime_config, model._placement_ = runtime, placement
         model._build_config = build or BuildConfig()
         if calibration is not None:
@@ -238,11 +242,12 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
     def _opened(self) -> Session:
         """`session` within a call."""
         if self._session is None:
-            self._session_weights = WeightWatch(self)
+            self._session_weights, self._architecture = WeightWatch(self), None
+            architecture = self.architecture  # refuses tensors that are others
             weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
             settings = (self._runtime_config, self._placement, self._build_config)
             calibrated = self._calibration is not None
-            self._session = open_session(self.architecture, weights, *settings, self._observe, calibrated=calibrated)
+            self._session = open_session(architecture, weights, *settings, self._observe, calibrated=calibrated)
         return self._session
 
     def folding(self, precision: str) -> Folding:
@@ -301,7 +306,8 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             self.__dict__["_reference"] = stock  # as an attribute it would become a part of this module and its state
         if hasattr(self, "generation_config"):
             stock.generation_config = self.generation_config
-        return stock.train(self.training)
+        _follow(stock, self)
+        return stock
 
     def extra_repr(self) -> str:
         """Backend, precision, loaded engines and memory of their weights, at the head of the model's repr."""
@@ -353,7 +359,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the engines: the copy opens its own at its first use."""
         return {
-            key: None if key in _DERIVED else value for key, value in self.__dict__.items() if key != "_generation_lock"
+            key: None if key in _DERIVED else value
+            for key, value in self.__dict__.items()
+            if key not in ("_generation_lock", "_calls")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -361,7 +369,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         self._attach()
 
     def _attach(self) -> None:
-        self._generation_lock = threading.RLock()
+        self._generation_lock, self._calls = threading.RLock(), threading.local()
         attach_encoder(self)
         watch_forks(self)
 
@@ -369,3 +377,13 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
         abandon(self._session)
         self._session, self._generation_lock = None, threading.RLock()
+
+
+def _follow(stock: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give every module of the stock twin what was set on its counterpart: mode, dropout, checkpoints of gradients."""
+    for theirs, ours in zip(stock.modules(), model.modules(), strict=True):
+        known = ours.__dict__
+        theirs.training = ours.training
+        for name in ("p", "dropout", "gradient_checkpointing", "_gradient_checkpointing_func"):
+            if name in known:
+                setattr(theirs, name, known[name])

@@ -7,6 +7,7 @@ stock PyTorch model over the same weights. Nothing here loads, builds or chooses
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,7 @@ def ordinary_tensors() -> Iterator[None]:
 class EngineForward:
     """`forward` on engines; mixed in before a stock ForConditionalGeneration class."""
 
-    #: decoder rows of each batch entry in the ``generate()`` that is running; None outside of one
-    _beams_ahead: int | None = None
+    _calls: threading.local  # what is running in each thread
 
     if TYPE_CHECKING:
         config: Any
@@ -220,7 +220,12 @@ class EngineForward:
         mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
         with ordinary_tensors():
             hidden, cross = session.encode(input_ids, inputs_embeds, mask, self._beams_ahead)
-            return EngineEncoderOutput(last_hidden_state=hidden).remember(cross)  # type: ignore[arg-type]
+            return EngineEncoderOutput(last_hidden_state=hidden).remember(cross, session)  # type: ignore[arg-type]
+
+    @property
+    def _beams_ahead(self) -> int | None:
+        """Decoder rows of each batch entry in the ``generate()`` that is running in this thread; None outside of one."""
+        return getattr(self._calls, "beams", None)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder module; calling it runs the encoder engine."""
@@ -250,6 +255,10 @@ class EngineForward:
         for name, mask in (("attention_mask", attention_mask), ("decoder_attention_mask", decoder_attention_mask)):
             if isinstance(mask, torch.Tensor) and mask.dim() > 2:
                 return f"a {mask.dim()}-D {name}"
+        given = None if encoder_outputs is None else encoder_outputs[0]
+        wants_gradients = any(getattr(source, "requires_grad", False) for source in (inputs_embeds, given))
+        if wants_gradients and torch.is_grad_enabled():
+            return "gradients"
         if self._beams_ahead is not None:
             return None
         if self.training:  # dropout, which Monte Carlo dropout wants without gradients, too
@@ -259,11 +268,9 @@ class EngineForward:
                     "expected the stock class. Train that, then use from_model() or save_pretrained(); or call eval()."
                 )
             return "training mode"
-        given = None if encoder_outputs is None else encoder_outputs[0]
-        wants_gradients = any(getattr(source, "requires_grad", False) for source in (inputs_embeds, given))
-        if labels is not None and self.device.type == "cpu" and not self.runtime_config.strict:
-            wants_gradients = wants_gradients or any(weight.requires_grad for weight in self.parameters())
-        return "gradients" if wants_gradients and torch.is_grad_enabled() else None
+        if labels is None or self.runtime_config.strict or self.device.type != "cpu" or not torch.is_grad_enabled():
+            return None
+        return "gradients" if any(weight.requires_grad for weight in self.parameters()) else None
 
     def _checked_for_reference(
         self, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, decoder_mask: Any = None, cache: Any = None
@@ -324,7 +331,7 @@ class EngineForward:
         return cache
 
     def _cross_states(self, encoder_outputs: Any, rows: int) -> CrossStates:
-        cross = recall(encoder_outputs)
+        cross = recall(encoder_outputs, self._opened())
         if cross is None:
             hidden = encoder_outputs[0]
             arch, session = self.architecture, self._opened()

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
 from t5_trt.forwarding import EngineForward, ordinary_tensors
@@ -26,7 +27,8 @@ from t5_trt.runtime.exits import at_work
 from t5_trt.transformers_api import CACHE, takes_old_cache_names
 
 logger = logging.getLogger("t5_trt")
-_said: set[str] = set()  # reasons that were logged
+_said: set[str] = set()  # what was logged
+_TRAINING = "generate() in training mode runs on engines, without dropout; model.eval() says so"
 
 
 class EngineGeneration(EngineForward):
@@ -35,6 +37,8 @@ class EngineGeneration(EngineForward):
     if TYPE_CHECKING:
         _generation_lock: threading.RLock
         _last_path: GenerationPath | None
+        _forward_hooks: Any
+        _forward_pre_hooks: Any
 
     @property
     def last_generation_path(self) -> GenerationPath | None:
@@ -59,8 +63,12 @@ class EngineGeneration(EngineForward):
         for name in ("output_attentions", "output_hidden_states", "num_beams", "num_return_sequences"):
             values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
             settings[name] = next((value for value in values if value is not None), None)
+        if self.training and _TRAINING not in _said:
+            _said.add(_TRAINING)
+            logger.warning("%s", _TRAINING)
         with self._generation_lock, at_work():
-            self._beams_ahead = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+            outer = self._beams_ahead
+            self._calls.beams = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
             try:
                 for name in ("output_attentions", "output_hidden_states"):
                     if settings[name]:
@@ -73,7 +81,7 @@ class EngineGeneration(EngineForward):
                 self._last_path = GenerationPath("transformers", "this decoding method")
                 return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
             finally:
-                self._beams_ahead = None
+                self._calls.beams = outer
 
     def _sample(
         self,
@@ -143,7 +151,7 @@ class EngineGeneration(EngineForward):
         self, expand_size: int = 1, is_encoder_decoder: bool = True, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         given = model_kwargs.get("encoder_outputs")
-        cross = recall(given)
+        cross = recall(given, self._opened())
         if given is not None and expand_size > 1:  # the stock method writes into the caller's object
             model_kwargs["encoder_outputs"] = copy.copy(given)
         with ordinary_tensors():
@@ -152,17 +160,27 @@ class EngineGeneration(EngineForward):
             )
         if cross is not None and expand_size > 1:
             expanded = EngineEncoderOutput(**model_kwargs["encoder_outputs"])
-            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size))
+            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size), self._opened())
         return input_ids, model_kwargs
 
     def _takes(self, request: Request) -> bool:
         """Whether the device loop takes a request; what it does not take is logged, each reason once."""
-        reason = refusal(request)
+        reason = self._own_code() or refusal(request)
         self._last_path = GenerationPath("device" if reason is None else "transformers", reason or "")
         if reason is not None and reason not in _said:
             _said.add(reason)
             logger.info("generate() runs in Transformers' own loop, which is slower: %s.", reason)
         return reason is None
+
+    def _own_code(self) -> str | None:
+        """Code of the user's that Transformers' loop would call in every step."""
+        kind: Any = type(self)
+        if kind.forward is not EngineForward.forward or "forward" in self.__dict__:
+            return "forward() is not this library's"
+        if kind.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+            return "prepare_inputs_for_generation() is not Transformers'"
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        return "the model has forward hooks" if hooked else None
 
     def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:
         cache = request.cache

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import pickle
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +136,132 @@ def test_generates_between_training_steps() -> None:
     assert seen[0] != seen[-1]
     for name, parameter in stock.named_parameters():
         torch.testing.assert_close(dict(ours.named_parameters())[name], parameter, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Adagrad"])
+def test_fused_optimizers_are_noticed(pair: Any, kind: str) -> None:
+    """The default of Transformers' Trainer; they change weights without counting versions."""
+    before = [tokens(model) for model in pair]
+    for model in pair:
+        model(**batch(), labels=LABELS).loss.backward()
+        getattr(torch.optim, kind)(model.parameters(), lr=0.3, fused=True).step()
+    assert tokens(pair[1]) == tokens(pair[0]) != before[0] == before[1]
+
+
+def test_encoder_outputs_of_another_decoder(pair: Any) -> None:
+    """K/V that came with encoder outputs are not used after the decoder was trained, nor by another model."""
+    stock, ours = pair
+    other = make_stock("t5-v1.1", seed=3)
+    other.encoder.load_state_dict(stock.encoder.state_dict())
+    theirs = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(other), num_threads=1)
+    outputs = [model.get_encoder()(**batch()) for model in (stock, ours)]
+    request = {"attention_mask": batch()["attention_mask"], "max_new_tokens": 8}
+
+    def made(model: Any, states: Any, **more: Any) -> list[list[int]]:
+        return model.generate(encoder_outputs=copy.copy(states), **request, **more).tolist()  # type: ignore[no-any-return]
+
+    for beams in (1, 3):
+        assert made(theirs, outputs[1], num_beams=beams) == made(other, outputs[0], num_beams=beams)
+    with torch.no_grad():
+        for model in (stock, ours):
+            for parameter in model.decoder.parameters():
+                parameter.mul_(1.2)
+    assert made(ours, outputs[1]) == made(stock, outputs[0])
+
+
+def test_training_while_another_thread_generates(pair: Any) -> None:
+    _, ours = pair
+    streamer_waits, goes_on = threading.Event(), threading.Event()
+
+    class Waiting:
+        def put(self, value: torch.Tensor) -> None:
+            streamer_waits.set()
+            goes_on.wait(20)
+
+        def end(self) -> None:
+            pass
+
+    thread = threading.Thread(
+        target=tokens, args=(ours,), kwargs={"streamer": Waiting(), **{k: v[:1] for k, v in batch().items()}}
+    )
+    thread.start()
+    streamer_waits.wait(20)
+    try:
+        ours.train()
+        ours(**batch(), labels=LABELS).loss.backward()
+        ours.eval()
+        assert ours(**batch(), labels=LABELS).loss.requires_grad
+    finally:
+        goes_on.set()
+        thread.join(20)
+
+
+def test_code_of_the_users_is_called_in_generate(pair: Any) -> None:
+    """An exchanged forward(), hooks on the model, prepare_inputs_for_generation: Transformers' loop calls them."""
+    stock, ours = pair
+    expected = tokens(stock)
+
+    def negated(forward: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            out = forward(*arguments, **named)
+            out.logits = -out.logits
+            return out
+
+        return run
+
+    results = []
+    for model in pair:
+        model.forward = functools.wraps(model.forward)(negated(model.forward))
+        results.append(tokens(model))
+        del model.forward
+    assert results[0] == results[1] != expected
+    assert "forward()" in ours.last_generation_path.reason
+    calls: list[int] = []
+    handle = ours.register_forward_hook(lambda *_: calls.append(1))
+    assert tokens(ours) == expected and len(calls) == 8
+    handle.remove()
+    assert tokens(ours) == expected and ours.last_generation_path.loop == "device"
+
+
+def test_modes_and_dropout_of_modules(pair: Any) -> None:
+    """What is set on a module counts for the stock twin's as well."""
+    _, ours = pair
+    ours.train()
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    assert len({float(ours(**batch(), labels=LABELS).loss.detach()) for _ in range(3)}) == 1
+    ours.decoder.gradient_checkpointing = True
+    assert ours.reference.decoder.gradient_checkpointing
+    ours.encoder.eval()
+    assert not ours.reference.encoder.training and ours.reference.decoder.training
+
+
+def test_exchanged_after_sizes_were_read(pair: Any) -> None:
+    """Training reads sizes without opening engines; what is exchanged after it counts."""
+    stock, ours = pair
+    for model in pair:
+        model(**batch(), labels=LABELS, output_attentions=model is ours)
+        model.set_output_embeddings(nn.Linear(64, 211, bias=False))
+        with torch.no_grad():
+            model.lm_head.weight.copy_(stock.shared.weight.flip(0))
+    assert tokens(ours) == tokens(stock)
+
+
+def test_deleted_models_are_freed_at_once() -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", d_model=256, d_ff=512), num_threads=1)
+    for more in ({}, {"num_beams": 3}, {"decoder_input_ids": LABELS}):
+        tokens(ours, **more)
+    gone = [weakref.ref(ours), weakref.ref(ours.session), *map(weakref.ref, ours.session._weights.values())]
+    gc.collect()
+    gc.disable()
+    try:
+        del ours
+        assert not any(kept() is not None for kept in gone)
+    finally:
+        gc.enable()
 
 
 class Adapter(nn.Module):
@@ -271,6 +401,7 @@ def test_settings_of_the_config_as_arguments(tmp_path: Path) -> None:
         tmp_path, dropout_rate=0.25, use_cache=False, decoder_start_token_id=5, num_threads=1
     )
     assert (ours.config.dropout_rate, ours.config.use_cache, ours.config.decoder_start_token_id) == (0.25, False, 5)
+    assert ours.generation_config.decoder_start_token_id == 5
     assert TRTT5ForConditionalGeneration.from_pretrained(tmp_path, config=str(tmp_path)).config.d_model == 64
     for arguments, said in (
         ({"dropuot_rate": 0.2}, "not known.*dropuot_rate"),

@@ -243,6 +243,9 @@ class OrtSession:
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
                 "Runtime 1.20 or newer; if this one is, please report the message."
             ) from error
+        finally:  # nodes and values of a graph hold each other, and would hold the weights until garbage is collected
+            for value in model.graph.initializers.values():
+                value.const_value = None
 
 
 class OrtProgram:

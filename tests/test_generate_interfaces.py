@@ -93,12 +93,12 @@ def test_changed_encoder_states_are_not_answered_from_memory(v11: tuple[Any, Any
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             outputs = ours.get_encoder()(**inputs)
-            assert recall(outputs) is not None
+            assert recall(outputs, ours.session) is not None
             outputs.last_hidden_state.mul_(-1.0)
-            assert recall(outputs) is None
+            assert recall(outputs, ours.session) is None
             replaced = ours.get_encoder()(**inputs)
             replaced.last_hidden_state = -replaced.last_hidden_state
-            assert recall(replaced) is None
+            assert recall(replaced, ours.session) is None
             flipped = stock.get_encoder()(**inputs)
             flipped.last_hidden_state = -flipped.last_hidden_state
             mask = inputs["attention_mask"]

@@ -122,9 +122,7 @@ def generate(
     texts: Annotated[Optional[list[str]], typer.Argument(help="texts; none reads lines from standard input")] = None,  # noqa: UP045
     backend: str = "auto",
     num_beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="default: the checkpoint's limit, or 128")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's limit, or 128")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
     """Print what a model generates, a line for each text."""

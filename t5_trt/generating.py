@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationMixin
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
 from t5_trt.forwarding import EngineForward, ordinary_tensors
@@ -37,6 +36,7 @@ class EngineGeneration(EngineForward):
     if TYPE_CHECKING:
         _generation_lock: threading.RLock
         _last_path: GenerationPath | None
+        _stock_class: Any
         _forward_hooks: Any
         _forward_pre_hooks: Any
 
@@ -177,7 +177,7 @@ class EngineGeneration(EngineForward):
         kind: Any = type(self)
         if kind.forward is not EngineForward.forward or "forward" in self.__dict__:
             return "forward() is not this library's"
-        if kind.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        if kind.prepare_inputs_for_generation is not self._stock_class.prepare_inputs_for_generation:
             return "prepare_inputs_for_generation() is not Transformers'"
         hooked = self._forward_hooks or self._forward_pre_hooks
         return "the model has forward hooks" if hooked else None

@@ -34,8 +34,7 @@ class EngineEncoder:
         owner = self._owner()
         if owner is None:
             raise InputError("the model that this encoder belongs to is gone; keep a reference to the model itself.")
-        if owner._beams_ahead is None:
-            owner._notice_changes()
+        owner._notice_changes()
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         reason = owner._beyond_engines(wanted, attention_mask, None, None, inputs_embeds)
         if reason:

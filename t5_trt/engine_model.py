@@ -234,7 +234,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         return self._opened()
 
     def _notice_changes(self) -> None:
-        """Drop engines over weights that have changed since they were opened. Every call of the user's begins with it."""
+        """Drop engines over weights that have changed since they were opened; not within a ``generate()`` that has looked."""
+        if self._beams_ahead is not None:
+            return
         if self._session is not None and self._session_weights is not None and self._session_weights.changed():
             logger.info("the model's weights have changed: its engines are opened anew")
             self._session = self._architecture = None

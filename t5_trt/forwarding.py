@@ -118,8 +118,7 @@ class EngineForward:
             StrictModeError: engines cannot serve the request and the model was loaded with ``strict=True``.
             BackendError: the backend failed.
         """
-        if self._beams_ahead is None:
-            self._notice_changes()
+        self._notice_changes()
         wanted = self._wanted_outputs(output_attentions, output_hidden_states)
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict

@@ -11,6 +11,7 @@ import torch
 from t5_trt.errors import InputError
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.ranges import Ranges
+from t5_trt.inputs import check_texts
 
 Batch = dict[str, torch.Tensor]
 _BATCH_SIZE, _NEW_TOKENS = 8, 32
@@ -39,7 +40,7 @@ def text_batches(tokenizer: Any, texts: Iterable[str], size: int = _BATCH_SIZE) 
     Raises:
         InputError: there are none.
     """
-    known = list(texts)
+    known = check_texts(texts)
     if not known or any(not isinstance(text, str) for text in known):
         raise InputError(f"texts got {known[:3]!r}; expected strings, at least one.")
     for start in range(0, len(known), size):

@@ -53,7 +53,7 @@ def load_config(
         CheckpointError: there is no readable config.
         UnsupportedModelError: it is of another family.
     """
-    folder = Path(name_or_path)
+    folder, changes = Path(name_or_path), {} if changes is None else changes
     if folder.is_dir() and not (folder / hub_arguments.get("subfolder", "") / "config.json").is_file():
         found = sorted(entry.name for entry in folder.iterdir())[:10]
         raise CheckpointError(
@@ -64,7 +64,7 @@ def load_config(
         check_files(folder / hub_arguments.get("subfolder", ""))
     try:
         # None would ask on the terminal whether to run the checkpoint's code
-        offered = {name: value for name, value in (changes or {}).items() if name not in _NO_SETTINGS}
+        offered = {name: value for name, value in changes.items() if name not in _NO_SETTINGS}
         config, unused = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, return_unused_kwargs=True, **hub_arguments, **offered
         )
@@ -81,7 +81,6 @@ def load_config(
             "save the checkpoint again."
         ) from error
     for name in offered.keys() - unused.keys():
-        assert changes is not None
         del changes[name]
     check_family(config, encoder_only=encoder_only)
     # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
@@ -267,10 +266,10 @@ def share_weights(
         config._attn_implementation = attention
     model = without_data(target, config)
     state = source.state_dict(keep_vars=True)
+    check_tensors(state, model.state_dict(), target)
+    frozen = [key for key, tensor in state.items() if not tensor.requires_grad]
     if device is not None and device.type != "cpu":
         state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
-    check_tensors(state, model.state_dict(), target)
-    frozen = [key for key, tensor in source.state_dict(keep_vars=True).items() if not tensor.requires_grad]
     model.load_state_dict(state, strict=True, assign=True)
     made = model.state_dict(keep_vars=True)
     for key in frozen:  # loading has made them trainable, in both models

@@ -167,10 +167,8 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         if resolve(runtime).backend == "tensorrt":
             runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
         settings = dict(kwargs)
-        if config is None:
-            config = load_config(name, encoder_only=cls._encoder_only, changes=kwargs, **where)
-        elif isinstance(config, str | Path):
-            config = load_config(str(config), encoder_only=cls._encoder_only, changes=kwargs, **where)
+        if config is None or isinstance(config, str | Path):
+            config = load_config(str(config or name), encoder_only=cls._encoder_only, changes=kwargs, **where)
         runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
         placement = resolve(runtime)
         check_indexes(name, config, kwargs.get("variant"), **where)

@@ -122,16 +122,15 @@ class EngineForward:
         wanted = self._wanted_outputs(output_attentions, output_hidden_states)
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self._shift_right(self._check_labels(labels))
-        elif (
-            labels is not None
-            and isinstance(decoder_input_ids, torch.Tensor)
-            and labels.shape != decoder_input_ids.shape
-        ):
-            raise InputError(
-                f"labels got shape {tuple(labels.shape)}; expected that of the decoder's input, {tuple(decoder_input_ids.shape)}."
-            )
+        if labels is not None:
+            labels = self._check_labels(labels)
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self._shift_right(labels)
+            elif isinstance(decoder_input_ids, torch.Tensor) and labels.shape != decoder_input_ids.shape:
+                raise InputError(
+                    f"labels got shape {tuple(labels.shape)}; expected that of the decoder's input, "
+                    f"{tuple(decoder_input_ids.shape)}."
+                )
         reason = self._beyond_engines(
             wanted,
             attention_mask,
@@ -173,8 +172,8 @@ class EngineForward:
             logits = self._decode(opened, tokens, decoder_attention_mask, cache)
         loss = None
         if labels is not None:
-            target = self._check_labels(labels).to(logits.device)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+            target = labels.to(logits.device).flatten()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target, ignore_index=-100)
         result = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

@@ -27,7 +27,7 @@ from t5_trt.transformers_api import CACHE, takes_old_cache_names
 
 logger = logging.getLogger("t5_trt")
 _said: set[str] = set()  # what was logged
-_TRAINING = "generate() in training mode runs on engines, without dropout; model.eval() says so"
+_TRAINING = "generate() in training mode runs on engines, without dropout; call model.eval() first"
 
 
 class EngineGeneration(EngineForward):

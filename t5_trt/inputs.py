@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -63,6 +64,17 @@ def check_embeds(name: str, embeds: Any, d_model: int, device: torch.device, dty
     if embeds.dim() != 3 or embeds.shape[2] != d_model or embeds.numel() == 0:
         raise InputError(f"{name} got shape {tuple(embeds.shape)}; expected [batch, tokens, {d_model}], not empty.")
     return embeds.detach().to(device=device, dtype=dtype)
+
+
+def check_texts(texts: Iterable[Any]) -> list[Any]:
+    """Texts, or what stands for them, as a list.
+
+    Raises:
+        InputError: they are one string, whose characters would be taken for texts.
+    """
+    if isinstance(texts, str):
+        raise InputError("texts got one string; expected several. Pass [text], or a file's lines.")
+    return list(texts)
 
 
 def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from t5_trt.checkpoint import load_tokenizer
 from t5_trt.engine.profiles import SMALLEST, bucket
 from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.ranges import fold
+from t5_trt.inputs import check_texts
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.runtime.buffers import layer_views
 from t5_trt.signature import ENCODER, QUERIES
@@ -109,11 +110,9 @@ def compare(
         InputError: there are no texts, or they are one string.
         StrictModeError: `activations` with a model that was loaded with ``strict=True``.
     """
-    if isinstance(texts, str):
-        raise InputError("texts got one string; expected several. Pass [text], or a file's lines.")
     if generate.get("num_return_sequences") not in (None, 1):
         raise InputError("num_return_sequences is not supported: one result of a source is compared with one.")
-    batches = _as_batches(model, list(texts), tokenizer, batch_size)
+    batches = _as_batches(model, check_texts(texts), tokenizer, batch_size)
     sequences = equal = tokens = values = 0
     first: tuple[int, int] | None = None
     largest = absolute = squared = total = divergence = 0.0

@@ -364,6 +364,8 @@ def test_many_with_results_as_dictionaries() -> None:
     for wrong, said in (({"texts": "abc"}, "one string"), ({"texts": texts, "num_return_sequences": 2}, "num_return")):
         with pytest.raises(InputError, match=said):
             compare(ours, ours.reference, num_beams=2, **wrong)
+    with pytest.raises(InputError, match="one string"):
+        TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, calibration="がっこう")
 
 
 def test_gradients_outside_of_training_mode(pair: Any) -> None:

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "labels float": ({"input_ids": IDS, "labels": torch.ones(3, 2), "decoder_input_ids": None}, "labels got torch.float32"),
     "label too large": ({"input_ids": IDS, "labels": ONE + VOCAB, "decoder_input_ids": None}, "labels got the id 211"),
     "labels of another shape": ({"input_ids": IDS, "labels": torch.zeros(3, 2).long()}, r"labels got shape \(3, 2\)"),
+    "labels in a list": ({"input_ids": IDS, "labels": [[5], [6], [7]]}, "labels got list; expected int64"),
     "states of another size": ({"encoder_outputs": (torch.ones(3, 5, 8),)}, r"\(3, 5, 8\); expected \[batch, tokens, 64\]"),
 }  # fmt: skip
 

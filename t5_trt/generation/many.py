@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from t5_trt.errors import InputError
+from t5_trt.inputs import check_texts
 
 
 def generate_many(
@@ -49,13 +50,11 @@ def generate_many(
         InputError: `batch_size` is not positive, `texts` is one string or holds something else than strings, or the
             arguments ask ``generate`` for something else than tokens.
     """
-    if isinstance(texts, str):
-        raise InputError("texts got one string; expected several. Pass [text], or a file's lines.")
     if batch_size < 1:
         raise InputError(f"batch_size got {batch_size}; expected at least 1.")
     if generate_arguments.get("return_dict_in_generate"):
         raise InputError("return_dict_in_generate is not supported: generate_many gives text. Use model.generate().")
-    known = list(texts)
+    known = check_texts(texts)
     wrong = next((place for place, text in enumerate(known) if not isinstance(text, str)), None)
     if wrong is not None:
         raise InputError(f"texts[{wrong}] got {type(known[wrong]).__name__}; expected a string.")

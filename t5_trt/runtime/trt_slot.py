@@ -134,9 +134,8 @@ class TrtProgram:
 
     def __init__(self, slot: Slot, state: DecoderState, step: RecordedStep, choice: Any) -> None:
         self._slot, self._state, self._step = slot, state, step
-        self._lease = state.bindings.get(
-            "lease"
-        )  # what is read of the slot while the state moves on to a larger one stays its own
+        # what is read of the slot while the state moves on to a larger one stays its own
+        self._lease = state.bindings.get("lease")
         self._apart = choice is not None
         self.choice = step.choice if choice is None else choice
         self._draws = self.choice.draws and not self._apart

@@ -43,9 +43,10 @@ class Architecture:
         tied_head: the output matrix is the embedding. output_scale: factor on the decoder's output before it.
         bias_per_layer: every layer has its own relative bias table (UMT5) instead of sharing the first layer's.
         wide_stream: residual streams are float32 whatever the compute type (`t5_trt.graph.ranges`).
-        wide_embedding: so are the embedding and ``inputs_embeds``.
+        stream_factor: what the embedding, and with it both residual streams, are multiplied by to keep half precision in range.
+            It changes no result: every stream goes through an RMSNorm, whose epsilon is multiplied by its square.
         branch_factors: module name of an ``o``, a ``wo`` or the head ("lm_head") -> what its matrix was multiplied by to keep
-            half precision in range. Graphs divide by it again, in float32, but for the head's: the logits that they give out are
+            half precision in range. Graphs divide by it again (and multiply by `stream_factor`), in float32, but for the head's: the logits that they give out are
             multiplied by it. Where none is named it is 1.
     """
 
@@ -65,7 +66,7 @@ class Architecture:
     output_scale: float
     bias_per_layer: bool
     wide_stream: bool = False
-    wide_embedding: bool = False
+    stream_factor: float = 1.0
     branch_factors: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property

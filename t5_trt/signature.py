@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from t5_trt.architecture import Architecture
 
 #: part of every engine's cache key: raise it when a change in `t5_trt.graph` changes what a graph computes or is called
-GRAPH_REVISION = 6
+GRAPH_REVISION = 7
 
 INDEX = "index"  # token ids, positions and masks: int64 (int32 for TensorRT 8)
 REAL = "real"  # the compute type of the engine: float32, float16 or bfloat16
@@ -77,7 +77,7 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
     if graph == ENCODER:
         return Signature((Tensor("input_ids", INDEX, ("B", "S")), mask), (hidden, *made))
     if graph == ENCODER_EMBEDS:
-        embeds = Tensor("inputs_embeds", SINGLE if arch.wide_embedding else REAL, ("B", "S", size))
+        embeds = Tensor("inputs_embeds", REAL, ("B", "S", size))
         return Signature((embeds, mask), (hidden, *made))
     if graph == CROSS:
         return Signature((hidden,), made)

@@ -149,7 +149,7 @@ def test_digest_follows_the_weights() -> None:
     "folding",
     [
         Folding(),
-        Folding(True, False, {"decoder.block.0.layer.2.DenseReluDense.wo": 2**-5}, {"decoder.block.0.layer.2": 2**-3}),
+        Folding(True, 0.5, {"decoder.block.0.layer.2.DenseReluDense.wo": 2**-5}, {"decoder.block.0.layer.2": 2**-3}),
     ],
     ids=["plain", "folded"],
 )

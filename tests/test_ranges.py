@@ -7,18 +7,20 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 
 from benchmarks.h100_text import larger
 from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
 from t5_trt.calibration import observe, random_batches, text_batches
-from t5_trt.graph import ranges
+from t5_trt.graph import build_device_graph, ranges
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
 from t5_trt.graph.ranges import LIMIT, Folding, Ranges, bound, fold
 from t5_trt.random_models import random_t5
 from t5_trt.runtime import open as opening
 from t5_trt.runtime.open import best_precision
+from t5_trt.signature import ENCODER, STEP
 from tests.conftest import SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
@@ -127,12 +129,31 @@ def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pyte
     with pytest.raises(NotFiniteError):
         logits(ours)
     folding = folding_of(ours)
-    assert folding.branches["lm_head"] < 1 and folding.wide_embedding == (factor == 2**18)
+    assert folding.branches["lm_head"] < 1 and (folding.embedding < 1) == (factor == 2**18)
     ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
     assert relative(logits(ours), expected) < HALF_RELATIVE
     assert relative(encoded_embeds(ours).float(), encoded_embeds(stock)) < HALF_RELATIVE
     ours._session = stand_in_session(ours, monkeypatch, folding=folding)
     assert relative(logits(ours), expected) < FOLDED_RELATIVE
+
+
+def test_streams_have_their_own_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `compare` shows of layers is not multiplied by the stream's factor."""
+    stock = large_logits(make_stock("t5-v1.1"), 2.0**18)
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    plain, folded = (
+        stand_in_session(ours, monkeypatch, folding=folding).streams(ENCODER, batch())
+        for folding in (Folding(), folding_of(ours))
+    )
+    assert len(plain) == 3 and all(relative(folded[name], plain[name]) < FOLDED_RELATIVE for name in plain)
+
+
+def test_nothing_stands_between_the_last_norm_and_the_head() -> None:
+    """TensorRT 8.5 is free to multiply after the product, where half precision may have no room."""
+    arch = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0")).architecture
+    graph = build_device_graph(STEP, arch, ir.DataType.FLOAT16, fixed={"B": 1, "N": 1, "R": 1, "S": 32, "T": 64}).graph
+    nodes = [node.op_type for node in graph if (node.name or "").startswith("lm_head/")]
+    assert arch.output_scale < 1 and nodes[-5:] == ["Div", "Cast", "MatMul", "Reshape", "Cast"] and "Mul" not in nodes
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -159,7 +180,7 @@ def test_ordinary_checkpoints_are_left_alone() -> None:
 
 def test_factors() -> None:
     dense, attention = "encoder.block.0.layer.1.DenseReluDense", "decoder.block.3.layer.1.EncDecAttention"
-    folding = Folding(True, False, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
+    folding = Folding(True, 1.0, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
 
     def factor(key: str, group: str = "a matrix") -> float:
         return folding.factor(group, key)
@@ -169,8 +190,8 @@ def test_factors() -> None:
     assert factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 1.0
     assert factor("encoder.final_layer_norm.weight") == 1.0
     assert factor("shared.weight", EMBEDDING) == factor("shared.weight", LM_HEAD) == 1.0
-    tied = Folding(True, True, {"lm_head": 2**-7})
-    assert tied.factor(EMBEDDING, "shared.weight") == 1 and tied.factor(LM_HEAD, "shared.weight") == 2**-7
+    tied = Folding(True, 2**-3, {"lm_head": 2**-7})
+    assert tied.factor(EMBEDDING, "shared.weight") == 2**-3 and tied.factor(LM_HEAD, "shared.weight") == 2**-7
 
 
 def test_seen_ranges_get_headroom() -> None:

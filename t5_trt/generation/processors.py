@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -147,10 +147,16 @@ def _divisor(name: str) -> Read:
     """What `_divide` takes: the reciprocal where torch multiplies by it to divide by a Python float."""
 
     def read(processor: Any, device: torch.device) -> torch.Tensor:
-        number = torch.tensor(getattr(processor, name), dtype=torch.float32)
-        return 1.0 / number if _multiplies(device) else number
+        number = float(getattr(processor, name))
+        return torch.tensor(_reciprocal(number, device) if _multiplies(device) else number, dtype=torch.float32)
 
     return read
+
+
+@lru_cache(1024)
+def _reciprocal(number: float, device: torch.device) -> float:
+    """What torch multiplies by there; asked, because there are two ways to round it (they differ for 1.7)."""
+    return float(torch.ones((), device=device) / number)
 
 
 def _divide(scores: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:

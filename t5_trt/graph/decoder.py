@@ -80,7 +80,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
             stream = feed_forward(graph, stream, f"{block}.2")
         graph.tap(f"decoder.block.{layer}", graph.cast(stream, graph.stream_type, FLOAT))
     with graph.scope(LM_HEAD):
-        (flat,) = graph.project(stream, LM_HEAD, arch.output_scale).parts
+        (flat,) = graph.project(stream, LM_HEAD).parts
         logits = graph.reshape(flat, frame.rows, frame.queries, arch.vocab_size)
         outputs["logits"] = graph.cast(logits, graph.real, FLOAT)
     return graph.finish(outputs, declared.outputs)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -22,7 +21,7 @@ from t5_trt.architecture import Architecture
 from t5_trt.graph.ops import Dim, GraphBuilder
 from t5_trt.graph.parameters import EMBEDDING, Parameter, Weights, parameters
 from t5_trt.graph.precision import TORCH_TYPES
-from t5_trt.signature import SINGLE, Tensor
+from t5_trt.signature import Tensor
 
 FLOAT = ir.DataType.FLOAT
 
@@ -56,8 +55,8 @@ class Form(GraphBuilder):
         """A weight that is looked up or added."""
         raise NotImplementedError
 
-    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
-        """The products of a group, its norm (and a scale) applied to the stream first."""
+    def project(self, stream: ir.Value, group: str) -> Projection:
+        """The products of a group, its norm and scale applied."""
         raise NotImplementedError
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
@@ -105,27 +104,18 @@ class Form(GraphBuilder):
 
     def stream(self, source: ir.Value, outer: Sequence[Dim], *, embeds: bool = False) -> ir.Value:
         """Start a residual stream with the embeddings of token ids, or with embeddings."""
-        wide = self.arch.wide_embedding
-        with self.wide() if wide else nullcontext():
-            embedded = source if embeds else self.op("Gather", self.parameter(EMBEDDING), source, axis=0)
-            flat = self.flat(embedded, outer, self.arch.d_model)
-        return self.cast(flat, FLOAT if wide else self.real, self.stream_type)
-
-    def unfolded(self, value: ir.Value, module: str) -> ir.Value:
-        """A float32 value with the factor undone that range folding put into a module's matrix, if there is one."""
-        factor = self.arch.branch_factors.get(module, 1.0)
-        if factor == 1.0:
-            return value
-        with self.wide():
-            return self.op("Mul", value, self.scalar(1.0 / factor, FLOAT))
+        embedded = source if embeds else self.op("Gather", self.parameter(EMBEDDING), source, axis=0)
+        return self.cast(self.flat(embedded, outer, self.arch.d_model), self.real, self.stream_type)
 
     def add_branch(self, stream: ir.Value, inner: ir.Value, group: str) -> ir.Value:
-        """A layer's output, ``stream + linear(inner, group)``, with the factor that range folding put into the matrix undone."""
+        """A layer's output, ``stream + linear(inner, group)``, in the units of the stream: see `Architecture.branch_factors`."""
         branch = self.cast(self.linear(inner, group), self.real, self.stream_type)
         if not self.arch.wide_stream:
             return self.op("Add", stream, branch)
-        branch = self.unfolded(branch, group)
+        factor = self.arch.stream_factor / self.arch.branch_factors.get(group, 1.0)
         with self.wide():
+            if factor != 1.0:
+                branch = self.op("Mul", branch, self.scalar(factor, FLOAT))
             return self.op("Add", stream, branch)
 
     def linear(self, stream: ir.Value, group: str) -> ir.Value:
@@ -138,7 +128,7 @@ class Form(GraphBuilder):
         with self.wide():
             square = self.op("Pow", wide, self.scalar(2.0, FLOAT))
             mean = self.mean(square)
-            root = self.op("Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon, FLOAT)))
+            root = self.op("Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon * self.arch.stream_factor**2, FLOAT)))
             normed = self.op("Div", wide, root)
             if weight is not None:  # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
                 normed = self.op("Mul", normed, self.cast(weight, self.real, FLOAT))
@@ -175,13 +165,13 @@ class HostForm(Form):
         """See `Form.parameter`."""
         return self._weight(name)
 
-    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
+    def project(self, stream: ir.Value, group: str) -> Projection:
         """See `Form.project`: ``[rows, in] @ [out, in]^T`` for each matrix, in the checkpoint's own layout."""
         parameter = self.groups[group]
         if parameter.norm is not None:
             stream = self.rms_norm(stream, self._weight(parameter.norm))
-        if scale != 1.0:
-            stream = self.op("Mul", stream, self.scalar(scale))
+        if parameter.scale != 1.0:
+            stream = self.op("Mul", stream, self.scalar(parameter.scale))
         return Projection([self.op("Gemm", stream, self._weight(key), transB=1) for key in parameter.parts], None)
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
@@ -240,17 +230,14 @@ class DeviceForm(Form):
         """See `Form.parameter`."""
         if name not in self._read:
             shape = ir.Shape(self.groups[name].shape)
-            dtype = FLOAT if self.groups[name].wide else self.real
-            self._read[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
+            self._read[name] = ir.Value(name=name, type=ir.TensorType(self.real), shape=shape)
         return self._read[name]
 
-    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
-        """See `Form.project`: one product for the whole group, with the norm's weight already in the matrix."""
+    def project(self, stream: ir.Value, group: str) -> Projection:
+        """See `Form.project`: one product for the whole group, with the norm's weight and the scale already in the matrix."""
         parameter: Parameter = self.groups[group]
         if parameter.norm is not None:
             stream = self.rms_norm(stream, None)
-        if scale != 1.0:
-            stream = self.op("Mul", stream, self.scalar(scale))
         packed = self.op("MatMul", stream, self.matrix(group))
         if len(parameter.parts) == 1:
             return Projection([packed], packed)
@@ -318,8 +305,7 @@ class DeviceForm(Form):
         known = [size for size in shape if isinstance(size, int)]
         if len(shape) < 3 or len(known) < len(shape):
             return super().input(tensor)
-        with self.wide() if tensor.kind == SINGLE else nullcontext():
-            value = self.reshape(super().input(self._flat(tensor)), *known)
+        value = self.reshape(super().input(self._flat(tensor)), *known)
         value.shape, value.type = ir.Shape(shape), ir.TensorType(self._dtype(tensor.kind))
         return value
 

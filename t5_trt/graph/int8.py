@@ -93,15 +93,15 @@ class Int8HostForm(HostForm):
         super().__init__(name, arch, weights, ir.DataType.FLOAT)
         self._quantized = quantized
 
-    def project(self, stream: ir.Value, group: str, scale: float = 1.0) -> Projection:
+    def project(self, stream: ir.Value, group: str) -> Projection:
         """See `Form.project`: one product for the whole group."""
         if MATRIX.format(group) not in self._quantized:
-            return super().project(stream, group, scale)
+            return super().project(stream, group)
         parameter = self.groups[group]
         if parameter.norm is not None:
             stream = self.rms_norm(stream, self.parameter(parameter.norm))
-        if scale != 1.0:
-            stream = self.op("Mul", stream, self.scalar(scale))
+        if parameter.scale != 1.0:
+            stream = self.op("Mul", stream, self.scalar(parameter.scale))
         matrix = self._stored(MATRIX.format(group))
         assert matrix.const_value is not None
         width, made = parameter.shape[1], self._quantized[MATRIX.format(group)].shape[1]

@@ -31,7 +31,7 @@ class Parameter:
         inputs: columns of the checkpoint matrices; 0 for a vector.
         norm: state-dict key of the norm whose weight is folded in, or None.
         is_matrix: multiplied by (and so transposed) rather than looked up or added.
-        wide: float32 whatever the compute type.
+        scale: a factor of the architecture's on what the matrix makes, folded in.
     """
 
     parts: tuple[str, ...]
@@ -39,7 +39,7 @@ class Parameter:
     inputs: int
     norm: str | None = None
     is_matrix: bool = True
-    wide: bool = False
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,8 +51,7 @@ class Parameter:
 def parameters(arch: Architecture) -> dict[str, Parameter]:
     """Every weight of a model under the name that graphs use, with the checkpoint tensors behind it."""
     size, inner = arch.d_model, arch.num_heads * arch.d_kv
-    embedding = Parameter((EMBEDDING,), (arch.vocab_size,), size, is_matrix=False, wide=arch.wide_embedding)
-    made = {EMBEDDING: embedding}
+    made = {EMBEDDING: Parameter((EMBEDDING,), (arch.vocab_size,), size, is_matrix=False)}
 
     def attention(layer: str, kind: str, parts: str) -> None:
         keys = tuple(f"{layer}.{kind}.{part}.weight" for part in parts)
@@ -85,7 +84,8 @@ def parameters(arch: Architecture) -> dict[str, Parameter]:
     if not keys:  # an encoder alone
         return made
     made[CROSS_KV] = Parameter(keys, (inner,) * len(keys), size)
-    made[LM_HEAD] = Parameter((arch.head_weight,), (arch.vocab_size,), size, "decoder.final_layer_norm.weight")
+    norm = "decoder.final_layer_norm.weight"
+    made[LM_HEAD] = Parameter((arch.head_weight,), (arch.vocab_size,), size, norm, scale=arch.output_scale)
     return made
 
 
@@ -118,7 +118,7 @@ def materialize(
     start = 0
     for key, columns in zip(parameter.parts, parameter.widths, strict=True):  # one part at a time: little extra memory
         part = weights[key].detach().to(device, torch.float32)
-        if (by := factor(key)) != 1.0:
+        if (by := factor(key) * parameter.scale) != 1.0:
             part = part * by
         made[:, start : start + columns] = (part if scale is None else part * scale).t()
         start += columns

@@ -3,8 +3,8 @@
 Where sums over layers could leave the range, the residual streams are float32. What is left is each layer: the inside of a
 feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``, and
 what an ``o`` or ``wo`` adds to the stream, or a logit, at u times its value by writing u into that matrix and dividing by it in
-float32: where the graphs add it, or for logits after the engine. With powers of two nothing is rounded by that. An embedding
-that is out of range is float32 itself. Checkpoints whose activations go beyond 65504, the largest float16, then stay within it
+float32: where the graphs add it, or for logits after the engine. An embedding that is out of range is multiplied by e, and with it
+the whole stream, which the norms take out again. With powers of two nothing is rounded by that. Checkpoints whose activations go beyond 65504, the largest float16, then stay within it
 (T5 v1.1, Flan-T5 and mT5 are known for them; huggingface/transformers issue 9295).
 
 The factors come from bounds that hold for every input, derived from the weights by Cauchy and Schwarz, or from the largest
@@ -48,14 +48,14 @@ class Folding:
 
     Attributes:
         wide_stream: the residual streams must be float32; so they are wherever one of `branches` is added to them.
-        wide_embedding: the embedding must be float32; so are the streams then.
+        embedding: e; where it is not 1 the streams are float32.
         branches: u by module name of an ``o`` or ``wo``, or "lm_head".
         inner: t by feed-forward layer.
         certain: no input can leave the range; False where that would have cost too much precision.
     """
 
     wide_stream: bool = False
-    wide_embedding: bool = False
+    embedding: float = 1.0
     branches: Mapping[str, float] = field(default_factory=dict)
     inner: Mapping[str, float] = field(default_factory=dict)
     certain: bool = True
@@ -65,14 +65,14 @@ class Folding:
         return replace(
             arch,
             wide_stream=self.wide_stream,
-            wide_embedding=self.wide_embedding,
+            stream_factor=self.embedding,
             branch_factors=dict(self.branches),
         )
 
     def factor(self, group: str, key: str) -> float:
         """What the tensor of a state-dict key is multiplied by in one of `t5_trt.graph.parameters.parameters`."""
         if group in (EMBEDDING, LM_HEAD):  # the same tensor in many checkpoints
-            return 1.0 if group == EMBEDDING else self.branches.get(LM_HEAD, 1.0)
+            return self.embedding if group == EMBEDDING else self.branches.get(LM_HEAD, 1.0)
         module = key.removesuffix(".weight")
         layer, _, name = module.rpartition(".")
         owner = layer.removesuffix(".DenseReluDense")
@@ -107,13 +107,13 @@ def fold(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Fo
     room = LIMIT if seen is None else LIMIT / HEADROOM
     embedding = float(weights[EMBEDDING].detach().float().abs().max())
     wide = bool(branches.keys() - {LM_HEAD}) or embedding + _largest_sum(bounds) > room
-    return Folding(wide, embedding > LIMIT, branches, inner, certain)
+    return Folding(wide, _power(embedding, 0.0, seen=False)[0], branches, inner, certain)
 
 
 def _size(arch: Architecture, weights: Weights, module: str) -> float:
     """Root mean square of a matrix as the engine reads it."""
     if module == LM_HEAD:
-        return _rms(_head(arch, weights))
+        return _rms(_head(arch, weights)) * arch.output_scale
     return _rms(weights[f"{module}.weight"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -49,7 +50,7 @@ class DeviceWeights:
         if name not in self._made:
             try:
                 parameter, factor = self._parameters[name], partial(self._folding.factor, name)
-                self._made[name] = materialize(parameter, self._weights, self._dtype_of(name), self.device, factor)
+                self._made[name] = materialize(parameter, self._weights, self._dtype, self.device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)
                 self._made.clear()
@@ -65,10 +66,4 @@ class DeviceWeights:
         return sum(tensor.nbytes for tensor in self._made.values())
 
     def _bytes(self, name: str) -> int:
-        count = 1
-        for size in self._parameters[name].shape:
-            count *= size
-        return count * self._dtype_of(name).itemsize
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if self._parameters[name].wide else self._dtype
+        return math.prod(self._parameters[name].shape) * self._dtype.itemsize

@@ -156,10 +156,11 @@ def choose_folding(
         )
         stream = "float32" if folding.wide_stream else "half precision too"
         logger.info(
-            "half precision: feed-forward layers are kept at %s of their value, what layers add to the stream at %s; streams "
-            "are %s",
+            "half precision: feed-forward layers are kept at %s of their value, what layers add to the stream at %s, the "
+            "embedding at %g; streams are %s",
             inner,
             branches,
+            folding.embedding,
             stream,
         )
     return folding

@@ -98,7 +98,7 @@ class TrtSession:
             assert input_ids is not None
             graph, given["input_ids"] = ENCODER, input_ids
         else:
-            graph, given["inputs_embeds"] = ENCODER_EMBEDS, inputs_embeds
+            graph, given["inputs_embeds"] = ENCODER_EMBEDS, inputs_embeds * self.arch.stream_factor
         if beams is not None:
             step = self.engines.bucket(B=batch, N=beams, S=length, T=1)
             with self._lock:
@@ -165,6 +165,8 @@ class TrtSession:
             sources = {name: (t.int() if t.dtype == torch.int64 else t).contiguous() for name, t in inputs.items()}
             self.engines.bind(context, sources | found | rest)
             self.engines.enqueue(context)
+            for name in names:
+                found[name] /= arch.stream_factor
             if graph != ENCODER:
                 self._unfold(found["logits"])
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None

@@ -99,6 +99,7 @@ def stage_loops(store: Path, precision: str) -> Records:
             "published_tokens_per_s": published,
             "step_us": {name: round(value, 1) for name, value in step_us.items()},
             "encoder_ms": round(encoder_ms, 3),
+            "parts_ms": parts_ms(ours, arguments),
             **recording_cost(ours, slot, key),
             "host_share": round(1 - gpu_ms / ours_ms, 3),
             "rows_equal": _rows_equal(got, expected),
@@ -111,6 +112,41 @@ def stage_loops(store: Path, precision: str) -> Records:
 def _rows_equal(got: torch.Tensor, expected: torch.Tensor) -> int:
     width = min(got.shape[1], expected.shape[1])
     return int((got[:, :width] == expected[:, :width]).all(1).sum())
+
+
+def parts_ms(ours: Any, arguments: dict[str, Any], runs: int = 5) -> dict[str, float]:
+    """Medians of a call's parts on the GPU's clock in milliseconds, its waiting for the host included."""
+    from t5_trt.runtime.trt_slot import RecordedStep
+
+    replay, found = RecordedStep.replay, []
+    for _ in range(runs):
+        events = {name: torch.cuda.Event(enable_timing=True) for name in ("start", "first step", "last step", "end")}
+        steps = 0
+
+        def timed(step: Any, slot: Any, state: Any, events: Any = events) -> None:
+            nonlocal steps
+            if steps == 0:
+                events["first step"].record()
+            replay(step, slot, state)
+            steps += 1
+            if steps == NEW_TOKENS:
+                events["last step"].record()
+
+        RecordedStep.replay = timed  # type: ignore[method-assign]
+        try:
+            torch.cuda.synchronize()
+            events["start"].record()
+            ours.generate(**arguments)
+            events["end"].record()
+            torch.cuda.synchronize()
+        finally:
+            RecordedStep.replay = replay  # type: ignore[method-assign]
+        start, first, last, end = events.values()
+        found.append((start.elapsed_time(first), first.elapsed_time(last), last.elapsed_time(end)))
+    names = ("before the steps", "steps", "after the steps")
+    return {
+        name: round(statistics.median(times), 3) for name, times in zip(names, zip(*found, strict=True), strict=True)
+    }
 
 
 def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:

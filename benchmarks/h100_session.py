@@ -2,9 +2,9 @@
 
     python benchmarks/h100_session.py smoke --out FOLDER     is all recorded that ought to be? A minute before the rest
     python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side
-    python benchmarks/h100_session.py builds --out FOLDER    engines of the next part side by side, and models that overflow
-    python benchmarks/h100_session.py measure --out FOLDER   equal text and whole calls, one after the other
-    python benchmarks/h100_session.py base --out FOLDER      T5-base at batch 1: builds side by side, then parts of a call
+    python benchmarks/h100_session.py builds --out FOLDER    engines of the next part side by side, and T5-base that overflows
+    python benchmarks/h100_session.py measure --out FOLDER   whole calls, parts of a call and equal text, one after the other
+    python benchmarks/h100_session.py shapes --out FOLDER    other families, other batches and lengths, small models that overflow
     python benchmarks/h100_session.py rest --out FOLDER      full GPU memory, and torch.compile's times
     python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores
     python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
@@ -49,7 +49,7 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "> {store}/soak.log 2>&1 &"
             ],
             *(
-                [f"{TESTS} tests/gpu --deselect tests/gpu/test_recording.py -k '{which}' --durations=12"]
+                [f"{TESTS} tests/gpu -k '{which}' --durations=12"]
                 for which in ("not too_little_memory and not fp16", "fp16")
             ),
         ]
@@ -57,38 +57,39 @@ PARTS: dict[str, list[list[list[str]]]] = {
     "builds": [
         [
             [
-                "{python} benchmarks/h100.py families --precision fp32 --store {store}",
-                "{python} benchmarks/h100_text.py shipped-build --precision fp32 --store {store}",
+                "{python} benchmarks/h100_loops.py build --store {store}",
+                "{python} benchmarks/h100.py build --precision fp32 --store {store}",
             ],
             ["{python} benchmarks/h100_text.py shipped-build --precision fp16 --store {store}"],
+            ["{python} benchmarks/h100_text.py shipped-build --precision fp32 --store {store}"],
             [
                 f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
-                for stage in ("overflow-stream", "overflow-inner", "overflow")
+                for stage in ("overflow-stream", "overflow-inner")
             ],
-            [f"{{python}} benchmarks/h100_loops.py {stage} --store {{store}}" for stage in ("build-curves", "build")],
         ]
     ],
     "measure": [
         [
             [
-                "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
+                "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
+                "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
             ]
         ]
     ],
-    "base": [
+    "shapes": [
         [
-            [f"{{python}} benchmarks/h100.py build --precision {precision} --store {{store}}"]
-            for precision in ("fp16", "fp32")
+            ["{python} benchmarks/h100.py families --precision fp32 --store {store}"],
+            ["{python} benchmarks/h100_loops.py build-curves --store {store}"],
+            ["{python} benchmarks/h100_text.py overflow --precision fp16 --store {store}/overflow --json {json}"],
         ],
         [
             [
-                "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
-                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
+                "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
             ]
         ],
     ],

@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.soak_requests import KINDS, Request, Sizes, answer, draw_request
+from benchmarks.soak_requests import KINDS, SAMPLED, Request, Sizes, answer, draw_request, variants
 from benchmarks.soak_ties import is_tie, rounding
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.environment import environment
@@ -45,8 +45,8 @@ NOISE_MB = 8.0
 #: of results that are compared with the stock class
 SHARE = 0.05
 SAMPLE_EVERY = 20  # requests
-#: kind -> requests that, in all likelihood, are of every variant of it that a step is recorded for (top-k, stopping early)
-VARIANTS = {"greedy": 1, "scores": 1, "sampling": 6, "beams": 6, "beam sampling": 12}
+#: kinds that between them need every step that is recorded
+RECORDED = ("greedy", "scores", *SAMPLED, "beams")
 #: largest difference of logits in float32 that still is rounding
 ROUNDING = 1e-3
 #: for finding out, after the run, whether results that differ are ties
@@ -183,8 +183,9 @@ def soak(
         for kind in KINDS:
             send(True, kind=kind, size=size, exact=True)
         if on_gpu:  # record the steps that are kept
-            for kind in Counter(VARIANTS).elements():
-                send(False, kind=kind, size=size)
+            for kind in RECORDED:
+                for variant in variants(kind):
+                    send(False, kind=kind, size=size, exact=True, variant=variant)
     start, count = time.monotonic(), sum((seen.answered + seen.disturbed).values())
     while (elapsed := time.monotonic() - start) < minutes * 60:
         send(dice.random() < share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 import threading
@@ -30,6 +31,8 @@ KINDS = {
 }
 STREAMED = {"stream", "stream closed early", "streamer raises"}
 SAMPLED = ("sampling", "beam sampling")
+BEAM_KINDS = ("beams", "beam sampling")
+TOP_K, EARLY_STOPPING = (0, 50), (True, False)
 
 
 class PlannedError(Exception):
@@ -122,8 +125,18 @@ class Raising(BaseStreamer):
         return scores
 
 
+def variants(kind: str) -> list[dict[str, Any]]:
+    """Arguments that a step is recorded for, of those that `draw_request` draws for a kind: every combination."""
+    choices = {
+        "top_k": TOP_K if kind in SAMPLED else (),
+        "early_stopping": EARLY_STOPPING if kind in BEAM_KINDS else (),
+    }
+    named = {name: values for name, values in choices.items() if values}
+    return [dict(zip(named, values, strict=True)) for values in itertools.product(*named.values())]
+
+
 def draw_request(dice: random.Random, vocabulary: int, sizes: Sizes, device: Any, **fixed: Any) -> Request:
-    """A random request; `fixed` may name its ``kind``, its ``size``, and whether that is its ``exact`` length."""
+    """A random request; `fixed` may name its ``kind``, its ``size``, whether that is its ``exact`` length, and its `variants`."""
     kind = fixed.get("kind") or dice.choices(list(KINDS), list(KINDS.values()))[0]
     batch, source, new = fixed.get("size") or sizes.draw(dice)
     if kind in STREAMED:
@@ -139,12 +152,14 @@ def draw_request(dice: random.Random, vocabulary: int, sizes: Sizes, device: Any
         "max_new_tokens": new,
         "do_sample": kind in SAMPLED,
     }
-    if fixed.get("exact"):
-        arguments["min_new_tokens"] = new
+    if fixed.get("exact") or kind in SAMPLED + BEAM_KINDS:  # always: with a least length a step is another one
+        arguments["min_new_tokens"] = new if fixed.get("exact") else dice.randint(1, new)
     if arguments["do_sample"]:
-        arguments |= {"temperature": round(dice.uniform(0.5, 1.5), 2), "top_k": dice.choice((0, 50))}
-    if kind in ("beams", "beam sampling"):
-        arguments |= {"num_beams": BEAMS, "early_stopping": dice.choice((True, False))}
+        warmer = dice.choice((0.0, 0.51))  # never 1, which Transformers makes a rare variant of its own of
+        arguments |= {"temperature": round(dice.uniform(0.5, 0.99) + warmer, 2), "top_k": dice.choice(TOP_K)}
+    if kind in BEAM_KINDS:
+        arguments |= {"num_beams": BEAMS, "early_stopping": dice.choice(EARLY_STOPPING)}
+    arguments |= fixed.get("variant", {})
     if kind == "scores":
         arguments |= {"return_dict_in_generate": True, "output_scores": True}
     return Request(kind, arguments, seed, dice.randint(0, new))
@@ -191,6 +206,9 @@ def _stream(model: Any, request: Request) -> list[list[int]] | None:
     thread.join(PATIENCE_S)
     if thread.is_alive():
         raise TimeoutError(f"a stream did not end within {PATIENCE_S} s after its consumer left")
-    if failed and not isinstance(failed[0], PlannedError):
-        raise failed[0]
-    return None if failed or request.kind == "stream closed early" else [row]
+    error = (
+        failed.pop() if failed else None
+    )  # its frames hold `failed`, and buffers: a cycle that only the collector would break
+    if error is not None and not isinstance(error, PlannedError):
+        raise error
+    return None if error is not None or request.kind == "stream closed early" else [row]

@@ -43,7 +43,7 @@ def check_token_ids(name: str, ids: Any, vocab_size: int, device: torch.device, 
             f"{name} got shape {tuple(ids.shape)}, which is empty; expected at least one row of one token."
         )
     if values:
-        low, high = (int(value) for value in torch.aminmax(ids))
+        low, high = torch.stack(torch.aminmax(ids)).tolist()  # together: a GPU is waited for once
         if low < 0 or high >= vocab_size:
             raise InputError(
                 f"{name} got the id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, the rows of this "

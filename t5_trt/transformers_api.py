@@ -46,11 +46,12 @@ def takes_old_cache_names(**removed_in: str) -> Callable[[F], F]:
 def names_cache_as_stock(function: F) -> F:
     """Make a function whose parameter is `cache` call it `CACHE`, for callers and in its signature.
 
-    ``generate`` and ``Trainer`` read signatures to tell arguments from typos.
+    ``generate`` and ``Trainer`` read signatures to tell arguments from typos; it is kept, as ``generate`` reads it six times a call.
     """
-    if CACHE == "cache":
-        return function
     signature = inspect.signature(function)
+    if CACHE == "cache":
+        cast("Any", function).__signature__ = signature
+        return function
 
     @functools.wraps(function)
     def renamed(*args: Any, **kwargs: Any) -> Any:

@@ -128,7 +128,9 @@ class Form(GraphBuilder):
         with self.wide():
             square = self.op("Pow", wide, self.scalar(2.0, FLOAT))
             mean = self.mean(square)
-            root = self.op("Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon * self.arch.stream_factor**2, FLOAT)))
+            root = self.op(
+                "Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon * self.arch.stream_factor**2, FLOAT))
+            )
             normed = self.op("Div", wide, root)
             if weight is not None:  # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
                 normed = self.op("Mul", normed, self.cast(weight, self.real, FLOAT))

@@ -132,8 +132,5 @@ class Encoders:
         mask = new((rows, tokens), dtype=torch.int32)
         hidden = new((rows, tokens, arch.d_model), dtype=self._dtype)
         cross = new((arch.decoder_layers, 2, rows, arch.num_heads, tokens, arch.d_kv), dtype=self._dtype)
-        if graph == ENCODER_EMBEDS:
-            source = {"inputs_embeds": hidden.clone()}
-        else:
-            source = {"input_ids": mask.clone()}
+        source = {"inputs_embeds": hidden.clone()} if graph == ENCODER_EMBEDS else {"input_ids": mask.clone()}
         return EncoderBuffers({"attention_mask": mask, **source}, {"encoder_hidden_states": hidden, "cross_kv": cross})

@@ -39,8 +39,8 @@ def request(rows: int = 1, new: int = NEW_TOKENS, **options: Any) -> dict[str, A
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fixed, **options}
 
 
-def our_model(store: Path, precision: str, stock: Any = None) -> Any:
-    """A stock model, T5-base shapes unless one is given, on TensorRT."""
+def our_model(store: Path, precision: str, stock: Any = None, **options: Any) -> Any:
+    """A stock model, T5-base shapes unless one is given, on TensorRT; options as of ``from_model``."""
     from t5_trt import TRTT5ForConditionalGeneration
 
     return TRTT5ForConditionalGeneration.from_model(
@@ -48,6 +48,7 @@ def our_model(store: Path, precision: str, stock: Any = None) -> Any:
         backend="tensorrt",
         precision=precision,
         engine_cache_dir=store,
+        **options,
     )
 
 

@@ -100,6 +100,7 @@ def stage_loops(store: Path, precision: str) -> Records:
             "step_us": {name: round(value, 1) for name, value in step_us.items()},
             "encoder_ms": round(encoder_ms, 3),
             "parts_ms": parts_ms(ours, arguments),
+            "steps_without_reports_ms": unreported_steps_ms(ours, arguments),
             **recording_cost(ours, slot, key),
             "host_share": round(1 - gpu_ms / ours_ms, 3),
             "rows_equal": _rows_equal(got, expected),
@@ -147,6 +148,33 @@ def parts_ms(ours: Any, arguments: dict[str, Any], runs: int = 5) -> dict[str, f
     return {
         name: round(statistics.median(times), 3) for name, times in zip(names, zip(*found, strict=True), strict=True)
     }
+
+
+class NoReports:
+    """In the place of a `Watcher`: the host looks at nothing until all steps are launched."""
+
+    def __init__(self, report: torch.Tensor, ahead: int = 0) -> None:
+        self._report, self._steps = torch.zeros_like(report, device="cpu"), 0
+
+    def post(self, report: torch.Tensor) -> None:
+        """Count."""
+        self._steps += 1
+
+    def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
+        """As if no row had ended, at the end."""
+        return [self._report] * self._steps if all_of_them else []
+
+
+def unreported_steps_ms(ours: Any, arguments: dict[str, Any]) -> float:
+    """All steps of a call without the copies of their reports: what those cost."""
+    from t5_trt.generation import loop
+
+    watcher = loop.Watcher
+    loop.Watcher = NoReports  # type: ignore[assignment, misc]
+    try:
+        return parts_ms(ours, arguments)["steps"]
+    finally:
+        loop.Watcher = watcher  # type: ignore[misc]
 
 
 def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:

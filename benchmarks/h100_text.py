@@ -33,7 +33,10 @@ from benchmarks.gpu import (
     request,
 )
 from t5_trt.engine.profiles import bucket
+from t5_trt.errors import BackendError
 from t5_trt.random_models import random_t5
+from t5_trt.transformers_api import CACHE
+from t5_trt.verification import block_errors
 from tests.tiny_models import FACTORS, batch, make_stock, swollen
 
 #: sentences by precision: in half precision the share of equal ones is counted in tenths of a percent
@@ -163,7 +166,13 @@ def stage_overflow(
         arguments = {key: value.cuda() if hasattr(value, "cuda") else value for key, value in arguments.items()}
         arguments |= {"output_logits": True, "return_dict_in_generate": True}
         inputs = {key: arguments[key] for key in ("input_ids", "attention_mask")}
-        expected, got = stock.generate(**arguments), ours.generate(**arguments)
+        expected = stock.generate(**arguments)
+        try:
+            got = ours.generate(**arguments)
+        except BackendError as error:
+            print(f"{name}: {error}", flush=True)
+            explain(our_model(store, precision, copy.deepcopy(stock).cpu(), check_engines=False), inputs, expected)
+            continue
         path, equal = str(ours.last_generation_path), bool(torch.equal(got.sequences, expected.sequences))
         wanted, logits = (torch.stack(each.logits, 1) for each in (expected, got))  # [B, T, V]
         with torch.no_grad():
@@ -186,6 +195,26 @@ def stage_overflow(
             "loop": path,
             **gpu_environment(),
         }
+
+
+def explain(unchecked: Any, inputs: dict[str, torch.Tensor], expected: Any) -> None:
+    """Print where an engine that was refused goes wrong: logits beyond which size are not finite, and after which layer."""
+    wanted = torch.stack(expected.logits, 1)
+    tokens = expected.sequences[:, :-1]
+    cache, made = None, []
+    encoded = unchecked.encoder(**inputs)
+    for place in range(4):
+        step = unchecked(encoder_outputs=encoded, decoder_input_ids=tokens[:, place : place + 1], **{CACHE: cache})
+        cache = step[CACHE]
+        made.append(step.logits[:, 0])
+    finite, size = torch.stack(made, 1).isfinite(), wanted[:, : len(made)].abs()
+    print(
+        f"states finite: {float(encoded[0].isfinite().float().mean()):.4f}, logits: {float(finite.float().mean()):.4f}"
+    )
+    for kind, sizes, pick in (("largest finite", size[finite], max), ("smallest not finite", size[~finite], min)):
+        print(f"{kind} logit should be {pick(sizes.tolist(), default=None)}")
+    for block in block_errors(unchecked, inputs, tokens[:, :16]):
+        print(f"{block.name}: {block.relative_error:.2g} relative, {block.max_error:.2g} at most", flush=True)
 
 
 def _error(got: torch.Tensor, wanted: torch.Tensor) -> float | None:

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
@@ -206,11 +207,19 @@ def test_new_engines_are_compared_with_the_reference(monkeypatch: pytest.MonkeyP
     embeds = stock.shared(batch()["input_ids"]).detach()
     ours(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
     assert {graph for graph, _ in errors} == set(GRAPHS)
-    assert all(0 <= error < 1e-4 for error in errors.values()), errors
+    assert all(0 <= found.error < 1e-4 for found in errors.values()), errors
 
 
-@pytest.mark.parametrize("output", ["logits", "new_qkv_1", "cross_kv", "encoder_hidden_states"])
-def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [
+        ("logits", "logits"),
+        ("new_qkv_1", "new_[kv]_1"),
+        ("cross_kv", r"cross_[kv]_\d"),
+        ("encoder_hidden_states", "encoder_hidden_states"),
+    ],
+)
+def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, output: str, named: str) -> None:
     """TensorRT 8.5 built such engines: the first row right, the others each other's."""
     right = StandInContext.run
 
@@ -223,12 +232,30 @@ def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, o
 
     monkeypatch.setattr(StandInContext, "run", wrong)
     ours = checked_session(monkeypatch)
-    with pytest.raises(BackendError, match=r"computes wrong values: \w+ B4 .*check_engines=False"):
+    with pytest.raises(BackendError, match=rf"computes wrong values: \w+ B4 .* in {named} .*check_engines=False"):
         ours.generate(**batch(), max_new_tokens=5)
     assert len(ours.session.engines._provider.discarded) == 1
     monkeypatch.setattr(StandInContext, "run", right)
     expected = make_stock("t5-v1.1").generate(**batch(), max_new_tokens=5)
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "named"), [(np.inf, "inf in logits against"), (np.nan, r"inf in logits \(NaN\) against")]
+)
+def test_engine_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch, value: float, named: str) -> None:
+    """NaN is told from infinity: it has other causes."""
+    right = StandInContext.run
+
+    def wrong(self: Any) -> None:
+        right(self)
+        for node, is_input in self.engine.io:
+            if node.name == "logits" and not is_input:
+                self._memory(node, tuple(node.shape))[0, :5] = value
+
+    monkeypatch.setattr(StandInContext, "run", wrong)
+    with pytest.raises(BackendError, match=named):
+        checked_session(monkeypatch).generate(**batch(), max_new_tokens=5)
 
 
 def test_error_after_every_block(make_pair: Any) -> None:

@@ -8,19 +8,27 @@ of a batch do not depend on each other, so comparing three of them is enough and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from t5_trt.engine.profiles import Shapes
 from t5_trt.runtime.buffers import CrossStates
 from t5_trt.runtime.session import Session
-from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, layered
 
 #: largest relative error (L2 over a row) that is rounding; a wrong row has about 1
 LIMITS = {"fp32": 5e-3, "tf32": 0.05, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
 
 
-def worst_error(session: Session, reference: Session, graph: str, shapes: Shapes, seed: int = 0) -> float:
+class Deviation(NamedTuple):
+    """How far an output is off: relative L2 error of its worst row, infinite if something is not finite."""
+
+    error: float
+    output: str
+
+
+def worst_deviation(session: Session, reference: Session, graph: str, shapes: Shapes, seed: int = 0) -> Deviation:
     """Run one engine of a session at its full shapes and compare three batch entries with another session.
 
     Args:
@@ -31,20 +39,21 @@ def worst_error(session: Session, reference: Session, graph: str, shapes: Shapes
         seed: of the random inputs.
 
     Returns:
-        The largest relative L2 error of a row in any output; infinite if something is not finite.
+        Of the output that is off the most.
     """
     generator = torch.Generator().manual_seed(seed)
     entries = torch.tensor(sorted({0, shapes.B // 2, shapes.B - 1}))
     check = _encoder if graph in (ENCODER, ENCODER_EMBEDS, CROSS) else _decoder
-    worst = 0.0
-    for got, expected in check(session, reference, graph, shapes, entries, generator):
+    found = []
+    for name, got, expected in check(session, reference, graph, shapes, entries, generator):
         got, expected = got.float().cpu().flatten(1), expected.flatten(1)
         error = (got - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-6)
-        worst = max(worst, float(error.nan_to_num(nan=torch.inf).max()))
-    return worst
+        kind = " (NaN)" if got.isnan().any() else ""
+        found.append(Deviation(float(error.masked_fill(error.isnan(), torch.inf).max()), name + kind))
+    return max(found, key=lambda each: each.error)
 
 
-Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]
+Compared = Iterator[tuple[str, torch.Tensor, torch.Tensor]]
 
 
 def _encoder(
@@ -54,7 +63,7 @@ def _encoder(
     shapes: Shapes,
     entries: torch.Tensor,
     generator: torch.Generator,
-) -> Pairs:
+) -> Compared:
     arch = session.arch
     ids = torch.randint(0, arch.vocab_size, (shapes.B, shapes.S), generator=generator)
     embeds = torch.randn(shapes.B, shapes.S, arch.d_model, generator=generator)
@@ -72,10 +81,14 @@ def _encoder(
 
     hidden, cross = run(session, torch.arange(shapes.B))
     expected, expected_cross = run(reference, entries)
-    yield hidden[entries.to(hidden.device)] * keep.to(hidden.device, hidden.dtype), expected * keep
+    yield (
+        "encoder_hidden_states",
+        hidden[entries.to(hidden.device)] * keep.to(hidden.device, hidden.dtype),
+        expected * keep,
+    )
     hide = keep[:, None]  # [entries, 1, S, 1]
-    for got, wanted in zip(cross.kv.flatten(0, 1), expected_cross.kv.flatten(0, 1), strict=True):
-        yield got[entries.to(got.device)].cpu() * hide, wanted * hide
+    for name, got, wanted in _by_layer("cross", cross.kv, expected_cross.kv):
+        yield name, got[entries.to(got.device)].cpu() * hide, wanted * hide
 
 
 def _decoder(
@@ -85,7 +98,7 @@ def _decoder(
     shapes: Shapes,
     entries: torch.Tensor,
     generator: torch.Generator,
-) -> Pairs:
+) -> Compared:
     arch = session.arch
     count = shapes.Q if graph == QUERIES else 1
     length = max((shapes.T - count) // 2, 0)
@@ -110,6 +123,11 @@ def _decoder(
     logits, new = run(session, torch.arange(shapes.B))
     expected, expected_new = run(reference, entries)
     beams = (entries[:, None] * shapes.N + torch.arange(shapes.N)).flatten().to(logits.device)
-    yield logits[beams], expected
-    for got, wanted in zip(new.flatten(0, 1), expected_new.flatten(0, 1), strict=True):
-        yield got[beams], wanted
+    yield "logits", logits[beams], expected
+    for name, got, wanted in _by_layer("new", new, expected_new):
+        yield name, got[beams], wanted
+
+
+def _by_layer(prefix: str, got: torch.Tensor, wanted: torch.Tensor) -> Compared:
+    """K and V of each layer, out of [L, 2, ..], with their names in graphs."""
+    yield from zip(layered(prefix, len(got)), got.flatten(0, 1), wanted.flatten(0, 1), strict=True)

@@ -16,7 +16,7 @@ from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError, StrictModeError
 from t5_trt.runtime.device_weights import DeviceWeights
-from t5_trt.runtime.engine_check import LIMITS
+from t5_trt.runtime.engine_check import LIMITS, Deviation
 
 logger = logging.getLogger("t5_trt")
 Key = tuple[str, Shapes]
@@ -32,7 +32,7 @@ class TrtEngines:
         api: the TensorRT that runs them.
         weights: bound to every engine.
         strict: raise instead of building beyond the configured maxima.
-        check: gives the relative error of an engine that was just built; None trusts TensorRT.
+        check: tells how far an engine that was just built is off; None trusts TensorRT.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TrtEngines:
         weights: DeviceWeights,
         *,
         strict: bool,
-        check: Callable[[str, Shapes], float] | None,
+        check: Callable[[str, Shapes], Deviation] | None,
     ) -> None:
         self.api = api
         self.weights = weights
@@ -173,8 +173,9 @@ class TrtEngines:
         """Compare an engine that was just built with the reference; a wrong one is deleted."""
         if self._check is None or not self._provider.take_fresh(*key):
             return
-        error, limit, precision = self._check(*key), LIMITS[self._provider.precision], self._provider.precision
-        logger.debug("the new engine %s %s is off by %.1e", key[0], key[1].describe(), error)
+        (error, output), precision = self._check(*key), self._provider.precision
+        limit = LIMITS[precision]
+        logger.debug("the new engine %s %s is off by %.1e in %s", key[0], key[1].describe(), error, output)
         if error <= limit:
             return
         self._engines.pop(key, None)
@@ -182,7 +183,7 @@ class TrtEngines:
         self._provider.discard(*key)
         raise BackendError(
             f"TensorRT {self.api.version} built an engine that computes wrong values: {key[0]} {key[1].describe()} "
-            f"{precision} is off by {error:.2g} against ONNX Runtime (relative; up to {limit:g} is rounding). It was "
+            f"{precision} is off by {error:.2g} in {output} against ONNX Runtime (relative; up to {limit:g} is rounding). It was "
             "deleted. Use precision='fp32' if the checkpoint overflows half precision, another batch size, another "
             "TensorRT, or backend='onnxruntime'. check_engines=False turns the check off."
         )

@@ -28,7 +28,7 @@ from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, StreamOrder, Unrecorded, free_unused, record
 from t5_trt.runtime.device_weights import DeviceWeights
-from t5_trt.runtime.engine_check import worst_error
+from t5_trt.runtime.engine_check import Deviation, worst_deviation
 from t5_trt.runtime.session import Choice, Session
 from t5_trt.runtime.trt_encoder import Encoders
 from t5_trt.runtime.trt_engines import TrtEngines
@@ -71,7 +71,7 @@ class TrtSession:
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
         # by a weak reference: the GPU memory of a model is free when the last name of it goes, not at the next garbage collection
-        check = None if reference is None else partial(TrtSession._error_of_engine, weakref.proxy(self), reference)
+        check = None if reference is None else partial(TrtSession._deviation_of_engine, weakref.proxy(self), reference)
         self.folding = folding or Folding()
         device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.folding)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
@@ -176,9 +176,9 @@ class TrtSession:
         """Names of the graphs that engines are loaded for."""
         return self.engines.graphs()
 
-    def _error_of_engine(self, reference: Session, graph: str, shapes: Shapes) -> float:
+    def _deviation_of_engine(self, reference: Session, graph: str, shapes: Shapes) -> Deviation:
         try:
-            return worst_error(self, reference, graph, shapes)
+            return worst_deviation(self, reference, graph, shapes)
         finally:  # what the check recorded, it did with an engine not yet trusted
             self._forget()
 

@@ -38,6 +38,7 @@ from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import InputError, StrictModeError, UnsupportedModelError
 from t5_trt.family_class import FamilyClass
 from t5_trt.forwarding import EngineForward
+from t5_trt.generation.repeats import Repeats
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
 from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
@@ -361,7 +362,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         return {
             key: None if key in _DERIVED else value
             for key, value in self.__dict__.items()
-            if key not in ("_generation_lock", "_calls")
+            if key not in ("_generation_lock", "_calls", "_repeats")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -369,14 +370,14 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         self._attach()
 
     def _attach(self) -> None:
-        self._generation_lock, self._calls = threading.RLock(), threading.local()
+        self._generation_lock, self._calls, self._repeats = threading.RLock(), threading.local(), Repeats()
         attach_encoder(self)
         watch_forks(self)
 
     def after_fork(self) -> None:
         """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
         abandon(self._session)
-        self._session, self._generation_lock = None, threading.RLock()
+        self._session, self._generation_lock, self._repeats = None, threading.RLock(), Repeats()
 
 
 def _follow(stock: PreTrainedModel, model: PreTrainedModel) -> None:

@@ -14,12 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
 from t5_trt.forwarding import EngineForward, ordinary_tensors
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache
 from t5_trt.generation.loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
+from t5_trt.generation.repeats import Prepared, Repeats, likeness
 from t5_trt.generation.support import GenerationPath, Request, refusal
 from t5_trt.inputs import check_length, check_token_ids
 from t5_trt.runtime.exits import at_work
@@ -27,6 +29,8 @@ from t5_trt.transformers_api import CACHE, takes_old_cache_names
 
 logger = logging.getLogger("t5_trt")
 _said: set[str] = set()  # what was logged
+#: of ``generate``, some of which a user may have exchanged in an instance
+_STEPS = frozenset(name for name, value in vars(GenerationMixin).items() if callable(value))
 _TRAINING = "generate() in training mode runs on engines, without dropout; call model.eval() first"
 
 
@@ -36,6 +40,8 @@ class EngineGeneration(EngineForward):
     if TYPE_CHECKING:
         _generation_lock: threading.RLock
         _last_path: GenerationPath | None
+        _repeats: Repeats
+        _families: dict[str, Any]
         _stock_class: Any
         _forward_hooks: Any
         _forward_pre_hooks: Any
@@ -59,6 +65,7 @@ class EngineGeneration(EngineForward):
         if home != self.device:  # inputs from elsewhere: results go back there
             inputs = _moved(inputs, self.device)
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
+        like = likeness(inputs, kwargs) if self._prepares_as_stock(generation_config, args) else None
         settings = {}
         for name in ("output_attentions", "output_hidden_states", "num_beams", "num_return_sequences"):
             values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
@@ -78,10 +85,15 @@ class EngineGeneration(EngineForward):
                         self._last_path = GenerationPath("reference", name)
                         stock: Any = self._use_reference(name)
                         return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
+                known = self._repeats.find(like, self.generation_config, self.config)
+                if known is not None:
+                    ids = kwargs.get("input_ids")
+                    return _moved(self._repeat(known, inputs if ids is None else ids, kwargs["attention_mask"]), home)
+                self._repeats.pending = like
                 self._last_path = GenerationPath("transformers", "this decoding method")
                 return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
             finally:
-                self._calls.beams = outer
+                self._calls.beams, self._repeats.pending = outer, None
 
     def _sample(
         self,
@@ -102,7 +114,7 @@ class EngineGeneration(EngineForward):
             return stock(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        outcome = self._run_loop(TokenLoop, request)
+        outcome = self._first_run(TokenLoop, request)
         if streamer is not None:
             streamer.end()
         return self._returned(GenerateEncoderDecoderOutput, request, outcome)
@@ -123,7 +135,7 @@ class EngineGeneration(EngineForward):
         if not self._takes(request):
             stock = super()._beam_search  # type: ignore[misc]
             return stock(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs)
-        outcome = self._run_loop(BeamLoop, request)
+        outcome = self._first_run(BeamLoop, request)
         beams = {"beam_indices": outcome.beam_indices}
         if request.config.output_scores:
             beams["sequences_scores"] = outcome.sequences_scores
@@ -182,10 +194,31 @@ class EngineGeneration(EngineForward):
         hooked = self._forward_hooks or self._forward_pre_hooks
         return "the model has forward hooks" if hooked else None
 
-    def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:
-        cache = request.cache
+    def _prepares_as_stock(self, generation_config: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a call is prepared by Transformers' code alone, and from the model's settings and named arguments."""
+        own = type(self) in self._families.values() and self.__dict__.keys().isdisjoint(_STEPS)
+        return own and generation_config is None and not args and not self._own_code()
+
+    @torch.no_grad()
+    def _repeat(self, known: Prepared, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """A request like an earlier one: what Transformers does with the encoder and its output, and the loop."""
+        self._last_path = GenerationPath("device")
+        inputs = {"encoder_outputs": self.encoder(input_ids=ids, attention_mask=mask, return_dict=True)}
+        inputs["attention_mask"] = mask
+        if known.expand > 1:
+            _, inputs = self._expand_inputs_for_generation(known.expand, **inputs)
+        inputs[CACHE] = EngineCache(self.architecture.decoder_layers, 0)
+        return self._run_loop(known.loop, known.request.for_inputs(inputs)).sequences
+
+    def _first_run(self, loop: type[DecodeLoop], request: Request) -> Outcome:
         prompt = check_token_ids("decoder_input_ids", request.prompt, self.architecture.vocab_size, self.device)
         request = replace(request, prompt=prompt)
+        outcome = self._run_loop(loop, request)
+        self._repeats.keep(loop, request)
+        return outcome
+
+    def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:
+        cache, prompt = request.cache, request.prompt
         cache.capacity_tokens = prompt.shape[1]
         with ordinary_tensors():
             self._open_cache(

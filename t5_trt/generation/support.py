@@ -14,9 +14,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,7 +73,13 @@ class Request:
         """The cache to decode with; None without one."""
         return self.model_kwargs.get(CACHE)
 
-    @property
+    def for_inputs(self, model_kwargs: dict[str, Any]) -> Request:
+        """This request for other inputs. What was found out about it stays known."""
+        other = copy.copy(self)
+        other.__dict__["model_kwargs"] = model_kwargs
+        return other
+
+    @cached_property
     def limit(self) -> int | None:
         """Tokens at which every row is over."""
         limits = [c.max_length for c in self.criteria if type(c) is stopping_criteria.MaxLengthCriteria]
@@ -83,13 +91,13 @@ class Request:
         times = [c for c in self.criteria if type(c) is stopping_criteria.MaxTimeCriteria]
         return min((c.initial_timestamp + c.max_time for c in times), default=None)
 
-    @property
+    @cached_property
     def eos(self) -> tuple[int, ...]:
         """Tokens that end a row."""
         ends = [c for c in self.criteria if type(c) is stopping_criteria.EosTokenCriteria]
         return tuple(dict.fromkeys(int(token) for c in ends for token in c.eos_token_id.flatten().tolist()))
 
-    @property
+    @cached_property
     def pad(self) -> int | None:
         """What follows the end of a row; None where Transformers does not stop writing."""
         if not any(hasattr(c, "eos_token_id") for c in self.criteria):

@@ -96,6 +96,20 @@ def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
     assert len(recorded) == 1
 
 
+@pytest.mark.parametrize("name", ["greedy", "sampling", "sampling, several", "beams", "beam sampling", "temperature"])
+def test_request_like_an_earlier_one(gpu_pair: Any, name: str) -> None:
+    """Not prepared again from the second one on."""
+    stock, ours = gpu_pair("t5-v1.1")
+    for seed in (5, 6, 7):
+        results = []
+        for model in (stock, ours):
+            torch.manual_seed(seed)
+            request = {**batch(seed=seed), "max_new_tokens": 12, **{**CORE, **MORE}[name]}
+            results.append(model.generate(**on_gpu(request)).tolist())
+        assert results[0] == results[1]
+    assert ours._repeats._kept
+
+
 def test_steps_do_not_wait_for_the_gpu(gpu_pair: Any) -> None:
     """Torch raises where something synchronizes inside the loop; reading a report waits for an event, which it allows."""
     _, ours = gpu_pair("t5-v1.1")

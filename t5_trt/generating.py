@@ -11,6 +11,7 @@ import logging
 import threading
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,12 @@ from t5_trt.transformers_api import CACHE, takes_old_cache_names
 
 logger = logging.getLogger("t5_trt")
 _said: set[str] = set()  # what was logged
-#: of ``generate``, some of which a user may have exchanged in an instance
-_STEPS = frozenset(name for name, value in vars(GenerationMixin).items() if callable(value))
+_INNER_VALUES = ("output_attentions", "output_hidden_states")
+#: what ``generate`` is made of
+_STEPS = frozenset(name for name, value in vars(GenerationMixin).items() if callable(value)) - {"generate"} | {
+    "get_encoder"
+}
+_of_class = attrgetter(*sorted(_STEPS))
 _TRAINING = "generate() in training mode runs on engines, without dropout; call model.eval() first"
 
 
@@ -67,7 +72,7 @@ class EngineGeneration(EngineForward):
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
         like = likeness(inputs, kwargs) if self._prepares_as_stock(generation_config, args) else None
         settings = {}
-        for name in ("output_attentions", "output_hidden_states", "num_beams", "num_return_sequences"):
+        for name in (*_INNER_VALUES, "num_beams", "num_return_sequences"):
             values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
             settings[name] = next((value for value in values if value is not None), None)
         if self.training and _TRAINING not in _said:
@@ -77,7 +82,7 @@ class EngineGeneration(EngineForward):
             outer = self._beams_ahead
             self._calls.beams = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
             try:
-                for name in ("output_attentions", "output_hidden_states"):
+                for name in _INNER_VALUES:
                     if settings[name]:
                         cache = kwargs.get(CACHE)
                         if isinstance(cache, EngineCache):
@@ -85,11 +90,10 @@ class EngineGeneration(EngineForward):
                         self._last_path = GenerationPath("reference", name)
                         stock: Any = self._use_reference(name)
                         return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
-                known = self._repeats.find(like, self.generation_config, self.config)
+                known = self._repeats.find(like, *self._preparation)
                 if known is not None:
                     ids = kwargs.get("input_ids")
                     return _moved(self._repeat(known, inputs if ids is None else ids, kwargs["attention_mask"]), home)
-                self._repeats.pending = like
                 self._last_path = GenerationPath("transformers", "this decoding method")
                 return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
             finally:
@@ -199,12 +203,18 @@ class EngineGeneration(EngineForward):
         own = type(self) in self._families.values() and self.__dict__.keys().isdisjoint(_STEPS)
         return own and generation_config is None and not args and not self._own_code()
 
+    @property
+    def _preparation(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Settings that Transformers prepares a request from, and the functions that do it, which anybody may have exchanged."""
+        return (self.generation_config, self.config), _of_class(type(self))
+
     @torch.no_grad()
     def _repeat(self, known: Prepared, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A request like an earlier one: what Transformers does with the encoder and its output, and the loop."""
         self._last_path = GenerationPath("device")
-        inputs = {"encoder_outputs": self.encoder(input_ids=ids, attention_mask=mask, return_dict=True)}
-        inputs["attention_mask"] = mask
+        wanted = {name: getattr(known.request.config, name) for name in _INNER_VALUES}
+        encoded = self.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True, **wanted)
+        inputs = {"encoder_outputs": encoded, "attention_mask": mask}
         if known.expand > 1:
             _, inputs = self._expand_inputs_for_generation(known.expand, **inputs)
         inputs[CACHE] = EngineCache(self.architecture.decoder_layers, 0)
@@ -214,7 +224,7 @@ class EngineGeneration(EngineForward):
         prompt = check_token_ids("decoder_input_ids", request.prompt, self.architecture.vocab_size, self.device)
         request = replace(request, prompt=prompt)
         outcome = self._run_loop(loop, request)
-        self._repeats.keep(loop, request)
+        self._repeats.keep(loop, request, *self._preparation)
         return outcome
 
     def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:

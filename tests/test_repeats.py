@@ -204,6 +204,106 @@ def test_code_of_the_users_is_called_every_time(monkeypatch: pytest.MonkeyPatch)
     assert calls[-2:] == ["instance"] * 2
 
 
+def test_exchanged_methods_of_classes_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampler plugins patch Transformers' own class, often after a model was used, and take it back."""
+    stock, ours = new_pair()
+    plain = ours.generate(**batch(), max_new_tokens=6).tolist()
+    real = GenerationMixin._get_logits_processor
+
+    def suppressing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["generation_config"].suppress_tokens = list(range(2, 120))
+        return real(self, *args, **kwargs)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(GenerationMixin, "_get_logits_processor", suppressing)
+            patched = [model.generate(**batch(), max_new_tokens=6).tolist() for model in (stock, ours, ours)]
+        assert patched[0] == patched[1] == patched[2] != plain
+        assert ours.generate(**batch(), max_new_tokens=6).tolist() == plain
+
+
+class Reversing(torch.nn.Module):
+    """An encoder that reads texts backwards."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return self.inner(input_ids=input_ids.flip(1), **kwargs)
+
+
+def test_exchanged_encoder_is_used() -> None:
+    """Whoever gives a model another encoder does so by `get_encoder`."""
+    pair = new_pair()
+    for model in pair:
+        model.generate(**batch(), max_new_tokens=6)
+        reversing = Reversing(model.get_encoder())
+        model.get_encoder = lambda *args, encoder=reversing, **kwargs: encoder
+    results = [model.generate(**batch(), max_new_tokens=6).tolist() for model in (*pair, pair[1])]
+    assert results[0] == results[1] == results[2]
+
+
+def test_settings_that_cannot_be_compared(prepared: list[int]) -> None:
+    """Tensors and objects: such calls are prepared every time."""
+    ends = torch.tensor([1, 9, 20, 33, 60, 90, 120])
+    for change in (
+        lambda model: setattr(model.generation_config, "eos_token_id", ends),
+        lambda model: setattr(model.config, "class_weights", torch.tensor([0.2, 0.8])),
+        lambda model: setattr(model.config, "tokenizer", object()),
+    ):
+        pair = new_pair()
+        both(pair, 1)
+        for model in pair:
+            change(model)
+        del prepared[:]
+        for seed in (1, 2, 3):
+            expected, got = both(pair, seed)
+            assert got.tolist() == expected.tolist()
+        assert len(prepared) == 6
+        for model in pair:
+            model.generation_config.eos_token_id = [1, 9]
+            vars(model.config).pop("class_weights", None)
+            vars(model.config).pop("tokenizer", None)
+        both(pair, 4)
+        del prepared[:]
+        expected, got = both(pair, 5)
+        assert got.tolist() == expected.tolist() and len(prepared) == 1
+
+
+def test_types_of_settings_count(prepared: list[int]) -> None:
+    """True and 1 are equal, but end a beam search differently."""
+    pair = new_pair()
+    for value in (True, 1, True):
+        for model in pair:
+            model.generation_config.early_stopping = value
+        expected, got = both(pair, 9, num_beams=4)
+        assert got.tolist() == expected.tolist()
+    assert len(prepared) == 6
+
+
+def test_settings_changed_while_a_request_runs(prepared: list[int]) -> None:
+    """What was prepared from others is not kept for those."""
+    _, ours = new_pair()
+    ours.generation_config.max_new_tokens = 5
+    hook = ours.get_encoder().register_forward_hook(lambda *args: setattr(ours.generation_config, "max_new_tokens", 9))
+    assert ours.generate(**batch(1)).shape[1] == 6 and not ours._repeats._kept
+    hook.remove()
+    assert ours.generate(**batch(1), min_new_tokens=9).shape[1] == 10
+
+
+def test_errors_are_those_of_the_stock_class() -> None:
+    stock, ours = new_pair()
+    ours.generate(**batch(), max_new_tokens=3)
+    inputs = batch()
+    for model in (stock, ours):
+        with pytest.raises(ValueError, match="were passed alongside"):
+            model.generate(inputs["input_ids"], **inputs, max_new_tokens=3)
+        model.generation_config = None
+        with pytest.raises(AttributeError):
+            model.generate(**inputs, max_new_tokens=3)
+
+
 def test_copies_begin_anew_and_kinds_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeats, "KEPT", 2)
     _, ours = new_pair()

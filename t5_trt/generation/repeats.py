@@ -6,20 +6,20 @@ millisecond on a fast host, two on a slow one, in which a GPU has nothing to do.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
+from transformers import GenerationConfig
 
 from t5_trt.generation.support import Request
 
 #: kinds of request that are kept, the ones used last
 KEPT = 64
-#: arguments that mean something else in every call, or code; and those that change what is returned
-_APART = frozenset({"max_time", "custom_generate", "trust_remote_code", "return_dict_in_generate"})
+#: arguments of numbers: all settings but those that mean something else in every call, and those that change what is returned
+_NAMES = frozenset(vars(GenerationConfig())) - {"max_time", "return_dict_in_generate"}
 _TENSORS = ("input_ids", "attention_mask")
 
 
@@ -51,16 +51,16 @@ def likeness(inputs: Any, kwargs: Mapping[str, Any]) -> Likeness | None:
 
     Args:
         inputs: the first argument.
-        kwargs: the others; none but ids and mask may be anything but a number, a bool or None.
+        kwargs: the others; besides ids and mask, settings that are numbers, bools or None.
     """
     ids, mask = (kwargs.get(name) for name in _TENSORS)
-    ids = inputs if ids is None else ids
-    if inputs is not None and ids is not inputs:
+    if inputs is not None and ids is not None:
         return None
-    if not (_is_ids(ids) and _is_ids(mask) and mask.shape == ids.shape and _APART.isdisjoint(kwargs)):
+    ids = inputs if ids is None else ids
+    if not (_is_ids(ids) and _is_ids(mask) and mask.shape == ids.shape):
         return None
     plain = [(name, type(value), value) for name, value in kwargs.items() if name not in _TENSORS]
-    if not all(kind in (bool, int, float, type(None)) for _, kind, _ in plain):
+    if not all(name in _NAMES and kind in (bool, int, float, type(None)) for name, kind, _ in plain):
         return None
     return Likeness(len(ids), str(ids.device), tuple(sorted(plain, key=lambda entry: entry[0])))
 
@@ -69,43 +69,90 @@ def _is_ids(tensor: Any) -> TypeGuard[torch.Tensor]:
     return type(tensor) is torch.Tensor and tensor.dim() == 2 and tensor.dtype == torch.int64
 
 
+class Settings:
+    """Objects whose attributes preparation reads, and code that it runs, as they were once.
+
+    Args:
+        objects: with attributes in ``__dict__``.
+        code: compared as it is.
+    """
+
+    def __init__(self, objects: tuple[Any, ...], code: tuple[Any, ...]) -> None:
+        self._code = code
+        try:
+            self._kinds = [_kinds(each) for each in objects]
+            self._values: list[Any] | None = [_plain_copy(vars(each)) for each in objects]
+        except TypeError:
+            self._values = None  # a tensor, or something else that need not tell whether it has changed
+
+    @property
+    def comparable(self) -> bool:
+        """Whether they are plain enough to be compared."""
+        return self._values is not None
+
+    def same(self, objects: tuple[Any, ...], code: tuple[Any, ...]) -> bool:
+        """Whether these are equal, in the types of the attributes too."""
+        try:
+            return (
+                self._values is not None
+                and code == self._code
+                and [_kinds(each) for each in objects] == self._kinds
+                and [vars(each) for each in objects] == self._values
+            )
+        except (TypeError, ValueError, RuntimeError):  # no attributes; arrays and tensors refuse to be compared
+            return False
+
+
+def _kinds(value: Any) -> list[type]:
+    return [type(value), *map(type, vars(value).values())]
+
+
+def _plain_copy(value: Any) -> Any:
+    """A copy of numbers, texts and containers of them.
+
+    Raises:
+        TypeError: there is something else in it.
+    """
+    if type(value) is dict:
+        return {name: _plain_copy(entry) for name, entry in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_plain_copy, value))
+    if value is None or type(value) in (bool, int, float, str, torch.dtype):
+        return value
+    raise TypeError(f"{type(value)} is not plain")
+
+
 class Repeats:
     """The kinds of request that one model had, as long as its settings stay as they are. Not thread-safe."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Likeness, Prepared] = OrderedDict()
-        self._settings: list[dict[str, Any]] = []
-        self.pending: Likeness | None = None  # the likeness of the call that is being prepared
+        self._settings = Settings((), ())
+        self.pending: Likeness | None = None  # of the call that is being prepared
 
-    def find(self, key: Likeness | None, *settings: Any) -> Prepared | None:
-        """What was prepared for a likeness, if these objects are as they were.
-
-        Args:
-            key: see `likeness`.
-            settings: everything else that preparation reads: the generation config and the model's.
-        """
-        if key is None:
+    def find(self, like: Likeness | None, objects: tuple[Any, ...], code: tuple[Any, ...]) -> Prepared | None:
+        """What was prepared for a likeness, if all is as it was; else it becomes the pending one. Arguments as of `Settings`."""
+        self.pending = None
+        if like is None:
             return None
-        if not self._unchanged(settings):
+        if not self._settings.same(objects, code):
             self._kept.clear()
-            self._settings = [copy.deepcopy(vars(each)) for each in settings]
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+            self._settings = Settings(objects, code)
+        if not self._settings.comparable:
+            return None
+        if like in self._kept:
+            self._kept.move_to_end(like)
+        else:
+            self.pending = like
+        return self._kept.get(like)
 
-    def keep(self, loop: Any, request: Request) -> None:
-        """Keep what was prepared for the pending call, if one call's code and clock are not part of it."""
-        key = self.pending
-        if key is None or request.streamer is not None or request.deadline is not None or not request.recordable:
+    def keep(self, loop: Any, request: Request, objects: tuple[Any, ...], code: tuple[Any, ...]) -> None:
+        """Keep what was prepared for the pending call, if one call's code and clock are no part of it."""
+        like, config = self.pending, request.config
+        if like is None or request.streamer is not None or request.deadline is not None or not request.recordable:
             return
-        if request.config.return_dict_in_generate or request.prompt.shape[1] != 1:
+        if config.return_dict_in_generate or request.prompt.shape[1] != 1 or not self._settings.same(objects, code):
             return
-        self._kept[key] = Prepared(loop, request.for_inputs({}), len(request.prompt) // key.rows)
+        self._kept[like] = Prepared(loop, request.for_inputs({}), len(request.prompt) // like.rows)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-
-    def _unchanged(self, settings: tuple[Any, ...]) -> bool:
-        try:
-            return [vars(each) for each in settings] == self._settings
-        except ValueError:  # arrays, which do not tell whether they are equal
-            return False

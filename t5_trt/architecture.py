@@ -46,8 +46,8 @@ class Architecture:
         stream_factor: what the embedding, and with it both residual streams, are multiplied by to keep half precision in range.
             It changes no result: every stream goes through an RMSNorm, whose epsilon is multiplied by its square.
         branch_factors: module name of an ``o``, a ``wo`` or the head ("lm_head") -> what its matrix was multiplied by to keep
-            half precision in range. Graphs divide by it again (and multiply by `stream_factor`), in float32, but for the head's: the logits that they give out are
-            multiplied by it. Where none is named it is 1.
+            half precision in range. Graphs divide by it again (and multiply by `stream_factor`), in float32, but for the
+            head's: the logits that they give out are multiplied by it. Where none is named it is 1.
     """
 
     vocab_size: int

@@ -3,9 +3,10 @@
 Where sums over layers could leave the range, the residual streams are float32. What is left is each layer: the inside of a
 feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``, and
 what an ``o`` or ``wo`` adds to the stream, or a logit, at u times its value by writing u into that matrix and dividing by it in
-float32: where the graphs add it, or for logits after the engine. An embedding that is out of range is multiplied by e, and with it
-the whole stream, which the norms take out again. With powers of two nothing is rounded by that. Checkpoints whose activations go beyond 65504, the largest float16, then stay within it
-(T5 v1.1, Flan-T5 and mT5 are known for them; huggingface/transformers issue 9295).
+float32: where the graphs add it, or for logits after the engine. An embedding that is out of range is multiplied by e, and
+with it the whole stream, which the norms take out again. With powers of two nothing is rounded by that. Checkpoints whose
+activations go beyond 65504, the largest float16, then stay within it (T5 v1.1, Flan-T5 and mT5 are known for them;
+huggingface/transformers issue 9295).
 
 The factors come from bounds that hold for every input, derived from the weights by Cauchy and Schwarz, or from the largest
 activations that some text has shown.

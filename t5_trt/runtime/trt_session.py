@@ -98,7 +98,8 @@ class TrtSession:
             assert input_ids is not None
             graph, given["input_ids"] = ENCODER, input_ids
         else:
-            graph, given["inputs_embeds"] = ENCODER_EMBEDS, inputs_embeds * self.arch.stream_factor
+            factor = self.arch.stream_factor
+            graph, given["inputs_embeds"] = ENCODER_EMBEDS, inputs_embeds if factor == 1.0 else inputs_embeds * factor
         if beams is not None:
             step = self.engines.bucket(B=batch, N=beams, S=length, T=1)
             with self._lock:

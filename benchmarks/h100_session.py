@@ -4,7 +4,7 @@
     python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side
     python benchmarks/h100_session.py builds --out FOLDER    engines of the next part side by side, and T5-base that overflows
     python benchmarks/h100_session.py measure --out FOLDER   whole calls, parts of a call and equal text, one after the other
-    python benchmarks/h100_session.py shapes --out FOLDER    other families, other batches and lengths, small models that overflow
+    python benchmarks/h100_session.py shapes --out FOLDER    other batches and lengths, small models that overflow
     python benchmarks/h100_session.py rest --out FOLDER      full GPU memory, and torch.compile's times
     python benchmarks/h100_session.py choices --out FOLDER   forms of a step's scores
     python benchmarks/h100_session.py keep FOLDER            put the records of a folder into benchmarks/results
@@ -61,7 +61,10 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "{python} benchmarks/h100.py build --precision fp32 --store {store}",
             ],
             ["{python} benchmarks/h100_text.py shipped-build --precision fp16 --store {store}"],
-            ["{python} benchmarks/h100_text.py shipped-build --precision fp32 --store {store}"],
+            [
+                "{python} benchmarks/h100.py families --precision fp32 --store {store}",
+                "{python} benchmarks/h100_text.py shipped-build --precision fp32 --store {store}",
+            ],
             [
                 f"{{python}} benchmarks/h100_text.py {stage} --precision fp16 --store {{store}}/overflow --json {{json}}"
                 for stage in ("overflow-stream", "overflow-inner")
@@ -74,24 +77,19 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 "{python} benchmarks/h100_loops.py loops --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp16 --store {store} --json {json}",
                 "{python} benchmarks/h100.py base --precision fp16 --store {store} --json {json}",
+                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
+                "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
                 "{python} benchmarks/h100_loops.py long --store {store} --json {json}",
                 "{python} benchmarks/h100_text.py shipped --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100.py base --precision fp32 --store {store} --json {json}",
             ]
         ]
     ],
     "shapes": [
         [
-            ["{python} benchmarks/h100.py families --precision fp32 --store {store}"],
             ["{python} benchmarks/h100_loops.py build-curves --store {store}"],
             ["{python} benchmarks/h100_text.py overflow --precision fp16 --store {store}/overflow --json {json}"],
         ],
-        [
-            [
-                "{python} benchmarks/h100.py families --precision fp32 --store {store} --json {json}",
-                "{python} benchmarks/h100_loops.py curves --store {store} --json {json}",
-            ]
-        ],
+        [["{python} benchmarks/h100_loops.py curves --store {store} --json {json}"]],
     ],
     "choices": [[["{python} benchmarks/h100_choices.py scores --store {store}/scores --json {json}"]]],
     "rest": [

@@ -1,9 +1,9 @@
 """Records of the decode loops on a GPU with TensorRT: T5-base shapes in fp16, greedy and beams, against Hugging Face.
 
-Stages ``build`` and ``build-curves`` fill the store, ``loops`` measures ours and both eager baselines in one process, ``long``
-the cost of a token in every cache bucket, ``curves`` latency against batch and new tokens. ``compiled`` needs no TensorRT:
-Hugging Face with a static cache and torch.compile, on whatever Python the machine has. Every stage appends to the same JSON
-file.
+Stages ``build`` and ``build-curves`` fill the store, ``loops`` measures ours and both eager baselines in one process (``smoke``: of
+T5-small, to see that it works), ``long`` the cost of a token in every cache bucket, ``curves`` latency against batch and new
+tokens. ``compiled`` needs no TensorRT: Hugging Face with a static cache and torch.compile, on whatever Python the machine has.
+Every stage appends to the same JSON file.
 """
 
 from __future__ import annotations
@@ -62,12 +62,14 @@ def stage_build(store: Path, precision: str, sizes: Sequence[tuple[int, int, int
     return iter(())
 
 
-def stage_loops(store: Path, precision: str) -> Records:
+def stage_loops(
+    store: Path, precision: str, shape: str = "t5-base", cases: dict[tuple[int, int], float | None] = CASES
+) -> Records:
     """Every case, ours and eager Hugging Face, in one process."""
-    ours = our_model(store, precision)
-    baselines = {"fp32": random_t5("t5-base").cuda(), "fp16": random_t5("t5-base").half().cuda()}
+    ours = our_model(store, precision, random_t5(shape))
+    baselines = {"fp32": random_t5(shape).cuda(), "fp16": random_t5(shape).half().cuda()}
     torch.backends.cuda.matmul.allow_tf32 = False
-    for (rows, beams), published in CASES.items():
+    for (rows, beams), published in cases.items():
         arguments = request(rows, num_beams=beams)
         ours_ms, ours_p90_ms = timed_ms(lambda now=arguments: ours.generate(**now), 9)
         eager = {
@@ -83,7 +85,7 @@ def stage_loops(store: Path, precision: str) -> Records:
         encoder_ms = events_ms(lambda encode=encode, ids=ids, mask=mask: encode(ids, None, mask))
         gpu_ms = NEW_TOKENS * step_us["with choice"] / 1e3 + encoder_ms
         yield {
-            "model": BASE,
+            "model": BASE.replace("t5-base", shape),
             "precision": precision,
             "batch": rows,
             "source_tokens": SOURCE_TOKENS,
@@ -290,6 +292,7 @@ STAGES = {
     "build": stage_build,
     "build-curves": partial(stage_build, sizes=CURVE_SIZES),
     "loops": stage_loops,
+    "smoke": partial(stage_loops, shape="t5-small", cases={(1, 1): None, (1, 4): None}),
     "kernels": stage_kernels,
     "long": stage_long,
     "curves": stage_curves,

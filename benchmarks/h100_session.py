@@ -38,10 +38,11 @@ CASE = ("stage", "model", "precision", "batch", "num_beams", "source_tokens", "n
 PLAIN = "env -u PYTHONHOME -u PYTHONPATH -u LD_LIBRARY_PATH python3"
 #: the GPU tests of a file or folder
 TESTS = "T5_TRT_TEST_STORE={store}/tests {python} -m pytest -q -m gpu -p no:xdist -W default"
+LOOPS_SMOKE = "{python} benchmarks/h100_loops.py smoke --store {store}/smoke"
 
 #: part -> steps one after the other -> lanes side by side -> commands; {python}, {store} and {json} are filled in
 PARTS: dict[str, list[list[list[str]]]] = {
-    "smoke": [[[f"{TESTS} tests/gpu/test_recording.py"]]],
+    "smoke": [[[f"{TESTS} tests/gpu/test_recording.py"], [LOOPS_SMOKE]]],
     "soak": [
         [
             [  # in a session of its own: it may outlive this call a little
@@ -52,6 +53,7 @@ PARTS: dict[str, list[list[list[str]]]] = {
                 [f"{TESTS} tests/gpu -k '{which}' --durations=12"]
                 for which in ("not too_little_memory and not fp16", "fp16")
             ),
+            [LOOPS_SMOKE],
         ]
     ],
     "builds": [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -65,3 +68,26 @@ def test_memory_of_one_process_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     assert gpu_memory_mb(7) is None
     usage = [Usage(100 * place, 500, 4, 9, gpu_used_mb=None if place == 5 else 80.0 * place) for place in range(20)]
     assert Soak(usage=usage, warm=2).slope("gpu_used_mb") is None
+
+
+class MallocInfo(ctypes.Structure):
+    """``struct mallinfo2`` of glibc: sizes in bytes."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells what malloc has given out")
+def test_shapes_leave_no_memory_behind() -> None:
+    """ONNX Runtime's memory patterns would take 4 MB for these, and more for every larger model."""
+    look = ctypes.CDLL(None).mallinfo2
+    look.restype = MallocInfo
+    encode = pair_of("t5-v1.1")[1].session.encode
+    taken = []
+    for shapes in ([(16, 40)], itertools.product(range(1, 17), range(1, 20))):
+        for shape in shapes:
+            encode(torch.ones(shape, dtype=torch.int64), None, torch.ones(shape, dtype=torch.int64))
+        gc.collect()
+        found = look()
+        taken.append((found.uordblks + found.hblkhd) / 1e6)
+    assert taken[1] - taken[0] < 1, taken

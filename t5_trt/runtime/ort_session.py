@@ -97,9 +97,13 @@ class OrtSession:
         self._run(CROSS, {"encoder_hidden_states": hidden.contiguous()}, layer_views("cross", cross.kv))
         return cross
 
-    def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
+    def start(
+        self, cross: CrossStates, capacity_tokens: int, attention_mask: torch.Tensor | None = None
+    ) -> DecoderState:
         """See `t5_trt.runtime.session.Session.start`."""
-        bias = torch.zeros((cross.batch, 1, 1, cross.source_length), dtype=torch.float32)
+        if attention_mask is None:
+            attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64)
+        bias = self.cross_bias(attention_mask, cross)
         return DecoderState.allocate(self.arch, cross, bias, capacity_tokens)
 
     def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
@@ -211,6 +215,8 @@ class OrtSession:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3
+        # one block for all results of a run: faster for the many small ones of a step, but blocks of ever other sizes fill the arena
+        options.enable_mem_pattern = graph == STEP
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         # a spinning pool steals cycles from torch's threads, which run between two steps

@@ -317,7 +317,10 @@ class EngineForward:
                 own, cross = read_stock(past, layers, session.dtype, session.device)
             cross = cross or self._cross_states(encoder_outputs, rows)
             capacity = max(cache.capacity_tokens, 0 if own is None else own.shape[4])
-            cache.state = session.start(cross, capacity)
+            mask = self._source_mask(attention_mask, cross)
+            cache.state = session.start(cross, capacity, mask)
+            if mask is not None:
+                cache.mask_source = _version_of(attention_mask)
             if own is not None:
                 cache.state.append(own)
         if cache.state.rows != rows:
@@ -344,25 +347,28 @@ class EngineForward:
             cross = cross.for_beams(rows)
         return cross
 
+    def _source_mask(self, mask: Any, cross: CrossStates) -> torch.Tensor | None:
+        """`attention_mask`, checked, with one row for each source; None if it has different ones for beams of one source."""
+        given = len(mask) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else cross.batch
+        rows = given if given in (cross.batch, cross.rows) else cross.batch
+        checked = check_mask("attention_mask", mask, rows, cross.source_length, self._opened().device)
+        if rows == cross.batch:
+            return checked
+        grouped = checked.view(cross.batch, cross.beams, -1)
+        return grouped[:, 0] if bool((grouped == grouped[:, :1]).all()) else None
+
     def _apply_mask(self, cache: EngineCache, mask: Any) -> None:
         """Bring the state's cross bias in line with `attention_mask`, doing nothing while it is the same tensor."""
-        tracked = not (isinstance(mask, torch.Tensor) and mask.is_inference())  # inference tensors count no versions
-        source = (mask, getattr(mask, "_version", 0)) if tracked else None
-        known = cache.mask_source
+        source, known = _version_of(mask), cache.mask_source
         if known is not None and source is not None and known[0] is mask and known[1] == source[1]:
             return
         state = cache.state
         assert state is not None
-        cross, device = state.cross, self._opened().device
-        given = len(mask) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else cross.batch
-        rows = given if given in (cross.batch, cross.rows) else cross.batch
-        checked = check_mask("attention_mask", mask, rows, cross.source_length, device)
-        if rows != cross.batch:  # one mask per beam: they agree unless somebody made them differ
-            grouped = checked.view(cross.batch, cross.beams, -1)
-            if bool((grouped == grouped[:, :1]).all()):
-                checked = grouped[:, 0]
-            else:
-                state.separate_sources()
+        checked = self._source_mask(mask, state.cross)
+        if checked is None:  # somebody made them differ
+            state.separate_sources()
+            checked = self._source_mask(mask, state.cross)
+            assert checked is not None
         bias = self._opened().cross_bias(checked, state.cross)
         if bias.shape != state.cross_bias.shape or not torch.equal(bias, state.cross_bias):
             state.hide_keys(bias)
@@ -382,3 +388,9 @@ class EngineForward:
         if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does
             write_stock(past, state, count)
         return logits
+
+
+def _version_of(mask: Any) -> tuple[Any, int] | None:
+    """What tells whether a mask is the same and unchanged; None for inference tensors, which count no versions."""
+    tracked = not (isinstance(mask, torch.Tensor) and mask.is_inference())
+    return (mask, getattr(mask, "_version", 0)) if tracked else None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import weakref
 from functools import cache
+from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+_address, _version = torch.Tensor.data_ptr, attrgetter("_version")
 _watches: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
 
 
 class WeightWatch:
     """What a model's modules and parameters are when this is made.
 
-    Looking again takes about 0.1 ms for the 250 tensors of T5-base. In-place operations are noticed by torch's version counters,
+    Looking again takes 0.16 ms for the 260 tensors of T5-base (AMD EPYC). In-place operations are noticed by torch's version counters,
     and optimizers by a hook, because fused ones count nothing. Other writing through ``parameter.data`` goes unnoticed.
 
     Args:
@@ -24,14 +27,19 @@ class WeightWatch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._children = [(owner._modules, name, child) for owner in modules for name, child in owner._modules.items()]
-        self._tensors = [
-            (owner._parameters, name, tensor, tensor.data_ptr(), _version(tensor))
+        owned = [(owner._modules, *entry) for owner in modules for entry in owner._modules.items()]
+        parameters = [
+            (owner._parameters, *entry)
             for owner in modules
-            for name, tensor in owner._parameters.items()
-            if tensor is not None
+            for entry in owner._parameters.items()
+            if entry[1] is not None
         ]
-        self._ids = {id(tensor) for _, _, tensor, _, _ in self._tensors}
+        self._tensors: list[Any] = [tensor for _, _, tensor in parameters]
+        # in columns, because they are compared before every call
+        self._owners, self._names, self._parts = zip(*owned, *parameters, strict=True)
+        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # versions
+        self._state = self._look()
+        self._ids = set(map(id, self._tensors))
         self._stepped = False
         _listen()
         _watches.add(self)
@@ -42,22 +50,15 @@ class WeightWatch:
 
     def replaced(self) -> bool:
         """Whether modules or parameters are others."""
-        if any(children.get(name) is not child for children, name, child in self._children):
-            return True
-        return any(tensors.get(name) is not tensor for tensors, name, tensor, _, _ in self._tensors)
+        return not all(map(is_, map(dict.get, self._owners, self._names), self._parts))
 
     def changed(self) -> bool:
         """Whether weights have other values, or lie elsewhere."""
-        if self._stepped or self.replaced():
-            return True
-        return any(
-            tensor.data_ptr() != address or _version(tensor) != version
-            for _, _, tensor, address, version in self._tensors
-        )
+        return self._stepped or self.replaced() or self._look() != self._state
 
-
-def _version(tensor: nn.Parameter) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors count none
+    def _look(self) -> tuple[list[int], list[int]]:
+        """Addresses and versions."""
+        return list(map(_address, self._tensors)), list(map(_version, self._counting))
 
 
 @cache

@@ -111,6 +111,24 @@ def test_device_form_takes_other_numbers(other: Any) -> None:
     assert vars(first) == before
 
 
+def test_numbers_of_one_list_are_written_once() -> None:
+    """Also after another list, and after one whose writing did not end."""
+    first, other = [stock_processors.TemperatureLogitsWarper(0.7)], [stock_processors.TemperatureLogitsWarper(1.3)]
+    forms = device_forms(first, VOCAB, 32, torch.device("cpu"))
+    assert forms is not None
+    process, number = Recordable(forms), forms[0].numbers[0][0]
+    for processors in (first, other, first):
+        process.load(processors)
+        written = number._version
+        process.load(processors)
+        assert number._version == written and same_values(process, processors[0], "cpu")
+    number.fill_(9.0)
+    with pytest.raises(AttributeError):
+        process.load([object()])
+    process.load(first)
+    assert same_values(process, first[0], "cpu")
+
+
 def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
     class Hotter(stock_processors.TemperatureLogitsWarper):
         pass

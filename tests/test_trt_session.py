@@ -15,6 +15,8 @@ from transformers import T5ForConditionalGeneration
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.profiles import Shapes
+from t5_trt.generation import support
+from t5_trt.generation.processors import fingerprint
 from t5_trt.runtime import device_weights, trt_encoder, trt_session
 from t5_trt.runtime.cuda_graph import NotRecordableError
 from t5_trt.signature import GRAPHS
@@ -121,6 +123,46 @@ def test_slots_are_used_again(make_pair: Any) -> None:
     third = ours(**batch(seed=9), decoder_input_ids=one)
     assert third[CACHE].state.kv.data_ptr() == address
     assert torch.equal(second.logits, expected) and not torch.equal(third.logits, expected)
+
+
+def test_two_kinds_of_request_take_turns_in_one_recorded_step(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They differ in a number; what was found out about a kind is used again, and nothing of the other kind."""
+    stock, ours = make_pair("t5-v1.1")
+    fingerprints: list[Any] = []
+    monkeypatch.setattr(
+        support, "fingerprint", lambda processor: fingerprints.append(processor) or fingerprint(processor)
+    )
+    for seed in range(3):
+        for temperature in (0.6, 2.5):
+            results = []
+            for model in (stock, ours):
+                torch.manual_seed(seed)
+                request = {**batch(seed=seed), "max_new_tokens": 12, "do_sample": True, "temperature": temperature}
+                results.append(model.generate(**request).tolist())
+            assert results[0] == results[1]
+        assert len(fingerprints) == 4  # top-k and temperature, for each kind
+    steps = [step for slots in ours.session._idle.values() for slot in slots for step in slot.steps]
+    assert len(steps) == 1
+
+
+def test_one_mask_is_made_for_a_request(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    real, made = trt_session.TrtSession.cross_bias, []
+    monkeypatch.setattr(trt_session.TrtSession, "cross_bias", lambda *args: made.append(1) or real(*args))
+    inputs = batch()
+    unmasked = {"input_ids": inputs["input_ids"]}
+    for given in (inputs, unmasked):
+        for arguments in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}):
+            del made[:]
+            request = {**given, "max_new_tokens": 8, **arguments}
+            assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+            assert len(made) == 1, (list(given), arguments)
+        del made[:]
+        start = torch.zeros(3, 1, dtype=torch.long)
+        with torch.no_grad():
+            expected = stock(**given, decoder_input_ids=start).logits
+        torch.testing.assert_close(ours(**given, decoder_input_ids=start).logits, expected, atol=LOGITS_ATOL, rtol=1e-5)
+        assert len(made) == 1
 
 
 def test_changed_mask_and_rearranged_rows(make_pair: Any) -> None:

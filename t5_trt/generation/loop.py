@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from t5_trt.generation.beam import BeamChoice, BeamRules, finished_beams
-from t5_trt.generation.processors import Processing, Recordable, Stock, device_forms, fingerprint
+from t5_trt.generation.processors import Processing, Recordable, Stock, device_forms
 from t5_trt.generation.sampling import Apart, Ending, GpuDraws, TokenChoice
 from t5_trt.generation.support import Request
 from t5_trt.generation.watch import STEPS_AHEAD, Watcher
@@ -126,8 +126,7 @@ class DecodeLoop(ABC):
         if self.apart is None:  # the same key for all requests that one recorded step can serve
             if not self.request.config.do_sample:  # of more rows others would be drawn
                 entries = self.session.decoded_rows(self.state) // self.beams
-            processors = tuple(fingerprint(processor) for processor in self.request.processors)
-            key = (entries, self.capacity, *self.settings(), *processors)
+            key = (entries, self.capacity, *self.settings(), *self.request.fingerprints)
         program = self.session.program(self.state, lambda: self.make(entries), key)
         if key is not None:  # the choice may be another request's
             program.choice.process.load(self.request.processors)

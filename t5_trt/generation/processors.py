@@ -52,6 +52,7 @@ class Recordable:
 
     def __init__(self, forms: Sequence[Form]) -> None:
         self._forms = forms
+        self._loaded: Sequence[Any] | None = None
 
     def __call__(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [rows, V] of the token after the one at `position` (int64 [1])."""
@@ -62,9 +63,13 @@ class Recordable:
         return scores
 
     def load(self, processors: Sequence[Any]) -> None:
-        """Compute what these processors do from now on; only their numbers may be others."""
+        """Compute what these processors do from now on; only their numbers may be others, and those of one list stay as they are."""
+        if processors is self._loaded:
+            return
+        self._loaded = None
         for form, processor in zip(self._forms, processors, strict=True):
             form.load(processor)
+        self._loaded = processors
 
 
 class Stock:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process, stopping_criteria
 
 from t5_trt.generation.engine_cache import EngineCache
-from t5_trt.generation.processors import has_device_form
+from t5_trt.generation.processors import fingerprint, has_device_form
 from t5_trt.transformers_api import CACHE
 
 
@@ -96,6 +96,11 @@ class Request:
         """Tokens that end a row."""
         ends = [c for c in self.criteria if type(c) is stopping_criteria.EosTokenCriteria]
         return tuple(dict.fromkeys(int(token) for c in ends for token in c.eos_token_id.flatten().tolist()))
+
+    @cached_property
+    def fingerprints(self) -> tuple[Hashable, ...]:
+        """Of the processors, which all have a device form."""
+        return tuple(map(fingerprint, self.processors))
 
     @cached_property
     def pad(self) -> int | None:

@@ -98,8 +98,10 @@ class Session(Protocol):
         """Cross-attention K/V of encoder states [B, S, E] that came from elsewhere."""
         ...
 
-    def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
-        """An empty cache over sources, with room for at least `capacity_tokens`; no source token is hidden yet."""
+    def start(
+        self, cross: CrossStates, capacity_tokens: int, attention_mask: torch.Tensor | None = None
+    ) -> DecoderState:
+        """An empty cache over sources, with room for at least `capacity_tokens`; a mask [B, S] of zeros and ones hides tokens."""
         ...
 
     def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:

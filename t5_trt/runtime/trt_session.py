@@ -118,9 +118,13 @@ class TrtSession:
         self._run(CROSS, shapes, inputs, {"cross_kv": cross.kv})
         return cross
 
-    def start(self, cross: CrossStates, capacity_tokens: int) -> DecoderState:
+    def start(
+        self, cross: CrossStates, capacity_tokens: int, attention_mask: torch.Tensor | None = None
+    ) -> DecoderState:
         """See `t5_trt.runtime.session.Session.start`."""
-        state = DecoderState.allocate(self.arch, cross, self._no_bias(cross), capacity_tokens)
+        if attention_mask is None:
+            attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
+        state = DecoderState.allocate(self.arch, cross, self.cross_bias(attention_mask, cross), capacity_tokens)
         state.smallest_bucket = SMALLEST["T"]
         return state
 
@@ -337,10 +341,6 @@ class TrtSession:
     def _new_cross(self, shapes: Shapes, used: tuple[int, int]) -> CrossStates:
         arch = self.arch
         return CrossStates(self._new(arch.decoder_layers, 2, shapes.B, arch.num_heads, shapes.S, arch.d_kv), used=used)
-
-    def _no_bias(self, cross: CrossStates) -> torch.Tensor:
-        ones = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
-        return self.cross_bias(ones, cross)
 
     def _pad(self, tensor: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
         """Zeros behind the rows and tokens of a request."""

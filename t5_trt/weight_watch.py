@@ -37,7 +37,7 @@ class WeightWatch:
         self._tensors: list[Any] = [tensor for _, _, tensor in parameters]
         # in columns, because they are compared before every call
         self._owners, self._names, self._parts = zip(*owned, *parameters, strict=True)
-        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # versions
+        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # those have no versions
         self._state = self._look()
         self._ids = set(map(id, self._tensors))
         self._stepped = False

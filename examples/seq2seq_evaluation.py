@@ -3,8 +3,8 @@
     python examples/seq2seq_evaluation.py
     python examples/seq2seq_evaluation.py MODEL --sources sources.txt --targets targets.txt --num-beams 4
 
-The trainer gets our model in place of the stock one; nothing else changes. It needs the package accelerate. Loss and
-metric are those of the stock class where both compute in float32: on a CPU by default, on a GPU with --precision fp32.
+The trainer gets our model in place of Hugging Face's; nothing else changes. It needs the package accelerate. Loss and
+metric are those of the Hugging Face class where both compute in float32: on a CPU by default, on a GPU with --precision fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     EvalPrediction,
+    GenerationConfig,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5ForConditionalGeneration,
@@ -59,11 +60,13 @@ def main() -> None:
     ours = TRTT5ForConditionalGeneration.from_pretrained(options.model, precision=options.precision)
     stock = T5ForConditionalGeneration.from_pretrained(options.model)
     predicted = {}
+    # the trainer sets max_length in the model's generation config; beside max_new_tokens Transformers would warn in every batch
+    limits = {"max_length": options.max_length, "max_new_tokens": None}
     with tempfile.TemporaryDirectory() as folder:
         arguments = Seq2SeqTrainingArguments(
             output_dir=folder,
             predict_with_generate=True,
-            generation_max_length=options.max_length,
+            generation_config=GenerationConfig.from_pretrained(options.model, **limits),
             generation_num_beams=options.num_beams,
             per_device_eval_batch_size=options.batch_size,
             use_cpu=ours.device.type == "cpu",  # the trainer moves a model to a GPU that it sees

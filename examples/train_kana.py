@@ -311,7 +311,7 @@ def evaluate(
         chunk = pairs[start : start + batch_size]
         inputs = tokenizer([kana for kana, _ in chunk], padding=True, return_tensors="pt").to(device)
         with torch.inference_mode():
-            output = generator.generate(**inputs, do_sample=False, num_beams=1, max_length=MAX_TOKENS)
+            output = generator.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_TOKENS - 1)
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         misses += [(kana, want, got) for (kana, want), got in zip(chunk, texts, strict=True) if got != want]
     return Evaluation(len(pairs) - len(misses), len(pairs), misses)
@@ -321,7 +321,7 @@ def save(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
     """Writes weights, configuration and tokenizer so that they load offline and without a warning."""
     generation: Any = GenerationConfig  # untyped in the library
     model.generation_config = generation(
-        max_length=MAX_TOKENS, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, do_sample=False
+        max_new_tokens=MAX_TOKENS - 1, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, do_sample=False
     )
     model.save_pretrained(folder)
     # The library writes tied tensors once; readers of T5 v1.1 files expect the output layer under its own name.

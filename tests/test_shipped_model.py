@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,30 @@ def test_recorded_accuracy_and_size(shipped: tuple[Any, Any, Any], shipped_folde
     assert metrics["words_total"] == 2000 and metrics["words_accuracy"] >= 0.99
     assert 1_000_000 <= shipped[1].num_parameters() == metrics["parameters"] <= 2_000_000
     assert (shipped_folder / "model.safetensors").stat().st_size < 8e6
+
+
+def test_generating_gives_no_notice(shipped: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Of Transformers, which warns in every call where a config names ``max_length`` and the call ``max_new_tokens``."""
+    tokenizer, *models = shipped
+    inputs = encode(tokenizer, LINES[:2])
+    for model in models:
+        with caplog.at_level("WARNING"):
+            logging.getLogger("transformers").addHandler(caplog.handler)
+            try:
+                results = [model.generate(**inputs, **options) for options in ({}, {"max_new_tokens": 95})]
+            finally:
+                logging.getLogger("transformers").removeHandler(caplog.handler)
+        assert results[0].tolist() == results[1].tolist() and not caplog.messages
+
+
+def test_training_script_writes_the_shipped_generation_config(
+    shipped: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """96 tokens with the decoder's start token."""
+    tokenizer, stock, _ = shipped
+    monkeypatch.syspath_prepend(ROOT / "examples")  # of its module kana_rules
+    training = runpy.run_path(str(ROOT / "examples" / "train_kana.py"))
+    training["save"](stock, tokenizer, tmp_path)
+    files = (folder / "generation_config.json" for folder in (tmp_path, ROOT / "examples" / "kana_romaji"))
+    written, kept = ({**json.loads(file.read_text()), "transformers_version": ""} for file in files)
+    assert written == kept and kept["max_new_tokens"] == training["MAX_TOKENS"] - 1 and "max_length" not in kept

@@ -67,7 +67,7 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
     new_qkv_l [R,Q,3*H*D] (q, k and v of each new token side by side) for new_{k,v}_l.
 
     An encoder without a decoder makes no cross K/V. ``position`` is the number of tokens already in the cache; cached entries from there on are ignored. The biases are
-    added to attention scores: 0 keeps a key, the type's lowest value hides it.
+    added to attention scores: 0 keeps a key, `t5_trt.graph.precision.mask_value` (-30000 in float16, else -1e30) hides it.
     """
     heads, width, size, layers = arch.num_heads, arch.d_kv, arch.d_model, arch.decoder_layers
     cross = tuple(Tensor(name, REAL, ("B", heads, "S", width)) for name in layered("cross", layers))

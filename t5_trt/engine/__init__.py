@@ -1,1 +1,5 @@
-"""TensorRT engines: built once per checkpoint, shape bucket and GPU, kept on disk, loaded by the session."""
+"""TensorRT engines: built, kept on disk, loaded by the session.
+
+One engine serves an architecture at one shape bucket, precision, TensorRT version and kind of GPU. It holds no weights and so
+serves every checkpoint of the architecture; engines of ``precision="int8"`` do hold weights and belong to one checkpoint.
+"""

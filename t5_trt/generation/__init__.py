@@ -1,1 +1,1 @@
-"""What `generate()` needs beside the engines: the cache and the encoder output that it passes around."""
+"""What `generate()` needs beside the engines: decode loops, processors, cache, encoder output; and `generate_many`."""

@@ -128,7 +128,7 @@ def _queries_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
         **sizes,
         past_index=graph.clip(past_distance, 0, graph.arch.max_distance),
         new_index=graph.clip(new_distance, 0, graph.arch.max_distance),
-        past_mask=graph.op("Min", past_mask, past_pad),  # not a sum: two lowest values added would be -inf
+        past_mask=graph.op("Min", past_mask, past_pad),  # not a sum: -60000 and a bias may leave float16
         new_mask=graph.op("Min", new_mask, new_pad),
         here=None,
     )

@@ -42,6 +42,6 @@ def mask_value(dtype: ir.DataType) -> float:
 
     It must absorb any score, so that a row whose keys are all hidden gives equal weights, as with the type's lowest
     number in Transformers; and it must survive a softmax that multiplies by log2(e) first, which the lowest number does
-    not: a row of -inf becomes NaN. Half precision has room for neither rule and keeps a margin instead.
+    not: a row of -inf becomes NaN. float16 has room for neither rule and keeps a margin instead.
     """
     return -30000.0 if dtype == ir.DataType.FLOAT16 else -1e30

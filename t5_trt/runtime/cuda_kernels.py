@@ -1,6 +1,6 @@
 """The library's own CUDA kernels: compiled by NVRTC for the GPU at hand when they are first wanted, launched on torch's stream.
 
-They replace chains of small torch operations in the decoder step. cuda.bindings and NVRTC come with PyTorch's CUDA builds;
+They replace chains of small torch operations in the decoder step. Some of PyTorch's CUDA builds bring cuda.bindings and NVRTC;
 where one is missing, and on a CPU, callers use torch operations that compute the same.
 """
 

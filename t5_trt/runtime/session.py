@@ -1,4 +1,4 @@
-"""What every backend offers to the model: encode, project, decode. Generation loops and modeling use nothing else."""
+"""What every backend offers to the model and the decode loops: encode, project, decode, and steps that choose tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fill README.md's tables and pictures from the records in ``benchmarks/results``, so that no number is typed by hand.
+"""Fill the tables and pictures of README.md and README.ja.md from ``benchmarks/results``, so that no number is typed by hand.
 
 The text between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->`` is replaced for every name in `SECTIONS`. A name that
-README.md does not have is reported and left out. With ``--check`` nothing is written; the status is 1 if README.md, or
+a file does not have is reported and left out. With ``--check`` nothing is written; the status is 1 if a file, or
 a picture it should show, is out of date.
 """
 
@@ -21,18 +21,21 @@ from t5_trt.errors import InputError, T5TRTError
 
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_RECORDS, CPU_PLOT_RECORDS = "cpu-onnxruntime.json", "cpu-bench.json"
-GPU_RECORDS = "h100-trt8.5.3.json"
+GPU_RECORDS, GPU_PEER_RECORDS = "h100-trt8.5.3.json", "h200-trt8.5.3.json"
 #: stages of `benchmarks/h100_loops.py` whose records are in the table, and the one that is drawn
 GPU_STAGES, GPU_CURVES = ("h100_loops loops", "h100_loops compiled"), "h100_loops curves"
-#: names in records of a GPU -> columns
-GPU_TIMES = {
-    "hf_eager_fp32_ms": "Transformers fp32 ms",
-    "hf_eager_fp16_ms": "Transformers fp16 ms",
-    "hf_compiled_fp16_ms": "compiled fp16 ms",
-    "ours_ms": "t5_trt ms",
-}
+GPU_PEER_STAGES = ("peers",)
+#: who else runs T5 in the precision of ours: names in records, less precision and unit -> names in the table
+PEERS = {"hf_compiled": "Hugging Face compiled", "hf_eager": "Hugging Face eager", "ctranslate2": "CTranslate2"}
+READMES = (ROOT / "README.md", ROOT / "README.ja.md")
 PICTURES = "docs/images"
-COLUMNS = ("model", "precision", "batch", "beams", "processor", "Transformers ms", "t5_trt ms", "times as fast")
+COLUMNS = (
+    "model", "precision", "batch", "beams", "processor", "Hugging Face eager fp32 ms", "t5_trt ms", "times as fast",
+)  # fmt: skip
+GPU_COLUMNS = (
+    "batch", "beams", "new tokens", "t5_trt fp16 ms", "fastest fp16 peer", "its ms", "times as fast",
+    "Hugging Face eager fp32 ms", "times as fast as that", "tokens per s",
+)  # fmt: skip
 
 
 def speed_table(records: Sequence[Record]) -> str:
@@ -48,33 +51,41 @@ def speed_table(records: Sequence[Record]) -> str:
             model += ", sampling"
         precision = record["precision"] + (", prepacked weights" if record.get("prepack_weights") else "")
         key = (model, precision, str(record["batch"]), str(record["num_beams"]), record["processor"])
-        stock, ours = record["hf_eager_fp32_ms"], record["ours_ms"]
-        rows[key] = (*key, f"{stock:.0f}", f"{ours:.0f}", f"{stock / ours:.2f}")
+        eager, ours = record["hf_eager_fp32_ms"], record["ours_ms"]
+        rows[key] = (*key, f"{eager:.0f}", f"{ours:.0f}", f"{eager / ours:.2f}")
     lines = [COLUMNS, tuple("---" if column in COLUMNS[:2] + COLUMNS[4:5] else "---:" for column in COLUMNS)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *rows.values()])
 
 
-def gpu_speed_table(records: Sequence[Record]) -> str:
-    """A markdown table of whole calls on a GPU: ours, and Transformers eager and compiled; the last record of a case counts."""
+def gpu_speed_table(records: Sequence[Record], stages: Sequence[str] = GPU_STAGES) -> str:
+    """A markdown table of whole calls on a GPU in float16; the last record of a case counts.
+
+    Ours is compared with the fastest of `PEERS` in float16 that the records of a case have, and with Hugging Face's class in float32.
+    """
     cases: dict[tuple[int, int, int], Record] = {}
     for record in records:
-        if record.get("stage") in GPU_STAGES:
+        if record.get("stage") in stages:
             case = cases.setdefault((record["batch"], record["num_beams"], record["new_tokens"]), {})
-            case |= {name: record[name] for name in GPU_TIMES if name in record}
-    columns = ("batch", "beams", "new tokens", *GPU_TIMES.values(), "times as fast", "tokens per s")
-    lines = [columns, ("---:",) * len(columns)]
+            case |= {name: value for name, value in record.items() if name.endswith("_ms")}
+    lines = [GPU_COLUMNS, tuple("---" if column == "fastest fp16 peer" else "---:" for column in GPU_COLUMNS)]
     for (batch, beams, tokens), case in cases.items():
-        if "ours_ms" in case and "hf_eager_fp32_ms" in case:
-            times = [f"{case[name]:.0f}" if name in case else "" for name in GPU_TIMES]
-            ours = case["ours_ms"]
-            ratios = (f"{case['hf_eager_fp32_ms'] / ours:.1f}", f"{batch * tokens / ours * 1e3:.0f}")
-            lines.append((str(batch), str(beams), str(tokens), *times, *ratios))
+        peers = [(case[f"{name}_fp16_ms"], shown) for name, shown in PEERS.items() if f"{name}_fp16_ms" in case]
+        if "ours_ms" in case and "hf_eager_fp32_ms" in case and peers:
+            ours, eager, (fastest, peer) = case["ours_ms"], case["hf_eager_fp32_ms"], min(peers)
+            compared = (peer, f"{fastest:.0f}", f"{fastest / ours:.1f}", f"{eager:.0f}", f"{eager / ours:.1f}")
+            per_second = f"{batch * tokens / ours * 1e3:.0f}"
+            lines.append((str(batch), str(beams), str(tokens), f"{ours:.0f}", *compared, per_second))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def gpu_speed(readme: Path, write: bool) -> str:
-    """The table of times on a GPU."""
+    """The table of times on an H100."""
     return gpu_speed_table(read_records(RESULTS / GPU_RECORDS))
+
+
+def gpu_peers(readme: Path, write: bool) -> str:
+    """The table of times on an H200, with CTranslate2."""
+    return gpu_speed_table(read_records(RESULTS / GPU_PEER_RECORDS), GPU_PEER_STAGES)
 
 
 def cpu_speed(readme: Path, write: bool) -> str:
@@ -108,6 +119,7 @@ def _picture(readme: Path, write: bool, name: str, where: str, records: Sequence
 SECTIONS: dict[str, Callable[[Path, bool], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-speed-plot": cpu_speed_plot,
+    "gpu-peers": gpu_peers,
     "gpu-speed": gpu_speed,
     "gpu-speed-plot": gpu_speed_plot,
 }
@@ -134,25 +146,33 @@ def filled(readme: Path, write: bool) -> tuple[str, list[str]]:
     return text, missing
 
 
+def update(readme: Path, check: bool) -> bool:
+    """Rewrite a README, or with `check` only look; whether it is up to date afterwards."""
+    text, missing = filled(readme, write=not check)
+    for name in missing:
+        print(f"{readme.name} has no <!-- begin: {name} --> and <!-- end: {name} -->; that section is left out")
+    if text == readme.read_text(encoding="utf-8"):
+        print(f"{readme.name} is up to date")
+    elif check:
+        print(f"{readme.name} is out of date; run python benchmarks/report.py", file=sys.stderr)
+        return False
+    else:
+        readme.write_text(text, encoding="utf-8")
+        print(f"{readme.name} is rewritten")
+    return True
+
+
 def main() -> None:
     """Rewrite, or with --check compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a README is out of date")
+    parser.add_argument("--readme", type=Path, nargs="+", default=READMES)
     args = parser.parse_args()
     try:
-        text, missing = filled(args.readme, write=not args.check)
+        current = [update(readme, args.check) for readme in args.readme]
     except T5TRTError as error:
         sys.exit(f"error: {error}")
-    for name in missing:
-        print(f"{args.readme.name} has no <!-- begin: {name} --> and <!-- end: {name} -->; that section is left out")
-    if text == args.readme.read_text(encoding="utf-8"):
-        print(f"{args.readme.name} is up to date")
-    elif args.check:
-        sys.exit(f"{args.readme.name} is out of date; run python benchmarks/report.py")
-    else:
-        args.readme.write_text(text, encoding="utf-8")
-        print(f"{args.readme.name} is rewritten")
+    sys.exit(0 if all(current) else 1)
 
 
 if __name__ == "__main__":

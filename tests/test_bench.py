@@ -244,7 +244,7 @@ def test_help_needs_no_torch() -> None:
     assert done.stdout.split()[-1] == "False"
 
 
-def test_table_of_a_gpu() -> None:
+def test_table_of_a_gpu_leads_with_the_fastest_peer_in_the_same_precision() -> None:
     """Ours and the compiled baseline come from different runs; what was measured otherwise is no row."""
     case = {"stage": "h100_loops loops", "batch": 8, "num_beams": 4, "new_tokens": 100}
     records: list[dict[str, Any]] = [
@@ -254,10 +254,13 @@ def test_table_of_a_gpu() -> None:
         {**case, "stage": "h100 base", "ours_ms": 30.0, "hf_eager_fp32_ms": 1000.0},
         {"compared": "something", "batch": 1},
         {**case, "batch": 1, "ours_ms": 3.0},
+        {**case, "batch": 2, "ours_ms": 3.0, "hf_eager_fp32_ms": 9.0},  # nothing in the same precision
     ]
     *_, row = gpu_speed_table(records).split("\n")
-    assert row == "| 8 | 4 | 100 | 1000 | 2000 | 200 | 40 | 25.0 | 20000 |"
+    assert row == "| 8 | 4 | 100 | 40 | Hugging Face compiled | 200 | 5.0 | 1000 | 25.0 | 20000 |"
     assert len(gpu_speed_table(records).split("\n")) == 3
+    *_, row = gpu_speed_table([*records, {**case, "ctranslate2_fp16_ms": 120.0}]).split("\n")
+    assert "| CTranslate2 | 120 | 3.0 |" in row
 
 
 def test_picture_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

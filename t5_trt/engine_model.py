@@ -105,7 +105,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
-            precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices, on CPUs).
+            precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices; on GPUs experimental).
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
             strict: raise instead of using the stock PyTorch model where engines cannot serve a request.
             num_threads: CPU threads of ONNX Runtime; None takes torch's number.

@@ -1,0 +1,5 @@
+"""``python -m t5_trt.cli`` is ``t5-trt``."""
+
+from t5_trt.cli import main
+
+main()

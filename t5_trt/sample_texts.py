@@ -141,13 +141,16 @@ _SENTENCES = {
 }
 #: largest share of unknown tokens in texts of a language that a tokenizer is made for
 _UNKNOWN = 0.1
+#: tokens of a vocabulary out of which no texts can be made: Transformers makes up a tokenizer where a checkpoint has none
+_FEW = 8
 
 
 def sample_texts(tokenizer: Any) -> tuple[list[str], str]:
     """Sixteen texts, and what they are, for the reader.
 
     The language is the one of which a token covers the most bytes: a tokenizer has long pieces for the language that it
-    was trained on. Where it knows none of them, words are drawn from its vocabulary.
+    was trained on. Where it knows none of them, words are drawn from its vocabulary;
+    no text comes out where that is empty.
 
     Args:
         tokenizer: of a checkpoint.
@@ -173,5 +176,7 @@ def _bytes_of_a_token(tokenizer: Any, sentences: tuple[str, ...]) -> float:
 def _of_vocabulary(tokenizer: Any) -> list[str]:
     special = set(tokenizer.all_special_ids)
     tokens = sorted(token for token in tokenizer.get_vocab().values() if token not in special)
+    if len(tokens) < _FEW:
+        return []
     draw = random.Random(0)
     return [tokenizer.decode(draw.choices(tokens, k=length)) for length in range(2, 18)]

@@ -84,9 +84,11 @@ def default_batches(model: Any, name: str, size: int) -> tuple[list[Batch], str]
     """
     try:
         tokenizer = load_tokenizer(name)
+        texts, kind = sample_texts(tokenizer)
     except CheckpointError:
+        texts, kind = [], ""
+    if not texts:
         return _random_batches(size, model.config.vocab_size), "random tokens, for want of a tokenizer"
-    texts, kind = sample_texts(tokenizer)
     return list(text_batches(tokenizer, texts, size, pad_token_id=model.config.pad_token_id)), kind
 
 

@@ -33,23 +33,27 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     add_completion=True,
-    help=__doc__,
+    help="T5 on TensorRT and ONNX Runtime behind Hugging Face's own class.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command(epilog="Examples: t5-trt info;  t5-trt info --json")(info.info)
+app.command(short_help='what "auto" chooses, and why', epilog="Examples: t5-trt info;  t5-trt info --json")(info.info)
 app.command(
     cls=build.BuildCommand,
+    short_help="a model's engines ahead",
     epilog="Examples: t5-trt build MODEL --batch 8 --beams 4;  t5-trt build MODEL --flavor rtx --compute-capability 8.6 8.9",
 )(build.build)
-app.command(epilog='Examples: t5-trt generate MODEL "text" --num-beams 4;  t5-trt generate MODEL < lines.txt')(
-    generate.generate
-)
 app.command(
-    epilog="Examples: t5-trt verify MODEL;  t5-trt verify MODEL --texts lines.txt --precision int8 --at-least 0.98"
+    short_help="text through a model",
+    epilog='Examples: t5-trt generate MODEL "text" --num-beams 4;  t5-trt generate MODEL < lines.txt',
+)(generate.generate)
+app.command(
+    short_help="tokens and logits against Hugging Face's",
+    epilog="Examples: t5-trt verify MODEL;  t5-trt verify MODEL --texts lines.txt --precision int8 --at-least 0.98",
 )(verify.verify)
 app.command(
     cls=bench.BenchCommand,
+    short_help="time against Hugging Face's class",
     epilog="Example: t5-trt bench MODEL --batch 1 8 --num-beams 1 4 --json records.json --plot latency.png",
 )(bench.bench)
 app.add_typer(cache.cache_app, name="cache")

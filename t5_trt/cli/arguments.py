@@ -13,16 +13,15 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from t5_trt.config import BACKENDS, PRECISIONS, check_choice
+from t5_trt.config import BACKENDS, PRECISIONS
 from t5_trt.errors import InputError
 
 
 def _choice(choices: tuple[str, ...]) -> Callable[[Optional[str]], Optional[str]]:  # noqa: UP045 - typer reads it at run time
     def check(value: Optional[str]) -> Optional[str]:  # noqa: UP045
-        try:
-            return None if value is None else check_choice("it", value, choices)
-        except InputError as error:
-            raise typer.BadParameter(str(error)) from error
+        if value is not None and value not in choices:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}.")
+        return value
 
     return check
 
@@ -33,7 +32,7 @@ def _finite(value: Optional[float]) -> Optional[float]:  # noqa: UP045
     return value
 
 
-Model = Annotated[str, typer.Argument(help="hub id or folder of a checkpoint")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="hub id or folder of a checkpoint")]
 CacheDir = Annotated[Optional[Path], typer.Option("--cache-dir", help="folder of engines; default T5_TRT_CACHE")]  # noqa: UP045
 Backend = Annotated[str, typer.Option(help=", ".join(BACKENDS), callback=_choice(BACKENDS))]
 Precision = Annotated[str, typer.Option(help=f"of ours: {', '.join(PRECISIONS)}", callback=_choice(PRECISIONS))]

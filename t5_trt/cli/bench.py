@@ -28,7 +28,8 @@ class BenchCommand(ListCommand):
 
 def bench(
     model: Annotated[
-        str, typer.Argument(help="hub id or folder of a checkpoint, or random:t5-base or random:t5-small")
+        str,
+        typer.Argument(metavar="MODEL", help="hub id or folder of a checkpoint, or random:t5-base or random:t5-small"),
     ],
     batch: Annotated[
         _Numbers, typer.Option(min=1, help="rows; several values, as in --batch 1 8 32, are all timed")

@@ -18,7 +18,9 @@ _CHUNK = 1 << 16
 
 def generate(
     model: Model,
-    texts: Annotated[Optional[list[str]], typer.Argument(help="texts; none reads lines from standard input")] = None,  # noqa: UP045 - typer reads it at run time
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="texts; none reads lines from standard input")
+    ] = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
     num_beams: Annotated[Optional[int], typer.Option(min=1, help="default: the checkpoint's")] = None,  # noqa: UP045

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
-#: the same kind of everyday sentences in languages of published T5 models
+#: the same everyday sentences in languages of published T5 models
 _SENTENCES = {
     "English": (
         "Good morning.",
@@ -148,29 +149,27 @@ _FEW = 8
 def sample_texts(tokenizer: Any) -> tuple[list[str], str]:
     """Sixteen texts, and what they are, for the reader.
 
-    The language is the one of which a token covers the most bytes: a tokenizer has long pieces for the language that it
-    was trained on. Where it knows none of them, words are drawn from its vocabulary;
-    no text comes out where that is empty.
+    The language is the one that takes the fewest tokens to say the same: a tokenizer has long pieces for the language that
+    it was trained on. Where it knows none of them, words are drawn from its vocabulary; no text comes out where that is empty.
 
     Args:
         tokenizer: of a checkpoint.
     """
-    coverage = {name: _bytes_of_a_token(tokenizer, sentences) for name, sentences in _SENTENCES.items()}
-    language = max(coverage, key=lambda name: coverage[name])
-    if coverage[language] == 0:
+    counts = {name: _token_count(tokenizer, sentences) for name, sentences in _SENTENCES.items()}
+    language = min(counts, key=lambda name: counts[name])
+    if counts[language] == math.inf:
         return _of_vocabulary(tokenizer), "words of the tokenizer's vocabulary"
     sentences = _SENTENCES[language]
     pairs = zip(sentences, sentences[1:] + sentences[:1], strict=True)
     return [*sentences, *map(" ".join, pairs)], f"sentences in {language}"
 
 
-def _bytes_of_a_token(tokenizer: Any, sentences: tuple[str, ...]) -> float:
-    """How many bytes of text a token covers on average; 0 where too many are unknown."""
+def _token_count(tokenizer: Any, sentences: tuple[str, ...]) -> float:
+    """Tokens of all sentences; infinite where too many are unknown."""
     rows = tokenizer(list(sentences), add_special_tokens=False)["input_ids"]
     tokens = [token for row in rows for token in row]
-    if not tokens or tokens.count(tokenizer.unk_token_id) > _UNKNOWN * len(tokens):
-        return 0.0
-    return len("".join(sentences).encode()) / len(tokens)
+    unknown = tokens.count(tokenizer.unk_token_id)
+    return math.inf if not tokens or unknown > _UNKNOWN * len(tokens) else len(tokens)
 
 
 def _of_vocabulary(tokenizer: Any) -> list[str]:

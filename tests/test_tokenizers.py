@@ -95,7 +95,8 @@ def test_sample_texts_are_in_the_tokenizers_language(shipped: tuple[Any, Any, An
     texts, kind = sample_texts(shipped[0])
     assert kind == "sentences in Japanese kana" and len(texts) == 16
     assert not any(shipped[0].unk_token_id in row for row in shipped[0](texts)["input_ids"])
-    assert sample_texts(bert(tmp_path))[1] == "sentences in English"
+    assert sample_texts(bert(tmp_path))[1].startswith("sentences in ")
+    assert sample_texts(ByT5Tokenizer())[1].startswith("sentences in ")
     strange = words(tmp_path)
     texts, kind = sample_texts(strange)
     assert kind == "words of the tokenizer's vocabulary" and len(texts) == 16

@@ -2,4 +2,5 @@
 
 from t5_trt.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

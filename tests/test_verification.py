@@ -116,7 +116,6 @@ def test_wrong_logits_with_right_tokens_fail(
     assert [problem.split(":")[0] for problem in facts["problems"]] == ["greedy", "4 beams"]
     error = facts["searches"]["greedy"]["relative_logit_error"]
     assert error is None if math.isnan(factor) else error == pytest.approx(factor - 1, rel=1e-3)
-    assert run(capsys, str(folder), "--max-new-tokens", "3", "--precision", "int8")[0] == (0 if factor == 1.01 else 1)
 
 
 def test_the_shipped_model_in_int8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

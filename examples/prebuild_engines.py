@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer
 
 from t5_trt import BackendError, TRTT5ForConditionalGeneration
-from t5_trt.cli import build
+from t5_trt.prebuild import build_engines
 
 
 class Shape(NamedTuple):
@@ -69,10 +69,10 @@ def main() -> None:
         print("nothing built: TensorRT for RTX is not installed. pip install 't5-trt[rtx]'")
     elif options.compute_capability and not options.dry_run:
         for wanted in options.shapes:
-            build(
+            engines = build_engines(
                 options.model,
                 flavor="rtx",
-                compute_capability=options.compute_capability,
+                compute_capabilities=options.compute_capability,
                 precision=options.precision,
                 batch=wanted.batch,
                 beams=wanted.beams,
@@ -80,6 +80,9 @@ def main() -> None:
                 target_tokens=wanted.target,
                 cache_dir=options.out,
             )
+            for engine in engines:
+                print(f"{engine.label}: {engine.size_bytes / 1e6:.1f} MB")
+            print(f"{len(engines)} engines in {options.out}")
     elif options.dry_run:
         print_plan(options)
     else:

@@ -22,8 +22,10 @@ from t5_trt.checkpoint import load_config, load_tokenizer
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.environment import environment
 from t5_trt.errors import InputError
+from t5_trt.generation.search_settings import length_limit, one_search
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.random_models import RANDOM, random_source, random_t5
+from t5_trt.tokenizing import padded, token_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +227,7 @@ def _warm_up(contest: Contest, request: dict[str, Any]) -> tuple[Any, Any, Any, 
 
 
 def _request(contest: Contest, case: Case, texts: Sequence[str] | None) -> dict[str, Any]:
+    config = contest.ours.generation_config
     if texts is None:
         ids = random_source(case.batch, case.source_tokens, contest.ours.config.vocab_size)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -235,14 +238,13 @@ def _request(contest: Contest, case: Case, texts: Sequence[str] | None) -> dict[
             "texts got lines for a contest without a tokenizer. Load it with load_contest(..., texts=True)."
         )
     else:
-        rows = [texts[row % len(texts)] for row in range(case.batch)]
-        inputs = contest.tokenizer(rows, return_tensors="pt", padding=True)
+        rows = token_rows(contest.tokenizer, [texts[row % len(texts)] for row in range(case.batch)])
+        inputs = padded(contest.tokenizer, rows, contest.ours.config.pad_token_id)
     return {
-        **{name: inputs[name].to(contest.ours.device) for name in ("input_ids", "attention_mask")},
+        **{name: tensor.to(contest.ours.device) for name, tensor in inputs.items()},
+        **one_search(config, num_beams=case.num_beams, do_sample=case.do_sample),
+        **length_limit(config, case.new_tokens),
         "min_new_tokens": case.new_tokens,
-        "max_new_tokens": case.new_tokens,
-        "num_beams": case.num_beams,
-        "do_sample": case.do_sample,
     }
 
 

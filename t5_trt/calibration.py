@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from t5_trt.errors import InputError
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.ranges import Ranges
-from t5_trt.inputs import check_texts
+from t5_trt.tokenizing import Batch
 
-Batch = dict[str, torch.Tensor]
 _BATCH_SIZE, _NEW_TOKENS = 8, 32
 
 
@@ -32,19 +30,6 @@ def observe(model: Any, batches: Iterable[Batch], max_new_tokens: int = _NEW_TOK
             else:
                 model(**batch)
     return seen
-
-
-def text_batches(tokenizer: Any, texts: Iterable[str], size: int = _BATCH_SIZE) -> Iterator[Batch]:
-    """Texts in batches of `size`.
-
-    Raises:
-        InputError: there are none.
-    """
-    known = check_texts(texts)
-    if not known or any(not isinstance(text, str) for text in known):
-        raise InputError(f"texts got {known[:3]!r}; expected strings, at least one.")
-    for start in range(0, len(known), size):
-        yield dict(tokenizer(known[start : start + size], return_tensors="pt", padding=True))
 
 
 def random_batches(vocab_size: int) -> Iterator[Batch]:

@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from t5_trt.architecture import check_family
 from t5_trt.errors import CheckpointError, InputError, T5TRTError, UnsupportedModelError, causes, raise_hidden_interrupt
+from t5_trt.model_names import check_folder
 
 logger = logging.getLogger("t5_trt")
 #: keyword arguments of from_pretrained that let a checkpoint run code, and the values with which it cannot
@@ -53,15 +54,9 @@ def load_config(
         CheckpointError: there is no readable config.
         UnsupportedModelError: it is of another family.
     """
-    folder, changes = Path(name_or_path), {} if changes is None else changes
-    if folder.is_dir() and not (folder / hub_arguments.get("subfolder", "") / "config.json").is_file():
-        found = sorted(entry.name for entry in folder.iterdir())[:10]
-        raise CheckpointError(
-            f"the folder {name_or_path!r} has no config.json (it holds {found}); expected a folder written by "
-            "save_pretrained(). Check the path, or save the model and its config there first."
-        )
-    if folder.is_dir():
-        check_files(folder / hub_arguments.get("subfolder", ""))
+    changes = {} if changes is None else changes
+    if not Path(name_or_path).is_file() and check_folder(name_or_path, hub_arguments.get("subfolder", "")):
+        check_files(Path(name_or_path) / hub_arguments.get("subfolder", ""))
     try:
         # None would ask on the terminal whether to run the checkpoint's code
         offered = {name: value for name, value in changes.items() if name not in _NO_SETTINGS}

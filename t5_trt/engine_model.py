@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from t5_trt.architecture import Architecture, read_architecture
-from t5_trt.calibration import observe, random_batches, text_batches
+from t5_trt.calibration import observe, random_batches
 from t5_trt.checkpoint import (
     HUB_ARGUMENTS,
     check_indexes,
@@ -46,6 +46,7 @@ from t5_trt.placed_model import PlacedModel
 from t5_trt.runtime.forks import abandon, watch_forks
 from t5_trt.runtime.open import best_precision, choose_folding, open_session, resolve
 from t5_trt.runtime.session import Session
+from t5_trt.tokenizing import text_batches
 from t5_trt.weight_watch import WeightWatch
 
 logger = logging.getLogger("t5_trt")
@@ -185,7 +186,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         model._runtime_config, model._placement_ = runtime, placement
         model._build_config = build or BuildConfig()
         if calibration is not None:
-            model._calibration = list(text_batches(load_tokenizer(name, **where), calibration))
+            model._calibration = list(
+                text_batches(load_tokenizer(name, **where), calibration, pad_token_id=config.pad_token_id)
+            )
         if dtype not in (None, "auto"):
             model._wish_dtype(dtype)
         return cast("Self", model)

@@ -1,4 +1,4 @@
-"""Is a model right? Its tokens and logits against the stock class, and the block where they part.
+"""Is a model right? Its tokens and logits against Hugging Face's class, and the block where they part.
 
 Nothing here is on the way of a request; `t5-trt verify` and the GPU tests call it.
 """
@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
-from t5_trt.calibration import Batch, observe, text_batches
+from t5_trt.calibration import observe
 from t5_trt.checkpoint import load_tokenizer
 from t5_trt.engine.profiles import SMALLEST, bucket
-from t5_trt.errors import BackendError, InputError
+from t5_trt.errors import BackendError
+from t5_trt.generation.search_settings import only_tokens
 from t5_trt.graph.ranges import fold
 from t5_trt.inputs import check_texts
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.runtime.buffers import layer_views
 from t5_trt.signature import ENCODER, QUERIES
+from t5_trt.tokenizing import Batch, text_batches
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,13 @@ def compare(
 ) -> Comparison:
     """Compare a model's tokens and logits with those of another, such as ``model.reference``.
 
+    Both generate with the same seed before every batch. Of several results for a source each is compared.
+
     Args:
         model: under test.
-        reference: a stock model of the same checkpoint, or this library's in another precision.
+        reference: a Hugging Face model of the same checkpoint, or this library's in another precision.
         texts: strings, or batches of ``input_ids`` and ``attention_mask``, int64 [B, S], anywhere.
-        tokenizer: for strings; None takes the checkpoint's.
+        tokenizer: for strings, and for ``stop_strings``; None takes the checkpoint's.
         batch_size: strings in a batch.
         activations: also look for values near the limit of half precision, on the stock model.
         generate: arguments of ``generate()``, such as ``max_new_tokens`` or ``num_beams``.
@@ -110,17 +114,20 @@ def compare(
         InputError: there are no texts, or they are one string.
         StrictModeError: `activations` with a model that was loaded with ``strict=True``.
     """
-    if generate.get("num_return_sequences") not in (None, 1):
-        raise InputError("num_return_sequences is not supported: one result of a source is compared with one.")
+    config = generate.get("generation_config") or model.generation_config
     batches = _as_batches(model, check_texts(texts), tokenizer, batch_size)
+    if tokenizer is None and (generate.get("stop_strings") or config.stop_strings):
+        tokenizer = load_tokenizer(model.name_or_path)
+    settings = only_tokens(config, generate, tokenizer)
+    filler = next((token for token in (config.pad_token_id, model.config.pad_token_id) if token is not None), 0)
     sequences = equal = tokens = values = 0
     first: tuple[int, int] | None = None
     largest = absolute = squared = total = divergence = 0.0
     for batch in batches:
         with torch.no_grad():
-            expected, got = (_generated(each, batch, generate) for each in (reference, model))
+            expected, got = (_generated(each, batch, settings) for each in (reference, model))
             width = max(expected.shape[1], got.shape[1])
-            expected, got = (_padded(rows, width, model.config.pad_token_id) for rows in (expected, got))
+            expected, got = (_padded(rows, width, filler) for rows in (expected, got))
             same = (expected == got).all(dim=1)
             if first is None and not same.all():
                 row = int((~same).nonzero()[0])
@@ -130,9 +137,9 @@ def compare(
         difference = (found - wanted).abs().nan_to_num(nan=torch.inf)
         largest = max(largest, float(difference.max()))
         absolute, values = absolute + float(difference.sum()), values + difference.numel()
-        squared, total = squared + float((found - wanted).square().sum()), total + float(wanted.square().sum())
+        squared, total = squared + float(difference.square().sum()), total + float(wanted.square().sum())
         odds, other = (torch.log_softmax(logits, -1) for logits in (wanted, found))
-        divergence += float((odds.exp() * (odds - other)).sum())
+        divergence += float((odds.exp() * (odds - other)).sum().nan_to_num(nan=torch.inf))
         tokens += wanted.shape[0] * wanted.shape[1]
     return Comparison(
         sequences,
@@ -157,21 +164,23 @@ def verify(model: TRTT5ForConditionalGeneration, batches: Iterable[Batch], **gen
 
 def _as_batches(model: Any, texts: list[Any], tokenizer: Any, size: int) -> list[Batch]:
     if texts and isinstance(texts[0], Mapping):
-        return [dict(batch) for batch in texts]
+        return [{name: batch[name] for name in ("input_ids", "attention_mask") if name in batch} for batch in texts]
     if tokenizer is None and texts:
         tokenizer = load_tokenizer(model.name_or_path)
-    return list(text_batches(tokenizer, texts, size))
+    return list(text_batches(tokenizer, texts, size, pad_token_id=model.config.pad_token_id))
 
 
 def _generated(model: Any, batch: Batch, arguments: dict[str, Any]) -> torch.Tensor:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same draws for both
-        return model.generate(**inputs, **{**arguments, "return_dict_in_generate": False}).cpu()  # type: ignore[no-any-return]
+        return model.generate(**inputs, **arguments).cpu()  # type: ignore[no-any-return]
 
 
 def _logits(model: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    """For decoder tokens of one or more sequences for each source."""
+    results = len(tokens) // len(batch["input_ids"])
+    inputs = {name: tensor.repeat_interleave(results, dim=0).to(model.device) for name, tensor in batch.items()}
     return model(**inputs, decoder_input_ids=tokens.to(model.device)).logits.float().cpu()  # type: ignore[no-any-return]
 
 
@@ -246,19 +255,29 @@ def block_errors(
     return _compare(found, wanted)
 
 
-def _compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[BlockError]:
-    """Polygraphy's comparison of the outputs of two runs."""
+def import_polygraphy() -> tuple[Any, Any]:
+    """Its comparator and its logger, which `block_errors` needs.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     try:
         from polygraphy import comparator
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise BackendError(f"comparing layers needs Polygraphy ({error}): pip install 't5-trt[verify]'.") from error
+    return comparator, G_LOGGER
+
+
+def _compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[BlockError]:
+    """Polygraphy's comparison of the outputs of two runs."""
+    comparator, logger = import_polygraphy()
     simple = getattr(comparator, "SimpleCompareFunc", None) or comparator.CompareFunc.simple  # renamed in 0.50
     results = []
     for runner, tensors in (("t5_trt", found), ("transformers", wanted)):
         arrays = {name: t.float().cpu().flatten(0, -2).contiguous().numpy() for name, t in tensors.items()}
         results.append(comparator.IterationResult(arrays, runner_name=runner))
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    with logger.verbosity(logger.CRITICAL):
         compared = simple(fail_fast=False)(*results)
     errors = []
     for name, tensor in wanted.items():

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from rich.console import Console
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 from typer.testing import CliRunner
 
 from benchmarks import report
 from benchmarks.report import gpu_speed_table
-from t5_trt import BackendError, InputError, cli_bench
+from t5_trt import BackendError, InputError, T5TRTError
 from t5_trt.bench_plot import check_picture, draw_records
 from t5_trt.bench_records import append_records, print_records, read_records
 from t5_trt.benchmarking import Case, Contestant, equal_share, load_contest, measure
+from t5_trt.cli import app
 from t5_trt.random_models import SHAPES, random_source
 from tests.conftest import ROOT, SHIPPED
 
@@ -66,9 +66,7 @@ def shown(records: list[dict[str, Any]], width: int) -> str:
 
 
 def run(*arguments: str) -> Any:
-    app = typer.Typer()
-    cli_bench.register(app)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, ["bench", *arguments])
 
 
 def test_records(records: list[dict[str, Any]]) -> None:
@@ -208,31 +206,56 @@ def test_bad_options(tmp_path: Path) -> None:
     empty.write_text("\n")
     wrong.write_text('{"a": 1}')
     cases = (
-        ((shipped, "--batch", "1", "0"), "batch got 0; expected an integer of at least 1"),
-        ((shipped, "--num-beams", "-1"), "num_beams got -1"),
-        ((shipped, "--runs", "0"), "--runs got 0"),
-        ((shipped, "--threads", "0"), "--threads got 0"),
-        ((shipped, "--texts", str(tmp_path / "none.txt")), "is no file"),
+        ((shipped, "--texts", str(tmp_path / "none.txt")), "does not exist"),
         ((shipped, "--texts", str(empty)), "holds no text"),
         ((shipped, "--texts", str(empty), "--source-tokens", "8"), "Leave one of the two out"),
         ((shipped, "--json", str(wrong)), "something else than a JSON list"),
         ((shipped, "--json", str(tmp_path / "none" / "x.json")), "its folder does not exist"),
         ((shipped, "--plot", str(tmp_path / "x.gif")), "ending in .png, .svg or .pdf"),
-        ((shipped, "--precision", "fp8"), "precision got 'fp8'"),
+        ((str(tmp_path / "none"),), "there is no folder"),
         (("random:t5-huge",), "models with random weights are random:t5-base, random:t5-small"),
         (("random:t5-base", "--texts", str(ROOT / "LICENSE")), "has no tokenizer"),
     )
     for arguments, message in cases:
         ended = run(*arguments)
-        assert isinstance(ended.exception, InputError) and message in str(ended.exception), (arguments, ended.exception)
-    assert run(shipped, "--batch", "many").exit_code == 2  # the parser's own error
+        assert isinstance(ended.exception, T5TRTError) and message in str(ended.exception), (arguments, ended.exception)
+    for option, value in (
+        ("--batch", "many"),
+        ("--batch", "0"),
+        ("--num-beams", "-1"),
+        ("--runs", "0"),
+        ("--threads", "0"),
+    ):
+        refused = run(shipped, option, value)
+        assert refused.exit_code == 2 and option in refused.stderr
     assert run(shipped, "--batch").exit_code == 2
 
 
-def test_lists_of_numbers() -> None:
-    assert cli_bench.spread_numbers(["--batch", "1", "8", "m", "--runs", "3", "--num-beams", "2", "4"]) == [
-        "--batch", "1", "--batch", "8", "m", "--runs", "3", "--num-beams", "2", "--num-beams", "4",
-    ]  # fmt: skip
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True},
+    {"do_sample": True, "num_return_sequences": 3, "top_k": 5},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    {"min_length": 30, "max_length": 40, "early_stopping": True, "forced_eos_token_id": 1},
+    {"min_new_tokens": 9, "max_time": 1e-9, "stop_strings": ["a"], "prompt_lookup_num_tokens": 2},
+    {"penalty_alpha": 0.6, "top_k": 4, "dola_layers": "low", "force_words_ids": [[5]]},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("case", [Case(new_tokens=4), Case(batch=2, new_tokens=4, num_beams=3, do_sample=True)])
+def test_settings_of_a_checkpoint_leave_the_case_as_it_is(contest: Any, settings: dict[str, Any], case: Case) -> None:
+    configured = copy.copy(contest)
+    models = [contest.ours, contest.rivals["hf_eager_fp32"].model]
+    kept = [model.generation_config for model in models]
+    try:
+        for model in models:
+            model.generation_config = GenerationConfig(**{**kept[0].to_dict(), **settings})
+        record = measure(configured, case, runs=1)
+    finally:
+        for model, config in zip(models, kept, strict=True):
+            model.generation_config = config
+    assert record["tokens_equal"] is True and record["left_out"].keys() == contest.left_out.keys()
 
 
 def test_help_needs_no_torch() -> None:

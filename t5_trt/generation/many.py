@@ -10,7 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from t5_trt.errors import InputError
-from t5_trt.inputs import check_texts
+from t5_trt.generation.search_settings import only_tokens
+from t5_trt.tokenizing import padded, token_rows
 
 
 def generate_many(
@@ -47,25 +48,21 @@ def generate_many(
         ``num_return_sequences`` above 1.
 
     Raises:
-        InputError: `batch_size` is not positive, `texts` is one string or holds something else than strings, or the
-            arguments ask ``generate`` for something else than tokens.
+        InputError: `batch_size` is not positive, `texts` is one string or holds something else than strings or a text
+            of which the tokenizer makes no token, or the arguments ask ``generate`` for something else than tokens.
     """
     if batch_size < 1:
         raise InputError(f"batch_size got {batch_size}; expected at least 1.")
     if generate_arguments.get("return_dict_in_generate"):
         raise InputError("return_dict_in_generate is not supported: generate_many gives text. Use model.generate().")
-    known = check_texts(texts)
-    wrong = next((place for place, text in enumerate(known) if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise InputError(f"texts[{wrong}] got {type(known[wrong]).__name__}; expected a string.")
     cut = {"truncation": True, "max_length": max_source_tokens} if max_source_tokens else {}
-    sources = [tokenizer(text, **cut)["input_ids"] for text in known]
-    order = list(range(len(known)))
+    sources = token_rows(tokenizer, texts, **cut)
+    order = list(range(len(sources)))
     if sort_by_length:
         order.sort(key=lambda place: -len(sources[place]))  # stable: equal lengths stay in order
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     bar = tqdm(
-        total=len(known), unit="text", disable=not (sys.stderr.isatty() if show_progress is None else show_progress)
+        total=len(sources), unit="text", disable=not (sys.stderr.isatty() if show_progress is None else show_progress)
     )
 
     def results() -> Iterator[Any]:
@@ -95,6 +92,8 @@ def _generate(
     if count < batch_size and model.device.type == "cuda":
         # the last batch fills up with copies: an engine for its own size would first have to be built
         sources = [*sources, *[sources[-1]] * (batch_size - count)]
-    inputs = tokenizer.pad({"input_ids": list(sources)}, return_tensors="pt").to(model.device)
-    rows: torch.Tensor = model.generate(**inputs, **{**arguments, "return_dict_in_generate": False})
+    inputs = {
+        name: rows.to(model.device) for name, rows in padded(tokenizer, sources, model.config.pad_token_id).items()
+    }
+    rows: torch.Tensor = model.generate(**inputs, **only_tokens(model.generation_config, arguments, tokenizer))
     return rows[: len(rows) // len(sources) * count]

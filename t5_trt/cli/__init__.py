@@ -1,0 +1,91 @@
+"""The command ``t5-trt``: what is installed, engines built ahead, text through a model, the store of engines.
+
+Commands import what they need when they run, so that ``--help`` and errors of usage come at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from t5_trt.cli import bench, build, cache, failures, generate, info, verify
+
+
+class Commands(TyperGroup):
+    """Ends with the statuses of `failures` where typer has others or none."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except (BrokenPipeError, KeyboardInterrupt) as error:
+            raise typer.Exit(failures.report(error)) from None
+        return result
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=True,
+    help="T5 on TensorRT and ONNX Runtime behind Hugging Face's own class.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command(short_help='what "auto" chooses, and why', epilog="Examples: t5-trt info;  t5-trt info --json")(info.info)
+app.command(
+    cls=build.BuildCommand,
+    short_help="a model's engines ahead",
+    epilog="Examples: t5-trt build MODEL --batch 8 --beams 4;  t5-trt build MODEL --flavor rtx --compute-capability 8.6 8.9",
+)(build.build)
+app.command(
+    short_help="text through a model",
+    epilog='Examples: t5-trt generate MODEL "text" --num-beams 4;  t5-trt generate MODEL < lines.txt',
+)(generate.generate)
+app.command(
+    short_help="tokens and logits against Hugging Face's",
+    epilog="Examples: t5-trt verify MODEL;  t5-trt verify MODEL --texts lines.txt --precision int8 --at-least 0.98",
+)(verify.verify)
+app.command(
+    cls=bench.BenchCommand,
+    short_help="time against Hugging Face's class",
+    epilog="Example: t5-trt bench MODEL --batch 1 8 --num-beams 1 4 --json records.json --plot latency.png",
+)(bench.bench)
+app.add_typer(cache.cache_app, name="cache")
+
+
+def main() -> None:
+    """Entry point: every error ends in one line on standard error and a status, see `t5_trt.cli.failures`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: behind the command's name.
+
+    Returns:
+        The status: 0, 1 for an error or a check that fails, 2 for usage, 130 for Ctrl-C, 141 for a closed pipe.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("t5_trt").setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads and of loading
+    try:
+        app(args=arguments, prog_name="t5-trt")
+        status: Any = 0
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException as error:
+        return failures.report(error)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        return failures.report(error)
+    return int(status or 0)

@@ -1,0 +1,100 @@
+"""``t5-trt bench``: `t5_trt.benchmarking` from a terminal, with a table, a file of records and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from t5_trt.cli.arguments import Backend, ListCommand, Precision, read_lines
+from t5_trt.errors import InputError
+
+_Numbers = Optional[list[int]]  # noqa: UP045 - typer reads it at run time
+
+
+def is_number(word: str) -> bool:
+    """Whether a word is a whole number, perhaps below zero, which the parser refuses with the option's name."""
+    return word.removeprefix("-").isdigit()
+
+
+class BenchCommand(ListCommand):
+    """Takes several numbers after one option."""
+
+    lists = dict.fromkeys(("--batch", "--source-tokens", "--new-tokens", "--num-beams"), is_number)
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="hub id or folder of a checkpoint, or random:t5-base or random:t5-small"),
+    ],
+    batch: Annotated[
+        _Numbers, typer.Option(min=1, help="rows; several values, as in --batch 1 8 32, are all timed")
+    ] = None,
+    source_tokens: Annotated[_Numbers, typer.Option(min=1, help="random source tokens of a row; default 32")] = None,
+    new_tokens: Annotated[_Numbers, typer.Option(min=1, help="tokens that every row generates; default 64")] = None,
+    num_beams: Annotated[_Numbers, typer.Option(min=1, help="beams; default 1, greedy")] = None,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="draw tokens, with the same seed in all calls")
+    ] = False,
+    runs: Annotated[int, typer.Option(min=1, help="timed calls of each model, in turns")] = 5,
+    backend: Backend = "auto",
+    precision: Precision = "auto",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default torch's")] = None,  # noqa: UP045
+    texts: Annotated[
+        Optional[Path], typer.Option(help="file of texts, one a line, to take instead of random tokens")  # noqa: UP045
+    ] = None,
+    no_stock: Annotated[bool, typer.Option("--no-stock", help="time ours only; tokens are not compared")] = False,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="file to append the records to")] = None,  # noqa: UP045
+    plot: Annotated[
+        Optional[Path], typer.Option(help="picture of the times to write: .png, .svg or .pdf")  # noqa: UP045
+    ] = None,
+) -> None:
+    """Time generate() against Hugging Face's own class, and compare the tokens.
+
+    Every combination of the listed values is a case. First calls, in which engines are built, are reported apart.
+    """
+    from rich.console import Console
+
+    from t5_trt.bench_plot import check_picture, draw_records
+    from t5_trt.bench_records import append_records, print_records, read_records
+    from t5_trt.model_names import check_model_name
+
+    if texts is not None and source_tokens:
+        raise InputError("--source-tokens got values beside --texts; the texts decide. Leave one of the two out.")
+    lines = None if texts is None else read_lines("--texts", texts)
+    for path, check in ((json_file, read_records), (plot, check_picture)):
+        if path is not None:  # before hours of measuring, not after
+            check(path)
+    if not model.startswith("random:"):
+        check_model_name(model)
+
+    import transformers
+
+    from t5_trt.benchmarking import Case, load_contest, measure
+
+    sizes = itertools.product(source_tokens or [32], new_tokens or [64], num_beams or [1], batch or [1])
+    cases = [
+        Case(batch=rows, source_tokens=source, new_tokens=new, num_beams=beams, do_sample=do_sample)
+        for source, new, beams, rows in sizes
+    ]
+    transformers.logging.set_verbosity_error()  # it warns in every call about max_length
+    contest = load_contest(
+        model, stock=not no_stock, texts=lines is not None, threads=threads, backend=backend, precision=precision
+    )
+    records = []
+    for number, case in enumerate(cases, 1):
+        source = "" if lines is not None else f" source tokens {case.source_tokens},"
+        what = f"batch {case.batch},{source} new tokens {case.new_tokens}, beams {case.num_beams}"
+        typer.echo(f"case {number} of {len(cases)}: {what}", err=True)
+        records.append(measure(contest, case, runs, lines))
+        if json_file is not None:
+            append_records(json_file, records[-1:])
+    # a pipe gets whole lines
+    print_records(records, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))
+    if plot is not None:
+        draw_records(records, plot)
+        typer.echo(f"plot: {plot}", err=True)

@@ -1,0 +1,91 @@
+"""``t5-trt info``: what is installed, what "auto" chooses, and why."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from rich.table import Table
+
+from t5_trt.cli.arguments import Json, console, print_json
+
+
+def info(json: Json = False) -> None:
+    """Say what is there, what "auto" chooses, and why."""
+    facts = find_facts()
+    if json:
+        print_json(facts)
+    else:
+        _print_table(facts)
+
+
+def find_facts() -> dict[str, Any]:
+    """Versions, hardware and choices of this machine; what is not there is None, or a reason in place of a version."""
+    import onnxruntime
+    import torch
+    import transformers
+
+    import t5_trt
+    from t5_trt.config import RuntimeConfig, backend_from_environment, default_engine_cache_dir
+    from t5_trt.runtime.open import resolve, why_not_tensorrt
+
+    gpu = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda_of_torch": str(torch.version.cuda),
+        }
+    placement = resolve(RuntimeConfig(backend=backend_from_environment(None)))
+    return {
+        "t5_trt": t5_trt.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "gpu": gpu,
+        "tensorrt": _flavors(),
+        "why_not_tensorrt": why_not_tensorrt(),
+        "chosen": {
+            "backend": placement.backend,
+            "precision": placement.precision,
+            "device": str(placement.device),
+            "reason": placement.reason,
+        },
+        "engine_cache": str(default_engine_cache_dir()),
+    }
+
+
+def _flavors() -> dict[str, dict[str, str | None]]:
+    """Flavour of TensorRT -> its version, or why it is not there."""
+    from t5_trt.engine.tensorrt_api import FLAVORS, load_tensorrt
+    from t5_trt.errors import BackendError
+
+    found: dict[str, dict[str, str | None]] = {}
+    for flavor in FLAVORS:
+        try:
+            found[flavor] = {"version": load_tensorrt(flavor).version, "missing": None}
+        except BackendError as error:
+            found[flavor] = {"version": None, "missing": str(error)}
+    return found
+
+
+def _print_table(facts: dict[str, Any]) -> None:
+    table = Table(show_header=False)
+    names = {"t5_trt": "t5_trt", "python": "Python", "torch": "PyTorch", "transformers": "Transformers"}
+    for key, label in {**names, "onnxruntime": "ONNX Runtime"}.items():
+        table.add_row(label, facts[key])
+    if gpu := facts["gpu"]:
+        table.add_row("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}")
+        table.add_row("CUDA of PyTorch", gpu["cuda_of_torch"])
+    else:
+        table.add_row("GPU", "none that PyTorch can use")
+    for flavor, found in facts["tensorrt"].items():
+        table.add_row(f"TensorRT flavour {flavor!r}", found["version"] or found["missing"])
+    table.add_row("can TensorRT run here?", facts["why_not_tensorrt"] or "yes")
+    chosen = facts["chosen"]
+    words = f"{chosen['backend']} in {chosen['precision']} on {chosen['device']}: {chosen['reason']}"
+    table.add_row("a model would run on", words)
+    table.add_row("engine cache", facts["engine_cache"])
+    console().print(table)

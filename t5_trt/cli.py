@@ -20,11 +20,34 @@ from t5_trt.config import BuildConfig, default_engine_cache_dir
 from t5_trt.engine.tensorrt_api import FLAVORS, load_tensorrt
 from t5_trt.errors import BackendError, InputError, T5TRTError
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    help=__doc__,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 cache_app = typer.Typer(no_args_is_help=True, help="Engines on disk.")
 app.add_typer(cache_app, name="cache")
 Model = Annotated[str, typer.Argument(help="hub id or folder of a checkpoint")]
 CacheDir = Annotated[Optional[Path], typer.Option("--cache-dir", help="folder of engines; default T5_TRT_CACHE")]  # noqa: UP045 - typer reads it at run time
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import t5_trt
+
+        typer.echo(f"t5-trt {t5_trt.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What goes before a command."""
 
 
 @app.command(epilog="Examples: t5-trt info")
@@ -36,8 +59,11 @@ def info() -> None:
 
     import t5_trt
     from t5_trt.config import RuntimeConfig, backend_from_environment
-    from t5_trt.runtime.open import resolve, why_not_tensorrt
+    from t5_trt.runtime.open import choose, why_not_tensorrt
 
+    placement = choose(RuntimeConfig(backend=backend_from_environment(None)))
+    if placement.idle_gpu is not None:
+        typer.echo(f"{placement.idle_gpu}\n")
     table = Table(show_header=False)
     table.add_row("t5_trt", t5_trt.__version__)
     table.add_row("Python", sys.version.split()[0])
@@ -55,7 +81,6 @@ def info() -> None:
         except BackendError as error:
             table.add_row(f"TensorRT flavour {flavor!r}", str(error))
     table.add_row("can TensorRT run here?", why_not_tensorrt() or "yes")
-    placement = resolve(RuntimeConfig(backend=backend_from_environment(None)))
     chosen = f"{placement.backend} in {placement.precision} on {placement.device}: {placement.reason}"
     table.add_row("a model would run on", chosen)
     table.add_row("engine cache", str(default_engine_cache_dir()))

@@ -30,7 +30,7 @@ def test_help_is_quick_and_complete() -> None:
 def test_info_tells_what_is_chosen_and_why() -> None:
     shown = " ".join(run("info").stdout.split())
     assert "onnxruntime in fp32 on cpu" in shown and "none that PyTorch can use" in shown
-    assert "t5-trt[tensorrt]" in shown
+    assert 'pip install "t5-trt[cu13]"' in shown
 
 
 def test_generate_from_arguments_and_from_a_pipe() -> None:

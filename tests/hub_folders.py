@@ -45,7 +45,7 @@ def _old(kind: str, folder: Path, vocabulary: int, **config: Any) -> None:
     stock.config.save_pretrained(folder)
     tensors = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
     bias = tensors["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = bias.clone()  # a relic, of no use
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = bias.clone()  # a relic
     torch.save(tensors, folder / "pytorch_model.bin")
 
 

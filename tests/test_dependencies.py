@@ -44,7 +44,9 @@ def test_advised_extras_bring_packages_of_one_cuda(
     assert brought[nvrtc].contains(f"{cuda}.9.9")
 
 
-@pytest.mark.parametrize(("built_for", "expected"), [(None, 13), ("11.8", 12), ("12.6", 12), ("13.2", 13), ("14.0", 13)])
+@pytest.mark.parametrize(
+    ("built_for", "expected"), [(None, 13), ("11.8", 12), ("12.6", 12), ("13.2", 13), ("14.0", 13)]
+)
 def test_cuda_of_the_installed_pytorch(monkeypatch: pytest.MonkeyPatch, built_for: str | None, expected: int) -> None:
     monkeypatch.setattr(torch.version, "cuda", built_for)
     assert cuda_version() == expected

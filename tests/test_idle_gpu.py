@@ -166,7 +166,10 @@ def test_driver_that_pytorch_cannot_use(
     monkeypatch.setattr(torch.cuda, "init", refuse)
     TRTT5ForConditionalGeneration.from_pretrained(SHIPPED)
     (message,) = warnings_of(caplog)
-    assert "is built for CUDA 13.0, cannot use it: The NVIDIA driver on your system is too old (found version 12040)." in message
+    assert (
+        "is built for CUDA 13.0, cannot use it: The NVIDIA driver on your system is too old (found version 12040)."
+        in message
+    )
     assert "`nvidia-smi`" in message and "--gpus all" in message
 
 

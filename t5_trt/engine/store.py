@@ -221,7 +221,7 @@ class EngineStore:
 
 def _sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on disk."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows, which opens no folders and syncs no file that is open for reading only
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and syncs no file that is open for reading only
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -85,9 +85,7 @@ def _problem(path: Path) -> str | None:
     if path.is_symlink() or not path.is_dir():
         return "it is no folder, as an engine's is"
     return (
-        "a build that was killed left it"
-        if path.name.startswith(STAGING)
-        else read_engine(path, key, (user_id(),))[0]
+        "a build that was killed left it" if path.name.startswith(STAGING) else read_engine(path, key, (user_id(),))[0]
     )
 
 

@@ -139,7 +139,8 @@ def refusal_of_device(device: torch.device, placement: Placement, flavor: str | 
         placement: where it runs.
         flavor: of TensorRT, as the user asked for it.
     """
-    problem = why_not_tensorrt(str(device), flavor) if device.type == "cuda" and placement.device.type == "cpu" else None
+    to_gpu = device.type == "cuda" and placement.device.type == "cpu"
+    problem = why_not_tensorrt(str(device), flavor) if to_gpu else None
     missing = f" (TensorRT, which runs on GPUs, cannot: {problem})" if problem else ""
     return (
         f".to({str(device)!r}): this model runs on {placement.device} with the backend {placement.backend!r}{missing}. "

@@ -1,4 +1,4 @@
-"""What this machine needs to run models on its GPU, and the commands that bring it: the one place that names the extras.
+"""What this machine needs to run models on its GPU, and the commands that bring it: the one place that names the extras for GPUs.
 
 The extras exist for CUDA 12 and CUDA 13, as TensorRT, cuda.bindings and NVRTC do; which of them fit is decided by the CUDA that the
 installed PyTorch was built for. PyTorch is imported only when an answer is wanted.

@@ -16,11 +16,11 @@ ENV PATH=/opt/venv/bin:$PATH \
     T5_TRT_CACHE=/cache
 
 # TensorRT first: it is the largest layer and changes least
-RUN pip install --extra-index-url https://pypi.nvidia.com "tensorrt-cu13>=10.13"
+RUN pip install --extra-index-url https://pypi.nvidia.com "tensorrt-cu13>=10.13.2"
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY t5_trt ./t5_trt
-RUN pip install .
+RUN pip install --extra-index-url https://pypi.nvidia.com --constraint constraints.txt ".[cu13]"
 
 USER 10001
 VOLUME /cache
@@ -31,7 +31,7 @@ FROM runtime AS test
 
 USER 0
 COPY . .
-RUN pip install --editable ".[dev]" && chown -R t5 /app
+RUN pip install --constraint constraints.txt --editable ".[dev]" && chown -R t5 /app
 USER 10001
 ENTRYPOINT ["python", "-m", "pytest"]
 CMD ["-q", "-n", "auto"]

@@ -13,7 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PROJECT = "t5-trt"
-EXTRAS = ("tensorrt", "rtx", "verify", "bench", "ray")
+EXTRAS = (
+    "cu12", "cu13", "rtx-cu12", "rtx-cu13", "kernels-cu12", "kernels-cu13", "tensorrt", "rtx", "verify", "bench", "ray",
+)  # fmt: skip
 
 
 def runtime_dependencies(folders: Iterable[Path] | None = None) -> tuple[dict[str, Distribution], list[str]]:

@@ -59,7 +59,7 @@ ACCEPTED = (
     Accepted(
         "tensorrt*",
         _NVIDIA,
-        "NVIDIA's licence. TensorRT is what the extras `tensorrt` and `rtx` are there for; whoever installs one agrees to it, and "
+        "NVIDIA's licence. TensorRT is what the extras for GPUs are there for; whoever installs one agrees to it, and "
         "neither this package nor its dependencies contain it.",
     ),
     Accepted(

@@ -29,7 +29,8 @@ from t5_trt.engine.tensorrt_api import BuildJob
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "kana_romaji"
 SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
-NEED_TORCH = {"torch", "transformers"}
+#: what needs torch, or is large and for a GPU
+LEFT_OUT = {"torch", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc"}
 TOOLS = ("pytest>=8", "pytest-timeout>=2.4", "psutil>=7")
 #: tests that import neither torch nor Transformers, nor tests/conftest.py
 TORCH_FREE = ("tests/test_store.py", "tests/test_faults.py")
@@ -62,8 +63,8 @@ def make_environment(python: Path, folder: Path) -> Path:
     if done.exists() and done.stat().st_mtime > (ROOT / "pyproject.toml").stat().st_mtime:
         return inside
     needed = [Requirement(text) for text in requires("t5-trt") or ()]
-    wanted = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": "rtx"})]
-    names = [f"{need.name}{need.specifier}" for need in wanted if need.name not in NEED_TORCH]
+    wanted = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": "rtx-cu13"})]
+    names = [f"{need.name}{need.specifier}" for need in wanted if need.name not in LEFT_OUT]
     subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
     subprocess.run([inside, "-m", "pip", "install", "--quiet", *names, *TOOLS], check=True)
     done.touch()

@@ -11,7 +11,7 @@ import torch
 from t5_trt.config import RuntimeConfig
 from t5_trt.errors import BackendError
 from t5_trt.inputs import PRECISION_OF, as_dtype
-from t5_trt.runtime.open import Placement, resolve
+from t5_trt.runtime.open import Placement, refusal_of_device, resolve
 from t5_trt.runtime.session import Session
 
 logger = logging.getLogger("t5_trt")
@@ -48,10 +48,7 @@ class PlacedModel:
         """
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and (device.type != self.device.type or device.index not in (None, self.device.index)):
-            raise BackendError(
-                f".to({str(device)!r}): this model runs on {self.device} with the backend {self._placement.backend!r}. "
-                "Choose the device when loading: from_pretrained(..., device=...)."
-            )
+            raise BackendError(refusal_of_device(device, self._placement, self._runtime_config.flavor))
         if dtype is not None:
             self._wish_dtype(dtype)
         return self

@@ -90,7 +90,7 @@ def test_info_tells_what_is_chosen_and_why(run: Run) -> None:
     status, out, _ = run("info", "--json")
     facts = json.loads(out)
     assert status == 0 and facts["chosen"]["backend"] == "onnxruntime" and facts["gpu"] is None
-    assert "t5-trt[tensorrt]" in facts["tensorrt"]["tensorrt"]["missing"]
+    assert "t5-trt[cu13]" in facts["tensorrt"]["tensorrt"]["missing"]
 
 
 # --- errors ---

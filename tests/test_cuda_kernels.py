@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import logging
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,7 +181,45 @@ def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, e
     assert all(torch.equal(a, b[:3]) for a, b in zip(exact.results(0), more.results(0), strict=True))
 
 
-def test_without_a_gpu() -> None:
-    """No cuda.bindings, or no GPU: torch does the work."""
-    assert cuda_kernels._function("reorder_rows", 0, ("-DBEAMS=2",)) is None
+def test_without_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    """torch does the work, and nothing is missing."""
     assert cuda_kernels._function("reorder_rows", None, ("-DBEAMS=2",)) is None
+    assert not caplog.records
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    for known in (cuda_kernels._function, cuda_kernels._warn_once):
+        known.cache_clear()
+    yield
+    cuda_kernels._function.cache_clear()
+
+
+@pytest.mark.parametrize(("built_for", "extra"), [("12.6", "kernels-cu12"), ("13.0", "kernels-cu13")])
+def test_missing_packages_are_said_once(
+    nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: Any, built_for: str, extra: str
+) -> None:
+    """With the command that brings them, however many kernels there are."""
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    for name in ("reorder_rows", "beam_step", "token_step"):
+        assert cuda_kernels._function(name, 0, ()) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and f'`pip install "t5-trt[{extra}]"`' in record.getMessage()
+
+
+def test_missing_library_is_said(nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """cuda.bindings is there, NVRTC is not."""
+
+    def create(*_: Any) -> Any:
+        raise RuntimeError("Failure finding libnvrtc.so: no such file.")
+
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver, bindings.nvrtc = ModuleType("driver"), SimpleNamespace(nvrtcCreateProgram=create)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    assert cuda_kernels._function("reorder_rows", 0, ("-DBEAMS=2",)) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "finding libnvrtc.so: no such file. They" in record.getMessage()

@@ -177,7 +177,7 @@ def test_flavors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_tensorrt().flavor == "rtx"
     with pytest.raises(InputError, match="flavor got 'lite'; expected one of 'tensorrt', 'rtx'"):
         load_tensorrt("lite")
-    with pytest.raises(BackendError, match=r"pip install 't5-trt\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=r'pip install "t5-trt\[cu13\]"'):
         load_tensorrt("tensorrt")
 
 
@@ -191,7 +191,9 @@ def test_tensorrt_without_a_gpu() -> None:
 def test_gpu_that_rtx_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.raises(BackendError, match=r"this GPU has 9.0. Install the package tensorrt instead"):
+    with pytest.raises(
+        BackendError, match=r'this GPU has 9.0. Install TensorRT instead with `pip install "t5-trt\[cu13\]"`'
+    ):
         TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="tensorrt", flavor="rtx")
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), flavor="rtx", num_threads=1)
     assert ours.session.backend == "onnxruntime"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -33,10 +33,29 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     add_completion=True,
-    help="T5 on TensorRT and ONNX Runtime behind Hugging Face's own class.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from t5_trt import __version__
+
+        typer.echo(f"t5-trt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """T5 on TensorRT and ONNX Runtime behind Hugging Face's own class."""
+
+
 app.command(short_help='what "auto" chooses, and why', epilog="Examples: t5-trt info;  t5-trt info --json")(info.info)
 app.command(
     cls=build.BuildCommand,

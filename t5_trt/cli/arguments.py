@@ -116,7 +116,7 @@ def read_lines(option: str, path: Path) -> list[str]:
 
 def console() -> Console:
     """Standard output for tables; a pipe gets whole lines."""
-    # no markup: messages hold brackets, as in t5-trt[tensorrt]
+    # no markup: messages hold brackets, as in t5-trt[cu13]
     return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 
 

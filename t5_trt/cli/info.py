@@ -27,7 +27,7 @@ def find_facts() -> dict[str, Any]:
 
     import t5_trt
     from t5_trt.config import RuntimeConfig, backend_from_environment, default_engine_cache_dir
-    from t5_trt.runtime.open import resolve, why_not_tensorrt
+    from t5_trt.runtime.open import choose, why_not_tensorrt
 
     gpu = None
     if torch.cuda.is_available():
@@ -37,8 +37,9 @@ def find_facts() -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda_of_torch": str(torch.version.cuda),
         }
-    placement = resolve(RuntimeConfig(backend=backend_from_environment(None)))
+    placement = choose(RuntimeConfig(backend=backend_from_environment(None)))
     return {
+        "idle_gpu": placement.idle_gpu,
         "t5_trt": t5_trt.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -72,6 +73,8 @@ def _flavors() -> dict[str, dict[str, str | None]]:
 
 
 def _print_table(facts: dict[str, Any]) -> None:
+    if facts["idle_gpu"]:  # before all else
+        console().print(facts["idle_gpu"] + "\n", markup=False)
     table = Table(show_header=False)
     names = {"t5_trt": "t5_trt", "python": "Python", "torch": "PyTorch", "transformers": "Transformers"}
     for key, label in {**names, "onnxruntime": "ONNX Runtime"}.items():

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from t5_trt.engine.ownership import who_else_may_write
+from t5_trt.engine.ownership import user_id, who_else_may_write
 from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
@@ -41,7 +41,7 @@ class StoredEngine:
     used_at: float
 
 
-def read_engine(folder: Path, key: str, owners: Collection[int]) -> tuple[str | None, bytes]:
+def read_engine(folder: Path, key: str, owners: Collection[int | None]) -> tuple[str | None, bytes]:
     """(what is wrong with an engine's folder or None, its plan); only `owners` may be able to write to any of it."""
     try:
         for path in (folder, folder / MANIFEST, folder / PLAN):
@@ -80,7 +80,7 @@ class EngineStore:
         if not folder.is_dir():
             return None
         self._check_private()
-        problem, plan = read_engine(folder, key, (os.getuid(),))
+        problem, plan = read_engine(folder, key, (user_id(),))
         if problem:
             logger.warning("the stored engine %s is not used and will be built again: %s.", folder, problem)
             return None
@@ -203,7 +203,7 @@ class EngineStore:
 
     def problem_of_permissions(self) -> str | None:
         """Why others may write to the folder, or None."""
-        return who_else_may_write(self.root, (os.getuid(),))
+        return who_else_may_write(self.root, (user_id(),))
 
     def _check_private(self) -> None:
         problem = self.problem_of_permissions()
@@ -221,6 +221,8 @@ class EngineStore:
 
 def _sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and syncs no file that is open for reading only
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

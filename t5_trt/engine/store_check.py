@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from t5_trt.engine.ownership import user_id
 from t5_trt.engine.store import LOCKS, STAGING, EngineStore, read_engine
 
 #: what TensorRT's timing cache is written to before it is renamed; the number is the writing process
@@ -56,7 +58,7 @@ def check_store(store: EngineStore, *, repair: bool = False) -> list[Problem]:
         return found
     problem = store.problem_of_permissions()
     if problem:
-        mine = store.root.stat().st_uid == os.getuid()
+        mine = store.root.stat().st_uid == user_id()
         if repair and mine:
             store.root.chmod(0o700)
         found.append(Problem(store.root, problem, repair and mine))
@@ -83,9 +85,7 @@ def _problem(path: Path) -> str | None:
     if path.is_symlink() or not path.is_dir():
         return "it is no folder, as an engine's is"
     return (
-        "a build that was killed left it"
-        if path.name.startswith(STAGING)
-        else read_engine(path, key, (os.getuid(),))[0]
+        "a build that was killed left it" if path.name.startswith(STAGING) else read_engine(path, key, (user_id(),))[0]
     )
 
 
@@ -115,6 +115,8 @@ def _unless_busy(store: EngineStore, path: Path) -> Iterator[bool]:
 
 
 def _alive(process: int) -> bool:
+    if sys.platform == "win32":  # the signal 0 asks nothing there, it is Ctrl-C
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from t5_trt.errors import BackendError, InputError
+from t5_trt.installation import install_command
 from t5_trt.signature import WIDE_MARK
 
 logger = logging.getLogger("t5_trt.tensorrt")
 FLAVORS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-INSTALL_HINTS = {"tensorrt": "pip install 't5-trt[tensorrt]'", "rtx": "pip install 't5-trt[rtx]'"}
 TIMING_RUNS = 4
 Report = Callable[[str, int, int], bool]
 
@@ -263,7 +263,7 @@ def load_tensorrt(flavor: str | None = None) -> TensorRT:
                 reasons.append(f"{FLAVORS[name]}: {error}")
                 continue
         return _LOADED[name]
-    hints = " or ".join(f"`{INSTALL_HINTS[name]}`" for name in ((flavor,) if flavor else FLAVORS))
+    hints = " or, on GeForce RTX, ".join(f"`{install_command(name)}`" for name in ((flavor,) if flavor else FLAVORS))
     raise BackendError(f"TensorRT is not usable here ({'; '.join(reasons)}). Install it with {hints}.")
 
 

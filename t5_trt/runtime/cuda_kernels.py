@@ -1,7 +1,7 @@
 """The library's own CUDA kernels: compiled by NVRTC for the GPU at hand when they are first wanted, launched on torch's stream.
 
-They replace chains of small torch operations in the decoder step. Some of PyTorch's CUDA builds bring cuda.bindings and NVRTC;
-where one is missing, and on a CPU, callers use torch operations that compute the same.
+They replace chains of small torch operations in the decoder step. cuda.bindings and NVRTC come with the extras for GPUs and with some
+of PyTorch's CUDA builds; where one is missing, and on a CPU, callers use torch operations that compute the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+
+from t5_trt.installation import install_command
 
 logger = logging.getLogger("t5_trt")
 THREADS = 256
@@ -131,8 +133,18 @@ def _function(name: str, device: int | None, options: tuple[str, ...]) -> Any:
             module = _checked(driver.cuModuleLoadData(code))  # stays loaded, as its function is kept
             return _checked(driver.cuModuleGetFunction(module, name.encode()))
     except (ImportError, OSError, RuntimeError) as error:
-        logger.info("the CUDA kernel %s is not used, torch operations do its work: %s.", name, error)
+        _warn_once(str(error).rstrip("."))
         return None
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    logger.warning(
+        "the library's CUDA kernels are not all used, torch operations do their work, which takes longer: %s. They need "
+        "cuda.bindings and NVRTC: `%s`.",
+        reason,
+        install_command("kernels"),
+    )
 
 
 def _checked(result: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.graph.ranges import Folding, Ranges, fold
+from t5_trt.installation import gpu_is_here, install_command, why_no_cuda
 from t5_trt.runtime.forks import check_cuda_after_fork
 from t5_trt.runtime.int8_weights import load_int8_weights, weights_digest
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
@@ -39,6 +41,7 @@ class Placement:
         dtype: of hidden states and K/V.
         flavor: of TensorRT, or None.
         reason: why "auto" chose the backend.
+        idle_gpu: what to tell a user whose GPU is not used although nobody asked for the CPU; None in all other cases.
     """
 
     backend: str
@@ -47,21 +50,20 @@ class Placement:
     dtype: torch.dtype
     flavor: str | None
     reason: str
+    idle_gpu: str | None = None
 
 
 def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> str | None:
     """Why TensorRT cannot run here, or None if it can."""
     no_gpu = None
     if not torch.cuda.is_available():
-        no_gpu = (
-            "there is no NVIDIA GPU, or its driver does not work with this PyTorch (torch.cuda.is_available() is False)"
-        )
+        no_gpu = why_no_cuda()
         if flavor is None:  # answered before TensorRT is imported, which takes 100 MB
             return no_gpu
     try:
         api = load_tensorrt(flavor)
     except BackendError as error:
-        return str(error)
+        return str(error).rstrip(".")
     if no_gpu:
         return no_gpu
     if device is not None and not device.startswith("cuda"):
@@ -69,13 +71,26 @@ def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> st
     major, minor = torch.cuda.get_device_capability(device or "cuda")
     if api.flavor == "rtx" and major not in (7, 8, 12):
         return (
-            f"TensorRT for RTX runs on compute capability 7.5, 8.x and 12.x; this GPU has {major}.{minor}. Install the "
-            "package tensorrt instead"
+            f"TensorRT for RTX runs on compute capability 7.5, 8.x and 12.x; this GPU has {major}.{minor}. Install TensorRT "
+            f"instead with `{install_command('tensorrt')}`"
         )
     return None
 
 
 def resolve(config: RuntimeConfig) -> Placement:
+    """`choose`, with one warning in a process where a GPU is left idle because something is missing."""
+    placement = choose(config)
+    if placement.idle_gpu is not None:
+        _warn_once(placement.idle_gpu)
+    return placement
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def choose(config: RuntimeConfig) -> Placement:
     """Decide backend, precision and device.
 
     Raises:
@@ -91,19 +106,46 @@ def resolve(config: RuntimeConfig) -> Placement:
         if config.backend == "tensorrt":
             raise BackendError(f"backend='tensorrt' cannot run here: {problem}. Or use backend='onnxruntime'.")
     import_onnxruntime()
+    because = f" (TensorRT, which runs on GPUs, cannot: {problem})" if problem else ""
     if config.device is not None and not wants_cpu:
-        because = f" (TensorRT, which would run there, cannot: {problem})" if problem else ""
         raise InputError(
             f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
         )
     if config.precision not in ("auto", "fp32", "int8"):
         raise InputError(
-            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' or 'int8' on the CPU. Use one "
-            "of them, or 'auto' (fp32)."
+            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' or 'int8' on the CPU{because}. "
+            "Use one of them, or 'auto' (fp32)."
         )
     reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
     precision = "int8" if config.precision == "int8" else "fp32"
-    return Placement("onnxruntime", precision, torch.device("cpu"), torch.float32, None, reason)
+    idle_gpu = _idle_gpu(problem) if problem else None
+    return Placement("onnxruntime", precision, torch.device("cpu"), torch.float32, None, reason, idle_gpu)
+
+
+def _idle_gpu(problem: str) -> str | None:
+    if torch.version.hip is not None or not (torch.cuda.is_available() or gpu_is_here()):
+        return None
+    return (
+        f"models run on the CPU and the GPU is idle: {problem}. If that is what you want, backend='onnxruntime' or "
+        "T5_TRT_BACKEND=onnxruntime chooses the CPU without this warning."
+    )
+
+
+def refusal_of_device(device: torch.device, placement: Placement, flavor: str | None) -> str:
+    """Why a model that was loaded for one place cannot be moved to another, and what to do.
+
+    Args:
+        device: where it was to go.
+        placement: where it runs.
+        flavor: of TensorRT, as the user asked for it.
+    """
+    to_gpu = device.type == "cuda" and placement.device.type == "cpu"
+    problem = why_not_tensorrt(str(device), flavor) if to_gpu else None
+    missing = f" (TensorRT, which runs on GPUs, cannot: {problem})" if problem else ""
+    return (
+        f".to({str(device)!r}): this model runs on {placement.device} with the backend {placement.backend!r}{missing}. "
+        "Choose the device when loading: from_pretrained(..., device=...)."
+    )
 
 
 def _on_gpu(config: RuntimeConfig) -> Placement:

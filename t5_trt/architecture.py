@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from t5_trt.errors import UnsupportedModelError
+from t5_trt.relative_positions import longest_sequence
 
 #: model_type -> what it is, for the families whose graphs this library can write
 SUPPORTED_FAMILIES = {
@@ -73,6 +74,16 @@ class Architecture:
     def head_weight(self) -> str:
         """State-dict key of the output matrix [V, E]."""
         return "shared.weight" if self.tied_head else "lm_head.weight"
+
+    @property
+    def longest_source(self) -> int | None:
+        """The largest number of source tokens that the relative bias is defined for; None if it is for any."""
+        return longest_sequence(self.num_buckets, self.max_distance, bidirectional=True)
+
+    @property
+    def longest_target(self) -> int | None:
+        """The largest number of decoder tokens that the relative bias is defined for; None if it is for any."""
+        return longest_sequence(self.num_buckets, self.max_distance, bidirectional=False)
 
     def bias_weight(self, stack: str, layer: int) -> str:
         """State-dict key of the relative bias table [buckets, H] that a layer of "encoder" or "decoder" uses."""

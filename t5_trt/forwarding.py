@@ -214,7 +214,7 @@ class EngineForward:
         source = input_ids if inputs_embeds is None else inputs_embeds
         assert source is not None
         batch, length = source.shape[:2]
-        check_length("source", length, self.runtime_config.max_source_tokens)
+        check_length("source", length, self.runtime_config.max_source_tokens, arch.longest_source)
         mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
         with ordinary_tensors():
             hidden, cross = session.encode(input_ids, inputs_embeds, mask, self._beams_ahead)
@@ -378,7 +378,8 @@ class EngineForward:
         state = cache.state
         assert state is not None
         count = tokens.shape[1]
-        check_length("target", state.length + count, self.runtime_config.max_target_tokens)
+        longest = self.runtime_config.max_target_tokens
+        check_length("target", state.length + count, longest, self.architecture.longest_target)
         key_mask = None
         if decoder_mask is not None:
             total = state.length + count

@@ -234,8 +234,8 @@ class EngineGeneration(EngineForward):
             self._open_cache(
                 cache, request.model_kwargs["encoder_outputs"], request.model_kwargs.get("attention_mask"), len(prompt)
             )
-            longest = self.runtime_config.max_target_tokens
-            return loop(self._opened(), cache.state, request, partial(check_length, "target", limit=longest)).run()
+            limits = {"limit": self.runtime_config.max_target_tokens, "positions": self.architecture.longest_target}
+            return loop(self._opened(), cache.state, request, partial(check_length, "target", **limits)).run()
 
     def _returned(self, kind: Any, request: Request, outcome: Outcome, **more: Any) -> Any:
         if not request.config.return_dict_in_generate:

@@ -134,8 +134,14 @@ def check_reference_mask(
     return added.masked_fill_(~mask.to(device), torch.finfo(torch.float32).min)
 
 
-def check_length(name: str, tokens: int, limit: int | None) -> None:
-    """Refuse more tokens than the configured limit.
+def check_length(name: str, tokens: int, limit: int | None, positions: int | None) -> None:
+    """Refuse more tokens than the configured limit, or than the model's relative bias is defined for.
+
+    Args:
+        name: "source" or "target".
+        tokens: their number.
+        limit: the setting; None sets none.
+        positions: the model's `Architecture.longest_source` or `longest_target`.
 
     Raises:
         InputError: naming both, and the setting.
@@ -144,6 +150,11 @@ def check_length(name: str, tokens: int, limit: int | None) -> None:
         raise InputError(
             f"got {tokens} {name} tokens; expected at most {limit}, the max_{name}_tokens that this model was loaded "
             "with. Truncate the text, or load the model with a larger limit."
+        )
+    if positions is not None and tokens > positions:
+        raise InputError(
+            f"got {tokens} {name} tokens; expected at most {positions}: longer distances have no bucket with this config's "
+            "relative_attention_num_buckets and relative_attention_max_distance. Truncate the text."
         )
 
 

@@ -96,9 +96,10 @@ def _read_config(name_or_path: str, **arguments: Any) -> tuple[Any, dict[str, An
         stored, _ = PreTrainedConfig.get_config_dict(name_or_path, **arguments)
         if stored.get("model_type"):
             raise
-    return type_without_name(stored).from_pretrained(  # type: ignore[no-any-return]
-        name_or_path, return_unused_kwargs=True, **arguments
-    )
+    kind = type_without_name(stored)
+    config, unused = kind.from_pretrained(name_or_path, return_unused_kwargs=True, **arguments)
+    config.model_type = kind.model_type  # null, if the file says so
+    return config, unused
 
 
 def check_stored_type(name_or_path: str, config: Any) -> None:

@@ -76,7 +76,6 @@ def load_config(
     for name in offered.keys() - unused.keys():
         del changes[name]
     check_family(config, encoder_only=encoder_only)
-    check_stored_type(name_or_path, config)
     # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
     config._attn_implementation = None
     return config
@@ -102,7 +101,7 @@ def _read_config(name_or_path: str, **arguments: Any) -> tuple[Any, dict[str, An
     return config, unused
 
 
-def check_stored_type(name_or_path: str, config: Any) -> None:
+def _check_not_quantized(name_or_path: str, config: Any) -> None:
     """Refuse a checkpoint whose weights are quantized.
 
     Raises:
@@ -147,8 +146,10 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
+        UnsupportedModelError: the weights are quantized, have an adapter, or an embedding of each stack.
         InputError: an argument is not known.
     """
+    _check_not_quantized(name_or_path, config)
     try:
         with _torch_modes_kept():
             model, info = load(
@@ -266,7 +267,7 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         kind: a Hugging Face class.
 
     Raises:
-        UnsupportedModelError: tensors are missing, there are others, or one has another shape.
+        UnsupportedModelError: tensors are missing, there are others, or one has another shape or no data.
     """
     missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or more:
@@ -279,15 +280,20 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         )
     rows = len(found[EMBEDDING])
     for key, tensor in expected.items():
+        if found[key].is_meta:
+            raise UnsupportedModelError(
+                f"{key} has no data here (device meta), as after accelerate.cpu_offload(); expected all weights in memory. Load the "
+                "model without offloading."
+            )
         shape = (rows, *tensor.shape[1:]) if key in TABLES else tuple(tensor.shape)
         if tuple(found[key].shape) != shape:
-            because = "as shared.weight has" if key in TABLES else "as the config says"
-            raise UnsupportedModelError(
-                f"{key} has shape {tuple(found[key].shape)}; expected {shape}, {because}. Engines look up and score one vocabulary: "
-                "use resize_token_embeddings(), which changes both matrices and the config, or the Hugging Face class."
+            what_to_do = (
+                f"as {EMBEDDING} has. Engines look up and score one vocabulary: use resize_token_embeddings(), which changes both "
+                "matrices and the config, or the Hugging Face class."
                 if key in TABLES
-                else f"{key} has shape {tuple(found[key].shape)}; expected {shape}, {because}. Use the Hugging Face class."
+                else "as the config says. Use the Hugging Face class."
             )
+            raise UnsupportedModelError(f"{key} has shape {tuple(found[key].shape)}; expected {shape}, {what_to_do}")
     check_tables(found)
 
 

@@ -40,7 +40,7 @@ from t5_trt.forwarding import EngineForward
 from t5_trt.generation.repeats import Repeats
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
-from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
+from t5_trt.inputs import PRECISION_OF, as_device, as_dtype, device_of_map
 from t5_trt.loading_arguments import check_arguments
 from t5_trt.placed_model import PlacedModel
 from t5_trt.runtime.forks import abandon, watch_forks
@@ -147,7 +147,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         runtime = RuntimeConfig(
             backend=backend_from_environment(backend),
             precision=precision,
-            device=None if device is None else str(torch.device(device)),
+            device=as_device("device", device),
             strict=strict,
             num_threads=num_threads,
             prepack_weights=prepack_weights,

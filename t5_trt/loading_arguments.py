@@ -49,7 +49,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         given = arguments.pop(name, None)
         if given is not None and given != safe:
             logger.warning(
-                "%s=%s is not used: no code of a checkpoint is run. The Hugging Face class can do it.", name, given
+                "%s=%s is not used: no code of a checkpoint or hub is run. The Hugging Face class can do it.",
+                name,
+                given,
             )
     for name in _WITHOUT_EFFECT:
         arguments.pop(name, None)

@@ -8,34 +8,30 @@ takes the vocabulary size from the embedding's rows, and turns every failure int
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import overrides
 from torch.utils import _device
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, cached_file
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from t5_trt.architecture import check_family
+from t5_trt.architecture import check_family, type_without_name
+from t5_trt.checkpoint_files import EMBEDDING, TABLES, check_files, weights_message
 from t5_trt.errors import CheckpointError, InputError, T5TRTError, UnsupportedModelError, causes, raise_hidden_interrupt
 from t5_trt.model_names import check_folder
 
-logger = logging.getLogger("t5_trt")
-#: keyword arguments of from_pretrained that let a checkpoint run code, and the values with which it cannot
-_SAFE = {"trust_remote_code": False, "weights_only": True}
 #: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 #: more of its arguments that are no settings of the config, or are checked elsewhere
 _NO_SETTINGS = {*HUB_ARGUMENTS, "attn_implementation", "state_dict", "variant", "use_safetensors"}
-_EMBEDDING = "shared.weight"
-_READ = {".json", ".safetensors", ".bin", ".model", ".txt"}
+#: sizes of a model that runs nothing but the embedding, the last norm and the head
+_SMALLEST = {
+    "vocab_size": 1, "d_model": 4, "d_kv": 1, "d_ff": 1, "num_heads": 1, "num_layers": 0, "num_decoder_layers": 0,
+}  # fmt: skip
 Loader = Callable[..., tuple[Any, dict[str, Any]]]
 
 
@@ -57,12 +53,9 @@ def load_config(
     changes = {} if changes is None else changes
     if not Path(name_or_path).is_file() and check_folder(name_or_path, hub_arguments.get("subfolder", "")):
         check_files(Path(name_or_path) / hub_arguments.get("subfolder", ""))
+    offered = {name: value for name, value in changes.items() if name not in _NO_SETTINGS}
     try:
-        # None would ask on the terminal whether to run the checkpoint's code
-        offered = {name: value for name, value in changes.items() if name not in _NO_SETTINGS}
-        config, unused = AutoConfig.from_pretrained(
-            name_or_path, trust_remote_code=False, return_unused_kwargs=True, **hub_arguments, **offered
-        )
+        config, unused = _read_config(name_or_path, **hub_arguments, **offered)
     except T5TRTError:
         raise
     except OSError as error:
@@ -83,12 +76,39 @@ def load_config(
     return config
 
 
-def drop_unsafe(arguments: dict[str, Any]) -> None:
-    """Take arguments that would let the checkpoint run code out of those for Transformers, and say so."""
-    for name, safe in _SAFE.items():
-        given = arguments.pop(name, None)
-        if given is not None and given != safe:
-            logger.warning("%s=%s is not used: no code of a checkpoint is run. The stock class can do it.", name, given)
+def _read_config(name_or_path: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """A config and the arguments that are none of its settings.
+
+    One without ``model_type`` is of the family that its ``architectures`` name, else a T5Config, as the Hugging Face class reads it.
+    """
+    try:
+        # None would ask on the terminal whether to run the checkpoint's code
+        return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
+            name_or_path, trust_remote_code=False, return_unused_kwargs=True, **arguments
+        )
+    except ValueError:
+        stored, _ = PreTrainedConfig.get_config_dict(name_or_path, **arguments)
+        if stored.get("model_type"):
+            raise
+    kind = type_without_name(stored)
+    config, unused = kind.from_pretrained(name_or_path, return_unused_kwargs=True, **arguments)
+    config.model_type = kind.model_type  # null, if the file says so
+    return config, unused
+
+
+def _check_not_quantized(name_or_path: str, config: Any) -> None:
+    """Refuse a checkpoint whose weights are quantized.
+
+    Raises:
+        UnsupportedModelError: naming the method.
+    """
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UnsupportedModelError(
+            f"the config of {name_or_path!r} has a quantization_config (method {method!r}); expected weights in float32, float16 "
+            "or bfloat16. Load the checkpoint that this one was made from, with precision='int8' for 8-bit matrices on a CPU."
+        )
 
 
 def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
@@ -106,93 +126,6 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
         ) from error
 
 
-def check_files(folder: Path) -> None:
-    """Refuse a folder whose files are pipes or devices: reading one may never end.
-
-    Raises:
-        CheckpointError: it has such a file.
-    """
-    for path in folder.iterdir():
-        if path.suffix in _READ and path.exists() and not path.is_file() and not path.is_dir():
-            raise CheckpointError(f"{str(path)!r} is a pipe, a socket or a device; expected an ordinary file.")
-
-
-def check_indexes(name_or_path: str, config: Any, variant: str | None = None, **hub_arguments: Any) -> None:
-    """Refuse a checkpoint whose config or whose indexes of weights lead to files that are not beside them.
-
-    Args:
-        name_or_path: hub id or folder.
-        config: of the model.
-        variant: of the weights, as in ``model.safetensors.index.fp16.json``.
-        hub_arguments: see HUB_ARGUMENTS.
-
-    Raises:
-        CheckpointError: one of them does.
-    """
-    folder = Path(name_or_path) / hub_arguments.get("subfolder", "")
-    if folder.is_dir():
-        check_files(folder)  # the config may have been given
-    chosen = getattr(config, "transformers_weights", None)
-    if chosen is not None and not _is_name(chosen):
-        raise CheckpointError(
-            f"the config of {name_or_path!r} names the weights {chosen!r}; expected the name of a file beside it. Do not use "
-            "this checkpoint."
-        )
-    names = [SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME]
-    names += [f"{name.removesuffix('json')}{variant}.json" for name in names if variant]
-    for name in (*names, *([chosen] if chosen is not None and chosen.endswith(".json") else [])):
-        if (path := _find(name_or_path, name, hub_arguments)) is not None:
-            shards_of(Path(path))
-
-
-def _is_name(value: Any) -> bool:
-    """Whether it is the name of a file and leads nowhere else."""
-    return isinstance(value, str) and Path(value).name == value and "\\" not in value and value not in ("", "..")
-
-
-def shards_of(index: Path) -> dict[str, str]:
-    """Tensor -> file beside it, out of the index of a checkpoint in several files.
-
-    Raises:
-        CheckpointError: it is no such index, or names files elsewhere.
-    """
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(name) for name in shards.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the index {str(index)!r} cannot be read ({type(error).__name__}: {error}); expected JSON with a weight_map. "
-            "Download or save the checkpoint again."
-        ) from error
-    outside = sorted(name for name in names if not _is_name(name))
-    if outside:
-        raise CheckpointError(
-            f"the index {str(index)!r} names {outside[0]!r}; expected names of files beside it. Do not use this checkpoint."
-        )
-    return shards  # type: ignore[no-any-return]
-
-
-def correct_vocabulary(name_or_path: str, config: Any, **hub_arguments: Any) -> None:
-    """Set the config's vocab_size to the number of rows of the embedding, where a safetensors header tells it.
-
-    Published configs disagree with their weights now and then (sonoisa's name 32128 or 32000, the tokenizer 32100); the
-    matrix is what is looked up.
-    """
-    path = _find(name_or_path, SAFE_WEIGHTS_NAME, hub_arguments)
-    if path is None:
-        index = _find(name_or_path, SAFE_WEIGHTS_INDEX_NAME, hub_arguments)
-        shards = {} if index is None else shards_of(Path(index))
-        path = _find(name_or_path, shards[_EMBEDDING], hub_arguments) if _EMBEDDING in shards else None
-    if path is None:
-        return
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            if _EMBEDDING in tensors.keys():  # noqa: SIM118 - a file handle, not a mapping
-                config.vocab_size = tensors.get_slice(_EMBEDDING).get_shape()[0]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(_weights_message(name_or_path, error)) from error
-
-
 def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any, **arguments: Any) -> Any:
     """Load a model and make sure that every weight came from the checkpoint.
 
@@ -208,8 +141,10 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
+        UnsupportedModelError: the weights are quantized, have an adapter, or an embedding of each stack.
         InputError: an argument is not known.
     """
+    _check_not_quantized(name_or_path, config)
     try:
         with _torch_modes_kept():
             model, info = load(
@@ -228,7 +163,12 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
                 f"from_pretrained got an argument that is not known: {error}. Expected those of this class, of Transformers' "
                 "from_pretrained, or settings of the config."
             ) from error
-        raise CheckpointError(_weights_message(name_or_path, error)) from error
+        raise CheckpointError(weights_message(name_or_path, error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{name_or_path!r} has an adapter (adapter_config.json); expected the weights of a whole model. Load it with the Hugging "
+            "Face class, merge it (merge_and_unload() of peft) and save_pretrained() the result."
+        )
     mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
     if mismatched:
         key, found, expected = mismatched[0]
@@ -241,6 +181,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
             f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected all weights of "
             f"{type(model)._stock_class.__name__}. Load a complete checkpoint."
         )
+    check_tables(model.state_dict())
     return model
 
 
@@ -259,8 +200,12 @@ def share_weights(
     if attention is not None:
         config = copy.deepcopy(config)
         config._attn_implementation = attention
-    model = without_data(target, config)
     state = source.state_dict(keep_vars=True)
+    rows = len(state[EMBEDDING]) if EMBEDDING in state else config.vocab_size
+    if rows != config.vocab_size:  # the matrix was exchanged, and the config tells the old size
+        config = copy.deepcopy(config)
+        config.vocab_size = rows
+    model = without_data(target, config)
     check_tensors(state, model.state_dict(), target)
     frozen = [key for key, tensor in state.items() if not tensor.requires_grad]
     if device is not None and device.type != "cpu":
@@ -280,11 +225,44 @@ def without_data(kind: type[PreTrainedModel], config: Any) -> Any:
         return kind(config)
 
 
-def check_tensors(found: Iterable[str], expected: Iterable[str], kind: type) -> None:
-    """Refuse a model whose module tree was changed.
+def scales_decoder_output(kind: type[PreTrainedModel], config: Any) -> bool:
+    """Whether a class multiplies the decoder's output by d_model**-0.5 before the head.
+
+    Which setting decides differs by family and by version of Transformers, so a model of the class with this config, but no layers
+    and four dimensions, is run: its decoder's output, its head and so each product are ones. Takes about 4 ms.
+
+    Args:
+        kind: a Hugging Face ForConditionalGeneration class.
+        config: of the model.
+    """
+    config = copy.deepcopy(config)
+    for name, size in _SMALLEST.items():
+        setattr(config, name, size)
+    config.layer_norm_epsilon = 1e-6
+    model = without_data(kind, config).to_empty(device="cpu").eval()
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+        states = torch.ones((1, 1, _SMALLEST["d_model"]))
+        token = torch.zeros((1, 1), dtype=torch.int64, device="cpu")
+        logit = model(
+            encoder_outputs=(states.cpu(),), decoder_input_ids=token, use_cache=False, return_dict=True
+        ).logits
+    return float(logit) < 0.75 * _SMALLEST["d_model"]
+
+
+def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], kind: type) -> None:
+    """Refuse a model whose tensors are not those of its class: engines would run other ones.
+
+    The number of rows of the embedding is free.
+
+    Args:
+        found: the model's.
+        expected: those of a model of class `kind` with the model's config; shapes are enough.
+        kind: a Hugging Face class.
 
     Raises:
-        UnsupportedModelError: tensors are missing, or there are others.
+        UnsupportedModelError: tensors are missing, there are others, or one has another shape or no data.
     """
     missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or more:
@@ -293,8 +271,44 @@ def check_tensors(found: Iterable[str], expected: Iterable[str], kind: type) -> 
         ]
         raise UnsupportedModelError(
             f"the model's tensors are not those of {kind.__name__}: {', '.join(named)}. Engines run that class's modules only: merge "
-            "adapters (merge_and_unload()), and run other changes with the stock class."
+            "adapters (merge_and_unload()), and run other changes with the Hugging Face class."
         )
+    rows = len(found[EMBEDDING])
+    for key, tensor in expected.items():
+        if found[key].is_meta:
+            raise UnsupportedModelError(
+                f"{key} has no data here (device meta), as after accelerate.cpu_offload(); expected all weights in memory. Load the "
+                "model without offloading."
+            )
+        shape = (rows, *tensor.shape[1:]) if key in TABLES else tuple(tensor.shape)
+        if tuple(found[key].shape) != shape:
+            what_to_do = (
+                f"as {EMBEDDING} has. Engines look up and score one vocabulary: use resize_token_embeddings(), which changes both "
+                "matrices and the config, or the Hugging Face class."
+                if key in TABLES
+                else "as the config says. Use the Hugging Face class."
+            )
+            raise UnsupportedModelError(f"{key} has shape {tuple(found[key].shape)}; expected {shape}, {what_to_do}")
+    check_tables(found)
+
+
+def check_tables(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model whose encoder or decoder looks tokens up in a matrix of its own.
+
+    Args:
+        tensors: of the model's state dict.
+
+    Raises:
+        UnsupportedModelError: naming it.
+    """
+    shared = tensors[EMBEDDING]
+    for key in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        table = tensors.get(key, shared)
+        if table.data_ptr() != shared.data_ptr() and not torch.equal(table, shared):
+            raise UnsupportedModelError(
+                f"{key} has other values than {EMBEDDING}; expected one matrix for both: engines look tokens up in a single one. Use "
+                "the Hugging Face class."
+            )
 
 
 @contextmanager
@@ -319,19 +333,3 @@ def _torch_modes_kept() -> Iterator[None]:
         _device.CURRENT_DEVICE = device
         raise_hidden_interrupt(error)
         raise
-
-
-def _find(name_or_path: str, filename: str, hub_arguments: dict[str, Any]) -> str | None:
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    try:
-        path: str | None = cached_file(name_or_path, filename, **hub_arguments, **quiet)
-    except OSError:  # the weights' own loader gives the better message
-        return None
-    return path
-
-
-def _weights_message(name_or_path: str, error: Exception) -> str:
-    return (
-        f"cannot load the weights of {name_or_path!r}: {type(error).__name__}: {error} Expected model.safetensors (or its "
-        "shards, or pytorch_model.bin) beside config.json, complete. Download or save the checkpoint again."
-    )

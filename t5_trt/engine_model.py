@@ -22,26 +22,26 @@ from t5_trt.architecture import Architecture, read_architecture
 from t5_trt.calibration import observe, random_batches
 from t5_trt.checkpoint import (
     HUB_ARGUMENTS,
-    check_indexes,
     check_tensors,
-    correct_vocabulary,
-    drop_unsafe,
     load_checked,
     load_config,
     load_tokenizer,
+    scales_decoder_output,
     share_weights,
     without_data,
 )
+from t5_trt.checkpoint_files import check_indexes, correct_vocabulary
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.engine.bundle import find_bundle
-from t5_trt.errors import InputError, StrictModeError, UnsupportedModelError
+from t5_trt.errors import InputError, StrictModeError
 from t5_trt.family_class import FamilyClass
 from t5_trt.forwarding import EngineForward
 from t5_trt.generation.repeats import Repeats
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
-from t5_trt.inputs import PRECISION_OF, as_dtype, device_of_map
+from t5_trt.inputs import PRECISION_OF, as_device, as_dtype, device_of_map
+from t5_trt.loading_arguments import check_arguments
 from t5_trt.placed_model import PlacedModel
 from t5_trt.runtime.forks import abandon, watch_forks
 from t5_trt.runtime.open import best_precision, choose_folding, open_session, resolve
@@ -137,12 +137,10 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         if pretrained_model_name_or_path is None:
             raise InputError("got None; expected a hub id or a folder. For a model in memory use from_model(model).")
         name = str(pretrained_model_name_or_path)
-        drop_unsafe(kwargs)
+        check_arguments(kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
-        if kwargs.pop("quantization_config", None) is not None:
-            raise InputError("quantization_config is not supported: engines choose their own types. Use precision=...")
         if kwargs.pop("output_loading_info", False):
             raise InputError("output_loading_info is not supported: a checkpoint that is not complete is refused.")
         if kwargs.pop("ignore_mismatched_sizes", False):
@@ -150,7 +148,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         runtime = RuntimeConfig(
             backend=backend_from_environment(backend),
             precision=precision,
-            device=None if device is None else str(torch.device(device)),
+            device=as_device("device", device),
             strict=strict,
             num_threads=num_threads,
             prepack_weights=prepack_weights,
@@ -174,7 +172,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
         placement = resolve(runtime)
         check_indexes(name, config, kwargs.get("variant"), **where)
-        correct_vocabulary(name, config, **where)
+        correct_vocabulary(name, config, kwargs.get("variant"), encoder_only=cls._encoder_only, **where)
         chosen = cls._class_for(config)
         load = super(EngineModel, chosen).from_pretrained
         # ONNX Runtime reads the parameters' own memory, so they must be float32; plans hold converted copies
@@ -270,17 +268,12 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             return self._architecture
         state = self.state_dict()
         check_tensors(state, without_data(self._stock_class, self.config).state_dict(), self._stock_class)
-        for stack in ("encoder", "decoder"):
-            table = state.get(f"{stack}.embed_tokens.weight", self.shared.weight)
-            if table.data_ptr() != self.shared.weight.data_ptr() and not torch.equal(table, self.shared.weight):
-                raise UnsupportedModelError(
-                    f"{stack}.embed_tokens has another matrix than shared; engines look up one matrix in both stacks. Use the stock "
-                    "class, or load the checkpoint without that tensor."
-                )
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         head: Any = getattr(self, "lm_head", self.shared)
         tied = head.weight.data_ptr() == self.shared.weight.data_ptr()
-        self._architecture = read_architecture(self.config, shapes, tied_head=tied, encoder_only=self._encoder_only)
+        scaled = not self._encoder_only and scales_decoder_output(self._stock_class, self.config)
+        facts = {"tied_head": tied, "scaled_head": scaled, "encoder_only": self._encoder_only}
+        self._architecture = read_architecture(self.config, shapes, **facts)
         return self._architecture
 
     @property

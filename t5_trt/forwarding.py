@@ -6,8 +6,6 @@ stock PyTorch model over the same weights. Nothing here loads, builds or chooses
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,22 +15,19 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
-from t5_trt.errors import InputError, StrictModeError
+from t5_trt.errors import InputError
+from t5_trt.fallback import ReferenceFallback
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
-from t5_trt.inputs import check_embeds, check_length, check_mask, check_reference_mask, check_token_ids
+from t5_trt.gradients import Replay, with_gradients
+from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids
 from t5_trt.runtime.buffers import CrossStates
 from t5_trt.runtime.exits import at_work
 from t5_trt.transformers_api import CACHE, names_cache_as_stock, takes_old_cache_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from t5_trt.architecture import Architecture
-    from t5_trt.config import RuntimeConfig
     from t5_trt.runtime.session import Session
-
-logger = logging.getLogger("t5_trt")
+    from t5_trt.weight_watch import WeightWatch
 
 
 @contextmanager
@@ -46,29 +41,15 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
-class EngineForward:
+class EngineForward(ReferenceFallback):
     """`forward` on engines; mixed in before a stock ForConditionalGeneration class."""
 
-    _calls: threading.local  # what is running in each thread
-
     if TYPE_CHECKING:
-        config: Any
-        generation_config: Any
-        training: bool
         encoder: Any
-        _shift_right: Any
+        _session_weights: WeightWatch | None
 
-        @property
-        def device(self) -> torch.device: ...  # noqa: D102 - see modeling.py
-        @property
-        def runtime_config(self) -> RuntimeConfig: ...  # noqa: D102
-        @property
-        def architecture(self) -> Architecture: ...  # noqa: D102
         def _opened(self) -> Session: ...
         def _notice_changes(self) -> None: ...
-        def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
-        @property
-        def reference(self) -> PreTrainedModel: ...  # noqa: D102
 
     @takes_old_cache_names(past_key_values="5.40.0")
     @names_cache_as_stock
@@ -170,6 +151,9 @@ class EngineForward:
         with ordinary_tensors():
             opened = self._open_cache(cache, encoder_outputs, attention_mask, len(tokens))
             logits = self._decode(opened, tokens, decoder_attention_mask, cache)
+        if torch.is_grad_enabled():
+            inputs = (attention_mask, tokens, decoder_attention_mask)
+            logits = self._replayable("decoder", logits, inputs, encoder_outputs[0], cached=cache is not None)
         loss = None
         if labels is not None:
             target = labels.to(logits.device).flatten()
@@ -214,98 +198,21 @@ class EngineForward:
         source = input_ids if inputs_embeds is None else inputs_embeds
         assert source is not None
         batch, length = source.shape[:2]
-        check_length("source", length, self.runtime_config.max_source_tokens)
+        check_length("source", length, self.runtime_config.max_source_tokens, arch.longest_source)
         mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
         with ordinary_tensors():
             hidden, cross = session.encode(input_ids, inputs_embeds, mask, self._beams_ahead)
-            return EngineEncoderOutput(last_hidden_state=hidden).remember(cross, session)  # type: ignore[arg-type]
+        if torch.is_grad_enabled():
+            hidden = self._replayable("encoder", hidden, (source, mask))
+        return EngineEncoderOutput(last_hidden_state=hidden).remember(cross, session)  # type: ignore[arg-type]
 
-    @property
-    def _beams_ahead(self) -> int | None:
-        """Decoder rows of each batch entry in the ``generate()`` that is running in this thread; None outside of one."""
-        return getattr(self._calls, "beams", None)
+    def _replayable(self, part: str, result: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
+        assert self._session_weights is not None
+        return with_gradients(result, Replay(self, part, self._session_weights, **options), *inputs)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder module; calling it runs the encoder engine."""
         return self.encoder
-
-    def _wanted_outputs(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, Any]:
-        """Which inner values a caller wants: what was said, else what the config says."""
-        said = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        return {name: getattr(self.config, name, False) if value is None else value for name, value in said.items()}
-
-    def _beyond_engines(
-        self,
-        wanted: dict[str, Any],
-        attention_mask: Any,
-        decoder_attention_mask: Any,
-        decoder_inputs_embeds: Any,
-        inputs_embeds: Any,
-        encoder_outputs: Any = None,
-        labels: Any = None,
-    ) -> str | None:
-        """Why engines cannot serve a request, or None if they can."""
-        for name, value in wanted.items():
-            if value:
-                return name
-        if decoder_inputs_embeds is not None:
-            return "decoder_inputs_embeds"
-        for name, mask in (("attention_mask", attention_mask), ("decoder_attention_mask", decoder_attention_mask)):
-            if isinstance(mask, torch.Tensor) and mask.dim() > 2:
-                return f"a {mask.dim()}-D {name}"
-        given = None if encoder_outputs is None else encoder_outputs[0]
-        wants_gradients = any(getattr(source, "requires_grad", False) for source in (inputs_embeds, given))
-        if wants_gradients and torch.is_grad_enabled():
-            return "gradients"
-        if self._beams_ahead is not None:
-            return None
-        if self.training:  # dropout, which Monte Carlo dropout wants without gradients, too
-            if labels is not None and torch.is_grad_enabled() and self.device.type != "cpu":
-                raise InputError(
-                    f"training got a model on {self.device}, whose gradients would not reach its parameters, which are on the CPU; "
-                    "expected the stock class. Train that, then use from_model() or save_pretrained(); or call eval()."
-                )
-            return "training mode"
-        if labels is None or self.runtime_config.strict or self.device.type != "cpu" or not torch.is_grad_enabled():
-            return None
-        return "gradients" if any(weight.requires_grad for weight in self.parameters()) else None
-
-    def _checked_for_reference(
-        self, input_ids: Any, decoder_input_ids: Any, attention_mask: Any, decoder_mask: Any = None, cache: Any = None
-    ) -> tuple[Any, Any, Any, Any]:
-        """Token ids (int64) and masks for the stock model, after the checks that the engines' inputs get."""
-        size, heads = self.architecture.vocab_size, self.architecture.num_heads
-        given = (("input_ids", input_ids), ("decoder_input_ids", decoder_input_ids))
-        source, target = (None if ids is None else check_token_ids(name, ids, size, self.device) for name, ids in given)
-        if source is not None and target is not None and len(source) not in (1, len(target)):
-            raise InputError(
-                f"decoder_input_ids has {len(target)} rows and input_ids {len(source)}; expected the same number."
-            )
-        attending, alone = [ids for ids in (source, target) if ids is not None], target if cache is None else None
-        mask = check_reference_mask("attention_mask", attention_mask, heads, attending, source, self.device)
-        name, queries = "decoder_attention_mask", [] if target is None else [target]
-        decoder_mask = check_reference_mask(name, decoder_mask, heads, queries, alone, self.device)
-        return source, target, mask, decoder_mask
-
-    def _use_reference(self, reason: str) -> PreTrainedModel:
-        if self.runtime_config.strict:
-            raise StrictModeError(
-                f"strict=True: the request needs {reason}, which engines cannot give. Leave it out, or load the model with "
-                "strict=False to have the stock PyTorch model serve it."
-            )
-        if getattr(self, "_reference", None) is None:
-            hint = "; under torch.no_grad() engines serve it" if reason == "gradients" else ""
-            logger.warning("%s is served by the stock PyTorch model (model.reference), at its speed%s.", reason, hint)
-        return self.reference
-
-    def _check_labels(self, labels: Any) -> torch.Tensor:
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-            raise InputError(
-                f"labels got {getattr(labels, 'dtype', type(labels).__name__)}; expected int64 [batch, tokens]."
-            )
-        kept = labels.masked_fill(labels == -100, 0)
-        check_token_ids("labels", kept, self.architecture.vocab_size, labels.device)
-        return labels.long()
 
     def _open_cache(self, past: Any, encoder_outputs: Any, attention_mask: Any, rows: int) -> EngineCache:
         """The cache to decode with: the given one, or a new one over the encoder's K/V."""
@@ -378,7 +285,8 @@ class EngineForward:
         state = cache.state
         assert state is not None
         count = tokens.shape[1]
-        check_length("target", state.length + count, self.runtime_config.max_target_tokens)
+        longest = self.runtime_config.max_target_tokens
+        check_length("target", state.length + count, longest, self.architecture.longest_target)
         key_mask = None
         if decoder_mask is not None:
             total = state.length + count

@@ -234,8 +234,9 @@ class EngineGeneration(EngineForward):
             self._open_cache(
                 cache, request.model_kwargs["encoder_outputs"], request.model_kwargs.get("attention_mask"), len(prompt)
             )
-            longest = self.runtime_config.max_target_tokens
-            return loop(self._opened(), cache.state, request, partial(check_length, "target", limit=longest)).run()
+            limit, positions = self.runtime_config.max_target_tokens, self.architecture.longest_target
+            fits = partial(check_length, "target", limit=limit, positions=positions)
+            return loop(self._opened(), cache.state, request, fits).run()
 
     def _returned(self, kind: Any, request: Request, outcome: Outcome, **more: Any) -> Any:
         if not request.config.return_dict_in_generate:

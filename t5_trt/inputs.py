@@ -134,8 +134,14 @@ def check_reference_mask(
     return added.masked_fill_(~mask.to(device), torch.finfo(torch.float32).min)
 
 
-def check_length(name: str, tokens: int, limit: int | None) -> None:
-    """Refuse more tokens than the configured limit.
+def check_length(name: str, tokens: int, limit: int | None, positions: int | None) -> None:
+    """Refuse more tokens than the configured limit, or than the model's relative bias is defined for.
+
+    Args:
+        name: "source" or "target".
+        tokens: their number.
+        limit: the setting; None sets none.
+        positions: the model's `Architecture.longest_source` or `longest_target`.
 
     Raises:
         InputError: naming both, and the setting.
@@ -144,6 +150,11 @@ def check_length(name: str, tokens: int, limit: int | None) -> None:
         raise InputError(
             f"got {tokens} {name} tokens; expected at most {limit}, the max_{name}_tokens that this model was loaded "
             "with. Truncate the text, or load the model with a larger limit."
+        )
+    if positions is not None and tokens > positions:
+        raise InputError(
+            f"got {tokens} {name} tokens; expected at most {positions}: longer distances have no bucket with this config's "
+            "relative_attention_num_buckets and relative_attention_max_distance. Truncate the text."
         )
 
 
@@ -159,13 +170,43 @@ def as_dtype(dtype: Any) -> torch.dtype:
     return cast("torch.dtype", dtype)
 
 
-def device_of_map(device_map: Any) -> Any:
-    """The one device that a ``device_map`` stands for, or None where it leaves the choice."""
+def as_device(name: str, device: Any) -> str | None:
+    """A device as text, such as "cuda:0"; None stays None.
+
+    Args:
+        name: of the argument, for messages.
+        device: text, a torch.device or the number of a GPU.
+
+    Raises:
+        InputError: it is none of these, or neither a CPU nor an NVIDIA GPU.
+    """
+    if device is None:
+        return None
+    number = isinstance(device, int) and not isinstance(device, bool)
+    try:
+        found = torch.device(f"cuda:{device}" if number else device)
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"{name} got {device!r}; expected 'cpu' or a GPU such as 'cuda:0': engines run on one of these, with all weights in its "
+            "memory."
+        )
+    return str(found)
+
+
+def device_of_map(device_map: Any) -> str | None:
+    """The one device that a ``device_map`` stands for, or None where it leaves the choice.
+
+    Raises:
+        InputError: it names several, or one that engines do not run on, such as "disk".
+    """
     if isinstance(device_map, dict):
-        places = set(device_map.values())
+        places = set(map(str, device_map.values()))
         if len(places) != 1:
             raise InputError(
                 f"device_map got {device_map!r}; an engine runs on one device. Use device='cuda:0' or 'cpu'."
             )
-        device_map = places.pop()
-    return None if device_map in (None, "auto", "balanced", "sequential") else device_map
+        device_map = next(iter(device_map.values()))
+    choices = (None, "auto", "balanced", "balanced_low_0", "sequential")
+    return None if device_map in choices else as_device("device_map", device_map)

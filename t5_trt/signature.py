@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from t5_trt.architecture import Architecture
 
 #: part of every engine's cache key: raise it when a change in `t5_trt.graph` changes what a graph computes or is called
-GRAPH_REVISION = 7
+GRAPH_REVISION = 8
 
 INDEX = "index"  # token ids, positions and masks: int64 (int32 for TensorRT 8)
 REAL = "real"  # the compute type of the engine: float32, float16 or bfloat16

@@ -11,13 +11,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from transformers.models.t5.modeling_t5 import T5Attention
 
 from t5_trt.engine.profiles import Shapes, fixed_axes
 from t5_trt.graph import build_device_graph, build_host_graph
 from t5_trt.graph.parameters import materialize, parameters
 from t5_trt.graph.precision import REAL_TYPES, mask_value, real_type
-from t5_trt.graph.relative_bias import distance_buckets
 from t5_trt.signature import GRAPHS, INDEX, REAL, SINGLE, signature
 from tests.conftest import ROOT
 
@@ -118,17 +116,6 @@ def test_same_bytes_in_every_process(v10: tuple[Any, Any]) -> None:
         )
         seen.add(run.stdout.strip())
     assert len(seen) == 1
-
-
-@pytest.mark.parametrize(("buckets", "limit"), [(32, 128), (8, 20), (32, 100), (64, 256), (16, 17)])
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_buckets_equal_transformers(buckets: int, limit: int, bidirectional: bool) -> None:
-    """Every distance to far beyond the limit, where clipping must not change the bucket."""
-    relative = torch.arange(-3 * limit, 3 * limit + 1)
-    expected = T5Attention._relative_position_bucket(relative, bidirectional, buckets, limit)
-    table = distance_buckets(buckets, limit, bidirectional=bidirectional)
-    index = relative.clamp(-limit, limit) + limit if bidirectional else (-relative).clamp(0, limit)
-    assert torch.equal(table[index], expected)
 
 
 def test_mask_values_survive_an_addition() -> None:

@@ -101,7 +101,7 @@ def test_t5_3b_without_its_weights(tmp_path: Path) -> None:
     config = T5Config(vocab_size=32128, d_model=1024, d_ff=16384, num_heads=32, d_kv=128, num_layers=24)
     with torch.device("meta"):
         shapes = {key: tuple(t.shape) for key, t in T5ForConditionalGeneration(config).state_dict().items()}
-    arch = read_architecture(config, shapes, tied_head=True)
+    arch = read_architecture(config, shapes, tied_head=True, scaled_head=True)
     for graph in ("encoder", "decoder_step"):
         wanted = EngineRequest(
             graph=graph, shapes=Shapes().for_graph(graph), precision="fp16", flavor="rtx", compute_capabilities=("8.9",)

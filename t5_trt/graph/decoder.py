@@ -17,7 +17,7 @@ from t5_trt.graph.forms import FLOAT, Form, Projection
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.precision import mask_value
-from t5_trt.graph.relative_bias import RelativeBias, distance_buckets
+from t5_trt.graph.relative_bias import RelativeBias
 from t5_trt.signature import QUERIES, STEP, signature
 
 INT64 = ir.DataType.INT64
@@ -56,8 +56,8 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     arch = graph.arch
     declared = signature(QUERIES if queries else STEP, arch, packed=graph.packed)
     inputs = {tensor.name: graph.input(tensor) for tensor in declared.inputs}
-    frame = _queries_frame(graph, inputs) if queries else _step_frame(graph, inputs)
-    relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False))
+    relative = RelativeBias(graph, bidirectional=False)
+    frame = (_queries_frame if queries else _step_frame)(graph, inputs, relative.limit)
     biases: dict[str, list[ir.Value]] = {}
     stream = graph.stream(inputs["decoder_input_ids"], frame.streams)
     outputs: dict[str, ir.Value] = {}
@@ -94,7 +94,7 @@ def _sizes(graph: Form, inputs: dict[str, ir.Value]) -> dict[str, Dim]:
     return sizes | {"cached": graph.size(past, 2), "source": graph.size(cross, 2)}
 
 
-def _step_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
+def _step_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Frame:
     sizes = _sizes(graph, inputs)
     slots = graph.arange(sizes["cached"])  # [T]
     position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
@@ -102,7 +102,7 @@ def _step_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
     return _Frame(
         single=True,
         **sizes,
-        past_index=graph.clip(graph.op("Sub", position, slots), 0, graph.arch.max_distance),
+        past_index=graph.clip(graph.op("Sub", position, slots), 0, limit),
         new_index=None,
         past_mask=graph.op("Where", later, graph.scalar(mask_value(graph.real)), graph.scalar(0.0)),
         new_mask=None,
@@ -110,7 +110,7 @@ def _step_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
     )
 
 
-def _queries_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
+def _queries_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Frame:
     sizes = _sizes(graph, inputs)
     slots, queries = graph.arange(sizes["cached"]), graph.arange(sizes["queries"])  # [T], [Q]
     position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
@@ -126,8 +126,8 @@ def _queries_frame(graph: Form, inputs: dict[str, ir.Value]) -> _Frame:
     return _Frame(
         single=False,
         **sizes,
-        past_index=graph.clip(past_distance, 0, graph.arch.max_distance),
-        new_index=graph.clip(new_distance, 0, graph.arch.max_distance),
+        past_index=graph.clip(past_distance, 0, limit),
+        new_index=graph.clip(new_distance, 0, limit),
         past_mask=graph.op("Min", past_mask, past_pad),  # not a sum: -60000 and a bias may leave float16
         new_mask=graph.op("Min", new_mask, new_pad),
         here=None,

@@ -10,7 +10,7 @@ from t5_trt.graph.forms import FLOAT, Form
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import CROSS_KV
 from t5_trt.graph.precision import mask_value
-from t5_trt.graph.relative_bias import RelativeBias, distance_buckets
+from t5_trt.graph.relative_bias import RelativeBias
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, layered, signature
 
 INT64 = ir.DataType.INT64
@@ -32,8 +32,8 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
     hidden = graph.op("Equal", mask, graph.scalar(0, graph.index))
     hide = graph.op("Where", hidden, graph.scalar(mask_value(graph.real)), graph.scalar(0.0))
     key_bias = graph.reshape(hide, batch, 1, 1, length)
-    offsets = _clipped_offsets(graph, length, arch.max_distance)
-    relative = RelativeBias(graph, distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True))
+    relative = RelativeBias(graph, bidirectional=True)
+    offsets = _clipped_offsets(graph, length, relative.limit)
     biases: dict[str, ir.Value] = {}
     for layer in range(arch.encoder_layers):
         prefix = f"encoder.block.{layer}"

@@ -1,43 +1,15 @@
 """T5's relative position bias as graph nodes: distance -> bucket -> row of the checkpoint's table.
 
-The bucket of a distance (Raffel et al. 2020, section 2.1; Mesh TensorFlow's transformer_layers.py) no longer changes
-from max_distance on. A table over 0..max_distance with clipped distances therefore serves sequences of any length.
+From some distance on the bucket no longer changes, so a table up to there with clipped distances serves sequences of any
+length.
 """
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
-import torch
 
 from t5_trt.graph.forms import Form
-
-
-def distance_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool) -> torch.Tensor:
-    """The bucket of every clipped distance.
-
-    Args:
-        num_buckets: rows of the bias table.
-        max_distance: distance from which all positions share a bucket.
-        bidirectional: the encoder's form, where keys after the query have buckets of their own.
-
-    Returns:
-        int64. Bidirectional: [2 * max_distance + 1], the bucket of key - query = index - max_distance.
-        Otherwise: [max_distance + 1], the bucket of query - key = index.
-    """
-    if bidirectional:
-        relative = torch.arange(-max_distance, max_distance + 1)
-        num_buckets //= 2
-        offset, distance = (relative > 0).long() * num_buckets, relative.abs()
-    else:
-        distance = torch.arange(max_distance + 1)
-        offset = torch.zeros_like(distance)
-    exact = num_buckets // 2
-    # float32 and the same order of operations as Transformers: a bucket's edge must fall on the same distance
-    growth = torch.log(distance.float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
-    far = (exact + growth.clamp(min=0).long()).clamp(max=num_buckets - 1)
-    return offset + torch.where(distance < exact, distance, far)
+from t5_trt.relative_positions import distance_buckets
 
 
 class RelativeBias:
@@ -45,11 +17,16 @@ class RelativeBias:
 
     Args:
         graph: to add nodes to.
-        buckets: what `distance_buckets` returned.
+        bidirectional: the encoder's buckets instead of the decoder's.
+
+    Attributes:
+        limit: the longest distance in the bucket list.
     """
 
-    def __init__(self, graph: Form, buckets: torch.Tensor) -> None:
-        self._graph = graph
+    def __init__(self, graph: Form, *, bidirectional: bool) -> None:
+        self._graph, arch = graph, graph.arch
+        buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=bidirectional)
+        self.limit = len(buckets) // 2 if bidirectional else len(buckets) - 1
         self._buckets = graph.constant(buckets.numpy(), ir.DataType.INT64)
         self._bucketed: dict[ir.Value, ir.Value] = {}
 

@@ -109,9 +109,8 @@ class EngineGeneration(EngineForward):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        criteria = list(stopping_criteria)
         request = Request(
-            input_ids, logits_processor, criteria, generation_config, model_kwargs, streamer, bool(synced_gpus)
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer, bool(synced_gpus)
         )
         if not self._takes(request):
             stock = super()._sample  # type: ignore[misc]
@@ -132,9 +131,8 @@ class EngineGeneration(EngineForward):
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        criteria = list(stopping_criteria)
         request = Request(
-            input_ids, logits_processor, criteria, generation_config, model_kwargs, None, bool(synced_gpus)
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, None, bool(synced_gpus)
         )
         if not self._takes(request):
             stock = super()._beam_search  # type: ignore[misc]

@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
 from t5_trt.generation.engine_cache import EngineCache
@@ -62,7 +62,7 @@ class Request:
 
     prompt: torch.Tensor
     processors: LogitsProcessorList
-    criteria: list[Any]
+    criteria: StoppingCriteriaList
     config: Any
     model_kwargs: dict[str, Any]
     streamer: Any = None

@@ -20,7 +20,9 @@ from transformers.utils import ModelOutput
 from t5_trt.errors import InputError, StrictModeError
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
-from t5_trt.inputs import check_embeds, check_length, check_mask, check_reference_mask, check_token_ids
+from t5_trt.inputs import (
+    check_decoder_mask, check_embeds, check_length, check_mask, check_reference_mask, check_token_ids
+)  # fmt: skip
 from t5_trt.runtime.buffers import CrossStates
 from t5_trt.runtime.exits import at_work
 from t5_trt.transformers_api import CACHE, names_cache_as_stock, takes_old_cache_names
@@ -96,7 +98,7 @@ class EngineForward:
             input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
             attention_mask: [B, S], 0 for padding; None attends to everything.
             decoder_input_ids: int64 [R, Q], any number of tokens; made from `labels` if left out.
-            decoder_attention_mask: [R, cached + Q], 0 for padding on either side.
+            decoder_attention_mask: [R, cached + Q], 0 for padding on either side; what is beyond is left out, as by the Hugging Face class.
             encoder_outputs: a ModelOutput or tuple whose first entry is [B, S, E].
             cache: what an earlier call returned, or a stock ``EncoderDecoderCache``; called ``past_key_values`` before
                 Transformers 5.24.
@@ -281,7 +283,10 @@ class EngineForward:
             raise InputError(
                 f"decoder_input_ids has {len(target)} rows and input_ids {len(source)}; expected the same number."
             )
-        attending, alone = [ids for ids in (source, target) if ids is not None], target if cache is None else None
+        attending = [ids for ids in (source, target) if ids is not None]
+        alone = (
+            target if cache is None and getattr(decoder_mask, "ndim", 0) == 4 else None
+        )  # one of two axes may differ
         mask = check_reference_mask("attention_mask", attention_mask, heads, attending, source, self.device)
         name, queries = "decoder_attention_mask", [] if target is None else [target]
         decoder_mask = check_reference_mask(name, decoder_mask, heads, queries, alone, self.device)
@@ -382,7 +387,7 @@ class EngineForward:
         key_mask = None
         if decoder_mask is not None:
             total = state.length + count
-            key_mask = check_mask("decoder_attention_mask", decoder_mask, len(tokens), total, tokens.device)
+            key_mask = check_decoder_mask(decoder_mask, len(tokens), total, tokens.device)
             key_mask = None if bool(key_mask.all()) else key_mask
         logits = self._opened().decode(state, tokens, key_mask)
         if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does

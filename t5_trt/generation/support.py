@@ -144,7 +144,10 @@ _CRITERIA = (
 
 def _hides_decoder_tokens(request: Request) -> bool:
     mask = request.model_kwargs.get("decoder_attention_mask")
-    return mask is not None and not bool((torch.as_tensor(mask) != 0).all())
+    if mask is None:
+        return False
+    mask = torch.as_tensor(mask)  # of labels it is longer than the prompt; one that is shorter hides the rest
+    return mask.shape[-1] < request.prompt.shape[1] or not bool((mask[..., : request.limit] != 0).all())
 
 
 def _cache_in_use(request: Request) -> bool:

@@ -109,7 +109,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "select by mask": lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
     "select by list": lambda cache: cache.batch_select_indices([0, 2]),
     "properties": lambda cache: [
-        cache.is_croppable, cache.is_compileable, *(getattr(cache, name, None) for name in ("is_sliding", "is_linear"))
+        getattr(cache, name) for name, value in vars(EncoderDecoderCache).items() if isinstance(value, property)
     ],
     "is_updated": lambda cache: cache.is_updated,
     "halves": lambda cache: [type(cache.self_attention_cache), cache.cross_attention_cache.get_seq_length()],

@@ -35,13 +35,13 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy, rows end": ROWS_END,
     "greedy, prompt": {"decoder_input_ids": prompt(4, 4)},
     "greedy, two buckets": {"max_new_tokens": 70, "min_new_tokens": 70},
-    "sampling": {"do_sample": True, "num_return_sequences": 2},
-    "sampling, prompt, rows end": {"do_sample": True, "decoder_input_ids": prompt(4, 2), **ROWS_END},
+    "sampling": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},  # a tie at the edge would be cut otherwise
+    "sampling, prompt, rows end": {"do_sample": True, "top_k": 0, "decoder_input_ids": prompt(4, 2), **ROWS_END},
     "beams": {"num_beams": 3},
     "beams, rows end": {"num_beams": 3, "num_return_sequences": 2, **ROWS_END},
     "beams, prompt": {"num_beams": 2, "decoder_input_ids": prompt(4, 4)},
     "beams, two buckets": {"num_beams": 2, "max_new_tokens": 70, "min_new_tokens": 70},
-    "beam sampling": {"num_beams": 3, "do_sample": True, "top_k": 20},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "top_k": 0},
     "no cache": {"use_cache": False},
     "beams, no cache": {"num_beams": 2, "use_cache": False},
 }

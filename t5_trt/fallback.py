@@ -100,7 +100,9 @@ class ReferenceFallback:
             raise InputError(
                 f"decoder_input_ids has {len(target)} rows and input_ids {len(source)}; expected the same number."
             )
-        attending, alone = [ids for ids in (source, target) if ids is not None], target if cache is None else None
+        attending = [ids for ids in (source, target) if ids is not None]
+        of_four_axes = getattr(decoder_mask, "ndim", 0) == 4  # one of two axes may have another width
+        alone = target if cache is None and of_four_axes else None
         mask = check_reference_mask("attention_mask", attention_mask, heads, attending, source, self.device)
         name, queries = "decoder_attention_mask", [] if target is None else [target]
         decoder_mask = check_reference_mask(name, decoder_mask, heads, queries, alone, self.device)

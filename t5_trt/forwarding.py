@@ -17,11 +17,11 @@ from transformers.utils import ModelOutput
 
 from t5_trt.errors import InputError
 from t5_trt.fallback import ReferenceFallback
-from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
-from t5_trt.generation.engine_cache import EngineCache, read_stock, write_stock
+from t5_trt.generation.encoder_output import EngineEncoderOutput
+from t5_trt.generation.engine_cache import write_stock
+from t5_trt.generation.open_cache import decode, open_cache
 from t5_trt.gradients import Replay, with_gradients
 from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids
-from t5_trt.runtime.buffers import CrossStates
 from t5_trt.runtime.exits import at_work
 from t5_trt.transformers_api import CACHE, names_cache_as_stock, takes_old_cache_names
 
@@ -77,7 +77,7 @@ class EngineForward(ReferenceFallback):
             input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
             attention_mask: [B, S], 0 for padding; None attends to everything.
             decoder_input_ids: int64 [R, Q], any number of tokens; made from `labels` if left out.
-            decoder_attention_mask: [R, cached + Q], 0 for padding on either side.
+            decoder_attention_mask: [R, cached + Q], 0 for padding on either side; what is beyond is left out, as by the Hugging Face class.
             encoder_outputs: a ModelOutput or tuple whose first entry is [B, S, E].
             cache: what an earlier call returned, or a stock ``EncoderDecoderCache``; called ``past_key_values`` before
                 Transformers 5.24.
@@ -136,7 +136,7 @@ class EngineForward(ReferenceFallback):
                 labels=labels,
                 use_cache=use_cache,
                 return_dict=as_dict,
-                **{CACHE: cache.stock() if isinstance(cache, EngineCache) else cache},
+                **{CACHE: cache},
                 **wanted,
                 **kwargs,
             )
@@ -149,8 +149,11 @@ class EngineForward(ReferenceFallback):
                              "generate().")  # fmt: skip
         tokens = check_token_ids("decoder_input_ids", decoder_input_ids, self.architecture.vocab_size, self.device)
         with ordinary_tensors():
-            opened = self._open_cache(cache, encoder_outputs, attention_mask, len(tokens))
-            logits = self._decode(opened, tokens, decoder_attention_mask, cache)
+            opened = open_cache(self._opened(), cache, encoder_outputs, attention_mask, len(tokens))
+            longest = self.runtime_config.max_target_tokens
+            logits = decode(self._opened(), opened, tokens, decoder_attention_mask, longest)
+            if cache is not None and cache is not opened:  # written in place, as the Hugging Face class does
+                write_stock(cache, opened, tokens.shape[1])
         if torch.is_grad_enabled():
             inputs = (attention_mask, tokens, decoder_attention_mask)
             logits = self._replayable("decoder", logits, inputs, encoder_outputs[0], cached=cache is not None)
@@ -213,92 +216,3 @@ class EngineForward(ReferenceFallback):
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder module; calling it runs the encoder engine."""
         return self.encoder
-
-    def _open_cache(self, past: Any, encoder_outputs: Any, attention_mask: Any, rows: int) -> EngineCache:
-        """The cache to decode with: the given one, or a new one over the encoder's K/V."""
-        session, layers = self._opened(), self.architecture.decoder_layers
-        cache = past if isinstance(past, EngineCache) else EngineCache(layers)
-        if cache.state is None:
-            own = cross = None
-            if past is not None and past is not cache:
-                own, cross = read_stock(past, layers, session.dtype, session.device)
-            cross = cross or self._cross_states(encoder_outputs, rows)
-            capacity = max(cache.capacity_tokens, 0 if own is None else own.shape[4])
-            mask = self._source_mask(attention_mask, cross)
-            cache.state = session.start(cross, capacity, mask)
-            if mask is not None:
-                cache.mask_source = _version_of(attention_mask)
-            if own is not None:
-                cache.state.append(own)
-        if cache.state.rows != rows:
-            raise InputError(
-                f"decoder_input_ids has {rows} rows; the cache was made for {cache.state.rows}. Start with "
-                f"{CACHE}=None, or reorder the cache with batch_select_indices."
-            )
-        self._apply_mask(cache, attention_mask)
-        return cache
-
-    def _cross_states(self, encoder_outputs: Any, rows: int) -> CrossStates:
-        cross = recall(encoder_outputs, self._opened())
-        if cross is None:
-            hidden = encoder_outputs[0]
-            arch, session = self.architecture, self._opened()
-            cross = session.project_cross(
-                check_embeds("encoder_outputs[0]", hidden, arch.d_model, session.device, session.dtype)
-            )
-        if cross.rows != rows:
-            if cross.rows != 1:
-                raise InputError(
-                    f"decoder_input_ids has {rows} rows and the encoder's output {cross.rows}; expected the same number."
-                )
-            cross = cross.for_beams(rows)
-        return cross
-
-    def _source_mask(self, mask: Any, cross: CrossStates) -> torch.Tensor | None:
-        """`attention_mask`, checked, with one row for each source; None if it has different ones for beams of one source."""
-        given = len(mask) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else cross.batch
-        rows = given if given in (cross.batch, cross.rows) else cross.batch
-        checked = check_mask("attention_mask", mask, rows, cross.source_length, self._opened().device)
-        if rows == cross.batch:
-            return checked
-        grouped = checked.view(cross.batch, cross.beams, -1)
-        return grouped[:, 0] if bool((grouped == grouped[:, :1]).all()) else None
-
-    def _apply_mask(self, cache: EngineCache, mask: Any) -> None:
-        """Bring the state's cross bias in line with `attention_mask`, doing nothing while it is the same tensor."""
-        source, known = _version_of(mask), cache.mask_source
-        if known is not None and source is not None and known[0] is mask and known[1] == source[1]:
-            return
-        state = cache.state
-        assert state is not None
-        checked = self._source_mask(mask, state.cross)
-        if checked is None:  # somebody made them differ
-            state.separate_sources()
-            checked = self._source_mask(mask, state.cross)
-            assert checked is not None
-        bias = self._opened().cross_bias(checked, state.cross)
-        if bias.shape != state.cross_bias.shape or not torch.equal(bias, state.cross_bias):
-            state.hide_keys(bias)
-        cache.mask_source = source
-
-    def _decode(self, cache: EngineCache, tokens: torch.Tensor, decoder_mask: Any, past: Any) -> torch.Tensor:
-        state = cache.state
-        assert state is not None
-        count = tokens.shape[1]
-        longest = self.runtime_config.max_target_tokens
-        check_length("target", state.length + count, longest, self.architecture.longest_target)
-        key_mask = None
-        if decoder_mask is not None:
-            total = state.length + count
-            key_mask = check_mask("decoder_attention_mask", decoder_mask, len(tokens), total, tokens.device)
-            key_mask = None if bool(key_mask.all()) else key_mask
-        logits = self._opened().decode(state, tokens, key_mask)
-        if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does
-            write_stock(past, state, count)
-        return logits
-
-
-def _version_of(mask: Any) -> tuple[Any, int] | None:
-    """What tells whether a mask is the same and unchanged; None for inference tensors, which count no versions."""
-    tracked = not (isinstance(mask, torch.Tensor) and mask.is_inference())
-    return (mask, getattr(mask, "_version", 0)) if tracked else None

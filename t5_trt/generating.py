@@ -22,6 +22,7 @@ from t5_trt.forwarding import EngineForward, ordinary_tensors
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.engine_cache import EngineCache
 from t5_trt.generation.loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
+from t5_trt.generation.open_cache import open_cache
 from t5_trt.generation.repeats import Prepared, Repeats, likeness
 from t5_trt.generation.support import GenerationPath, Request, refusal
 from t5_trt.inputs import check_length, check_token_ids
@@ -84,9 +85,6 @@ class EngineGeneration(EngineForward):
             try:
                 for name in _INNER_VALUES:
                     if settings[name]:
-                        cache = kwargs.get(CACHE)
-                        if isinstance(cache, EngineCache):
-                            kwargs[CACHE] = cache.stock()
                         self._last_path = GenerationPath("reference", name)
                         stock: Any = self._use_reference(name)
                         return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
@@ -109,9 +107,8 @@ class EngineGeneration(EngineForward):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        criteria = list(stopping_criteria)
         request = Request(
-            input_ids, logits_processor, criteria, generation_config, model_kwargs, streamer, bool(synced_gpus)
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer, bool(synced_gpus)
         )
         if not self._takes(request):
             stock = super()._sample  # type: ignore[misc]
@@ -132,9 +129,8 @@ class EngineGeneration(EngineForward):
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        criteria = list(stopping_criteria)
         request = Request(
-            input_ids, logits_processor, criteria, generation_config, model_kwargs, None, bool(synced_gpus)
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, None, bool(synced_gpus)
         )
         if not self._takes(request):
             stock = super()._beam_search  # type: ignore[misc]
@@ -231,12 +227,11 @@ class EngineGeneration(EngineForward):
         cache, prompt = request.cache, request.prompt
         cache.capacity_tokens = prompt.shape[1]
         with ordinary_tensors():
-            self._open_cache(
-                cache, request.model_kwargs["encoder_outputs"], request.model_kwargs.get("attention_mask"), len(prompt)
-            )
+            session, inputs = self._opened(), request.model_kwargs
+            open_cache(session, cache, inputs["encoder_outputs"], inputs.get("attention_mask"), len(prompt))
             limit, positions = self.runtime_config.max_target_tokens, self.architecture.longest_target
             fits = partial(check_length, "target", limit=limit, positions=positions)
-            return loop(self._opened(), cache.state, request, fits).run()
+            return loop(session, cache.state, request, fits).run()
 
     def _returned(self, kind: Any, request: Request, outcome: Outcome, **more: Any) -> Any:
         if not request.config.return_dict_in_generate:

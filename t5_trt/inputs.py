@@ -94,6 +94,25 @@ def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.devic
     return (mask.to(device) != 0).long()
 
 
+def check_decoder_mask(mask: Any, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Return ``decoder_attention_mask`` as `check_mask` does, fitted to the decoder's tokens as the Hugging Face class does it.
+
+    Entries beyond the tokens are left out (evaluation loops hand over the mask of the labels); tokens beyond the mask are hidden.
+
+    Args:
+        mask: [rows, any number].
+        rows: R.
+        tokens: in the cache and new.
+        device: of the result.
+
+    Raises:
+        InputError: not a tensor of so many rows.
+    """
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != tokens:
+        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]))  # a negative width cuts
+    return check_mask("decoder_attention_mask", mask, rows, tokens, device)
+
+
 def check_reference_mask(
     name: str, mask: Any, heads: int, queries: list[torch.Tensor], keys: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:

@@ -164,9 +164,7 @@ def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, e
     if by_kernel:
         request.getfixturevalue("steps")
     rules = BeamRules(2, 4, 1.0, early_stopping, False, False, (1,), 0)
-    exact, more = (
-        BeamChoice(entries, 64, Recordable([]), rules, apart=None, device=torch.device("cpu")) for entries in (3, 5)
-    )
+    exact, more = (BeamChoice(entries, 64, Recordable([]), rules, device=torch.device("cpu")) for entries in (3, 5))
     for choice in (exact, more):
         choice.begin(torch.zeros((6, 1), dtype=torch.int64), 40, 40)
     generator = torch.Generator().manual_seed(0)

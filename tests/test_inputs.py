@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "decoder id too large": ({"input_ids": IDS, "decoder_input_ids": ONE + VOCAB}, "decoder_input_ids got the id 211"),
     "decoder float": ({"input_ids": IDS, "decoder_input_ids": ONE.float()}, "decoder_input_ids got dtype torch.float32"),
     "decoder rows": ({"input_ids": IDS, "decoder_input_ids": torch.zeros(2, 1).long()}, "has 2 rows and the encoder's output 3"),
-    "decoder mask": ({"input_ids": IDS, "decoder_attention_mask": torch.ones(3, 7)}, r"decoder_attention_mask got shape \(3, 7\)"),
+    "decoder mask": ({"input_ids": IDS, "decoder_attention_mask": torch.ones(2, 7)}, r"decoder_attention_mask got shape \(2,"),
     "labels float": ({"input_ids": IDS, "labels": torch.ones(3, 2), "decoder_input_ids": None}, "labels got torch.float32"),
     "label too large": ({"input_ids": IDS, "labels": ONE + VOCAB, "decoder_input_ids": None}, "labels got the id 211"),
     "labels of another shape": ({"input_ids": IDS, "labels": torch.zeros(3, 2).long()}, r"labels got shape \(3, 2\)"),

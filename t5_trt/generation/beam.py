@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from t5_trt.generation.processors import Processing
-from t5_trt.generation.sampling import Apart, draw, filled_up
+from t5_trt.generation.processors import Recordable
+from t5_trt.generation.sampling import draw, filled_up
 from t5_trt.runtime import cuda_kernels
 
 _NEVER = -1.0e9  # the score of what must not be chosen
@@ -56,7 +56,7 @@ class BeamChoice:
         capacity: M, tokens that a row can have, with the prompt; at least the longest that `begin` gets.
         process: of the log probabilities.
         rules: see `BeamRules`.
-        apart, device: as of `t5_trt.generation.sampling.TokenChoice`.
+        device: of the buffers.
 
     Attributes:
         tokens: int64 [B, N, M], rows that go on.
@@ -67,14 +67,15 @@ class BeamChoice:
         expired: bool [1]; set from outside when time is up.
     """
 
+    recordable = True
+
     def __init__(
         self,
         batch: int,
         capacity: int,
-        process: Processing,
+        process: Recordable,
         rules: BeamRules,
         *,
-        apart: Apart | None,
         device: torch.device,
     ) -> None:
         beams = rules.num_beams
@@ -86,14 +87,12 @@ class BeamChoice:
         self.beam_scores = torch.zeros((batch, beams), dtype=torch.float32, device=device)
         self.report = torch.zeros(1 + batch, dtype=torch.int64, device=device)
         self.expired = torch.zeros(1, dtype=torch.bool, device=device)
-        self.recordable = apart is None
         self._running_indices = torch.zeros_like(self.beam_indices)
         self._running_scores = torch.zeros((batch, beams), dtype=torch.float32, device=device)
         self._full = torch.zeros((batch, beams), dtype=torch.bool, device=device)  # is_sent_finished
         self._improvable = torch.ones((batch, 1), dtype=torch.bool, device=device)
         self._limits = torch.zeros(3, dtype=torch.int64, device=device)  # prompt length, max_length, longest estimate
         self.process, self._rules, self.draws = process, rules, rules.do_sample
-        self._apart = apart
         self._eos = torch.tensor(rules.eos, dtype=torch.int64, device=device)
         self._first = torch.arange(rules.candidates, device=device) < beams  # top_num_beam_mask
         self._offset = (torch.arange(batch, device=device) * beams)[:, None]
@@ -159,11 +158,9 @@ class BeamChoice:
         """
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
         log_probs = self.process(self.tokens.flatten(0, 1), position, log_probs)
-        if self._apart is not None:
-            self._apart.keep(log_probs, logits)
         vocabulary = log_probs.shape[-1]
         scores, places = self._candidates(log_probs)
-        if self._apart is None and self._step_of_kernel(scores, places, position, vocabulary):
+        if self._step_of_kernel(scores, places, position, vocabulary):
             return self._chosen, self._parents
         return self._step(scores, places // vocabulary, places % vocabulary, position)
 
@@ -176,10 +173,7 @@ class BeamChoice:
         ended = self.report[:1].bool()
         sequences = _put(_pick(self.tokens, beams), place, ids)
         indices = _put(_pick(self._running_indices, beams), place, (beams + self._offset).int())
-        hits = (place + 1 >= self._limits[1]) | self.expired | (ids[..., None] == self._eos).any(-1)  # [B, K]
-        if self._apart is not None:
-            rows = sequences[:, :, : int(place) + 1].flatten(0, 1)
-            hits = hits | self._apart.hits(rows).view(hits.shape)
+        hits = self._hits(sequences, place, ids)
         # rows that go on: the N best that have not ended
         running = scores + hits * _NEVER
         going = running.topk(self._rules.num_beams).indices
@@ -193,6 +187,10 @@ class BeamChoice:
         chosen = self.tokens.flatten(0, 1).index_select(1, place)[:, 0]
         parents = self._running_indices.flatten(0, 1).index_select(1, place)[:, 0].long()
         return chosen.clamp(min=0), torch.where(ended, self._own, parents)  # behind the end stands `fill`, maybe -1
+
+    def _hits(self, sequences: torch.Tensor, place: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Which candidates, with their new token `ids` at `place`, are over: bool [B, K]."""
+        return (place + 1 >= self._limits[1]) | self.expired | (ids[..., None] == self._eos).any(-1)
 
     def _step_of_kernel(
         self, scores: torch.Tensor, places: torch.Tensor, position: torch.Tensor, vocabulary: int
@@ -218,7 +216,7 @@ class BeamChoice:
         """The K best continuations of each batch entry: scores, and places among all beams' tokens, [B, K] each."""
         batch, beams, _ = self.tokens.shape
         vocabulary = log_probs.shape[-1]
-        summed = (log_probs.view(batch, beams, vocabulary) + self._running_scores[..., None]).view(batch, -1)
+        summed = (log_probs.reshape(batch, beams, vocabulary) + self._running_scores[..., None]).view(batch, -1)
         if self._rules.do_sample:
             places = draw(summed, self._rules.candidates, recordable=self.recordable)
             scores = summed.gather(1, places)

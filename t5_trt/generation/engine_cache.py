@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
 from typing import Any
 
 import torch
@@ -12,12 +12,16 @@ from t5_trt.errors import InputError
 from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.transformers_api import CACHE
 
+#: where a Hugging Face cache has its contents
+_CONTENTS = ("self_attention_cache", "cross_attention_cache", "is_updated")
+
 
 class EngineCache(EncoderDecoderCache):
     """What the cache is while an engine decodes: a view on one request's `DecoderState`.
 
-    It is filled by the first forward call. Reordering, cropping and selecting rows do what the stock class does.
-    `stock()` gives an ordinary cache with copies of the contents.
+    It is filled by the first forward call. Reordering, cropping and selecting rows do what the Hugging Face class does. Code
+    that asks for the contents (a Hugging Face model, iteration, pickling) turns it into an ordinary `EncoderDecoderCache`, in
+    place: whoever holds it, this library too, sees what is written into it from then on.
 
     Args:
         layers: L, decoder layers.
@@ -28,9 +32,28 @@ class EngineCache(EncoderDecoderCache):
         self.layers_count = layers
         self.capacity_tokens = capacity_tokens
         self.state: DecoderState | None = None
-        self.is_updated: dict[int, bool] = {}
         #: the mask tensor, and its version, that the state's cross bias was made from
         self.mask_source: tuple[torch.Tensor | None, int] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _CONTENTS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        contents = self.stock()
+        for own in ("layers_count", "capacity_tokens", "state", "mask_source"):
+            self.__dict__.pop(own, None)
+        self.__class__ = EncoderDecoderCache  # type: ignore[assignment]
+        self.__dict__.update({each: getattr(contents, each) for each in _CONTENTS})
+        return self.__dict__[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineCache:
+        """An independent copy that engines decode with."""
+        other = EngineCache(self.layers_count)
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as an ordinary cache."""
+        return EncoderDecoderCache, (self.self_attention_cache, self.cross_attention_cache)
 
     def stock(self) -> EncoderDecoderCache:
         """An ordinary `EncoderDecoderCache` of `DynamicCache`s that holds copies of the K/V, with R rows throughout."""
@@ -39,23 +62,9 @@ class EngineCache(EncoderDecoderCache):
             state = self.state
             for layer in range(self.layers_count):
                 key, value = state.kv[layer, :, : state.rows, :, : state.length].clone()
-                if state.length:
-                    own.update(key, value, layer)
+                own.update(key, value, layer)
                 cross.update(*_cross_rows(state, layer), layer)
         return EncoderDecoderCache(own, cross)
-
-    @property
-    def self_attention_cache(self) -> Cache:  # type: ignore[override]
-        """A copy of the decoder's own K/V as a stock cache."""
-        return self.stock().self_attention_cache
-
-    @property
-    def cross_attention_cache(self) -> Cache:  # type: ignore[override]
-        """A copy of the cross-attention K/V as a stock cache."""
-        return self.stock().cross_attention_cache
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.stock())
 
     def __len__(self) -> int:
         return self.layers_count
@@ -84,7 +93,10 @@ class EngineCache(EncoderDecoderCache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i continues row ``beam_idx[i]``."""
         if self.state is not None:
+            cross = self.state.cross
             self.state.reorder(beam_idx)
+            if self.state.cross is not cross:  # rows have other sources now
+                self.mask_source = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end (a negative count), or keep that many (a positive one), as the stock cache does."""
@@ -102,7 +114,7 @@ class EngineCache(EncoderDecoderCache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that `indices` names, in its order."""
         if self.state is not None:
-            self._select(torch.arange(self.state.rows)[indices.cpu()])
+            self._select(torch.arange(self.state.rows)[indices.cpu() if isinstance(indices, torch.Tensor) else indices])
 
     def _select(self, rows: torch.Tensor) -> None:
         assert self.state is not None
@@ -158,14 +170,16 @@ def read_stock(cache: Cache, layers: int, dtype: torch.dtype, device: torch.devi
     length = int(own.get_seq_length())
     states = _stack(own, layers, length, dtype, device) if length else None
     cross = None
-    if both and length and len(cache.is_updated) and all(cache.is_updated.values()):
+    if both and len(cache.is_updated) and all(cache.is_updated.values()):
         across = cache.cross_attention_cache
         cross = CrossStates(_stack(across, layers, int(across.get_seq_length()), dtype, device))
     return states, cross
 
 
-def write_stock(cache: Cache, state: DecoderState, tokens: int) -> None:
-    """Append a state's last tokens to a stock cache, and the cross-attention K/V where it has none yet."""
+def write_stock(cache: Cache, source: EngineCache, tokens: int) -> None:
+    """Append the last tokens of an engine's cache to a stock one, and the cross-attention K/V where it has none yet."""
+    state = source.state
+    assert state is not None
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer in range(len(state.kv)):
         key, value = state.kv[layer, :, : state.rows, :, state.length - tokens : state.length].clone()

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from t5_trt.generation.beam import BeamChoice, BeamRules, finished_beams
-from t5_trt.generation.processors import Processing, Recordable, Stock, device_forms
-from t5_trt.generation.sampling import Apart, Ending, GpuDraws, TokenChoice
+from t5_trt.generation.eager import EagerBeamChoice, EagerCalls, EagerTokenChoice
+from t5_trt.generation.processors import Recordable, device_forms
+from t5_trt.generation.sampling import Ending, GpuDraws, TokenChoice
 from t5_trt.generation.support import Request
 from t5_trt.generation.watch import STEPS_AHEAD, Watcher
 from t5_trt.runtime.buffers import DecoderState, bucket_length
@@ -70,7 +71,7 @@ class DecodeLoop(ABC):
         self.capacity = bucket_length(longest, session.choice_tokens)
         scores: list[torch.Tensor] | None = [] if request.wants_scores else None
         logits: list[torch.Tensor] | None = [] if request.wants_logits else None
-        self.apart = None if request.recordable else Apart(request.custom_criteria, scores, logits)
+        self.eager = None if request.recordable else EagerCalls(request.processors, request.criteria, scores, logits)
         self._entries = torch.arange(len(request.prompt) // self.beams)  # those still decoded
         self._kept: list[torch.Tensor] | None = None  # results of all entries, once some were dropped
 
@@ -101,9 +102,9 @@ class DecodeLoop(ABC):
         self._keep(program.choice, made)
         assert self._kept is not None
         outcome = self.outcome(self._kept, made)
-        if self.apart is not None:
+        if self.eager is not None:
             outcome.scores, outcome.logits = (
-                None if kept is None else kept[:made] for kept in (self.apart.scores, self.apart.logits)
+                None if kept is None else kept[:made] for kept in (self.eager.scores, self.eager.logits)
             )
         return outcome
 
@@ -111,19 +112,16 @@ class DecodeLoop(ABC):
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
         """The result from what the choices left for each entry, after `made` new tokens."""
 
-    def processing(self) -> Processing:
-        """The request's processors, as device forms where all have one: anew for each choice, which keeps their numbers."""
+    def processing(self) -> Recordable:
+        """The request's processors as device forms: anew for each choice, which keeps their numbers."""
         device = self.session.device
         forms = device_forms(self.request.processors, self.session.arch.vocab_size, self.capacity, device)
-        return self._stock_processing if forms is None else Recordable(forms)
-
-    @cached_property
-    def _stock_processing(self) -> Stock:
-        return Stock(self.request.processors, self._given)
+        assert forms is not None
+        return Recordable(forms)
 
     def _program(self) -> Program:
         entries, key = len(self._entries), None
-        if self.apart is None:  # the same key for all requests that one recorded step can serve
+        if self.eager is None:  # the same key for all requests that one recorded step can serve
             if not self.request.config.do_sample:  # of more rows others would be drawn
                 entries = self.session.decoded_rows(self.state) // self.beams
             key = (entries, self.capacity, *self.settings(), *self.request.fingerprints)
@@ -180,7 +178,7 @@ class DecodeLoop(ABC):
         request, config = self.request, self.request.config
         seen_outside = request.streamer is not None or config.return_dict_in_generate
         shared = self.state.cross.beams == self.beams
-        return self.apart is None and shared and not config.do_sample and not seen_outside
+        return self.eager is None and shared and not config.do_sample and not seen_outside
 
     def _should_shrink(self, report: torch.Tensor) -> bool:
         """Whether to go on with fewer entries: half of them are over, and fewer cost less."""
@@ -216,24 +214,18 @@ class TokenLoop(DecodeLoop):
     def _ending(self) -> Ending:
         return Ending(self.request.eos, self.request.pad)
 
-    def make(self, entries: int) -> TokenChoice:
+    def make(self, entries: int) -> TokenChoice | EagerTokenChoice:
         """See `DecodeLoop.make`."""
-        sample = bool(self.request.config.do_sample)
-        return TokenChoice(
-            entries,
-            self.capacity,
-            self.processing(),
-            self._ending,
-            do_sample=sample,
-            apart=self.apart,
-            device=self.session.device,
-        )
+        sample, device = bool(self.request.config.do_sample), self.session.device
+        if self.eager is not None:
+            return EagerTokenChoice(entries, self.eager, self.request.pad, do_sample=sample, device=device)
+        return TokenChoice(entries, self.capacity, self.processing(), self._ending, do_sample=sample, device=device)
 
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""
         return "tokens", bool(self.request.config.do_sample), self._ending
 
-    def begin(self, choice: TokenChoice) -> None:
+    def begin(self, choice: TokenChoice | EagerTokenChoice) -> None:
         """See `DecodeLoop.begin`."""
         choice.begin(self.request.prompt)
 
@@ -253,7 +245,9 @@ class BeamLoop(DecodeLoop):
     def make(self, entries: int) -> BeamChoice:
         """See `DecodeLoop.make`."""
         device = self.session.device
-        return BeamChoice(entries, self.capacity, self.processing(), self.rules, apart=self.apart, device=device)
+        if self.eager is not None:
+            return EagerBeamChoice(entries, self.capacity, self.eager, self.rules, device=device)
+        return BeamChoice(entries, self.capacity, self.processing(), self.rules, device=device)
 
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""

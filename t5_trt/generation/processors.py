@@ -1,4 +1,4 @@
-"""Logits processors for the decode loop: device forms of Transformers' own, and stock ones called as they are.
+"""Logits processors for the decode loop: device forms of Transformers' own.
 
 A device form has fixed shapes and takes the length from a tensor, so that it can be part of a recorded CUDA graph: it
 neither waits for the GPU nor looks at a value on the host. Each computes what the class of the same name in
@@ -15,7 +15,6 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 from transformers.generation import logits_process as stock
 
 #: (tokens int64 [rows, M], their number int64 [1], scores float32 [rows, V]) -> scores
@@ -70,31 +69,6 @@ class Recordable:
         for form, processor in zip(self._forms, processors, strict=True):
             form.load(processor)
         self._loaded = processors
-
-
-class Stock:
-    """Any processors, called as Transformers' own loop calls them: with all tokens so far.
-
-    Args:
-        processors: in order.
-        length: tokens of the prompt.
-    """
-
-    def __init__(self, processors: LogitsProcessorList, length: int) -> None:
-        self._processors = processors
-        self._length = length
-
-    def __call__(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """As `Recordable.__call__`; one call a step."""
-        scores = self._processors(tokens[:, : self._length], scores)
-        self._length += 1
-        return scores
-
-    def load(self, processors: Sequence[Any]) -> None:
-        """See `Recordable.load`; these are called as they are."""
-
-
-Processing = Recordable | Stock
 
 
 def device_forms(processors: Sequence[Any], vocab_size: int, capacity: int, device: torch.device) -> list[Form] | None:

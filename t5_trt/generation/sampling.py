@@ -5,14 +5,12 @@ All of it is torch operations on buffers of fixed size, so that a session may re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from t5_trt.generation.processors import Processing
+from t5_trt.generation.processors import Recordable
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import undisturbed
 
@@ -32,35 +30,6 @@ class Ending:
     pad: int | None = None
 
 
-@dataclass(frozen=True)
-class Apart:
-    """What a choice does besides choosing, which cannot be recorded: it keeps values and calls code of others.
-
-    Attributes:
-        criteria: further stopping criteria, called with all tokens so far.
-        scores: an empty list that takes the processed scores of every step, float32 [rows, V]; None keeps none.
-        logits: the same for unprocessed logits.
-    """
-
-    criteria: Sequence[Any] = ()
-    scores: list[torch.Tensor] | None = None
-    logits: list[torch.Tensor] | None = None
-
-    def keep(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
-        """Copy a step's values."""
-        for kept, values in ((self.scores, scores), (self.logits, logits)):
-            if kept is not None:
-                kept.append(values.clone())
-
-    def hits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which rows of tokens, int64 [rows, tokens], a criterion ends: bool [rows]."""
-        scores = None if self.scores is None else tuple(self.scores)
-        hits = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for criterion in self.criteria:
-            hits = hits | criterion(rows, scores)
-        return hits
-
-
 class TokenChoice:
     """Chooses one token for every row: the best, or a random one.
 
@@ -70,7 +39,6 @@ class TokenChoice:
         process: of the logits.
         ending: see `Ending`.
         do_sample: draw instead of taking the best.
-        apart: see `Apart`; None makes a choice that can be recorded, because it never waits for the device.
         device: of the buffers.
 
     Attributes:
@@ -80,15 +48,16 @@ class TokenChoice:
         expired: bool [1]; set from outside when time is up.
     """
 
+    recordable = True
+
     def __init__(
         self,
         rows: int,
         capacity: int,
-        process: Processing,
+        process: Recordable,
         ending: Ending,
         *,
         do_sample: bool,
-        apart: Apart | None,
         device: torch.device,
     ) -> None:
         self.rows = rows
@@ -96,12 +65,10 @@ class TokenChoice:
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.report = torch.zeros(1 + 2 * rows, dtype=torch.int64, device=device)
         self.expired = torch.zeros(1, dtype=torch.bool, device=device)
-        self.recordable = apart is None
         self.process = process
         self._eos = torch.tensor(ending.eos, dtype=torch.int64, device=device)
         self._pad = ending.pad
         self.draws = do_sample
-        self._apart = apart
 
     def begin(self, prompt: torch.Tensor) -> None:
         """Start with a prompt, int64 [at most R, tokens]."""
@@ -138,16 +105,13 @@ class TokenChoice:
         scores = self.process(self.tokens, position, logits)
         chosen = draw(scores, 1, recordable=self.recordable).flatten() if self.draws else scores.argmax(-1)
         buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos, position)
-        if self._apart is None and cuda_kernels.token_step(buffers, self._pad):
+        if cuda_kernels.token_step(buffers, self._pad):
             return chosen, None
         if self._pad is not None:
             chosen = chosen.masked_fill(self.finished, self._pad)
         self.tokens.index_copy_(1, position + 1, chosen[:, None])
         if len(self._eos):
             self.finished |= (chosen[:, None] == self._eos).any(-1)
-        if self._apart is not None:
-            self._apart.keep(scores, logits)
-            self.finished |= self._apart.hits(self.tokens[:, : int(position) + 2])
         self.report[:1] = self.finished.all() | self.expired
         self.report[1 : 1 + len(chosen)] = self.finished
         self.report[1 + len(chosen) :] = chosen

@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
 from t5_trt.generation.engine_cache import EngineCache
@@ -62,7 +62,7 @@ class Request:
 
     prompt: torch.Tensor
     processors: LogitsProcessorList
-    criteria: list[Any]
+    criteria: StoppingCriteriaList
     config: Any
     model_kwargs: dict[str, Any]
     streamer: Any = None
@@ -144,7 +144,10 @@ _CRITERIA = (
 
 def _hides_decoder_tokens(request: Request) -> bool:
     mask = request.model_kwargs.get("decoder_attention_mask")
-    return mask is not None and not bool((torch.as_tensor(mask) != 0).all())
+    if mask is None:
+        return False
+    mask = torch.as_tensor(mask)  # of labels it is longer than the prompt; one that is shorter hides the rest
+    return mask.shape[-1] < request.prompt.shape[1] or not bool((mask[..., : request.limit] != 0).all())
 
 
 def _cache_in_use(request: Request) -> bool:

@@ -16,7 +16,7 @@ from t5_trt.graph.blocks import feed_forward, softmax
 from t5_trt.graph.forms import FLOAT, Form, Projection
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD
-from t5_trt.graph.precision import mask_value
+from t5_trt.graph.precision import empty_slot_value, mask_value
 from t5_trt.graph.relative_bias import RelativeBias
 from t5_trt.signature import QUERIES, STEP, signature
 
@@ -118,7 +118,8 @@ def _queries_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Fra
     column = graph.op("Unsqueeze", queries, graph.ints(1))  # [Q, 1]
     past_distance = graph.op("Sub", graph.op("Add", column, position), slots)  # [Q, T]
     new_distance = graph.op("Sub", column, queries)  # [Q, Q]
-    past_mask = graph.op("Where", graph.op("Less", slots, position), keep, hide)  # [T]
+    empty = graph.scalar(empty_slot_value(graph.real))
+    past_mask = graph.op("Where", graph.op("Less", slots, position), keep, empty)  # [T]
     new_mask = graph.op("Where", graph.op("Less", new_distance, graph.scalar(0, INT64)), hide, keep)  # [Q, Q]
     pads, end = inputs["key_bias"], graph.vector(sizes["cached"])
     past_pad = graph.op("Slice", pads, graph.ints(0), end, graph.ints(3))

@@ -45,3 +45,11 @@ def mask_value(dtype: ir.DataType) -> float:
     not: a row of -inf becomes NaN. float16 has room for neither rule and keeps a margin instead.
     """
     return -30000.0 if dtype == ir.DataType.FLOAT16 else -1e30
+
+
+def empty_slot_value(dtype: ir.DataType) -> float:
+    """What hides places that hold no key at all, beside hidden keys.
+
+    It is so far below `mask_value` that a query whose keys are all hidden gives equal weights to those, and none to these.
+    """
+    return 2 * mask_value(dtype)

@@ -23,7 +23,7 @@ from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError
 from t5_trt.graph.parameters import LM_HEAD, Weights
-from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
+from t5_trt.graph.precision import TORCH_TYPES, empty_slot_value, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, StreamOrder, Unrecorded, free_unused, record
@@ -259,6 +259,7 @@ class TrtSession:
             hidden = (key_mask == 0)[:, None, None, :]
             for start, part in ((0, hidden[..., : state.length]), (capacity, hidden[..., state.length :])):
                 bias[: state.rows, ..., start : start + part.shape[-1]].masked_fill_(part, mask_value(self.real))
+            bias[..., capacity + used :] = empty_slot_value(self.real)  # padding of the queries
         logits = torch.empty((rows, count, self.arch.vocab_size), dtype=torch.float32, device=self.device)
         qkv = self._new(self.arch.decoder_layers, rows, count, 3, self.arch.num_heads, self.arch.d_kv)
         inputs = slot.cache_tensors() | {

@@ -66,10 +66,12 @@ class EngineForward:
         def architecture(self) -> Architecture: ...  # noqa: D102
         def _opened(self) -> Session: ...
         def _notice_changes(self) -> None: ...
+        def _in_own_dtype(self, result: torch.Tensor) -> torch.Tensor: ...
         def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
         @property
         def reference(self) -> PreTrainedModel: ...  # noqa: D102
 
+    @torch.compiler.disable  # nothing is left to compile, and tracing ends in ONNX Runtime
     @takes_old_cache_names(past_key_values="5.40.0")
     @names_cache_as_stock
     @at_work()
@@ -110,7 +112,7 @@ class EngineForward:
             kwargs: ignored, as by the stock class.
 
         Returns:
-            Seq2SeqLMOutput: loss (float32 scalar, with `labels`), logits float32 [R, Q, V], cache (named
+            Seq2SeqLMOutput: loss (scalar, with `labels`), logits [R, Q, V] (float32 on a GPU), cache (named
             as the argument), encoder_last_hidden_state [B, S, E].
 
         Raises:
@@ -173,10 +175,10 @@ class EngineForward:
         loss = None
         if labels is not None:
             target = labels.to(logits.device).flatten()
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target, ignore_index=-100)
+            loss = self._in_own_dtype(nn.functional.cross_entropy(logits.flatten(0, 1), target, ignore_index=-100))
         result = Seq2SeqLMOutput(
             loss=loss,
-            logits=logits,
+            logits=self._in_own_dtype(logits),
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
@@ -218,16 +220,13 @@ class EngineForward:
         mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
         with ordinary_tensors():
             hidden, cross = session.encode(input_ids, inputs_embeds, mask, self._beams_ahead)
+            hidden = self._in_own_dtype(hidden)
             return EngineEncoderOutput(last_hidden_state=hidden).remember(cross, session)  # type: ignore[arg-type]
 
     @property
     def _beams_ahead(self) -> int | None:
         """Decoder rows of each batch entry in the ``generate()`` that is running in this thread; None outside of one."""
         return getattr(self._calls, "beams", None)
-
-    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder module; calling it runs the encoder engine."""
-        return self.encoder
 
     def _wanted_outputs(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, Any]:
         """Which inner values a caller wants: what was said, else what the config says."""

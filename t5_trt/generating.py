@@ -56,6 +56,7 @@ class EngineGeneration(EngineForward):
         """Which loop the last ``generate()`` ran in, and why; None before the first."""
         return self._last_path
 
+    @torch.compiler.disable
     @takes_old_cache_names(past_key_values="6.0.0", cache_params="6.0.0")
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``generate``, with all its arguments and results. Calls from several threads run one by one.

@@ -327,7 +327,8 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         placement, session = self._placement, self._session
         graphs = "none opened yet" if session is None else ", ".join(session.loaded_graphs()) or "none loaded yet"
         engines = getattr(session, "engines", None)
-        own = f"{engines.weights.nbytes / 1e6:.1f} MB on {placement.device}" if engines else "the parameters' memory"
+        read = "the parameters' memory" if self.dtype is torch.float32 else "copies of the parameters in float32"
+        own = f"{engines.weights.nbytes / 1e6:.1f} MB on {placement.device}" if engines else read
         return f"backend={placement.backend}, precision={placement.precision}, engines=({graphs}), weights=({own})"
 
     def save_pretrained(

@@ -65,6 +65,8 @@ class EngineForward:
         @property
         def architecture(self) -> Architecture: ...  # noqa: D102
         def _opened(self) -> Session: ...
+        @property
+        def dtype(self) -> torch.dtype: ...  # noqa: D102
         def _notice_changes(self) -> None: ...
         def _in_own_dtype(self, result: torch.Tensor) -> torch.Tensor: ...
         def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
@@ -317,7 +319,7 @@ class EngineForward:
             cross = cross or self._cross_states(encoder_outputs, rows)
             capacity = max(cache.capacity_tokens, 0 if own is None else own.shape[4])
             mask = self._source_mask(attention_mask, cross)
-            cache.state = session.start(cross, capacity, mask)
+            cache.state, cache.dtype = session.start(cross, capacity, mask), self.dtype
             if mask is not None:
                 cache.mask_source = _version_of(attention_mask)
             if own is not None:
@@ -385,7 +387,7 @@ class EngineForward:
             key_mask = None if bool(key_mask.all()) else key_mask
         logits = self._opened().decode(state, tokens, key_mask)
         if past is not None and past is not cache:  # a stock cache is written in place, as the stock class does
-            write_stock(past, state, count)
+            write_stock(past, state, count, self.dtype)
         return logits
 
 

@@ -28,6 +28,8 @@ class EngineCache(EncoderDecoderCache):
         self.layers_count = layers
         self.capacity_tokens = capacity_tokens
         self.state: DecoderState | None = None
+        #: of K/V that are handed out; None for the state's own
+        self.dtype: torch.dtype | None = None
         self.is_updated: dict[int, bool] = {}
         #: the mask tensor, and its version, that the state's cross bias was made from
         self.mask_source: tuple[torch.Tensor | None, int] | None = None
@@ -38,10 +40,10 @@ class EngineCache(EncoderDecoderCache):
         if self.state is not None:
             state = self.state
             for layer in range(self.layers_count):
-                key, value = state.kv[layer, :, : state.rows, :, : state.length].clone()
+                key, value = state.kv[layer, :, : state.rows, :, : state.length].to(self.dtype, copy=True)
                 if state.length:
                     own.update(key, value, layer)
-                cross.update(*_cross_rows(state, layer), layer)
+                cross.update(*_cross_rows(state, layer).to(self.dtype), layer)
         return EncoderDecoderCache(own, cross)
 
     @property
@@ -164,14 +166,14 @@ def read_stock(cache: Cache, layers: int, dtype: torch.dtype, device: torch.devi
     return states, cross
 
 
-def write_stock(cache: Cache, state: DecoderState, tokens: int) -> None:
-    """Append a state's last tokens to a stock cache, and the cross-attention K/V where it has none yet."""
+def write_stock(cache: Cache, state: DecoderState, tokens: int, dtype: torch.dtype) -> None:
+    """Append a state's last tokens to a stock cache, and the cross-attention K/V where it has none yet, in its dtype."""
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer in range(len(state.kv)):
-        key, value = state.kv[layer, :, : state.rows, :, state.length - tokens : state.length].clone()
+        key, value = state.kv[layer, :, : state.rows, :, state.length - tokens : state.length].to(dtype, copy=True)
         own.update(key, value, layer)
         if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(layer):
-            cache.cross_attention_cache.update(*_cross_rows(state, layer), layer)
+            cache.cross_attention_cache.update(*_cross_rows(state, layer).to(dtype), layer)
             cache.is_updated[layer] = True
 
 

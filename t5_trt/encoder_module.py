@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.models.mt5.modeling_mt5 import MT5Stack
@@ -30,7 +30,7 @@ class EngineEncoder:
     _owner: Any  # a weak reference to the model
     _lone_kind: Any  # the class and the settings of a model of its own
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @at_work()
     def forward(
         self,
@@ -60,7 +60,7 @@ class EngineEncoder:
         return result.to_tuple() if return_dict is False else result
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        state = cast("dict[str, Any]", super().__getstate__())  # type: ignore[misc]
         return {key: value for key, value in state.items() if key not in _OWN}
 
     def _model(self) -> Any:

@@ -207,7 +207,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             raise InputError(f"from_model got {type(model).__name__}; expected a Transformers model, uncompiled.")
         chosen = cls._class_for(model.config)
         kinds = {(p.dtype, p.device.type) for p in model.parameters()}
-        wrong = sorted(f"{str(dtype)[6:]} on {place}" for dtype, place in kinds if dtype not in PRECISION_OF or place != "cpu")
+        wrong = sorted(
+            f"{str(dtype)[6:]} on {place}" for dtype, place in kinds if dtype not in PRECISION_OF or place != "cpu"
+        )
         if wrong:
             raise InputError(
                 f"from_model got weights of {', '.join(wrong)}; expected float32, float16 or bfloat16 on cpu: "

@@ -29,6 +29,11 @@ class FamilyClass:
         if cls._stock_class is None:
             cls.config_class = _NoConfigClass()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: Transformers does not let what it takes for custom code initialise single tensors of its own modules."""
+        return False
+
     def __new__(cls: type[Self], config: Any = None, *args: Any, **kwargs: Any) -> Self:
         """Make an instance of the class that combines this one with the config's stock class."""
         chosen = cls if "_stock_class" in cls.__dict__ or config is None else cls._class_for(config)
@@ -53,7 +58,9 @@ class _NoConfigClass:
     """`config_class` of a class that takes several: as if there were none, so that Auto classes register it for each of them."""
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        raise AttributeError(f"{owner.__name__} has no config_class: it takes a T5Config, an MT5Config or a UMT5Config.")
+        raise AttributeError(
+            f"{owner.__name__} has no config_class: it takes a T5Config, an MT5Config or a UMT5Config."
+        )
 
 
 @cache

@@ -64,7 +64,7 @@ class TRTT5EncoderModel(EngineModel):
 
     _encoder_only = True
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,

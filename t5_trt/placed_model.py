@@ -61,10 +61,12 @@ class PlacedModel:
             InputError: the dtype is not float32, float16 or bfloat16.
         """
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type != "meta":
+        meta = device is not None and device.type == "meta"
+        if device is not None and not meta:
             self._check_device(device)
-            device = None
-        return self if device is None and dtype is None else super().to(device=device, dtype=dtype)  # type: ignore[misc]
+        if not meta and dtype is None:
+            return self
+        return super().to(device="meta" if meta else None, dtype=dtype)  # type: ignore[misc]
 
     def cuda(self, device: int | torch.device | None = None) -> Any:  # type: ignore[override]
         """Like ``to("cuda")``."""

@@ -53,7 +53,7 @@ def follow(reference: nn.Module, model: nn.Module) -> None:
     for name, theirs in reference.named_modules(remove_duplicate=False):
         ours = model.get_submodule(name)
         for key, value in ours.__dict__.items() if ours is not theirs else ():
-            if isinstance(value, bool | int | float) and key[0] != "_" or key == "_gradient_checkpointing_func":
+            if (isinstance(value, bool | int | float) and key[0] != "_") or key == "_gradient_checkpointing_func":
                 theirs.__dict__[key] = value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,17 +87,21 @@ def test_report_about_the_loading(kind: str, tmp_path: Path) -> None:
         assert set(model.state_dict()) == set(stock.state_dict())
 
 
-def test_mismatched_tensors_are_newly_initialised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_stock("t5-v1.1").save_pretrained(tmp_path)
-    changes = {"d_ff": 128, "vocab_size": 250}
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("t5-v1.0", {"d_ff": 128, "vocab_size": 250}), ("t5-v1.1", {"d_ff": 128})]
+)
+def test_mismatched_tensors_are_newly_initialised(
+    kind: str, changes: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_stock(kind).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="do not fit its config"):
         TRTT5ForConditionalGeneration.from_pretrained(tmp_path, **changes)
     results = []
     logging.getLogger("transformers").propagate = True
-    for kind in (T5ForConditionalGeneration, TRTT5ForConditionalGeneration):
+    for loaded in (T5ForConditionalGeneration, TRTT5ForConditionalGeneration):
         torch.manual_seed(0)
         caplog.clear()
-        model, info = kind.from_pretrained(
+        model, info = loaded.from_pretrained(
             tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, attn_implementation="eager", **changes
         )
         results.append((model.eval(), info, "MISMATCH" in caplog.text))
@@ -105,6 +110,17 @@ def test_mismatched_tensors_are_newly_initialised(tmp_path: Path, caplog: pytest
     for name, parameter in stock.named_parameters():
         assert torch.equal(dict(ours.named_parameters())[name], parameter), name
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == stock.generate(**batch(), max_new_tokens=5).tolist()
+
+
+@pytest.mark.parametrize("kind", list(FAMILIES))
+def test_random_weights_of_a_seed_are_equal(kind: str) -> None:
+    config = make_stock(kind).config
+    for ours, theirs in zip((TRTT5ForConditionalGeneration, TRTT5EncoderModel), FAMILIES[kind][1:], strict=True):
+        states = []
+        for made in (ours, theirs):
+            torch.manual_seed(0)
+            states.append(made(copy.deepcopy(config)).state_dict())
+        torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_transformers_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -134,7 +150,9 @@ def test_diffusion_pipeline_is_saved_and_loaded(kind: str, dtype: Any, tmp_path:
     scheduler = diffusers.DDIMScheduler()
     pipe = diffusers.PixArtAlphaPipeline(ByT5Tokenizer(), ours, vae, transformer, scheduler)
     pipe.save_pretrained(tmp_path / "pipe")
-    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe", **({} if dtype is None else {"torch_dtype": dtype}))
+    loaded = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "pipe", **({} if dtype is None else {"dtype": dtype})
+    )
     assert type(loaded.text_encoder) is type(ours) and loaded.text_encoder.dtype is (dtype or torch.float32)
     expected = FAMILIES[kind][2].from_pretrained(tmp_path / "pipe", subfolder="text_encoder", dtype=torch.float32)
     for given in ({}, {"text_encoder": ours}, {"text_encoder": expected}):
@@ -144,20 +162,29 @@ def test_diffusion_pipeline_is_saved_and_loaded(kind: str, dtype: Any, tmp_path:
         torch.testing.assert_close(*states, atol=HIDDEN_ATOL, rtol=1e-4)
     loaded = pipe.to(dtype or torch.float32)
     loaded.set_progress_bar_config(disable=True)
-    image = loaded("a", num_inference_steps=1, guidance_scale=1.0, output_type="np", height=16, width=16, clean_caption=False)
+    image = loaded(
+        "a",
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        output_type="np",
+        height=16,
+        width=16,
+        use_resolution_binning=False,
+    )
     assert image.images.shape[-1] == 3
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_sentence_encoder_is_saved_and_loaded(half: bool, tmp_path: Path) -> None:
     library: Any = pytest.importorskip("sentence_transformers", reason="not in the set of oldest versions")
+    parts: Any = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     make_stock("t5-v1.1", vocab_size=384).save_pretrained(tmp_path / "model")
     ByT5Tokenizer().save_pretrained(tmp_path / "model")
 
     def made(model: Any) -> Any:
-        transformer = library.models.Transformer(str(tmp_path / "model"))
+        transformer = parts.Transformer(str(tmp_path / "model"))
         transformer.auto_model = model
-        modules = [transformer, library.models.Pooling(64), library.models.Dense(64, 8)]
+        modules = [transformer, parts.Pooling(64), parts.Dense(64, 8)]
         return library.SentenceTransformer(modules=modules, device="cpu")
 
     ours = made(TRTT5EncoderModel.from_pretrained(tmp_path / "model", num_threads=1))

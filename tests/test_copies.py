@@ -34,7 +34,9 @@ def whole_model(kind: str = "t5-v1.1") -> tuple[Any, Any]:
 def encoder_model(kind: str = "t5-v1.1") -> tuple[Any, Any]:
     whole = make_stock(kind, attention="eager", dropout_rate=0.0)
     stock = ENCODERS.get(kind, T5EncoderModel)(copy.deepcopy(whole.encoder.config)).eval()
-    stock.load_state_dict({name: t for name, t in whole.state_dict().items() if name.split(".")[0] in ("shared", "encoder")})
+    stock.load_state_dict(
+        {name: t for name, t in whole.state_dict().items() if name.split(".")[0] in ("shared", "encoder")}
+    )
     return stock, TRTT5EncoderModel.from_model(copy.deepcopy(stock), num_threads=1)
 
 
@@ -51,7 +53,9 @@ def check_encoder(encoder: Any, stock: Any) -> None:
         each.train().zero_grad()
         each(**batch())[0].square().sum().backward()
         each.eval()
-    torch.testing.assert_close(encoder.embed_tokens.weight.grad, stock.encoder.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        encoder.embed_tokens.weight.grad, stock.encoder.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3
+    )
 
 
 def by_deepcopy(part: Any) -> Any:
@@ -127,7 +131,9 @@ def test_shallow_copies_do_not_depend_on_each_other(make: Callable[..., Any], go
     twin = copy.copy(ours)
     assert twin.shared.weight is ours.shared.weight and type(twin) is type(ours)
     for model in (ours, twin, ours):
-        torch.testing.assert_close(model.get_encoder()(**batch())[0], stock.encoder(**batch())[0], atol=HIDDEN_ATOL, rtol=1e-4)
+        torch.testing.assert_close(
+            model.get_encoder()(**batch())[0], stock.encoder(**batch())[0], atol=HIDDEN_ATOL, rtol=1e-4
+        )
         assert model.get_encoder()._model() is model
     left = ours if gone == "copy" else twin
     del model, ours, twin
@@ -161,10 +167,14 @@ def test_inside_of_another_module(make: Callable[..., Any], tmp_path: Path) -> N
     loaded = torch.load(tmp_path / "outer.pt", weights_only=False)
     for each in (outer, copy.deepcopy(outer), copy.copy(outer), loaded):
         torch.testing.assert_close(run(each["inner"]), expected, atol=HIDDEN_ATOL, rtol=1e-4)
-    torch.testing.assert_close(nn.DataParallel(outer["inner"].get_encoder())(**batch())[0], expected, atol=HIDDEN_ATOL, rtol=1e-4)
+    torch.testing.assert_close(
+        nn.DataParallel(outer["inner"].get_encoder())(**batch())[0], expected, atol=HIDDEN_ATOL, rtol=1e-4
+    )
     taken = nn.Sequential(outer["inner"].encoder)
     del outer, each
-    torch.testing.assert_close(taken(batch()["input_ids"])[0], stock.encoder(batch()["input_ids"])[0], atol=HIDDEN_ATOL, rtol=1e-4)
+    torch.testing.assert_close(
+        taken(batch()["input_ids"])[0], stock.encoder(batch()["input_ids"])[0], atol=HIDDEN_ATOL, rtol=1e-4
+    )
 
 
 def test_pickled_encoder_in_another_process(tmp_path: Path) -> None:
@@ -191,7 +201,12 @@ def test_encoder_frees_its_memory_at_once(copied: bool) -> None:
         assert not any(kept() is not None for kept in gone)
         encoder(**batch()), encoder(**batch(), output_hidden_states=True)
         lone = encoder._model()
-        gone = [weakref.ref(encoder), weakref.ref(lone), weakref.ref(lone.session), weakref.ref(encoder.embed_tokens.weight)]
+        gone = [
+            weakref.ref(encoder),
+            weakref.ref(lone),
+            weakref.ref(lone.session),
+            weakref.ref(encoder.embed_tokens.weight),
+        ]
         del encoder, lone
         assert not any(kept() is not None for kept in gone)
     finally:

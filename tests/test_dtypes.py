@@ -116,7 +116,9 @@ def test_given_when_loading(tmp_path: Path, dtype: torch.dtype) -> None:
     """Float16 leaves the matrices in float32 that Hugging Face leaves; so does "auto" what the files have."""
     make_stock("t5-v1.1", attention="eager").to(dtype).save_pretrained(tmp_path)
     for name, given in (("dtype", dtype), ("torch_dtype", str(dtype)[6:]), ("dtype", "auto")):
-        stock = T5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager", **{name: given}).eval()
+        stock = T5ForConditionalGeneration.from_pretrained(
+            tmp_path, attn_implementation="eager", **{name: given}
+        ).eval()
         ours = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1, **{name: given})
         check_pair(stock, ours)
     assert TRTT5ForConditionalGeneration.from_pretrained(tmp_path).dtype is torch.float32
@@ -129,7 +131,9 @@ def test_saved_wrapped_and_copied(tmp_path: Path, dtype: torch.dtype) -> None:
     again = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
     for model in (copy.deepcopy(ours), TRTT5ForConditionalGeneration.from_model(stock), again):
         assert model.dtype is dtype
-        assert model.generate(**batch(), max_new_tokens=6).tolist() == ours.generate(**batch(), max_new_tokens=6).tolist()
+        assert (
+            model.generate(**batch(), max_new_tokens=6).tolist() == ours.generate(**batch(), max_new_tokens=6).tolist()
+        )
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -168,7 +172,11 @@ def test_meta_and_back() -> None:
     whole = Sentence(ours)
     whole.to("meta")
     assert ours.device.type == "meta" and ours._session is None
-    for call in (lambda: ours.generate(**batch()), lambda: ours(**batch(), labels=LABELS), lambda: ours.encoder(**batch())):
+    for call in (
+        lambda: ours.generate(**batch()),
+        lambda: ours(**batch(), labels=LABELS),
+        lambda: ours.encoder(**batch()),
+    ):
         with pytest.raises(InputError, match="parameters are on the device meta"):
             call()
     whole.to_empty(device="cpu")

@@ -117,7 +117,9 @@ def test_every_family_trains_after_a_resize(kind: str) -> None:
             model(**batch(), labels=LABELS).loss.backward()
             torch.optim.SGD(model.parameters(), lr=0.01).step()
             model.eval()
-        assert ours.generate(**batch(), max_new_tokens=6).tolist() == stock.generate(**batch(), max_new_tokens=6).tolist()
+        assert (
+            ours.generate(**batch(), max_new_tokens=6).tolist() == stock.generate(**batch(), max_new_tokens=6).tolist()
+        )
 
 
 def test_encoder_model_with_other_embeddings(tmp_path: Any) -> None:
@@ -176,7 +178,10 @@ def _norm(model: Any) -> None:
         (_doubled, r"shared got Doubled\(211, 64\); expected Embedding\(211, 64\)"),
         (_always, r"decoder.dropout got Always\(p=0.5"),
         (_activation, r"encoder.block.0.layer.1.DenseReluDense.act got Tanh.*expected NewGELUActivation"),
-        (_slope, r"final_layer_norm got T5LayerNorm\(variance_epsilon=0.01\); expected T5LayerNorm\(variance_epsilon=1e-06"),
+        (
+            _slope,
+            r"final_layer_norm got T5LayerNorm\(variance_epsilon=0.01\); expected T5LayerNorm\(variance_epsilon=1e-06",
+        ),
         (_norm, r"encoder.final_layer_norm got RMSNorm\(\(64,\), eps=0.01"),
     ],
 )

@@ -8,6 +8,7 @@ class an instance has, `t5_trt.family_class`.
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ from t5_trt.checkpoint import (
 )
 from t5_trt.checkpoint_files import check_indexes, correct_vocabulary
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
-from t5_trt.encoder_module import attach_encoder
+from t5_trt.encoder_module import attach_encoder, engine_encoder
 from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import InputError, StrictModeError
 from t5_trt.family_class import FamilyClass
@@ -41,8 +42,11 @@ from t5_trt.generation.repeats import Repeats
 from t5_trt.generation.support import GenerationPath
 from t5_trt.graph.ranges import Folding, Ranges
 from t5_trt.inputs import PRECISION_OF, as_device, as_dtype, device_of_map
+from t5_trt.layer_checks import check_layers
+from t5_trt.loading import Loading
 from t5_trt.loading_arguments import check_arguments
-from t5_trt.placed_model import PlacedModel
+from t5_trt.placed_model import PlacedModel, in_float32
+from t5_trt.reference_model import follow, make_reference
 from t5_trt.runtime.forks import abandon, watch_forks
 from t5_trt.runtime.open import best_precision, choose_folding, open_session, resolve
 from t5_trt.runtime.session import Session
@@ -123,10 +127,11 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             build: settings of the engine builder.
             calibration: texts whose largest activations set the range of half precision; None goes by the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
-                ``dtype`` and ``device_map`` are read as a precision and a device.
+                ``dtype`` is the precision on a GPU, and the dtype of parameters and results on a CPU (default: float32);
+                ``device_map`` is read as a device.
 
         Returns:
-            The model, in evaluation mode.
+            The model, in evaluation mode; with ``output_loading_info=True`` also Transformers' dictionary about the loading.
 
         Raises:
             CheckpointError: files are missing, damaged, or do not fit each other.
@@ -141,10 +146,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
-        if kwargs.pop("output_loading_info", False):
-            raise InputError("output_loading_info is not supported: a checkpoint that is not complete is refused.")
-        if kwargs.pop("ignore_mismatched_sizes", False):
-            raise InputError("ignore_mismatched_sizes is not supported: a checkpoint that does not fit is refused.")
+        reports, ignores = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
         runtime = RuntimeConfig(
             backend=backend_from_environment(backend),
             precision=precision,
@@ -160,9 +162,10 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             show_progress=show_progress,
             check_engines=check_engines,
         )
-        if precision == "auto" and dtype not in (None, "auto") and resolve(runtime).backend == "tensorrt":
-            runtime = replace(runtime, precision=PRECISION_OF.get(as_dtype(dtype), "auto"))
-            dtype = None
+        if dtype not in (None, "auto"):
+            dtype = as_dtype(dtype)
+            if precision == "auto" and resolve(runtime).backend == "tensorrt":
+                runtime = replace(runtime, precision=PRECISION_OF[dtype])
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if resolve(runtime).backend == "tensorrt":
             runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
@@ -172,52 +175,52 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
         placement = resolve(runtime)
         check_indexes(name, config, kwargs.get("variant"), **where)
-        correct_vocabulary(name, config, kwargs.get("variant"), encoder_only=cls._encoder_only, **where)
-        chosen = cls._class_for(config)
-        load = super(EngineModel, chosen).from_pretrained
-        # ONNX Runtime reads the parameters' own memory, so they must be float32; plans hold converted copies
-        stored = torch.float32 if placement.backend == "onnxruntime" else "auto"
+        if not ignores:
+            variant = kwargs.get("variant")
+            correct_vocabulary(name, config, variant, encoder_only=cls._encoder_only, **where)
+        load = Loading(super(EngineModel, cls._class_for(config)).from_pretrained, ignore_mismatched_sizes=ignores)
+        # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
+        stored = (dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
         taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
         if taken and getattr(model, "generation_config", None) is not None:
             model.generation_config.update(**taken)
-        model._runtime_config, model._placement_ = runtime, placement
-        model._build_config = build or BuildConfig()
+        model._configure(runtime, build or BuildConfig(), placement)
         if calibration is not None:
-            model._calibration = list(
-                text_batches(load_tokenizer(name, **where), calibration, pad_token_id=config.pad_token_id)
-            )
-        if dtype not in (None, "auto"):
-            model._wish_dtype(dtype)
-        return cast("Self", model)
+            batches = text_batches(load_tokenizer(name, **where), calibration, pad_token_id=config.pad_token_id)
+            model._calibration = list(batches)
+        return cast("Self", (model, load.info) if reports else model)
 
     @classmethod
     def from_model(cls: type[Self], model: PreTrainedModel, **options: Any) -> Self:
         """Wrap a stock model that is in memory, for example one that was just fine-tuned. Its weights are shared.
 
         Args:
-            model: a stock model of the same kind, float32, on the CPU.
+            model: a Hugging Face model of the same kind, in float32, float16 or bfloat16, on the CPU.
             options: `RuntimeConfig` fields, ``build`` as in `from_pretrained`, and ``calibration``: batches of
                 ``input_ids`` and ``attention_mask``.
 
         Raises:
-            InputError: the weights are not float32 on the CPU.
+            InputError: the weights have another dtype, or are not on the CPU.
             UnsupportedModelError: the model is not of the T5 family, or has other modules than its class.
         """
         if not isinstance(model, PreTrainedModel):
             raise InputError(f"from_model got {type(model).__name__}; expected a Transformers model, uncompiled.")
         chosen = cls._class_for(model.config)
-        wrong = {(str(p.dtype), str(p.device)) for p in model.parameters()} - {("torch.float32", "cpu")}
+        kinds = {(p.dtype, p.device.type) for p in model.parameters()}
+        wrong = sorted(
+            f"{str(dtype)[6:]} on {place}" for dtype, place in kinds if dtype not in PRECISION_OF or place != "cpu"
+        )
         if wrong:
             raise InputError(
-                f"from_model got weights of {sorted(wrong)}; expected float32 on cpu: model.float().cpu()."
+                f"from_model got weights of {', '.join(wrong)}; expected float32, float16 or bfloat16 on cpu: "
+                "model.float().cpu()."
             )
         build, calibration = options.pop("build", None), options.pop("calibration", None)
         runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
         placement = resolve(runtime)
         wrapped = share_weights(chosen, model)
-        wrapped._runtime_config, wrapped._placement_ = runtime, placement
-        wrapped._build_config = build or BuildConfig()
+        wrapped._configure(runtime, build or BuildConfig(), placement)
         wrapped._calibration = None if calibration is None else list(calibration)
         if hasattr(model, "generation_config"):
             wrapped.generation_config = model.generation_config
@@ -237,6 +240,8 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         """Drop engines over weights that have changed since they were opened; not within a ``generate()`` that has looked."""
         if self._beams_ahead is not None:
             return
+        if self._session is None:
+            self._check_values()
         if self._session is not None and self._session_weights is not None and self._session_weights.changed():
             logger.info("the model's weights have changed: its engines are opened anew")
             self._session = self._architecture = None
@@ -246,7 +251,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         if self._session is None:
             self._session_weights, self._architecture = WeightWatch(self), None
             architecture = self.architecture  # refuses tensors that are others
-            weights = {key: tensor.detach() for key, tensor in self.state_dict().items()}
+            weights = self.state_dict()
+            if self._placement.backend == "onnxruntime":
+                weights = in_float32(weights)
             settings = (self._runtime_config, self._placement, self._build_config)
             calibrated = self._calibration is not None
             self._session = open_session(architecture, weights, *settings, self._observe, calibrated=calibrated)
@@ -267,7 +274,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         if self._architecture is not None:
             return self._architecture
         state = self.state_dict()
-        check_tensors(state, without_data(self._stock_class, self.config).state_dict(), self._stock_class)
+        expected = without_data(self._stock_class, copy.deepcopy(self.config))
+        check_tensors(state, expected.state_dict(), self._stock_class)
+        check_layers(self, expected)
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         head: Any = getattr(self, "lm_head", self.shared)
         tied = head.weight.data_ptr() == self.shared.weight.data_ptr()
@@ -299,19 +308,25 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             stock = None
         if stock is None:
             self._reference_weights = WeightWatch(self)
-            stock = share_weights(self._stock_class, self, attention="eager", device=self.device)
+            stock = make_reference(self, self._stock_class, self.device)
             self.__dict__["_reference"] = stock  # as an attribute it would become a part of this module and its state
         if hasattr(self, "generation_config"):
             stock.generation_config = self.generation_config
-        _follow(stock, self)
+        follow(stock, self)
         return stock
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder module; calling it runs the encoder engine of this model, and not of a copy that shares the module."""
+        attach_encoder(self)
+        return self.encoder
 
     def extra_repr(self) -> str:
         """Backend, precision, loaded engines and memory of their weights, at the head of the model's repr."""
         placement, session = self._placement, self._session
         graphs = "none opened yet" if session is None else ", ".join(session.loaded_graphs()) or "none loaded yet"
         engines = getattr(session, "engines", None)
-        own = f"{engines.weights.nbytes / 1e6:.1f} MB on {placement.device}" if engines else "the parameters' memory"
+        read = "the parameters' memory" if self.dtype is torch.float32 else "copies of the parameters in float32"
+        own = f"{engines.weights.nbytes / 1e6:.1f} MB on {placement.device}" if engines else read
         return f"backend={placement.backend}, precision={placement.precision}, engines=({graphs}), weights=({own})"
 
     def save_pretrained(
@@ -355,9 +370,10 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the engines: the copy opens its own at its first use."""
+        state: dict[str, Any] = super().__getstate__()
         return {
             key: None if key in _DERIVED else value
-            for key, value in self.__dict__.items()
+            for key, value in state.items()
             if key not in ("_generation_lock", "_calls", "_repeats")
         }
 
@@ -367,6 +383,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
 
     def _attach(self) -> None:
         self._generation_lock, self._calls, self._repeats = threading.RLock(), threading.local(), Repeats()
+        engine_encoder(self.encoder)
         attach_encoder(self)
         watch_forks(self)
 
@@ -374,13 +391,3 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
         abandon(self._session)
         self._session, self._generation_lock, self._repeats = None, threading.RLock(), Repeats()
-
-
-def _follow(stock: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Give every module of the stock twin what was set on its counterpart: mode, dropout, checkpoints of gradients."""
-    for theirs, ours in zip(stock.modules(), model.modules(), strict=True):
-        known = ours.__dict__
-        theirs.training = ours.training
-        for name in ("p", "dropout", "gradient_checkpointing", "_gradient_checkpointing_func"):
-            if name in known:
-                setattr(theirs, name, known[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from t5_trt.architecture import check_family
 
@@ -13,11 +13,26 @@ Self = TypeVar("Self", bound="FamilyClass")
 class FamilyClass:
     """The part of `t5_trt.engine_model.EngineModel` that chooses classes."""
 
-    _families: dict[str, Any]  # model_type -> the class that combines a subclass of this one with a stock class
-    _stock_class: Any
+    _families: dict[str, Any]  # model_type -> the class that combines a subclass of this one with a Hugging Face class
+    _stock_class: Any = None
+    _encoder_class: Any  # the encoder-only class of the same family
     _encoder_only = False
     _combines: type
-    config: Any
+    config_class: Any
+    if TYPE_CHECKING:
+        config: Any  # Transformers would take an annotation for the config's class
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Set `config_class`: the Hugging Face class's, or none for a class of all families."""
+        cls.config_class = None if cls._stock_class is None else cls._stock_class.config_class
+        super().__init_subclass__(**kwargs)
+        if cls._stock_class is None:
+            cls.config_class = _NoConfigClass()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: Transformers does not let what it takes for custom code initialise single tensors of its own modules."""
+        return False
 
     def __new__(cls: type[Self], config: Any = None, *args: Any, **kwargs: Any) -> Self:
         """Make an instance of the class that combines this one with the config's stock class."""
@@ -37,6 +52,15 @@ class FamilyClass:
             return super().__reduce_ex__(protocol)
         state = cast("Any", self).__getstate__()  # which Python 3.10 does not know of every object
         return _blank, (type(self)._combines, self.config), state
+
+
+class _NoConfigClass:
+    """`config_class` of a class that takes several: as if there were none, so that Auto classes register it for each of them."""
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(
+            f"{owner.__name__} has no config_class: it takes a T5Config, an MT5Config or a UMT5Config."
+        )
 
 
 @cache

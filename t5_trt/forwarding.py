@@ -49,8 +49,13 @@ class EngineForward(ReferenceFallback):
         _session_weights: WeightWatch | None
 
         def _opened(self) -> Session: ...
+        @property
+        def dtype(self) -> torch.dtype: ...  # noqa: D102
         def _notice_changes(self) -> None: ...
+        def _in_own_dtype(self, result: torch.Tensor) -> torch.Tensor: ...
 
+    # nothing is left to compile, and tracing ends in ONNX Runtime
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @takes_old_cache_names(past_key_values="5.40.0")
     @names_cache_as_stock
     @at_work()
@@ -91,7 +96,7 @@ class EngineForward(ReferenceFallback):
             kwargs: ignored, as by the stock class.
 
         Returns:
-            Seq2SeqLMOutput: loss (float32 scalar, with `labels`), logits float32 [R, Q, V], cache (named
+            Seq2SeqLMOutput: loss (scalar, with `labels`), logits [R, Q, V] (float32 on a GPU), cache (named
             as the argument), encoder_last_hidden_state [B, S, E].
 
         Raises:
@@ -152,15 +157,17 @@ class EngineForward(ReferenceFallback):
             opened = open_cache(self._opened(), cache, encoder_outputs, attention_mask, len(tokens))
             longest = self.runtime_config.max_target_tokens
             logits = decode(self._opened(), opened, tokens, decoder_attention_mask, longest)
+            opened.dtype = self.dtype
             if cache is not None and cache is not opened:  # written in place, as the Hugging Face class does
                 write_stock(cache, opened, tokens.shape[1])
+        logits = self._in_own_dtype(logits)
         if torch.is_grad_enabled():
             inputs = (attention_mask, tokens, decoder_attention_mask)
             logits = self._replayable("decoder", logits, inputs, encoder_outputs[0], cached=cache is not None)
         loss = None
         if labels is not None:
             target = labels.to(logits.device).flatten()
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target, ignore_index=-100)
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), target, ignore_index=-100).to(logits.dtype)
         result = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -205,6 +212,7 @@ class EngineForward(ReferenceFallback):
         mask = check_mask("attention_mask", attention_mask, batch, length, session.device)
         with ordinary_tensors():
             hidden, cross = session.encode(input_ids, inputs_embeds, mask, self._beams_ahead)
+        hidden = self._in_own_dtype(hidden)
         if torch.is_grad_enabled():
             hidden = self._replayable("encoder", hidden, (source, mask))
         return EngineEncoderOutput(last_hidden_state=hidden).remember(cross, session)  # type: ignore[arg-type]
@@ -212,7 +220,3 @@ class EngineForward(ReferenceFallback):
     def _replayable(self, part: str, result: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
         assert self._session_weights is not None
         return with_gradients(result, Replay(self, part, self._session_weights, **options), *inputs)
-
-    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder module; calling it runs the encoder engine."""
-        return self.encoder

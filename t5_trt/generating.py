@@ -52,11 +52,14 @@ class EngineGeneration(EngineForward):
         _forward_hooks: Any
         _forward_pre_hooks: Any
 
+        def get_encoder(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102 - see engine_model.py
+
     @property
     def last_generation_path(self) -> GenerationPath | None:
         """Which loop the last ``generate()`` ran in, and why; None before the first."""
         return self._last_path
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @takes_old_cache_names(past_key_values="6.0.0", cache_params="6.0.0")
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``generate``, with all its arguments and results. Calls from several threads run one by one.
@@ -225,7 +228,7 @@ class EngineGeneration(EngineForward):
 
     def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:
         cache, prompt = request.cache, request.prompt
-        cache.capacity_tokens = prompt.shape[1]
+        cache.capacity_tokens, cache.dtype = prompt.shape[1], self.dtype
         with ordinary_tensors():
             session, inputs = self._opened(), request.model_kwargs
             open_cache(session, cache, inputs["encoder_outputs"], inputs.get("attention_mask"), len(prompt))

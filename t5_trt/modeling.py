@@ -9,6 +9,7 @@ from transformers import (
     GenerationMixin,
     MT5EncoderModel,
     MT5ForConditionalGeneration,
+    PreTrainedModel,  # noqa: F401 - diffusers looks for it beside a class to know how that is loaded
     T5EncoderModel,
     T5ForConditionalGeneration,
     UMT5EncoderModel,
@@ -63,6 +64,7 @@ class TRTT5EncoderModel(EngineModel):
 
     _encoder_only = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,
@@ -92,7 +94,7 @@ class TRTT5EncoderModel(EngineModel):
         """
         wanted = self._wanted_outputs(output_attentions, output_hidden_states)
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return self.encoder(
+        return self.get_encoder()(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -121,3 +123,5 @@ class TRTUMT5Encoder(TRTT5EncoderModel, UMT5EncoderModel):
 
 
 TRTT5EncoderModel._families = {"t5": TRTT5Encoder, "mt5": TRTMT5Encoder, "umt5": TRTUMT5Encoder}
+for _whole, _alone in ((TRTT5, TRTT5Encoder), (TRTMT5, TRTMT5Encoder), (TRTUMT5, TRTUMT5Encoder)):
+    _whole._encoder_class = _alone._encoder_class = _alone

@@ -32,6 +32,8 @@ class EngineCache(EncoderDecoderCache):
         self.layers_count = layers
         self.capacity_tokens = capacity_tokens
         self.state: DecoderState | None = None
+        #: of K/V that are handed out; None for the state's own
+        self.dtype: torch.dtype | None = None
         #: the mask tensor, and its version, that the state's cross bias was made from
         self.mask_source: tuple[torch.Tensor | None, int] | None = None
 
@@ -39,7 +41,7 @@ class EngineCache(EncoderDecoderCache):
         if name not in _CONTENTS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         contents = self.stock()
-        for own in ("layers_count", "capacity_tokens", "state", "mask_source"):
+        for own in ("layers_count", "capacity_tokens", "state", "dtype", "mask_source"):
             self.__dict__.pop(own, None)
         self.__class__ = EncoderDecoderCache  # type: ignore[assignment]
         self.__dict__.update({each: getattr(contents, each) for each in _CONTENTS})
@@ -61,9 +63,9 @@ class EngineCache(EncoderDecoderCache):
         if self.state is not None:
             state = self.state
             for layer in range(self.layers_count):
-                key, value = state.kv[layer, :, : state.rows, :, : state.length].clone()
+                key, value = state.kv[layer, :, : state.rows, :, : state.length].to(self.dtype, copy=True)
                 own.update(key, value, layer)
-                cross.update(*_cross_rows(state, layer), layer)
+                cross.update(*_cross_rows(state, layer).to(self.dtype), layer)
         return EncoderDecoderCache(own, cross)
 
     def __len__(self) -> int:
@@ -177,15 +179,15 @@ def read_stock(cache: Cache, layers: int, dtype: torch.dtype, device: torch.devi
 
 
 def write_stock(cache: Cache, source: EngineCache, tokens: int) -> None:
-    """Append the last tokens of an engine's cache to a stock one, and the cross-attention K/V where it has none yet."""
-    state = source.state
+    """Append the last tokens of an engine's cache to a Hugging Face one, and the cross-attention K/V where it has none yet."""
+    state, dtype = source.state, source.dtype
     assert state is not None
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer in range(len(state.kv)):
-        key, value = state.kv[layer, :, : state.rows, :, state.length - tokens : state.length].clone()
+        key, value = state.kv[layer, :, : state.rows, :, state.length - tokens : state.length].to(dtype, copy=True)
         own.update(key, value, layer)
         if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(layer):
-            cache.cross_attention_cache.update(*_cross_rows(state, layer), layer)
+            cache.cross_attention_cache.update(*_cross_rows(state, layer).to(dtype), layer)
             cache.is_updated[layer] = True
 
 

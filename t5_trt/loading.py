@@ -1,0 +1,27 @@
+"""A Hugging Face ``from_pretrained`` that remembers its report and, if asked to, lets tensors of other shapes pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Loading:
+    """What `t5_trt.checkpoint.load_checked` calls to load a model.
+
+    Args:
+        load: a Hugging Face ``from_pretrained``.
+        ignore_mismatched_sizes: leave tensors whose shapes do not fit the config newly initialised, with Transformers' warning.
+
+    Attributes:
+        info: Transformers' dictionary about the last loading: missing, unexpected and mismatched keys.
+    """
+
+    def __init__(self, load: Callable[..., Any], *, ignore_mismatched_sizes: bool) -> None:
+        self.info: dict[str, Any] = {}
+        self._load, self._ignores = load, ignore_mismatched_sizes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """The model, and the part of the report that may refuse it."""
+        model, self.info = self._load(*args, **kwargs)
+        return model, {**self.info, "mismatched_keys": set()} if self._ignores else self.info

@@ -50,6 +50,7 @@ class EngineEncoder:
         if reason is None and self.__dict__["training"] and owner._beams_ahead is None:
             reason = "training mode"  # of this module alone
         if reason:
+            follow(owner.encoder, self)  # type: ignore[arg-type]
             input_ids, _, attention_mask, _ = owner._checked_for_reference(input_ids, None, attention_mask)
             encoder = owner._use_reference(reason).get_encoder()
             return encoder(
@@ -77,7 +78,6 @@ class EngineEncoder:
             made._configure(runtime, build)
             own["_lone_model"], own["_lone_watch"] = made, WeightWatch(self)  # type: ignore[arg-type]
         made = own["_lone_model"]
-        follow(made.encoder, self)  # type: ignore[arg-type]
         made.training = own["training"]
         return made
 

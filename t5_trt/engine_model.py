@@ -242,7 +242,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             return
         if self._session is None:
             self._check_values()
-        if self._session is not None and self._session_weights is not None and self._session_weights.changed():
+        elif self._session_weights is not None and self._session_weights.changed():
             logger.info("the model's weights have changed: its engines are opened anew")
             self._session = self._architecture = None
 

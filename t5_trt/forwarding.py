@@ -54,9 +54,9 @@ class EngineForward(ReferenceFallback):
         def _notice_changes(self) -> None: ...
         def _in_own_dtype(self, result: torch.Tensor) -> torch.Tensor: ...
 
+    @takes_old_cache_names(past_key_values="5.40.0")
     # nothing is left to compile, and tracing ends in ONNX Runtime
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @takes_old_cache_names(past_key_values="5.40.0")
     @names_cache_as_stock
     @at_work()
     def forward(

@@ -59,8 +59,8 @@ class EngineGeneration(EngineForward):
         """Which loop the last ``generate()`` ran in, and why; None before the first."""
         return self._last_path
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @takes_old_cache_names(past_key_values="6.0.0", cache_params="6.0.0")
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``generate``, with all its arguments and results. Calls from several threads run one by one.
 

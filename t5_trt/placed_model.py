@@ -89,7 +89,8 @@ class PlacedModel:
             as_dtype(after.dtype)
         if moves and not (after.is_meta or before.is_meta):
             self._check_device(after.device)
-        self._session = None  # engines are over the parameters as they were
+        if moves or converts:
+            self._session = None  # frees what it holds at once; other changes are noticed by the next call
         if self._placement.backend != "tensorrt" or after.is_meta or not (moves or converts):
             return super()._apply(fn, recurse)  # type: ignore[misc]
         if converts:  # the parameters, which engines are made from, stay on the host as they are

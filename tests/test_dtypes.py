@@ -186,6 +186,14 @@ def test_meta_and_back() -> None:
     assert ours.generate(**batch(), max_new_tokens=6).tolist() == expected
 
 
+def test_moves_that_change_nothing_keep_the_engines() -> None:
+    """Sentence encoders make one for every batch."""
+    _, ours = pair_of("t5-v1.1")
+    session, whole = ours.session, Sentence(ours)
+    whole.to("cpu"), whole.float(), ours.to("cpu"), ours.to(torch.float32), ours.cpu().float()
+    assert ours.session is session
+
+
 def test_what_cannot_be() -> None:
     _, ours = pair_of("t5-v1.1")
     for convert in (nn.Module.double, lambda module: module.to(torch.float64)):

@@ -163,6 +163,10 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
                 f"from_pretrained got an argument that is not known: {error}. Expected those of this class, of Transformers' "
                 "from_pretrained, or settings of the config."
             ) from error
+        if isinstance(error, RuntimeError) and "meta device" in str(
+            error
+        ):  # of the caller's, and nothing is wrong with the files
+            raise
         raise CheckpointError(weights_message(name_or_path, error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(

@@ -24,10 +24,10 @@ from t5_trt.gradients import Replay, with_gradients
 from t5_trt.inputs import check_embeds, check_length, check_mask, check_token_ids
 from t5_trt.runtime.exits import at_work
 from t5_trt.transformers_api import CACHE, names_cache_as_stock, takes_old_cache_names
+from t5_trt.weight_watch import WeightWatch
 
 if TYPE_CHECKING:
     from t5_trt.runtime.session import Session
-    from t5_trt.weight_watch import WeightWatch
 
 
 @contextmanager
@@ -218,5 +218,6 @@ class EngineForward(ReferenceFallback):
         return EngineEncoderOutput(last_hidden_state=hidden).remember(cross, session)  # type: ignore[arg-type]
 
     def _replayable(self, part: str, result: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
-        assert self._session_weights is not None
+        if self._session_weights is None:  # the session was given, not opened
+            self._session_weights = WeightWatch(self)  # type: ignore[arg-type]
         return with_gradients(result, Replay(self, part, self._session_weights, **options), *inputs)

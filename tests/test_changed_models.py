@@ -362,9 +362,9 @@ def test_many_with_results_as_dictionaries() -> None:
     assert list(generate_many(ours, tokenizer, texts)) == expected and all(expected)
     assert compare(ours, ours.reference, texts).share == 1.0
     assert compare(ours, ours.reference, texts, do_sample=True, max_new_tokens=9).share == 1.0
-    for wrong, said in (({"texts": "abc"}, "one string"), ({"texts": texts, "num_return_sequences": 2}, "num_return")):
-        with pytest.raises(InputError, match=said):
-            compare(ours, ours.reference, num_beams=2, **wrong)
+    assert compare(ours, ours.reference, texts, num_beams=2, num_return_sequences=2).share == 1.0
+    with pytest.raises(InputError, match="one string"):
+        compare(ours, ours.reference, "abc", num_beams=2)
     with pytest.raises(InputError, match="one string"):
         TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, calibration="がっこう")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.fixture
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing was said or looked up yet, and no TensorRT is installed."""
     opening._warn_once.cache_clear()
     installation.gpu_is_here.cache_clear()
@@ -39,6 +40,9 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("T5_TRT_BACKEND", "T5_TRT_FLAVOR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+    yield
+    opening._warn_once.cache_clear()
+    installation.gpu_is_here.cache_clear()  # other tests are on the machine that is here
 
 
 @pytest.fixture

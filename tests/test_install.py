@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.hub_folders import HUB_FOLDERS, TEXTS, put_into_cache
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-MODELS = sorted(set(re.findall(r'from_pretrained\(\s*"([^"]+)"', "\n".join(BLOCKS))))
+MODELS = sorted(set(re.findall(r'"([\w-]+/[\w.-]+)"', "\n".join(BLOCKS))))  # ids on the hub
 
 # one environment for all of them, and time for a slow network
 pytestmark = [pytest.mark.xdist_group("install"), pytest.mark.timeout(1200)]

@@ -89,3 +89,9 @@ def test_checkpoints_with_an_adapter_are_refused() -> None:
     info = {"mismatched_keys": [], "missing_keys": []}
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         load_checked(lambda *args, **kwargs: (stock, info), "folder", stock.config)
+
+
+def test_loading_on_the_meta_device_is_refused_in_hugging_face_s_words(tmp_path: Path) -> None:
+    make_stock("t5-v1.1").save_pretrained(tmp_path)
+    with torch.device("meta"), pytest.raises(RuntimeError, match="meta device"):
+        TRTT5ForConditionalGeneration.from_pretrained(tmp_path)

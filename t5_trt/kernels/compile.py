@@ -1,0 +1,105 @@
+"""CUDA C++ compiled by NVRTC for the GPU at hand: no compiler is needed on the user's machine, and cubins are kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.errors import BackendError
+
+#: the least compute capability that the kernels are written for: asynchronous copies and bfloat16 in the tensor cores
+LEAST_CAPABILITY = (8, 0)
+
+
+def read_sources(name: str) -> dict[str, bytes]:
+    """A source file of this package and every header that it may include, by file name, the source first."""
+    folder = files("t5_trt.kernels")
+    headers = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".cuh"))
+    return {entry: (folder / entry).read_bytes() for entry in (name, *headers)}
+
+
+def compile_cubin(name: str, constants: Mapping[str, int], architecture: str) -> tuple[bytes, str]:
+    """Compile a source of this package.
+
+    Args:
+        name: of the file, such as "decode_step.cu".
+        constants: passed as ``-DNAME=VALUE``.
+        architecture: such as "sm_90".
+
+    Returns:
+        The cubin, and the log with each kernel's registers and spills.
+
+    Raises:
+        BackendError: NVRTC is missing or refuses the source.
+    """
+    nvrtc = bindings("nvrtc")
+    source, *headers = read_sources(name).items()
+    texts, names = [text for _, text in headers], [header.encode() for header, _ in headers]
+    program = checked(nvrtc.nvrtcCreateProgram(source[1], name.encode(), len(headers), texts, names))
+    flags = _flags(constants, architecture)
+    status = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])[0]
+    log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+    checked(nvrtc.nvrtcGetProgramLog(program, log))
+    text = log.decode(errors="replace").strip("\0 \n")
+    if int(status):
+        raise BackendError(f"NVRTC cannot compile {name} for {architecture} with {dict(constants)}: {text or status}")
+    cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    checked(nvrtc.nvrtcDestroyProgram(program))
+    return cubin, text
+
+
+def stored_cubin(name: str, constants: Mapping[str, int], architecture: str, store: EngineStore) -> bytes:
+    """`compile_cubin`, kept in a store: another process with the same sources, constants, GPU and NVRTC compiles nothing."""
+    version = ".".join(map(str, checked(bindings("nvrtc").nvrtcVersion(), 2)))
+    sources = hashlib.sha256(b"\0".join(read_sources(name).values())).hexdigest()
+    facts = {"kernels": name, "flags": _flags(constants, architecture), "sources": sources, "nvrtc": version}
+    key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
+
+    def build(folder: Path) -> None:
+        (folder / PLAN).write_bytes(compile_cubin(name, constants, architecture)[0])
+
+    return store.get_or_build(key, facts, build)
+
+
+def missing_bindings() -> str | None:
+    """Which package the kernels lack, or None."""
+    try:
+        bindings("driver")
+        checked(bindings("nvrtc").nvrtcVersion(), 2)
+    except (BackendError, RuntimeError) as error:  # the bindings look for NVRTC's library when they are first called
+        return str(error).rstrip(".")
+    return None
+
+
+def _flags(constants: Mapping[str, int], architecture: str) -> list[str]:
+    defined = [f"-D{name}={value}" for name, value in sorted(constants.items())]
+    return [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", *defined]
+
+
+def bindings(name: str) -> Any:
+    """A module of cuda.bindings.
+
+    Raises:
+        BackendError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise BackendError(f"the CUDA kernels need the package cuda-bindings ({error}).") from error
+
+
+def checked(result: Any, values: int = 1) -> Any:
+    """What a call of cuda.bindings returned beside its status: one value, several, or None.
+
+    Raises:
+        BackendError: the status is not success.
+    """
+    if int(result[0]):
+        raise BackendError(f"CUDA reports {result[0]!s}.")
+    return result[1] if len(result) == 2 and values == 1 else result[1:] or None

@@ -1,0 +1,94 @@
+"""What every kernel computes, as torch operations under the kernel's name. Tests compare the two in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+def embed(table: torch.Tensor, tokens: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Rows of the table [V, E] for tokens [R]: the residual stream [R, E]."""
+    return table[tokens.long()] * scale
+
+
+def normed(stream: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm of [R, E] without its weight, which is in the matrices behind it."""
+    return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + epsilon)
+
+
+def project_qkv(weights: torch.Tensor, stream: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, ...]:
+    """Query, key and value, [R, H * D] each, by weights [3 * H * D, E]."""
+    return (normed(stream, epsilon) @ weights.t()).chunk(3, -1)
+
+
+def attend_self(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """Attention of each row's query [R, H, D] over its keys and values [R, H, T, D] up to its position [R]; bias [H, distances].
+
+    Returns:
+        [R, H * D].
+    """
+    made = []
+    for row, last in enumerate(position.tolist()):
+        distance = torch.arange(last, -1, -1, device=bias.device).clamp(max=bias.shape[1] - 1)
+        scores = torch.einsum("hd,htd->ht", query[row], keys[row, :, : last + 1]) + bias[:, distance]
+        made.append(torch.einsum("ht,htd->hd", scores.softmax(-1), values[row, :, : last + 1]).flatten())
+    return torch.stack(made)
+
+
+def attend_cross(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    lengths: torch.Tensor,
+    beams: int,
+) -> torch.Tensor:
+    """As `attend_self` over sources [B, H, S, D], which `beams` rows share, with an additive mask [B, S] and lengths [B]."""
+    made = []
+    for row in range(len(query)):
+        source = row // beams
+        count = int(lengths[source])
+        scores = torch.einsum("hd,htd->ht", query[row], keys[source, :, :count]) + mask[source, :count]
+        made.append(torch.einsum("ht,htd->hd", scores.softmax(-1), values[source, :, :count]).flatten())
+    return torch.stack(made)
+
+
+def add_attention(weights: torch.Tensor, attended: torch.Tensor, stream: torch.Tensor, scale: float) -> torch.Tensor:
+    """The stream [R, E] plus ``scale`` times the product of [E, H * D] with what attention gave."""
+    return stream + scale * (attended @ weights.t())
+
+
+def project_query(weights: torch.Tensor, stream: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The cross-attention's query [R, H * D]."""
+    return normed(stream, epsilon) @ weights.t()
+
+
+def feed_forward_in(
+    weights: torch.Tensor, stream: torch.Tensor, epsilon: float, activation: str, *, gated: bool
+) -> torch.Tensor:
+    """The inside of a feed-forward layer [R, FF], by weights [FF or 2 * FF, E]."""
+    made, act = normed(stream, epsilon) @ weights.t(), ACTIVATIONS[activation]
+    if not gated:
+        return act(made)
+    gate, up = made.chunk(2, -1)
+    return act(gate) * up
+
+
+def feed_forward_out(weights: torch.Tensor, inner: torch.Tensor, stream: torch.Tensor, scale: float) -> torch.Tensor:
+    """The stream plus ``scale`` times the product of [E, FF] with the inside."""
+    return stream + scale * (inner @ weights.t())
+
+
+def output_head(weights: torch.Tensor, stream: torch.Tensor, epsilon: float, scale: float) -> torch.Tensor:
+    """Logits [R, V]."""
+    return normed(stream, epsilon) @ weights.t() * scale

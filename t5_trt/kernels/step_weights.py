@@ -1,0 +1,93 @@
+"""The decoder's weights of one model in the kernels' order, made once from the checkpoint's tensors."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, materialize, parameters
+from t5_trt.graph.ranges import Folding
+from t5_trt.kernels.decode_step import LayerWeights, StepWeights
+from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
+from t5_trt.relative_positions import distance_buckets
+
+
+class StepWeightsMaker:
+    """Makes `StepWeights`, and gives single matrices back in their ordinary layout.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> tensor, anywhere.
+        dtype: in which matrices are stored: float16, bfloat16 or float32.
+        device: where the result lies and the work is done.
+        folding: the fp16 factors to write into the matrices.
+    """
+
+    def __init__(
+        self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device, folding: Folding
+    ) -> None:
+        self._arch, self._weights, self._dtype, self._device, self._folding = arch, weights, dtype, device, folding
+        self._parameters = parameters(arch)
+
+    def make(self) -> StepWeights:
+        """All of a step's weights."""
+        layers = tuple(self._layer(layer) for layer in range(self._arch.decoder_layers))
+        head = pack_head(self._matrix(LM_HEAD), self._dtype)
+        head_scale = 1.0 / self._folding.branches.get(LM_HEAD, 1.0)
+        return StepWeights(self._made(EMBEDDING), layers, head, head_scale)
+
+    def _layer(self, layer: int) -> LayerWeights:
+        arch, block = self._arch, f"decoder.block.{layer}.layer"
+        dense = f"{block}.2.DenseReluDense"
+        wi = self._matrix(f"{dense}.wi")
+        gate, up = wi[: arch.d_ff], wi[arch.d_ff :]
+        undo = {name: 1.0 / self._folding.branches.get(name, 1.0) for name in branch_names(layer)}
+        table = self._weights[arch.bias_weight("decoder", layer)].detach().to(self._device, torch.float32)
+        buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(self._device)
+        return LayerWeights(
+            qkv=pack_stack(list(self._matrix(f"{block}.0.SelfAttention.qkv").chunk(3)), self._dtype),
+            self_out=pack_matrix(self._matrix(f"{block}.0.SelfAttention.o"), self._dtype),
+            query=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.q"), self._dtype),
+            cross_out=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.o"), self._dtype),
+            wi=pack_gated(gate, up, self._dtype) if arch.gated else pack_matrix(wi, self._dtype),
+            wo=pack_matrix(self._matrix(f"{dense}.wo"), self._dtype),
+            bias=table[buckets].t().contiguous(),
+            self_scale=undo[f"{block}.0.SelfAttention.o"],
+            cross_scale=undo[f"{block}.1.EncDecAttention.o"],
+            wo_scale=undo[f"{dense}.wo"],
+        )
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        """[outputs, inputs]."""
+        return self._made(name).t()
+
+    def _made(self, name: str) -> torch.Tensor:
+        factor = partial(self._folding.factor, name)
+        return materialize(self._parameters[name], self._weights, self._dtype, self._device, factor)
+
+
+def branch_names(layer: int) -> tuple[str, str, str]:
+    """Module names of what a decoder layer adds to the stream."""
+    block = f"decoder.block.{layer}.layer"
+    return f"{block}.0.SelfAttention.o", f"{block}.1.EncDecAttention.o", f"{block}.2.DenseReluDense.wo"
+
+
+def unpacked_layer(arch: Architecture, own: LayerWeights) -> dict[str, torch.Tensor]:
+    """The matrices of a layer as [outputs, inputs], under the names of `LayerWeights`; copies."""
+    size, inner = arch.d_model, arch.num_heads * arch.d_kv
+    thirds = [unpack_matrix(part, inner, size) for part in own.qkv.chunk(3)]
+    if arch.gated:
+        pairs = own.wi.view(-1, 2, *own.wi.shape[1:])
+        wi = torch.cat([unpack_matrix(pairs[:, i].contiguous(), arch.d_ff, size) for i in (0, 1)])
+    else:
+        wi = unpack_matrix(own.wi, arch.d_ff, size)
+    return {
+        "qkv": torch.cat(thirds),
+        "self_out": unpack_matrix(own.self_out, size, inner),
+        "query": unpack_matrix(own.query, inner, size),
+        "cross_out": unpack_matrix(own.cross_out, size, inner),
+        "wi": wi,
+        "wo": unpack_matrix(own.wo, size, arch.d_ff),
+    }

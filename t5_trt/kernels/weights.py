@@ -1,0 +1,65 @@
+"""Weights in the order in which the kernels read them: see ``product.cuh``."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pack_matrix(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Put a matrix into tiles of 16 x 16, each in the order of mma.m16n8k16's A fragments.
+
+    Args:
+        matrix: [outputs, inputs], any floating type; both are padded to multiples of 16 by zeros.
+        dtype: float16, bfloat16 or float32, of the result.
+
+    Returns:
+        [output tiles, input tiles, 256] on the same device. Element order in a tile, with g = lane // 4 and c = lane % 4: lane, then
+        rows g and g + 8 of columns 4c and 4c + 1, then of columns 4c + 2 and 4c + 3. These are mma's fragments (PTX ISA, "Matrix
+        Fragments for mma.m16n8k16") with the columns in another order, the same on both sides, so that a lane reads four neighbouring
+        values of a row at once. In float32: half, then lane: row lane % 16, columns lane // 16 * 8 + half * 4 and the three after it.
+    """
+    outputs, inputs = matrix.shape
+    rows, columns = -(-outputs // 16), -(-inputs // 16)
+    padded = matrix.new_zeros((rows * 16, columns * 16), dtype=dtype)
+    padded[:outputs, :inputs] = matrix
+    if dtype == torch.float32:
+        parts = padded.view(rows, 16, columns, 2, 2, 4).permute(0, 2, 4, 3, 1, 5)
+    else:
+        parts = padded.view(rows, 2, 8, columns, 4, 2, 2).permute(0, 3, 2, 4, 5, 1, 6)
+    return parts.reshape(rows, columns, 256).contiguous()
+
+
+def unpack_matrix(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    """The matrix [outputs, inputs] that `pack_matrix` put into tiles."""
+    rows, columns = packed.shape[:2]
+    if packed.dtype == torch.float32:
+        parts = packed.view(rows, columns, 2, 2, 16, 4).permute(0, 4, 1, 3, 2, 5)
+    else:
+        parts = packed.view(rows, columns, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 3, 4, 6)
+    return parts.reshape(rows * 16, columns * 16)[:outputs, :inputs]
+
+
+def pack_stack(matrices: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Matrices [outputs, inputs] one behind the other, each padded to whole tiles."""
+    return torch.cat([pack_matrix(matrix, dtype) for matrix in matrices])
+
+
+def pack_gated(gate: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The two input matrices of a gated feed-forward layer, whose tiles alternate."""
+    both = torch.stack((pack_matrix(gate, dtype), pack_matrix(up, dtype)), 1)
+    return both.flatten(0, 1)
+
+
+def pack_head(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The output matrix, padded to an even number of tiles."""
+    packed = pack_matrix(matrix, dtype)
+    return torch.cat((packed, packed.new_zeros((len(packed) % 2, *packed.shape[1:]))))
+
+
+def unpack_activations(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """What a kernel left for the next product (``activation_index`` in ``common.cuh``), as [rows, columns]."""
+    tiles = -(-columns // 16)
+    if stored.dtype == torch.float32:
+        return stored.view(-1, tiles * 16)[:rows, :columns]
+    parts = stored.view(-1, tiles, 8, 16).transpose(1, 2)
+    return parts.reshape(-1, tiles * 16)[:rows, :columns]

@@ -1,0 +1,207 @@
+"""The decoder kernels against their torch references in float64, on fresh random inputs with poisoned buffers. No TensorRT is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from t5_trt.architecture import Architecture
+from t5_trt.kernels import reference
+from t5_trt.kernels.compile import compile_cubin
+from t5_trt.kernels.decode_step import (
+    CHUNK,
+    DecodeKernels,
+    DecodeStep,
+    LayerWeights,
+    StepBuffers,
+    StepInputs,
+    StepWeights,
+    constants,
+)
+from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack
+
+SMALL = Architecture(
+    vocab_size=1003, d_model=256, d_kv=64, num_heads=4, d_ff=512, encoder_layers=1, decoder_layers=2, num_buckets=32,
+    max_distance=128, activation="relu", gated=False, epsilon=1e-6, tied_head=False, output_scale=1.0, bias_per_layer=False,
+)  # fmt: skip
+#: largest relative error of logits after two layers
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_cubins: dict[Any, bytes] = {}
+
+
+@dataclass
+class Case:
+    """A step on random weights and inputs, and the matrices behind the packed weights."""
+
+    step: DecodeStep
+    matrices: list[dict[str, torch.Tensor]]
+    head: torch.Tensor
+
+
+def kernels(arch: Architecture, dtype: torch.dtype, rows: int, *, early: bool = True) -> DecodeKernels:
+    wanted = constants(arch, dtype, rows)
+    key = tuple(sorted(wanted.items()))
+    major, minor = torch.cuda.get_device_capability()
+    if key not in _cubins:
+        _cubins[key] = compile_cubin("decode_step.cu", wanted, f"sm_{major}{minor}")[0]
+    return DecodeKernels(_cubins[key], wanted, early=early and major >= 9)
+
+
+def make(
+    arch: Architecture,
+    dtype: torch.dtype,
+    positions: list[int],
+    lengths: list[int],
+    beams: int,
+    *,
+    seed: int = 0,
+    early: bool = True,
+) -> Case:
+    """Rows at these positions (of caches just as long as the next power of two), sources of these lengths."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, device="cuda", generator=generator) * scale).to(dtype)
+
+    size, inner, rows = arch.d_model, arch.num_heads * arch.d_kv, len(positions)
+    capacity, width = 1 << max(positions).bit_length(), max(lengths) + 3
+    matrices, layers = [], []
+    for _ in range(arch.decoder_layers):
+        own = {
+            "qkv": random(3 * inner, size, scale=size**-0.5), "self_out": random(size, inner, scale=inner**-0.5),
+            "query": random(inner, size, scale=size**-0.5), "cross_out": random(size, inner, scale=inner**-0.5),
+            "wi": random((1 + arch.gated) * arch.d_ff, size, scale=size**-0.5), "wo": random(size, arch.d_ff, scale=arch.d_ff**-0.5),
+        }  # fmt: skip
+        wi = pack_gated(*own["wi"].chunk(2), dtype) if arch.gated else pack_matrix(own["wi"], dtype)
+        packed = {name: pack_matrix(own[name], dtype) for name in ("self_out", "query", "cross_out", "wo")}
+        bias = random(arch.num_heads, arch.max_distance + 1).float()
+        qkv = pack_stack(list(own["qkv"].chunk(3)), dtype)
+        layers.append(LayerWeights(qkv=qkv, wi=wi, bias=bias, self_scale=0.5, cross_scale=2.0, wo_scale=1.5, **packed))
+        matrices.append(own)
+    head = random(arch.vocab_size, size, scale=size**-0.5)
+    mask = torch.zeros(len(lengths), width, device="cuda")
+    mask[:, 1::3] = -1e30  # hidden, but for the first
+    inputs = StepInputs(
+        tokens=torch.randint(0, arch.vocab_size, (rows,), device="cuda", dtype=torch.int32, generator=generator),
+        position=torch.tensor(positions, device="cuda", dtype=torch.int32),
+        kv=random(arch.decoder_layers, 2, rows, arch.num_heads, capacity, arch.d_kv),
+        cross=random(arch.decoder_layers, 2, len(lengths), arch.num_heads, width, arch.d_kv),
+        mask=mask,
+        lengths=torch.tensor(lengths, device="cuda", dtype=torch.int32),
+        beams=beams,
+        logits=torch.full((rows, arch.vocab_size), float("nan"), device="cuda"),
+    )
+    for row, position in enumerate(positions):  # nothing behind a row's position may be read
+        inputs.kv[:, :, row, :, position:] = float("nan")
+    for source, length in enumerate(lengths):
+        inputs.cross[:, :, source, :, length:] = float("nan")
+    buffers = StepBuffers.allocate(arch, dtype, rows, -(-max(capacity, width) // CHUNK), torch.device("cuda"))
+    buffers.parts.fill_(float("nan"))
+    for buffer in (buffers.stream, buffers.query, buffers.squares):
+        buffer[:rows, : {id(buffers.stream): size, id(buffers.query): inner}.get(id(buffer), 0)] = float("nan")
+    weights = StepWeights(random(arch.vocab_size, size), tuple(layers), pack_head(head, dtype), 0.25)
+    step = DecodeStep(arch, kernels(arch, dtype, rows, early=early), weights, buffers, inputs, arch.epsilon, 0.5, True)
+    return Case(step, matrices, head)
+
+
+def run(case: Case) -> torch.Tensor:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    case.step.buffers.best.zero_()
+    torch.cuda.synchronize()
+    case.step.enqueue(stream.cuda_stream)
+    torch.cuda.synchronize()
+    logits = case.step.inputs.logits
+    assert logits is not None
+    return logits.clone()
+
+
+def expected(case: Case) -> torch.Tensor:
+    """Logits by the references, in float64."""
+    step, given, arch = case.step, case.step.inputs, case.step.arch
+    rows, shape = len(given.tokens), (len(given.tokens), arch.num_heads, arch.d_kv)
+    stream = reference.embed(step.weights.embedding.double(), given.tokens, step.embedding_scale)
+    for layer, (m, own) in enumerate(zip(case.matrices, step.weights.layers, strict=True)):
+        query, *new = (part.view(shape) for part in reference.project_qkv(m["qkv"].double(), stream, arch.epsilon))
+        keys, values = given.kv[layer].double()
+        for row in range(rows):
+            keys[row, :, given.position[row]], values[row, :, given.position[row]] = new[0][row], new[1][row]
+        attended = reference.attend_self(query, keys, values, own.bias.double(), given.position)
+        stream = reference.add_attention(m["self_out"].double(), attended, stream, own.self_scale)
+        query = reference.project_query(m["query"].double(), stream, arch.epsilon).view(shape)
+        attended = reference.attend_cross(
+            query, *given.cross[layer].double(), given.mask.double(), given.lengths, given.beams
+        )
+        stream = reference.add_attention(m["cross_out"].double(), attended, stream, own.cross_scale)
+        inner = reference.feed_forward_in(m["wi"].double(), stream, arch.epsilon, arch.activation, gated=arch.gated)
+        stream = reference.feed_forward_out(m["wo"].double(), inner, stream, own.wo_scale)
+    return reference.output_head(case.head.double(), stream, arch.epsilon, step.weights.head_scale)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    wanted, got = expected(case), run(case)
+    assert got.isfinite().all(), "every logit is written, and nothing poisoned is read"
+    assert float((got.double() - wanted).norm() / wanted.norm()) < TOLERANCES[dtype]
+    assert torch.equal(~case.step.buffers.best & 0xFFFFFFFF, got.argmax(-1)), "the best token"
+    assert int(case.step.buffers.arrived.abs().max()) == 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("arch", "positions", "lengths", "beams"),
+    [
+        (SMALL, [5], [32], 1),
+        (replace(SMALL, d_model=768, num_heads=12, d_ff=3072), [0, 63, 64, 7], [9], 4),
+        (replace(SMALL, d_model=72, num_heads=1, d_kv=40, d_ff=200, vocab_size=211, activation="silu", gated=True), [3] * 5, [7], 5),
+        (replace(SMALL, num_heads=3, d_kv=24, activation="gelu_new", gated=True), [11] * 12, [40, 1, 17], 4),
+        (SMALL, [(i * 97) % 1500 for i in range(40)], [1 + (i * 53) % 600 for i in range(20)], 2),
+        (replace(SMALL, d_model=1024, num_heads=8, d_kv=128, d_ff=4096, activation="gelu"), [255, 256, 257] * 11, [32] * 33, 1),
+        (replace(SMALL, d_ff=16384), [2] * 128, [5] * 128, 1),
+    ],
+)  # fmt: skip
+def test_step_equals_references(
+    dtype: torch.dtype, arch: Architecture, positions: list[int], lengths: list[int], beams: int
+) -> None:
+    check(make(arch, dtype, positions, lengths, beams), dtype)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_requests(data: st.DataObject) -> None:
+    beams, sources = data.draw(st.integers(1, 5), "beams"), data.draw(st.integers(1, 12), "sources")
+    positions = data.draw(
+        st.lists(st.integers(0, 700), min_size=beams * sources, max_size=beams * sources), "positions"
+    )
+    lengths = data.draw(st.lists(st.integers(1, 700), min_size=sources, max_size=sources), "lengths")
+    dtype = data.draw(st.sampled_from(sorted(TOLERANCES, key=str)), "dtype")
+    check(make(SMALL, dtype, positions, lengths, beams, seed=data.draw(st.integers(0, 1000), "seed")), dtype)
+
+
+def test_same_bits_in_every_run_and_without_early_start() -> None:
+    cases = [make(SMALL, torch.float16, [9, 300, 0] * 4, [20] * 12, 1, early=early) for early in (True, True, False)]
+    results = [run(case) for case in cases for _ in range(5)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_row_does_not_depend_on_other_rows(dtype: torch.dtype) -> None:
+    case = make(SMALL, dtype, [(i * 37) % 600 for i in range(40)], [1 + (i * 29) % 500 for i in range(40)], 1)
+    whole = run(case)
+    for rows in (1, 2, 8, 9, 17, 33):
+        given = case.step.inputs
+        given = replace(
+            given, tokens=given.tokens[:rows].clone(), position=given.position[:rows].clone(),
+            kv=given.kv[:, :, :rows].contiguous(), cross=given.cross[:, :, :rows].contiguous(), mask=given.mask[:rows].contiguous(),
+            lengths=given.lengths[:rows].clone(), logits=torch.zeros(rows, SMALL.vocab_size, device="cuda"),
+        )  # fmt: skip
+        chunks = case.step.buffers.parts.shape[2]
+        buffers = StepBuffers.allocate(SMALL, dtype, rows, chunks, torch.device("cuda"))
+        few = DecodeStep(
+            SMALL, kernels(SMALL, dtype, rows), case.step.weights, buffers, given, SMALL.epsilon, 0.5, True
+        )
+        assert torch.equal(run(Case(few, case.matrices, case.head)), whole[:rows])

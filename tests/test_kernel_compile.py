@@ -1,0 +1,86 @@
+"""Every kernel compiles for every GPU that it is written for, without a GPU: NVRTC needs none."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.engine.store import EngineStore
+from t5_trt.errors import BackendError
+from t5_trt.kernels import compile as compiler
+from t5_trt.kernels.compile import compile_cubin, stored_cubin
+from t5_trt.kernels.decode_step import KERNELS, constants, refusal
+
+BASE = Architecture(
+    vocab_size=32128, d_model=768, d_kv=64, num_heads=12, d_ff=3072, encoder_layers=12, decoder_layers=12, num_buckets=32,
+    max_distance=128, activation="relu", gated=False, epsilon=1e-6, tied_head=True, output_scale=1.0, bias_per_layer=False,
+)  # fmt: skip
+GATED = replace(BASE, d_model=1024, d_ff=2816, num_heads=16, activation="gelu_new", gated=True)
+WIDE = replace(BASE, d_model=1024, d_ff=16384, num_heads=32, d_kv=128)
+ODD = replace(BASE, d_model=72, d_ff=200, num_heads=1, d_kv=40, vocab_size=211, activation="silu", gated=True)
+
+
+def usage(log: str) -> dict[str, tuple[int, int]]:
+    """Kernel -> (registers, bytes of spilled registers) out of the assembler's log."""
+    found = {}
+    for part in log.split("Compiling entry function")[1:]:
+        name = part.split("'")[1]
+        registers, spilled = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes spill stores", part)
+        assert registers and spilled, part
+        found[name] = (int(registers[1]), int(spilled[1]))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("rows", [1, 32])
+def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
+    cubin, log = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows), architecture)
+    assert cubin[:4] == b"\x7fELF"
+    used = usage(log)
+    assert set(used) == set(KERNELS)
+    assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rows"),
+    [
+        (GATED, torch.bfloat16, 32),
+        (WIDE, torch.float16, 8),
+        (ODD, torch.float16, 9),
+        (ODD, torch.float32, 16),
+        (BASE, torch.float32, 1),
+    ],
+)
+def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int) -> None:
+    assert refusal(arch, dtype) is None
+    _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows), "sm_90")
+    assert set(usage(log)) == set(KERNELS)
+
+
+def test_size_without_kernels_is_named() -> None:
+    assert "d_kv is 20" in str(refusal(replace(BASE, d_kv=20), torch.float16))
+    assert "d_kv is 256" in str(refusal(replace(BASE, d_kv=256), torch.float16))
+
+
+def test_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, wanted = EngineStore(tmp_path / "store"), constants(ODD, torch.float16, 1)
+    first = stored_cubin("decode_step.cu", wanted, "sm_80", store)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compiler, "compile_cubin", never)
+    assert stored_cubin("decode_step.cu", wanted, "sm_80", store) == first
+    with pytest.raises(AssertionError, match="compiled again"):  # another GPU is another key
+        stored_cubin("decode_step.cu", wanted, "sm_86", store)
+
+
+def test_refused_source_gives_the_compiler_s_words() -> None:
+    with pytest.raises(BackendError, match=r"sm_90 .*NOT_A_NUMBER"):
+        compile_cubin("decode_step.cu", constants(BASE, torch.float16, 1) | {"E": "NOT_A_NUMBER"}, "sm_90")  # type: ignore[dict-item]

@@ -13,7 +13,7 @@ import platformdirs
 
 from t5_trt.errors import InputError
 
-BACKENDS = ("auto", "tensorrt", "onnxruntime")
+BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
 
 
@@ -39,8 +39,8 @@ class RuntimeConfig:
     """Settings that change how a model runs but not what its engines contain.
 
     Attributes:
-        backend: "auto" (TensorRT where it and a GPU are there, else ONNX Runtime on the CPU), "tensorrt" or
-            "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
+        backend: "auto" (TensorRT where it and a GPU are there, else ONNX Runtime on the CPU), "tensorrt", "cuda" (our own kernels and
+            torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
         precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8". ONNX Runtime on CPU runs "fp32" and "int8".
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the stock PyTorch model where an engine cannot serve.

@@ -109,7 +109,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``.
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
-            backend: "auto", "tensorrt" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
+            backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
             precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices; on GPUs experimental).
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
             strict: raise instead of using the stock PyTorch model where engines cannot serve a request.
@@ -164,7 +164,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         )
         if dtype not in (None, "auto"):
             dtype = as_dtype(dtype)
-            if precision == "auto" and resolve(runtime).backend == "tensorrt":
+            if precision == "auto" and resolve(runtime).backend != "onnxruntime":
                 runtime = replace(runtime, precision=PRECISION_OF[dtype])
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if resolve(runtime).backend == "tensorrt":

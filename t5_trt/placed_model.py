@@ -37,7 +37,7 @@ class PlacedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states; on a CPU of logits, too, which on a GPU are float32."""
-        if self._placement.backend == "tensorrt":
+        if self._placement.backend != "onnxruntime":
             return self._placement.dtype
         dtype: torch.dtype = self.shared.weight.dtype
         return dtype
@@ -91,7 +91,7 @@ class PlacedModel:
             self._check_device(after.device)
         if moves or converts:
             self._session = None  # frees what it holds at once; other changes are noticed by the next call
-        if self._placement.backend != "tensorrt" or after.is_meta or not (moves or converts):
+        if self._placement.backend == "onnxruntime" or after.is_meta or not (moves or converts):
             return super()._apply(fn, recurse)  # type: ignore[misc]
         if converts:  # the parameters, which engines are made from, stay on the host as they are
             runtime = replace(self._runtime_config, precision=PRECISION_OF[after.dtype])

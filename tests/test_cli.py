@@ -191,7 +191,7 @@ def test_a_mistyped_folder_needs_no_torch() -> None:
         ("build", MODEL, "--flavor", "other"),
         *(("generate", MODEL, "x", f"--{name}", "0") for name in ("num-beams", "max-new-tokens", "batch-size")),
         ("generate", MODEL, "x", "--precision", "fp8"),
-        ("generate", MODEL, "x", "--backend", "cuda"),
+        ("generate", MODEL, "x", "--backend", "tpu"),
         *(("verify", MODEL, f"--{name}", "0") for name in ("num-beams", "max-new-tokens", "batch-size")),
         *(("verify", MODEL, "--at-least", value) for value in ("98", "-0.1", "nan", "inf")),
         *(("verify", MODEL, "--max-relative-error", value) for value in ("-1", "nan", "inf")),

@@ -85,7 +85,11 @@ def test_configured_lengths() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"backend": "cuda"}, InputError, "backend got 'cuda'; expected one of 'auto', 'tensorrt', 'onnxruntime'"),
+        (
+            {"backend": "tpu"},
+            InputError,
+            "backend got 'tpu'; expected one of 'auto', 'tensorrt', 'cuda', 'onnxruntime'",
+        ),
         ({"precision": "fp8"}, InputError, "precision got 'fp8'"),
         ({"precision": "fp16"}, InputError, "computes in 'fp32' or 'int8' on the CPU"),
         ({"num_threads": 0}, InputError, "num_threads got 0"),

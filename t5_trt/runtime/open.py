@@ -21,6 +21,8 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.graph.ranges import Folding, Ranges, fold
 from t5_trt.installation import gpu_is_here, install_command, why_no_cuda
+from t5_trt.kernels.compile import LEAST_CAPABILITY, missing_bindings
+from t5_trt.runtime.cuda_session import CudaSession
 from t5_trt.runtime.forks import check_cuda_after_fork
 from t5_trt.runtime.int8_weights import load_int8_weights, weights_digest
 from t5_trt.runtime.ort_session import OrtSession, import_onnxruntime
@@ -35,7 +37,7 @@ class Placement:
     """What a `RuntimeConfig` stands for on this machine.
 
     Attributes:
-        backend: "tensorrt" or "onnxruntime".
+        backend: "tensorrt", "cuda" or "onnxruntime".
         precision: "fp32", "tf32", "fp16", "bf16" or "int8".
         device: where engines run.
         dtype: of hidden states and K/V.
@@ -97,6 +99,8 @@ def choose(config: RuntimeConfig) -> Placement:
         BackendError: the backend that was asked for cannot run here.
         InputError: the device or precision does not go with it.
     """
+    if config.backend == "cuda":
+        return _on_cuda(config)
     wants_cpu = config.device is not None and not config.device.startswith("cuda")
     problem = None
     if config.backend == "tensorrt" or (config.backend == "auto" and not wants_cpu):
@@ -125,9 +129,10 @@ def choose(config: RuntimeConfig) -> Placement:
 def _idle_gpu(problem: str) -> str | None:
     if torch.version.hip is not None or not (torch.cuda.is_available() or gpu_is_here()):
         return None
+    without = "backend='cuda' uses the GPU without TensorRT. " if torch.cuda.is_available() else ""
     return (
-        f"models run on the CPU and the GPU is idle: {problem}. If that is what you want, backend='onnxruntime' or "
-        "T5_TRT_BACKEND=onnxruntime chooses the CPU without this warning."
+        f"models run on the CPU and the GPU is idle: {problem}. {without}If the CPU is what you want, backend='onnxruntime' or "
+        "T5_TRT_BACKEND=onnxruntime chooses it without this warning."
     )
 
 
@@ -152,10 +157,43 @@ def _on_gpu(config: RuntimeConfig) -> Placement:
     api = load_tensorrt(config.flavor)
     precision = "fp16" if config.precision == "auto" else config.precision
     api.check_precision(precision)
-    device = torch.device(config.device or "cuda")
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    device = _gpu_of(config.device)
     reason = f"TensorRT {api.version} and a GPU are there"
     return Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason)
+
+
+def _gpu_of(device: str | None) -> torch.device:
+    """The GPU that a device names, with its number."""
+    asked = torch.device(device or "cuda")
+    return torch.device("cuda", torch.cuda.current_device() if asked.index is None else asked.index)
+
+
+def _on_cuda(config: RuntimeConfig) -> Placement:
+    if config.device is not None and not config.device.startswith("cuda"):
+        raise InputError(
+            f"device got {config.device!r}; the backend 'cuda' runs on CUDA devices. Leave device out or use 'cuda:0'."
+        )
+    if config.precision not in ("auto", "fp32", "fp16", "bf16"):
+        raise InputError(
+            f"precision got {config.precision!r}; the backend 'cuda' computes in 'fp32', 'fp16' or 'bf16'. Use one of them, or 'auto' "
+            "(fp16)."
+        )
+    problem = why_no_cuda() if not torch.cuda.is_available() else why_no_kernels(config.device)
+    if problem is not None:
+        raise BackendError(f"backend='cuda' cannot run here: {problem}. Or use backend='onnxruntime'.")
+    precision = "fp16" if config.precision == "auto" else config.precision
+    return Placement(
+        "cuda", precision, _gpu_of(config.device), TORCH_TYPES[real_type(precision)], None, "it was asked for"
+    )
+
+
+def why_no_kernels(device: str | None = None) -> str | None:
+    """Why the library's own kernels cannot run on a GPU that is there, or None if they can."""
+    major, minor = torch.cuda.get_device_capability(device or "cuda")
+    if (major, minor) < LEAST_CAPABILITY:
+        return "the kernels need compute capability {}.{}; this GPU has {}.{}".format(*LEAST_CAPABILITY, major, minor)
+    missing = missing_bindings()
+    return None if missing is None else f"{missing}. Install what the kernels need with `{install_command('kernels')}`"
 
 
 def best_precision(config: RuntimeConfig, trained_in: torch.dtype | None) -> str:
@@ -166,8 +204,10 @@ def best_precision(config: RuntimeConfig, trained_in: torch.dtype | None) -> str
         trained_in: dtype that the checkpoint's config names.
     """
     placement = resolve(config) if config.precision == "auto" and trained_in == torch.bfloat16 else None
-    if placement is None or placement.backend != "tensorrt":
+    if placement is None or placement.backend == "onnxruntime":
         return config.precision
+    if placement.backend == "cuda":
+        return "bf16"
     try:
         load_tensorrt(placement.flavor).check_precision("bf16")
     except InputError:
@@ -245,9 +285,12 @@ def open_session(
         quantized = load_int8_weights(arch, weights, store) if placement.precision == "int8" else None
         threads, prepack = config.num_threads, config.prepack_weights
         return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
-    assert placement.flavor is not None
     check_cuda_after_fork()
     folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
+    if placement.backend == "cuda":
+        with torch.cuda.device(placement.device):
+            return CudaSession(arch, weights, placement.device, placement.precision, folding, store)
+    assert placement.flavor is not None
     provider = EngineProvider(
         folding.architecture(arch),
         store,

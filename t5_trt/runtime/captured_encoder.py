@@ -1,0 +1,100 @@
+"""An encoder of torch operations as CUDA graphs: it takes the host longer to start its kernels one by one than the GPU to run them."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, record
+
+logger = logging.getLogger("t5_trt")
+
+#: source tokens of a batch, padding counted, up to which an encoder is captured: with more the GPU is the slower one
+CAPTURED_TOKENS = 2048
+#: source tokens of all captured encoders, those used last
+TOKENS_KEPT = 16384
+#: lengths are padded to a multiple of this, so that texts of similar lengths share a graph
+LENGTH_STEP = 16
+
+Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class CapturedSize:
+    """Buffers of one size and the graph over them; None until the size is asked for a second time."""
+
+    ids: torch.Tensor  # int64 [B, S]
+    mask: torch.Tensor  # int64 [B, S]
+    graph: Any = None
+    hidden: torch.Tensor | None = None  # [B, S, E]
+    cross: torch.Tensor | None = None  # [L, 2, B, H, S, D]
+
+
+class CapturedEncoder:
+    """Runs an encoder by a CUDA graph where its size was seen before.
+
+    A size that comes once runs kernel by kernel, which is as fast as a capture; from the second time on it is a graph.
+
+    Args:
+        encode: (ids int64 [B, S], mask int64 [B, S]) -> (hidden states [B, S, E], cross-attention K/V [L, 2, B, H, S, D]).
+        device: the GPU.
+    """
+
+    def __init__(self, encode: Encode, device: torch.device) -> None:
+        self._encode, self._device = encode, device
+        self._sizes: OrderedDict[tuple[int, int], CapturedSize] = OrderedDict()
+        self._memory = GraphMemory()
+
+    def run(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode`; the results are in memory of their own."""
+        batch, length = ids.shape
+        room = -(-length // LENGTH_STEP) * LENGTH_STEP
+        if batch * room > CAPTURED_TOKENS:
+            return self._encode(ids, mask)
+        size = self._sizes.get((batch, room))
+        if size is None:
+            zeros = partial(torch.zeros, (batch, room), dtype=torch.int64, device=self._device)
+            self._sizes[batch, room] = CapturedSize(zeros(), zeros())
+            self._drop_oldest()
+            return self._encode(ids, mask)
+        self._sizes.move_to_end((batch, room))
+        if length < room:
+            size.ids.zero_()
+            size.mask.zero_()
+        size.ids[:, :length].copy_(ids)
+        size.mask[:, :length].copy_(mask)
+        if size.graph is None and not self._capture(size):
+            del self._sizes[batch, room]
+            return self._encode(ids, mask)
+        size.graph.replay()
+        assert size.hidden is not None and size.cross is not None
+        return size.hidden[:, :length].clone(), size.cross[..., :length, :].clone(memory_format=torch.contiguous_format)
+
+    def clear(self) -> None:
+        """Let go of all graphs and buffers."""
+        self._sizes.clear()
+
+    def _capture(self, size: CapturedSize) -> bool:
+        def work() -> None:
+            hidden, cross = self._encode(size.ids, size.mask)
+            if size.hidden is None or size.cross is None:  # the first warm-up: buffers outside of the graph's memory
+                size.hidden, size.cross = torch.empty_like(hidden), torch.empty_like(cross)
+            size.hidden.copy_(hidden)
+            size.cross.copy_(cross)
+
+        try:
+            size.graph = record(work, self._device, self._memory)
+        except NotRecordableError as error:
+            logger.warning("the encoder is not captured (%s); it runs kernel by kernel.", str(error))
+            return False
+        return True
+
+    def _drop_oldest(self) -> None:
+        while sum(batch * length for batch, length in self._sizes) > TOKENS_KEPT:
+            self._sizes.popitem(last=False)

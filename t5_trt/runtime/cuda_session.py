@@ -1,0 +1,174 @@
+"""The backend for an NVIDIA GPU without TensorRT: the decoder step by our own kernels, everything else by torch on the GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.engine.store import EngineStore
+from t5_trt.errors import BackendError, InputError, UnsupportedModelError
+from t5_trt.graph.parameters import Weights
+from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
+from t5_trt.graph.ranges import Folding
+from t5_trt.kernels.decode_step import refusal
+from t5_trt.kernels.step_weights import StepWeightsMaker
+from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.runtime.captured_encoder import CapturedEncoder
+from t5_trt.runtime.cuda_graph import StreamOrder, free_unused
+from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.kernel_decoder import KernelDecoder
+from t5_trt.runtime.session import Choice, Program
+from t5_trt.runtime.torch_layers import TorchDecoder, TorchEncoder
+
+
+class CudaSession:
+    """Runs one model on one GPU without TensorRT.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> CPU tensor; kept.
+        device: the GPU.
+        precision: "fp32", "fp16" or "bf16".
+        folding: what keeps float16 in range.
+        store: of compiled kernels.
+    """
+
+    backend = "cuda"
+    choice_tokens = 512  # the kernels of a choice read no further than there are tokens
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: Weights,
+        device: torch.device,
+        precision: str,
+        folding: Folding,
+        store: EngineStore,
+    ) -> None:
+        self.arch, self.device, self.precision, self.folding = arch, device, precision, folding
+        self.dtype = TORCH_TYPES[real_type(precision)]
+        self._encoder = TorchEncoder(
+            arch, DeviceWeights(arch, weights, self.dtype, device, folding), folding, precision
+        )
+        self._captured = CapturedEncoder(self._encode, device)
+        self._order = StreamOrder(device)
+        self._lock = threading.RLock()
+        self._hidden = mask_value(real_type(precision))
+        self._queries: TorchDecoder | None = None
+        self._steps: KernelDecoder | None = None
+        if arch.decoder_layers:
+            problem = refusal(arch, self.dtype)
+            if problem is not None:
+                raise UnsupportedModelError(
+                    f"backend='cuda' got a model that its kernels do not take: {problem}. Use backend='tensorrt' or 'onnxruntime'."
+                )
+            step_weights = StepWeightsMaker(arch, weights, self.dtype, device, folding).make()
+            self._queries = TorchDecoder(arch, step_weights, folding, precision)
+            self._steps = KernelDecoder(arch, step_weights, self.dtype, device, precision, folding.embedding, store)
+
+    def encode(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        beams: int | None = None,
+    ) -> tuple[torch.Tensor, CrossStates]:
+        """See `t5_trt.runtime.session.Session.encode`."""
+        with self._at_work():
+            if input_ids is not None:
+                hidden, cross = self._captured.run(input_ids, attention_mask)
+                return hidden, CrossStates(cross, used=(hidden.shape[0], hidden.shape[1]))
+            hidden = self._encoder.run(None, inputs_embeds, attention_mask)
+            return hidden, self._cross(hidden)
+
+    def project_cross(self, hidden: torch.Tensor) -> CrossStates:
+        """See `t5_trt.runtime.session.Session.project_cross`."""
+        with self._at_work():
+            return self._cross(hidden.to(self.dtype))
+
+    def start(
+        self, cross: CrossStates, capacity_tokens: int, attention_mask: torch.Tensor | None = None
+    ) -> DecoderState:
+        """See `t5_trt.runtime.session.Session.start`."""
+        if attention_mask is None:
+            attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
+        return DecoderState.allocate(self.arch, cross, self.cross_bias(attention_mask, cross), capacity_tokens)
+
+    def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.cross_bias`; float32 in every precision."""
+        bias = torch.full((cross.kv.shape[2], 1, 1, cross.kv.shape[4]), self._hidden, device=self.device)
+        bias[: cross.batch, 0, 0, : cross.source_length].masked_fill_(attention_mask != 0, 0)
+        return bias
+
+    def decode(
+        self, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.decode`."""
+        assert self._steps is not None and self._queries is not None
+        with self._at_work():
+            state.reserve(input_ids.shape[1])
+            if input_ids.shape[1] == 1 and key_mask is None:
+                return self._steps.step(state, input_ids)
+            cross, source = state.cross, state.cross.source_length
+            bias, kv = state.cross_bias[: cross.batch, ..., :source], cross.kv[:, :, : cross.batch, :, :source]
+            cached = state.kv[:, :, : state.rows, :, : state.length]
+            logits, made = self._queries.run(input_ids, cached, kv, bias, cross.beams, key_mask)
+            state.append(made)
+            return logits
+
+    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Not offered: there are no graphs to look into."""
+        raise InputError(
+            f"the backend 'cuda' has no graph {graph!r} to look into; compare layers with backend='onnxruntime'."
+        )
+
+    def loaded_graphs(self) -> tuple[str, ...]:
+        """What computes, by name."""
+        return (
+            ("encoder (torch)", "decoder step (kernels)", "decoder queries (torch)")
+            if self._steps
+            else ("encoder (torch)",)
+        )
+
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`: where fewer groups of 8 rows are left."""
+        beams = state.cross.beams
+        return -(-batch * beams // 8) < -(-state.rows // 8)
+
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`."""
+        return state.rows
+
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
+        """See `t5_trt.runtime.session.Session.program`."""
+        assert self._steps is not None
+        with self._at_work():
+            return self._steps.program(state, make, key)
+
+    def _encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self._encoder.run(input_ids, None, attention_mask)
+        return hidden, self._encoder.cross(hidden)
+
+    def _cross(self, hidden: torch.Tensor) -> CrossStates:
+        return CrossStates(self._encoder.cross(hidden), used=(hidden.shape[0], hidden.shape[1]))
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """One thread at a time, one stream after the other, and what to do where GPU memory runs out."""
+        with self._lock:
+            self._order.follow()
+            try:
+                yield
+            except torch.cuda.OutOfMemoryError as error:
+                self._captured.clear()
+                if self._steps is not None:
+                    self._steps.forget()
+                free_unused()
+                raise BackendError(
+                    f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer "
+                    "beams or shorter texts, or precision='fp16', or free other models."
+                ) from error

@@ -1,0 +1,207 @@
+"""The one-token decoder step by the library's own kernels: buffers of a request's size, and the steps captured over them.
+
+Memory for sources and caches comes in powers of two; what is computed is what a request has. A request of a new size costs a capture,
+milliseconds, and never a build.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.engine.profiles import Shapes
+from t5_trt.engine.store import EngineStore
+from t5_trt.graph.precision import mask_value, real_type
+from t5_trt.kernels.compile import stored_cubin
+from t5_trt.kernels.decode_step import (
+    CHUNK,
+    DecodeKernels,
+    DecodeStep,
+    StepBuffers,
+    StepInputs,
+    StepWeights,
+    constants,
+)
+from t5_trt.runtime.buffers import DecoderState, bucket_length
+from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, Unrecorded, record
+from t5_trt.runtime.session import Choice
+from t5_trt.runtime.trt_slot import STEPS_KEPT, Lease, RecordedStep, Slot, TrtProgram, apply_choice
+
+logger = logging.getLogger("t5_trt")
+
+#: idle buffers that are kept for further requests of their size, the ones used last
+SLOTS_KEPT = 16
+#: the smallest memory for a source's keys
+SMALLEST_SOURCE = 32
+
+
+@dataclass
+class KernelSlot(Slot):
+    """Buffers of one size, and the step over them."""
+
+    step: DecodeStep | None = None
+    positions: torch.Tensor | None = None  # int32 [R], what the kernels read
+    lengths: torch.Tensor | None = None  # int32 [B], keys of each source
+
+
+class KernelDecoder:
+    """Runs the one-token step of one model on one GPU. Not thread-safe: its session takes turns.
+
+    Args:
+        arch: of the model.
+        weights: in the kernels' order.
+        dtype: of the weights and caches.
+        device: the GPU.
+        precision: of the session.
+        embedding_factor: what the embedding was multiplied by to keep half precision in range.
+        store: of compiled kernels.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: StepWeights,
+        dtype: torch.dtype,
+        device: torch.device,
+        precision: str,
+        embedding_factor: float,
+        store: EngineStore,
+    ) -> None:
+        self._arch, self._weights, self._dtype, self._device = arch, weights, dtype, device
+        self._hidden = mask_value(real_type(precision))
+        self._embedding_scale = 1.0 / embedding_factor
+        self._store = store
+        self._kernels: dict[int, DecodeKernels] = {}  # by rows that a CTA serves
+        self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
+        self._memory = GraphMemory()
+        self._not_captured: set[Hashable] = set()
+
+    def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
+        """Decode one token of every row, int64 [R, 1], and return logits [R, 1, V] in memory of their own."""
+        slot = self._slot(state)
+        slot.tokens[: state.rows].copy_(input_ids)
+        self._captured(slot, state, None, None).replay(slot, state)
+        return slot.logits[: state.rows].clone()
+
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
+        """See `t5_trt.runtime.session.Session.program`."""
+        state.reserve(1)
+        slot = self._slot(state)
+        if key is not None and key not in self._not_captured:
+            found = slot.steps.get(key)
+            choice = make() if found is None else found.choice
+            try:
+                return TrtProgram(slot, state, self._captured(slot, state, key, choice), None)
+            except NotRecordableError as error:  # an operation that waits for the GPU, say
+                self._not_captured.add(key)
+                logger.warning(
+                    "the choice of tokens is not captured with the decoder step (%s); it runs after it.", str(error)
+                )
+        return TrtProgram(slot, state, self._captured(slot, state, None, None), make())
+
+    def forget(self) -> None:
+        """Let go of idle buffers and of what was captured over them."""
+        self._idle.clear()
+
+    def kernels(self, rows: int) -> DecodeKernels:
+        """The loaded kernels for a number of rows, compiled when they are first wanted and nobody stored them."""
+        wanted = constants(self._arch, self._dtype, rows)
+        if wanted["ROW_TILES"] not in self._kernels:
+            major, minor = torch.cuda.get_device_capability(self._device)
+            cubin = stored_cubin("decode_step.cu", wanted, f"sm_{major}{minor}", self._store)
+            torch.cuda.current_stream(self._device).synchronize()  # makes torch's context current
+            self._kernels[wanted["ROW_TILES"]] = DecodeKernels(cubin, wanted, early=major >= 9)
+        return self._kernels[wanted["ROW_TILES"]]
+
+    def _captured(self, slot: KernelSlot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
+        """The step of a slot with a choice (None: without), captured when it is first wanted."""
+        if key in slot.steps:
+            slot.steps.move_to_end(key)
+            return slot.steps[key]
+        kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
+        slot.position.zero_()
+        work = partial(self._run, slot, choice)
+        try:
+            graph: Any = record(work, self._device, self._memory)
+        except NotRecordableError as error:
+            if choice is not None:
+                raise
+            logger.warning("the decoder step is not captured (%s); it runs kernel by kernel.", str(error))
+            graph = Unrecorded(work)
+        finally:
+            slot.kv[..., : state.length, :].copy_(kept)
+            slot.position_host = -1
+        slot.steps[key] = RecordedStep(graph, choice)
+        while len(slot.steps) > STEPS_KEPT:
+            slot.steps.popitem(last=False)
+        return slot.steps[key]
+
+    def _run(self, slot: KernelSlot, choice: Any) -> None:
+        """What is captured: the step, the choice, the next position."""
+        assert slot.step is not None and slot.positions is not None
+        slot.positions.copy_(slot.position)
+        slot.step.enqueue(torch.cuda.current_stream(self._device).cuda_stream)
+        if choice is not None:
+            apply_choice(slot, choice, slot.position)
+        slot.position.add_(1)
+
+    def _slot(self, state: DecoderState) -> KernelSlot:
+        """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
+        lease = state.bindings.get("lease")
+        if lease is not None:
+            return lease.slot  # type: ignore[no-any-return]
+        cross = state.cross
+        source = bucket_length(cross.source_length, SMALLEST_SOURCE)
+        shapes = Shapes(B=cross.batch, N=cross.beams, S=source, T=state.capacity)
+        idle = self._idle.setdefault(shapes, [])
+        self._idle.move_to_end(shapes)
+        while len(self._idle) > SLOTS_KEPT:
+            self._idle.popitem(last=False)
+        slot: KernelSlot = idle.pop() if idle else self._allocate(shapes)  # type: ignore[assignment]
+        slot.take_in(state, self._hidden)
+        assert slot.lengths is not None
+        slot.lengths.fill_(cross.source_length)
+        state.bindings["lease"] = Lease(slot, idle)
+        return slot
+
+    def _allocate(self, shapes: Shapes) -> KernelSlot:
+        arch, device, dtype, rows = self._arch, self._device, self._dtype, shapes.B * shapes.N
+        layers, heads, width = arch.decoder_layers, arch.num_heads, arch.d_kv
+        zeros = partial(torch.zeros, device=device)
+        slot = KernelSlot(
+            shapes=shapes,
+            kv=zeros((layers, 2, rows, heads, shapes.T, width), dtype=dtype),
+            qkv=zeros(0, dtype=dtype),
+            cross=zeros((layers, 2, shapes.B, heads, shapes.S, width), dtype=dtype),
+            cross_bias=zeros((shapes.B, 1, 1, shapes.S)),
+            tokens=zeros((rows, 1), dtype=torch.int32),
+            position=zeros(1, dtype=torch.int64),
+            position32=zeros(1, dtype=torch.int32),
+            logits=torch.empty((rows, 1, arch.vocab_size), device=device),
+            positions=zeros(rows, dtype=torch.int32),
+            lengths=zeros(shapes.B, dtype=torch.int32),
+        )
+        assert slot.positions is not None and slot.lengths is not None
+        inputs = StepInputs(
+            slot.tokens[:, 0],
+            slot.positions,
+            slot.kv,
+            slot.cross,
+            slot.cross_bias[:, 0, 0],
+            slot.lengths,
+            shapes.N,
+            slot.logits[:, 0],
+        )
+        chunks = -(-max(shapes.T, shapes.S) // CHUNK)
+        buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device)
+        slot.step = DecodeStep(
+            arch, self.kernels(rows), self._weights, buffers, inputs, arch.epsilon, self._embedding_scale
+        )
+        return slot

@@ -25,6 +25,7 @@ GPU_RECORDS, GPU_PEER_RECORDS = "h100-trt8.5.3.json", "h200-trt8.5.3.json"
 #: stages of `benchmarks/h100_loops.py` whose records are in the table, and the one that is drawn
 GPU_STAGES, GPU_CURVES = ("h100_loops loops", "h100_loops compiled"), "h100_loops curves"
 GPU_PEER_STAGES = ("peers",)
+CUDA_RECORDS = "h200-cuda.json"
 #: who else runs T5 in the precision of ours: names in records, less precision and unit -> names in the table
 PEERS = {"hf_compiled": "Hugging Face compiled", "hf_eager": "Hugging Face eager", "ctranslate2": "CTranslate2"}
 READMES = (ROOT / "README.md", ROOT / "README.ja.md")
@@ -88,6 +89,29 @@ def gpu_peers(readme: Path, write: bool) -> str:
     return gpu_speed_table(read_records(RESULTS / GPU_PEER_RECORDS), GPU_PEER_STAGES)
 
 
+def cuda_speed(readme: Path, write: bool) -> str:
+    """The table of times of the backend "cuda" on an H200."""
+    columns = (
+        "batch", "beams", "new tokens", "backend cuda fp16 ms", "a step alone us", "with its choice us",
+        "Hugging Face eager fp32 ms", "times as fast as that", "tokens per s",
+    )  # fmt: skip
+    lines: list[tuple[str, ...]] = [columns, ("---:",) * len(columns)]
+    for record in read_records(RESULTS / CUDA_RECORDS):
+        if ours := record.get("ours_ms"):
+            sizes = (record["batch"], record["num_beams"], record["new_tokens"])
+            step, eager = record["step_us"], record["hf_eager_fp32_ms"]
+            per_second = sizes[0] * sizes[2] / ours * 1e3
+            times = (
+                f"{ours:.1f}",
+                f"{step['alone']:.0f}",
+                f"{step['with choice']:.0f}",
+                f"{eager:.0f}",
+                f"{eager / ours:.1f}",
+            )
+            lines.append((*map(str, sizes), *times, f"{per_second:.0f}"))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def cpu_speed(readme: Path, write: bool) -> str:
     """The table of times on CPUs."""
     return speed_table(read_records(RESULTS / CPU_RECORDS))
@@ -120,6 +144,7 @@ SECTIONS: dict[str, Callable[[Path, bool], str]] = {
     "cpu-speed": cpu_speed,
     "cpu-speed-plot": cpu_speed_plot,
     "gpu-peers": gpu_peers,
+    "cuda-speed": cuda_speed,
     "gpu-speed": gpu_speed,
     "gpu-speed-plot": gpu_speed_plot,
 }

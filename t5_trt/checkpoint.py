@@ -19,9 +19,9 @@ from torch import overrides
 from torch.utils import _device
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from t5_trt.architecture import check_family, type_without_name
 from t5_trt.checkpoint_files import EMBEDDING, TABLES, check_files, weights_message
 from t5_trt.errors import CheckpointError, InputError, T5TRTError, UnsupportedModelError, causes, raise_hidden_interrupt
+from t5_trt.families import check_family, type_without_name
 from t5_trt.model_names import check_folder
 
 #: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well

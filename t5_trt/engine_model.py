@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from t5_trt.architecture import Architecture, read_architecture
+from t5_trt.architecture import Architecture
 from t5_trt.calibration import observe, random_batches
 from t5_trt.checkpoint import (
     HUB_ARGUMENTS,
@@ -36,6 +36,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.encoder_module import attach_encoder, engine_encoder
 from t5_trt.engine.bundle import find_bundle
 from t5_trt.errors import InputError, StrictModeError
+from t5_trt.families import read_architecture
 from t5_trt.family_class import FamilyClass
 from t5_trt.forwarding import EngineForward
 from t5_trt.generation.repeats import Repeats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from t5_trt.architecture import check_family
+from t5_trt.families import check_family
 
 Self = TypeVar("Self", bound="FamilyClass")
 

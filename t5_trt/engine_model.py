@@ -179,7 +179,9 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         if not ignores:
             variant = kwargs.get("variant")
             correct_vocabulary(name, config, variant, encoder_only=cls._encoder_only, **where)
-        load = Loading(super(EngineModel, cls._class_for(config)).from_pretrained, ignore_mismatched_sizes=ignores)
+        load = Loading(
+            super(EngineModel, cls._class_for(config)).from_pretrained, ignore_mismatched_sizes=ignores, reports=reports
+        )
         # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
         stored = (dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)

@@ -93,6 +93,19 @@ def test_report_about_the_loading(kind: str, tmp_path: Path) -> None:
         assert set(model.state_dict()) == set(stock.state_dict())
 
 
+def test_report_names_what_is_missing(tmp_path: Path) -> None:
+    """Without the report such a checkpoint is refused."""
+    stock = make_stock("t5-v1.1")
+    state = {name: tensor for name, tensor in stock.state_dict().items() if "block.1.layer.0" not in name}
+    stock.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(CheckpointError, match="lacks 10 of the model's tensors"):
+        TRTT5ForConditionalGeneration.from_pretrained(tmp_path)
+    _, expected = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    ours, info = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert info == expected and len(info["missing_keys"]) == 10
+    assert ours.generate(**batch(), max_new_tokens=3).shape[0] == 3
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"), [("t5-v1.0", {"d_ff": 128, "vocab_size": 250}), ("t5-v1.1", {"d_ff": 128})]
 )

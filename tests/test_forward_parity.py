@@ -238,5 +238,9 @@ def test_cache_operations(v11: tuple[Any, Any]) -> None:
     assert caches[1].get_seq_length() == caches[0].get_seq_length() == 4
     for left, right in zip(caches[1], caches[0], strict=True):
         torch.testing.assert_close(left[0], right[0], atol=LOGITS_ATOL, rtol=1e-5)
-    caches[1].reset()
-    assert caches[1].get_seq_length() == 0
+    for cache in caches:  # ours has become an ordinary one by now, as somebody looked into it
+        cache.reset()
+    assert caches[1].get_seq_length() == caches[0].get_seq_length()
+    fresh = ours(**batch(), decoder_input_ids=tokens(3, 4))[CACHE]
+    fresh.reset()
+    assert fresh.get_seq_length() == 0

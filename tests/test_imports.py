@@ -28,6 +28,8 @@ def test_every_module_imports_bare() -> None:
 
 def test_command_line_and_build_processes_need_no_torch() -> None:
     """It takes seconds to import, for every build process and every --help."""
-    code = "import sys; sys.modules['torch'] = None; import t5_trt.cli, t5_trt.engine.build_worker, t5_trt.engine.bundle"
+    code = (
+        "import sys; sys.modules['torch'] = None; import t5_trt.cli, t5_trt.engine.build_worker, t5_trt.engine.bundle"
+    )
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

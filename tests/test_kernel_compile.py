@@ -23,6 +23,7 @@ BASE = Architecture(
 )  # fmt: skip
 GATED = replace(BASE, d_model=1024, d_ff=2816, num_heads=16, activation="gelu_new", gated=True)
 WIDE = replace(BASE, d_model=1024, d_ff=16384, num_heads=32, d_kv=128)
+LARGE = replace(BASE, d_model=2048, d_ff=5120, num_heads=32, activation="gelu_new", gated=True)  # Flan-T5-XL
 ODD = replace(BASE, d_model=72, d_ff=200, num_heads=1, d_kv=40, vocab_size=211, activation="silu", gated=True)
 
 
@@ -52,6 +53,8 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     [
         (GATED, torch.bfloat16, 32),
         (WIDE, torch.float16, 8),
+        (LARGE, torch.bfloat16, 32),
+        (replace(LARGE, d_model=1280, gated=False), torch.float16, 32),
         (ODD, torch.float16, 9),
         (ODD, torch.float32, 16),
         (BASE, torch.float32, 1),
@@ -61,6 +64,11 @@ def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int)
     assert refusal(arch, dtype) is None
     _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows), "sm_90")
     assert set(usage(log)) == set(KERNELS)
+
+
+def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
+    for size, tiles in ((768, 4), (1024, 4), (1280, 2), (2048, 2), (4096, 1)):
+        assert constants(replace(BASE, d_model=size), torch.float16, 32)["ROW_TILES"] == tiles
 
 
 def test_size_without_kernels_is_named() -> None:

@@ -29,7 +29,7 @@ typedef unsigned short stored;
 // visible. What is read before it must be older than this launch of the CUDA graph: weights, and keys and values of earlier steps.
 __device__ __forceinline__ void let_next_start()
 {
-#if __CUDA_ARCH__ >= 900 && !defined(LATE_START)
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
@@ -37,9 +37,6 @@ __device__ __forceinline__ void wait_for_inputs()
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#if defined(LATE_START)
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 #endif
 }
 

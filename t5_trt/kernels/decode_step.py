@@ -23,6 +23,8 @@ STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 CHUNK = 256
 #: output tiles of a CTA of ``output_head`` (``ends.cuh``)
 HEAD_WARPS = 8
+#: shared memory that a CTA of ``output_head`` may take for its rows; every GPU from compute capability 8.0 on has 99 KB
+SHARED_BYTES = 64 * 1024
 KERNELS = (
     "embed", "project_qkv", "attend_self", "add_attention", "project_query", "attend_cross", "feed_forward_in",
     "feed_forward_out", "output_head",
@@ -45,6 +47,8 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
 def constants(arch: Architecture, dtype: torch.dtype, rows: int) -> dict[str, int]:
     """What the kernels for a model and a number of rows are compiled with."""
     most = 2 if dtype == torch.float32 else 4  # accumulators of more rows do not fit into registers
+    while most > 1 and most * tiles(arch.d_model) * 256 > SHARED_BYTES:
+        most //= 2
     row_tiles = next(count for count in (1, 2, 4) if count >= min(most, -(-rows // 8)))
     return {
         "STORAGE": STORAGE[dtype],
@@ -172,7 +176,7 @@ class DecodeKernels:
         }
         self.constants = dict(constants)
         self.early = early
-
+        #: output tiles that a CTA of the wide products makes (``WIDE`` in ``layers.cuh``)
         self.wide = 2 if constants["ROW_TILES"] >= 4 and constants["STORAGE"] != STORAGE[torch.float32] else 1
         self._shared = {}
         if constants["STORAGE"] != STORAGE[torch.float32]:
@@ -237,16 +241,8 @@ class DecodeStep:
         rows = len(given.tokens)
         groups = -(-rows // (self.kernels.constants["ROW_TILES"] * 8))
         launch = self.kernels.launch
-        launch(
-            "embed",
-            (rows,),
-            stream,
-            weights.embedding,
-            given.tokens,
-            buffers.stream,
-            buffers.squares,
-            self.embedding_scale,
-        )
+        launch("embed", (rows,), stream, weights.embedding, given.tokens, buffers.stream, buffers.squares,
+               self.embedding_scale)  # fmt: skip
         for layer, own in enumerate(weights.layers):
             self._layer(layer, own, rows, groups, stream)
         per_cta = 2 if self.kernels.constants["STORAGE"] == STORAGE[torch.float32] else HEAD_WARPS
@@ -261,37 +257,18 @@ class DecodeStep:
         cross_keys, cross_values = given.cross[layer]
         heads, out, inner = arch.num_heads, tiles(arch.d_model), tiles(arch.num_heads * arch.d_kv)
         wide = self.kernels.wide
+        wi_tiles = -(-tiles(arch.d_ff) // (1 if arch.gated else wide))
         room, width = keys.shape[2], cross_keys.shape[2]
-        launch("project_qkv", (-(-3 * inner // wide), groups), stream, own.qkv, b.stream, b.squares, b.query, keys, values, given.position, rows,
-               room, epsilon)  # fmt: skip
+        launch("project_qkv", (-(-3 * inner // wide), groups), stream, own.qkv, b.stream, b.squares, b.query, keys, values,
+               given.position, rows, room, epsilon)  # fmt: skip
         launch("attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position, b.attended, b.parts,
                b.arrived, room, own.bias.shape[1])  # fmt: skip
-        launch(
-            "add_attention", (out, groups), stream, own.self_out, b.attended, b.stream, b.squares, rows, own.self_scale
-        )
+        launch("add_attention", (out, groups), stream, own.self_out, b.attended, b.stream, b.squares, rows,
+               own.self_scale)  # fmt: skip
         launch("project_query", (inner, groups), stream, own.query, b.stream, b.squares, b.query, rows, epsilon)
         launch("attend_cross", (heads, rows, self._chunks[1]), stream, b.query, cross_keys, cross_values, given.mask, given.lengths,
                b.attended, b.parts, b.arrived, width, given.mask.shape[1], given.beams)  # fmt: skip
-        launch(
-            "add_attention",
-            (out, groups),
-            stream,
-            own.cross_out,
-            b.attended,
-            b.stream,
-            b.squares,
-            rows,
-            own.cross_scale,
-        )
-        launch(
-            "feed_forward_in",
-            (-(-tiles(arch.d_ff) // (1 if arch.gated else wide)), groups),
-            stream,
-            own.wi,
-            b.stream,
-            b.squares,
-            b.inner,
-            rows,
-            epsilon,
-        )
+        launch("add_attention", (out, groups), stream, own.cross_out, b.attended, b.stream, b.squares, rows,
+               own.cross_scale)  # fmt: skip
+        launch("feed_forward_in", (wi_tiles, groups), stream, own.wi, b.stream, b.squares, b.inner, rows, epsilon)
         launch("feed_forward_out", (out, groups), stream, own.wo, b.inner, b.stream, b.squares, rows, own.wo_scale)

@@ -93,6 +93,17 @@ def test_info_tells_what_is_chosen_and_why(run: Run) -> None:
     assert "t5-trt[cu13]" in facts["tensorrt"]["tensorrt"]["missing"]
 
 
+@pytest.mark.parametrize("backend", ["tensorrt", "cuda"])
+def test_info_shows_the_rest_where_the_backend_that_is_asked_for_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("T5_TRT_BACKEND", backend)
+    status, out, _ = run("info", "--json")
+    chosen = json.loads(out)["chosen"]
+    assert status == 0 and chosen["backend"] is None and f"backend='{backend}' cannot run here" in chosen["reason"]
+    assert "nothing: backend" in " ".join(run("info")[1].split())
+
+
 # --- errors ---
 
 

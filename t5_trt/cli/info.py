@@ -26,8 +26,8 @@ def find_facts() -> dict[str, Any]:
     import transformers
 
     import t5_trt
-    from t5_trt.config import RuntimeConfig, backend_from_environment, default_engine_cache_dir
-    from t5_trt.runtime.open import choose, why_not_tensorrt
+    from t5_trt.config import default_engine_cache_dir
+    from t5_trt.runtime.open import why_not_tensorrt
 
     gpu = None
     if torch.cuda.is_available():
@@ -37,9 +37,9 @@ def find_facts() -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda_of_torch": str(torch.version.cuda),
         }
-    placement = choose(RuntimeConfig(backend=backend_from_environment(None)))
+    chosen, idle_gpu = _choice()
     return {
-        "idle_gpu": placement.idle_gpu,
+        "idle_gpu": idle_gpu,
         "t5_trt": t5_trt.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -48,14 +48,23 @@ def find_facts() -> dict[str, Any]:
         "gpu": gpu,
         "tensorrt": _flavors(),
         "why_not_tensorrt": why_not_tensorrt(),
-        "chosen": {
-            "backend": placement.backend,
-            "precision": placement.precision,
-            "device": str(placement.device),
-            "reason": placement.reason,
-        },
+        "chosen": chosen,
         "engine_cache": str(default_engine_cache_dir()),
     }
+
+
+def _choice() -> tuple[dict[str, str | None], str | None]:
+    """Where a model would run and why, or why it would not; and what to tell a user whose GPU is not used."""
+    from t5_trt.config import RuntimeConfig, backend_from_environment
+    from t5_trt.errors import T5TRTError
+    from t5_trt.runtime.open import choose
+
+    try:
+        found = choose(RuntimeConfig(backend=backend_from_environment(None)))
+    except T5TRTError as error:  # T5_TRT_BACKEND asks for what is not here
+        return {"backend": None, "precision": None, "device": None, "reason": str(error)}, None
+    where = {"backend": found.backend, "precision": found.precision, "device": str(found.device)}
+    return {**where, "reason": found.reason}, found.idle_gpu
 
 
 def _flavors() -> dict[str, dict[str, str | None]]:
@@ -89,6 +98,8 @@ def _print_table(facts: dict[str, Any]) -> None:
     table.add_row("can TensorRT run here?", facts["why_not_tensorrt"] or "yes")
     chosen = facts["chosen"]
     words = f"{chosen['backend']} in {chosen['precision']} on {chosen['device']}: {chosen['reason']}"
+    if chosen["backend"] is None:
+        words = f"nothing: {chosen['reason']}"
     table.add_row("a model would run on", words)
     table.add_row("engine cache", facts["engine_cache"])
     console().print(table)

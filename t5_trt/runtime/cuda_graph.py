@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from t5_trt.errors import causes, raise_hidden_interrupt
+from t5_trt.errors import BackendError, causes, raise_hidden_interrupt
 
 WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
 #: torch's allocator cannot serve two recordings at once, nor give back its memory during one, nor can its generator draw
@@ -173,6 +173,14 @@ def _no_collection() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def out_of_memory(error: Exception) -> BackendError:
+    """What a session raises, after it has given back what it can, where GPU memory ran out."""
+    return BackendError(
+        f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer beams or "
+        "shorter texts, or precision='fp16', or free other models."
+    )
 
 
 def free_unused() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.engine.store import EngineStore
-from t5_trt.errors import BackendError, InputError, UnsupportedModelError
+from t5_trt.errors import InputError, UnsupportedModelError
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.graph.ranges import Folding
@@ -18,7 +18,7 @@ from t5_trt.kernels.decode_step import refusal
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.captured_encoder import CapturedEncoder
-from t5_trt.runtime.cuda_graph import StreamOrder, free_unused
+from t5_trt.runtime.cuda_graph import StreamOrder, free_unused, out_of_memory
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.session import Choice, Program
@@ -168,7 +168,4 @@ class CudaSession:
                 if self._steps is not None:
                     self._steps.forget()
                 free_unused()
-                raise BackendError(
-                    f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer "
-                    "beams or shorter texts, or precision='fp16', or free other models."
-                ) from error
+                raise out_of_memory(error) from error

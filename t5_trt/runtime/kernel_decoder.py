@@ -30,9 +30,17 @@ from t5_trt.kernels.decode_step import (
     constants,
 )
 from t5_trt.runtime.buffers import DecoderState, bucket_length
-from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, Unrecorded, record
+from t5_trt.runtime.cuda_graph import GraphMemory, record
 from t5_trt.runtime.session import Choice
-from t5_trt.runtime.trt_slot import STEPS_KEPT, Lease, RecordedStep, Slot, TrtProgram, apply_choice
+from t5_trt.runtime.trt_slot import (
+    Lease,
+    RecordedStep,
+    Slot,
+    TrtProgram,
+    apply_choice,
+    program_of,
+    recorded_step,
+)
 
 logger = logging.getLogger("t5_trt")
 
@@ -94,17 +102,7 @@ class KernelDecoder:
         """See `t5_trt.runtime.session.Session.program`."""
         state.reserve(1)
         slot = self._slot(state)
-        if key is not None and key not in self._not_captured:
-            found = slot.steps.get(key)
-            choice = make() if found is None else found.choice
-            try:
-                return TrtProgram(slot, state, self._captured(slot, state, key, choice), None)
-            except NotRecordableError as error:  # an operation that waits for the GPU, say
-                self._not_captured.add(key)
-                logger.warning(
-                    "the choice of tokens is not captured with the decoder step (%s); it runs after it.", str(error)
-                )
-        return TrtProgram(slot, state, self._captured(slot, state, None, None), make())
+        return program_of(slot, state, make, key, self._captured, self._not_captured)
 
     def forget(self) -> None:
         """Let go of idle buffers and of what was captured over them."""
@@ -122,26 +120,8 @@ class KernelDecoder:
 
     def _captured(self, slot: KernelSlot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
         """The step of a slot with a choice (None: without), captured when it is first wanted."""
-        if key in slot.steps:
-            slot.steps.move_to_end(key)
-            return slot.steps[key]
-        kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
-        slot.position.zero_()
         work = partial(self._run, slot, choice)
-        try:
-            graph: Any = record(work, self._device, self._memory)
-        except NotRecordableError as error:
-            if choice is not None:
-                raise
-            logger.warning("the decoder step is not captured (%s); it runs kernel by kernel.", str(error))
-            graph = Unrecorded(work)
-        finally:
-            slot.kv[..., : state.length, :].copy_(kept)
-            slot.position_host = -1
-        slot.steps[key] = RecordedStep(graph, choice)
-        while len(slot.steps) > STEPS_KEPT:
-            slot.steps.popitem(last=False)
-        return slot.steps[key]
+        return recorded_step(slot, state, key, choice, work, lambda work: record(work, self._device, self._memory))
 
     def _run(self, slot: KernelSlot, choice: Any) -> None:
         """What is captured: the step, the choice, the next position."""

@@ -26,13 +26,23 @@ from t5_trt.graph.parameters import LM_HEAD, Weights
 from t5_trt.graph.precision import TORCH_TYPES, empty_slot_value, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState
-from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, StreamOrder, Unrecorded, free_unused, record
+from t5_trt.runtime.cuda_graph import GraphMemory, StreamOrder, free_unused, out_of_memory, record
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import Deviation, worst_deviation
 from t5_trt.runtime.session import Choice, Session
 from t5_trt.runtime.trt_encoder import Encoders
 from t5_trt.runtime.trt_engines import TrtEngines
-from t5_trt.runtime.trt_slot import STEPS_KEPT, Lease, RecordedStep, Slot, TrtProgram, cache_rows, made_rows, run_step
+from t5_trt.runtime.trt_slot import (
+    Lease,
+    RecordedStep,
+    Slot,
+    TrtProgram,
+    cache_rows,
+    made_rows,
+    program_of,
+    recorded_step,
+    run_step,
+)
 from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
 logger = logging.getLogger("t5_trt")
@@ -203,18 +213,7 @@ class TrtSession:
         with self._at_work():
             state.reserve(1)
             slot = self._slot(state)
-            if key is not None and key not in self._unrecordable:
-                found = slot.steps.get(key)
-                choice = make() if found is None else found.choice
-                try:
-                    return TrtProgram(slot, state, self._recorded(slot, state, key, choice), None)
-                except NotRecordableError as error:  # an operation that waits for the GPU, say
-                    self._unrecordable.add(key)
-                    logger.warning(
-                        "the choice of tokens is not recorded with the decoder step (%s); it runs after it.",
-                        str(error),  # a log that keeps its arguments would keep the buffers, too
-                    )
-            return TrtProgram(slot, state, self._recorded(slot, state, None, None), make())
+            return program_of(slot, state, make, key, self._recorded, self._unrecordable)
 
     def _step(self, slot: Slot, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         slot.tokens[: state.rows].copy_(input_ids)
@@ -223,30 +222,12 @@ class TrtSession:
 
     def _recorded(self, slot: Slot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
         """The step of a slot with a choice (None: without), recorded when it is first wanted."""
-        if key in slot.steps:
-            slot.steps.move_to_end(key)
-            return slot.steps[key]
         if slot.context is None:
             context = self.engines.context(STEP, slot.shapes, own=True)
             slot.weights = self.engines.bind(context, slot.step_tensors())
             slot.context = context  # now that all of it is bound
-        kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
-        slot.position.zero_()
         work = partial(run_step, slot, choice, self._enqueue_step)
-        try:
-            graph: Any = record(work, self.device, self._memory)
-        except NotRecordableError as error:
-            if choice is not None:
-                raise
-            logger.warning("the decoder step is not recorded (%s); it runs kernel by kernel.", str(error))
-            graph = Unrecorded(work)
-        finally:
-            slot.kv[..., : state.length, :].copy_(kept)
-            slot.position_host = -1
-        slot.steps[key] = RecordedStep(graph, choice)
-        while len(slot.steps) > STEPS_KEPT:
-            slot.steps.popitem(last=False)
-        return slot.steps[key]
+        return recorded_step(slot, state, key, choice, work, lambda work: record(work, self.device, self._memory))
 
     def _queries(
         self, slot: Slot, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None
@@ -308,10 +289,7 @@ class TrtSession:
         self._forget()
         self.engines.drop_contexts()
         free_unused()
-        return BackendError(
-            f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer beams or "
-            "shorter texts, or precision='fp16', or free other models."
-        )
+        return out_of_memory(error)
 
     def _run(
         self, graph: str, shapes: Shapes, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]

@@ -7,6 +7,7 @@ input are then one CUDA graph.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,9 @@ from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import Shapes
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
-from t5_trt.runtime.cuda_graph import undisturbed
+from t5_trt.runtime.cuda_graph import NotRecordableError, Unrecorded, undisturbed
+
+logger = logging.getLogger("t5_trt")
 
 #: recorded steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
 STEPS_KEPT = 8
@@ -151,6 +154,75 @@ class TrtProgram:
             self._step.replay(self._slot, self._state)
         if self._apart:
             apply_choice(self._slot, self.choice, self._slot.position - 1)
+
+
+def recorded_step(
+    slot: Slot, state: DecoderState, key: Hashable, choice: Any, work: Callable[[], None], record: Callable[..., Any]
+) -> RecordedStep:
+    """The step of a slot with a choice (None: without), recorded when it is first wanted.
+
+    Args:
+        slot: that `state` lives in.
+        state: of the request.
+        key: of the choice; None for the step alone.
+        choice: with the buffers that the recording keeps.
+        work: what is recorded: the step and, if there is one, the choice.
+        record: makes a CUDA graph of work.
+
+    Raises:
+        NotRecordableError: the choice cannot be recorded.
+    """
+    if key in slot.steps:
+        slot.steps.move_to_end(key)
+        return slot.steps[key]
+    kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
+    slot.position.zero_()
+    try:
+        graph: Any = record(work)
+    except NotRecordableError as error:
+        if choice is not None:
+            raise
+        logger.warning("the decoder step is not recorded (%s); it runs kernel by kernel.", str(error))
+        graph = Unrecorded(work)
+    finally:
+        slot.kv[..., : state.length, :].copy_(kept)
+        slot.position_host = -1
+    slot.steps[key] = RecordedStep(graph, choice)
+    while len(slot.steps) > STEPS_KEPT:
+        slot.steps.popitem(last=False)
+    return slot.steps[key]
+
+
+def program_of(
+    slot: Slot,
+    state: DecoderState,
+    make: Callable[[], Any],
+    key: Hashable,
+    recorded: Callable[[Any, DecoderState, Hashable, Any], RecordedStep],
+    unrecordable: set[Hashable],
+) -> TrtProgram:
+    """A program over a slot: its choice is recorded with the step, or runs after it.
+
+    Args:
+        slot: that `state` lives in.
+        state: as of `t5_trt.runtime.session.Session.program`, like `make` and `key`.
+        make: a new choice.
+        key: equal for choices that do the same; None always makes a new one.
+        recorded: gives the step of a slot, see `recorded_step`.
+        unrecordable: keys of choices that could not be recorded; another one is added.
+    """
+    if key is not None and key not in unrecordable:
+        found = slot.steps.get(key)
+        choice = make() if found is None else found.choice
+        try:
+            return TrtProgram(slot, state, recorded(slot, state, key, choice), None)
+        except NotRecordableError as error:  # an operation that waits for the GPU, say
+            unrecordable.add(key)
+            logger.warning(
+                "the choice of tokens is not recorded with the decoder step (%s); it runs after it.",
+                str(error),  # a log that keeps its arguments would keep the buffers, too
+            )
+    return TrtProgram(slot, state, recorded(slot, state, None, None), make())
 
 
 def run_step(slot: Slot, choice: Any, enqueue: Callable[[Slot], None]) -> None:

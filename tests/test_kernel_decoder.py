@@ -1,0 +1,81 @@
+"""The logic around the kernels on a CPU: slots, growing caches, beams. Torch stands in for the kernels, and a recording runs its work."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.engine.store import EngineStore
+from t5_trt.graph.ranges import Folding
+from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
+from t5_trt.runtime.trt_slot import apply_choice
+from tests.tiny_models import batch, make_stock
+
+
+class Recording:
+    """In place of a CUDA graph, after a warm-up that draws nothing."""
+
+    def __init__(self, work: Any, *_: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            work()
+        self.replay = work
+
+
+class TorchSteps(kernel_decoder.KernelDecoder):
+    """A step by the decoder for several query positions."""
+
+    decoder: Any
+
+    def kernels(self, rows: int) -> Any:
+        """None are needed."""
+        return None
+
+    def _run(self, slot: Any, choice: Any) -> None:
+        length = int(slot.position)
+        past, beams = slot.kv[..., :length, :], slot.shapes.N
+        logits, made = self.decoder.run(slot.tokens.long(), past, slot.cross, slot.cross_bias, beams, None)
+        slot.kv[..., length : length + 1, :] = made
+        slot.logits.copy_(logits)
+        if choice is not None:
+            apply_choice(slot, choice, slot.position)
+        slot.position.add_(1)
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
+    monkeypatch.setattr(kernel_decoder, "record", Recording)
+    monkeypatch.setattr(captured_encoder, "record", Recording)
+    monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")
+    session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Folding(), EngineStore(tmp_path))
+    session._steps.decoder = session._queries
+    ours.session  # noqa: B018 - takes note of the weights
+    ours._session = session
+    return stock, ours
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}, {"decoder_input_ids": [[0, 5]]}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_equal_hugging_face(pair: tuple[Any, Any], rows: int, arguments: dict[str, Any]) -> None:
+    """Beyond 64 tokens, where the cache moves to a larger slot; the second call uses the slots of the first."""
+    if "decoder_input_ids" in arguments:
+        arguments = {"decoder_input_ids": torch.tensor(arguments["decoder_input_ids"] * rows)}
+    for _ in range(2):
+        made = []
+        for model in pair:
+            torch.manual_seed(1)
+            made.append(model.generate(**batch(rows), max_new_tokens=80, **arguments))
+        assert torch.equal(*made)
+    ours = pair[1]
+    assert ours.last_generation_path.loop == "device" and ours.session.backend == "cuda"

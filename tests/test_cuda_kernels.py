@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt import TRTT5ForConditionalGeneration, kernels
 from t5_trt.generation.beam import BeamChoice, BeamRules
 from t5_trt.generation.processors import Recordable
 from t5_trt.runtime import cuda_kernels
@@ -28,6 +28,18 @@ from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch
 
 SHIM = """
+#include <cmath>
+#include <cstring>
+
+#define LANES 1
+#define __launch_bounds__(threads)
+#define __syncwarp()
+#define __all_sync(mask, value) (value)
+#define __reduce_max_sync(mask, value) (value)
+#define __reduce_min_sync(mask, value) (value)
+#define __shfl_xor_sync(mask, value, step) (value)
+static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
+static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
 #define __global__
 #define __device__
 #define __shared__ static
@@ -71,19 +83,20 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     serial = itertools.count()
     compiled: dict[Any, Any] = {}
 
-    def function(name: str, device: int, options: tuple[str, ...]) -> Any:
+    def function(name: str, device: int, options: tuple[tuple[str, int], ...]) -> Any:
         if (name, options) in compiled:
             return compiled[name, options]
         source, library = tmp_path / f"{name}{next(serial)}.cpp", tmp_path / f"{name}{next(serial)}.so"
-        kernel = Path(cuda_kernels.__file__).parent / "kernels" / f"{name}.cu"
+        kernel = Path(kernels.__file__).parent / f"{name}.cu"
         source.write_text(SHIM % (kernel, call_of(name, kernel.read_text())))
         flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-Wno-unknown-pragmas"]
-        subprocess.run([compiler, *flags, *options, "-o", library, source], check=True)
+        defined = [f"-D{option}={1 if option == 'WARPS' else value}" for option, value in options]
+        subprocess.run([compiler, *flags, *defined, "-o", library, source], check=True)
         compiled[name, options] = ctypes.CDLL(str(library)).run
         return compiled[name, options]
 
-    def launch(function: Any, grid: Any, device: Any, buffers: Any, sizes: Any) -> None:
-        pointers = [ctypes.c_void_p(buffer.data_ptr()) for buffer in buffers]
+    def launch(function: Any, grid: Any, threads: int, device: Any, buffers: Any, sizes: Any) -> None:
+        pointers = [ctypes.c_void_p(None if buffer is None else buffer.data_ptr()) for buffer in buffers]
         numbers = [ctypes.c_int(size) for size in sizes]
         values = (ctypes.c_void_p * (len(pointers) + len(numbers)))(
             *pointers, *(ctypes.cast(ctypes.pointer(number), ctypes.c_void_p) for number in numbers)
@@ -92,6 +105,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(cuda_kernels, "_function", function)
     monkeypatch.setattr(cuda_kernels, "_launch", launch)
+    monkeypatch.setattr(cuda_kernels, "_runs_kernels", lambda tensor: True)
 
 
 @pytest.mark.parametrize(("entries", "unused", "beams"), [(1, 0, 4), (3, 1, 2), (2, 0, 5), (1, 0, 16)])
@@ -124,7 +138,7 @@ def steps(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether a kernel did a step, for every step; one thread for each block, as threads that wait cannot run in turn."""
     monkeypatch.setattr(cuda_kernels, "THREADS", 1)
     done: list[bool] = []
-    for step in ("token_step", "beam_step"):
+    for step in ("token_step", "beam_candidates", "beam_step"):
         real = getattr(cuda_kernels, step)
         monkeypatch.setattr(cuda_kernels, step, lambda *a, real=real, **k: done.append(real(*a, **k)) or done[-1])
     return done
@@ -181,7 +195,7 @@ def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, e
 
 def test_without_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     """torch does the work, and nothing is missing."""
-    assert cuda_kernels._function("reorder_rows", None, ("-DBEAMS=2",)) is None
+    assert cuda_kernels._function("reorder_rows", None, (("BEAMS", 2),)) is None
     assert not caplog.records
 
 
@@ -212,12 +226,13 @@ def test_missing_library_is_said(nothing_compiled: None, monkeypatch: pytest.Mon
     def create(*_: Any) -> Any:
         raise RuntimeError("Failure finding libnvrtc.so: no such file.")
 
-    bindings = ModuleType("cuda.bindings")
-    bindings.driver, bindings.nvrtc = ModuleType("driver"), SimpleNamespace(nvrtcCreateProgram=create)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", ModuleType("cuda.bindings"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", ModuleType("driver"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", SimpleNamespace(nvrtcVersion=create))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
-    assert cuda_kernels._function("reorder_rows", 0, ("-DBEAMS=2",)) is None
+    assert cuda_kernels._function("reorder_rows", 0, (("BEAMS", 2),)) is None
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "finding libnvrtc.so: no such file. They" in record.getMessage()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.ranges import Folding
+from t5_trt.kernels.decode_step import PRODUCTS, Geometry
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
 from t5_trt.runtime.trt_slot import apply_choice
 from tests.tiny_models import batch, make_stock
@@ -33,17 +35,30 @@ class TorchSteps(kernel_decoder.KernelDecoder):
 
     def kernels(self, rows: int) -> Any:
         """None are needed."""
-        return None
+        return SimpleNamespace(geometry={name: Geometry(1, 0) for name in PRODUCTS})
 
     def _run(self, slot: Any, choice: Any) -> None:
         length = int(slot.position)
+        assert (slot.positions == length).all()
         past, beams = slot.kv[..., :length, :], slot.shapes.N
+        if slot.ancestors is not None:
+            rows = torch.arange(len(slot.tokens))[:, None] // beams * beams + slot.ancestors[:, :length]
+            past = past.transpose(3, 4)[:, :, rows, torch.arange(length)].transpose(3, 4)
         logits, made = self.decoder.run(slot.tokens.long(), past, slot.cross, slot.cross_bias, beams, None)
         slot.kv[..., length : length + 1, :] = made
         slot.logits.copy_(logits)
-        if choice is not None:
+        if choice is None:
+            slot.move_on(slot.position)
+        elif choice.takes_best:
+            slot.logits.fill_(torch.nan)  # they are not there
+            apply_choice(slot, choice, slot.position, best_of(logits[:, 0]))
+        else:
             apply_choice(slot, choice, slot.position)
-        slot.position.add_(1)
+
+
+def best_of(logits: torch.Tensor) -> torch.Tensor:
+    """As the kernel of the output matrix leaves it: the order of the largest logit, and behind it the token, inverted."""
+    return (torch.ones(len(logits), dtype=torch.int64) << 32) | (~logits.argmax(-1) & 0xFFFFFFFF)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from t5_trt.generation.processors import Recordable
 from t5_trt.generation.sampling import draw, filled_up
 from t5_trt.runtime import cuda_kernels
+from t5_trt.runtime.session import NextStep
 
 _NEVER = -1.0e9  # the score of what must not be chosen
 
@@ -68,6 +69,7 @@ class BeamChoice:
     """
 
     recordable = True
+    takes_best = False
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class BeamChoice:
         # of the kernel that does a step at once on a GPU: results, and counters that are 0 between steps
         self._chosen, self._parents = torch.empty_like(self._own), torch.empty_like(self._own)
         self._counters = torch.zeros(4, dtype=torch.int32, device=device)
+        self._lists: tuple[torch.Tensor, ...] | None = None
 
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
         """Start with a prompt.
@@ -146,23 +149,49 @@ class BeamChoice:
         finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
         return (self.tokens, self._running_indices, self._running_scores, *finished)
 
-    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def advance(
+        self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Choose the tokens at ``position + 1``.
 
         Args:
             logits: float32 [B * N, V].
             position: int64 [1], of the tokens that the logits follow.
+            following: see `t5_trt.runtime.session.Choice.advance`.
 
         Returns:
-            The tokens, int64 [B * N], and the rows that they continue, int64 [B * N].
+            The tokens, int64 [B * N], and the rows that they continue, int64 [B * N]. None if `following` is all written.
         """
-        log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
-        log_probs = self.process(self.tokens.flatten(0, 1), position, log_probs)
-        vocabulary = log_probs.shape[-1]
-        scores, places = self._candidates(log_probs)
-        if self._step_of_kernel(scores, places, position, vocabulary):
-            return self._chosen, self._parents
-        return self._step(scores, places // vocabulary, places % vocabulary, position)
+        vocabulary, processed = logits.shape[-1], len(self.process) > 0
+        scores = logits
+        if processed or self.draws or not self._lists_for(logits):
+            log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+            scores = self.process(self.tokens.flatten(0, 1), position, log_probs)
+        choice = self._candidates_of_kernel(scores.contiguous(), normalized=scores is not logits)
+        if choice is None:
+            choice = self._candidates(scores.log_softmax(-1) if scores is logits else scores)
+        if self._step_of_kernel(choice, position, vocabulary, following):
+            return None if following is not None else (self._chosen, self._parents)
+        best, places = choice[:2]
+        assert best is not None and places is not None
+        return self._step(best, places // vocabulary, places % vocabulary, position)
+
+    def _lists_for(self, logits: torch.Tensor) -> bool:
+        """Make the memory of `cuda_kernels.beam_candidates`, once; False where torch finds the candidates."""
+        if self._lists is None and not self.draws:
+            self._lists = cuda_kernels.beam_lists(logits, self._rules.candidates, self._rules.num_beams)
+        return self._lists is not None
+
+    def _candidates_of_kernel(
+        self, scores: torch.Tensor, *, normalized: bool
+    ) -> tuple[torch.Tensor | None, ...] | None:
+        """What `cuda_kernels.beam_step` finds the candidates in; None if there is no kernel."""
+        if not self._lists_for(scores):
+            return None
+        assert self._lists is not None
+        if not cuda_kernels.beam_candidates(scores, self._lists, normalized=normalized):
+            return None
+        return None, None, *self._lists[:2], None if normalized else self._lists[2]
 
     def _step(
         self, scores: torch.Tensor, beams: torch.Tensor, ids: torch.Tensor, position: torch.Tensor
@@ -193,19 +222,24 @@ class BeamChoice:
         return (place + 1 >= self._limits[1]) | self.expired | (ids[..., None] == self._eos).any(-1)
 
     def _step_of_kernel(
-        self, scores: torch.Tensor, places: torch.Tensor, position: torch.Tensor, vocabulary: int
+        self,
+        choice: tuple[torch.Tensor | None, ...],
+        position: torch.Tensor,
+        vocabulary: int,
+        following: NextStep | None,
     ) -> bool:
         """All that follows in `advance` as one kernel; False if there is none."""
         rules = self._rules
         running = (self.tokens, self._running_indices, self._running_scores)
         finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
         inputs = (self.expired, self._limits, self._penalties, self._eos, position)
-        buffers = (scores, places, *running, *finished, self.report, *inputs)
         return cuda_kernels.beam_step(
-            (*buffers, self._chosen, self._parents, self._counters),
+            (*choice, *(None,) * (5 - len(choice))),
+            (*running, *finished, self.report, *inputs, self._chosen, self._parents, self._counters),
             vocabulary,
             stops_early=rules.early_stopping is True,
             hopeful=rules.hopeful,
+            following=following,
         )
 
     def results(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

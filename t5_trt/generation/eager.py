@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from t5_trt.generation.beam import BeamChoice, BeamRules
 from t5_trt.generation.processors import Recordable
 from t5_trt.generation.sampling import draw
+from t5_trt.runtime.session import NextStep
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class EagerTokenChoice:
     """
 
     recordable = False
+    takes_best = False
 
     def __init__(self, rows: int, calls: EagerCalls, pad: int | None, *, do_sample: bool, device: torch.device) -> None:
         self.rows, self.draws = rows, do_sample
@@ -81,7 +83,9 @@ class EagerTokenChoice:
         """The tokens of every row."""
         return (self.input_ids,)
 
-    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def advance(
+        self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
+    ) -> tuple[torch.Tensor, None]:
         """See `t5_trt.generation.sampling.TokenChoice.advance`."""
         logits = logits.clone()
         scores = self._calls.process(self.input_ids, logits)  # type: ignore[arg-type]
@@ -119,7 +123,9 @@ class EagerBeamChoice(BeamChoice):
         super().take_over(other, rows)
         self._prompt, self._length = other._prompt, other._length
 
-    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def advance(
+        self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `BeamChoice.advance`."""
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
         if self._prompt is not None:  # what is written into it changes no beam: they are copies

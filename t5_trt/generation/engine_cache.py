@@ -62,6 +62,7 @@ class EngineCache(EncoderDecoderCache):
         own, cross = DynamicCache(), DynamicCache()
         if self.state is not None:
             state = self.state
+            state.materialize()
             for layer in range(self.layers_count):
                 key, value = state.kv[layer, :, : state.rows, :, : state.length].to(self.dtype, copy=True)
                 own.update(key, value, layer)
@@ -182,6 +183,7 @@ def write_stock(cache: Cache, source: EngineCache, tokens: int) -> None:
     """Append the last tokens of an engine's cache to a Hugging Face one, and the cross-attention K/V where it has none yet."""
     state, dtype = source.state, source.dtype
     assert state is not None
+    state.materialize()
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for layer in range(len(state.kv)):
         key, value = state.kv[layer, :, : state.rows, :, state.length - tokens : state.length].to(dtype, copy=True)

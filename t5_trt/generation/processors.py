@@ -53,6 +53,10 @@ class Recordable:
         self._forms = forms
         self._loaded: Sequence[Any] | None = None
 
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self._forms)
+
     def __call__(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [rows, V] of the token after the one at `position` (int64 [1])."""
         if self._forms:

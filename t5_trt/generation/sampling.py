@@ -13,6 +13,7 @@ import torch
 from t5_trt.generation.processors import Recordable
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import undisturbed
+from t5_trt.runtime.session import NextStep
 
 _STEP = 4  # offsets of a GPU's generator are multiples of it
 
@@ -69,6 +70,8 @@ class TokenChoice:
         self._eos = torch.tensor(ending.eos, dtype=torch.int64, device=device)
         self._pad = ending.pad
         self.draws = do_sample
+        self.takes_best = not do_sample and not process
+        self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def begin(self, prompt: torch.Tensor) -> None:
         """Start with a prompt, int64 [at most R, tokens]."""
@@ -92,21 +95,30 @@ class TokenChoice:
             self.tokens[:, length:] = self._pad
         return (self.tokens,)
 
-    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def advance(
+        self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
+    ) -> tuple[torch.Tensor, None] | None:
         """Choose the tokens at ``position + 1``.
 
         Args:
             logits: float32 [R, V].
             position: int64 [1], of the tokens that the logits follow.
+            following: see `t5_trt.runtime.session.Choice.advance`.
 
         Returns:
-            The tokens, int64 [R]; no rows change places.
+            The tokens, int64 [R]; no rows change places. None if `following` is all written.
         """
-        scores = self.process(self.tokens, position, logits)
-        chosen = draw(scores, 1, recordable=self.recordable).flatten() if self.draws else scores.argmax(-1)
-        buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos, position)
-        if cuda_kernels.token_step(buffers, self._pad):
-            return chosen, None
+        if following is not None and following.best is not None:
+            chosen = self._chosen
+        else:
+            scores = self.process(self.tokens, position, logits)
+            chosen = draw(scores, 1, recordable=self.recordable).flatten() if self.draws else scores.argmax(-1)
+        buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos)
+        if cuda_kernels.token_step(buffers, position, self._pad, following):
+            return None if following is not None else (chosen, None)
+        if following is not None and following.best is not None:
+            chosen = ~following.best[: self.rows] & 0xFFFFFFFF
+            following.best.zero_()
         if self._pad is not None:
             chosen = chosen.masked_fill(self.finished, self._pad)
         self.tokens.index_copy_(1, position + 1, chosen[:, None])

@@ -110,6 +110,7 @@ __device__ __forceinline__ float merged_value(const WarpPart* parts, const Merge
 
 struct Chunk { uint4 key[AHEAD], value[AHEAD]; float bias[AHEAD]; };
 
+// `ancestors` [rows][stride] (or null) says for each token of a row in which row of its `beams` neighbours the key and the value lie.
 // SELF: keys up to and with the row's position, of which the last is written by the kernel before; the relative bias goes by the
 // distance, bias [H][distances], the last entry serving all larger ones. Otherwise the keys of a source, which `beams` rows share, with
 // bias [sources][width] (the additive mask) and lengths [sources].
@@ -117,8 +118,8 @@ struct Chunk { uint4 key[AHEAD], value[AHEAD]; float bias[AHEAD]; };
 //   parts float32 [rows][H][chunks][PART]; arrived int32 [rows][H], zeros before and after
 template <bool SELF>
 __device__ __forceinline__ void attend(const float* query, const stored* keys, const stored* values, const float* bias,
-                                       const int* lengths, stored* attended, float* parts, int* arrived, int capacity, int width,
-                                       int beams)
+                                       const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
+                                       int capacity, int width, int beams, int stride)
 {
     __shared__ WarpPart warp_parts[ATTENTION_WARPS];
     __shared__ int is_last;
@@ -129,8 +130,12 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     const int old = SELF ? count - 1 : count;                        // that are there before the wait
     const int end = min(count, start + CHUNK);
     const bool mine = part < VECTORS;
-    const long long at = ((long long)source * H + head) * capacity * D + part * VECTOR;
+    const bool moved = SELF && ancestors;
+    const unsigned char* beam_of = ancestors + (long long)row * stride;
+    const long long row_size = (long long)H * capacity * D;
+    const long long at = (moved ? row / beams * beams : source) * row_size + (long long)head * capacity * D + part * VECTOR;
     const stored *k = keys + at, *v = values + at;
+    const auto offset = [&](int key) { return key * (long long)D + (moved ? beam_of[key] * row_size : 0); };
     const auto place = [&](int pass) { return start + pass * KEYS_A_PASS + warp * (32 / KEY_LANES) + group; };
     const auto bias_of = [&](int key) {
         return SELF ? bias[(long long)head * width + min(count - 1 - key, width - 1)] : bias[(long long)source * width + key];
@@ -143,8 +148,9 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
         const int key = place(i);
         ahead.bias[i] = key < end && part == 0 ? bias_of(key) : 0.f;
         if (key < min(old, end) && mine) {
-            ahead.key[i] = __ldcg((const uint4*)(k + (long long)key * D));
-            ahead.value[i] = __ldcg((const uint4*)(v + (long long)key * D));
+            const long long there = offset(key);
+            ahead.key[i] = __ldcg((const uint4*)(k + there));
+            ahead.value[i] = __ldcg((const uint4*)(v + there));
         }
     }
     let_next_start();
@@ -159,11 +165,12 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
             if (place(i) == old && old < end && mine) {
-                ahead.key[i] = __ldcg((const uint4*)(k + (long long)old * D));
-                ahead.value[i] = __ldcg((const uint4*)(v + (long long)old * D));
+                const long long there = offset(old);
+                ahead.key[i] = __ldcg((const uint4*)(k + there));
+                ahead.value[i] = __ldcg((const uint4*)(v + there));
             }
     const auto loaded = [&](const uint4* held, int pass, int key, const stored* from) {
-        return pass < AHEAD ? held[pass < AHEAD ? pass : 0] : __ldcg((const uint4*)(from + (long long)key * D));
+        return pass < AHEAD ? held[pass < AHEAD ? pass : 0] : __ldcg((const uint4*)(from + offset(key)));
     };
     attend_warp(q, warp, start, end, [&](int pass, int key) { return loaded(ahead.key, pass, key, k); },
                 [&](int pass, int key) { return loaded(ahead.value, pass, key, v); },
@@ -179,12 +186,12 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
         return;
     }
     float* all = parts + ((long long)row * H + head) * gridDim.z * PART;
-    float* own = all + blockIdx.z * PART;
+    float* mine_of_all = all + blockIdx.z * PART;
     for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        own[2 + i] = merged_value(warp_parts, all_warps, i);
+        mine_of_all[2 + i] = merged_value(warp_parts, all_warps, i);
     }
     if (threadIdx.x == 0)
-        own[0] = all_warps.largest, own[1] = all_warps.sum;
+        mine_of_all[0] = all_warps.largest, mine_of_all[1] = all_warps.sum;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -211,15 +218,15 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
-attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position, stored* attended,
-            float* parts, int* arrived, int capacity, int distances)
+attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position,
+            const unsigned char* ancestors, stored* attended, float* parts, int* arrived, int capacity, int distances, int beams, int stride)
 {
-    attend<true>(query, keys, values, bias, position, attended, parts, arrived, capacity, distances, 1);
+    attend<true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 attend_cross(const float* query, const stored* keys, const stored* values, const float* mask, const int* lengths, stored* attended,
              float* parts, int* arrived, int capacity, int width, int beams)
 {
-    attend<false>(query, keys, values, mask, lengths, attended, parts, arrived, capacity, width, beams);
+    attend<false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0);
 }

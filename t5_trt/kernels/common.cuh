@@ -4,10 +4,12 @@
 //   STORAGE        0 float16, 1 bfloat16, 2 float32: the type of weights, K/V caches and what a kernel hands to the next
 //   E, H, D, FF    d_model, heads, d_kv, inner size of the feed-forward layer
 //   V              rows of the output matrix
-//   ROW_TILES      tiles of 8 rows that one CTA serves with one load of the weights (1, 2 or 4)
+//   ROW_TILES      tiles of 8 rows that one CTA of a layer serves with one load of the weights (1, 2 or 4)
+//   HEAD_ROW_TILES and one of the output matrix (not in float32)
 //   GATED, ACTIVATION (0 relu, 1 gelu, 2 gelu_new, 3 silu)
 // Sizes of products are padded to multiples of 16 by zeros in the weights and in the activations.
 #pragma once
+#include "launch.cuh"
 #define FLOAT16 0
 #define BFLOAT16 1
 #define FLOAT32 2
@@ -25,20 +27,7 @@ typedef float stored;
 typedef unsigned short stored;
 #endif
 
-// Programmatic dependent launch (sm_90 and newer): `wait_for_inputs` returns once the kernel before has ended and its writes are
-// visible. What is read before it must be older than this launch of the CUDA graph: weights, and keys and values of earlier steps.
-__device__ __forceinline__ void let_next_start()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_inputs()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+extern __shared__ __align__(16) char shared[];  // of the size that the host gives
 
 __device__ __forceinline__ uint4 load_streaming(const void* from)
 {

@@ -2,3 +2,12 @@
 #include "attention.cuh"
 #include "ends.cuh"
 #include "layers.cuh"
+
+// Of project_qkv, add_attention, project_query, feed_forward_in, feed_forward_out and output_head: tiles of outputs of a CTA (gate and up
+// count as one), bytes of dynamic shared memory.
+extern "C" {
+__device__ int geometry[] = {
+    QKV_WIDE, QkvProduct::SHARED, 1, AddProduct::SHARED, 1, QueryProduct::SHARED,
+    IN_WIDE, InProduct::SHARED, 1, OutProduct::SHARED, HEAD_WIDE, HEAD_SHARED,
+};
+}

@@ -17,18 +17,19 @@ import torch
 
 from t5_trt.architecture import ACTIVATIONS, Architecture
 from t5_trt.kernels.compile import bindings, checked
+from t5_trt.kernels.launching import launch
 
 STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: keys of one head that a CTA of an attention kernel takes (``CHUNK`` in ``attention.cuh``)
 CHUNK = 256
-#: output tiles of a CTA of ``output_head`` (``ends.cuh``)
-HEAD_WARPS = 8
 #: shared memory that a CTA of ``output_head`` may take for its rows; every GPU from compute capability 8.0 on has 99 KB
 SHARED_BYTES = 64 * 1024
 KERNELS = (
     "embed", "project_qkv", "attend_self", "add_attention", "project_query", "attend_cross", "feed_forward_in",
     "feed_forward_out", "output_head",
 )  # fmt: skip
+#: kernels in the order of ``geometry`` in ``decode_step.cu``
+PRODUCTS = ("project_qkv", "add_attention", "project_query", "feed_forward_in", "feed_forward_out", "output_head")
 
 
 def tiles(size: int) -> int:
@@ -46,10 +47,10 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
 
 def constants(arch: Architecture, dtype: torch.dtype, rows: int) -> dict[str, int]:
     """What the kernels for a model and a number of rows are compiled with."""
-    most = 2 if dtype == torch.float32 else 4  # accumulators of more rows do not fit into registers
-    while most > 1 and most * tiles(arch.d_model) * 256 > SHARED_BYTES:
-        most //= 2
-    row_tiles = next(count for count in (1, 2, 4) if count >= min(most, -(-rows // 8)))
+    row_tiles = 1 if rows <= 8 else 2  # accumulators of more rows do not pay, or do not fit into registers
+    head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
+    while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > SHARED_BYTES:
+        head_row_tiles //= 2
     return {
         "STORAGE": STORAGE[dtype],
         "E": arch.d_model,
@@ -58,12 +59,26 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int) -> dict[str, in
         "FF": arch.d_ff,
         "V": arch.vocab_size,
         "ROW_TILES": row_tiles,
+        "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
         "GATED": int(arch.gated),
         "ACTIVATION": ACTIVATION_NUMBERS[arch.activation],
     }
 
 
 ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for name in ACTIVATIONS}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a product kernel shares its work, see ``layers.cuh``.
+
+    Attributes:
+        wide: tiles of outputs of a CTA.
+        shared: bytes of dynamic shared memory.
+    """
+
+    wide: int
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,9 @@ class StepBuffers:
     """What the kernels of a step hand on, for R rows. Padding rows are zeros and stay so."""
 
     stream: torch.Tensor  # float32 [rows, E_PAD]
+    copy: torch.Tensor  # of the stream, as products read it: [rows, E_PAD] of the weights' type
     squares: torch.Tensor  # float32 [rows, PARTIALS]
+    scales: torch.Tensor  # float32 [2, rows], powers of two; kernels that norm change from one half to the other
     query: torch.Tensor  # float32 [rows, HD_PAD]
     attended: torch.Tensor
     inner: torch.Tensor
@@ -122,8 +139,12 @@ class StepBuffers:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        width = tiles(arch.d_model) * 16
+        stream = zeros(padded, width)
         return cls(
-            stream=zeros(padded, tiles(arch.d_model) * 16),
+            stream=stream,
+            copy=stream if dtype == torch.float32 else zeros(padded, width, dtype=dtype),
+            scales=torch.ones((2, padded), device=device),
             squares=zeros(padded, tiles(tiles(arch.d_model)) * 16),
             query=zeros(padded, tiles(inner) * 16),
             attended=zeros(padded, tiles(inner) * 16, dtype=dtype),
@@ -142,7 +163,8 @@ class StepInputs:
         tokens: int32 [R]. position: int32 [R], of those tokens.
         kv: [L, 2, R, H, T, D]. cross: [L, 2, B, H, S, D]. mask: float32 [B, S], additive. lengths: int32 [B], keys of each source.
         beams: rows that share a source.
-        logits: float32 [R, V], or None where only the best token is wanted.
+        logits: float32 [R, V].
+        ancestors: uint8 [R, T + 1], the beam in whose cache a token's key and value lie, for each token of a row; None: the row's own.
     """
 
     tokens: torch.Tensor
@@ -152,7 +174,8 @@ class StepInputs:
     mask: torch.Tensor
     lengths: torch.Tensor
     beams: int
-    logits: torch.Tensor | None
+    logits: torch.Tensor
+    ancestors: torch.Tensor | None = None
 
 
 class DecodeKernels:
@@ -176,42 +199,24 @@ class DecodeKernels:
         }
         self.constants = dict(constants)
         self.early = early
-        #: output tiles that a CTA of the wide products makes (``WIDE`` in ``layers.cuh``)
-        self.wide = 2 if constants["ROW_TILES"] >= 4 and constants["STORAGE"] != STORAGE[torch.float32] else 1
-        self._shared = {}
-        if constants["STORAGE"] != STORAGE[torch.float32]:
-            size = constants["ROW_TILES"] * tiles(constants["E"]) * 256
-            self._shared["output_head"] = size
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            checked(driver.cuFuncSetAttribute(self._functions["output_head"], attribute, size))
+        self.geometry = self._read_geometry()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for name, own in self.geometry.items():
+            checked(driver.cuFuncSetAttribute(self._functions[name], attribute, own.shared))
+
+    def _read_geometry(self) -> dict[str, Geometry]:
+        driver = bindings("driver")
+        address, size = checked(driver.cuModuleGetGlobal(self._module, b"geometry"), 2)
+        numbers = (ctypes.c_int * (size // 4))()
+        checked(driver.cuMemcpyDtoH(ctypes.addressof(numbers), address, size))
+        return {name: Geometry(*numbers[2 * i : 2 * i + 2]) for i, name in enumerate(PRODUCTS)}
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
-        """Start a kernel: tensors are passed by address (None as 0), ints as int32, floats as float32."""
-        driver = bindings("driver")
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads[name], 1, 1
-        config.hStream = stream
-        config.sharedMemBytes = self._shared.get(name, 0)
+        """Start a kernel, see `t5_trt.kernels.launching.launch`."""
+        shared = self.geometry[name].shared if name in self.geometry else 0
         # the first kernel starts when all before it is done: those behind it read positions and lengths before their wait
-        if self.early and name != "embed":
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
-        values: list[Any] = []
-        types: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, float):
-                values.append(argument)
-                types.append(ctypes.c_float)
-            elif isinstance(argument, int):
-                values.append(argument)
-                types.append(ctypes.c_int)
-            else:
-                values.append(0 if argument is None else argument.data_ptr())
-                types.append(ctypes.c_void_p)
-        checked(driver.cuLaunchKernelEx(config, self._functions[name], (tuple(values), tuple(types)), 0))
+        early = self.early and name != "embed"
+        launch(self._functions[name], grid, self.threads[name], stream, arguments, shared=shared, early=early)
 
 
 @dataclass
@@ -229,46 +234,67 @@ class DecodeStep:
     inputs: StepInputs
     epsilon: float
     embedding_scale: float = 1.0
-    wants_best: bool = False
     _chunks: tuple[int, int] = field(init=False)
+    _ctas: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._chunks = tuple(-(-memory.shape[4] // CHUNK) for memory in (self.inputs.kv, self.inputs.cross))  # type: ignore[assignment]
 
-    def enqueue(self, stream: int) -> None:
-        """Start all kernels of a step on a CUDA stream."""
-        given, buffers, weights = self.inputs, self.buffers, self.weights
-        rows = len(given.tokens)
-        groups = -(-rows // (self.kernels.constants["ROW_TILES"] * 8))
-        launch = self.kernels.launch
-        launch("embed", (rows,), stream, weights.embedding, given.tokens, buffers.stream, buffers.squares,
+        arch = self.arch
+        model, inner, hidden, vocabulary = map(
+            tiles, (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff, arch.vocab_size)
+        )
+        out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, vocabulary), strict=True)
+        self._ctas = {name: -(-count // self.kernels.geometry[name].wide) for name, count in out_tiles}
+
+    def enqueue(self, stream: int, *, wants_best: bool = False) -> None:
+        """Start all kernels of a step on a CUDA stream.
+
+        Args:
+            stream: a CUstream.
+            wants_best: leave the best token of each row in ``buffers.best``, which must hold zeros, and no logits.
+        """
+        given, b, weights, start = self.inputs, self.buffers, self.weights, self.kernels.launch
+        rows, constants = len(given.tokens), self.kernels.constants
+        groups, head_groups = (-(-rows // (constants[name] * 8)) for name in ("ROW_TILES", "HEAD_ROW_TILES"))
+        scales, next_scales = b.scales
+        start("embed", (rows,), stream, weights.embedding, given.tokens, b.stream, b.copy, b.squares, scales,
                self.embedding_scale)  # fmt: skip
         for layer, own in enumerate(weights.layers):
-            self._layer(layer, own, rows, groups, stream)
-        per_cta = 2 if self.kernels.constants["STORAGE"] == STORAGE[torch.float32] else HEAD_WARPS
-        out_tiles = -(-tiles(self.arch.vocab_size) // per_cta)
-        best = buffers.best if self.wants_best else None
-        launch("output_head", (out_tiles, groups), stream, weights.head, buffers.stream, buffers.squares, given.logits, best, rows,
-               self.epsilon, weights.head_scale)  # fmt: skip
+            self._layer(layer, own, rows, groups, stream, scales, next_scales)
+            scales, next_scales = next_scales, scales  # three kernels of a layer norm
+        logits, best = (None, b.best) if wants_best else (given.logits, None)
+        start("output_head", (self._ctas["output_head"], head_groups), stream, weights.head, b.copy, b.squares, scales, logits, best,
+              rows, self.epsilon, weights.head_scale)  # fmt: skip
 
-    def _layer(self, layer: int, own: LayerWeights, rows: int, groups: int, stream: int) -> None:
-        given, b, arch, launch, epsilon = self.inputs, self.buffers, self.arch, self.kernels.launch, self.epsilon
+    def _layer(
+        self,
+        layer: int,
+        own: LayerWeights,
+        rows: int,
+        groups: int,
+        stream: int,
+        scales: torch.Tensor,
+        other: torch.Tensor,
+    ) -> None:
+        given, b, ctas, start, epsilon = self.inputs, self.buffers, self._ctas, self.kernels.launch, self.epsilon
         keys, values = given.kv[layer]
         cross_keys, cross_values = given.cross[layer]
-        heads, out, inner = arch.num_heads, tiles(arch.d_model), tiles(arch.num_heads * arch.d_kv)
-        wide = self.kernels.wide
-        wi_tiles = -(-tiles(arch.d_ff) // (1 if arch.gated else wide))
-        room, width = keys.shape[2], cross_keys.shape[2]
-        launch("project_qkv", (-(-3 * inner // wide), groups), stream, own.qkv, b.stream, b.squares, b.query, keys, values,
+        heads, room, width = self.arch.num_heads, keys.shape[2], cross_keys.shape[2]
+        stride = 0 if given.ancestors is None else given.ancestors.shape[1]
+        start("project_qkv", (ctas["project_qkv"], groups), stream, own.qkv, b.copy, b.squares, scales, other, b.query, keys, values,
                given.position, rows, room, epsilon)  # fmt: skip
-        launch("attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position, b.attended, b.parts,
-               b.arrived, room, own.bias.shape[1])  # fmt: skip
-        launch("add_attention", (out, groups), stream, own.self_out, b.attended, b.stream, b.squares, rows,
+        start("attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position, given.ancestors, b.attended,
+               b.parts, b.arrived, room, own.bias.shape[1], given.beams, stride)  # fmt: skip
+        start("add_attention", (ctas["add_attention"], groups), stream, own.self_out, b.attended, b.stream, b.copy, b.squares, other, rows,
                own.self_scale)  # fmt: skip
-        launch("project_query", (inner, groups), stream, own.query, b.stream, b.squares, b.query, rows, epsilon)
-        launch("attend_cross", (heads, rows, self._chunks[1]), stream, b.query, cross_keys, cross_values, given.mask, given.lengths,
+        start("project_query", (ctas["project_query"], groups), stream, own.query, b.copy, b.squares, other, scales, b.query, rows,
+               epsilon)  # fmt: skip
+        start("attend_cross", (heads, rows, self._chunks[1]), stream, b.query, cross_keys, cross_values, given.mask, given.lengths,
                b.attended, b.parts, b.arrived, width, given.mask.shape[1], given.beams)  # fmt: skip
-        launch("add_attention", (out, groups), stream, own.cross_out, b.attended, b.stream, b.squares, rows,
+        start("add_attention", (ctas["add_attention"], groups), stream, own.cross_out, b.attended, b.stream, b.copy, b.squares, scales, rows,
                own.cross_scale)  # fmt: skip
-        launch("feed_forward_in", (wi_tiles, groups), stream, own.wi, b.stream, b.squares, b.inner, rows, epsilon)
-        launch("feed_forward_out", (out, groups), stream, own.wo, b.inner, b.stream, b.squares, rows, own.wo_scale)
+        start("feed_forward_in", (ctas["feed_forward_in"], groups), stream, own.wi, b.copy, b.squares, scales, other, b.inner, rows,
+               epsilon)  # fmt: skip
+        start("feed_forward_out", (ctas["feed_forward_out"], groups), stream, own.wo, b.inner, b.stream, b.copy, b.squares, other, rows,
+               own.wo_scale)  # fmt: skip

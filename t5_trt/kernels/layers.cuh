@@ -1,33 +1,37 @@
-// The products of a decoder layer, each with what follows it. Grid of all: (output tiles of a CTA, groups of ROWS rows).
+// The products of a decoder layer, each with what follows it. Grid of all: (output tiles / WIDE of it, groups of ROWS rows); the host takes
+// WIDE, the tiles of outputs of a CTA, and shared memory from `geometry` (decode_step.cu).
 #pragma once
 #include "product.cuh"
 
-#ifndef SMALL_WARPS
-#define SMALL_WARPS 8
+__host__ __device__ constexpr int warps_for(int k_tiles) { return k_tiles <= 64 ? 8 : 16; }
+// Fewer CTAs than SMs, and the stream read as seldom as registers allow (measured on an H200, docs/performance.md).
+#ifndef QKV_WIDE
+#define QKV_WIDE (STORAGE == FLOAT32 ? 1 : ROW_TILES > 1 ? 4 : 2)
 #endif
-#ifndef LARGE_WARPS
-#define LARGE_WARPS 16
+#ifndef IN_WIDE
+#define IN_WIDE (STORAGE == FLOAT32 ? 1 : (ROW_TILES > 1 ? 4 : 2) / (1 + GATED))
 #endif
-// Tiles of outputs that a CTA makes: with many rows, two for one reading of the stream.
-#ifndef WIDE
-#define WIDE (ROW_TILES >= 4 && STORAGE != FLOAT32 ? 2 : 1)
-#endif
-__host__ __device__ constexpr int warps_for(int k_tiles) { return k_tiles <= 64 ? SMALL_WARPS : LARGE_WARPS; }
+typedef Product<3 * HD_TILES, QKV_WIDE, E_TILES, warps_for(E_TILES), true> QkvProduct;
+typedef Product<E_TILES, 1, HD_TILES, warps_for(HD_TILES), false> AddProduct;
+typedef Product<HD_TILES, 1, E_TILES, warps_for(E_TILES), true> QueryProduct;
+typedef Product<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES, warps_for(E_TILES), true> InProduct;
+typedef Product<E_TILES, 1, FF_TILES, warps_for(FF_TILES), false> OutProduct;
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
-//   weights [3 HD][E]; stream float32 [rows][E_PAD]; query float32 [rows][HD_PAD]; cache [rows][H][capacity][D] each; position int32 [rows]
-extern "C" __global__ void __launch_bounds__(warps_for(E_TILES) * 32, 1)
-project_qkv(const uint4* weights, const float* stream, const float* squares, float* query, stored* keys, stored* values,
-            const int* position, int rows, int capacity, float epsilon)
+//   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];
+//   keys, values [rows][H][capacity][D]; position int32 [rows]
+extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, 1)
+project_qkv(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query,
+            stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
-    product<WIDE, E_TILES, warps_for(E_TILES), true>(weights, stream, squares, rows, epsilon,
+    product<QkvProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
         [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int output, int row, const float* y, int place) {
         if (row >= rows)
             return;
 #pragma unroll
-        for (int i = 0; i < WIDE; ++i) {
+        for (int i = 0; i < QKV_WIDE; ++i) {
             // each of the three has HD_TILES tiles of its own
-            const int tile = blockIdx.x * WIDE + i, which = tile / HD_TILES, column = (tile % HD_TILES) * 16 + output;
+            const int tile = blockIdx.x * QKV_WIDE + i, which = tile / HD_TILES, column = (tile % HD_TILES) * 16 + output;
             if (column >= HD || which > 2)
                 continue;
             if (which == 0)
@@ -39,61 +43,77 @@ project_qkv(const uint4* weights, const float* stream, const float* squares, flo
 }
 
 // The query of the cross-attention. weights [HD][E]; others as of `project_qkv`.
-extern "C" __global__ void __launch_bounds__(warps_for(E_TILES) * 32, 1)
-project_query(const uint4* weights, const float* stream, const float* squares, float* query, int rows, float epsilon)
+extern "C" __global__ void __launch_bounds__(QueryProduct::THREADS, 1)
+project_query(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query, int rows,
+              float epsilon)
 {
     const int tile = blockIdx.x;
-    product<1, E_TILES, warps_for(E_TILES), true>(weights, stream, squares, rows, epsilon, Nothing(), [&](int output, int row, const float* y, int) {
+    product<QueryProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(), [&](int output, int row, const float* y, int) {
         if (row < rows)
             query[(long long)row * HD_PAD + tile * 16 + output] = y[0];
     });
 }
 
-// Add a product to the stream, and leave the sums of squares of what the stream then holds.
-template <int K_TILES>
-__device__ __forceinline__ void add_product(const uint4* weights, const void* x, float* stream, float* squares, int rows, float scale)
+// What the next product reads of the stream's element: the element itself in float32, else its rounded copy, which must stay finite.
+__device__ __forceinline__ void leave_copy(stored* copy, int row, int column, float value, float scale)
+{
+#if STORAGE != FLOAT32
+    copy[activation_index(row, column, E_PAD)] = narrow(STORAGE == FLOAT16 ? fminf(fmaxf(value * scale, -65504.f), 65504.f) : value * scale);
+#endif
+}
+
+// Add a product to the stream, and leave a copy of what it then holds and the sums of its squares.
+//   stream float32 [rows][E_PAD]; copy as of `project_qkv`, to be multiplied by `scales` [rows]; squares float32 [rows][PARTIALS]
+template <class P>
+__device__ __forceinline__ void add_product(const uint4* weights, const stored* x, float* stream, stored* copy, float* squares,
+                                            const float* scales, int rows, float factor)
 {
     const int tile = blockIdx.x;
     const auto at = [&](int output, int row) { return stream + (long long)row * E_PAD + tile * 16 + output; };
-    product<1, K_TILES, warps_for(K_TILES), false>(weights, x, nullptr, rows, 0.f, [&](int output, int row) { return row < rows ? __ldcg(at(output, row)) : 0.f; },
-        [&](int output, int row, const float* y, float before) {
-        const float sum = before + y[0] * scale;
-        if (row < rows)
+    product<P>(weights, x, {}, rows,
+        [&](int output, int row) { return row < rows ? float2{__ldcg(at(output, row)), __ldcg(scales + row)} : float2{0.f, 0.f}; },
+        [&](int output, int row, const float* y, float2 before) {
+        const float sum = before.x + y[0] * factor;
+        if (row < rows) {
             *at(output, row) = sum;
+            leave_copy(copy, row, tile * 16 + output, sum, before.y);
+        }
         const float square = sum_lanes(sum * sum, 1, 16);
         if (output == 0 && row < rows)
             squares[(long long)row * PARTIALS + tile] = square;
     });
 }
 
-// stream += scale * attention's output matrix [E][HD] * attended.
-extern "C" __global__ void __launch_bounds__(warps_for(HD_TILES) * 32)
-add_attention(const uint4* weights, const stored* attended, float* stream, float* squares, int rows, float scale)
+// stream += factor * attention's output matrix [E][HD] * attended.
+extern "C" __global__ void __launch_bounds__(AddProduct::THREADS, 1)
+add_attention(const uint4* weights, const stored* attended, float* stream, stored* copy, float* squares, const float* scales, int rows,
+              float factor)
 {
-    add_product<HD_TILES>(weights, attended, stream, squares, rows, scale);
+    add_product<AddProduct>(weights, attended, stream, copy, squares, scales, rows, factor);
 }
 
 // inner = activation(wi * norm(stream)), or activation(wi_0 * ..) * (wi_1 * ..), whose tiles alternate in `weights` [FF or 2 FF][E].
-extern "C" __global__ void __launch_bounds__(warps_for(E_TILES) * 32, 1)
-feed_forward_in(const uint4* weights, const float* stream, const float* squares, stored* inner, int rows, float epsilon)
+extern "C" __global__ void __launch_bounds__(InProduct::THREADS, 1)
+feed_forward_in(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, stored* inner,
+                int rows, float epsilon)
 {
-    constexpr int OUT_TILES = GATED ? 2 : WIDE;
-    product<OUT_TILES, E_TILES, warps_for(E_TILES), true>(weights, stream, squares, rows, epsilon, Nothing(), [&](int output, int row, const float* y, int) {
+    product<InProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(), [&](int output, int row, const float* y, int) {
         if (row >= rows)
             return;
 #pragma unroll
-        for (int i = 0; i < OUT_TILES / (1 + GATED); ++i) {
-            const int tile = blockIdx.x * OUT_TILES / (1 + GATED) + i;
-            const float value = GATED ? activate(y[0]) * y[GATED] : activate(y[i]);
+        for (int i = 0; i < IN_WIDE; ++i) {
+            const int tile = blockIdx.x * IN_WIDE + i;
+            const float value = GATED ? activate(y[2 * i]) * y[2 * i + GATED] : activate(y[i]);
             if (tile < FF_TILES)
                 inner[activation_index(row, tile * 16 + output, FF_TILES * 16)] = narrow(value);
         }
     });
 }
 
-// stream += scale * wo [E][FF] * inner.
-extern "C" __global__ void __launch_bounds__(warps_for(FF_TILES) * 32)
-feed_forward_out(const uint4* weights, const stored* inner, float* stream, float* squares, int rows, float scale)
+// stream += factor * wo [E][FF] * inner.
+extern "C" __global__ void __launch_bounds__(OutProduct::THREADS, 1)
+feed_forward_out(const uint4* weights, const stored* inner, float* stream, stored* copy, float* squares, const float* scales, int rows,
+                 float factor)
 {
-    add_product<FF_TILES>(weights, inner, stream, squares, rows, scale);
+    add_product<OutProduct>(weights, inner, stream, copy, squares, scales, rows, factor);
 }

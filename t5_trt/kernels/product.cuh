@@ -3,11 +3,10 @@
 // A CTA makes 16 * OUT_TILES outputs for ROWS rows. Its warps share k, each with a fixed range of k tiles (16 columns), and their
 // sums are added in the order of the warps: a result depends on neither the number of rows nor what the others hold.
 // Weights are stored tile by tile: [out tile][k tile][lane], 16 bytes a lane in the order of mma.m16n8k16's A fragments (float32:
-// two times 16 bytes; lane l has row l % 16 and 8 columns from l / 16 * 8).
+// two times 16 bytes; lane l has row l % 16 and 8 columns from l / 16 * 8). x is what `activation_index` describes.
 //
-// NORMED: x is the float32 residual stream [rows][E_PAD], and RMSNorm is applied while it is read. The factor of a row comes from
-// sums of squares over 16 columns each, [row][PARTIALS], which the kernel that wrote the stream left. The norm's weight is in W.
-// Otherwise x is what `activation_index` describes.
+// NORMED: RMSNorm of x, whose weight is in W, is a factor of each row's outputs. It comes from sums of squares over 16 columns each,
+// [row][PARTIALS], of the float32 stream that x is a rounded copy of, and from the power of two that this copy was multiplied by.
 #pragma once
 #include "common.cuh"
 
@@ -40,55 +39,96 @@ __device__ __forceinline__ void multiply_tiles(float* c, const uint4& a, const u
 }
 #endif
 
-template <bool FIRST, class A, class B> struct Either { typedef A type; };
-template <class A, class B> struct Either<false, A, B> { typedef B type; };
-
-// The factors that RMSNorm multiplies the CTA's rows by; a barrier must follow. Four threads a row: every CTA reads the sums of squares
-// once, because all CTAs read the same few lines of the L2 cache at the same time.
-template <int COUNT = ROWS>
-__device__ __forceinline__ void norm_factors(const float* squares, int row0, int rows, float epsilon, float* factors)
+// Copy 16 bytes into shared memory without waiting for them; zeros where `there` is false.
+__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool there)
 {
-    if (threadIdx.x >= COUNT * 4)
-        return;
-    const int local = threadIdx.x >> 2, row = row0 + local, lane = threadIdx.x & 3;
-    float sum = 0.f;
-    if (row < rows)
-#pragma unroll
-        for (int i = 0; i < PARTIALS / 16; ++i) {
-            const float4 part = __ldcg((const float4*)(squares + (long long)row * PARTIALS) + i * 4 + lane);
-            sum += (part.x + part.y) + (part.z + part.w);
-        }
-    sum = sum_lanes(sum, 1, 4);
-    if (lane == 0)
-        factors[local] = rsqrtf(sum / E + epsilon);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER> __device__ __forceinline__ void wait_for_group() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
+
+#ifndef STAGED_ABOVE
+#define STAGED_ABOVE 1
+#endif
+// Shared memory that a CTA may take: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on.
+constexpr int SHARED_BYTES = 98 * 1024;
+
+// What a kernel that norms reads of its rows besides x, and the powers of two that it leaves for the next copy of the stream.
+struct Norm { const float *squares, *scales; float* next_scales; float epsilon; };
+
+// The power of two by which the stream is multiplied before it is rounded to `stored`: its root mean square, of which `factor` is the
+// reciprocal, becomes about 1/8. The next product may then add a hundred thousand times as much without leaving float16's range, and
+// what is 1/500 of it still has all of float16's digits. Any power of two gives the same digits.
+__device__ __forceinline__ float scale_for(float factor)
+{
+    return STORAGE == FLOAT32 ? 1.f : fminf(fmaxf(__uint_as_float(__float_as_uint(factor) & 0x7f800000u) * 0.125f, 0x1p-100f), 0x1p100f);
 }
 
-template <int OUT_TILES, int K_TILES, int WARPS, bool NORMED, int RT = ROW_TILES>
+// The factors that RMSNorm multiplies the CTA's outputs by, a row each; a barrier must follow. Four threads a row: every CTA reads the sums
+// of squares once, because all CTAs read the same few lines of the L2 cache at the same time.
+template <int THREADS, int COUNT>
+__device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int rows, float* factors)
+{
+#pragma unroll
+    for (int i = threadIdx.x; i < COUNT * 4; i += THREADS) {
+        const int local = i >> 2, row = row0 + local, lane = i & 3;
+        float sum = 0.f, scale = 1.f;
+        if (row < rows) {
+            scale = __ldcg(norm.scales + row);
+#pragma unroll
+            for (int j = 0; j < PARTIALS / 16; ++j) {
+                const float4 part = __ldcg((const float4*)(norm.squares + (long long)row * PARTIALS) + j * 4 + lane);
+                sum += (part.x + part.y) + (part.z + part.w);
+            }
+        }
+        const float factor = rsqrtf(sum_lanes(sum, 1, 4) / E + norm.epsilon);
+        if (lane == 0) {
+            factors[local] = factor / scale;
+            if (blockIdx.x == 0 && row < rows && norm.next_scales)
+                norm.next_scales[row] = scale_for(factor);
+        }
+    }
+}
+
+__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+
+// TOTAL: tiles of outputs in all.
+template <int TOTAL, int OUT_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int RS = RT * 8;
+    static constexpr int TILES = OUT_TILES, THREADS = WARPS * 32;
+    static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
     static constexpr int MOST = 6 / OUT_TILES;
-    static constexpr int SUMS = RS;           // of a lane: its output for every row
+    static constexpr int SUMS = ROWS;           // of a lane: its output for every row
+    static constexpr bool STAGED = false;
 #else
-    static constexpr int MOST = (WARPS > 8 && RT > 2 ? 6 : 12) / OUT_TILES;  // more would not fit beside the sums
-    static constexpr int SUMS = RT * 4;  // of a lane: an accumulator of mma for every row tile
+    static constexpr int MOST = least(12, 24 / OUT_TILES);  // more would not fit beside the sums
+    static constexpr int SUMS = ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
+    static constexpr bool STAGED = ROW_TILES > STAGED_ABOVE;  // rows go through shared memory, so that all loads are under way at once
 #endif
-    static constexpr int HELD = PER_WARP < MOST ? PER_WARP : MOST;  // k tiles whose weights are in registers
-    static constexpr int READS = HELD <= 8 ? HELD : (HELD + 1) / 2;  // k tiles of the rows that are read at once
+    static constexpr int BLOCK = 256;  // bytes of 8 rows and 16 columns
+    static constexpr int FITTING = STAGED ? SHARED_BYTES / (WARPS * ROW_TILES * BLOCK) : MOST;
+    static constexpr int HELD = least(PER_WARP, least(MOST, FITTING));  // k tiles whose weights are in registers, and rows on their way
     static constexpr bool EVEN = K_TILES % WARPS == 0 && PER_WARP % HELD == 0;  // no k tile is missing anywhere
-    static constexpr int OUTPUTS = OUT_TILES * 16;
-    typedef float Parts[WARPS][OUTPUTS][RS + 1];
+    static constexpr int STRIDE = 20;                 // of the sums of a row: 16, and no bank conflicts
+    static constexpr int PARTS = OUT_TILES * ROWS * STRIDE;
+    static constexpr int REGION = most(STAGED ? HELD * ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
+    static constexpr int SHARED = WARPS * REGION;
+    static_assert(SHARED <= SHARED_BYTES, "shared memory");
 
     Weights held[OUT_TILES][HELD];
     float sums[OUT_TILES][SUMS];
     const uint4* matrix;
-    int tile0, first, last, warp, lane;
+    char* region;
+    int tile0, first, last, lane;
 
-    // Start to load weights for the outputs from a tile on; nothing that another kernel writes is read. `index` of the WARPS shares of k.
-    __device__ __forceinline__ Product(const uint4* weights, int first_tile, int index) : matrix(weights), tile0(first_tile), warp(index)
+    // Start to load weights for the outputs from a tile on; nothing that another kernel writes is read.
+    __device__ __forceinline__ Product(const uint4* weights, int first_tile) : matrix(weights), tile0(first_tile)
     {
-        lane = threadIdx.x & 31;
+        const int warp = threadIdx.x >> 5;
+        lane = threadIdx.x & 31, region = shared + warp * REGION;
         first = warp * PER_WARP, last = min(first + PER_WARP, K_TILES);
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
@@ -105,69 +145,68 @@ struct Product {
         if ((EVEN && PER_WARP == HELD) || k_tile < last)
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
-                held[tile][place] =
-                    load_weights(matrix, (long long)(tile0 + tile) * K_TILES + k_tile, lane);
+                held[tile][place] = load_weights(matrix, (long long)tile_of(tile) * K_TILES + k_tile, lane);
     }
+
+    __device__ __forceinline__ int tile_of(int tile) const { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
 
-    // Multiply by the rows from `row0` on; with NORMED, `factors` get what RMSNorm multiplies them by.
-    __device__ __forceinline__ void run(const void* x, const float* squares, int row0, int rows, float epsilon, float* factors)
+    // Multiply by the rows from `row0` on; with NORMED, `factors` get what the sums must be multiplied by.
+    __device__ __forceinline__ void run(const void* x, const Norm& norm, int row0, int rows, float* factors)
     {
 #if STORAGE == FLOAT32
         if constexpr (NORMED)
-            norm_factors<RS>(squares, row0, rows, epsilon, factors);  // applied to the sums, behind the next barrier
+            norm_factors<THREADS, ROWS>(norm, row0, rows, factors);
 #pragma unroll 1
         for (int base = first; base < last; base += HELD)
 #pragma unroll
             for (int i = 0; i < HELD; ++i) {
                 if (has(base + i))
-                    multiply(held, i, (const float*)x, row0, base + i);
+                    multiply(i, (const float*)x, row0, base + i);
                 if constexpr (PER_WARP > HELD)
                     load(i, base + i + HELD);
             }
 #else
-        Read read[READS];
-        fetch(read, x, row0, rows, first);
-        if constexpr (NORMED) {
-            norm_factors<RS>(squares, row0, rows, epsilon, factors);
-            __syncthreads();
-        }
+        uint2 read[STAGED ? 1 : HELD];
+#pragma unroll
+        for (int i = 0; i < HELD; ++i)
+            fetch(read, i, x, row0, rows, first + i, has(first + i));
+        if constexpr (NORMED)
+            norm_factors<THREADS, ROWS>(norm, row0, rows, factors);
 #pragma unroll 1
         for (int base = first; base < last; base += HELD)
+            if constexpr (STAGED)
+                multiply_staged(read, x, row0, rows, base);
+            else
 #pragma unroll
-            for (int tile = 0; tile < RT; ++tile) {
-                const float factor = NORMED ? factors[tile * 8 + (lane >> 2)] : 0.f;
+                for (int t = 0; t < ROW_TILES; ++t) {
+                    if (t || base != first)
 #pragma unroll
-                for (int start = 0; start < HELD; start += READS) {
-                    if (tile || start || base != first) {
-                        if (HELD * RT * OUT_TILES > 24)
-                            asm volatile("" ::: "memory");  // no loads of many later row tiles before: registers would not do
-                        fetch(read, x, row0 + tile * 8, rows, base + start);  // all loads before the first use of one
-                    }
+                        for (int i = 0; i < HELD; ++i)
+                            fetch(read, i, x, row0 + t * 8, rows, base + i, has(base + i));
 #pragma unroll
-                    for (int i = 0; i < READS; ++i) {
-                        if (start + i < HELD && has(base + start + i))
-                            multiply(start + i, tile, fragment(read[i], factor));
+                    for (int i = 0; i < HELD; ++i) {
+                        if (has(base + i))
+                            multiply(i, t, read[i]);
                         if constexpr (PER_WARP > HELD)
-                            if (tile == RT - 1 && start + i < HELD)
-                                load(start + i, base + start + i + HELD);
+                            if (t == ROW_TILES - 1)
+                                load(i, base + i + HELD);
                     }
                 }
-            }
 #endif
     }
 
 #if STORAGE == FLOAT32
-    __device__ __forceinline__ void multiply(Weights (&w)[OUT_TILES][HELD], int place, const float* x, int row0, int k_tile)
+    __device__ __forceinline__ void multiply(int place, const float* x, int row0, int k_tile)
     {
 #pragma unroll
-        for (int row = 0; row < RS; ++row) {
+        for (int row = 0; row < ROWS; ++row) {
             const float4* at = (const float4*)(x + (long long)(row0 + row) * (K_TILES * 16) + k_tile * 16 + (lane >> 4) * 8);
             const float4 a = __ldcg(at), b = __ldcg(at + 1);
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile) {
-                const uint4 p = w[tile][place].low, q = w[tile][place].high;
+                const uint4 p = held[tile][place].low, q = held[tile][place].high;
                 float sum = sums[tile][row];
                 sum = fmaf(__uint_as_float(p.x), a.x, sum), sum = fmaf(__uint_as_float(p.y), a.y, sum);
                 sum = fmaf(__uint_as_float(p.z), a.z, sum), sum = fmaf(__uint_as_float(p.w), a.w, sum);
@@ -178,32 +217,44 @@ struct Product {
         }
     }
 #else
-    // What a lane reads of a k tile for its B fragment, and the fragment.
-    typedef typename Either<NORMED, float4, uint2>::type Read;
-
-    __device__ __forceinline__ void fetch(Read (&read)[READS], const void* x, int row0, int rows, int base)
+    // HELD k tiles of all rows from shared memory, and the next ones on their way.
+    template <int PLACES>
+    __device__ __forceinline__ void multiply_staged(uint2 (&read)[PLACES], const void* x, int row0, int rows, int base)
     {
-        const int row = row0 + (lane >> 2);
 #pragma unroll
-        for (int i = 0; i < READS; ++i) {
-            const int k_tile = base + i;
-            if (!has(k_tile))
-                continue;
-            if constexpr (NORMED) {
-                const float4* at = (const float4*)((const float*)x + (long long)row * E_PAD + k_tile * 16) + (lane & 3);
-                read[i] = row < rows ? __ldcg(at) : float4{0.f, 0.f, 0.f, 0.f};
-            } else {
-                read[i] = row < rows ? __ldcg((const uint2*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane) : uint2{0, 0};
-            }
+        for (int i = 0; i < HELD; ++i) {
+            wait_for_group<HELD - 1>();
+            __syncwarp();  // other lanes have copied a part
+            if (has(base + i))
+#pragma unroll
+                for (int t = 0; t < ROW_TILES; ++t)
+                    multiply(i, t, ((const uint2*)(region + (i * ROW_TILES + t) * BLOCK))[lane]);
+            if constexpr (PER_WARP > HELD) {
+                __syncwarp();
+                load(i, base + i + HELD);
+                fetch(read, i, x, row0, rows, base + i + HELD, base + i + HELD < last);
+            } else
+                end_group();  // an empty one: the next wait counts groups
         }
     }
 
-    static __device__ __forceinline__ uint2 fragment(const Read& read, float factor)
+    // Start to read a lane's B fragments of a k tile: of 8 rows into a register, or of all rows into shared memory.
+    template <int PLACES>
+    __device__ __forceinline__ void fetch(uint2 (&read)[PLACES], int place, const void* x, int row0, int rows, int k_tile, bool there)
     {
-        if constexpr (NORMED)
-            return {narrow_two(read.x * factor, read.y * factor), narrow_two(read.z * factor, read.w * factor)};
-        else
-            return read;
+        if constexpr (!STAGED) {
+            if (there)
+                read[place] = row0 < rows ? __ldcg((const uint2*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane) : uint2{0, 0};
+        } else {
+            const unsigned to = (unsigned)__cvta_generic_to_shared(region) + place * ROW_TILES * BLOCK + lane * 16;
+            if (there)
+#pragma unroll
+                for (int t = 0; t < ROW_TILES; t += 2) {  // half a warp copies the 256 bytes of a row tile
+                    const int tile = (row0 >> 3) + t + (lane >> 4);
+                    copy_async(to + t * BLOCK, (const uint4*)x + ((long long)tile * K_TILES + k_tile) * 16 + (lane & 15), tile * 8 < rows);
+                }
+            end_group();
+        }
     }
 
     __device__ __forceinline__ void multiply(int place, int row_tile, uint2 b)
@@ -215,75 +266,71 @@ struct Product {
 #endif
 
     // Leave this warp's sums for `total`; a barrier must follow.
-    __device__ __forceinline__ void leave(Parts& parts)
+    __device__ __forceinline__ void leave()
     {
+        if (STAGED)
+            __syncwarp();  // the rows lie where the sums go
+        float* parts = (float*)region;
 #pragma unroll
         for (int tile = 0; tile < OUT_TILES; ++tile) {
+            float* own = parts + tile * ROWS * STRIDE;
 #if STORAGE == FLOAT32
 #pragma unroll
-            for (int row = 0; row < RS; ++row) {
+            for (int row = 0; row < ROWS; ++row) {
                 const float sum = sums[tile][row] + __shfl_xor_sync(0xffffffffu, sums[tile][row], 16);
                 if (lane < 16)
-                    parts[warp][tile * 16 + lane][row] = sum;
+                    own[row * STRIDE + lane] = sum;
             }
 #else
 #pragma unroll
             for (int i = 0; i < SUMS; ++i)
-                parts[warp][tile * 16 + (lane >> 2) + ((i & 2) << 2)][(i >> 2) * 8 + (lane & 3) * 2 + (i & 1)] = sums[tile][i];
+                own[((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[tile][i];
 #endif
         }
     }
 
-    // One output of one row, both counted from the CTA's first.
-    static __device__ __forceinline__ float total(const Parts& parts, int output, int row)
+    // One output of a tile for one row, both counted from the first.
+    static __device__ __forceinline__ float total(int tile, int output, int row)
     {
         float sum = 0.f;
 #pragma unroll
         for (int i = 0; i < WARPS; ++i)
-            sum += parts[i][output][row];
+            sum += ((const float*)(shared + i * REGION))[(tile * ROWS + row) * STRIDE + output];
         return sum;
     }
 };
 
 // What all products do: load weights, wait, multiply, and hand every output to `finish(output, row, values, early)`. 16 neighbouring threads
 // have the 16 outputs of a tile for one row, `values` has an entry for each of the CTA's tiles, and `early` is what `before(output, row)`
-// returned right after the wait: values that `finish` needs from memory.
-template <int OUT_TILES, int K_TILES, int WARPS, bool NORMED, class Before, class Finish>
-__device__ __forceinline__ void product(const uint4* weights, const void* x, const float* squares, int rows, float epsilon,
-                                        Before before, Finish finish)
+// returned right after the wait: values that `finish` needs from memory. Outputs of tiles beyond the last one mean nothing.
+template <class P, class Before, class Finish>
+__device__ __forceinline__ void product(const uint4* weights, const void* x, const Norm& norm, int rows, Before before, Finish finish)
 {
-    typedef Product<OUT_TILES, K_TILES, WARPS, NORMED> P;
-    constexpr int ROUNDS = (16 * ROWS + WARPS * 32 - 1) / (WARPS * 32);
-    __shared__ typename P::Parts parts;
+    constexpr int ROUNDS = (16 * ROWS + P::THREADS - 1) / P::THREADS;
     __shared__ float factors[ROWS];
     const int row0 = blockIdx.y * ROWS;
-    P work(weights, blockIdx.x * OUT_TILES, threadIdx.x >> 5);
+    P work(weights, blockIdx.x * P::TILES);
     let_next_start();
     wait_for_inputs();
     decltype(before(0, 0)) early[ROUNDS];
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-        const int i = round * WARPS * 32 + threadIdx.x;
+        const int i = round * P::THREADS + threadIdx.x;
         if (i < 16 * ROWS)
             early[round] = before(i & 15, row0 + (i >> 4));
     }
-    work.run(x, squares, row0, rows, epsilon, factors);
-    work.leave(parts);
+    work.run(x, norm, row0, rows, factors);
+    work.leave();
     __syncthreads();
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-        const int i = round * WARPS * 32 + threadIdx.x, output = i & 15, row = i >> 4;
+        const int i = round * P::THREADS + threadIdx.x, output = i & 15, row = i >> 4;
         if (i >= 16 * ROWS)
             break;
-        float values[OUT_TILES];
+        float values[P::TILES];
 #pragma unroll
-        for (int tile = 0; tile < OUT_TILES; ++tile) {
-            values[tile] = P::total(parts, tile * 16 + output, row);
-#if STORAGE == FLOAT32
-            if (NORMED)
-                values[tile] *= factors[row];
-#endif
-        }
+        for (int tile = 0; tile < P::TILES; ++tile)
+            values[tile] = P::total(tile, output, row) * (P::IS_NORMED ? factors[row] : 1.f);
         finish(output, row0 + row, values, early[round]);
     }
 }

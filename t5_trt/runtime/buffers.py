@@ -78,6 +78,8 @@ class DecoderState:
         cross: the sources' K and V.
         cross_bias: [B, 1, 1, S], 0 or the mask value.
         smallest_bucket: the least T that is allocated.
+        ancestors: uint8 [R, T + 1], where a session's beams have moved in it and not in `kv`: token t of row i lies in row
+            ``ancestors[i, t]`` of i's batch entry. None where every row has its own; see `materialize`.
         bindings: what a session prepared for these buffers; it is dropped whenever an address or a shape changes.
     """
 
@@ -88,6 +90,7 @@ class DecoderState:
     length: int = 0
     smallest_bucket: int = SMALLEST_BUCKET
     bindings: dict[str, Any] = field(default_factory=dict)
+    ancestors: torch.Tensor | None = None
     _scratch: torch.Tensor | None = None
 
     @classmethod
@@ -114,12 +117,27 @@ class DecoderState:
         """Make room for `tokens` more; the contents are kept, the buffer doubles as often as needed."""
         if self.length + tokens <= self.capacity:
             return
+        self.materialize()
         grown = self.kv.new_zeros(
             (*self.kv.shape[:4], bucket_length(self.length + tokens, self.smallest_bucket), self.kv.shape[5])
         )
         grown[..., : self.length, :] = self.kv[..., : self.length, :]
-        self.kv, self._scratch = grown, None
+        self.kv, self.ancestors, self._scratch = grown, None, None
         self.bindings.clear()
+
+    def materialize(self) -> None:
+        """Put every token's K and V into its own row; whoever reads `kv` in another way than by `ancestors` does this first."""
+        if self.ancestors is None:
+            return
+        beams, length = self.cross.beams, self.length
+        first = torch.arange(self.rows, device=self.kv.device) // beams * beams
+        rows = first[:, None] + self.ancestors[: self.rows, :length]
+        tokens = torch.arange(length, device=self.kv.device)
+        for layer in self.kv:
+            ordered = layer.permute(1, 3, 0, 2, 4)[rows, tokens]  # [R, length, 2, H, D]
+            layer[:, : self.rows, :, :length].copy_(ordered.permute(2, 0, 3, 1, 4))
+        own_beams(self.ancestors, beams)
+        self.ancestors = None
 
     def append(self, new: torch.Tensor) -> None:
         """Write K/V of Q new tokens, [L, 2, R, H, Q, D], behind the ones that are there; room must be reserved."""
@@ -143,6 +161,7 @@ class DecoderState:
         Args:
             rows: int64 [R] on the buffer's device.
         """
+        self.materialize()
         rows = rows.to(self.kv.device)
         parents = torch.arange(self.rows, device=rows.device) // self.cross.beams
         if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
@@ -160,6 +179,7 @@ class DecoderState:
 
     def select(self, rows: torch.Tensor) -> DecoderState:
         """A copy with other rows: row i of it is row ``rows[i]`` of this one; the number of rows may change."""
+        self.materialize()
         rows = rows.to(self.kv.device)
         kv = self.kv.index_select(2, rows)
         bias = self.cross_bias.index_select(0, rows // self.cross.beams)
@@ -168,6 +188,7 @@ class DecoderState:
 
     def select_entries(self, entries: torch.Tensor) -> DecoderState:
         """A copy with some of the batch entries, in the order of `entries`, each with all of its beams."""
+        self.materialize()
         beams = self.cross.beams
         rows = (entries[:, None] * beams + torch.arange(beams, device=entries.device)).flatten()
         used = (len(entries), self.cross.source_length)
@@ -192,9 +213,29 @@ class DecoderState:
         """Move into the copy that `select` makes: every row with a source of its own."""
         own = self.select(rows)
         self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
-        self._scratch = None
+        self.ancestors = self._scratch = None
         self.bindings.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:
         """An independent copy, without the bindings: they point at this object's memory."""
         return self.select(torch.arange(self.rows, device=self.kv.device))
+
+
+def own_beams(ancestors: torch.Tensor, beams: int) -> None:
+    """Let every row of `DecoderState.ancestors` be its own ancestor."""
+    ancestors.copy_((torch.arange(len(ancestors), device=ancestors.device) % beams)[:, None])
+
+
+def move_ancestors(ancestors: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> None:
+    """Row i goes on with what row ``parents[i]`` had up to a position, and with its own next token.
+
+    Args:
+        ancestors: uint8 [R, T + 1].
+        parents: int64 [r], of the first r rows; each names a row of its own batch entry.
+        position: int64 [1].
+        beams: N.
+    """
+    moved = ancestors[: len(parents)]
+    moved.copy_(moved.index_select(0, parents))
+    own = torch.arange(len(parents), device=ancestors.device) % beams
+    moved.index_copy_(1, position + 1, own[:, None].to(ancestors.dtype))

@@ -1,27 +1,37 @@
-"""The library's own CUDA kernels: compiled by NVRTC for the GPU at hand when they are first wanted, launched on torch's stream.
+"""Our CUDA kernels around the decoder step: the choice of tokens and the moves of beams, launched on torch's stream.
 
-They replace chains of small torch operations in the decoder step. cuda.bindings and NVRTC come with the extras for GPUs and with some
-of PyTorch's CUDA builds; where one is missing, and on a CPU, callers use torch operations that compute the same.
+They replace chains of small torch operations. cuda.bindings and NVRTC come with the extras for GPUs and with some of PyTorch's CUDA
+builds; where one is missing, and on a CPU, callers use torch operations that compute the same.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
+from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import torch
 
+from t5_trt.config import default_engine_cache_dir
+from t5_trt.engine.store import EngineStore
+from t5_trt.errors import T5TRTError
 from t5_trt.installation import install_command
+from t5_trt.kernels.compile import bindings, checked, stored_cubin
+from t5_trt.kernels.launching import launch
+from t5_trt.runtime.session import NextStep
 
 logger = logging.getLogger("t5_trt")
 THREADS = 256
 #: beams whose rows a thread keeps in registers
 MOST_BEAMS = 16
-#: candidates that one thread of `beam_step` sorts
+#: candidates of a batch entry in a step of beam search
 MOST_CANDIDATES = 64
+#: tokens of which a CTA of `beam_candidates` finds the best, and its warps: for small vocabularies and for large ones
+SPAN, WARPS = 4096, 8
+LARGE_SPAN, LARGE_WARPS, LARGE_VOCABULARY = 16384, 32, 1 << 16
+
+Options = tuple[tuple[str, int], ...]
 
 
 def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> bool:
@@ -40,99 +50,149 @@ def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor
     vectors, rest = divmod(width * kv.element_size(), 16)
     if rest or rows % beams or len(parents) % beams or not 1 < beams <= MOST_BEAMS:
         return False
-    function = _function("reorder_rows", kv.device.index, (f"-DBEAMS={beams}",))
+    function = _function("reorder_rows", kv.device.index, (("BEAMS", beams),))
     if function is None:
         return False
     grid = (-(-heads * capacity * vectors // THREADS), len(parents) // beams, layers * two)
-    _launch(function, grid, kv.device, (kv, parents, position), (rows // beams, heads, capacity, vectors))
+    _launch(function, grid, THREADS, kv.device, (kv, parents, position), (rows // beams, heads, capacity, vectors))
     return True
 
 
-def token_step(buffers: tuple[torch.Tensor, ...], pad: int | None) -> bool:
+def token_step(
+    buffers: tuple[torch.Tensor, ...], position: torch.Tensor, pad: int | None, following: NextStep | None
+) -> bool:
     """What follows the choice of tokens, see ``kernels/token_step.cu``.
 
     Args:
         buffers: on a GPU, contiguous: the tokens chosen, int64 [R], which become those that count; then as
-            `t5_trt.generation.sampling.TokenChoice` has them: tokens, finished, report, expired, eos; the position, int64 [1].
+            `t5_trt.generation.sampling.TokenChoice` has them: tokens, finished, report, expired, eos.
+        position: int64 [1].
         pad: what stands behind the end of a row, or None.
+        following: what the next step reads; with ``best``, that says what is chosen.
 
     Returns:
         As `reorder_rows`.
     """
-    chosen, tokens, *_, eos, _ = buffers
+    chosen, tokens, *_, eos = buffers
     function = _function("token_step", chosen.device.index, ())
     if function is None:
         return False
-    numbers = (*tokens.shape, len(eos), int(pad is not None), pad or 0)
-    _launch(function, (1, 1, 1), chosen.device, buffers, numbers)
+    following = following or NextStep()
+    pointers = (chosen, following.best, *buffers[1:], position, following.tokens, following.positions)
+    numbers = (*tokens.shape, len(eos), int(pad is not None), pad or 0, following.position_count)
+    _launch(function, (1, 1, 1), THREADS, chosen.device, pointers, numbers)
     return True
 
 
-def beam_step(buffers: tuple[torch.Tensor, ...], vocabulary: int, *, stops_early: bool, hopeful: bool) -> bool:
-    """What follows the choice of candidates in a step of beam search, see ``kernels/beam_step.cu``.
+def beam_lists(scores: torch.Tensor, candidates: int, beams: int) -> tuple[torch.Tensor, ...] | None:
+    """Memory for `beam_candidates`: scores float32 and tokens int32 [R, spans, K], and float32 [R, spans, 2]; None without a kernel."""
+    if not _runs_kernels(scores) or beams > MOST_BEAMS or candidates > MOST_CANDIDATES:
+        return None
+    rows, vocabulary = scores.shape
+    span = LARGE_SPAN if vocabulary > LARGE_VOCABULARY else SPAN
+    shape = (rows, -(-vocabulary // span), candidates)
+    found = scores.new_empty(shape)
+    return found, torch.empty_like(found, dtype=torch.int32), scores.new_empty((*shape[:2], 2))
+
+
+def beam_candidates(scores: torch.Tensor, lists: Sequence[torch.Tensor], *, normalized: bool) -> bool:
+    """The best tokens of every row by spans, see ``kernels/beam_candidates.cu``.
 
     Args:
-        buffers: on a GPU, contiguous, in the order and of the types of the kernel's arguments.
-        vocabulary: V.
-        stops_early: ``early_stopping`` is True.
-        hopeful: rows are judged by the longest length there can be.
+        scores: float32 [R, V] on a GPU, contiguous: logits, or with `normalized` what is a logarithm of a probability already.
+        lists: see `beam_lists`.
+        normalized: leave out what a softmax needs.
 
     Returns:
         As `reorder_rows`.
     """
-    scores, _, tokens = buffers[:3]
-    (batch, candidates), (_, beams, capacity), eos = scores.shape, tokens.shape, buffers[14]
-    if beams > MOST_BEAMS or candidates > MOST_CANDIDATES:
-        return False
-    options = (f"-DBEAMS={beams}", f"-DCANDIDATES={candidates}")
-    function = _function("beam_step", scores.device.index, options)
+    rows, spans, candidates = lists[0].shape
+    large = scores.shape[1] > LARGE_VOCABULARY
+    span, warps = (LARGE_SPAN, LARGE_WARPS) if large else (SPAN, WARPS)
+    options = (("SPAN", span), ("WARPS", warps), ("CANDIDATES", candidates))
+    function = _function("beam_candidates", scores.device.index, options)
     if function is None:
         return False
-    numbers = (vocabulary, capacity, len(eos), int(stops_early), int(hopeful))
-    _launch(function, (batch, 1, 1), scores.device, buffers, numbers)
+    numbers = (scores.shape[1], int(normalized))
+    _launch(function, (spans, rows, 1), warps * 32, scores.device, (scores, *lists), numbers)
     return True
+
+
+def beam_step(
+    choice: tuple[torch.Tensor | None, ...],
+    buffers: tuple[torch.Tensor, ...],
+    vocabulary: int,
+    *,
+    stops_early: bool,
+    hopeful: bool,
+    following: NextStep | None,
+) -> bool:
+    """What follows the choice of candidates in a step of beam search, see ``kernels/beam_step.cu``.
+
+    Args:
+        choice: on a GPU, contiguous: scores float32 and places int64 [B, K], or None twice and then what `beam_candidates` left,
+            with None for the statistics where its scores were normalized.
+        buffers: the next arguments of the kernel, from its ``tokens`` to its ``counters``.
+        vocabulary: V.
+        stops_early: ``early_stopping`` is True.
+        hopeful: rows are judged by the longest length there can be.
+        following: what the next step reads.
+
+    Returns:
+        As `reorder_rows`.
+    """
+    scores, _, found, *_ = choice
+    tokens, eos = buffers[0], buffers[12]
+    batch, beams, capacity = tokens.shape
+    spans, candidates = (0, scores.shape[1]) if found is None else found.shape[1:]  # type: ignore[union-attr]
+    if beams > MOST_BEAMS or candidates > MOST_CANDIDATES:
+        return False
+    options = (("BEAMS", beams), ("CANDIDATES", candidates), ("SPANS", spans))
+    function = _function("beam_step", tokens.device.index, options)
+    if function is None:
+        return False
+    following = following or NextStep()
+    stride = 0 if following.ancestors is None else following.ancestors.shape[1]
+    numbers = (vocabulary, capacity, len(eos), int(stops_early), int(hopeful), following.position_count, stride)
+    pointers = (*choice, *buffers, following.tokens, following.positions, following.ancestors)
+    _launch(function, (batch, 1, 1), THREADS, tokens.device, pointers, numbers)
+    return True
+
+
+def _runs_kernels(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _launch(
     function: Any,
     grid: tuple[int, int, int],
+    threads: int,
     device: torch.device,
-    buffers: tuple[torch.Tensor, ...],
+    buffers: Sequence[torch.Tensor | None],
     sizes: tuple[int, ...],
 ) -> None:
-    """Start a kernel that takes addresses and then ints."""
-    from cuda.bindings import driver
-
-    values = (*(buffer.data_ptr() for buffer in buffers), *sizes)
-    types = (*(ctypes.c_void_p for _ in buffers), *(ctypes.c_int for _ in sizes))
+    """Start a kernel that takes addresses (None as 0) and then ints."""
     stream = torch.cuda.current_stream(device).cuda_stream
-    _checked(driver.cuLaunchKernel(function, *grid, THREADS, 1, 1, 0, stream, (values, types), 0))
+    early = torch.cuda.get_device_capability(device)[0] >= 9
+    launch(function, grid, threads, stream, (*buffers, *sizes), early=early)
 
 
 @cache
-def _function(name: str, device: int | None, options: tuple[str, ...]) -> Any:
+def _function(name: str, device: int | None, options: Options) -> Any:
     """A kernel of ``kernels/NAME.cu`` for a GPU; None for the CPU, and where it cannot be compiled."""
     if device is None:
         return None
     try:
-        from cuda.bindings import driver, nvrtc
-
-        source = (files("t5_trt.runtime") / "kernels" / f"{name}.cu").read_bytes()
+        driver = bindings("driver")
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context current
-            program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
             major, minor = torch.cuda.get_device_capability(device)
-            flags = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *options]
-            if int(nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])[0]):
-                words = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-                nvrtc.nvrtcGetProgramLog(program, words)
-                raise RuntimeError(words.decode(errors="replace").strip())
-            code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-            _checked(nvrtc.nvrtcGetCUBIN(program, code))
-            nvrtc.nvrtcDestroyProgram(program)
-            module = _checked(driver.cuModuleLoadData(code))  # stays loaded, as its function is kept
-            return _checked(driver.cuModuleGetFunction(module, name.encode()))
-    except (ImportError, OSError, RuntimeError) as error:
+            cubin = stored_cubin(
+                f"{name}.cu", dict(options), f"sm_{major}{minor}", EngineStore(default_engine_cache_dir())
+            )
+            module = checked(driver.cuModuleLoadData(cubin))  # stays loaded, as its function is kept
+            return checked(driver.cuModuleGetFunction(module, name.encode()))
+    except (T5TRTError, OSError, RuntimeError) as error:
         _warn_once(str(error).rstrip("."))
         return None
 
@@ -140,19 +200,8 @@ def _function(name: str, device: int | None, options: tuple[str, ...]) -> Any:
 @cache
 def _warn_once(reason: str) -> None:
     logger.warning(
-        "the library's CUDA kernels are not all used, torch operations do their work, which takes longer: %s. They need "
-        "cuda.bindings and NVRTC: `%s`.",
+        "our CUDA kernels are not all used, torch operations do their work, which takes longer: %s. They need cuda.bindings and NVRTC: "
+        "`%s`.",
         reason,
         install_command("kernels"),
     )
-
-
-def _checked(result: Any) -> Any:
-    """The value that a call of cuda.bindings returned beside its status.
-
-    Raises:
-        RuntimeError: the status is not success.
-    """
-    if int(result[0]):
-        raise RuntimeError(f"CUDA says {result[0]}")
-    return result[1] if len(result) > 1 else None

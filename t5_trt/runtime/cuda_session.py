@@ -115,6 +115,7 @@ class CudaSession:
                 return self._steps.step(state, input_ids)
             cross, source = state.cross, state.cross.source_length
             bias, kv = state.cross_bias[: cross.batch, ..., :source], cross.kv[:, :, : cross.batch, :, :source]
+            state.materialize()
             cached = state.kv[:, :, : state.rows, :, : state.length]
             logits, made = self._queries.run(input_ids, cached, kv, bias, cross.beams, key_mask)
             state.append(made)

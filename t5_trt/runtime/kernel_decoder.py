@@ -55,7 +55,6 @@ class KernelSlot(Slot):
     """Buffers of one size, and the step over them."""
 
     step: DecodeStep | None = None
-    positions: torch.Tensor | None = None  # int32 [R], what the kernels read
     lengths: torch.Tensor | None = None  # int32 [B], keys of each source
 
 
@@ -86,13 +85,14 @@ class KernelDecoder:
         self._hidden = mask_value(real_type(precision))
         self._embedding_scale = 1.0 / embedding_factor
         self._store = store
-        self._kernels: dict[int, DecodeKernels] = {}  # by rows that a CTA serves
+        self._kernels: dict[tuple[int, int], DecodeKernels] = {}  # by rows that a CTA serves
         self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
         self._memory = GraphMemory()
         self._not_captured: set[Hashable] = set()
 
     def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         """Decode one token of every row, int64 [R, 1], and return logits [R, 1, V] in memory of their own."""
+        state.materialize()
         slot = self._slot(state)
         slot.tokens[: state.rows].copy_(input_ids)
         self._captured(slot, state, None, None).replay(slot, state)
@@ -101,6 +101,7 @@ class KernelDecoder:
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
         """See `t5_trt.runtime.session.Session.program`."""
         state.reserve(1)
+        state.materialize()
         slot = self._slot(state)
         return program_of(slot, state, make, key, self._captured, self._not_captured)
 
@@ -111,12 +112,13 @@ class KernelDecoder:
     def kernels(self, rows: int) -> DecodeKernels:
         """The loaded kernels for a number of rows, compiled when they are first wanted and nobody stored them."""
         wanted = constants(self._arch, self._dtype, rows)
-        if wanted["ROW_TILES"] not in self._kernels:
+        key = wanted["ROW_TILES"], wanted["HEAD_ROW_TILES"]
+        if key not in self._kernels:
             major, minor = torch.cuda.get_device_capability(self._device)
             cubin = stored_cubin("decode_step.cu", wanted, f"sm_{major}{minor}", self._store)
             torch.cuda.current_stream(self._device).synchronize()  # makes torch's context current
-            self._kernels[wanted["ROW_TILES"]] = DecodeKernels(cubin, wanted, early=major >= 9)
-        return self._kernels[wanted["ROW_TILES"]]
+            self._kernels[key] = DecodeKernels(cubin, wanted, early=major >= 9)
+        return self._kernels[key]
 
     def _captured(self, slot: KernelSlot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
         """The step of a slot with a choice (None: without), captured when it is first wanted."""
@@ -125,12 +127,13 @@ class KernelDecoder:
 
     def _run(self, slot: KernelSlot, choice: Any) -> None:
         """What is captured: the step, the choice, the next position."""
-        assert slot.step is not None and slot.positions is not None
-        slot.positions.copy_(slot.position)
-        slot.step.enqueue(torch.cuda.current_stream(self._device).cuda_stream)
-        if choice is not None:
-            apply_choice(slot, choice, slot.position)
-        slot.position.add_(1)
+        assert slot.step is not None
+        wants_best = choice is not None and choice.takes_best
+        slot.step.enqueue(torch.cuda.current_stream(self._device).cuda_stream, wants_best=wants_best)
+        if choice is None:
+            slot.move_on(slot.position)
+        else:
+            apply_choice(slot, choice, slot.position, slot.step.buffers.best if wants_best else None)
 
     def _slot(self, state: DecoderState) -> KernelSlot:
         """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
@@ -163,12 +166,12 @@ class KernelDecoder:
             cross_bias=zeros((shapes.B, 1, 1, shapes.S)),
             tokens=zeros((rows, 1), dtype=torch.int32),
             position=zeros(1, dtype=torch.int64),
-            position32=zeros(1, dtype=torch.int32),
-            logits=torch.empty((rows, 1, arch.vocab_size), device=device),
             positions=zeros(rows, dtype=torch.int32),
+            logits=torch.empty((rows, 1, arch.vocab_size), device=device),
             lengths=zeros(shapes.B, dtype=torch.int32),
+            ancestors=zeros((rows, shapes.T + 1), dtype=torch.uint8) if shapes.N > 1 else None,
         )
-        assert slot.positions is not None and slot.lengths is not None
+        assert slot.lengths is not None
         inputs = StepInputs(
             slot.tokens[:, 0],
             slot.positions,
@@ -178,6 +181,7 @@ class KernelDecoder:
             slot.lengths,
             shapes.N,
             slot.logits[:, 0],
+            slot.ancestors,
         )
         chunks = -(-max(shapes.T, shapes.S) // CHUNK)
         buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device)

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.runtime.buffers import CrossStates, DecoderState
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What the next step of a slot reads; on a GPU the kernel of a choice writes it, and moves the position on.
+
+    Attributes:
+        tokens: int32 [R, 1].
+        positions: int32 [R] or [1].
+        best: int64 [R], where the step left what its best tokens are, in place of logits; zeros when it has been read.
+        ancestors: uint8 [R, T + 1], the beam in whose cache each token's key and value lie; None where rows of the cache move.
+    """
+
+    tokens: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    best: torch.Tensor | None = None
+    ancestors: torch.Tensor | None = None
+
+    @property
+    def position_count(self) -> int:
+        """Entries of `positions`."""
+        return 0 if self.positions is None else len(self.positions)
 
 
 class Choice(Protocol):
@@ -19,21 +42,27 @@ class Choice(Protocol):
         recordable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
             host, so that a session may record them together with the step.
         draws: `advance` draws random numbers on the device.
+        takes_best: `advance` reads no more of the logits than which one is the largest.
     """
 
     rows: int
     recordable: bool
     draws: bool
+    takes_best: bool
 
-    def advance(self, logits: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def advance(
+        self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Choose.
 
         Args:
             logits: float32 [R, V], good until the next step.
             position: int64 [1], of the tokens that the logits follow.
+            following: what the next step reads.
 
         Returns:
-            The next tokens, int64 [R], and the rows that they continue, int64 [R] (None: their own).
+            The next tokens, int64 [R], and the rows that they continue, int64 [R] (None: their own). None if `following` was given and is
+            all written, with `position`.
         """
         ...
 

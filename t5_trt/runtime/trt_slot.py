@@ -20,8 +20,9 @@ import torch
 from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import Shapes
 from t5_trt.runtime import cuda_kernels
-from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views
+from t5_trt.runtime.buffers import CrossStates, DecoderState, layer_views, move_ancestors, own_beams
 from t5_trt.runtime.cuda_graph import NotRecordableError, Unrecorded, undisturbed
+from t5_trt.runtime.session import NextStep
 
 logger = logging.getLogger("t5_trt")
 
@@ -39,7 +40,7 @@ class RecordedStep:
     def replay(self, slot: Slot, state: DecoderState) -> None:
         """Run the step for a state that lives in the slot, without waiting for it."""
         if slot.position_host != state.length:
-            slot.position.fill_(state.length)
+            slot.set_position(state.length)
         self.graph.replay()
         state.length += 1
         slot.position_host = state.length
@@ -56,12 +57,15 @@ class Slot:
     cross_bias: torch.Tensor  # [B, 1, 1, S]
     tokens: torch.Tensor  # int32 [R, 1]
     position: torch.Tensor  # int64 [1]
-    position32: torch.Tensor  # int32 [1], what the engine reads
+    positions: torch.Tensor  # int32, the same as the step reads it: [1] for an engine, [R] for the kernels
     logits: torch.Tensor  # float32 [R, 1, V]
     context: Any = None
     weights: Sequence[torch.Tensor] = ()  # that the context reads
     steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
     position_host: int = -1  # what `position` holds
+    ancestors: torch.Tensor | None = (
+        None  # uint8 [R, T + 1], see `DecoderState`; None where rows of the cache move, or are single
+    )
 
     @classmethod
     def allocate(cls, arch: Architecture, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Slot:
@@ -80,19 +84,22 @@ class Slot:
             cross_bias=zeros((shapes.B, 1, 1, shapes.S), dtype=dtype),
             tokens=zeros((rows, 1), dtype=torch.int32),
             position=zeros(1, dtype=torch.int64),
-            position32=zeros(1, dtype=torch.int32),
+            positions=zeros(1, dtype=torch.int32),
             logits=torch.empty((rows, 1, arch.vocab_size), dtype=torch.float32, device=device),
         )
 
     def take_in(self, state: DecoderState, mask_value: float) -> None:
         """Copy a state into the buffers and have it use them from now on; `mask_value` hides sources behind its own."""
         cross = state.cross
+        state.materialize()
         _overlay(self.cross, cross.kv)
         self._set_bias(state.cross_bias, mask_value)
         self.kv.zero_()
         if state.length:
             self.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
         self.position_host = -1
+        if self.ancestors is not None:
+            own_beams(self.ancestors, cross.beams)
         state.kv, state.cross_bias = self.kv, self.cross_bias
         state.cross = CrossStates(self.cross, cross.beams, (cross.batch, cross.source_length))
 
@@ -103,9 +110,19 @@ class Slot:
             grown[: bias.shape[0], ..., : bias.shape[3]].copy_(bias[: grown.shape[0], ..., : grown.shape[3]])
         self.cross_bias.copy_(grown)
 
+    def set_position(self, position: int) -> None:
+        """Where the next step writes."""
+        self.position.fill_(position)
+        self.positions.fill_(position)
+
+    def move_on(self, position: torch.Tensor) -> None:
+        """Have the next step write behind a position, int64 [1], which moves on too."""
+        position.add_(1)
+        self.positions.copy_(position.expand_as(self.positions))
+
     def step_tensors(self) -> dict[str, torch.Tensor]:
         """Inputs and outputs of a step's engine by name."""
-        tensors = {"decoder_input_ids": self.tokens, "position": self.position32, "logits": self.logits}
+        tensors = {"decoder_input_ids": self.tokens, "position": self.positions, "logits": self.logits}
         return tensors | made_rows(self.qkv) | self.cache_tensors()
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
@@ -152,6 +169,7 @@ class TrtProgram:
         """See `t5_trt.runtime.session.Program.launch`."""
         with undisturbed() if self._draws else nullcontext():
             self._step.replay(self._slot, self._state)
+        self._state.ancestors = self._slot.ancestors
         if self._apart:
             apply_choice(self._slot, self.choice, self._slot.position - 1)
 
@@ -176,7 +194,7 @@ def recorded_step(
         slot.steps.move_to_end(key)
         return slot.steps[key]
     kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
-    slot.position.zero_()
+    slot.set_position(0)
     try:
         graph: Any = record(work)
     except NotRecordableError as error:
@@ -186,6 +204,8 @@ def recorded_step(
         graph = Unrecorded(work)
     finally:
         slot.kv[..., : state.length, :].copy_(kept)
+        if slot.ancestors is not None:
+            own_beams(slot.ancestors, slot.shapes.N)
         slot.position_host = -1
     slot.steps[key] = RecordedStep(graph, choice)
     while len(slot.steps) > STEPS_KEPT:
@@ -227,21 +247,39 @@ def program_of(
 
 def run_step(slot: Slot, choice: Any, enqueue: Callable[[Slot], None]) -> None:
     """What is recorded: engine, K/V write, choice, next position."""
-    slot.position32.copy_(slot.position)
     enqueue(slot)
     slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
-    if choice is not None:
+    if choice is None:
+        slot.move_on(slot.position)
+    else:
         apply_choice(slot, choice, slot.position)
-    slot.position.add_(1)
 
 
-def apply_choice(slot: Slot, choice: Any, position: torch.Tensor) -> None:
-    """Choose tokens from the slot's logits, make them the next input, let rows change places."""
+def apply_choice(slot: Slot, choice: Any, position: torch.Tensor, best: torch.Tensor | None = None) -> None:
+    """Choose tokens after a step, make them the next input, let rows change places, and move the position on.
+
+    Args:
+        slot: with the step's logits.
+        choice: see `t5_trt.runtime.session.Choice`.
+        position: int64 [1], of the step.
+        best: what the step left in place of logits, see `NextStep`.
+    """
     rows = choice.rows
-    chosen, parents = choice.advance(slot.logits[:rows, 0], position)
+    following = None  # where rows of the cache move, torch does what is left
+    if slot.ancestors is not None or slot.shapes.N == 1:
+        ancestors = None if slot.ancestors is None else slot.ancestors[:rows]
+        following = NextStep(slot.tokens[:rows], slot.positions, best, ancestors)
+    made = choice.advance(slot.logits[:rows, 0], position, following)
+    if made is None:
+        return
+    chosen, parents = made
     slot.tokens[:rows].copy_(chosen[:, None])
     if parents is not None:
-        reorder_rows(slot.kv, parents, position, slot.shapes.N)
+        if slot.ancestors is None:
+            reorder_rows(slot.kv, parents, position, slot.shapes.N)
+        else:
+            move_ancestors(slot.ancestors, parents, position, slot.shapes.N)
+    slot.move_on(position)
 
 
 def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> None:

@@ -101,12 +101,26 @@ def make(
     for source, length in enumerate(lengths):
         inputs.cross[:, :, source, :, length:] = float("nan")
     buffers = StepBuffers.allocate(arch, dtype, rows, -(-max(capacity, width) // CHUNK), torch.device("cuda"))
-    buffers.parts.fill_(float("nan"))
+    for buffer in (buffers.parts, buffers.copy):
+        buffer.fill_(float("nan"))
     for buffer in (buffers.stream, buffers.query, buffers.squares):
         buffer[:rows, : {id(buffers.stream): size, id(buffers.query): inner}.get(id(buffer), 0)] = float("nan")
     weights = StepWeights(random(arch.vocab_size, size), tuple(layers), pack_head(head, dtype), 0.25)
-    step = DecodeStep(arch, kernels(arch, dtype, rows, early=early), weights, buffers, inputs, arch.epsilon, 0.5, True)
+    if beams > 1:
+        inputs.ancestors = ancestors(inputs, generator)
+    step = DecodeStep(arch, kernels(arch, dtype, rows, early=early), weights, buffers, inputs, arch.epsilon, 0.5)
     return Case(step, matrices, head)
+
+
+def ancestors(inputs: StepInputs, generator: torch.Generator) -> torch.Tensor:
+    """Any of an entry's beams that has the token; its own where a row stands."""
+    rows, capacity, beams = len(inputs.tokens), inputs.kv.shape[4], inputs.beams
+    own = (torch.arange(rows, device="cuda") % beams)[:, None].expand(rows, capacity + 1)
+    drawn = torch.randint(0, beams, own.shape, device="cuda", generator=generator)
+    places = torch.arange(capacity + 1, device="cuda")
+    first = torch.arange(rows, device="cuda")[:, None] // beams * beams
+    there = (places < inputs.position[first + drawn]) & (places < inputs.position[:, None])
+    return torch.where(there, drawn, own).byte()
 
 
 def run(case: Case) -> torch.Tensor:
@@ -114,11 +128,10 @@ def run(case: Case) -> torch.Tensor:
     stream.wait_stream(torch.cuda.current_stream())
     case.step.buffers.best.zero_()
     torch.cuda.synchronize()
+    case.step.enqueue(stream.cuda_stream, wants_best=True)
     case.step.enqueue(stream.cuda_stream)
     torch.cuda.synchronize()
-    logits = case.step.inputs.logits
-    assert logits is not None
-    return logits.clone()
+    return case.step.inputs.logits.clone()
 
 
 def expected(case: Case) -> torch.Tensor:
@@ -131,6 +144,10 @@ def expected(case: Case) -> torch.Tensor:
         keys, values = given.kv[layer].double()
         for row in range(rows):
             keys[row, :, given.position[row]], values[row, :, given.position[row]] = new[0][row], new[1][row]
+        if given.ancestors is not None:
+            places = torch.arange(keys.shape[2], device="cuda")
+            holders = torch.arange(rows, device="cuda")[:, None] // given.beams * given.beams + given.ancestors[:, :-1]
+            keys, values = (part.transpose(1, 2)[holders, places].transpose(1, 2) for part in (keys, values))
         attended = reference.attend_self(query, keys, values, own.bias.double(), given.position)
         stream = reference.add_attention(m["self_out"].double(), attended, stream, own.self_scale)
         query = reference.project_query(m["query"].double(), stream, arch.epsilon).view(shape)
@@ -201,7 +218,5 @@ def test_row_does_not_depend_on_other_rows(dtype: torch.dtype) -> None:
         )  # fmt: skip
         chunks = case.step.buffers.parts.shape[2]
         buffers = StepBuffers.allocate(SMALL, dtype, rows, chunks, torch.device("cuda"))
-        few = DecodeStep(
-            SMALL, kernels(SMALL, dtype, rows), case.step.weights, buffers, given, SMALL.epsilon, 0.5, True
-        )
+        few = DecodeStep(SMALL, kernels(SMALL, dtype, rows), case.step.weights, buffers, given, SMALL.epsilon, 0.5)
         assert torch.equal(run(Case(few, case.matrices, case.head)), whole[:rows])

@@ -4,9 +4,12 @@
 // those back that differ, so that nothing is read twice and no second cache is needed; tokens that are not there yet are
 // left alone. kv is [layers and K/V, entries, BEAMS, heads, capacity, vectors]; parents are rows counted over all entries.
 // The grid is (blocks over heads, capacity and vectors; entries; layers and K/V).
+#include "launch.cuh"
+
 extern "C" __global__ void reorder_rows(
     uint4* kv, const long long* parents, const long long* position, int entries, int heads, int capacity, int vectors)
 {
+    wait_for_inputs();
     const int entry = blockIdx.y;
     long long source[BEAMS];
     bool moves = false;

@@ -47,7 +47,8 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
 
 def constants(arch: Architecture, dtype: torch.dtype, rows: int) -> dict[str, int]:
     """What the kernels for a model and a number of rows are compiled with."""
-    row_tiles = 1 if rows <= 8 else 2  # accumulators of more rows do not pay, or do not fit into registers
+    # where one load of the weights pays for more rows than CTAs side by side (measured on an H200, docs/performance.md)
+    row_tiles = 1 if rows <= 8 else 2 if rows <= 64 or dtype == torch.float32 else 4
     head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
     while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > SHARED_BYTES:
         head_row_tiles //= 2

@@ -5,11 +5,12 @@
 
 __host__ __device__ constexpr int warps_for(int k_tiles) { return k_tiles <= 64 ? 8 : 16; }
 // Fewer CTAs than SMs, and the stream read as seldom as registers allow (measured on an H200, docs/performance.md).
+#define WIDE (STORAGE == FLOAT32 ? 1 : ROW_TILES == 1 || (ROW_TILES > 2 && warps_for(E_TILES) > 8) ? 2 : 4)
 #ifndef QKV_WIDE
-#define QKV_WIDE (STORAGE == FLOAT32 ? 1 : ROW_TILES > 1 ? 4 : 2)
+#define QKV_WIDE WIDE
 #endif
 #ifndef IN_WIDE
-#define IN_WIDE (STORAGE == FLOAT32 ? 1 : (ROW_TILES > 1 ? 4 : 2) / (1 + GATED))
+#define IN_WIDE (GATED && STORAGE != FLOAT32 ? WIDE / 2 : WIDE)
 #endif
 typedef Product<3 * HD_TILES, QKV_WIDE, E_TILES, warps_for(E_TILES), true> QkvProduct;
 typedef Product<E_TILES, 1, HD_TILES, warps_for(HD_TILES), false> AddProduct;

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from t5_trt import BackendError, InputError, TRTT5EncoderModel, TRTT5ForConditionalGeneration, installation
 from t5_trt.cli import app
 from t5_trt.engine import tensorrt_api
-from t5_trt.runtime import open as opening
+from t5_trt.runtime import select
 from tests.conftest import SHIPPED
 from tests.tiny_models import batch, make_stock
 
@@ -33,7 +33,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.fixture
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing was said or looked up yet, and no TensorRT is installed."""
-    opening._warn_once.cache_clear()
+    select._say_once.cache_clear()
     installation.gpu_is_here.cache_clear()
     monkeypatch.setattr(tensorrt_api, "_LOADED", {})
     for name in ("tensorrt", "tensorrt_rtx"):
@@ -41,7 +41,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("T5_TRT_BACKEND", "T5_TRT_FLAVOR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     yield
-    opening._warn_once.cache_clear()
+    select._say_once.cache_clear()
     installation.gpu_is_here.cache_clear()  # other tests are on the machine that is here
 
 
@@ -198,7 +198,7 @@ def test_what_counts_as_a_gpu(
 
 
 def test_machine_without_a_gpu_is_quiet(fresh_process: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(opening, "gpu_is_here", lambda: False)
+    monkeypatch.setattr(select, "gpu_is_here", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     TRTT5ForConditionalGeneration.from_pretrained(SHIPPED)
     assert not warnings_of(caplog)

@@ -281,6 +281,14 @@ def test_generate_from_arguments_and_from_a_pipe(run: Run) -> None:
     assert run("generate", MODEL, stdin=b"") == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    "command", [("generate", MODEL, "さくら"), ("verify", MODEL), ("bench", MODEL)], ids=lambda c: c[0]
+)
+def test_decode_reaches_the_model(run: Run, command: tuple[str, ...]) -> None:
+    status, _, err = run(*command, "--decode", "kernels")
+    assert status == 1 and "decode got 'kernels'" in one_line(err)
+
+
 def test_generate_in_another_precision(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("T5_TRT_CACHE", str(tmp_path))
     assert run("generate", MODEL, "さくら", "--precision", "int8")[1] == "sakura\n"

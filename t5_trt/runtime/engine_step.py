@@ -125,10 +125,10 @@ class EngineStep:
             context = self._engines.context(STEP, slot.shapes, own=True)
             slot.weights = self._engines.bind(context, slot.step_tensors())
             slot.context = context  # now that all of it is bound
-        work = partial(run_step, slot, choice, self._enqueue)
+        work = partial(run_step, slot, choice, self.enqueue)
         return recorded_step(slot, state, key, choice, work, lambda work: record(work, self._device, self.memory))
 
-    def _enqueue(self, slot: Slot) -> None:
+    def enqueue(self, slot: Slot) -> None:
         """Start the step of a slot."""
         self._engines.enqueue(slot.context)
         undo_head_factor(self._arch, slot.logits)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,6 +252,20 @@ def test_move_to_the_gpu_that_kernels_could_use(kernels: None) -> None:
         BackendError, match=r"runs on cpu with the backend 'onnxruntime'\. Choose the device when loading"
     ):
         ours.to("cuda")
+
+
+def test_info_tells_who_decodes(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA L4", major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    facts = json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)
+    chosen = facts["chosen"]
+    assert (chosen["backend"], chosen["decode"], chosen["device"]) == ("cuda", "kernels", "cuda:0")
+    assert facts["why_no_kernels"] is None and facts["idle_gpu"] is None
+    shown = " ".join(CliRunner().invoke(app, ["info"]).stdout.split())
+    assert (
+        "decoder steps by │ our CUDA kernels" in shown
+        and "the library's own kernels can run, and TensorRT cannot" in shown
+    )
 
 
 @pytest.fixture

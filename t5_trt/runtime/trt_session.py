@@ -80,7 +80,9 @@ class TrtSession:
             device_weights.share(EMBEDDING, kernels.embedding)
         self._slots = EngineSlots(self.engines, self.arch, self.dtype, device, self.precision)
         self._engine_step = EngineStep(self.engines, self._slots, self.arch, device) if kernels is None else None
-        self._steps: StepDecoder = kernels or self._engine_step  # type: ignore[assignment]
+        steps = kernels or self._engine_step
+        assert steps is not None
+        self._steps: StepDecoder = steps
         self.steps_by = "engine" if kernels is None else "kernels"
         self._encoders = Encoders(self.engines, self.arch, self.dtype, device)
         self._order = StreamOrder(device)

@@ -54,7 +54,7 @@ def test_kernels_are_what_auto_takes(store: Path) -> None:
     assert ours.session.steps_by == "kernels"
 
 
-def test_kernels_and_engine_give_equal_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_and_engine_give_equal_tokens(tmp_path: Path) -> None:
     """And where kernels decode, no engine of a step is built or loaded, whatever the request is."""
     requests: dict[str, dict[str, Any]] = {
         "greedy": {},
@@ -71,11 +71,10 @@ def test_kernels_and_engine_give_equal_tokens(tmp_path: Path, caplog: pytest.Log
         ours = TRTT5ForConditionalGeneration.from_model(
             make_stock("t5-v1.1"), **options, engine_cache_dir=tmp_path / decode
         )
-        with caplog.at_level(logging.INFO, "t5_trt"):
-            for name, arguments in requests.items():
-                inputs = on_gpu(batch(1 if name == "assisted" else 3))
-                tokens = ours.generate(**{**inputs, "max_new_tokens": 20, **arguments}).tolist()
-                assert found.setdefault(name, tokens) == tokens, (decode, name)
+        for name, arguments in requests.items():
+            inputs = on_gpu(batch(1 if name == "assisted" else 3))
+            tokens = ours.generate(**{**inputs, "max_new_tokens": 20, **arguments}).tolist()
+            assert found.setdefault(name, tokens) == tokens, (decode, name)
         assert ours.session.steps_by == decode
         graphs = {entry.manifest.get("graph") for entry in EngineStore(tmp_path / decode).entries()}
         assert ("decoder_step" in graphs) == ("decoder_step" in ours.session.engines.graphs()) == (decode == "engine")

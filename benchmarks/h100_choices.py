@@ -114,12 +114,12 @@ def stage_launch(store: Path, precision: str) -> Records:
         gc.collect()
         session = ours.session
         shapes = session.engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS + 1)
-        slot = session._idle[shapes][-1]
+        slot = session._slots.idle[shapes][-1]
         choice = next(step.choice for key, step in reversed(slot.steps.items()) if key is not None)
         prompt = torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda")
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=session._memory.take()):
-            run_step(slot, choice, session._enqueue_step)
+        with torch.cuda.graph(graph, pool=session._steps.memory.take()):
+            run_step(slot, choice, session._steps.enqueue)
         graph.instantiate()
         whole = sentence_graph(graph.raw_cuda_graph(), choice.report, slot.position, NEW_TOKENS)
 
@@ -268,6 +268,7 @@ def stage_scores(store: Path, precision: str) -> Records:
         ours = TRTT5ForConditionalGeneration.from_model(
             random_t5("t5-base"),
             backend="tensorrt",
+            decode="engine",
             precision=precision,
             engine_cache_dir=store / name.replace(" ", "-"),  # the graph is not part of an engine's key
             check_engines=False,

@@ -184,9 +184,9 @@ def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tup
     gc.collect()  # requests that are over give their slots back
     session = ours.session
     shapes = session.engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS + 1)
-    slot = session._idle[shapes][-1]
+    slot = session._slots.idle[shapes][-1]
     chosen = next(key for key in reversed(slot.steps) if key is not None)
-    session._idle[shapes] = [slot]
+    session._slots.idle[shapes] = [slot]
     return slot_alone(ours, arguments), chosen
 
 
@@ -201,7 +201,7 @@ def recording_cost(ours: Any, slot: Any, key: Any, times: int = 8) -> dict[str, 
     for number in range(times):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        kept.append(ours.session._recorded(slot, state, ("again", number), choice))
+        kept.append(ours.session._steps.recorded(slot, state, ("again", number), choice))
         found.append((time.perf_counter() - start) * 1e3)
     held = (free - torch.cuda.mem_get_info()[0]) / times
     return {"recording_ms": round(statistics.median(found), 2), "recorded_step_mb": round(held / 1e6, 2)}
@@ -233,7 +233,7 @@ def stage_long(store: Path, precision: str) -> Records:
     for tokens in (128, 256, LONG_TOKENS):  # a request of so many tokens starts in that bucket
         ours.generate(**request(1, tokens - 1))
         gc.collect()
-        slot = next(slots[-1] for shapes, slots in ours.session._idle.items() if tokens == shapes.T and slots)
+        slot = next(slots[-1] for shapes, slots in ours.session._slots.idle.items() if tokens == shapes.T and slots)
         step_us[tokens] = round(replay_us(slot, next(key for key in reversed(slot.steps) if key), 64), 1)
     yield {
         "model": BASE,
@@ -254,7 +254,9 @@ def stage_curves(store: Path, precision: str) -> Records:
     """Latency against batch and against new tokens, as ``t5-trt bench`` measures it."""
     from t5_trt.benchmarking import Case, load_contest, measure
 
-    contest = load_contest(RANDOM + "t5-base", backend="tensorrt", precision=precision, engine_cache_dir=store)
+    contest = load_contest(
+        RANDOM + "t5-base", backend="tensorrt", decode="engine", precision=precision, engine_cache_dir=store
+    )
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = dict.fromkeys([(rows, 64) for rows in BATCHES] + [(1, tokens) for tokens in LENGTHS])
     for rows, tokens in cases:

@@ -63,7 +63,7 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
     plain = T5ForConditionalGeneration.from_pretrained(folder).eval()
     stock = copy.deepcopy(plain).cuda()
     ours = TRTT5ForConditionalGeneration.from_pretrained(
-        folder, backend="tensorrt", precision=precision, engine_cache_dir=store
+        folder, backend="tensorrt", decode="engine", precision=precision, engine_cache_dir=store
     )
 
     def encoded(texts: list[str]) -> dict[str, Any]:

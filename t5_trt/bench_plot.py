@@ -15,7 +15,16 @@ from t5_trt.errors import BackendError, InputError
 PICTURES = (".png", ".svg", ".pdf")
 AXES = {"batch": "batch", "source_tokens": "source tokens", "new_tokens": "new tokens", "num_beams": "beams"}
 #: what makes two records of one case different things
-FACTS: tuple[str, ...] = ("model", "backend", "precision", "prepack_weights", "do_sample", "source", "threads")
+FACTS: tuple[str, ...] = (
+    "model",
+    "backend",
+    "precision",
+    "decode",
+    "prepack_weights",
+    "do_sample",
+    "source",
+    "threads",
+)
 FACTS += ("processor", "gpu_and_driver")
 LEGEND = {
     "hf_eager_fp32": "Hugging Face, eager, float32",
@@ -69,6 +78,9 @@ def draw_records(records: Sequence[Record], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    records = [
+        {"decode": "engine", **record} for record in records
+    ]  # older ones were measured when that was all there was
     axes = [axis for axis in AXES if axis != "source_tokens" or not _of_texts(records)]
     varying = [axis for axis in axes if len({record[axis] for record in records}) > 1] or ["batch"]
     figure = Figure(figsize=(max(6.4, 4.8 * len(varying)), 5.2), dpi=150, facecolor="white", layout="constrained")
@@ -114,12 +126,13 @@ def _looks(records: Sequence[Record], differing: Sequence[str]) -> dict[tuple[st
 
 def _label(record: Record, name: str, differing: Sequence[str]) -> str:
     label = f"t5_trt, {record['precision']}" if name == OURS else LEGEND[name]
-    ours_only = ("backend", "precision", "prepack_weights")
+    ours_only = ("backend", "precision", "decode", "prepack_weights")
     for fact in differing:
         value = record.get(fact)
         if fact == "precision" or (name != OURS and fact in ours_only) or value in (None, False):
             continue
         words = {"prepack_weights": "prepacked weights", "do_sample": "sampling", "threads": f"{value} threads"}
+        words["decode"] = f"steps by {value}"
         label += f", {words.get(fact, value)}"
     return label
 

@@ -65,10 +65,11 @@ def print_records(records: Sequence[Record], console: Console) -> None:
         console: 80 columns are enough.
     """
     first = records[0]
-    on_gpu = first["backend"] == "tensorrt"
+    on_gpu = first["backend"] != "onnxruntime"
     where = first["gpu_and_driver"] if on_gpu else f"{first['processor']}, CPU threads: {first['threads']}"
     console.print(Text(first["model"], style="bold"))
-    console.print(Text(f"{first['backend']} {first['precision']} on {where}"))
+    steps = f", decoder steps by {first['decode']}" if on_gpu and "decode" in first else ""
+    console.print(Text(f"{first['backend']} {first['precision']}{steps} on {where}"))
     console.print(Text(f"median and 90th percentile of {first['runs']} runs of the whole generate() call"))
     console.print()
     console.print(record_table(records, roomy=console.width >= 110))

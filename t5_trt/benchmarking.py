@@ -166,6 +166,7 @@ def measure(contest: Contest, case: Case, runs: int = 5, texts: Sequence[str] | 
         "model": contest.name,
         "backend": ours.session.backend,
         "precision": ours.session.precision,
+        "decode": ours.session.steps_by,
         "prepack_weights": ours.runtime_config.prepack_weights,
         "batch": case.batch,
         "source_tokens": request["input_ids"].shape[1],

@@ -1,6 +1,6 @@
 """What a user can set, and where defaults come from: arguments first, then ``T5_TRT_*`` variables, then built-in values.
 
-This module checks names and ranges only; whether a backend is installed is the business of `t5_trt.runtime.open`.
+This module checks names and ranges only; whether a backend is installed is the business of `t5_trt.runtime.select`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from t5_trt.errors import InputError
 
 BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
+DECODE = ("auto", "kernels", "engine")
 
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> str:
@@ -39,9 +40,11 @@ class RuntimeConfig:
     """Settings that change how a model runs but not what its engines contain.
 
     Attributes:
-        backend: "auto" (TensorRT where it and a GPU are there, else ONNX Runtime on the CPU), "tensorrt", "cuda" (our own kernels and
-            torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
+        backend: "auto" (TensorRT where it and a GPU are there, else "cuda" where a GPU is there, else ONNX Runtime on the CPU), "tensorrt",
+            "cuda" (our own kernels and torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
         precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8". ONNX Runtime on CPU runs "fp32" and "int8".
+        decode: who does the one-token decoder step: "kernels" (the library's own CUDA kernels), "engine" (the backend's) or "auto"
+            (kernels where they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the stock PyTorch model where an engine cannot serve.
         num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
@@ -60,6 +63,7 @@ class RuntimeConfig:
 
     backend: str = "auto"
     precision: str = "auto"
+    decode: str = "auto"
     device: str | None = None
     strict: bool = False
     num_threads: int | None = None
@@ -78,6 +82,7 @@ class RuntimeConfig:
             object.__setattr__(self, "engine_cache_dir", Path(self.engine_cache_dir).expanduser())
         check_choice("backend", self.backend, BACKENDS)
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("decode", self.decode, DECODE)
         for name in ("num_threads", "max_source_tokens", "max_target_tokens", "engine_cache_bytes"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -49,7 +49,8 @@ from t5_trt.loading_arguments import check_arguments
 from t5_trt.placed_model import PlacedModel, in_float32
 from t5_trt.reference_model import follow, make_reference
 from t5_trt.runtime.forks import abandon, watch_forks
-from t5_trt.runtime.open import best_precision, choose_folding, open_session, resolve
+from t5_trt.runtime.open import choose_folding, open_session
+from t5_trt.runtime.select import best_precision, choose, resolve
 from t5_trt.runtime.session import Session
 from t5_trt.tokenizing import text_batches
 from t5_trt.weight_watch import WeightWatch
@@ -88,6 +89,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         config: Any = None,
         backend: str | None = None,
         precision: str = "auto",
+        decode: str = "auto",
         device: str | torch.device | int | None = None,
         strict: bool = False,
         num_threads: int | None = None,
@@ -112,6 +114,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
             precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices; on GPUs experimental).
+            decode: who does the one-token decoder step on a GPU: "auto", "kernels" (the library's own CUDA kernels) or "engine".
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
             strict: raise instead of using the stock PyTorch model where engines cannot serve a request.
             num_threads: CPU threads of ONNX Runtime; None takes torch's number.
@@ -151,6 +154,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         runtime = RuntimeConfig(
             backend=backend_from_environment(backend),
             precision=precision,
+            decode=decode,
             device=as_device("device", device),
             strict=strict,
             num_threads=num_threads,
@@ -163,27 +167,27 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             show_progress=show_progress,
             check_engines=check_engines,
         )
-        if dtype not in (None, "auto"):
-            dtype = as_dtype(dtype)
-            if precision == "auto" and resolve(runtime).backend != "onnxruntime":
-                runtime = replace(runtime, precision=PRECISION_OF[dtype])
+        choose(runtime)  # what cannot run here is said before anything is fetched
+        asked = None if dtype in (None, "auto") else as_dtype(dtype)
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        if resolve(runtime).backend == "tensorrt":
-            runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
         settings = dict(kwargs)
         if config is None or isinstance(config, str | Path):
             config = load_config(str(config or name), encoder_only=cls._encoder_only, changes=kwargs, **where)
-        runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None)))
-        placement = resolve(runtime)
+        chosen, decoder = cls._class_for(config), None if cls._encoder_only else config
+        if asked is None:
+            runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None), decoder))
+        elif precision == "auto" and choose(runtime, decoder).backend != "onnxruntime":
+            runtime = replace(runtime, precision=PRECISION_OF[asked])
+        placement = resolve(runtime, decoder)
+        if placement.backend == "tensorrt":
+            runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
         check_indexes(name, config, kwargs.get("variant"), **where)
         if not ignores:
             variant = kwargs.get("variant")
             correct_vocabulary(name, config, variant, encoder_only=cls._encoder_only, **where)
-        load = Loading(
-            super(EngineModel, cls._class_for(config)).from_pretrained, ignore_mismatched_sizes=ignores, reports=reports
-        )
+        load = Loading(super(EngineModel, chosen).from_pretrained, ignore_mismatched_sizes=ignores, reports=reports)
         # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
-        stored = (dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
+        stored = (asked or dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
         taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
         if taken and getattr(model, "generation_config", None) is not None:
@@ -221,7 +225,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             )
         build, calibration = options.pop("build", None), options.pop("calibration", None)
         runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
-        placement = resolve(runtime)
+        placement = resolve(runtime, None if cls._encoder_only else model.config)
         wrapped = share_weights(chosen, model)
         wrapped._configure(runtime, build or BuildConfig(), placement)
         wrapped._calibration = None if calibration is None else list(calibration)
@@ -322,15 +326,6 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         """The encoder module; calling it runs the encoder engine of this model, and not of a copy that shares the module."""
         attach_encoder(self)
         return self.encoder
-
-    def extra_repr(self) -> str:
-        """Backend, precision, loaded engines and memory of their weights, at the head of the model's repr."""
-        placement, session = self._placement, self._session
-        graphs = "none opened yet" if session is None else ", ".join(session.loaded_graphs()) or "none loaded yet"
-        engines = getattr(session, "engines", None)
-        read = "the parameters' memory" if self.dtype is torch.float32 else "copies of the parameters in float32"
-        own = f"{engines.weights.nbytes / 1e6:.1f} MB on {placement.device}" if engines else read
-        return f"backend={placement.backend}, precision={placement.precision}, engines=({graphs}), weights=({own})"
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, include_engines: bool = False, **kwargs: Any

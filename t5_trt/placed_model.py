@@ -16,7 +16,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.encoder_module import attach_encoder
 from t5_trt.errors import BackendError, InputError
 from t5_trt.inputs import PRECISION_OF, as_dtype
-from t5_trt.runtime.open import Placement, refusal_of_device, resolve
+from t5_trt.runtime.select import Placement, refusal_of_device, resolve
 from t5_trt.runtime.session import Session
 
 
@@ -27,6 +27,8 @@ class PlacedModel:
     _build_config: BuildConfig
     _placement_: Placement | None
     _session: Session | None
+    _encoder_only: bool
+    config: Any
     shared: Any
 
     @property
@@ -45,8 +47,13 @@ class PlacedModel:
     @property
     def _placement(self) -> Placement:
         if self._placement_ is None:
-            self._placement_ = resolve(self._runtime_config)
+            self._placement_ = resolve(self._runtime_config, self._decoder_config)
         return self._placement_
+
+    @property
+    def _decoder_config(self) -> Any:
+        """The config of a model with a decoder, else None."""
+        return None if self._encoder_only else self.config
 
     def _configure(self, runtime: RuntimeConfig, build: BuildConfig, placement: Placement | None = None) -> None:
         """Set how the model runs."""
@@ -95,8 +102,18 @@ class PlacedModel:
             return super()._apply(fn, recurse)  # type: ignore[misc]
         if converts:  # the parameters, which engines are made from, stay on the host as they are
             runtime = replace(self._runtime_config, precision=PRECISION_OF[after.dtype])
-            self._configure(runtime, self._build_config, resolve(runtime))
+            self._configure(runtime, self._build_config, resolve(runtime, self._decoder_config))
         return self
+
+    def extra_repr(self) -> str:
+        """Backend, precision, who decodes, loaded engines and memory of their weights, at the head of the model's repr."""
+        placement, session = self._placement, self._session
+        graphs = "none opened yet" if session is None else ", ".join(session.loaded_graphs()) or "none loaded yet"
+        read = "the parameters' memory" if self.dtype is torch.float32 else "copies of the parameters in float32"
+        own = f"{session.weight_bytes / 1e6:.1f} MB on {placement.device}" if session and session.weight_bytes else read
+        what = f"backend={placement.backend}, precision={placement.precision}"
+        decode = "" if self._encoder_only else f", decode={placement.decode}"
+        return f"{what}{decode}, engines=({graphs}), weights=({own})"
 
     def _in_own_dtype(self, result: torch.Tensor) -> torch.Tensor:
         """A result of engines, which is float32 on a CPU, in the dtype that the model reports."""

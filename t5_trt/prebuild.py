@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
-from t5_trt.config import PRECISIONS, BuildConfig, check_choice, default_engine_cache_dir
+from t5_trt.architecture import Architecture
+from t5_trt.config import DECODE, PRECISIONS, BuildConfig, check_choice, default_engine_cache_dir
 from t5_trt.engine.profiles import Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
-from t5_trt.errors import BackendError, InputError
+from t5_trt.errors import BackendError, InputError, T5TRTError
+from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.runtime.open import eight_bits, gpu_facts
+from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
 from t5_trt.signature import ENCODER, QUERIES, STEP
 
 
@@ -39,6 +42,7 @@ def build_engines(
     flavor: str | None = None,
     compute_capabilities: Sequence[str] = (),
     precision: str = "fp16",
+    decode: str = "auto",
     calibration: Iterable[str] | None = None,
     batch: int = 1,
     beams: int = 1,
@@ -46,13 +50,16 @@ def build_engines(
     target_tokens: int = 128,
     cache_dir: Path | None = None,
 ) -> list[BuiltEngine]:
-    """Build encoder, decoder step, and decoder with several query positions, where the store does not have them yet.
+    """Build encoder, decoder with several query positions, and one-token step, where the store does not have them yet.
+
+    The step is left out where models on that GPU would have the library's own kernels do it.
 
     Args:
         model: hub id or folder of a checkpoint.
         flavor: "tensorrt" or "rtx"; None takes the one that is installed.
         compute_capabilities: of GPUs to build for without one here, such as "8.6"; TensorRT for RTX only.
         precision: "fp32", "tf32", "fp16", "bf16" or "int8".
+        decode: who will do the one-token step: "engine", "kernels", or "auto" as models with ``decode="auto"`` would choose.
         calibration: texts whose largest activations set the range of half precision.
         batch: largest number of rows.
         beams: of each row.
@@ -62,10 +69,12 @@ def build_engines(
 
     Raises:
         InputError: an argument has no meaning.
-        BackendError: TensorRT or the GPU to build for is missing, or the build failed.
+        BackendError: TensorRT or the GPU to build for is missing, the kernels that were asked for cannot run there, or the build failed.
+        UnsupportedModelError: the kernels that were asked for do not take the model.
         CheckpointError: there is no such model.
     """
     check_choice("precision", precision, tuple(name for name in PRECISIONS if name != "auto"))
+    check_choice("decode", decode, DECODE)
     sizes = {"batch": batch, "beams": beams, "source_tokens": source_tokens, "target_tokens": target_tokens}
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -87,10 +96,29 @@ def build_engines(
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)
     )
-    wanted = [(graph, shapes) for graph in (ENCODER, STEP, QUERIES)]
+    step = (STEP,) if _step_by_engine(decode, compute_capabilities, precision, loaded.architecture) else ()
+    wanted = [(graph, shapes) for graph in (ENCODER, *step, QUERIES)]
     plans = provider.plans(wanted)
     labels = [provider.request(graph, shapes).label for graph, shapes in wanted]
     return [BuiltEngine(label, len(plan)) for label, plan in zip(labels, plans, strict=True)]
+
+
+def _step_by_engine(decode: str, capabilities: Sequence[str], precision: str, arch: Architecture) -> bool:
+    """Whether an engine does the one-token step on the GPUs that are built for."""
+    if decode == "engine":
+        return True
+    problem: T5TRTError | None = why_kernels_refuse(precision, arch)
+    if problem is None and capabilities:
+        old = [each for each in capabilities if tuple(map(int, each.split("."))) < LEAST_CAPABILITY]
+        problem = BackendError(f"the kernels need compute capability 8.0; got {', '.join(old)}") if old else None
+    elif problem is None:
+        missing = why_no_kernels()
+        problem = BackendError(missing) if missing else None
+    if problem is not None and decode == "kernels":
+        raise type(problem)(
+            f"decode='kernels' cannot be had: {str(problem).rstrip('.')}. Use decode='auto' or 'engine'."
+        )
+    return problem is not None
 
 
 def _gpu(flavor: str, capabilities: tuple[str, ...]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from t5_trt.graph import build_device_graph
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.precision import real_type
 from t5_trt.graph.ranges import Folding
-from t5_trt.runtime import trt_encoder, trt_session
+from t5_trt.runtime import engine_step, trt_encoder
 from t5_trt.runtime.trt_session import TrtSession
 from tests.torch_graph import TorchGraph
 
@@ -177,8 +177,9 @@ def stand_in_session(
     reference: Any = None,
     precision: str = "fp32",
     folding: Folding | None = None,
+    kernels: Any = None,
 ) -> Any:
-    """A `TrtSession` on the CPU for a model."""
+    """A `TrtSession` on the CPU for a model; arguments as of that class."""
 
     def record(work: Any, device: torch.device, memory: Any = None) -> _Graph:
         with torch.random.fork_rng([]):
@@ -186,7 +187,7 @@ def stand_in_session(
                 work()
         return _Graph(work)
 
-    for module in (trt_session, trt_encoder):
+    for module in (engine_step, trt_encoder):
         monkeypatch.setattr(module, "record", record)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),
@@ -202,7 +203,7 @@ def stand_in_session(
     provider: Any = StandInProvider(arch, settings or BuildConfig(), precision, quantized)
     device: Any = torch.device("cpu")
     session: Any = TrtSession(
-        provider, model.state_dict(), api, device, strict=strict, reference=reference, folding=folding
+        provider, model.state_dict(), api, device, strict=strict, reference=reference, folding=folding, kernels=kernels
     )  # type: ignore[arg-type]
     session.engines.enqueue = lambda context: context.run()
     return session

@@ -28,7 +28,7 @@ from t5_trt.random_models import SHAPES, random_source
 from tests.conftest import ROOT, SHIPPED
 
 FIELDS = {
-    "model", "backend", "precision", "prepack_weights", "batch", "source_tokens", "new_tokens", "num_beams", "do_sample",
+    "model", "backend", "precision", "decode", "prepack_weights", "batch", "source_tokens", "new_tokens", "num_beams", "do_sample",
     "threads", "runs", "ours_ms", "ours_p90_ms", "tokens_per_s", "first_call_s", "hf_eager_fp32_ms", "hf_eager_fp32_p90_ms",
     "hf_eager_fp32_tokens_per_s", "hf_eager_fp32_first_call_s", "speedup", "tokens_equal", "tokens_equal_share",
     "distinct_tokens", "loop", "left_out", "python", "torch", "transformers", "onnxruntime", "tensorrt", "cuda",
@@ -167,6 +167,17 @@ def test_picture(records: list[dict[str, Any]], tmp_path: Path) -> None:
     drawn = (tmp_path / "panels.svg").read_text()
     assert "<svg" in drawn and all(f"<!-- {word} -->" in drawn for word in ("batch (rows)", "new tokens", "beams"))
     assert "<!-- t5_trt, fp32 -->" in drawn and "<!-- Hugging Face, eager, float32 -->" in drawn
+
+
+def test_picture_tells_who_decodes(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Records from before there was a choice are an engine's."""
+    before = [{name: value for name, value in record.items() if name != "decode"} for record in records]
+    labels = []
+    for others in (before, [{**record, "decode": "kernels"} for record in records]):
+        draw_records([*records, *others], tmp_path / "both.svg")
+        drawn = (tmp_path / "both.svg").read_text()
+        labels.append([f"steps by {who}" in drawn for who in ("engine", "kernels")])
+    assert labels == [[False, False], [True, True]]
 
 
 def test_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

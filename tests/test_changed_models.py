@@ -26,7 +26,7 @@ from t5_trt import (
     compare,
     generate_many,
 )
-from t5_trt.runtime import trt_session
+from t5_trt.runtime import trt_slot
 from t5_trt.transformers_api import CACHE
 from tests.conftest import SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
@@ -488,7 +488,7 @@ def test_forward_while_a_request_moves_on_to_a_larger_cache(pair: Any, monkeypat
     stock, ours = pair
     ours._session = stand_in_session(ours, monkeypatch)
     request = {"max_new_tokens": 131, "min_new_tokens": 131}
-    take_in, busy = trt_session.Slot.take_in, []
+    take_in, busy = trt_slot.Slot.take_in, []
 
     def meanwhile(slot: Any, state: Any, mask_value: float) -> None:
         if state.length >= 128 and not busy:
@@ -496,7 +496,7 @@ def test_forward_while_a_request_moves_on_to_a_larger_cache(pair: Any, monkeypat
             ours(**batch(seed=9), decoder_input_ids=torch.full((3, 1), 7))
         take_in(slot, state, mask_value)
 
-    monkeypatch.setattr(trt_session.Slot, "take_in", meanwhile)
+    monkeypatch.setattr(trt_slot.Slot, "take_in", meanwhile)
     assert tokens(ours, **request) == tokens(stock, **request) and busy
 
 

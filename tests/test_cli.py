@@ -87,9 +87,13 @@ def test_info_tells_what_is_chosen_and_why(run: Run) -> None:
     status, out, _ = run("info")
     shown = " ".join(out.split())
     assert status == 0 and "onnxruntime in fp32 on cpu" in shown and "none that PyTorch can use" in shown
+    assert (
+        "decoder steps by" in shown and "the backend's engine" in shown and "can our CUDA kernels? │ there is" in shown
+    )
     status, out, _ = run("info", "--json")
     facts = json.loads(out)
     assert status == 0 and facts["chosen"]["backend"] == "onnxruntime" and facts["gpu"] is None
+    assert facts["chosen"]["decode"] == "engine" and "GPU" in facts["why_no_kernels"]
     assert "t5-trt[cu13]" in facts["tensorrt"]["tensorrt"]["missing"]
 
 
@@ -198,6 +202,10 @@ def test_a_mistyped_folder_needs_no_torch() -> None:
     [
         *(("build", MODEL, f"--{name}", "0") for name in ("batch", "beams", "source-tokens", "target-tokens")),
         ("build", MODEL, "--precision", "auto"),
+        ("build", MODEL, "--decode", "gpu"),
+        ("bench", MODEL, "--decode", "gpu"),
+        ("verify", MODEL, "--decode", "gpu"),
+        ("generate", MODEL, "x", "--decode", "gpu"),
         ("build", MODEL, "--flavor", "rtx", "--compute-capability", "86"),
         ("build", MODEL, "--flavor", "other"),
         *(("generate", MODEL, "x", f"--{name}", "0") for name in ("num-beams", "max-new-tokens", "batch-size")),
@@ -273,6 +281,14 @@ def test_generate_from_arguments_and_from_a_pipe(run: Run) -> None:
     assert run("generate", MODEL, stdin=b"") == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    "command", [("generate", MODEL, "さくら"), ("verify", MODEL), ("bench", MODEL)], ids=lambda c: c[0]
+)
+def test_decode_reaches_the_model(run: Run, command: tuple[str, ...]) -> None:
+    status, _, err = run(*command, "--decode", "kernels")
+    assert status == 1 and "decode got 'kernels'" in one_line(err)
+
+
 def test_generate_in_another_precision(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("T5_TRT_CACHE", str(tmp_path))
     assert run("generate", MODEL, "さくら", "--precision", "int8")[1] == "sakura\n"
@@ -331,7 +347,11 @@ def test_build_then_look_at_the_cache(run: Run, tmp_path: Path) -> None:
     texts.write_text("がっこう\nコーヒー\n", encoding="utf-8")
     command = ("build", MODEL, "--flavor", "rtx", "--compute-capability", "8.6", "8.9", "12.0", "--source-tokens", "32")
     status, out, err = run(*command, "--batch", "2", "--calibrate", str(texts), "--cache-dir", store)
-    assert status == 0 and "3 engines in" in out and "decoder_queries B2 S32 T128 Q8 fp16" in out, err
+    assert status == 0 and "2 engines in" in out and "decoder_queries B2 S32 T128 Q8 fp16" in out, err
+    status, out, err = run(
+        *command, "--batch", "2", "--calibrate", str(texts), "--cache-dir", store, "--decode", "engine"
+    )
+    assert status == 0 and "3 engines in" in out and "decoder_step B2 S32 T128" in out, err
 
     listed = run("cache", "list", "--cache-dir", store)[1]
     assert "3 engines" in listed and "decoder_step" in listed and "rtx" in listed

@@ -10,8 +10,8 @@ import torch
 from t5_trt import BackendError, InputError
 from t5_trt.config import RuntimeConfig
 from t5_trt.kernels import compile as compiler
-from t5_trt.runtime import open as opening
-from t5_trt.runtime.open import choose
+from t5_trt.runtime import select
+from t5_trt.runtime.select import choose
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(opening, "missing_bindings", lambda: None)
+        monkeypatch.setattr(select, "missing_bindings", lambda: None)
 
     return show
 
@@ -62,7 +62,7 @@ def test_missing_package_is_named_with_its_command(gpu: Any, monkeypatch: pytest
     problem = compiler.missing_bindings()
     assert problem is not None and "cuda-bindings" in problem
     gpu((9, 0))
-    monkeypatch.setattr(opening, "missing_bindings", lambda: problem)
+    monkeypatch.setattr(select, "missing_bindings", lambda: problem)
     with pytest.raises(BackendError, match=r'cuda-bindings.*pip install "t5-trt\[kernels-cu13\]"'):
         choose(RuntimeConfig(backend="cuda"))
 

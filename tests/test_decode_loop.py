@@ -17,7 +17,7 @@ from t5_trt import TRTT5ForConditionalGeneration, generating
 from t5_trt.generation.processors import DEVICE_FORMS, Recordable, device_forms, fingerprint, has_device_form
 from t5_trt.generation.sampling import draw
 from t5_trt.generation.support import GenerationPath
-from t5_trt.runtime import trt_session, trt_slot
+from t5_trt.runtime import engine_step, trt_slot
 from t5_trt.runtime.buffers import DecoderState
 from t5_trt.runtime.cuda_graph import NotRecordableError
 from t5_trt.transformers_api import CACHE
@@ -210,8 +210,8 @@ def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
 def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
     ours._session = stand_in_session(ours, monkeypatch)
-    recorded, record = [], trt_session.record
-    monkeypatch.setattr(trt_session, "record", lambda *args: recorded.append(1) or record(*args))
+    recorded, record = [], engine_step.record
+    monkeypatch.setattr(engine_step, "record", lambda *args: recorded.append(1) or record(*args))
     counts = []
     requests: list[dict[str, Any]] = [
         {},
@@ -238,7 +238,7 @@ def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog:
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     ours._session = stand_in_session(ours, monkeypatch)
-    record, tries = trt_session.record, []
+    record, tries = engine_step.record, []
 
     def refuse(work: Any, device: torch.device, memory: Any) -> Any:
         if work.args[1] is not None:
@@ -247,7 +247,7 @@ def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog:
             raise NotRecordableError("operation not permitted when stream is capturing")
         return record(work, device, memory)
 
-    monkeypatch.setattr(trt_session, "record", refuse)
+    monkeypatch.setattr(engine_step, "record", refuse)
     for arguments in ({}, {}, {"num_beams": 2}):
         request = {**batch(), "max_new_tokens": 9, **arguments}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
@@ -316,7 +316,7 @@ def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, b
         fed.append(int(slot.tokens.min()))
         run(slot, *arguments)
 
-    monkeypatch.setattr(trt_session, "run_step", watched)
+    monkeypatch.setattr(engine_step, "run_step", watched)
     ours.generate(**batch(), max_new_tokens=60, max_time=0.0, num_beams=beams)
     assert len(fed) > 5 and min(fed) >= 0
 

@@ -207,9 +207,9 @@ def test_on_a_gpu_the_engines_are_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     """Parameters, which engines are made from, stay as they are on the host."""
     from dataclasses import replace
 
-    from t5_trt.runtime.open import Placement
+    from t5_trt.runtime.select import Placement
 
-    def placed(config: Any) -> Placement:
+    def placed(config: Any, model: Any) -> Placement:
         precision = "fp16" if config.precision == "auto" else config.precision
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         return Placement("tensorrt", precision, torch.device("cuda", 0), dtype, "tensorrt", "")

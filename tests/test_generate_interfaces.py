@@ -237,4 +237,4 @@ def test_interrupted_request_leaves_a_usable_model(engine: str, monkeypatch: pyt
             ours.generate(**batch(), max_new_tokens=12, streamer=Interrupt())
         assert ours.generate(**batch(), max_new_tokens=12).tolist() == expected
     if engine == "stand-in":  # buffers came back
-        assert sum(len(slots) for slots in ours.session._idle.values()) == 1
+        assert sum(len(slots) for slots in ours.session._slots.idle.values()) == 1

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from t5_trt import BackendError, InputError, TRTT5EncoderModel, TRTT5ForConditionalGeneration, installation
+from t5_trt import (
+    BackendError,
+    InputError,
+    TRTT5EncoderModel,
+    TRTT5ForConditionalGeneration,
+    UnsupportedModelError,
+    installation,
+)
 from t5_trt.cli import app
 from t5_trt.engine import tensorrt_api
-from t5_trt.runtime import open as opening
+from t5_trt.runtime import select
 from tests.conftest import SHIPPED
 from tests.tiny_models import batch, make_stock
 
@@ -33,7 +42,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.fixture
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing was said or looked up yet, and no TensorRT is installed."""
-    opening._warn_once.cache_clear()
+    select._say_once.cache_clear()
     installation.gpu_is_here.cache_clear()
     monkeypatch.setattr(tensorrt_api, "_LOADED", {})
     for name in ("tensorrt", "tensorrt_rtx"):
@@ -41,14 +50,19 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("T5_TRT_BACKEND", "T5_TRT_FLAVOR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     yield
-    opening._warn_once.cache_clear()
+    select._say_once.cache_clear()
     installation.gpu_is_here.cache_clear()  # other tests are on the machine that is here
 
 
 @pytest.fixture
 def gpu(fresh_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch sees a GPU."""
+    """PyTorch sees a GPU; what the kernels need is not installed either."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(
+        select, "missing_bindings", lambda: "the CUDA kernels need the package cuda-bindings (not here)"
+    )
 
 
 @pytest.mark.parametrize(("built_for", "extra"), [("12.6", "cu12"), ("13.0", "cu13")])
@@ -62,6 +76,7 @@ def test_missing_tensorrt_is_said_once(
     (message,) = warnings_of(caplog)
     assert message.startswith("models run on the CPU and the GPU is idle: TensorRT is not usable here")
     assert f'`pip install "t5-trt[{extra}]"`' in message and f'`pip install "t5-trt[rtx-{extra}]"`' in message
+    assert f'`pip install "t5-trt[kernels-{extra}]"`' in message
     assert ".." not in message
     assert ours.generate(torch.tensor([[5, 6, 1]]), max_new_tokens=3).device.type == "cpu"
 
@@ -128,10 +143,129 @@ def test_rtx_on_a_gpu_that_it_does_not_run_on(
 ) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt_rtx")
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"))
     (message,) = warnings_of(caplog)
     assert 'this GPU has 9.0. Install TensorRT instead with `pip install "t5-trt[cu13]"`' in message
+
+
+@pytest.fixture
+def kernels(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels need is there, TensorRT is not."""
+    monkeypatch.setattr(select, "missing_bindings", lambda: None)
+
+
+def messages_about_tensorrt(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records if "TensorRT" in record.getMessage()]
+
+
+def test_gpu_is_used_without_tensorrt(kernels: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is idle, so nothing is warned of; what TensorRT would do is said once, for who looks."""
+    with caplog.at_level(logging.INFO, "t5_trt"):
+        for _ in range(2):
+            ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED)
+    assert ours.device == torch.device("cuda:0") and "backend=cuda, precision=fp16, decode=kernels" in repr(ours)
+    ((level, message),) = messages_about_tensorrt(caplog)
+    assert level == "INFO" and "models run on the GPU without TensorRT, the encoder by PyTorch" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "precision"),
+    [
+        ({"device": "cuda"}, "cuda:0", "fp16"),
+        ({"device_map": {"": "cuda:1"}}, "cuda:1", "fp16"),
+        ({"precision": "fp32"}, "cuda:0", "fp32"),
+        ({"dtype": torch.bfloat16}, "cuda:0", "bf16"),
+        ({"decode": "kernels"}, "cuda:0", "fp16"),
+        ({"device": "cpu"}, "cpu", "fp32"),
+        ({"backend": "onnxruntime"}, "cpu", "fp32"),
+    ],
+)
+def test_where_models_run_without_tensorrt(
+    kernels: None, caplog: pytest.LogCaptureFixture, options: dict[str, Any], device: str, precision: str
+) -> None:
+    for cls in (TRTT5ForConditionalGeneration, TRTT5EncoderModel):
+        ours = cls.from_pretrained(SHIPPED, **options)
+        assert ours.device == torch.device(device) and f"precision={precision}" in repr(ours)
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"precision": "int8"}, r"the backend 'cuda' computes in 'fp32', 'fp16' or 'bf16'"),
+        ({"decode": "engine"}, r"the backend 'cuda' has no engines"),
+    ],
+)
+def test_settings_that_leave_the_gpu_idle_without_tensorrt(
+    kernels: None, caplog: pytest.LogCaptureFixture, options: dict[str, Any], why: str
+) -> None:
+    ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, **options)
+    (message,) = warnings_of(caplog)
+    assert ours.device.type == "cpu" and why in message and "pip install" in message
+
+
+def test_model_that_the_kernels_do_not_take(kernels: None, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """It falls to the CPU with the reason, also from a folder, in bfloat16 and from a config; asking for the GPU is an error."""
+    stock = make_stock("t5-v1.1", d_kv=20)  # no multiple of 8; of 4, so that float32 would do
+    stock.to(torch.bfloat16).save_pretrained(tmp_path)
+    for make in (
+        lambda **options: TRTT5ForConditionalGeneration.from_model(stock, **options),
+        lambda **options: TRTT5ForConditionalGeneration.from_pretrained(tmp_path, **options),
+    ):
+        ours = make()
+        assert ours.device.type == "cpu" and "backend=onnxruntime, precision=fp32" in repr(ours)
+        with pytest.raises(UnsupportedModelError, match=r"backend='cuda' cannot run here.*d_kv is 20.*'onnxruntime'"):
+            make(backend="cuda")
+        with pytest.raises(InputError, match="d_kv is 20"):
+            make(decode="kernels")
+        assert make(precision="fp32").device.type == "cuda"
+    assert TRTT5ForConditionalGeneration(stock.config).device.type == "cpu"
+    (message,) = warnings_of(caplog)
+    assert "the kernels do not take this model: d_kv is 20" in message and "the GPU is idle" in message
+    assert TRTT5EncoderModel.from_pretrained(tmp_path).device.type == "cuda"  # it has no steps
+
+
+def test_older_gpu_stays_idle(kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    TRTT5ForConditionalGeneration.from_pretrained(SHIPPED)
+    (message,) = warnings_of(caplog)
+    assert "the kernels need compute capability 8.0; this GPU has 7.5" in message
+
+
+def test_amd_gpu_is_not_taken(kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """PyTorch for ROCm calls it CUDA."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED)
+    assert ours.device.type == "cpu" and not warnings_of(caplog)
+    with pytest.raises(BackendError, match="is built for ROCm"):
+        TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, backend="cuda")
+
+
+def test_tensorrt_that_was_asked_for_stays_an_error(kernels: None) -> None:
+    with pytest.raises(BackendError, match=TENSORRT):
+        TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, backend="tensorrt")
+
+
+def test_move_to_the_gpu_that_kernels_could_use(kernels: None) -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="onnxruntime")
+    with pytest.raises(
+        BackendError, match=r"runs on cpu with the backend 'onnxruntime'\. Choose the device when loading"
+    ):
+        ours.to("cuda")
+
+
+def test_info_tells_who_decodes(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA L4", major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    facts = json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)
+    chosen = facts["chosen"]
+    assert (chosen["backend"], chosen["decode"], chosen["device"]) == ("cuda", "kernels", "cuda:0")
+    assert facts["why_no_kernels"] is None and facts["idle_gpu"] is None
+    shown = " ".join(CliRunner().invoke(app, ["info"]).stdout.split())
+    assert (
+        "decoder steps by │ our CUDA kernels" in shown
+        and "the library's own kernels can run, and TensorRT cannot" in shown
+    )
 
 
 @pytest.fixture
@@ -198,7 +332,7 @@ def test_what_counts_as_a_gpu(
 
 
 def test_machine_without_a_gpu_is_quiet(fresh_process: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(opening, "gpu_is_here", lambda: False)
+    monkeypatch.setattr(select, "gpu_is_here", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     TRTT5ForConditionalGeneration.from_pretrained(SHIPPED)
     assert not warnings_of(caplog)

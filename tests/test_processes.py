@@ -17,7 +17,8 @@ import torch
 
 from t5_trt import BackendError, TRTT5ForConditionalGeneration
 from t5_trt.config import BuildConfig, RuntimeConfig
-from t5_trt.runtime.open import Placement, open_session
+from t5_trt.runtime.open import open_session
+from t5_trt.runtime.select import Placement
 from t5_trt.transformers_api import CACHE
 from tests.conftest import ROOT, SHIPPED
 from tests.tiny_models import batch, make_stock

@@ -19,7 +19,8 @@ from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
 from t5_trt.graph.ranges import LIMIT, Folding, Ranges, bound, fold
 from t5_trt.random_models import random_t5
 from t5_trt.runtime import open as opening
-from t5_trt.runtime.open import best_precision
+from t5_trt.runtime import select
+from t5_trt.runtime.select import best_precision
 from t5_trt.signature import ENCODER, STEP
 from t5_trt.tokenizing import text_batches
 from tests.conftest import SHIPPED
@@ -248,15 +249,15 @@ def test_precision_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     api = SimpleNamespace(check_precision=check, version="10.0", flavor="tensorrt")
     assert (
         best_precision(RuntimeConfig(), torch.bfloat16) == "auto"
-        and opening.resolve(RuntimeConfig()).precision == "fp32"
+        and select.resolve(RuntimeConfig()).precision == "fp32"
     )
-    monkeypatch.setattr(opening, "load_tensorrt", lambda flavor=None: api)
-    monkeypatch.setattr(opening, "why_not_tensorrt", lambda *_: None)
+    monkeypatch.setattr(select, "load_tensorrt", lambda flavor=None: api)
+    monkeypatch.setattr(select, "why_not_tensorrt", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     has_bf16 = True
     assert best_precision(RuntimeConfig(), torch.bfloat16) == "bf16"
     assert best_precision(RuntimeConfig(), torch.float32) == "auto"
     assert best_precision(RuntimeConfig(precision="fp32"), torch.bfloat16) == "fp32"
-    assert opening.resolve(RuntimeConfig()).precision == "fp16"
+    assert select.resolve(RuntimeConfig()).precision == "fp16"
     has_bf16 = False
     assert best_precision(RuntimeConfig(), torch.bfloat16) == "auto"

@@ -17,7 +17,7 @@ from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForCondition
 from t5_trt.engine.profiles import Shapes
 from t5_trt.generation import support
 from t5_trt.generation.processors import fingerprint
-from t5_trt.runtime import device_weights, trt_encoder, trt_session
+from t5_trt.runtime import device_weights, engine_step, trt_encoder, trt_session
 from t5_trt.runtime.cuda_graph import NotRecordableError
 from t5_trt.signature import GRAPHS
 from t5_trt.transformers_api import CACHE
@@ -98,7 +98,7 @@ def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     for beams in (1, 3):
         ours.generate(**batch(), max_new_tokens=5, num_beams=beams)
     ours.generate(**batch(), max_new_tokens=5, do_sample=True, temperature=0.7)
-    for idle in session._idle.values():
+    for idle in session._slots.idle.values():
         for slot in idle:
             for step in slot.steps.values():
                 step.graph = None  # the stand-in's keep the session, a CUDA graph keeps nothing
@@ -141,7 +141,7 @@ def test_two_kinds_of_request_take_turns_in_one_recorded_step(make_pair: Any, mo
                 results.append(model.generate(**request).tolist())
             assert results[0] == results[1]
         assert len(fingerprints) == 4  # top-k and temperature, for each kind
-    steps = [step for slots in ours.session._idle.values() for slot in slots for step in slot.steps]
+    steps = [step for slots in ours.session._slots.idle.values() for slot in slots for step in slot.steps]
     assert len(steps) == 1
 
 
@@ -339,7 +339,7 @@ def test_step_that_cannot_be_recorded(
         work()
         raise NotRecordableError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(trt_session, "record", refuse)
+    monkeypatch.setattr(engine_step, "record", refuse)
     for arguments in ({}, {"num_beams": 2}, {}):
         request = {**batch(), "max_new_tokens": 9, **arguments}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from t5_trt.config import BACKENDS, PRECISIONS
+from t5_trt.config import BACKENDS, DECODE, PRECISIONS
 from t5_trt.errors import InputError
 
 
@@ -36,6 +36,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="hub id or folder of
 CacheDir = Annotated[Optional[Path], typer.Option("--cache-dir", help="folder of engines; default T5_TRT_CACHE")]  # noqa: UP045
 Backend = Annotated[str, typer.Option(help=", ".join(BACKENDS), callback=_choice(BACKENDS))]
 Precision = Annotated[str, typer.Option(help=f"of ours: {', '.join(PRECISIONS)}", callback=_choice(PRECISIONS))]
+Decode = Annotated[
+    str, typer.Option(help=f"who does a decoder step on a GPU: {', '.join(DECODE)}", callback=_choice(DECODE))
+]
 EnginePrecision = Annotated[str, typer.Option(help=", ".join(PRECISIONS[1:]), callback=_choice(PRECISIONS[1:]))]
 Flavor = Annotated[
     Optional[str],  # noqa: UP045

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from t5_trt.cli.arguments import Backend, ListCommand, Precision, read_lines
+from t5_trt.cli.arguments import Backend, Decode, ListCommand, Precision, read_lines
 from t5_trt.errors import InputError
 
 _Numbers = Optional[list[int]]  # noqa: UP045 - typer reads it at run time
@@ -43,6 +43,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="timed calls of each model, in turns")] = 5,
     backend: Backend = "auto",
     precision: Precision = "auto",
+    decode: Decode = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default torch's")] = None,  # noqa: UP045
     texts: Annotated[
         Optional[Path], typer.Option(help="file of texts, one a line, to take instead of random tokens")  # noqa: UP045
@@ -82,9 +83,8 @@ def bench(
         for source, new, beams, rows in sizes
     ]
     transformers.logging.set_verbosity_error()  # it warns in every call about max_length
-    contest = load_contest(
-        model, stock=not no_stock, texts=lines is not None, threads=threads, backend=backend, precision=precision
-    )
+    chosen = {"backend": backend, "precision": precision, "decode": decode}
+    contest = load_contest(model, stock=not no_stock, texts=lines is not None, threads=threads, **chosen)
     records = []
     for number, case in enumerate(cases, 1):
         source = "" if lines is not None else f" source tokens {case.source_tokens},"

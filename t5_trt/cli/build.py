@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from t5_trt.cli.arguments import CacheDir, EnginePrecision, Flavor, ListCommand, Model, read_lines
+from t5_trt.cli.arguments import CacheDir, Decode, EnginePrecision, Flavor, ListCommand, Model, read_lines
 
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
@@ -40,6 +40,7 @@ def build(
         typer.Option(help="GPUs to build for without one here, such as 8.6 8.9 12.0 (rtx)", callback=_capabilities),
     ] = None,
     precision: EnginePrecision = "fp16",
+    decode: Decode = "auto",
     calibrate: Annotated[
         Optional[Path], typer.Option(help="file of texts, one a line, that set the range of fp16")  # noqa: UP045
     ] = None,
@@ -49,7 +50,10 @@ def build(
     target_tokens: Annotated[int, typer.Option(min=1, help="largest number that is generated")] = 128,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Build a model's engines ahead: encoder, decoder step, and decoder with several query positions."""
+    """Build a model's engines ahead: encoder, decoder with several query positions, and one-token step.
+
+    The step is left out where the library's own kernels do it.
+    """
     from t5_trt.config import default_engine_cache_dir
     from t5_trt.model_names import check_model_name
 
@@ -64,6 +68,7 @@ def build(
         flavor=flavor,
         compute_capabilities=compute_capability or (),
         precision=precision,
+        decode=decode,
         calibration=texts,
         batch=batch,
         beams=beams,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, BinaryIO, Optional
 
 import typer
 
-from t5_trt.cli.arguments import Backend, Model, Precision
+from t5_trt.cli.arguments import Backend, Decode, Model, Precision
 from t5_trt.errors import InputError
 
 _CHUNK = 1 << 16
@@ -23,6 +23,7 @@ def generate(
     ] = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
+    decode: Decode = "auto",
     num_beams: Annotated[Optional[int], typer.Option(min=1, help="default: the checkpoint's")] = None,  # noqa: UP045
     max_new_tokens: Annotated[
         Optional[int],  # noqa: UP045
@@ -45,7 +46,7 @@ def generate(
     from t5_trt.modeling import TRTT5ForConditionalGeneration
 
     tokenizer = load_tokenizer(model)
-    loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend=backend, precision=precision)
+    loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend=backend, precision=precision, decode=decode)
     options = _options(loaded.generation_config, num_beams, max_new_tokens)
     batches = _batches_of(texts, batch_size) if texts else _batches_as_they_come(sys.stdin.buffer, batch_size)
     total = len(texts) if texts else None

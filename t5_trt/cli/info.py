@@ -27,7 +27,7 @@ def find_facts() -> dict[str, Any]:
 
     import t5_trt
     from t5_trt.config import default_engine_cache_dir
-    from t5_trt.runtime.open import why_not_tensorrt
+    from t5_trt.runtime.select import why_no_kernels, why_not_tensorrt
 
     gpu = None
     if torch.cuda.is_available():
@@ -48,6 +48,7 @@ def find_facts() -> dict[str, Any]:
         "gpu": gpu,
         "tensorrt": _flavors(),
         "why_not_tensorrt": why_not_tensorrt(),
+        "why_no_kernels": why_no_kernels(),
         "chosen": chosen,
         "engine_cache": str(default_engine_cache_dir()),
     }
@@ -57,13 +58,18 @@ def _choice() -> tuple[dict[str, str | None], str | None]:
     """Where a model would run and why, or why it would not; and what to tell a user whose GPU is not used."""
     from t5_trt.config import RuntimeConfig, backend_from_environment
     from t5_trt.errors import T5TRTError
-    from t5_trt.runtime.open import choose
+    from t5_trt.runtime.select import choose
 
     try:
         found = choose(RuntimeConfig(backend=backend_from_environment(None)))
     except T5TRTError as error:  # T5_TRT_BACKEND asks for what is not here
-        return {"backend": None, "precision": None, "device": None, "reason": str(error)}, None
-    where = {"backend": found.backend, "precision": found.precision, "device": str(found.device)}
+        return {"backend": None, "precision": None, "decode": None, "device": None, "reason": str(error)}, None
+    where = {
+        "backend": found.backend,
+        "precision": found.precision,
+        "decode": found.decode,
+        "device": str(found.device),
+    }
     return {**where, "reason": found.reason}, found.idle_gpu
 
 
@@ -96,10 +102,15 @@ def _print_table(facts: dict[str, Any]) -> None:
     for flavor, found in facts["tensorrt"].items():
         table.add_row(f"TensorRT flavour {flavor!r}", found["version"] or found["missing"])
     table.add_row("can TensorRT run here?", facts["why_not_tensorrt"] or "yes")
+    table.add_row("can our CUDA kernels?", facts["why_no_kernels"] or "yes")
     chosen = facts["chosen"]
     words = f"{chosen['backend']} in {chosen['precision']} on {chosen['device']}: {chosen['reason']}"
     if chosen["backend"] is None:
         words = f"nothing: {chosen['reason']}"
     table.add_row("a model would run on", words)
+    if chosen["decode"] is not None:
+        table.add_row(
+            "decoder steps by", {"kernels": "our CUDA kernels", "engine": "the backend's engine"}[chosen["decode"]]
+        )
     table.add_row("engine cache", facts["engine_cache"])
     console().print(table)

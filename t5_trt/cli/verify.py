@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.table import Table
 
-from t5_trt.cli.arguments import Backend, CacheDir, Json, Model, Precision, console, number, print_json, read_lines
+from t5_trt.cli.arguments import (
+    Backend,
+    CacheDir,
+    Decode,
+    Json,
+    Model,
+    Precision,
+    console,
+    number,
+    print_json,
+    read_lines,
+)
 
 if TYPE_CHECKING:
     from t5_trt.verification import BlockError, Comparison
@@ -23,6 +34,7 @@ def verify(
     ] = None,
     backend: Backend = "auto",
     precision: Precision = "auto",
+    decode: Decode = "auto",
     num_beams: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="only this search; default: greedy, beams, and sampling if the checkpoint samples"),
@@ -66,7 +78,7 @@ def verify(
     if layers:
         import_polygraphy()  # before the work, not after
     loaded = TRTT5ForConditionalGeneration.from_pretrained(
-        model, backend=backend, precision=precision, engine_cache_dir=cache_dir
+        model, backend=backend, precision=precision, decode=decode, engine_cache_dir=cache_dir
     )
     if lines is None:
         batches, sources = default_batches(loaded, model, batch_size)

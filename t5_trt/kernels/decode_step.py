@@ -113,6 +113,12 @@ class StepWeights:
     head: torch.Tensor
     head_scale: float = 1.0
 
+    @property
+    def nbytes(self) -> int:
+        """GPU memory that they take, the embedding left out: the encoder reads it too."""
+        fields = (field for layer in self.layers for field in vars(layer).values())
+        return self.head.nbytes + sum(tensor.nbytes for tensor in fields if isinstance(tensor, torch.Tensor))
+
 
 @dataclass
 class StepBuffers:

@@ -10,18 +10,18 @@ import torch
 
 from t5_trt.architecture import Architecture
 from t5_trt.engine.store import EngineStore
-from t5_trt.errors import InputError, UnsupportedModelError
-from t5_trt.graph.parameters import Weights
+from t5_trt.errors import InputError
+from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.graph.ranges import Folding
-from t5_trt.kernels.decode_step import refusal
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.cuda_graph import StreamOrder, free_unused, out_of_memory
 from t5_trt.runtime.device_weights import DeviceWeights
-from t5_trt.runtime.kernel_decoder import KernelDecoder
+from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
 from t5_trt.runtime.session import Choice, Program
+from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.torch_layers import TorchDecoder, TorchEncoder
 
 
@@ -39,6 +39,7 @@ class CudaSession:
 
     backend = "cuda"
     choice_tokens = 512  # the kernels of a choice read no further than there are tokens
+    steps_by = "kernels"
 
     def __init__(
         self,
@@ -51,22 +52,17 @@ class CudaSession:
     ) -> None:
         self.arch, self.device, self.precision, self.folding = arch, device, precision, folding
         self.dtype = TORCH_TYPES[real_type(precision)]
-        self._encoder = TorchEncoder(
-            arch, DeviceWeights(arch, weights, self.dtype, device, folding), folding, precision
-        )
+        self._weights = DeviceWeights(arch, weights, self.dtype, device, folding)
+        self._encoder = TorchEncoder(arch, self._weights, folding, precision)
         self._captured = CapturedEncoder(self._encode, device)
         self._order = StreamOrder(device)
         self._lock = threading.RLock()
         self._hidden = mask_value(real_type(precision))
         self._queries: TorchDecoder | None = None
-        self._steps: KernelDecoder | None = None
+        self._steps: StepDecoder | None = None
         if arch.decoder_layers:
-            problem = refusal(arch, self.dtype)
-            if problem is not None:
-                raise UnsupportedModelError(
-                    f"backend='cuda' got a model that its kernels do not take: {problem}. Use backend='tensorrt' or 'onnxruntime'."
-                )
             step_weights = StepWeightsMaker(arch, weights, self.dtype, device, folding).make()
+            self._weights.share(EMBEDDING, step_weights.embedding)
             self._queries = TorchDecoder(arch, step_weights, folding, precision)
             self._steps = KernelDecoder(arch, step_weights, self.dtype, device, precision, folding.embedding, store)
 
@@ -129,20 +125,22 @@ class CudaSession:
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """What computes, by name."""
-        return (
-            ("encoder (torch)", "decoder step (kernels)", "decoder queries (torch)")
-            if self._steps
-            else ("encoder (torch)",)
-        )
+        return ("encoder (torch)", BY_KERNELS, "decoder queries (torch)") if self._steps else ("encoder (torch)",)
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `t5_trt.runtime.session.Session.weight_bytes`."""
+        return self._weights.nbytes + (self._steps.weight_bytes if self._steps else 0)
 
     def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`: where fewer groups of 8 rows are left."""
-        beams = state.cross.beams
-        return -(-batch * beams // 8) < -(-state.rows // 8)
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+        assert self._steps is not None
+        return self._steps.gains_by_shrinking(state, batch)
 
     def decoded_rows(self, state: DecoderState) -> int:
         """See `t5_trt.runtime.session.Session.decoded_rows`."""
-        return state.rows
+        assert self._steps is not None
+        return self._steps.decoded_rows(state)
 
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
         """See `t5_trt.runtime.session.Session.program`."""

@@ -60,6 +60,10 @@ class DeviceWeights:
                 ) from error
         return self._made[name]
 
+    def share(self, name: str, tensor: torch.Tensor) -> None:
+        """Take over a tensor that `name` would be made into, so that it is not there twice."""
+        self._made[name] = tensor
+
     @property
     def nbytes(self) -> int:
         """GPU memory that is taken up so far."""

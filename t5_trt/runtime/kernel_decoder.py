@@ -46,6 +46,8 @@ logger = logging.getLogger("t5_trt")
 
 #: idle buffers that are kept for further requests of their size, the ones used last
 SLOTS_KEPT = 16
+#: what sessions call it
+BY_KERNELS = "decoder step (kernels)"
 #: the smallest memory for a source's keys
 SMALLEST_SOURCE = 32
 
@@ -109,6 +111,25 @@ class KernelDecoder:
         """Let go of idle buffers and of what was captured over them."""
         self._idle.clear()
 
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`: where fewer groups of 8 rows are left."""
+        beams = state.cross.beams
+        return -(-batch * beams // 8) < -(-state.rows // 8)
+
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`: no row is padding."""
+        return state.rows
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[V, E], as engines read it, too."""
+        return self._weights.embedding
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `t5_trt.runtime.step_decoder.StepDecoder.weight_bytes`."""
+        return self._weights.nbytes
+
     def kernels(self, rows: int) -> DecodeKernels:
         """The loaded kernels for a number of rows, compiled when they are first wanted and nobody stored them."""
         wanted = constants(self._arch, self._dtype, rows)
@@ -138,7 +159,7 @@ class KernelDecoder:
     def _slot(self, state: DecoderState) -> KernelSlot:
         """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
         lease = state.bindings.get("lease")
-        if lease is not None:
+        if lease is not None and lease.of(self):
             return lease.slot  # type: ignore[no-any-return]
         cross = state.cross
         source = bucket_length(cross.source_length, SMALLEST_SOURCE)
@@ -151,7 +172,7 @@ class KernelDecoder:
         slot.take_in(state, self._hidden)
         assert slot.lengths is not None
         slot.lengths.fill_(cross.source_length)
-        state.bindings["lease"] = Lease(slot, idle)
+        state.bindings["lease"] = Lease(slot, idle, self)
         return slot
 
     def _allocate(self, shapes: Shapes) -> KernelSlot:

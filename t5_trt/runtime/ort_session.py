@@ -49,6 +49,7 @@ class OrtSession:
     device = torch.device("cpu")
     dtype = torch.float32
     choice_tokens = SMALLEST_BUCKET
+    steps_by = "engine"
 
     def __init__(
         self,
@@ -154,6 +155,11 @@ class OrtSession:
         names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
         found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `t5_trt.runtime.session.Session.weight_bytes`."""
+        return 0
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """Names of the graphs that are loaded."""

@@ -93,6 +93,7 @@ class Session(Protocol):
     Attributes:
         choice_tokens: least number of tokens that a `Choice` should have room for; more than it needs where it is recorded, so
             that requests of other lengths can use it again.
+        steps_by: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
     """
 
     arch: Architecture
@@ -101,6 +102,7 @@ class Session(Protocol):
     device: torch.device
     dtype: torch.dtype
     choice_tokens: int
+    steps_by: str
 
     def encode(
         self,
@@ -151,7 +153,12 @@ class Session(Protocol):
         ...
 
     def loaded_graphs(self) -> tuple[str, ...]:
-        """Names of the graphs that engines are loaded for."""
+        """What computes, by name: the graphs that engines are loaded for, and what runs without an engine."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """GPU memory that the session's weights take so far; 0 where the host's are read."""
         ...
 
     def decode(

@@ -1,19 +1,17 @@
-"""TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, the one-token step as a CUDA graph.
+"""TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, the one-token step by kernels or an engine.
 
 Engines hold no weights: `DeviceWeights` are bound to all of them. Requests are padded to the engines' shapes; masks make
-that exact. Buffers, execution context and recorded steps of one shape are a slot, see `t5_trt.runtime.trt_slot`.
+that exact. The one-token step is a `t5_trt.runtime.step_decoder.StepDecoder`: the library's kernels, or one more engine.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -22,30 +20,21 @@ from t5_trt.engine.profiles import SMALLEST, Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError
-from t5_trt.graph.parameters import LM_HEAD, Weights
+from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, empty_slot_value, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.runtime.buffers import CrossStates, DecoderState
-from t5_trt.runtime.cuda_graph import GraphMemory, StreamOrder, free_unused, out_of_memory, record
+from t5_trt.runtime.cuda_graph import StreamOrder, free_unused, out_of_memory
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import Deviation, worst_deviation
-from t5_trt.runtime.session import Choice, Session
+from t5_trt.runtime.engine_step import EngineSlots, EngineStep, undo_head_factor
+from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
+from t5_trt.runtime.session import Choice, Program, Session
+from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.trt_encoder import Encoders
 from t5_trt.runtime.trt_engines import TrtEngines
-from t5_trt.runtime.trt_slot import (
-    Lease,
-    RecordedStep,
-    Slot,
-    TrtProgram,
-    cache_rows,
-    made_rows,
-    program_of,
-    recorded_step,
-    run_step,
-)
-from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
-
-logger = logging.getLogger("t5_trt")
+from t5_trt.runtime.trt_slot import Slot, cache_rows, made_rows
+from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES
 
 
 class TrtSession:
@@ -59,6 +48,7 @@ class TrtSession:
         strict: raise instead of building beyond the configured maxima.
         reference: what new engines are compared with before they are used; None trusts TensorRT.
         folding: factors in the weights; the provider's architecture names those that its graphs undo.
+        kernels: do the one-token step; None leaves it to an engine.
     """
 
     backend = "tensorrt"
@@ -74,6 +64,7 @@ class TrtSession:
         strict: bool = False,
         reference: Session | None = None,
         folding: Folding | None = None,
+        kernels: KernelDecoder | None = None,
     ) -> None:
         self.arch: Architecture = provider.arch
         self.precision = provider.precision
@@ -85,12 +76,16 @@ class TrtSession:
         self.folding = folding or Folding()
         device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.folding)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
-        self._idle: dict[Shapes, list[Slot]] = {}
-        # one memory for all recorded steps: they run one after the other, and keep nothing in it
-        self._memory = GraphMemory()
+        if kernels is not None:
+            device_weights.share(EMBEDDING, kernels.embedding)
+        self._slots = EngineSlots(self.engines, self.arch, self.dtype, device, self.precision)
+        self._engine_step = EngineStep(self.engines, self._slots, self.arch, device) if kernels is None else None
+        steps = kernels or self._engine_step
+        assert steps is not None
+        self._steps: StepDecoder = steps
+        self.steps_by = "engine" if kernels is None else "kernels"
         self._encoders = Encoders(self.engines, self.arch, self.dtype, device)
         self._order = StreamOrder(device)
-        self._unrecordable: set[Hashable] = set()
         self._lock = threading.RLock()
 
     def encode(
@@ -110,10 +105,9 @@ class TrtSession:
         else:
             factor = self.arch.stream_factor
             graph, given["inputs_embeds"] = ENCODER_EMBEDS, inputs_embeds if factor == 1.0 else inputs_embeds * factor
-        if beams is not None:
-            step = self.engines.bucket(B=batch, N=beams, S=length, T=1)
+        if beams is not None and self._engine_step is not None:
             with self._lock:
-                self.engines.prefetch([(graph, shapes), (STEP, step)])
+                self.engines.prefetch([(graph, shapes), self._engine_step.wanted(batch, beams, length)])
         with self._at_work():
             made = self._encoders.run(graph, shapes, given)
         hidden, cross = made["encoder_hidden_states"], CrossStates(made["cross_kv"], used=(batch, length))
@@ -152,10 +146,11 @@ class TrtSession:
         rows, queries = input_ids.shape
         with self._at_work():
             state.reserve(queries)
-            slot = self._slot(state)
             if queries == 1 and key_mask is None:
-                return self._step(slot, state, input_ids)
-            return self._queries(slot, state, input_ids, key_mask)[:rows, :queries]
+                return self._steps.step(state, input_ids)
+            # kernels read buffers of another form: the state stays there, and this engine gets copies
+            lease = self._slots.copied(state) if self._engine_step is None else self._slots.home(state)
+            return self._queries(lease.slot, state, input_ids, key_mask)[:rows, :queries]
 
     def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.streams`; an engine is built for this and not kept."""
@@ -183,51 +178,38 @@ class TrtSession:
             for name in names:
                 found[name] /= arch.stream_factor
             if graph != ENCODER:
-                self._unfold(found["logits"])
+                undo_head_factor(self.arch, found["logits"])
             torch.cuda.synchronize(self.device) if self.device.type == "cuda" else None
         return found
 
     def loaded_graphs(self) -> tuple[str, ...]:
-        """Names of the graphs that engines are loaded for."""
-        return self.engines.graphs()
+        """See `t5_trt.runtime.session.Session.loaded_graphs`."""
+        return self.engines.graphs() + (() if self._engine_step else (BY_KERNELS,))
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `t5_trt.runtime.session.Session.weight_bytes`."""
+        return self.engines.weights.nbytes + self._steps.weight_bytes
+
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+        return self._steps.gains_by_shrinking(state, batch)
+
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`."""
+        return self._steps.decoded_rows(state)
+
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
+        """See `t5_trt.runtime.session.Session.program`."""
+        with self._at_work():
+            return self._steps.program(state, make, key)
 
     def _deviation_of_engine(self, reference: Session, graph: str, shapes: Shapes) -> Deviation:
         try:
             return worst_deviation(self, reference, graph, shapes)
         finally:  # what the check recorded, it did with an engine not yet trusted
-            self._forget()
-
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
-        cross, sizes = state.cross, {"N": state.cross.beams, "S": state.cross.source_length, "T": state.capacity}
-        smaller, present = (self.engines.bucket(B=size, **sizes) for size in (batch, cross.batch))
-        return smaller.B < present.B and self.engines.is_ready(STEP, smaller)
-
-    def decoded_rows(self, state: DecoderState) -> int:
-        """See `t5_trt.runtime.session.Session.decoded_rows`: those of the slot that the state lives in, or will."""
-        shapes = self._shapes(state)
-        return shapes.B * shapes.N
-
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
-        """See `t5_trt.runtime.session.Session.program`."""
-        with self._at_work():
-            state.reserve(1)
-            slot = self._slot(state)
-            return program_of(slot, state, make, key, self._recorded, self._unrecordable)
-
-    def _step(self, slot: Slot, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
-        slot.tokens[: state.rows].copy_(input_ids)
-        self._recorded(slot, state, None, None).replay(slot, state)
-        return slot.logits[: state.rows].clone()
-
-    def _recorded(self, slot: Slot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
-        """The step of a slot with a choice (None: without), recorded when it is first wanted."""
-        if slot.context is None:
-            context = self.engines.context(STEP, slot.shapes, own=True)
-            slot.weights = self.engines.bind(context, slot.step_tensors())
-            slot.context = context  # now that all of it is bound
-        work = partial(run_step, slot, choice, self._enqueue_step)
-        return recorded_step(slot, state, key, choice, work, lambda work: record(work, self.device, self._memory))
+            self._slots.forget()
+            self._encoders.clear()
 
     def _queries(
         self, slot: Slot, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None
@@ -249,26 +231,9 @@ class TrtSession:
             "key_bias": bias,
         }
         self._run(QUERIES, shapes, inputs, {"logits": logits} | made_rows(qkv))
-        self._unfold(logits)
-        state.append(cache_rows(qkv)[..., :used, :])
+        undo_head_factor(self.arch, logits)
+        state.append(cache_rows(qkv)[:, :, : state.kv.shape[2], :, :used])
         return logits
-
-    def _slot(self, state: DecoderState) -> Slot:
-        """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
-        lease = state.bindings.get("lease")
-        if lease is not None:
-            return lease.slot  # type: ignore[no-any-return]
-        shapes = self._shapes(state)
-        idle = self._idle.setdefault(shapes, [])
-        slot = idle.pop() if idle else Slot.allocate(self.arch, shapes, self.dtype, self.device)
-        slot.take_in(state, mask_value(self.real))
-        state.bindings["lease"] = Lease(slot, idle)
-        return slot
-
-    def _shapes(self, state: DecoderState) -> Shapes:
-        """The bucket of a state."""
-        cross = state.cross
-        return self.engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -282,7 +247,8 @@ class TrtSession:
 
     def _forget(self) -> None:
         """Let go of idle buffers and of all that was recorded over them."""
-        self._idle.clear()
+        self._slots.forget()
+        self._steps.forget()
         self._encoders.clear()
 
     def _out_of_memory(self, error: Exception) -> BackendError:
@@ -298,21 +264,6 @@ class TrtSession:
             context = self.engines.context(graph, shapes)
             self.engines.bind(context, inputs | outputs)
             self.engines.enqueue(context)
-
-    def _enqueue_step(self, slot: Slot) -> None:
-        """Start the step of a slot."""
-        self.engines.enqueue(slot.context)
-        self._unfold(slot.logits)
-
-    def _unfold(self, logits: torch.Tensor) -> None:
-        """Undo, in place, the factor that range folding put into the head.
-
-        Not in the engine: TensorRT 8.5 multiplies in half precision there, whatever type the graph names, and large logits
-        become infinite (docs/performance.md).
-        """
-        factor = self.arch.branch_factors.get(LM_HEAD, 1.0)
-        if factor != 1.0:
-            logits.mul_(1.0 / factor)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)

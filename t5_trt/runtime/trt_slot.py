@@ -8,6 +8,7 @@ input are then one CUDA graph.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
@@ -134,9 +135,14 @@ class Slot:
 class Lease:
     """Brings a slot back to its session when the state that used it lets go of it."""
 
-    def __init__(self, slot: Slot, idle: list[Slot]) -> None:
+    def __init__(self, slot: Slot, idle: list[Slot], owner: object) -> None:
         self.slot = slot
         self._idle = idle
+        self._owner = weakref.ref(owner)
+
+    def of(self, owner: object) -> bool:
+        """Whether `owner` lent the slot: another one's has other weights, and may be of another kind."""
+        return self._owner() is owner
 
     def __del__(self) -> None:
         self._idle.append(self.slot)

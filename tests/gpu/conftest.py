@@ -28,15 +28,27 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(kept) if kept else tmp_path_factory.mktemp("engines") / "store"
 
 
-@pytest.fixture(scope="session")
-def gpu_pair(store: Path) -> Any:
-    """(stock model on the GPU, the same weights on TensorRT) for a kind; made once."""
+def idle_slots(session: Any) -> list[Any]:
+    """The buffers of decoder steps, of either kind, that no request uses."""
+    idle = session._slots.idle if session.steps_by == "engine" else session._steps._idle
+    return [slot for slots in idle.values() for slot in slots]
+
+
+@pytest.fixture(params=["kernels", "engine"])
+def decode(request: pytest.FixtureRequest) -> str:
+    """Who does the decoder step."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", params=["kernels", "engine"])
+def gpu_pair(store: Path, request: pytest.FixtureRequest) -> Any:
+    """(stock model on the GPU, the same weights on TensorRT) for a kind; made once for either kind of decoder step."""
 
     @cache
     def make(kind: str, precision: str = "fp32") -> tuple[Any, Any]:
         stock = make_stock(kind)
         ours = TRTT5ForConditionalGeneration.from_model(
-            stock, backend="tensorrt", precision=precision, engine_cache_dir=store
+            stock, backend="tensorrt", precision=precision, decode=request.param, engine_cache_dir=store
         )
         # sdpa and eager are both float32 here: TF32 is off by default for matrix products
         return make_stock(kind).cuda(), ours

@@ -12,6 +12,7 @@ import torch
 from t5_trt.generation.processors import Recordable, device_forms, fingerprint
 from t5_trt.generation.sampling import draw
 from t5_trt.generation.support import GenerationPath
+from tests.gpu.conftest import idle_slots
 from tests.test_decode_loop import OTHER_NUMBERS, PROCESSORS, same_values
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import VOCAB, batch
@@ -90,9 +91,7 @@ def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
             results.append(model.generate(**request, max_new_tokens=20).tolist())
         assert results[0] == results[1]
         gc.collect()
-        recorded.add(
-            frozenset(id(step) for slots in ours.session._idle.values() for s in slots for step in s.steps.values())
-        )
+        recorded.add(frozenset(id(step) for slot in idle_slots(ours.session) for step in slot.steps.values()))
     assert len(recorded) == 1
 
 

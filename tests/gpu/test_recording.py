@@ -16,6 +16,7 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.generation.sampling import TokenChoice
 from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, record
+from tests.gpu.conftest import idle_slots
 from tests.tiny_models import batch, make_stock
 
 
@@ -23,17 +24,18 @@ def on_gpu(rows: int = 3) -> dict[str, torch.Tensor]:
     return {name: tensor.cuda() for name, tensor in batch(rows).items()}
 
 
-def model(store: Path, stock: Any) -> Any:
-    return TRTT5ForConditionalGeneration.from_model(stock, backend="tensorrt", precision="fp32", engine_cache_dir=store)
+def model(store: Path, stock: Any, decode: str) -> Any:
+    options = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
+    return TRTT5ForConditionalGeneration.from_model(stock, **options, engine_cache_dir=store)
 
 
-def test_everything_is_recorded(store: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours = model(store, make_stock("t5-v1.1"))
+def test_everything_is_recorded(store: Path, decode: str, caplog: pytest.LogCaptureFixture) -> None:
+    ours = model(store, make_stock("t5-v1.1"), decode)
     with caplog.at_level(logging.WARNING, "t5_trt"):
         for arguments in 2 * ({}, {"num_beams": 4}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}):
             ours.generate(**on_gpu(), max_new_tokens=9, **arguments)
     assert "recorded" not in caplog.text
-    steps = [step for idle in ours.session._idle.values() for slot in idle for step in slot.steps.values()]
+    steps = [step for slot in idle_slots(ours.session) for step in slot.steps.values()]
     graphs = [step.graph for step in steps] + [kept.graph for kept in ours.session._encoders._recorded.values()]
     assert len(graphs) == 4 and all(isinstance(graph, torch.cuda.CUDAGraph) for graph in graphs)
 
@@ -73,9 +75,9 @@ def test_capture_that_fails(shared: bool) -> None:
 
 
 def test_choice_that_cannot_be_recorded(
-    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Path, decode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours, advance = model(store, make_stock("t5-v1.1")), TokenChoice.advance
+    ours, advance = model(store, make_stock("t5-v1.1"), decode), TokenChoice.advance
 
     def wait(choice: TokenChoice, logits: torch.Tensor, position: torch.Tensor) -> Any:
         logits.sum().item()
@@ -92,9 +94,9 @@ def test_choice_that_cannot_be_recorded(
     assert caplog.text.count("the choice of tokens is not recorded") == 2  # greedy and drawn; beams are recorded
 
 
-def test_draws_beside_recordings(store: Path) -> None:
+def test_draws_beside_recordings(store: Path, decode: str) -> None:
     """While a thread records for one model, another one draws for another: torch's generator refuses that by itself."""
-    drawing, recording = model(store, make_stock("t5-v1.1")), model(store, make_stock("t5-v1.1", seed=4))
+    drawing, recording = (model(store, make_stock("t5-v1.1", seed=seed), decode) for seed in (0, 4))
     inputs = on_gpu()
 
     def draw(times: int) -> list[Any]:

@@ -20,6 +20,7 @@ import torch
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
+from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.trt_slot import Slot
 from t5_trt.transformers_api import CACHE
 from t5_trt.verification import block_errors, verify
@@ -43,6 +44,57 @@ def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_runs_on_the_gpu(gpu_pair: Any) -> None:
     _, ours = gpu_pair("t5-v1.0")
     assert ours.device.type == "cuda" and ours.session.backend == "tensorrt"
+    assert f"decode={ours.session.steps_by}" in repr(ours) and ours.session.steps_by == ours.runtime_config.decode
+
+
+def test_kernels_are_what_auto_takes(store: Path) -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(
+        make_stock("t5-v1.0"), backend="tensorrt", precision="fp32", engine_cache_dir=store
+    )
+    assert ours.session.steps_by == "kernels"
+
+
+def test_kernels_and_engine_give_equal_tokens(tmp_path: Path) -> None:
+    """And where kernels decode, no engine of a step is built or loaded, whatever the request is."""
+    requests: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "beams": {"num_beams": 4, "num_return_sequences": 2},
+        "long": {"max_new_tokens": 150, "min_new_tokens": 150},
+        "prompt": {"decoder_input_ids": torch.tensor([[0, 5, 6, 7]] * 3).cuda()},
+        "prompt, beams": {"decoder_input_ids": torch.tensor([[0, 5, 6, 7]] * 3).cuda(), "num_beams": 4},
+        "assisted": {"prompt_lookup_num_tokens": 3},
+        "no cache": {"use_cache": False},
+    }
+    found: dict[str, Any] = {}
+    for decode in ("kernels", "engine"):
+        options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
+        ours = TRTT5ForConditionalGeneration.from_model(
+            make_stock("t5-v1.1"), **options, engine_cache_dir=tmp_path / decode
+        )
+        for name, arguments in requests.items():
+            inputs = on_gpu(batch(1 if name == "assisted" else 3))
+            tokens = ours.generate(**{**inputs, "max_new_tokens": 20, **arguments}).tolist()
+            assert found.setdefault(name, tokens) == tokens, (decode, name)
+        assert ours.session.steps_by == decode
+        graphs = {entry.manifest.get("graph") for entry in EngineStore(tmp_path / decode).entries()}
+        assert ("decoder_step" in graphs) == ("decoder_step" in ours.session.engines.graphs()) == (decode == "engine")
+        assert {"encoder", "decoder_queries"} <= graphs
+
+
+def test_keys_and_values_go_from_kernels_to_an_engine_and_back(store: Path) -> None:
+    """In half precision, of a checkpoint that needs factors: single tokens and several in turns."""
+    stock = swollen(make_stock("t5-v1.1"), 30.0, 1e3)
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp16", "decode": "kernels"}
+    ours = TRTT5ForConditionalGeneration.from_model(stock, **options, engine_cache_dir=store)
+    ids, cache, got = torch.randint(2, 200, (3, 6)), None, []
+    with torch.no_grad():
+        expected = stock(**batch(), decoder_input_ids=ids).logits
+        for start, end in ((0, 1), (1, 2), (2, 4), (4, 5), (5, 6)):
+            out = ours(**on_gpu(batch()), decoder_input_ids=ids[:, start:end].cuda(), **{CACHE: cache})
+            cache = out[CACHE]
+            got.append(out.logits.cpu())
+    logits = torch.cat(got, 1)
+    assert logits.isfinite().all() and (logits - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -161,10 +213,9 @@ def test_slots_are_used_again(gpu_pair: Any) -> None:
     assert torch.equal(third.logits, expected) and torch.equal(second.logits, expected)
 
 
-def test_deleted_model_is_freed_at_once(store: Path) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.1"), backend="tensorrt", precision="fp32", engine_cache_dir=store
-    )
+def test_deleted_model_is_freed_at_once(store: Path, decode: str) -> None:
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), **options, engine_cache_dir=store)
     for beams in (1, 4):
         ours.generate(**on_gpu(batch()), max_new_tokens=5, num_beams=beams)
     gone = [weakref.ref(kept) for kept in (ours, ours.session, ours.session.engines.weights)]
@@ -241,9 +292,11 @@ def test_beyond_the_configured_shapes(store: Path) -> None:
 def test_too_little_memory_then_smaller(gpu_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = gpu_pair("t5-v1.1")
     one = torch.zeros(3, 1, dtype=torch.long, device="cuda")
-    ours.session._idle.clear()
+    gc.collect()
+    ours.session._steps.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(Slot, "allocate", lambda *_: torch.empty(1 << 50, device="cuda"))
+        for owner, name in ((Slot, "allocate"), (KernelDecoder, "_allocate")):
+            patch.setattr(owner, name, lambda *_: torch.empty(1 << 50, device="cuda"))
         with pytest.raises(BackendError, match="GPU memory ran out"):
             ours(**on_gpu(batch()), decoder_input_ids=one)
     assert ours(**on_gpu(batch()), decoder_input_ids=one).logits.isfinite().all()
@@ -251,8 +304,9 @@ def test_too_little_memory_then_smaller(gpu_pair: Any, monkeypatch: pytest.Monke
 
 def test_too_little_memory_while_building(tmp_path: Path) -> None:
     """Run alone: it takes the whole GPU."""
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": "engine"}
     model = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.0"), backend="tensorrt", precision="fp32", engine_cache_dir=tmp_path / "store"
+        make_stock("t5-v1.0"), **options, engine_cache_dir=tmp_path / "store"
     )
     free, _ = torch.cuda.mem_get_info()
     hog = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda")  # less than a CUDA context takes
@@ -268,9 +322,10 @@ def test_too_little_memory_while_building(tmp_path: Path) -> None:
 def test_checkpoints_share_engines(tmp_path: Path) -> None:
     """Engines serve all checkpoints of one architecture, and each gives its own tokens."""
     store, keys = EngineStore(tmp_path / "store"), []
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": "engine"}
     for seed in (7, 8):
         ours = TRTT5ForConditionalGeneration.from_model(
-            make_stock("t5-v1.1", seed=seed), backend="tensorrt", precision="fp32", engine_cache_dir=store.root
+            make_stock("t5-v1.1", seed=seed), **options, engine_cache_dir=store.root
         )
         expected = make_stock("t5-v1.1", seed=seed).cuda().generate(**on_gpu(batch()), max_new_tokens=9)
         assert ours.generate(**on_gpu(batch()), max_new_tokens=9).tolist() == expected.tolist()
@@ -278,9 +333,9 @@ def test_checkpoints_share_engines(tmp_path: Path) -> None:
     assert keys[0] == keys[1] and len(keys[0]) == 2
 
 
-def test_saved_engines_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A checkpoint saved with its engines runs from an empty store without a build."""
-    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32"}
+def test_saved_engines_are_used(tmp_path: Path, decode: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint saved with its engines runs from an empty store without a build; kernels are compiled into it."""
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
     first = TRTT5ForConditionalGeneration.from_model(
         make_stock("t5-v1.1"), **options, engine_cache_dir=tmp_path / "one"
     )
@@ -291,17 +346,18 @@ def test_saved_engines_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture
             tmp_path / "model", **options, engine_cache_dir=tmp_path / "two"
         )
         assert second.generate(**on_gpu(batch()), max_new_tokens=9).tolist() == expected
-    assert "building the engine" not in caplog.text and not (tmp_path / "two").exists()
+    assert "building the engine" not in caplog.text and (tmp_path / "two").exists() == (decode == "kernels")
+    assert all("kernels" in entry.manifest for entry in EngineStore(tmp_path / "two").entries())
 
 
-def test_new_engines_are_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.0"), backend="tensorrt", precision="fp16", engine_cache_dir=tmp_path
-    )
+def test_new_engines_are_checked(tmp_path: Path, decode: str, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp16", "decode": decode}
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), **options, engine_cache_dir=tmp_path)
     with caplog.at_level(logging.DEBUG, "t5_trt"):
-        ours.generate(**on_gpu(batch()), num_beams=2, max_new_tokens=3)
+        prompt = torch.tensor([[0, 5, 6]] * 3).cuda()
+        ours.generate(**on_gpu(batch()), num_beams=2, max_new_tokens=3, decoder_input_ids=prompt)
     errors = [float(r.args[2]) for r in caplog.records if "is off by" in r.message]  # type: ignore[index, arg-type]
-    assert len(errors) == 2 and all(0 < error < 0.02 for error in errors)
+    assert len(errors) == (2 if decode == "kernels" else 3) and all(0 < error < 0.02 for error in errors)
 
 
 def test_error_after_every_block(gpu_pair: Any) -> None:
@@ -312,13 +368,13 @@ def test_error_after_every_block(gpu_pair: Any) -> None:
     assert verify(ours, [batch()], max_new_tokens=9).equal == 3
 
 
-def test_shipped_model(store: Path) -> None:
+def test_shipped_model(store: Path, decode: str) -> None:
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     stock = T5ForConditionalGeneration.from_pretrained(SHIPPED).cuda().eval()
     ours = TRTT5ForConditionalGeneration.from_pretrained(
-        SHIPPED, backend="tensorrt", precision="fp32", engine_cache_dir=store
+        SHIPPED, backend="tensorrt", precision="fp32", decode=decode, engine_cache_dir=store
     )
     lines = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
     inputs = tokenizer(lines[:7], return_tensors="pt", padding=True).to("cuda")

@@ -1,0 +1,145 @@
+"""The one-token decoder step by a TensorRT engine, and the buffers that decoder engines of every kind read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from t5_trt.architecture import Architecture
+from t5_trt.engine.profiles import Shapes
+from t5_trt.graph.parameters import LM_HEAD
+from t5_trt.graph.precision import mask_value, real_type
+from t5_trt.runtime.buffers import DecoderState
+from t5_trt.runtime.cuda_graph import GraphMemory, record
+from t5_trt.runtime.session import Choice
+from t5_trt.runtime.trt_engines import Key, TrtEngines
+from t5_trt.runtime.trt_slot import Lease, RecordedStep, Slot, TrtProgram, program_of, recorded_step, run_step
+from t5_trt.signature import STEP
+
+
+class EngineSlots:
+    """The slots of a session's decoder engines, each lent to one state at a time. Not thread-safe.
+
+    Args:
+        engines: of the session.
+        arch: of the model.
+        dtype: of K/V.
+        device: the GPU.
+        precision: of the session.
+    """
+
+    def __init__(
+        self, engines: TrtEngines, arch: Architecture, dtype: torch.dtype, device: torch.device, precision: str
+    ) -> None:
+        self._engines, self._arch, self._dtype, self._device = engines, arch, dtype, device
+        self._hidden = mask_value(real_type(precision))
+        self.idle: dict[Shapes, list[Slot]] = {}
+
+    def home(self, state: DecoderState) -> Lease:
+        """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
+        lease: Lease | None = state.bindings.get("lease")
+        if lease is None or not lease.of(self):  # a state may outlive the session that lent it a slot
+            lease = self._lend(self.shapes(state))
+            lease.slot.take_in(state, self._hidden)
+            state.bindings["lease"] = lease
+        return lease
+
+    def copied(self, state: DecoderState) -> Lease:
+        """A slot with copies of a state that lives elsewhere, and stays there."""
+        lease = self._lend(self.shapes(state))
+        lease.slot.take_in(replace(state, bindings={}), self._hidden)
+        return lease
+
+    def shapes(self, state: DecoderState) -> Shapes:
+        """The bucket of a state."""
+        cross = state.cross
+        return self._engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
+
+    def forget(self) -> None:
+        """Let go of idle slots and of all that was recorded over them."""
+        self.idle.clear()
+
+    def _lend(self, shapes: Shapes) -> Lease:
+        idle = self.idle.setdefault(shapes, [])
+        slot = idle.pop() if idle else Slot.allocate(self._arch, shapes, self._dtype, self._device)
+        return Lease(slot, idle, self)
+
+
+class EngineStep:
+    """A `t5_trt.runtime.step_decoder.StepDecoder`: one engine for each bucket, recorded as a CUDA graph with what follows it.
+
+    Args:
+        engines: of the session.
+        slots: of its decoder engines.
+        arch: of the model, with the factors that its graphs undo.
+        device: the GPU.
+    """
+
+    weight_bytes = 0  # the session's engines share their weights
+
+    def __init__(self, engines: TrtEngines, slots: EngineSlots, arch: Architecture, device: torch.device) -> None:
+        self._engines, self._slots, self._arch, self._device = engines, slots, arch, device
+        # one memory for all recorded steps: they run one after the other, and keep nothing in it
+        self.memory = GraphMemory()
+        self._unrecordable: set[Hashable] = set()
+
+    def wanted(self, batch: int, beams: int, source_tokens: int) -> Key:
+        """The engine that a request's first step needs."""
+        return STEP, self._engines.bucket(B=batch, N=beams, S=source_tokens, T=1)
+
+    def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
+        """See `t5_trt.runtime.step_decoder.StepDecoder.step`."""
+        slot = self._slots.home(state).slot
+        slot.tokens[: state.rows].copy_(input_ids)
+        self.recorded(slot, state, None, None).replay(slot, state)
+        return slot.logits[: state.rows].clone()
+
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
+        """See `t5_trt.runtime.session.Session.program`."""
+        state.reserve(1)
+        slot = self._slots.home(state).slot
+        return program_of(slot, state, make, key, self.recorded, self._unrecordable)
+
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`: where the engine of a smaller bucket is there."""
+        cross, sizes = state.cross, {"N": state.cross.beams, "S": state.cross.source_length, "T": state.capacity}
+        smaller, present = (self._engines.bucket(B=size, **sizes) for size in (batch, cross.batch))
+        return smaller.B < present.B and self._engines.is_ready(STEP, smaller)
+
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`: those of the slot that the state lives in, or will."""
+        shapes = self._slots.shapes(state)
+        return shapes.B * shapes.N
+
+    def forget(self) -> None:
+        """See `t5_trt.runtime.step_decoder.StepDecoder.forget`."""
+        self._slots.forget()
+
+    def recorded(self, slot: Slot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
+        """The step of a slot with a choice (None: without), recorded when it is first wanted."""
+        if slot.context is None:
+            context = self._engines.context(STEP, slot.shapes, own=True)
+            slot.weights = self._engines.bind(context, slot.step_tensors())
+            slot.context = context  # now that all of it is bound
+        work = partial(run_step, slot, choice, self.enqueue)
+        return recorded_step(slot, state, key, choice, work, lambda work: record(work, self._device, self.memory))
+
+    def enqueue(self, slot: Slot) -> None:
+        """Start the step of a slot."""
+        self._engines.enqueue(slot.context)
+        undo_head_factor(self._arch, slot.logits)
+
+
+def undo_head_factor(arch: Architecture, logits: torch.Tensor) -> None:
+    """Undo, in place, the factor that range folding put into the head.
+
+    Not in the engine: TensorRT 8.5 multiplies in half precision there, whatever type the graph names, and large logits
+    become infinite (docs/performance.md).
+    """
+    factor = arch.branch_factors.get(LM_HEAD, 1.0)
+    if factor != 1.0:
+        logits.mul_(1.0 / factor)

@@ -1,0 +1,291 @@
+"""Choosing a backend, and who does its decoder step: the one place that decides what "auto" means."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from t5_trt.config import RuntimeConfig
+from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.errors import BackendError, InputError, T5TRTError, UnsupportedModelError
+from t5_trt.graph.precision import TORCH_TYPES, real_type
+from t5_trt.installation import gpu_is_here, install_command, why_no_cuda
+from t5_trt.kernels.compile import LEAST_CAPABILITY, missing_bindings
+from t5_trt.kernels.decode_step import refusal
+from t5_trt.runtime.ort_session import import_onnxruntime
+
+logger = logging.getLogger("t5_trt")
+
+#: what the library's own kernels compute in
+KERNEL_PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a `RuntimeConfig` stands for on this machine.
+
+    Attributes:
+        backend: "tensorrt", "cuda" or "onnxruntime".
+        precision: "fp32", "tf32", "fp16", "bf16" or "int8".
+        device: where engines run.
+        dtype: of hidden states and K/V.
+        flavor: of TensorRT, or None.
+        reason: why "auto" chose the backend.
+        idle_gpu: what to tell a user whose GPU is not used although nobody asked for the CPU; None in all other cases.
+        decode: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
+        no_kernels: why ``decode="auto"`` is the engine with TensorRT; None in all other cases.
+        no_tensorrt: why ``backend="auto"`` is "cuda"; None in all other cases.
+    """
+
+    backend: str
+    precision: str
+    device: torch.device
+    dtype: torch.dtype
+    flavor: str | None
+    reason: str
+    idle_gpu: str | None = None
+    decode: str = "engine"
+    no_kernels: str | None = None
+    no_tensorrt: str | None = None
+
+
+def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> str | None:
+    """Why TensorRT cannot run here, or None if it can."""
+    no_gpu = None
+    if not torch.cuda.is_available():
+        no_gpu = why_no_cuda()
+        if flavor is None:  # answered before TensorRT is imported, which takes 100 MB
+            return no_gpu
+    try:
+        api = load_tensorrt(flavor)
+    except BackendError as error:
+        return str(error).rstrip(".")
+    if no_gpu:
+        return no_gpu
+    if device is not None and not device.startswith("cuda"):
+        return f"device is {device!r}; TensorRT runs on CUDA devices"
+    major, minor = torch.cuda.get_device_capability(device or "cuda")
+    if api.flavor == "rtx" and major not in (7, 8, 12):
+        return (
+            f"TensorRT for RTX runs on compute capability 7.5, 8.x and 12.x; this GPU has {major}.{minor}. Install TensorRT "
+            f"instead with `{install_command('tensorrt')}`"
+        )
+    return None
+
+
+def why_no_kernels(device: str | None = None) -> str | None:
+    """Why the library's own kernels cannot run here, or None if they can."""
+    if not torch.cuda.is_available():
+        return why_no_cuda()
+    if torch.version.hip is not None:
+        return f"the kernels are for CUDA, and PyTorch {torch.__version__} is built for ROCm"
+    major, minor = torch.cuda.get_device_capability(device or "cuda")
+    if (major, minor) < LEAST_CAPABILITY:
+        return "the kernels need compute capability {}.{}; this GPU has {}.{}".format(*LEAST_CAPABILITY, major, minor)
+    missing = missing_bindings()
+    return None if missing is None else f"{missing}. Install what the kernels need with `{install_command('kernels')}`"
+
+
+def why_kernels_refuse(precision: str, model: Any) -> T5TRTError | None:
+    """Why the kernels do not take a model in a precision on any GPU, as an error of the right kind, or None if they do.
+
+    Args:
+        precision: resolved.
+        model: its config or `Architecture`; None if it is not known yet, or has no decoder.
+    """
+    if precision not in KERNEL_PRECISIONS:
+        return InputError(f"precision is {precision!r}; the kernels compute in 'fp32', 'fp16' or 'bf16'")
+    problem = None if model is None else refusal(model, TORCH_TYPES[real_type(precision)])
+    return None if problem is None else UnsupportedModelError(f"the kernels do not take this model: {problem}")
+
+
+def resolve(config: RuntimeConfig, model: Any = None) -> Placement:
+    """`choose`, and once in a process a message where something that is missing keeps a GPU idle, or kernels or TensorRT unused."""
+    placement = choose(config, model)
+    if placement.idle_gpu is not None:
+        _say_once(logging.WARNING, placement.idle_gpu)
+    if placement.no_kernels is not None and model is not None:
+        _say_once(
+            logging.WARNING,
+            f"decoder steps are run by a TensorRT engine and not by the library's own kernels: {placement.no_kernels}. "
+            "decode='engine' chooses that without this warning.",
+        )
+    if placement.no_tensorrt is not None:
+        _say_once(
+            logging.INFO,
+            f"models run on the GPU without TensorRT, the encoder by PyTorch: {placement.no_tensorrt}.",
+        )
+    return placement
+
+
+@cache
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)
+
+
+def choose(config: RuntimeConfig, model: Any = None) -> Placement:
+    """Decide backend, precision, device, and who does the decoder step.
+
+    "auto" is TensorRT where it can run, then the backend "cuda" where it can run the model as it was asked for, then ONNX Runtime.
+
+    Args:
+        config: what the user asked for.
+        model: the config of a model with a decoder; None if it is not known yet.
+
+    Raises:
+        BackendError: the backend, or the kernels, that were asked for cannot run here.
+        InputError: the device, the precision or `decode` does not go with the backend.
+        UnsupportedModelError: the kernels that were asked for do not take the model.
+    """
+    if config.backend == "cuda":
+        return _on_cuda(config, model)
+    wants_cpu = config.device is not None and not config.device.startswith("cuda")
+    if config.backend == "onnxruntime" or (config.backend == "auto" and wants_cpu):
+        return _on_cpu(config, None)
+    problem = why_not_tensorrt(config.device, config.flavor)
+    if problem is None:
+        return _on_tensorrt(config, model)
+    if config.backend == "tensorrt":
+        raise BackendError(f"backend='tensorrt' cannot run here: {problem}. Or use backend='onnxruntime'.")
+    if not torch.cuda.is_available():
+        return _on_cpu(config, problem)
+    try:
+        placement = _on_cuda(replace(config, backend="cuda"), model)
+    except T5TRTError as error:
+        return _on_cpu(config, f"{problem}. Without TensorRT, {_inside(error)}")
+    reason = f"the library's own kernels can run, and TensorRT cannot: {problem}"
+    return replace(placement, reason=reason, no_tensorrt=problem)
+
+
+def _inside(error: T5TRTError) -> str:
+    """An error's words within a sentence."""
+    return str(error).rstrip(".")
+
+
+def _on_cpu(config: RuntimeConfig, problem: str | None) -> Placement:
+    """ONNX Runtime; `problem` is what keeps "auto" from a GPU."""
+    import_onnxruntime()
+    because = f" (TensorRT, which runs on GPUs, cannot: {problem})" if problem else ""
+    if config.device is not None and config.device.startswith("cuda"):
+        raise InputError(
+            f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
+        )
+    if config.precision not in ("auto", "fp32", "int8"):
+        raise InputError(
+            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' or 'int8' on the CPU{because}. "
+            "Use one of them, or 'auto' (fp32)."
+        )
+    if config.decode == "kernels":
+        raise InputError(
+            f"decode got 'kernels'; the backend 'onnxruntime' runs on the CPU and has an engine only{because}. Use 'auto' or 'engine'."
+        )
+    reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
+    precision = "int8" if config.precision == "int8" else "fp32"
+    idle_gpu = _idle_gpu(problem) if problem else None
+    return Placement("onnxruntime", precision, torch.device("cpu"), torch.float32, None, reason, idle_gpu)
+
+
+def _idle_gpu(problem: str) -> str | None:
+    if torch.version.hip is not None or not (torch.cuda.is_available() or gpu_is_here()):
+        return None
+    return (
+        f"models run on the CPU and the GPU is idle: {problem}. If the CPU is what you want, backend='onnxruntime' or "
+        "T5_TRT_BACKEND=onnxruntime chooses it without this warning."
+    )
+
+
+def _on_tensorrt(config: RuntimeConfig, model: Any) -> Placement:
+    api = load_tensorrt(config.flavor)
+    precision = "fp16" if config.precision == "auto" else config.precision
+    api.check_precision(precision)
+    device = _gpu_of(config.device)
+    reason = f"TensorRT {api.version} and a GPU are there"
+    placement = Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason)
+    if config.decode == "engine":
+        return placement
+    refused = why_kernels_refuse(precision, model)
+    missing = why_no_kernels(config.device) if refused is None else None
+    if refused is None and missing is None:
+        return replace(placement, decode="kernels")
+    problem = missing if refused is None else _inside(refused)
+    if config.decode == "kernels":
+        kind = BackendError if refused is None else type(refused)
+        raise kind(f"decode='kernels' cannot be had here: {problem}. Or use decode='auto' or 'engine'.")
+    return replace(placement, no_kernels=problem)
+
+
+def _on_cuda(config: RuntimeConfig, model: Any) -> Placement:
+    if config.device is not None and not config.device.startswith("cuda"):
+        raise InputError(
+            f"device got {config.device!r}; the backend 'cuda' runs on CUDA devices. Leave device out or use 'cuda:0'."
+        )
+    if config.decode == "engine":
+        raise InputError(
+            "decode got 'engine'; the backend 'cuda' has no engines, its decoder step is always the kernels'. Use 'auto', or "
+            "backend='tensorrt'."
+        )
+    precision = "fp16" if config.precision == "auto" else config.precision
+    refused = why_kernels_refuse(precision, model)
+    if isinstance(refused, InputError):
+        raise InputError(
+            f"precision got {config.precision!r}; the backend 'cuda' computes in 'fp32', 'fp16' or 'bf16'. Use one of them, or 'auto' "
+            "(fp16)."
+        )
+    problem = why_no_kernels(config.device)
+    if problem is not None:
+        raise BackendError(f"backend='cuda' cannot run here: {problem}. Or use backend='onnxruntime'.")
+    if refused is not None:
+        raise UnsupportedModelError(
+            f"backend='cuda' cannot run here: {_inside(refused)}. Use backend='tensorrt' or 'onnxruntime'."
+        )
+    dtype = TORCH_TYPES[real_type(precision)]
+    return Placement("cuda", precision, _gpu_of(config.device), dtype, None, "it was asked for", decode="kernels")
+
+
+def _gpu_of(device: str | None) -> torch.device:
+    """The GPU that a device names, with its number."""
+    asked = torch.device(device or "cuda")
+    return torch.device("cuda", torch.cuda.current_device() if asked.index is None else asked.index)
+
+
+def best_precision(config: RuntimeConfig, trained_in: torch.dtype | None, model: Any = None) -> str:
+    """What "auto" stands for with a checkpoint: bf16 on a GPU if it was trained in that and the backend has it, else "auto".
+
+    Args:
+        config: what the user asked for.
+        trained_in: dtype that the checkpoint's config names.
+        model: as of `choose`.
+    """
+    placement = choose(config, model) if config.precision == "auto" and trained_in == torch.bfloat16 else None
+    if placement is None or placement.backend == "onnxruntime":
+        return config.precision
+    if placement.backend == "cuda":
+        return "bf16"
+    try:
+        load_tensorrt(placement.flavor).check_precision("bf16")
+    except InputError:
+        return config.precision
+    return "bf16"
+
+
+def refusal_of_device(device: torch.device, placement: Placement, flavor: str | None) -> str:
+    """Why a model that was loaded for one place cannot be moved to another, and what to do.
+
+    Args:
+        device: where it was to go.
+        placement: where it runs.
+        flavor: of TensorRT, as the user asked for it.
+    """
+    to_gpu = device.type == "cuda" and placement.device.type == "cpu"
+    problem = why_not_tensorrt(str(device), flavor) if to_gpu else None
+    if problem is not None and why_no_kernels(str(device)) is None:
+        problem = None  # the backend "cuda" would do
+    missing = f" (TensorRT, which runs on GPUs, cannot: {problem})" if problem else ""
+    return (
+        f".to({str(device)!r}): this model runs on {placement.device} with the backend {placement.backend!r}{missing}. "
+        "Choose the device when loading: from_pretrained(..., device=...)."
+    )

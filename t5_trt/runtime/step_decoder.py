@@ -1,0 +1,40 @@
+"""What does a one-token decoder step on a GPU: the library's kernels or a TensorRT engine. A session holds one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+
+from t5_trt.runtime.buffers import DecoderState
+from t5_trt.runtime.session import Choice, Program
+
+
+class StepDecoder(Protocol):
+    """Decodes one token of every row. Not thread-safe: its session takes turns."""
+
+    def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
+        """Decode one token of every row, int64 [R, 1], of a state with room for it; logits [R, 1, V] in memory of their own."""
+        ...
+
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
+        """See `t5_trt.runtime.session.Session.program`."""
+        ...
+
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+        ...
+
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of idle buffers and of what was recorded over them."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """GPU memory of weights that only this reads."""
+        ...

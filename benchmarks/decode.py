@@ -14,8 +14,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +198,13 @@ def with_choice_us(ours: Any, batch: int, beams: int) -> float:
     return round(replay_us(slot, key), 1)
 
 
-@contextmanager
-def step_alone(ours: Any, arguments: dict[str, Any]) -> Iterator[Any]:
-    """Buffers of a request with a captured step that chooses nothing."""
+def alone_us(ours: Any, arguments: dict[str, Any]) -> float:
+    """As `with_choice_us`, of the step up to its logits."""
     ids, beams = arguments["input_ids"], arguments["num_beams"]
     _, cross = ours.session.encode(ids, None, arguments["attention_mask"])
     state = ours.session.start(cross.for_beams(beams), NEW_TOKENS + 1)
     ours.session.decode(state, torch.zeros((len(ids) * beams, 1), dtype=torch.long, device=ids.device))
-    yield state.bindings["lease"].slot
-
-
-def alone_us(ours: Any, arguments: dict[str, Any]) -> float:
-    """As `with_choice_us`, of the step up to its logits."""
-    with step_alone(ours, arguments) as slot:
-        return round(replay_us(slot), 1)
+    return round(replay_us(state.bindings["lease"].slot), 1)
 
 
 def peer_ms(peer: Any, arguments: dict[str, Any], runs: int = 2) -> float:

@@ -97,7 +97,8 @@ def start_over(slot: Any, key: Any) -> None:
     slot.position_host = -1
     choice = slot.steps[key].choice
     if choice is not None:
-        prompt, beams = torch.zeros((choice.rows, 1), dtype=torch.long, device="cuda"), slot.shapes.N
+        prompt = torch.zeros((choice.rows, 1), dtype=torch.long, device=slot.position.device)
+        beams = slot.shapes.N
         choice.begin(prompt) if beams == 1 else choice.begin(prompt, slot.shapes.T, slot.shapes.T)
 
 

@@ -55,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         opened[backend] = {"model": base_name(given.layers), "precision": "fp16", "backend": backend}
         models[backend] = open_model(backend, stock, "fp16", given.store)
         attempt(opened[backend], "open_s", lambda backend=backend: opening_seconds(models[backend]))
-        attempt(
-            opened[backend], "prepare_s", lambda backend=backend: prepare_seconds(models[backend], backend, cases)
-        )
+        attempt(opened[backend], "prepare_s", lambda backend=backend: prepare_seconds(models[backend], backend, cases))
     failed = [backend for backend, record in opened.items() if "failed" in record]
     copy_tb_s = copy_rate()
     for batch, beams in cases:
@@ -65,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = {
             backend: measure(model, arguments_, given.runs, captures=backend != "tensorrt-engine")
             for backend, model in models.items()
-            if backend not in failed
+            if "open_s" in opened[backend]
         }
         shared: Record = {"copy_tb_s": round(copy_tb_s, 2)}
         if peer is not None:
@@ -78,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if backend != "tensorrt-engine" and backend not in failed:
             found = long_output(model)
             keep(given.out, "decode", [{**opened[backend], **found}], backend)
-            print(backend, {name: value for name, value in found.items() if "us" in name or "ratio" in name}, flush=True)
+            print(
+                backend, {name: value for name, value in found.items() if "us" in name or "ratio" in name}, flush=True
+            )
     sys.exit(1 if failed else 0)
 
 
@@ -187,7 +187,7 @@ def idle_slots(session: Any, batch: int, beams: int) -> list[Any]:
     gc.collect()  # requests that are over give theirs back
     pools = [getattr(owner, "_idle", None) for owner in (session, *vars(session).values())]
     slots = [slot for pool in pools if isinstance(pool, dict) for idle in pool.values() for slot in idle]
-    found = [slot for slot in slots if (slot.shapes.B, slot.shapes.N) == (batch, beams)]
+    found = [slot for slot in slots if (batch, beams) == (slot.shapes.B, slot.shapes.N)]
     return sorted(found, key=lambda slot: slot.shapes.T)
 
 

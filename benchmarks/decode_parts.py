@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,9 @@ class Launches:
         self._session.program = self._program
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         del self._session.program  # the class's own shows again
         for program in self._watched:
             program.__dict__.pop("launch", None)
@@ -64,7 +67,7 @@ class Launches:
     def steps_us(self) -> list[float]:
         """The GPU's time for each step, with what it waited for the host before the next one."""
         marks = self._events[1:-1]
-        return [left.elapsed_time(right) * 1e3 for left, right in zip(marks, marks[1:], strict=False)]
+        return [left.elapsed_time(right) * 1e3 for left, right in itertools.pairwise(marks)]
 
     def _program(self, *arguments: Any, **named: Any) -> Any:
         program = self._make(*arguments, **named)
@@ -105,7 +108,9 @@ class Captures:
             module.record = self._timed
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for module in self._patched:
             module.record = self._record
 

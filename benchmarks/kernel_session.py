@@ -58,7 +58,19 @@ PARTS: dict[str, list[list[str]]] = {
 }
 SMALL = {"{layers}": "--layers 2", "{sentences}": "--sentences 40"}
 #: lines of a log that a summary shows
-SHOWN = (" passed", " failed", "FAILED ", "ERROR ", "Error: ", "generate ", "ratio", "_equal=", "SUMMARY", "first_token_s", "against")
+SHOWN = (
+    " passed",
+    " failed",
+    "FAILED ",
+    "ERROR ",
+    "Error: ",
+    "generate ",
+    "ratio",
+    "_equal=",
+    "SUMMARY",
+    "first_token_s",
+    "against",
+)
 LINES_SHOWN = 24
 
 
@@ -80,9 +92,7 @@ def run_part(part: str, out: Path, minutes: float, *, small: bool = False) -> bo
     STORE.mkdir(mode=0o700, parents=True, exist_ok=True)
     run = Run(out.resolve(), time.monotonic() + minutes * 60)
     lanes = commands(part, small=small)
-    threads = [
-        threading.Thread(target=run.lane, args=(f"{part}-{number}", lane)) for number, lane in enumerate(lanes)
-    ]
+    threads = [threading.Thread(target=run.lane, args=(f"{part}-{number}", lane)) for number, lane in enumerate(lanes)]
     for thread in threads:
         thread.start()
     for thread in threads:

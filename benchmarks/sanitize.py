@@ -132,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     program = sanitizer()
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
     with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(check, tool, stage, program, given.limit_s) for tool in given.tools for stage in given.stages]
+        runs = [
+            pool.submit(check, tool, stage, program, given.limit_s) for tool in given.tools for stage in given.stages
+        ]
         records = [run.result() for run in runs]
     from benchmarks.kernel_models import keep
 

@@ -58,7 +58,9 @@ def differences(
     for number, (mine, theirs) in enumerate(zip(map(stripped, got), map(stripped, expected), strict=True)):
         if mine == theirs:
             continue
-        place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
+        place = next(
+            (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs))
+        )
         tokens = [row[place] if place < len(row) else None for row in (mine, theirs)]
         step = max(place - 1, 0)
         found.append(Difference(number, step, *tokens, *(gaps(number, step) if gaps else ())))

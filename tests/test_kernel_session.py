@@ -65,7 +65,10 @@ def test_part_ends_badly_with_one_of_its_commands(
 
 def test_newer_records_replace_those_of_their_case(tmp_path: Path) -> None:
     old = [{"part": "decode", "backend": "cuda", "batch": 1, "ours_ms": 3.0}, {"part": "sanitize", "tool": "memcheck"}]
-    new = [{"part": "decode", "backend": "cuda", "batch": 1, "ours_ms": 2.0}, {"part": "decode", "backend": "cuda", "batch": 8}]
+    new = [
+        {"part": "decode", "backend": "cuda", "batch": 1, "ours_ms": 2.0},
+        {"part": "decode", "backend": "cuda", "batch": 8},
+    ]
     for number, records in enumerate((old, new)):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "decode.json").write_text(json.dumps(records))
@@ -76,9 +79,28 @@ def test_newer_records_replace_those_of_their_case(tmp_path: Path) -> None:
 
 
 def test_table_shows_kernels_beside_the_engine() -> None:
-    case = {"part": "decode", "batch": 8, "num_beams": 4, "new_tokens": 99, "python": "3.10.1", "hf_eager_fp16_ms": 2000.0}
-    kernels = {**case, "backend": "tensorrt-kernels", "ours_ms": 40.0, "tensorrt": "8.5", "step_us": {"alone": 300.4, "with choice": 350.2}}
-    engine = {**case, "backend": "tensorrt-engine", "ours_ms": 121.3, "tensorrt": "8.5", "step_us": {"with choice": 1182.0}}
+    case = {
+        "part": "decode",
+        "batch": 8,
+        "num_beams": 4,
+        "new_tokens": 99,
+        "python": "3.10.1",
+        "hf_eager_fp16_ms": 2000.0,
+    }
+    kernels = {
+        **case,
+        "backend": "tensorrt-kernels",
+        "ours_ms": 40.0,
+        "tensorrt": "8.5",
+        "step_us": {"alone": 300.4, "with choice": 350.2},
+    }
+    engine = {
+        **case,
+        "backend": "tensorrt-engine",
+        "ours_ms": 121.3,
+        "tensorrt": "8.5",
+        "step_us": {"with choice": 1182.0},
+    }
     bare = {**kernels, "backend": "cuda", "python": "3.12.3", "tensorrt": None, "ours_ms": 42.0, "step_us": {}}
     lines = report.kernel_speed_table([kernels, engine, {"part": "sanitize"}, bare]).splitlines()
     assert lines[2:] == [
@@ -157,7 +179,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_parts_of_a_call_add_up(on_cpu: Any) -> None:
     for beams in (1, 3):
         with Launches(on_cpu.session) as launches:
-            launches.run(lambda beams=beams: on_cpu.generate(**batch(), num_beams=beams, max_new_tokens=9, min_new_tokens=9))
+            launches.run(
+                lambda beams=beams: on_cpu.generate(**batch(), num_beams=beams, max_new_tokens=9, min_new_tokens=9)
+            )
         parts, whole = launches.parts(), (launches.returned - launches.start) * 1e3
         assert len(launches.steps_us()) == len(launches.host) == 9
         assert all(value >= 0 for value in parts.values())
@@ -204,6 +228,6 @@ def test_fewer_layers_run_as_hugging_face(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_unknown_backend_is_named() -> None:
-    with pytest.raises(SystemExit, match="'?nothing'?; expected some of cuda"):
+    with pytest.raises(SystemExit, match="nothing; expected some of cuda"):
         kernel_models.named_backends("cuda,nothing")
     assert kernel_models.named_backends("cuda") == ["cuda"]

@@ -25,7 +25,9 @@ def endless(source: str) -> list[str]:
         condition = head.split(";")[1].strip() if head.count(";") == 2 else head
         if not COUNTS.match(condition) or READS.search(condition):
             words.append(f"for ({head}): its condition does not count")
-    waits = re.findall(r"[\w.]*(?:wait|mbarrier|barrier|nanosleep)[\w.:]*", " ".join(re.findall(r'asm[^"]*"([^"]*)"', code)))
+    waits = re.findall(
+        r"[\w.]*(?:wait|mbarrier|barrier|nanosleep)[\w.:]*", " ".join(re.findall(r'asm[^"]*"([^"]*)"', code))
+    )
     return words + [f"{name}: it may wait for what never comes" for name in waits if not WAITS.fullmatch(name)]
 
 

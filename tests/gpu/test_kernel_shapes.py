@@ -95,9 +95,7 @@ def compile_one(number: int) -> None:
 @pytest.mark.parametrize("number", range(CASES))
 def test_drawn_shapes_equal_references(number: int) -> None:
     drawn = draw(number)
-    case = make(
-        drawn.arch, drawn.dtype, list(drawn.positions), list(drawn.lengths), drawn.beams, seed=SEED + number
-    )
+    case = make(drawn.arch, drawn.dtype, list(drawn.positions), list(drawn.lengths), drawn.beams, seed=SEED + number)
     shown = case.step.inputs.mask
     shown.copy_(mask(drawn, number, shown.shape[1]))
     check(case, drawn.dtype, SLACK)

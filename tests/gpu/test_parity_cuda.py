@@ -16,6 +16,7 @@ from t5_trt.generation.support import GenerationPath
 from t5_trt.runtime.buffers import CrossStates
 from t5_trt.transformers_api import CACHE
 from tests.gpu.test_decode_loop import LOGITS_ATOL, on_gpu
+from tests.gpu.test_tensorrt import OVERFLOWING
 from tests.test_changed_models import _block, _data, _head, _row, _scale, _step
 from tests.test_generate_interfaces import Recorder
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
@@ -56,7 +57,9 @@ def test_generates_as_hugging_face(pair_of: Any, name: str) -> None:
         expected, got = both(pair_of("t5-v1.1"), **ALL[name])
         assert_same(got, expected, atol=LOGITS_ATOL)
         reason = OTHER_LOOP.get(name, "")
-        assert pair_of("t5-v1.1")[1].last_generation_path == GenerationPath("transformers" if reason else "device", reason)
+        assert pair_of("t5-v1.1")[1].last_generation_path == GenerationPath(
+            "transformers" if reason else "device", reason
+        )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "t5-v1.1"])
@@ -128,10 +131,28 @@ def test_cached_pieces_equal_one_pass(pair_of: Any) -> None:
     encoded, cache, made, place = ours.get_encoder()(**inputs), None, [], 0
     for count in (1, 1, 4, 1, 57, 1, 1, 9):
         piece = ids[:, place : place + count]
-        out = ours(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], decoder_input_ids=piece, **{CACHE: cache})
+        out = ours(
+            encoder_outputs=encoded, attention_mask=inputs["attention_mask"], decoder_input_ids=piece, **{CACHE: cache}
+        )
         cache, place = out[CACHE], place + count
         made.append(out.logits)
     torch.testing.assert_close(torch.cat(made, 1), expected, atol=LOGITS_ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1"])
+@pytest.mark.parametrize("enlarge", OVERFLOWING.values(), ids=OVERFLOWING)
+@torch.no_grad()
+def test_steps_of_overflowing_checkpoints_in_float16(store: Path, kind: str, enlarge: Any) -> None:
+    stock, ids = enlarge(make_stock(kind)), torch.randint(2, 200, (3, 6), device="cuda")
+    ours, inputs, cache, made = on_kernels(copy.deepcopy(stock), store, "fp16"), on_gpu(batch()), None, []
+    encoded = ours.get_encoder()(**inputs)
+    for place in range(6):  # one token at a time: the kernels
+        piece, mask = ids[:, place : place + 1], inputs["attention_mask"]
+        out = ours(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=piece, **{CACHE: cache})
+        cache = out[CACHE]
+        made.append(out.logits)
+    got, expected = torch.cat(made, 1), stock.cuda()(**inputs, decoder_input_ids=ids).logits
+    assert got.isfinite().all() and float((got - expected).norm() / expected.norm()) < 0.02
 
 
 @pytest.mark.parametrize("change", [_scale, _head, _data, _row, _block, _step], ids=lambda change: change.__name__)

@@ -185,7 +185,8 @@ def call_parts(ours: Any, arguments: dict[str, Any], runs: int) -> Record:
 def idle_slots(session: Any, batch: int, beams: int) -> list[Any]:
     """Buffers of a request's rows that nobody uses, the largest cache last."""
     gc.collect()  # requests that are over give theirs back
-    pools = [getattr(owner, "_idle", None) for owner in (session, *vars(session).values())]
+    owners = (session, *vars(session).values())
+    pools = [getattr(owner, name, None) for owner in owners for name in ("_idle", "idle")]
     slots = [slot for pool in pools if isinstance(pool, dict) for idle in pool.values() for slot in idle]
     found = [slot for slot in slots if (batch, beams) == (slot.shapes.B, slot.shapes.N)]
     return sorted(found, key=lambda slot: slot.shapes.T)

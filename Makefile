@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SUITE = -m pytest -q -n auto --dist loadgroup
 
-.PHONY: demo test lint docs audit pythons gpu-test oldest clean
+.PHONY: demo test lint docs audit pythons gpu-test sanitize oldest clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,10 @@ pythons: $(VENV)/installed
 # on a machine with TensorRT and an NVIDIA GPU
 gpu-test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+# memory errors and races of the kernels, on a machine with an NVIDIA GPU and CUDA's compute-sanitizer
+sanitize: $(VENV)/installed
+	$(BIN)/python -m benchmarks.sanitize --out build/sanitize
 
 # the suite on the oldest supported versions, in an environment of its own. Left out is what does not depend on the versions of
 # Transformers and ONNX Runtime: tools, packaging, documents, stores of files, servers around generate(), what is compiled or built for

@@ -93,11 +93,14 @@ def replay_us(slot: Any, key: Any = None, steps: int = NEW_TOKENS) -> float:
 
 def start_over(slot: Any, key: Any) -> None:
     """Bring a recorded step back to position 0, and its search for tokens, which may be over, to its beginning."""
-    slot.position.zero_()
+    for position in (slot.position, getattr(slot, "positions", None)):  # what the host and the kernels go by
+        if position is not None:
+            position.zero_()
     slot.position_host = -1
     choice = slot.steps[key].choice
     if choice is not None:
-        prompt, beams = torch.zeros((choice.rows, 1), dtype=torch.long, device="cuda"), slot.shapes.N
+        prompt = torch.zeros((choice.rows, 1), dtype=torch.long, device=slot.position.device)
+        beams = slot.shapes.N
         choice.begin(prompt) if beams == 1 else choice.begin(prompt, slot.shapes.T, slot.shapes.T)
 
 

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,7 +26,8 @@ GPU_RECORDS, GPU_PEER_RECORDS = "h100-trt8.5.3.json", "h200-trt8.5.3.json"
 #: stages of `benchmarks/h100_loops.py` whose records are in the table, and the one that is drawn
 GPU_STAGES, GPU_CURVES = ("h100_loops loops", "h100_loops compiled"), "h100_loops curves"
 GPU_PEER_STAGES = ("peers",)
-CUDA_RECORDS = "h200-cuda.json"
+#: of `benchmarks/kernel_session.py`; as long as there are none, the first ones of the backend "cuda"
+KERNEL_RECORDS, CUDA_RECORDS = "h200.json", "h200-cuda.json"
 #: who else runs T5 in the precision of ours: names in records, less precision and unit -> names in the table
 PEERS = {"hf_compiled": "Hugging Face compiled", "hf_eager": "Hugging Face eager", "ctranslate2": "CTranslate2"}
 READMES = (ROOT / "README.md", ROOT / "README.ja.md")
@@ -91,12 +93,18 @@ def gpu_peers(readme: Path, write: bool) -> str:
 
 def cuda_speed(readme: Path, write: bool) -> str:
     """The table of times of the backend "cuda" on an H200."""
+    records = read_records(RESULTS / KERNEL_RECORDS)
+    return kernel_speed_table(records) if records else cuda_speed_table(read_records(RESULTS / CUDA_RECORDS))
+
+
+def cuda_speed_table(records: Sequence[Record]) -> str:
+    """A markdown table of the first records of the backend "cuda", which have nothing of TensorRT beside them."""
     columns = (
         "batch", "beams", "new tokens", "backend cuda fp16 ms", "a step alone us", "with its choice us",
         "Hugging Face eager fp32 ms", "times as fast as that", "tokens per s",
     )  # fmt: skip
     lines: list[tuple[str, ...]] = [columns, ("---:",) * len(columns)]
-    for record in read_records(RESULTS / CUDA_RECORDS):
+    for record in records:
         if ours := record.get("ours_ms"):
             sizes = (record["batch"], record["num_beams"], record["new_tokens"])
             step, eager = record["step_us"], record["hf_eager_fp32_ms"]
@@ -110,6 +118,40 @@ def cuda_speed(readme: Path, write: bool) -> str:
             )
             lines.append((*map(str, sizes), *times, f"{per_second:.0f}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def kernel_speed_table(records: Sequence[Record]) -> str:
+    """A markdown table of what `benchmarks/decode.py` measured: the kernels beside TensorRT's step, and Hugging Face in float16.
+
+    A row for each case and version of Python, because TensorRT is there on one of them only; what a run did not measure is a dash.
+    """
+    columns = (
+        "batch", "beams", "new tokens", "TensorRT", "kernels ms", "with TensorRT's step ms", "a step alone us", "with its choice us",
+        "TensorRT's with its choice us", "Hugging Face eager fp16 ms", "times as fast as that", "tokens per s",
+    )  # fmt: skip
+    cases: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        if record.get("part") == "decode" and record.get("ours_ms"):
+            case = (record["batch"], record["num_beams"], record["new_tokens"], record["python"])
+            cases.setdefault(case, {})[record["backend"]] = record
+    lines: list[tuple[str, ...]] = [columns, ("---:",) * len(columns)]
+    for (batch, beams, tokens, _), by_backend in cases.items():
+        ours = by_backend.get("tensorrt-kernels") or by_backend.get("cuda")
+        engine = by_backend.get("tensorrt-engine", {})
+        if ours is None:
+            continue
+        whole, eager, version = ours["ours_ms"], ours.get("hf_eager_fp16_ms"), ours["tensorrt"]
+        lines.append((
+            str(batch), str(beams), str(tokens), version or "-", f"{whole:.1f}", _number(engine.get("ours_ms"), 1),
+            _number(ours["step_us"].get("alone")), _number(ours["step_us"].get("with choice")),
+            _number(engine.get("step_us", {}).get("with choice")), _number(eager), _number(eager and eager / whole, 1),
+            f"{batch * tokens / whole * 1e3:.0f}",
+        ))  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def cpu_speed(readme: Path, write: bool) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, record
+from t5_trt.runtime.torch_layers import NO_KEY
 
 logger = logging.getLogger("t5_trt")
 
@@ -30,7 +31,7 @@ class CapturedSize:
     """Buffers of one size and the graph over them; None until the size is asked for a second time."""
 
     ids: torch.Tensor  # int64 [B, S]
-    mask: torch.Tensor  # int64 [B, S]
+    mask: torch.Tensor  # int64 [B, S], NO_KEY where nothing is
     graph: Any = None
     hidden: torch.Tensor | None = None  # [B, S, E]
     cross: torch.Tensor | None = None  # [L, 2, B, H, S, D]
@@ -58,20 +59,23 @@ class CapturedEncoder:
         if batch * room > CAPTURED_TOKENS:
             return self._encode(ids, mask)
         size = self._sizes.get((batch, room))
+        seen_before = size is not None
         if size is None:
             zeros = partial(torch.zeros, (batch, room), dtype=torch.int64, device=self._device)
-            self._sizes[batch, room] = CapturedSize(zeros(), zeros())
+            size = self._sizes[batch, room] = CapturedSize(zeros(), zeros())
             self._drop_oldest()
-            return self._encode(ids, mask)
-        self._sizes.move_to_end((batch, room))
+        else:
+            self._sizes.move_to_end((batch, room))
         if length < room:
             size.ids.zero_()
-            size.mask.zero_()
+            size.mask.fill_(NO_KEY)
         size.ids[:, :length].copy_(ids)
         size.mask[:, :length].copy_(mask)
-        if size.graph is None and not self._capture(size):
-            del self._sizes[batch, room]
-            return self._encode(ids, mask)
+        if size.graph is None and not (seen_before and self._capture(size)):
+            if seen_before:
+                del self._sizes[batch, room]
+            hidden, cross = self._encode(size.ids, size.mask)  # padded too: sums in the same order, the same bits
+            return hidden[:, :length].contiguous(), cross[..., :length, :].contiguous()
         size.graph.replay()
         assert size.hidden is not None and size.cross is not None
         return size.hidden[:, :length].clone(), size.cross[..., :length, :].clone(memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from t5_trt.architecture import Architecture
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
-from t5_trt.graph.precision import mask_value, real_type
+from t5_trt.graph.precision import empty_slot_value, mask_value, real_type
 from t5_trt.graph.ranges import Folding
 from t5_trt.kernels.decode_step import StepWeights
 from t5_trt.kernels.reference import ACTIVATIONS
@@ -19,6 +19,9 @@ from t5_trt.kernels.step_weights import unpacked_layer
 from t5_trt.kernels.weights import unpack_matrix
 from t5_trt.relative_positions import distance_buckets
 from t5_trt.runtime.device_weights import DeviceWeights
+
+#: in a mask of an encoder's padded input: there is no token. No mask of a user's has this value.
+NO_KEY = -(1 << 62)
 
 
 class TorchEncoder:
@@ -33,14 +36,17 @@ class TorchEncoder:
 
     def __init__(self, arch: Architecture, weights: DeviceWeights, folding: Folding, precision: str) -> None:
         self._arch, self._weights, self._folding = arch, weights, folding
-        self._hidden = mask_value(real_type(precision))
+        self._hidden, self._empty = mask_value(real_type(precision)), empty_slot_value(real_type(precision))
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True)
         self._buckets = buckets.to(weights.device)  # here, as a copy from the host cannot be captured
 
     def run(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Hidden states [B, S, E] of int64 [B, S] or float32 [B, S, E]; mask int64 [B, S], 0 hides a token."""
+        """Hidden states [B, S, E] of int64 [B, S] or float32 [B, S, E]; mask int64 [B, S], 0 hides a token.
+
+        Where the mask is `NO_KEY` is no token at all: a row whose tokens are all hidden attends equally to those, and not to this.
+        """
         arch, weights = self._arch, self._weights
         if inputs_embeds is None:
             assert input_ids is not None
@@ -52,7 +58,8 @@ class TorchEncoder:
         limit = len(self._buckets) // 2
         offsets = (steps[None] - steps[:, None]).clamp(-limit, limit) + limit
         buckets = self._buckets[offsets]
-        hide = torch.zeros(mask.shape, device=mask.device).masked_fill_(mask == 0, self._hidden)[:, None, None]
+        hide = torch.zeros(mask.shape, device=mask.device).masked_fill_(mask == 0, self._hidden)
+        hide = hide.masked_fill_(mask == NO_KEY, self._empty)[:, None, None]
         biases: dict[str, torch.Tensor] = {}
         for layer in range(arch.encoder_layers):
             block, table = f"encoder.block.{layer}.layer", arch.bias_weight("encoder", layer)

@@ -160,10 +160,10 @@ def expected(case: Case) -> torch.Tensor:
     return reference.output_head(case.head.double(), stream, arch.epsilon, step.weights.head_scale)
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
+def check(case: Case, dtype: torch.dtype, slack: float = 1.0) -> None:
     wanted, got = expected(case), run(case)
     assert got.isfinite().all(), "every logit is written, and nothing poisoned is read"
-    assert float((got.double() - wanted).norm() / wanted.norm()) < TOLERANCES[dtype]
+    assert float((got.double() - wanted).norm() / wanted.norm()) < slack * TOLERANCES[dtype]
     assert torch.equal(~case.step.buffers.best & 0xFFFFFFFF, got.argmax(-1)), "the best token"
     assert int(case.step.buffers.arrived.abs().max()) == 0
 

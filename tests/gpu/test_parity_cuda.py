@@ -1,0 +1,212 @@
+"""The parity suite's argument sets on the backend "cuda", against Hugging Face's class on the same GPU; and what the kernels promise
+beyond it: the same bits in every run, whatever rows share the batch."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.generation.support import GenerationPath
+from t5_trt.runtime.buffers import CrossStates
+from t5_trt.transformers_api import CACHE
+from tests.gpu.test_decode_loop import LOGITS_ATOL, on_gpu
+from tests.gpu.test_tensorrt import OVERFLOWING
+from tests.test_changed_models import _block, _data, _head, _row, _scale, _step
+from tests.test_generate_interfaces import Recorder
+from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.tiny_models import KINDS, batch, make_stock
+
+ALL = {**CORE, **MORE}
+
+
+def on_kernels(stock: Any, store: Path, precision: str = "fp32") -> Any:
+    return TRTT5ForConditionalGeneration.from_model(stock, backend="cuda", precision=precision, engine_cache_dir=store)
+
+
+@pytest.fixture(scope="module")
+def pair_of(store: Path) -> Any:
+    """(Hugging Face's model on the GPU, the same weights on the kernels) for a kind; made once."""
+
+    @cache
+    def make(kind: str) -> tuple[Any, Any]:
+        return make_stock(kind).cuda(), on_kernels(make_stock(kind), store)
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return make
+
+
+def both(pair: tuple[Any, Any], seed: int = 11, **request: Any) -> tuple[Any, Any]:
+    """Results of Hugging Face's class and ours, for one seed."""
+    results = []
+    for model in pair:
+        torch.manual_seed(seed)
+        results.append(model.generate(**on_gpu({**batch(), "max_new_tokens": 12, **request})))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_generates_as_hugging_face(pair_of: Any, name: str) -> None:
+    """Draws too, and a second time, when the request is prepared and captured already."""
+    for _ in range(2):
+        expected, got = both(pair_of("t5-v1.1"), **ALL[name])
+        assert_same(got, expected, atol=LOGITS_ATOL)
+        reason = OTHER_LOOP.get(name, "")
+        assert pair_of("t5-v1.1")[1].last_generation_path == GenerationPath(
+            "transformers" if reason else "device", reason
+        )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "t5-v1.1"])
+@pytest.mark.parametrize("name", CORE)
+def test_family_generates_as_hugging_face(pair_of: Any, kind: str, name: str) -> None:
+    expected, got = both(pair_of(kind), **CORE[name])
+    assert_same(got, expected, atol=LOGITS_ATOL)
+
+
+def test_streamer_sees_every_token(pair_of: Any) -> None:
+    seen = []
+    for model in pair_of("t5-v1.1"):
+        recorder = Recorder()
+        model.generate(**on_gpu(batch(1)), streamer=recorder, max_new_tokens=9)
+        seen.append((recorder.pieces, recorder.ended))
+    assert seen[0] == seen[1] and len(seen[0][0]) > 3
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_assistants(pair_of: Any, store: Path, sample: bool) -> None:
+    """A smaller Hugging Face model beside ours, ours beside a Hugging Face model, and both ours."""
+    stock, ours = pair_of("t5-v1.1")
+    small = make_stock("t5-v1.1", num_layers=1)
+    theirs, mine = copy.deepcopy(small).cuda(), on_kernels(small, store)
+    results = []
+    for model, assistant in ((stock, theirs), (ours, theirs), (stock, mine), (ours, mine)):
+        torch.manual_seed(4)
+        request = {**on_gpu(batch(1)), "max_new_tokens": 15, "do_sample": sample}
+        results.append(model.generate(**request, assistant_model=assistant).tolist())
+    assert results == results[:1] * 4
+
+
+def test_prompt_lookup(pair_of: Any) -> None:
+    stock, ours = pair_of("t5-v1.1")
+    request = {**on_gpu(batch(1)), "prompt_lookup_num_tokens": 3, "max_new_tokens": 15, "min_new_tokens": 15}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_encoder_outputs_given(pair_of: Any, beams: int) -> None:
+    stock, ours = pair_of("t5-v1.1")
+    inputs = on_gpu(batch())
+    expected = stock.generate(**inputs, num_beams=beams, max_new_tokens=9).tolist()
+    with torch.no_grad():
+        for encoder in (ours.get_encoder(), stock.get_encoder()):
+            given = {"encoder_outputs": encoder(**inputs), "attention_mask": inputs["attention_mask"]}
+            assert ours.generate(**given, num_beams=beams, max_new_tokens=9).tolist() == expected
+
+
+@torch.no_grad()
+def test_returned_cache_goes_on(pair_of: Any) -> None:
+    """It holds every token but the last, on both sides, and gives the same logits for the next one."""
+    logits = []
+    for model in pair_of("t5-v1.1"):
+        inputs = on_gpu(batch())
+        out = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True)
+        assert out[CACHE].get_seq_length() == 8
+        again = model(**inputs, decoder_input_ids=out.sequences[:, -1:], **{CACHE: out[CACHE]})
+        logits.append(again.logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=LOGITS_ATOL, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_cached_pieces_equal_one_pass(pair_of: Any) -> None:
+    """One token at a time, by the kernels, and several, by torch, over one cache that grows."""
+    stock, ours = pair_of("t5-v1.1")
+    inputs, ids = on_gpu(batch()), torch.randint(2, 200, (3, 75), device="cuda")
+    expected = stock(**inputs, decoder_input_ids=ids).logits
+    encoded, cache, made, place = ours.get_encoder()(**inputs), None, [], 0
+    for count in (1, 1, 4, 1, 57, 1, 1, 9):
+        piece = ids[:, place : place + count]
+        out = ours(
+            encoder_outputs=encoded, attention_mask=inputs["attention_mask"], decoder_input_ids=piece, **{CACHE: cache}
+        )
+        cache, place = out[CACHE], place + count
+        made.append(out.logits)
+    torch.testing.assert_close(torch.cat(made, 1), expected, atol=LOGITS_ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1"])
+@pytest.mark.parametrize("enlarge", OVERFLOWING.values(), ids=OVERFLOWING)
+@torch.no_grad()
+def test_steps_of_overflowing_checkpoints_in_float16(store: Path, kind: str, enlarge: Any) -> None:
+    stock, ids = enlarge(make_stock(kind)), torch.randint(2, 200, (3, 6), device="cuda")
+    ours, inputs, cache, made = on_kernels(copy.deepcopy(stock), store, "fp16"), on_gpu(batch()), None, []
+    encoded = ours.get_encoder()(**inputs)
+    for place in range(6):  # one token at a time: the kernels
+        piece, mask = ids[:, place : place + 1], inputs["attention_mask"]
+        out = ours(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=piece, **{CACHE: cache})
+        cache = out[CACHE]
+        made.append(out.logits)
+    got, expected = torch.cat(made, 1), stock.cuda()(**inputs, decoder_input_ids=ids).logits
+    assert got.isfinite().all() and float((got - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("change", [_scale, _head, _data, _row, _block, _step], ids=lambda change: change.__name__)
+def test_changed_weights_are_followed(store: Path, change: Any) -> None:
+    stock, ours = make_stock("t5-v1.1"), on_kernels(make_stock("t5-v1.1"), store)
+    texts = []
+    for _ in range(2):
+        expected, got = both((copy.deepcopy(stock).cuda(), ours))
+        beams = both((copy.deepcopy(stock).cuda(), ours), num_beams=3)
+        assert got.tolist() == expected.tolist() and beams[1].tolist() == beams[0].tolist()
+        texts.append((got.tolist(), beams[1].tolist()))
+        change(stock)
+        ours.load_state_dict(stock.state_dict()) if change is _step else change(ours)
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_row_does_not_depend_on_its_batch(store: Path, precision: str) -> None:
+    """Logits of ten steps, alone and in batches of 2 to 40, with one beam and with several: equal bits."""
+    session = on_kernels(make_stock("t5-v1.1"), store, precision).session
+    inputs = on_gpu(batch(40, 37))
+    # the encoder's products are cuBLAS's, which chooses by the batch: so all batches get the K/V of one encoding
+    _, cross = session.encode(inputs["input_ids"], None, inputs["attention_mask"])
+    tokens = torch.randint(2, 200, (10, 40, 1), device="cuda")
+
+    def logits(first: int, last: int, beams: int = 1) -> torch.Tensor:
+        own = CrossStates(cross.kv[:, :, first:last].contiguous(), used=(last - first, cross.source_length))
+        state = session.start(own.for_beams(beams), 64, inputs["attention_mask"][first:last])
+        steps = [session.decode(state, each[first:last].repeat_interleave(beams, 0)) for each in tokens]
+        return torch.stack(steps)[:, :, 0]
+
+    whole = logits(0, 40)
+    assert whole.isfinite().all() and len({tuple(row) for row in whole[-1].tolist()}) == 40
+    for rows in range(1, 40):
+        assert torch.equal(logits(0, rows), whole[:, :rows]), rows
+    for row in (1, 17, 39):
+        assert torch.equal(logits(row, row + 1)[:, 0], whole[:, row]), row
+    for beams in (2, 5):
+        assert torch.equal(logits(0, 8, beams), whole[:, :8].repeat_interleave(beams, 1)), beams
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_same_call_gives_the_same_bits(store: Path, precision: str) -> None:
+    """In another process's place: a second model, whose buffers and captures are its own."""
+    requests = [{}, {"num_beams": 4}, {"do_sample": True}, {"max_new_tokens": 150, "min_new_tokens": 150}]
+    runs = []
+    for _ in range(2):
+        ours = on_kernels(make_stock("t5-v1.1"), store, precision)
+        for _ in range(2):
+            found = []
+            for request in requests:
+                torch.manual_seed(3)
+                scores = {"return_dict_in_generate": True, "output_logits": True}
+                out = ours.generate(**on_gpu({**batch(9), "max_new_tokens": 12, **request, **scores}))
+                found += [out.sequences, *out.logits]
+            runs.append(found)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))

@@ -68,7 +68,7 @@ def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int)
 
 def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
     for size, tiles in ((768, 4), (1024, 4), (1280, 2), (2048, 2), (4096, 1)):
-        assert constants(replace(BASE, d_model=size), torch.float16, 32)["ROW_TILES"] == tiles
+        assert constants(replace(BASE, d_model=size), torch.float16, 32)["HEAD_ROW_TILES"] == tiles
 
 
 def test_size_without_kernels_is_named() -> None:

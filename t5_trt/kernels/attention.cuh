@@ -9,6 +9,8 @@
 #ifndef ATTENTION_WARPS
 #define ATTENTION_WARPS 8
 #endif
+// CTAs that an SM must have room for: as many as registers allow without spilling.
+#define ATTENTION_CTAS (__CUDA_ARCH__ >= 900 ? 4 : 3)
 constexpr int CHUNK = 256;
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;      // 16-byte loads of a key
@@ -217,14 +219,14 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     }
 }
 
-extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position,
             const unsigned char* ancestors, stored* attended, float* parts, int* arrived, int capacity, int distances, int beams, int stride)
 {
     attend<true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride);
 }
 
-extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_cross(const float* query, const stored* keys, const stored* values, const float* mask, const int* lengths, stored* attended,
              float* parts, int* arrived, int capacity, int width, int beams)
 {

@@ -50,6 +50,7 @@ class EngineSlots:
 
     def copied(self, state: DecoderState) -> Lease:
         """A slot with copies of a state that lives elsewhere, and stays there."""
+        state.materialize()
         lease = self._lend(self.shapes(state))
         lease.slot.take_in(replace(state, bindings={}), self._hidden)
         return lease

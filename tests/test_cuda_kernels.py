@@ -19,9 +19,14 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration, kernels
+from t5_trt.errors import BackendError
+from t5_trt.generation import watch
 from t5_trt.generation.beam import BeamChoice, BeamRules
 from t5_trt.generation.processors import Recordable
+from t5_trt.generation.sampling import Ending, TokenChoice
+from t5_trt.generation.watch import Watcher
 from t5_trt.runtime import cuda_kernels
+from t5_trt.runtime.session import Mailbox
 from t5_trt.runtime.trt_slot import reorder_rows
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
@@ -46,6 +51,7 @@ static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits,
 #define __syncthreads()
 #define __syncthreads_and(value) (value)
 #define __threadfence()
+#define __threadfence_system()
 struct uint4 { unsigned x, y, z, w; };
 struct dim3 { int x, y, z; };
 static dim3 blockIdx, blockDim, gridDim, threadIdx;
@@ -191,6 +197,55 @@ def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, e
         assert torch.equal(exact.report, more.report[:4])
     assert exact.report[0] == 1 and exact.tokens.count_nonzero() < 6 * 39
     assert all(torch.equal(a, b[:3]) for a, b in zip(exact.results(0), more.results(0), strict=True))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_reports_come_by_mail(steps: list[bool], beams: int) -> None:
+    """The newest ones, each by its position, and none of an earlier request."""
+    cpu, rules = torch.device("cpu"), BeamRules(2, 4, 1.0, False, False, False, (1,), 0)
+    choice: Any = (
+        TokenChoice(3, 64, Recordable([]), Ending((1,), 0), do_sample=False, device=cpu)
+        if beams == 1
+        else BeamChoice(3, 64, Recordable([]), rules, device=cpu)
+    )
+    choice.mailbox = Mailbox(len(choice.report), cpu)
+    for _ in range(2):
+        choice.begin(torch.zeros((3 * beams, 1), dtype=torch.int64), *(() if beams == 1 else (60, 60)))
+        assert all(choice.mailbox.find(position) is None for position in range(64))
+        for place in range(20):
+            choice.advance(torch.randn(3 * beams, 12), torch.tensor([place]))
+            assert torch.equal(choice.mailbox.find(place + 1), choice.report)
+            assert choice.mailbox.find(place + 2) is None
+    assert choice.mailbox.in_use
+
+
+def test_what_comes_by_mail_is_handed_out_in_order() -> None:
+    choice: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
+    choice.mailbox.in_use = True
+    choice.mailbox.start_anew()
+    watcher = Watcher(choice)
+    watcher._ahead = 2
+    for position in (1, 2, 3):
+        watcher.post(choice.report, position)
+    for position in (2, 1):  # as if the second one had been seen first
+        choice.mailbox.memory[position, 1:] = position
+        choice.mailbox.memory[position, 0] = (1 << 32) + position
+    assert [report.tolist() for report in watcher.take()] == [[1, 1], [2, 2]]
+    assert watcher.take() == []
+
+
+def test_report_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the GPU has nothing left to do; while it works, the host waits."""
+    choice: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
+    choice.mailbox.in_use = True
+    answers = [False, False, True]
+    monkeypatch.setattr(watch, "PATIENCE", 0.0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: answers.pop(0)))
+    watcher = Watcher(choice)
+    watcher.post(choice.report, 7)
+    with pytest.raises(BackendError, match="without the report of token 7"):
+        watcher.take(all_of_them=True)
+    assert answers == []
 
 
 def test_without_a_gpu(caplog: pytest.LogCaptureFixture) -> None:

@@ -165,11 +165,11 @@ def test_draws_follow_the_probabilities() -> None:
 class LateWatcher:
     """Hands out reports four steps late, as on a GPU."""
 
-    def __init__(self, report: torch.Tensor, ahead: int) -> None:
+    def __init__(self, choice: Any, ahead: int) -> None:
         self.waiting: deque[torch.Tensor] = deque()
         self.ahead = ahead
 
-    def post(self, report: torch.Tensor) -> None:
+    def post(self, report: torch.Tensor, position: int) -> None:
         self.waiting.append(report.clone())
 
     def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:

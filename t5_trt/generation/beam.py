@@ -14,7 +14,7 @@ import torch
 from t5_trt.generation.processors import Recordable
 from t5_trt.generation.sampling import draw, filled_up
 from t5_trt.runtime import cuda_kernels
-from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.session import Mailbox, NextStep
 
 _NEVER = -1.0e9  # the score of what must not be chosen
 
@@ -105,6 +105,7 @@ class BeamChoice:
         self._chosen, self._parents = torch.empty_like(self._own), torch.empty_like(self._own)
         self._counters = torch.zeros(4, dtype=torch.int32, device=device)
         self._lists: tuple[torch.Tensor, ...] | None = None
+        self.mailbox = Mailbox(len(self.report), device) if device.type == "cuda" else None
 
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
         """Start with a prompt.
@@ -127,6 +128,8 @@ class BeamChoice:
         self.report.zero_()
         self.expired.zero_()
         self._limits.copy_(torch.tensor([prompt.shape[1], limit, longest]))
+        if self.mailbox is not None:
+            self.mailbox.start_anew()
         self._end_behind(len(prompt) // self._rules.num_beams)
 
     def take_over(self, other: BeamChoice, rows: torch.Tensor | None = None) -> None:
@@ -136,6 +139,8 @@ class BeamChoice:
         self.report[:1].copy_(other.report[:1])
         self.expired.copy_(other.expired)
         self._limits.copy_(other._limits)
+        if self.mailbox is not None:
+            self.mailbox.start_anew()
         if rows is not None:
             self._end_behind(len(rows))
 
@@ -240,6 +245,7 @@ class BeamChoice:
             stops_early=rules.early_stopping is True,
             hopeful=rules.hopeful,
             following=following,
+            mailbox=self.mailbox,
         )
 
     def results(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -61,6 +61,7 @@ class EagerTokenChoice:
 
     recordable = False
     takes_best = False
+    mailbox = None
 
     def __init__(self, rows: int, calls: EagerCalls, pad: int | None, *, do_sample: bool, device: torch.device) -> None:
         self.rows, self.draws = rows, do_sample
@@ -108,6 +109,7 @@ class EagerBeamChoice(BeamChoice):
 
     def __init__(self, batch: int, capacity: int, calls: EagerCalls, rules: BeamRules, *, device: torch.device) -> None:
         super().__init__(batch, capacity, Recordable(()), rules, device=device)
+        self.mailbox = None
         self._calls = calls
         self._prompt: torch.Tensor | None = None  # until the first step
         self._length = 0

@@ -135,7 +135,7 @@ class DecodeLoop(ABC):
         request = self.request
         # code of the user's in every step must not be called in vain: no step ahead then
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
-        watcher, made, deadline = Watcher(program.choice.report, ahead), 0, request.deadline
+        watcher, made, deadline = Watcher(program.choice, ahead), 0, request.deadline
         for step in range(1, self._steps + 1):
             pause_at_exit()
             self._check_length(self.state.length + 1)
@@ -145,7 +145,7 @@ class DecodeLoop(ABC):
             if deadline is not None and time.time() > deadline:
                 program.choice.expired.fill_(True)
             program.launch()
-            watcher.post(program.choice.report)
+            watcher.post(program.choice.report, self.state.length)
             reports = watcher.take(all_of_them=step == self._steps)
             shrinks = bool(reports) and self._should_shrink(reports[-1])
             if shrinks:
@@ -158,7 +158,7 @@ class DecodeLoop(ABC):
                     return program, made
             if shrinks and self._should_shrink(reports[-1]):  # the newest may tell of fewer entries still
                 program = self._shrunk(program, reports[-1], made)
-                watcher = Watcher(program.choice.report, ahead)
+                watcher = Watcher(program.choice, ahead)
         return program, made
 
     def _moved(self, program: Program, rows: torch.Tensor | None = None) -> Program:

@@ -13,7 +13,7 @@ import torch
 from t5_trt.generation.processors import Recordable
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import undisturbed
-from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.session import Mailbox, NextStep
 
 _STEP = 4  # offsets of a GPU's generator are multiples of it
 
@@ -72,6 +72,7 @@ class TokenChoice:
         self.draws = do_sample
         self.takes_best = not do_sample and not process
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.mailbox = Mailbox(len(self.report), device) if device.type == "cuda" else None
 
     def begin(self, prompt: torch.Tensor) -> None:
         """Start with a prompt, int64 [at most R, tokens]."""
@@ -80,6 +81,8 @@ class TokenChoice:
         self.finished[len(prompt) :] = True
         self.report.zero_()
         self.expired.zero_()
+        if self.mailbox is not None:
+            self.mailbox.start_anew()
 
     def take_over(self, other: TokenChoice, rows: torch.Tensor | None = None) -> None:
         """Go on where another one stands, with all of its rows or those that `rows` names."""
@@ -88,6 +91,8 @@ class TokenChoice:
         if rows is not None:
             self.finished[len(rows) :] = True
         self.expired.copy_(other.expired)
+        if self.mailbox is not None:
+            self.mailbox.start_anew()
 
     def results(self, length: int) -> tuple[torch.Tensor, ...]:
         """The tokens of every row, with padding from `length` on."""
@@ -114,7 +119,7 @@ class TokenChoice:
             scores = self.process(self.tokens, position, logits)
             chosen = draw(scores, 1, recordable=self.recordable).flatten() if self.draws else scores.argmax(-1)
         buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos)
-        if cuda_kernels.token_step(buffers, position, self._pad, following):
+        if cuda_kernels.token_step(buffers, position, self._pad, following, self.mailbox):
             return None if following is not None else (chosen, None)
         if following is not None and following.best is not None:
             chosen = ~following.best[: self.rows] & 0xFFFFFFFF

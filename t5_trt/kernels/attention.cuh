@@ -11,7 +11,7 @@
 #endif
 // CTAs that an SM must have room for: as many as registers allow without spilling.
 #define ATTENTION_CTAS (__CUDA_ARCH__ >= 900 ? 4 : 3)
-constexpr int CHUNK = 256;
+constexpr int CHUNK = 128;
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;      // 16-byte loads of a key
 constexpr int KEY_LANES = power_of_two(VECTORS);        // lanes that share a key

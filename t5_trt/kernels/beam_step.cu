@@ -4,7 +4,7 @@
 // threads move the rows, a column each, in registers. The last block to finish tells whether the search is over.
 // The candidates of an entry are given in `scores` and `places` [entries][CANDIDATES], or, if SPANS is not 0, chosen here from what
 // `beam_candidates` left of its rows; they then go by log-softmax, unless `statistics` is null, plus the rows' scores so far.
-// `next`, `positions` and `ancestors` are what the next step reads, or null: the tokens [rows], the positions [count], and for each
+// The report goes into `mailbox`, too. `next`, `positions` and `ancestors` are what the next step reads, or null: the tokens [rows], the positions [count], and for each
 // token of a row the beam [rows][stride] in whose cache its key and value lie, which changes instead of the cache. `position` moves on with `next`.
 #include "launch.cuh"
 #define NEVER (-1.0e9f)
@@ -114,7 +114,8 @@ extern "C" __global__ void beam_step(
     long long* tokens, int* running_indices, float* running_scores, long long* sequences, int* beam_indices, float* beam_scores,
     bool* full, bool* improvable, long long* report, const bool* expired, const long long* limits, const float* penalties,
     const long long* eos, long long* position, long long* chosen, long long* parents, int* counters, int* next, int* positions,
-    unsigned char* ancestors, int vocabulary, int capacity, int ends, int stops_early, int hopeful, int count, int stride)
+    unsigned char* ancestors, long long* mailbox, const long long* epoch, int vocabulary, int capacity, int ends, int stops_early, int hopeful,
+    int count, int stride, int mails)
 {
     const int entry = blockIdx.x, first = entry * BEAMS;
     wait_for_inputs();
@@ -239,9 +240,11 @@ extern "C" __global__ void beam_step(
         if (next)
             next[first + beam] = token;
     }
+    __shared__ bool is_last;
     if (threadIdx.x == 0) {
         __threadfence();
-        if (atomicAdd(counters, 1) == gridDim.x - 1) {
+        is_last = atomicAdd(counters, 1) == gridDim.x - 1;
+        if (is_last) {
             __threadfence();
             const bool goes_on = atomicAdd(counters + 1, 0) && atomicAdd(counters + 2, 0);
             if (!goes_on || (stops_early && !atomicAdd(counters + 3, 0)))
@@ -250,8 +253,12 @@ extern "C" __global__ void beam_step(
                 counters[counter] = 0;
             if (next)
                 position[0] = place;
-            for (int i = 0; i < count; ++i)
-                positions[i] = place;
         }
     }
+    __syncthreads();
+    if (!is_last)
+        return;
+    for (int i = threadIdx.x; i < count; i += blockDim.x)
+        positions[i] = place;
+    send_report(mailbox, epoch, report, 1 + gridDim.x, mails, place);
 }

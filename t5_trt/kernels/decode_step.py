@@ -21,7 +21,7 @@ from t5_trt.kernels.launching import launch
 
 STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: keys of one head that a CTA of an attention kernel takes (``CHUNK`` in ``attention.cuh``)
-CHUNK = 256
+CHUNK = 128
 #: shared memory that a CTA of ``output_head`` may take for its rows; every GPU from compute capability 8.0 on has 99 KB
 SHARED_BYTES = 64 * 1024
 KERNELS = (

@@ -32,3 +32,18 @@ __device__ inline unsigned lanes_max(unsigned value) { return __reduce_max_sync(
 __device__ inline unsigned lanes_min(unsigned value) { return __reduce_min_sync(0xffffffffu, value); }
 // The lowest `id` among the lanes that have `key`.
 __device__ inline unsigned lowest_with(unsigned key, unsigned own_key, unsigned id) { return lanes_min(own_key == key ? id : 0xffffffffu); }
+
+// Leave a report of `width` entries in the host's memory, by all threads of a block: `mails` places of a stamp and a report each. The host
+// looks for the stamp, which is written last.
+__device__ inline void send_report(long long* memory, const long long* epoch, const volatile long long* report, int width, int mails, long long place)
+{
+    if (!memory)
+        return;
+    volatile long long* mail = memory + place % mails * (1 + width);
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        mail[1 + i] = report[i];
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        mail[0] = (epoch[0] << 32) + place;
+}

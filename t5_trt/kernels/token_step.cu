@@ -2,12 +2,13 @@
 //
 // One block for all rows. See t5_trt/generation/sampling.py, TokenChoice, for what the buffers hold. The tokens are those of `best`
 // [rows] (the output matrix's kernel left the order of the largest logit and ~token), which is zero afterwards, or if it is null those
-// of `chosen`. `next` [rows] and `positions` [count] are what the next step reads, or null; `position` moves on with them.
+// of `chosen`. The report goes into `mailbox`, too. `next` [rows] and `positions` [count] are what the next step reads, or null; `position` moves on with them.
 #include "launch.cuh"
 
 extern "C" __global__ void token_step(
     long long* chosen, unsigned long long* best, long long* tokens, bool* finished, long long* report, const bool* expired,
-    const long long* eos, long long* position, int* next, int* positions, int rows, int capacity, int ends, int has_pad, int pad, int count)
+    const long long* eos, long long* position, int* next, int* positions, long long* mailbox, const long long* epoch, int rows, int capacity,
+    int ends, int has_pad, int pad, int count, int mails)
 {
     wait_for_inputs();
     const long long place = position[0] + 1;
@@ -41,4 +42,6 @@ extern "C" __global__ void token_step(
     }
     for (int i = threadIdx.x; i < count; i += blockDim.x)
         positions[i] = place;
+    __syncthreads();
+    send_report(mailbox, epoch, report, 1 + 2 * rows, mails, place);
 }

@@ -19,7 +19,7 @@ from t5_trt.errors import T5TRTError
 from t5_trt.installation import install_command
 from t5_trt.kernels.compile import bindings, checked, stored_cubin
 from t5_trt.kernels.launching import launch
-from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.session import MAILS, Mailbox, NextStep
 
 logger = logging.getLogger("t5_trt")
 THREADS = 256
@@ -59,7 +59,11 @@ def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor
 
 
 def token_step(
-    buffers: tuple[torch.Tensor, ...], position: torch.Tensor, pad: int | None, following: NextStep | None
+    buffers: tuple[torch.Tensor, ...],
+    position: torch.Tensor,
+    pad: int | None,
+    following: NextStep | None,
+    mailbox: Mailbox | None = None,
 ) -> bool:
     """What follows the choice of tokens, see ``kernels/token_step.cu``.
 
@@ -69,6 +73,7 @@ def token_step(
         position: int64 [1].
         pad: what stands behind the end of a row, or None.
         following: what the next step reads; with ``best``, that says what is chosen.
+        mailbox: gets the report.
 
     Returns:
         As `reorder_rows`.
@@ -78,8 +83,8 @@ def token_step(
     if function is None:
         return False
     following = following or NextStep()
-    pointers = (chosen, following.best, *buffers[1:], position, following.tokens, following.positions)
-    numbers = (*tokens.shape, len(eos), int(pad is not None), pad or 0, following.position_count)
+    pointers = (chosen, following.best, *buffers[1:], position, following.tokens, following.positions, *_mail(mailbox))
+    numbers = (*tokens.shape, len(eos), int(pad is not None), pad or 0, following.position_count, MAILS)
     _launch(function, (1, 1, 1), THREADS, chosen.device, pointers, numbers)
     return True
 
@@ -126,6 +131,7 @@ def beam_step(
     stops_early: bool,
     hopeful: bool,
     following: NextStep | None,
+    mailbox: Mailbox | None = None,
 ) -> bool:
     """What follows the choice of candidates in a step of beam search, see ``kernels/beam_step.cu``.
 
@@ -137,6 +143,7 @@ def beam_step(
         stops_early: ``early_stopping`` is True.
         hopeful: rows are judged by the longest length there can be.
         following: what the next step reads.
+        mailbox: gets the report.
 
     Returns:
         As `reorder_rows`.
@@ -153,10 +160,18 @@ def beam_step(
         return False
     following = following or NextStep()
     stride = 0 if following.ancestors is None else following.ancestors.shape[1]
-    numbers = (vocabulary, capacity, len(eos), int(stops_early), int(hopeful), following.position_count, stride)
-    pointers = (*choice, *buffers, following.tokens, following.positions, following.ancestors)
+    numbers = (vocabulary, capacity, len(eos), int(stops_early), int(hopeful), following.position_count, stride, MAILS)
+    pointers = (*choice, *buffers, following.tokens, following.positions, following.ancestors, *_mail(mailbox))
     _launch(function, (batch, 1, 1), THREADS, tokens.device, pointers, numbers)
     return True
+
+
+def _mail(mailbox: Mailbox | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where a kernel leaves its report, from now on, and the number of the request."""
+    if mailbox is None:
+        return None, None
+    mailbox.in_use = True
+    return mailbox.memory, mailbox.epoch
 
 
 def _runs_kernels(tensor: torch.Tensor) -> bool:

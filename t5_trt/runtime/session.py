@@ -34,6 +34,41 @@ class NextStep:
         return 0 if self.positions is None else len(self.positions)
 
 
+#: reports of steps that a `Mailbox` holds, those of the last ones
+MAILS = 8
+
+
+class Mailbox:
+    """Page-locked memory of the host into which the kernel of a choice writes the report of each step, so that nobody waits for a copy.
+
+    Args:
+        width: entries of a report.
+        device: the GPU.
+
+    Attributes:
+        memory: int64 [MAILS, 1 + width], by position modulo MAILS: a stamp, which is written last, and the report.
+        epoch: int64 [1] on the GPU, part of the stamp: another number for each request, as steps of the one before may still run.
+        in_use: whether a kernel writes into it.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.memory = torch.zeros((MAILS, 1 + width), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.epoch = torch.zeros(1, dtype=torch.int64, device=device)
+        self.in_use = False
+        self._stamps = self.memory.numpy()[:, 0]
+        self._epoch = 0
+
+    def start_anew(self) -> None:
+        """Tell the reports of the steps that follow on torch's stream from all others."""
+        self._epoch += 1
+        self.epoch.fill_(self._epoch)
+
+    def find(self, position: int) -> torch.Tensor | None:
+        """The report of the step that has chosen the tokens at a position, if it has come; int64 [width], a view."""
+        place = position % MAILS
+        return self.memory[place, 1:] if self._stamps[place] == (self._epoch << 32) + position else None
+
+
 class Choice(Protocol):
     """What follows a decoder step: from its logits it decides how every row goes on.
 
@@ -43,12 +78,16 @@ class Choice(Protocol):
             host, so that a session may record them together with the step.
         draws: `advance` draws random numbers on the device.
         takes_best: `advance` reads no more of the logits than which one is the largest.
+        report: int64, what the host must know of the step.
+        mailbox: where it looks for it, if kernels put it there.
     """
 
     rows: int
     recordable: bool
     draws: bool
     takes_best: bool
+    report: torch.Tensor
+    mailbox: Mailbox | None
 
     def advance(
         self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None

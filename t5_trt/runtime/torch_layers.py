@@ -7,7 +7,7 @@ step is not here; it is `t5_trt.kernels`.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from t5_trt.architecture import Architecture
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
@@ -50,7 +50,9 @@ class TorchEncoder:
         arch, weights = self._arch, self._weights
         if inputs_embeds is None:
             assert input_ids is not None
-            stream = weights[EMBEDDING][input_ids].float() / self._folding.embedding
+            stream = weights[EMBEDDING][input_ids].float()
+            if self._folding.embedding != 1.0:
+                stream = stream / self._folding.embedding
         else:
             stream = inputs_embeds.float()
         dtype = weights[EMBEDDING].dtype
@@ -87,7 +89,8 @@ class TorchEncoder:
         return split.permute(2, 3, 0, 4, 1, 5).contiguous()
 
     def _add(self, stream: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
-        return stream + (value @ self._weights[name]).float() / self._folding.branches.get(name, 1.0)
+        # the sum of the two types is float32, in one kernel
+        return torch.add(stream, value @ self._weights[name], alpha=1.0 / self._folding.branches.get(name, 1.0))
 
 
 class TorchDecoder:
@@ -154,7 +157,7 @@ class TorchDecoder:
             mixed = scaled_dot_product_attention(q, keys, values, attn_mask=sources, scale=1.0)
             stream = _added(stream, mixed, matrices["cross_out"], own.cross_scale)
             inner = activated(arch, normed(stream, arch.epsilon, dtype) @ matrices["wi"].t())
-            stream = stream + (inner @ matrices["wo"].t()).float() * own.wo_scale
+            stream = torch.add(stream, inner @ matrices["wo"].t(), alpha=own.wo_scale)
         head = unpack_matrix(weights.head, arch.vocab_size, arch.d_model)
         logits = (normed(stream, arch.epsilon, dtype) @ head.t()).float() * weights.head_scale
         return logits, torch.stack(made)
@@ -162,12 +165,12 @@ class TorchDecoder:
 
 def _added(stream: torch.Tensor, mixed: torch.Tensor, matrix: torch.Tensor, scale: float) -> torch.Tensor:
     """The stream [R, Q, E] plus attention's output matrix times what the heads gave, [R, H, Q, D]."""
-    return stream + (mixed.transpose(1, 2).flatten(2) @ matrix.t()).float() * scale
+    return torch.add(stream, mixed.transpose(1, 2).flatten(2) @ matrix.t(), alpha=scale)
 
 
 def normed(stream: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
     """RMSNorm without its weight (Zhang and Sennrich 2019), in float32, rounded to a type."""
-    return (stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + epsilon)).to(dtype)
+    return rms_norm(stream, stream.shape[-1:], eps=epsilon).to(dtype)
 
 
 def activated(arch: Architecture, inner: torch.Tensor) -> torch.Tensor:

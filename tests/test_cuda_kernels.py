@@ -208,7 +208,6 @@ def test_reports_come_by_mail(steps: list[bool], beams: int) -> None:
         if beams == 1
         else BeamChoice(3, 64, Recordable([]), rules, device=cpu)
     )
-    choice.mailbox = Mailbox(len(choice.report), cpu)
     for _ in range(2):
         choice.begin(torch.zeros((3 * beams, 1), dtype=torch.int64), *(() if beams == 1 else (60, 60)))
         assert all(choice.mailbox.find(position) is None for position in range(64))
@@ -226,7 +225,7 @@ def test_what_comes_by_mail_is_handed_out_in_order() -> None:
     watcher = Watcher(choice)
     watcher._ahead = 2
     for position in (1, 2, 3):
-        watcher.post(choice.report, position)
+        watcher.post(choice, position)
     for position in (2, 1):  # as if the second one had been seen first
         choice.mailbox.memory[position, 1:] = position
         choice.mailbox.memory[position, 0] = (1 << 32) + position
@@ -242,7 +241,7 @@ def test_report_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(watch, "PATIENCE", 0.0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: answers.pop(0)))
     watcher = Watcher(choice)
-    watcher.post(choice.report, 7)
+    watcher.post(choice, 7)
     with pytest.raises(BackendError, match="without the report of token 7"):
         watcher.take(all_of_them=True)
     assert answers == []

@@ -169,8 +169,8 @@ class LateWatcher:
         self.waiting: deque[torch.Tensor] = deque()
         self.ahead = ahead
 
-    def post(self, report: torch.Tensor, position: int) -> None:
-        self.waiting.append(report.clone())
+    def post(self, choice: Any, position: int) -> None:
+        self.waiting.append(choice.report.clone())
 
     def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
         keep = 0 if all_of_them else self.ahead

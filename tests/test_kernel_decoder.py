@@ -16,6 +16,7 @@ from t5_trt.graph.ranges import Folding
 from t5_trt.kernels.decode_step import PRODUCTS, Geometry
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
 from t5_trt.runtime.trt_slot import apply_choice
+from tests.test_cuda_kernels import on_cpu, steps  # noqa: F401 - fixtures
 from tests.tiny_models import batch, make_stock
 
 
@@ -51,6 +52,8 @@ class TorchSteps(kernel_decoder.KernelDecoder):
             slot.move_on(slot.position)
         elif choice.takes_best:
             slot.logits.fill_(torch.nan)  # they are not there
+            if choice.hiding is not None and length + 1 < choice.hiding.until:
+                logits[..., choice.hiding.tokens.bool()] = -torch.inf
             apply_choice(slot, choice, slot.position, best_of(logits[:, 0]))
         else:
             apply_choice(slot, choice, slot.position)
@@ -78,7 +81,7 @@ def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}, {"decoder_input_ids": [[0, 5]]}],
+    [{}, {"min_new_tokens": 30}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}, {"decoder_input_ids": [[0, 5]]}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 3])
@@ -106,3 +109,14 @@ def test_source_without_any_shown_token(pair: tuple[Any, Any]) -> None:
     results = [ours.get_encoder()(**inputs).last_hidden_state for _ in range(3)]
     torch.testing.assert_close(results[0], expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"min_length": 70}], ids=str)
+def test_choices_by_kernels(
+    steps: list[bool],  # noqa: F811
+    pair: tuple[Any, Any],
+    arguments: dict[str, Any],
+) -> None:
+    """Their reports come by mail, from the smaller slot and then from the larger one."""
+    results = [model.generate(**batch(3), max_new_tokens=80, **arguments) for model in pair]
+    assert torch.equal(*results) and steps and all(steps)

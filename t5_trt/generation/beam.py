@@ -14,7 +14,7 @@ import torch
 from t5_trt.generation.processors import Recordable
 from t5_trt.generation.sampling import draw, filled_up
 from t5_trt.runtime import cuda_kernels
-from t5_trt.runtime.session import Mailbox, NextStep
+from t5_trt.runtime.session import NextStep
 
 _NEVER = -1.0e9  # the score of what must not be chosen
 
@@ -70,6 +70,7 @@ class BeamChoice:
 
     recordable = True
     takes_best = False
+    hiding = None
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class BeamChoice:
         self._chosen, self._parents = torch.empty_like(self._own), torch.empty_like(self._own)
         self._counters = torch.zeros(4, dtype=torch.int32, device=device)
         self._lists: tuple[torch.Tensor, ...] | None = None
-        self.mailbox = Mailbox(len(self.report), device) if device.type == "cuda" else None
+        self.mailbox = cuda_kernels.mailbox(self.report)
 
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
         """Start with a prompt.
@@ -167,34 +168,33 @@ class BeamChoice:
         Returns:
             The tokens, int64 [B * N], and the rows that they continue, int64 [B * N]. None if `following` is all written.
         """
-        vocabulary, processed = logits.shape[-1], len(self.process) > 0
-        scores = logits
-        if processed or self.draws or not self._lists_for(logits):
-            log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
-            scores = self.process(self.tokens.flatten(0, 1), position, log_probs)
-        choice = self._candidates_of_kernel(scores.contiguous(), normalized=scores is not logits)
+        vocabulary = logits.shape[-1]
+        choice = self._candidates_of_kernel(logits, position)
         if choice is None:
-            choice = self._candidates(scores.log_softmax(-1) if scores is logits else scores)
+            log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+            choice = self._candidates(self.process(self.tokens.flatten(0, 1), position, log_probs))
         if self._step_of_kernel(choice, position, vocabulary, following):
             return None if following is not None else (self._chosen, self._parents)
         best, places = choice[:2]
         assert best is not None and places is not None
         return self._step(best, places // vocabulary, places % vocabulary, position)
 
-    def _lists_for(self, logits: torch.Tensor) -> bool:
-        """Make the memory of `cuda_kernels.beam_candidates`, once; False where torch finds the candidates."""
-        if self._lists is None and not self.draws:
-            self._lists = cuda_kernels.beam_lists(logits, self._rules.candidates, self._rules.num_beams)
-        return self._lists is not None
-
     def _candidates_of_kernel(
-        self, scores: torch.Tensor, *, normalized: bool
+        self, logits: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...] | None:
-        """What `cuda_kernels.beam_step` finds the candidates in; None if there is no kernel."""
-        if not self._lists_for(scores):
+        """What `cuda_kernels.beam_step` finds the candidates in; None if there is no kernel for that."""
+        if self.draws:
             return None
-        assert self._lists is not None
-        if not cuda_kernels.beam_candidates(scores, self._lists, normalized=normalized):
+        if self._lists is None:
+            self._lists = cuda_kernels.beam_lists(logits, self._rules.candidates, self._rules.num_beams)
+        if self._lists is None:
+            return None
+        scores, hiding = logits, self.process.hiding
+        normalized = len(self.process) > 0 and hiding is None
+        if normalized:
+            log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+            scores = self.process(self.tokens.flatten(0, 1), position, log_probs).contiguous()
+        if not cuda_kernels.beam_candidates(scores, self._lists, position, hiding, normalized=normalized):
             return None
         return None, None, *self._lists[:2], None if normalized else self._lists[2]
 

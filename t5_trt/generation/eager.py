@@ -61,6 +61,7 @@ class EagerTokenChoice:
 
     recordable = False
     takes_best = False
+    hiding = None
     mailbox = None
 
     def __init__(self, rows: int, calls: EagerCalls, pad: int | None, *, do_sample: bool, device: torch.device) -> None:

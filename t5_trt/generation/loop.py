@@ -145,7 +145,7 @@ class DecodeLoop(ABC):
             if deadline is not None and time.time() > deadline:
                 program.choice.expired.fill_(True)
             program.launch()
-            watcher.post(program.choice.report, self.state.length)
+            watcher.post(program.choice, self.state.length)
             reports = watcher.take(all_of_them=step == self._steps)
             shrinks = bool(reports) and self._should_shrink(reports[-1])
             if shrinks:

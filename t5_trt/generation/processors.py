@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers.generation import logits_process as stock
 
+from t5_trt.runtime.session import Hiding
+
 #: (tokens int64 [rows, M], their number int64 [1], scores float32 [rows, V]) -> scores
 Apply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: (processor, device) -> a number of it, []
@@ -31,10 +33,12 @@ class Form:
     Attributes:
         apply: see `Apply`.
         numbers: tensors [] on the device that `apply` reads, and where their values come from.
+        hides: tokens, bool [V], and the length [] below which `apply` hides them, if it does nothing else.
     """
 
     apply: Apply
     numbers: Sequence[tuple[torch.Tensor, Read]]
+    hides: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def load(self, processor: Any) -> None:
         """Take over the numbers of a processor of the same `fingerprint`."""
@@ -47,11 +51,27 @@ class Recordable:
 
     Args:
         forms: see `Form`.
+
+    Attributes:
+        hiding: all that they do, where they only hide the same tokens up to some length; None where they do more.
     """
 
     def __init__(self, forms: Sequence[Form]) -> None:
         self._forms = forms
         self._loaded: Sequence[Any] | None = None
+        hides = [form.hides for form in forms if form.hides is not None]
+        self.hiding: Hiding | None = None
+        if forms and len(hides) == len(forms) and all(torch.equal(tokens, hides[0][0]) for tokens, _ in hides):
+            self.hiding = Hiding(
+                hides[0][0].to(torch.uint8), torch.zeros(1, dtype=torch.float64, device=hides[0][0].device)
+            )
+            self._set_hiding()
+
+    def _set_hiding(self) -> None:
+        if self.hiding is not None:
+            self.hiding.until.copy_(
+                torch.stack([form.hides[1] for form in self._forms if form.hides is not None]).amax()
+            )
 
     def __len__(self) -> int:
         """Their number."""
@@ -72,6 +92,7 @@ class Recordable:
         self._loaded = None
         for form, processor in zip(self._forms, processors, strict=True):
             form.load(processor)
+        self._set_hiding()
         self._loaded = processors
 
 
@@ -92,7 +113,10 @@ def device_forms(processors: Sequence[Any], vocab_size: int, capacity: int, devi
         for name, read in kind.numbers.items():
             numbers.append((read(processor, device).to(device), read))
             setattr(mine, name, numbers[-1][0])
-        forms.append(Form(kind.make(mine, vocab_size, capacity, device), numbers))
+        hides = None
+        if kind.hides_ends_below is not None:
+            hides = _marked(processor.eos_token_id, vocab_size, device), getattr(mine, kind.hides_ends_below)
+        forms.append(Form(kind.make(mine, vocab_size, capacity, device), numbers, hides))
     return forms
 
 
@@ -311,10 +335,12 @@ class Kind:
     Attributes:
         make: (a copy of the processor with `numbers` in it, vocab_size, capacity, device) -> what it does.
         numbers: attribute of that copy -> where its value comes from.
+        hides_ends_below: one of them, if the processor does no more than hide the end tokens of shorter sequences.
     """
 
     make: Callable[[Any, int, int, torch.device], Apply]
     numbers: Mapping[str, Read] = field(default_factory=dict)
+    hides_ends_below: str | None = None
 
 
 #: the processors that can be part of a recorded step
@@ -327,9 +353,11 @@ DEVICE_FORMS: dict[type, Kind] = {
     stock.EpsilonLogitsWarper: Kind(_as_is, {"epsilon": _real("epsilon")}),
     stock.InfNanRemoveLogitsProcessor: Kind(_as_is),
     stock.LogitNormalization: Kind(_as_is),
-    stock.MinLengthLogitsProcessor: Kind(_min_length, {"min_length": _real("min_length")}),
+    stock.MinLengthLogitsProcessor: Kind(_min_length, {"min_length": _real("min_length")}, "min_length"),
     stock.MinNewTokensLengthLogitsProcessor: Kind(
-        _min_new_tokens, {"min_new_tokens": _real("min_new_tokens", more=lambda p: p.prompt_length_to_skip)}
+        _min_new_tokens,
+        {"min_new_tokens": _real("min_new_tokens", more=lambda p: p.prompt_length_to_skip)},
+        "min_new_tokens",
     ),
     stock.SuppressTokensLogitsProcessor: Kind(_suppress),
     stock.SuppressTokensAtBeginLogitsProcessor: Kind(_suppress_at_begin),

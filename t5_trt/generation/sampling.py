@@ -13,7 +13,7 @@ import torch
 from t5_trt.generation.processors import Recordable
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import undisturbed
-from t5_trt.runtime.session import Mailbox, NextStep
+from t5_trt.runtime.session import NextStep
 
 _STEP = 4  # offsets of a GPU's generator are multiples of it
 
@@ -70,9 +70,10 @@ class TokenChoice:
         self._eos = torch.tensor(ending.eos, dtype=torch.int64, device=device)
         self._pad = ending.pad
         self.draws = do_sample
-        self.takes_best = not do_sample and not process
+        self.takes_best = not do_sample and (not process or process.hiding is not None)
+        self.hiding = process.hiding
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.mailbox = Mailbox(len(self.report), device) if device.type == "cuda" else None
+        self.mailbox = cuda_kernels.mailbox(self.report)
 
     def begin(self, prompt: torch.Tensor) -> None:
         """Start with a prompt, int64 [at most R, tokens]."""

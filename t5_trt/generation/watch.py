@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,30 +26,23 @@ class Watcher:
     ``ahead=0``, each report is handed out at once.
 
     Args:
-        choice: with a ``report``, int64, written by every step, and maybe a ``mailbox``.
+        choice: with a ``report``, int64, written by every step.
         ahead: steps that may be launched before a report is waited for.
     """
 
     def __init__(self, choice: Any, ahead: int = STEPS_AHEAD) -> None:
         report = choice.report
         self._ahead = ahead if report.is_cuda else 0
-        self._posted: deque[tuple[int, Any]] = deque()  # place, and the event behind a copy
-        self._mailbox: Mailbox | None = choice.mailbox if choice.mailbox is not None and choice.mailbox.in_use else None
-        if self._mailbox is None:
-            # page-locked once, because allocating that takes longer than a step; a place is used again after it was handed out
-            self._copies = torch.empty((self._ahead + 2, *report.shape), dtype=report.dtype, pin_memory=report.is_cuda)
-            self._events: list[Any] = [torch.cuda.Event() if report.is_cuda else None for _ in self._copies]  # type: ignore[no-untyped-call]
+        self._posted: deque[_Letter | _Copy] = deque()
+        self._copies = _Copies(self._ahead + 2, report)
 
-    def post(self, report: torch.Tensor, position: int) -> None:
-        """Expect the report of the step that has chosen the tokens at a position; does not wait."""
-        if self._mailbox is not None:
-            self._posted.append((position, None))
-            return
-        place = position % len(self._copies)
-        self._copies[place].copy_(report, non_blocking=True)
-        if self._events[place] is not None:
-            self._events[place].record()
-        self._posted.append((place, self._events[place]))
+    def post(self, choice: Any, position: int) -> None:
+        """Expect the report of the step by which a choice has chosen the tokens at a position; does not wait."""
+        mailbox: Mailbox | None = choice.mailbox
+        if mailbox is not None and mailbox.in_use:
+            self._posted.append(_Letter(mailbox, position))
+        else:
+            self._posted.append(self._copies.copy(choice.report))
 
     def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
         """Reports that have arrived; waits only where more than `ahead` are outstanding, or for all if asked to.
@@ -61,37 +55,78 @@ class Watcher:
         arrived = []
         while self._posted:
             waits = len(self._posted) > self._ahead or all_of_them
-            report = self._look(*self._posted[0], waits=waits)
+            report = self._posted[0].find(waits=waits)
             if report is None:
                 break
             self._posted.popleft()
             arrived.append(report)
         return arrived
 
-    def _look(self, place: int, event: Any, *, waits: bool) -> torch.Tensor | None:
-        if self._mailbox is None:
-            if event is not None and not event.query():
-                if not waits:
-                    return None
-                event.synchronize()
-            return self._copies[place]
-        report = self._mailbox.find(place)
+
+@dataclass(frozen=True)
+class _Letter:
+    """A report that a kernel will leave in a mailbox."""
+
+    mailbox: Mailbox
+    position: int
+
+    def find(self, *, waits: bool) -> torch.Tensor | None:
+        report = self.mailbox.find(self.position)
         started = time.perf_counter()
         while report is None and waits:
             time.sleep(0)  # another thread's turn
-            report = self._mailbox.find(place)
+            report = self.mailbox.find(self.position)
             if report is None and time.perf_counter() - started > PATIENCE:
-                report, started = self._look_into(place), time.perf_counter()
+                self._look_into()
+                started = time.perf_counter()
         return report
 
-    def _look_into(self, place: int) -> torch.Tensor | None:
-        """Raise what has gone wrong on the GPU; None if it is still at work."""
-        assert self._mailbox is not None
-        if not torch.cuda.current_stream(self._mailbox.epoch.device).query():  # raises an error of an earlier kernel
-            return None
-        report = self._mailbox.find(place)
-        if report is None:
+    def _look_into(self) -> None:
+        """Raise what has gone wrong on the GPU, unless it is still at work."""
+        done = torch.cuda.current_stream(self.mailbox.epoch.device).query()  # raises an error of an earlier kernel
+        if done and self.mailbox.find(self.position) is None:
             raise BackendError(
-                f"the GPU has ended its work without the report of token {place}. Please report this as a bug."
+                f"the GPU has ended its work without the report of token {self.position}. Please report this as a bug."
             )
-        return report
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A report that is on its way into the host's memory."""
+
+    memory: torch.Tensor
+    event: Any
+
+    def find(self, *, waits: bool) -> torch.Tensor | None:
+        if self.event is not None and not self.event.query():
+            if not waits:
+                return None
+            self.event.synchronize()
+        return self.memory
+
+
+class _Copies:
+    """Memory for copies of reports, used in turn. Page-locked once, because allocating that takes longer than a step.
+
+    Args:
+        count: of copies that are good at a time.
+        like: a report.
+    """
+
+    def __init__(self, count: int, like: torch.Tensor) -> None:
+        self._count, self._like = count, like
+        self._places: list[_Copy] = []
+        self._next = 0
+
+    def copy(self, report: torch.Tensor) -> _Copy:
+        """Send a report on its way."""
+        if not self._places:
+            on_gpu = self._like.is_cuda
+            memory = torch.empty((self._count, *self._like.shape), dtype=self._like.dtype, pin_memory=on_gpu)
+            self._places = [_Copy(place, torch.cuda.Event() if on_gpu else None) for place in memory]  # type: ignore[no-untyped-call]
+        place = self._places[self._next % self._count]
+        self._next += 1
+        place.memory.copy_(report, non_blocking=True)
+        if place.event is not None:
+            place.event.record()
+        return place

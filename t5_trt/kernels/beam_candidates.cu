@@ -3,6 +3,7 @@
 //
 // Equal scores are taken in the order of their tokens, and the sums are added in a fixed order: a row depends on no other row.
 //   scores float32 [rows][vocabulary]; found float32 and tokens int32 [rows][spans][CANDIDATES], -1 behind the last token there is;
+//   hidden [vocabulary] or null: tokens that are -infinity as candidates, but count in the sums, while there are fewer than `until` tokens
 //   statistics float32 [rows][spans][2]: the largest score of a span, and the sum of the exponentials of what the others are below it
 #include "launch.cuh"
 
@@ -30,7 +31,8 @@ __device__ inline void best_of_warp(unsigned (&keys)[PER_LANE], int first, int l
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * LANES)
-beam_candidates(const float* scores, float* found, int* tokens, float* statistics, int vocabulary, int normalized)
+beam_candidates(const float* scores, float* found, int* tokens, float* statistics, const unsigned char* hidden, const double* until,
+                const long long* position, int vocabulary, int normalized)
 {
     __shared__ unsigned keys_of[WARPS][CANDIDATES], tokens_of[WARPS][CANDIDATES];
     __shared__ float largest_of[WARPS], sum_of[WARPS];
@@ -61,6 +63,11 @@ beam_candidates(const float* scores, float* found, int* tokens, float* statistic
         if (lane == 0)
             largest_of[warp] = top ? most : -3.0e38f, sum_of[warp] = sum;
     }
+    if (hidden && (double)(position[0] + 1) < until[0])
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i)
+            if (keys[i] && hidden[first + i * LANES + lane])
+                keys[i] = sortable(-INFINITY);
     best_of_warp(keys, first, lane, keys_of[warp], tokens_of[warp]);
     __syncthreads();
     if (warp > 0)

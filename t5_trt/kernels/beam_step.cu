@@ -65,7 +65,7 @@ __device__ inline void merge_lists(const float* found, const int* tokens, const 
                 own = keys[i], place = flat[i];
         const unsigned top = lanes_max(own), chosen = lowest_with(top, own, place);
         if (own == top && place == chosen) {
-            score_of[rank] = top ? from_sortable(top) : -1.0f / 0.0f;
+            score_of[rank] = top ? from_sortable(top) : -INFINITY;
             beam_of[rank] = top ? chosen / vocabulary : 0, id_of[rank] = top ? chosen % vocabulary : 0;
 #pragma unroll
             for (int i = 0; i < LISTS_A_LANE; ++i)

@@ -254,12 +254,21 @@ class DecodeStep:
         out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, vocabulary), strict=True)
         self._ctas = {name: -(-count // self.kernels.geometry[name].wide) for name, count in out_tiles}
 
-    def enqueue(self, stream: int, *, wants_best: bool = False) -> None:
+    def enqueue(
+        self,
+        stream: int,
+        *,
+        wants_best: bool = False,
+        hidden: torch.Tensor | None = None,
+        until: torch.Tensor | None = None,
+    ) -> None:
         """Start all kernels of a step on a CUDA stream.
 
         Args:
             stream: a CUstream.
             wants_best: leave the best token of each row in ``buffers.best``, which must hold zeros, and no logits.
+            hidden: uint8 [V], 1 for tokens that are not the best of a short row.
+            until: float64 [1], from how many tokens on a row is no short one.
         """
         given, b, weights, start = self.inputs, self.buffers, self.weights, self.kernels.launch
         rows, constants = len(given.tokens), self.kernels.constants
@@ -271,8 +280,8 @@ class DecodeStep:
             self._layer(layer, own, rows, groups, stream, scales, next_scales)
             scales, next_scales = next_scales, scales  # three kernels of a layer norm
         logits, best = (None, b.best) if wants_best else (given.logits, None)
-        start("output_head", (self._ctas["output_head"], head_groups), stream, weights.head, b.copy, b.squares, scales, logits, best,
-              rows, self.epsilon, weights.head_scale)  # fmt: skip
+        start("output_head", (self._ctas["output_head"], head_groups), stream, weights.head, b.copy, b.squares, scales, logits, best, hidden,
+              until, given.position, rows, self.epsilon, weights.head_scale)  # fmt: skip
 
     def _layer(
         self,

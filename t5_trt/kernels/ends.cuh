@@ -52,9 +52,21 @@ embed(const stored* table, const int* tokens, float* stream, stored* copy, float
 
 constexpr int HEAD_WARPS = 8;
 
+// What `best` holds for a token.
+__device__ __forceinline__ unsigned long long ranked(float logit, int token, const unsigned char* hidden, bool hides)
+{
+    return ((unsigned long long)sortable(hides && hidden[token] ? -INFINITY : logit) << 32) | (unsigned)~token;
+}
+
+__device__ __forceinline__ bool hides_at(const unsigned char* hidden, const double* until, const int* position, int row, int rows)
+{
+    return hidden && row < rows && position[row] + 1 < *until;
+}
+
 // logits[row][out] = scale * W[out] norm(stream[row]). If `best` is given, it receives by atomicMax (sortable logit, ~token) of every row,
-// so the lowest token wins a tie; it must be zero before.
-//   weights [V][E]; logits float32 [rows][V] or null; best uint64 [rows] or null
+// so the lowest token wins a tie; it must be zero before. Tokens of `hidden` [V] (or null) count as -infinity in `best` where a row, with
+// its token at `position`, has fewer than `until` tokens.
+//   weights [V][E]; logits float32 [rows][V] or null; best uint64 [rows] or null; position int32 [rows]
 #if STORAGE == FLOAT32
 constexpr int HEAD_WIDE = 2;
 typedef Product<(V_TILES + 1) / 2 * 2, HEAD_WIDE, E_TILES, HEAD_WARPS, true> HeadProduct;
@@ -63,10 +75,11 @@ constexpr int HEAD_SHARED = HeadProduct::SHARED;
 // Grid (pairs of output tiles, row groups).
 extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32)
 output_head(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* logits, unsigned long long* best,
-            int rows, float epsilon, float scale)
+            const unsigned char* hidden, const double* until, const int* position, int rows, float epsilon, float scale)
 {
     const int tile = blockIdx.x;
-    product<HeadProduct>(weights, copy, {squares, scales, nullptr, epsilon}, rows, Nothing(), [&](int output, int row, const float* y, int) {
+    const auto before = [&](int, int row) { return hides_at(hidden, until, position, row, rows); };
+    product<HeadProduct>(weights, copy, {squares, scales, nullptr, epsilon}, rows, before, [&](int output, int row, const float* y, bool hides) {
         unsigned long long top = 0;
 #pragma unroll
         for (int i = 0; i < HEAD_WIDE; ++i) {
@@ -75,7 +88,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
             if (token < V && row < rows) {
                 if (logits)
                     logits[(long long)row * V + token] = logit;
-                top = max(top, ((unsigned long long)sortable(logit) << 32) | (unsigned)~token);
+                top = max(top, ranked(logit, token, hidden, hides));
             }
         }
         if (best) {
@@ -94,7 +107,7 @@ constexpr int HEAD_SHARED = HEAD_ROW_TILES * E_TILES * 256;
 // A warp makes a tile of 16 outputs with all of k, from a copy of the stream in shared memory. Grid (8 output tiles, groups of HEAD_ROWS).
 extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32)
 output_head(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* logits, unsigned long long* best,
-            int rows, float epsilon, float scale)
+            const unsigned char* hidden, const double* until, const int* position, int rows, float epsilon, float scale)
 {
     __shared__ unsigned long long tops[HEAD_WARPS][HEAD_ROWS];
     __shared__ float factors[HEAD_ROWS];
@@ -133,6 +146,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
         for (int j = 0; j < 2; ++j) {  // the two rows of this lane
             const int local = t * 8 + (lane & 3) * 2 + j, row = row0 + local;
             const float factor = factors[local] * scale;
+            const bool hides = hides_at(hidden, until, position, row, rows);
             unsigned long long top = 0;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {  // and its two outputs
@@ -141,7 +155,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
                 if (has && token < V && row < rows) {
                     if (logits)
                         logits[(long long)row * V + token] = logit;
-                    top = max(top, ((unsigned long long)sortable(logit) << 32) | (unsigned)~token);
+                    top = max(top, ranked(logit, token, hidden, hides));
                 }
             }
             if (!best)

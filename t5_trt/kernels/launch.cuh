@@ -16,6 +16,10 @@ __device__ inline void wait_for_inputs()
 #endif
 }
 
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 // An unsigned form of a float with the same order, in which -0 counts as 0; and the float again. No number gives 0.
 __device__ inline unsigned sortable(float value)
 {

@@ -2,21 +2,15 @@
 // WIDE, the tiles of outputs of a CTA, and shared memory from `geometry` (decode_step.cu).
 #pragma once
 #include "product.cuh"
-
-__host__ __device__ constexpr int warps_for(int k_tiles) { return k_tiles <= 64 ? 8 : 16; }
+constexpr int PRODUCT_WARPS = 16;  // that share the columns of a product
 // Fewer CTAs than SMs, and the stream read as seldom as registers allow (measured on an H200, docs/performance.md).
-#define WIDE (STORAGE == FLOAT32 ? 1 : ROW_TILES == 1 || (ROW_TILES > 2 && warps_for(E_TILES) > 8) ? 2 : 4)
-#ifndef QKV_WIDE
-#define QKV_WIDE WIDE
-#endif
-#ifndef IN_WIDE
-#define IN_WIDE (GATED && STORAGE != FLOAT32 ? WIDE / 2 : WIDE)
-#endif
-typedef Product<3 * HD_TILES, QKV_WIDE, E_TILES, warps_for(E_TILES), true> QkvProduct;
-typedef Product<E_TILES, 1, HD_TILES, warps_for(HD_TILES), false> AddProduct;
-typedef Product<HD_TILES, 1, E_TILES, warps_for(E_TILES), true> QueryProduct;
-typedef Product<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES, warps_for(E_TILES), true> InProduct;
-typedef Product<E_TILES, 1, FF_TILES, warps_for(FF_TILES), false> OutProduct;
+constexpr int WIDE = STORAGE == FLOAT32 ? 1 : ROW_TILES == 2 ? 4 : 2;  // sums of four row tiles would not fit into shared memory
+constexpr int QKV_WIDE = WIDE, IN_WIDE = GATED && STORAGE != FLOAT32 ? WIDE / 2 : WIDE;
+typedef Product<3 * HD_TILES, QKV_WIDE, E_TILES, PRODUCT_WARPS, true> QkvProduct;
+typedef Product<E_TILES, 1, HD_TILES, PRODUCT_WARPS, false> AddProduct;
+typedef Product<HD_TILES, 1, E_TILES, PRODUCT_WARPS, true> QueryProduct;
+typedef Product<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES, PRODUCT_WARPS, true> InProduct;
+typedef Product<E_TILES, 1, FF_TILES, PRODUCT_WARPS, false> OutProduct;
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
 //   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];

@@ -47,9 +47,6 @@ __device__ __forceinline__ void copy_async(unsigned to, const void* from, bool t
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LATER> __device__ __forceinline__ void wait_for_group() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
 
-#ifndef STAGED_ABOVE
-#define STAGED_ABOVE 1
-#endif
 // Shared memory that a CTA may take: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on.
 constexpr int SHARED_BYTES = 98 * 1024;
 
@@ -106,7 +103,7 @@ struct Product {
 #else
     static constexpr int MOST = least(12, 24 / OUT_TILES);  // more would not fit beside the sums
     static constexpr int SUMS = ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
-    static constexpr bool STAGED = ROW_TILES > STAGED_ABOVE;  // rows go through shared memory, so that all loads are under way at once
+    static constexpr bool STAGED = ROW_TILES > 1;  // rows go through shared memory, so that all loads are under way at once
 #endif
     static constexpr int BLOCK = 256;  // bytes of 8 rows and 16 columns
     static constexpr int FITTING = STAGED ? SHARED_BYTES / (WARPS * ROW_TILES * BLOCK) : MOST;
@@ -180,18 +177,12 @@ struct Product {
                 multiply_staged(read, x, row0, rows, base);
             else
 #pragma unroll
-                for (int t = 0; t < ROW_TILES; ++t) {
-                    if (t || base != first)
-#pragma unroll
-                        for (int i = 0; i < HELD; ++i)
-                            fetch(read, i, x, row0 + t * 8, rows, base + i, has(base + i));
-#pragma unroll
-                    for (int i = 0; i < HELD; ++i) {
-                        if (has(base + i))
-                            multiply(i, t, read[i]);
-                        if constexpr (PER_WARP > HELD)
-                            if (t == ROW_TILES - 1)
-                                load(i, base + i + HELD);
+                for (int i = 0; i < HELD; ++i) {
+                    if (has(base + i))
+                        multiply(i, 0, read[i]);
+                    if constexpr (PER_WARP > HELD) {
+                        load(i, base + i + HELD);
+                        fetch(read, i, x, row0, rows, base + i + HELD, base + i + HELD < last);
                     }
                 }
 #endif

@@ -19,7 +19,7 @@ from t5_trt.errors import T5TRTError
 from t5_trt.installation import install_command
 from t5_trt.kernels.compile import bindings, checked, stored_cubin
 from t5_trt.kernels.launching import launch
-from t5_trt.runtime.session import MAILS, Mailbox, NextStep
+from t5_trt.runtime.session import MAILS, Hiding, Mailbox, NextStep
 
 logger = logging.getLogger("t5_trt")
 THREADS = 256
@@ -100,12 +100,21 @@ def beam_lists(scores: torch.Tensor, candidates: int, beams: int) -> tuple[torch
     return found, torch.empty_like(found, dtype=torch.int32), scores.new_empty((*shape[:2], 2))
 
 
-def beam_candidates(scores: torch.Tensor, lists: Sequence[torch.Tensor], *, normalized: bool) -> bool:
+def beam_candidates(
+    scores: torch.Tensor,
+    lists: Sequence[torch.Tensor],
+    position: torch.Tensor,
+    hiding: Hiding | None,
+    *,
+    normalized: bool,
+) -> bool:
     """The best tokens of every row by spans, see ``kernels/beam_candidates.cu``.
 
     Args:
         scores: float32 [R, V] on a GPU, contiguous: logits, or with `normalized` what is a logarithm of a probability already.
         lists: see `beam_lists`.
+        position: int64 [1].
+        hiding: tokens that are no candidates.
         normalized: leave out what a softmax needs.
 
     Returns:
@@ -118,8 +127,9 @@ def beam_candidates(scores: torch.Tensor, lists: Sequence[torch.Tensor], *, norm
     function = _function("beam_candidates", scores.device.index, options)
     if function is None:
         return False
+    hidden = (None, None) if hiding is None else (hiding.tokens, hiding.until)
     numbers = (scores.shape[1], int(normalized))
-    _launch(function, (spans, rows, 1), warps * 32, scores.device, (scores, *lists), numbers)
+    _launch(function, (spans, rows, 1), warps * 32, scores.device, (scores, *lists, *hidden, position), numbers)
     return True
 
 
@@ -164,6 +174,11 @@ def beam_step(
     pointers = (*choice, *buffers, following.tokens, following.positions, following.ancestors, *_mail(mailbox))
     _launch(function, (batch, 1, 1), THREADS, tokens.device, pointers, numbers)
     return True
+
+
+def mailbox(report: torch.Tensor) -> Mailbox | None:
+    """Where the kernels of a choice may leave its report; None where there are none."""
+    return Mailbox(len(report), report.device) if _runs_kernels(report) else None
 
 
 def _mail(mailbox: Mailbox | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

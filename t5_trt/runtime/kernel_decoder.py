@@ -150,7 +150,10 @@ class KernelDecoder:
         """What is captured: the step, the choice, the next position."""
         assert slot.step is not None
         wants_best = choice is not None and choice.takes_best
-        slot.step.enqueue(torch.cuda.current_stream(self._device).cuda_stream, wants_best=wants_best)
+        hiding = choice.hiding if wants_best else None
+        hidden, until = (None, None) if hiding is None else (hiding.tokens, hiding.until)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        slot.step.enqueue(stream, wants_best=wants_best, hidden=hidden, until=until)
         if choice is None:
             slot.move_on(slot.position)
         else:

@@ -34,6 +34,19 @@ class NextStep:
         return 0 if self.positions is None else len(self.positions)
 
 
+@dataclass(frozen=True)
+class Hiding:
+    """Tokens that are hidden as long as a row is short.
+
+    Attributes:
+        tokens: uint8 [V], 1 for those.
+        until: float64 [1], the length in tokens from which on they are not.
+    """
+
+    tokens: torch.Tensor
+    until: torch.Tensor
+
+
 #: reports of steps that a `Mailbox` holds, those of the last ones
 MAILS = 8
 
@@ -77,7 +90,8 @@ class Choice(Protocol):
         recordable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
             host, so that a session may record them together with the step.
         draws: `advance` draws random numbers on the device.
-        takes_best: `advance` reads no more of the logits than which one is the largest.
+        takes_best: `advance` reads no more of the logits than which one is the largest, but for those that `hiding` hides.
+        hiding: what the step leaves out then; None for nothing.
         report: int64, what the host must know of the step.
         mailbox: where it looks for it, if kernels put it there.
     """
@@ -86,6 +100,7 @@ class Choice(Protocol):
     recordable: bool
     draws: bool
     takes_best: bool
+    hiding: Hiding | None
     report: torch.Tensor
     mailbox: Mailbox | None
 

@@ -166,6 +166,19 @@ def check(case: Case, dtype: torch.dtype, slack: float = 1.0) -> None:
     assert float((got.double() - wanted).norm() / wanted.norm()) < slack * TOLERANCES[dtype]
     assert torch.equal(~case.step.buffers.best & 0xFFFFFFFF, got.argmax(-1)), "the best token"
     assert int(case.step.buffers.arrived.abs().max()) == 0
+    hidden, until = (
+        torch.zeros(got.shape[1], device="cuda", dtype=torch.uint8),
+        case.step.inputs.position.double().median()[None] + 1,
+    )
+    hidden[got.argmax(-1)] = 1
+    case.step.buffers.best.zero_()
+    torch.cuda.synchronize()
+    case.step.enqueue(torch.cuda.Stream().cuda_stream, wants_best=True, hidden=hidden, until=until)
+    torch.cuda.synchronize()
+    short = (case.step.inputs.position + 1 < until)[:, None]
+    assert torch.equal(
+        ~case.step.buffers.best & 0xFFFFFFFF, got.masked_fill(hidden.bool() & short, -torch.inf).argmax(-1)
+    ), "hidden"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -120,3 +120,15 @@ def test_choices_by_kernels(
     """Their reports come by mail, from the smaller slot and then from the larger one."""
     results = [model.generate(**batch(3), max_new_tokens=80, **arguments) for model in pair]
     assert torch.equal(*results) and steps and all(steps)
+
+
+def test_beams_with_sources_of_their_own(
+    steps: list[bool],  # noqa: F811
+    pair: tuple[Any, Any],
+) -> None:
+    """Transformers repeats encoder states that it is given, and rows of the cache move."""
+    inputs = batch(2)
+    states = pair[0].get_encoder()(**inputs)
+    fixed = {"attention_mask": inputs["attention_mask"], "num_beams": 3, "max_new_tokens": 70}
+    results = [model.generate(encoder_outputs=copy.copy(states), **fixed) for model in pair]
+    assert torch.equal(*results) and steps and all(steps)

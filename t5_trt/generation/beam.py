@@ -70,6 +70,7 @@ class BeamChoice:
 
     recordable = True
     takes_best = False
+    moves_rows = True
     hiding = None
 
     def __init__(

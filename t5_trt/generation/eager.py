@@ -61,6 +61,7 @@ class EagerTokenChoice:
 
     recordable = False
     takes_best = False
+    moves_rows = False
     hiding = None
     mailbox = None
 

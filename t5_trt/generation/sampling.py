@@ -50,6 +50,7 @@ class TokenChoice:
     """
 
     recordable = True
+    moves_rows = False
 
     def __init__(
         self,

@@ -92,6 +92,7 @@ class Choice(Protocol):
         draws: `advance` draws random numbers on the device.
         takes_best: `advance` reads no more of the logits than which one is the largest, but for those that `hiding` hides.
         hiding: what the step leaves out then; None for nothing.
+        moves_rows: a row may go on with what another one holds.
         report: int64, what the host must know of the step.
         mailbox: where it looks for it, if kernels put it there.
     """
@@ -101,6 +102,7 @@ class Choice(Protocol):
     draws: bool
     takes_best: bool
     hiding: Hiding | None
+    moves_rows: bool
     report: torch.Tensor
     mailbox: Mailbox | None
 

@@ -272,7 +272,7 @@ def apply_choice(slot: Slot, choice: Any, position: torch.Tensor, best: torch.Te
     """
     rows = choice.rows
     following = None  # where rows of the cache move, torch does what is left
-    if slot.ancestors is not None or slot.shapes.N == 1:
+    if slot.ancestors is not None or not choice.moves_rows:
         ancestors = None if slot.ancestors is None else slot.ancestors[:rows]
         following = NextStep(slot.tokens[:rows], slot.positions, best, ancestors)
     made = choice.advance(slot.logits[:rows, 0], position, following)

@@ -79,9 +79,9 @@ def test_choice_that_cannot_be_recorded(
 ) -> None:
     ours, advance = model(store, make_stock("t5-v1.1"), decode), TokenChoice.advance
 
-    def wait(choice: TokenChoice, logits: torch.Tensor, position: torch.Tensor) -> Any:
+    def wait(choice: TokenChoice, logits: torch.Tensor, *others: Any) -> Any:
         logits.sum().item()
-        return advance(choice, logits, position)
+        return advance(choice, logits, *others)
 
     monkeypatch.setattr(TokenChoice, "advance", wait)
     stock = make_stock("t5-v1.1").cuda()  # of its own: ours shares the parameters that it was made from

@@ -27,7 +27,7 @@ GPU_RECORDS, GPU_PEER_RECORDS = "h100-trt8.5.3.json", "h200-trt8.5.3.json"
 GPU_STAGES, GPU_CURVES = ("h100_loops loops", "h100_loops compiled"), "h100_loops curves"
 GPU_PEER_STAGES = ("peers",)
 #: of `benchmarks/kernel_session.py`; as long as there are none, the first ones of the backend "cuda"
-KERNEL_RECORDS, CUDA_RECORDS = "h200.json", "h200-cuda.json"
+KERNEL_RECORDS = "h200.json"
 #: who else runs T5 in the precision of ours: names in records, less precision and unit -> names in the table
 PEERS = {"hf_compiled": "Hugging Face compiled", "hf_eager": "Hugging Face eager", "ctranslate2": "CTranslate2"}
 READMES = (ROOT / "README.md", ROOT / "README.ja.md")
@@ -92,42 +92,18 @@ def gpu_peers(readme: Path, write: bool) -> str:
 
 
 def cuda_speed(readme: Path, write: bool) -> str:
-    """The table of times of the backend "cuda" on an H200."""
-    records = read_records(RESULTS / KERNEL_RECORDS)
-    return kernel_speed_table(records) if records else cuda_speed_table(read_records(RESULTS / CUDA_RECORDS))
-
-
-def cuda_speed_table(records: Sequence[Record]) -> str:
-    """A markdown table of the first records of the backend "cuda", which have nothing of TensorRT beside them."""
-    columns = (
-        "batch", "beams", "new tokens", "backend cuda fp16 ms", "a step alone us", "with its choice us",
-        "Hugging Face eager fp32 ms", "times as fast as that", "tokens per s",
-    )  # fmt: skip
-    lines: list[tuple[str, ...]] = [columns, ("---:",) * len(columns)]
-    for record in records:
-        if ours := record.get("ours_ms"):
-            sizes = (record["batch"], record["num_beams"], record["new_tokens"])
-            step, eager = record["step_us"], record["hf_eager_fp32_ms"]
-            per_second = sizes[0] * sizes[2] / ours * 1e3
-            times = (
-                f"{ours:.1f}",
-                f"{step['alone']:.0f}",
-                f"{step['with choice']:.0f}",
-                f"{eager:.0f}",
-                f"{eager / ours:.1f}",
-            )
-            lines.append((*map(str, sizes), *times, f"{per_second:.0f}"))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """The table of times of the decoder's kernels on an H200."""
+    return kernel_speed_table(read_records(RESULTS / KERNEL_RECORDS))
 
 
 def kernel_speed_table(records: Sequence[Record]) -> str:
-    """A markdown table of what `benchmarks/decode.py` measured: the kernels beside TensorRT's step, and Hugging Face in float16.
+    """A markdown table of what `benchmarks/decode.py` measured: the kernels, with either encoder, beside TensorRT's step in the same run.
 
     A row for each case and version of Python, because TensorRT is there on one of them only; what a run did not measure is a dash.
     """
     columns = (
-        "batch", "beams", "new tokens", "TensorRT", "kernels ms", "with TensorRT's step ms", "a step alone us", "with its choice us",
-        "TensorRT's with its choice us", "Hugging Face eager fp16 ms", "times as fast as that", "tokens per s",
+        "batch", "beams", "new tokens", "kernels, TensorRT's encoder ms", "kernels, backend cuda ms", "TensorRT's step ms", "times as fast as that",
+        "a step of kernels us", "with its choice us", "TensorRT's with its choice us", "tokens per s",
     )  # fmt: skip
     cases: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in records:
@@ -136,16 +112,15 @@ def kernel_speed_table(records: Sequence[Record]) -> str:
             cases.setdefault(case, {})[record["backend"]] = record
     lines: list[tuple[str, ...]] = [columns, ("---:",) * len(columns)]
     for (batch, beams, tokens, _), by_backend in cases.items():
-        ours = by_backend.get("tensorrt-kernels") or by_backend.get("cuda")
-        engine = by_backend.get("tensorrt-engine", {})
-        if ours is None:
+        beside, alone, engine = (by_backend.get(name, {}) for name in ("tensorrt-kernels", "cuda", "tensorrt-engine"))
+        ours = beside or alone
+        if not ours:
             continue
-        whole, eager, version = ours["ours_ms"], ours.get("hf_eager_fp16_ms"), ours["tensorrt"]
+        whole, peer = ours["ours_ms"], engine.get("ours_ms")
         lines.append((
-            str(batch), str(beams), str(tokens), version or "-", f"{whole:.1f}", _number(engine.get("ours_ms"), 1),
-            _number(ours["step_us"].get("alone")), _number(ours["step_us"].get("with choice")),
-            _number(engine.get("step_us", {}).get("with choice")), _number(eager), _number(eager and eager / whole, 1),
-            f"{batch * tokens / whole * 1e3:.0f}",
+            str(batch), str(beams), str(tokens), _number(beside.get("ours_ms"), 1), _number(alone.get("ours_ms"), 1), _number(peer, 1),
+            _number(peer and peer / whole, 1), _number(ours["step_us"].get("alone")), _number(ours["step_us"].get("with choice")),
+            _number(engine.get("step_us", {}).get("with choice")), f"{batch * tokens / whole * 1e3:.0f}",
         ))  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -16,6 +16,7 @@ from t5_trt.errors import BackendError
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
 from t5_trt.kernels.decode_step import KERNELS, constants, refusal
+from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 
 BASE = Architecture(
     vocab_size=32128, d_model=768, d_kv=64, num_heads=12, d_ff=3072, encoder_layers=12, decoder_layers=12, num_buckets=32,
@@ -39,7 +40,7 @@ def usage(log: str) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("rows", [1, 32, 128])
 def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     cubin, log = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows), architecture)
     assert cubin[:4] == b"\x7fELF"
@@ -53,7 +54,7 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     [
         (GATED, torch.bfloat16, 32),
         (WIDE, torch.float16, 8),
-        (LARGE, torch.bfloat16, 32),
+        (LARGE, torch.bfloat16, 128),
         (replace(LARGE, d_model=1280, gated=False), torch.float16, 32),
         (ODD, torch.float16, 9),
         (ODD, torch.float32, 16),
@@ -64,6 +65,26 @@ def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int)
     assert refusal(arch, dtype) is None
     _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows), "sm_90")
     assert set(usage(log)) == set(KERNELS)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("token_step", {}),
+        ("reorder_rows", {"BEAMS": 4}),
+        ("beam_candidates", {"SPAN": SPAN, "WARPS": WARPS, "CANDIDATES": 8}),
+        ("beam_candidates", {"SPAN": LARGE_SPAN, "WARPS": LARGE_WARPS, "CANDIDATES": MOST_CANDIDATES}),
+        ("beam_step", {"BEAMS": 4, "CANDIDATES": 8, "SPANS": 8}),
+        ("beam_step", {"BEAMS": 4, "CANDIDATES": 8, "SPANS": 0}),
+        ("beam_step", {"BEAMS": MOST_BEAMS, "CANDIDATES": MOST_CANDIDATES, "SPANS": 16}),
+    ],
+)
+def test_kernels_of_choices_compile(name: str, options: dict[str, int], architecture: str) -> None:
+    """Without spills, but for the most beams, whose rows are too many for registers."""
+    _, log = compile_cubin(f"{name}.cu", options, architecture)
+    used = usage(log)
+    assert set(used) == {name} and (used[name][1] == 0 or options["BEAMS"] == MOST_BEAMS)
 
 
 def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
@@ -87,6 +108,12 @@ def test_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert stored_cubin("decode_step.cu", wanted, "sm_80", store) == first
     with pytest.raises(AssertionError, match="compiled again"):  # another GPU is another key
         stored_cubin("decode_step.cu", wanted, "sm_86", store)
+
+
+def test_store_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "store").write_text("a file where the folder would be")
+    cubin = stored_cubin("token_step.cu", {}, "sm_90", EngineStore(tmp_path / "store"))
+    assert cubin[:4] == b"\x7fELF" and "not kept for the next process" in caplog.text
 
 
 def test_refused_source_gives_the_compiler_s_words() -> None:

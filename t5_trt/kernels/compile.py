@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from t5_trt.engine.store import PLAN, EngineStore
 from t5_trt.errors import BackendError
+
+logger = logging.getLogger("t5_trt")
 
 #: the least compute capability that the kernels are written for: asynchronous copies and bfloat16 in the tensor cores
 LEAST_CAPABILITY = (8, 0)
@@ -55,16 +58,27 @@ def compile_cubin(name: str, constants: Mapping[str, int], architecture: str) ->
 
 
 def stored_cubin(name: str, constants: Mapping[str, int], architecture: str, store: EngineStore) -> bytes:
-    """`compile_cubin`, kept in a store: another process with the same sources, constants, GPU and NVRTC compiles nothing."""
+    """`compile_cubin`, kept in a store: another process with the same sources, constants, GPU and NVRTC compiles nothing.
+
+    A store that cannot be written costs that only, and a warning.
+    """
     version = ".".join(map(str, checked(bindings("nvrtc").nvrtcVersion(), 2)))
     sources = hashlib.sha256(b"\0".join(read_sources(name).values())).hexdigest()
     facts = {"kernels": name, "flags": _flags(constants, architecture), "sources": sources, "nvrtc": version}
     key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 
-    def build(folder: Path) -> None:
-        (folder / PLAN).write_bytes(compile_cubin(name, constants, architecture)[0])
+    made: list[bytes] = []
 
-    return store.get_or_build(key, facts, build)
+    def build(folder: Path) -> None:
+        made.append(compile_cubin(name, constants, architecture)[0])
+        (folder / PLAN).write_bytes(made[0])
+
+    try:
+        return store.get_or_build(key, facts, build)
+    except BackendError as error:
+        cubin = made[0] if made else compile_cubin(name, constants, architecture)[0]
+        logger.warning("compiled kernels are not kept for the next process: %s", error)
+        return cubin
 
 
 def missing_bindings() -> str | None:

@@ -8,6 +8,7 @@ input are then one CUDA graph.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -199,6 +200,7 @@ def recorded_step(
     if key in slot.steps:
         slot.steps.move_to_end(key)
         return slot.steps[key]
+    started = time.perf_counter()
     kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
     slot.set_position(0)
     try:
@@ -214,6 +216,7 @@ def recorded_step(
             own_beams(slot.ancestors, slot.shapes.N)
         slot.position_host = -1
     slot.steps[key] = RecordedStep(graph, choice)
+    logger.debug("captured a decoder step for %s in %.1f ms", slot.shapes, (time.perf_counter() - started) * 1e3)
     while len(slot.steps) > STEPS_KEPT:
         slot.steps.popitem(last=False)
     return slot.steps[key]

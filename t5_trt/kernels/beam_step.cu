@@ -109,6 +109,22 @@ __device__ T pick(const T (&finished)[BEAMS], const T (&going_on)[BEAMS], int so
     return value;
 }
 
+// One column of the rows that go on and of the finished ones; `added(i)` is what candidate i has at its end.
+template <typename T, class Added>
+__device__ inline void move_column(T* running, T* finished, int capacity, bool here, Added added)
+{
+    T old_running[BEAMS], old_finished[BEAMS];
+#pragma unroll
+    for (int beam = 0; beam < BEAMS; ++beam)
+        old_running[beam] = running[(long long)beam * capacity], old_finished[beam] = finished[(long long)beam * capacity];
+#pragma unroll
+    for (int beam = 0; beam < BEAMS; ++beam) {
+        const int from = going[beam], kept = best[beam];
+        running[(long long)beam * capacity] = pick(old_finished, old_running, BEAMS + from, here, (T)added(from));
+        finished[(long long)beam * capacity] = pick(old_finished, old_running, kept, here, (T)added(kept < BEAMS ? 0 : kept - BEAMS));
+    }
+}
+
 extern "C" __global__ void beam_step(
     const float* scores, const long long* places, const float* found, const int* found_tokens, const float* statistics,
     long long* tokens, int* running_indices, float* running_scores, long long* sequences, int* beam_indices, float* beam_scores,
@@ -197,24 +213,9 @@ extern "C" __global__ void beam_step(
     if (!ended) {
         const long long corner = (long long)first * capacity;
         for (long long column = threadIdx.x; column <= place; column += blockDim.x) {
-            long long old_tokens[BEAMS], old_sequences[BEAMS];
-            int old_running[BEAMS], old_indices[BEAMS];
-#pragma unroll
-            for (int beam = 0; beam < BEAMS; ++beam) {
-                const long long at = corner + (long long)beam * capacity + column;
-                old_tokens[beam] = tokens[at], old_sequences[beam] = sequences[at];
-                old_running[beam] = running_indices[at], old_indices[beam] = beam_indices[at];
-            }
             const bool here = column == place;
-#pragma unroll
-            for (int beam = 0; beam < BEAMS; ++beam) {
-                const long long at = corner + (long long)beam * capacity + column;
-                const int from = going[beam], kept = best[beam], ended_as = kept < BEAMS ? 0 : kept - BEAMS;
-                tokens[at] = pick(old_sequences, old_tokens, BEAMS + from, here, (long long)id_of[from]);
-                running_indices[at] = pick(old_indices, old_running, BEAMS + from, here, first + beam_of[from]);
-                sequences[at] = pick(old_sequences, old_tokens, kept, here, (long long)id_of[ended_as]);
-                beam_indices[at] = pick(old_indices, old_running, kept, here, first + beam_of[ended_as]);
-            }
+            move_column(tokens + corner + column, sequences + corner + column, capacity, here, [](int i) { return (long long)id_of[i]; });
+            move_column(running_indices + corner + column, beam_indices + corner + column, capacity, here, [=](int i) { return first + beam_of[i]; });
         }
     }
     if (ancestors)

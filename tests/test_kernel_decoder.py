@@ -69,6 +69,7 @@ def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
     monkeypatch.setattr(kernel_decoder, "record", Recording)
     monkeypatch.setattr(captured_encoder, "record", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
+    monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
     arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")

@@ -92,7 +92,9 @@ class CudaSession:
         """See `t5_trt.runtime.session.Session.start`."""
         if attention_mask is None:
             attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
-        return DecoderState.allocate(self.arch, cross, self.cross_bias(attention_mask, cross), capacity_tokens)
+        assert self._steps is not None
+        with self._at_work():
+            return self._steps.start(cross, self.cross_bias(attention_mask, cross), capacity_tokens)
 
     def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
         """See `t5_trt.runtime.session.Session.cross_bias`; float32 in every precision."""

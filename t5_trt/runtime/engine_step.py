@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.engine.profiles import Shapes
+from t5_trt.engine.profiles import SMALLEST, Shapes
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.precision import mask_value, real_type
-from t5_trt.runtime.buffers import DecoderState
+from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.cuda_graph import GraphMemory, record
 from t5_trt.runtime.session import Choice
 from t5_trt.runtime.trt_engines import Key, TrtEngines
@@ -91,6 +91,12 @@ class EngineStep:
     def wanted(self, batch: int, beams: int, source_tokens: int) -> Key:
         """The engine that a request's first step needs."""
         return STEP, self._engines.bucket(B=batch, N=beams, S=source_tokens, T=1)
+
+    def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
+        """See `t5_trt.runtime.step_decoder.StepDecoder.start`."""
+        state = DecoderState.allocate(self._arch, cross, cross_bias, capacity_tokens)
+        state.smallest_bucket = SMALLEST["T"]
+        return state
 
     def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         """See `t5_trt.runtime.step_decoder.StepDecoder.step`."""

@@ -29,7 +29,7 @@ from t5_trt.kernels.decode_step import (
     StepWeights,
     constants,
 )
-from t5_trt.runtime.buffers import DecoderState, bucket_length
+from t5_trt.runtime.buffers import CrossStates, DecoderState, bucket_length
 from t5_trt.runtime.cuda_graph import GraphMemory, record
 from t5_trt.runtime.session import Choice
 from t5_trt.runtime.trt_slot import (
@@ -50,6 +50,8 @@ SLOTS_KEPT = 16
 BY_KERNELS = "decoder step (kernels)"
 #: the smallest memory for a source's keys
 SMALLEST_SOURCE = 32
+#: and for a row's own: what the steps do not reach costs them nothing
+SMALLEST_CACHE = 128
 
 
 @dataclass
@@ -91,6 +93,15 @@ class KernelDecoder:
         self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
         self._memory = GraphMemory()
         self._not_captured: set[Hashable] = set()
+
+    def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
+        """See `t5_trt.runtime.step_decoder.StepDecoder.start`: in the buffers that the steps will use."""
+        capacity = bucket_length(capacity_tokens, SMALLEST_CACHE)
+        slot, idle = self._lend(cross, capacity)
+        new = slot.kv.new_empty((*slot.kv.shape[:4], 1, slot.kv.shape[5]))
+        state = DecoderState(slot.kv, new, cross, cross_bias, smallest_bucket=SMALLEST_CACHE)
+        self._move_in(slot, idle, state)
+        return state
 
     def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         """Decode one token of every row, int64 [R, 1], and return logits [R, 1, V] in memory of their own."""
@@ -164,19 +175,26 @@ class KernelDecoder:
         lease = state.bindings.get("lease")
         if lease is not None and lease.of(self):
             return lease.slot  # type: ignore[no-any-return]
-        cross = state.cross
+        slot, idle = self._lend(state.cross, state.capacity)
+        self._move_in(slot, idle, state)
+        return slot
+
+    def _lend(self, cross: CrossStates, capacity: int) -> tuple[KernelSlot, list[Slot]]:
+        """A slot for some sources and so many tokens, and where it goes back to."""
         source = bucket_length(cross.source_length, SMALLEST_SOURCE)
-        shapes = Shapes(B=cross.batch, N=cross.beams, S=source, T=state.capacity)
+        shapes = Shapes(B=cross.batch, N=cross.beams, S=source, T=capacity)
         idle = self._idle.setdefault(shapes, [])
         self._idle.move_to_end(shapes)
         while len(self._idle) > SLOTS_KEPT:
             self._idle.popitem(last=False)
-        slot: KernelSlot = idle.pop() if idle else self._allocate(shapes)  # type: ignore[assignment]
+        return (idle.pop() if idle else self._allocate(shapes)), idle  # type: ignore[return-value]
+
+    def _move_in(self, slot: KernelSlot, idle: list[Slot], state: DecoderState) -> None:
+        state.bindings["lease"] = Lease(slot, idle, self)
+        length = state.cross.source_length
         slot.take_in(state, self._hidden)
         assert slot.lengths is not None
-        slot.lengths.fill_(cross.source_length)
-        state.bindings["lease"] = Lease(slot, idle, self)
-        return slot
+        slot.lengths.fill_(length)
 
     def _allocate(self, shapes: Shapes) -> KernelSlot:
         arch, device, dtype, rows = self._arch, self._device, self._dtype, shapes.B * shapes.N
@@ -184,7 +202,7 @@ class KernelDecoder:
         zeros = partial(torch.zeros, device=device)
         slot = KernelSlot(
             shapes=shapes,
-            kv=zeros((layers, 2, rows, heads, shapes.T, width), dtype=dtype),
+            kv=torch.empty((layers, 2, rows, heads, shapes.T, width), dtype=dtype, device=device),
             qkv=zeros(0, dtype=dtype),
             cross=zeros((layers, 2, shapes.B, heads, shapes.S, width), dtype=dtype),
             cross_bias=zeros((shapes.B, 1, 1, shapes.S)),
@@ -194,6 +212,7 @@ class KernelDecoder:
             logits=torch.empty((rows, 1, arch.vocab_size), device=device),
             lengths=zeros(shapes.B, dtype=torch.int32),
             ancestors=zeros((rows, shapes.T + 1), dtype=torch.uint8) if shapes.N > 1 else None,
+            reads_empty_places=False,
         )
         assert slot.lengths is not None
         inputs = StepInputs(

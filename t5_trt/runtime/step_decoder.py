@@ -7,12 +7,22 @@ from typing import Protocol
 
 import torch
 
-from t5_trt.runtime.buffers import DecoderState
+from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.session import Choice, Program
 
 
 class StepDecoder(Protocol):
     """Decodes one token of every row. Not thread-safe: its session takes turns."""
+
+    def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
+        """An empty cache for the rows of some sources, see `t5_trt.runtime.session.Session.start`.
+
+        Args:
+            cross: the sources.
+            cross_bias: [B, 1, 1, S] as the buffers of `cross` are.
+            capacity_tokens: that there must be room for.
+        """
+        ...
 
     def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         """Decode one token of every row, int64 [R, 1], of a state with room for it; logits [R, 1, V] in memory of their own."""

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from t5_trt.architecture import Architecture
-from t5_trt.engine.profiles import SMALLEST, Shapes, bucket
+from t5_trt.engine.profiles import Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.errors import BackendError
@@ -128,9 +128,8 @@ class TrtSession:
         """See `t5_trt.runtime.session.Session.start`."""
         if attention_mask is None:
             attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
-        state = DecoderState.allocate(self.arch, cross, self.cross_bias(attention_mask, cross), capacity_tokens)
-        state.smallest_bucket = SMALLEST["T"]
-        return state
+        with self._at_work():
+            return self._steps.start(cross, self.cross_bias(attention_mask, cross), capacity_tokens)
 
     def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
         """See `t5_trt.runtime.session.Session.cross_bias`; padding of the buffers is hidden too."""

@@ -65,6 +65,7 @@ class Slot:
     weights: Sequence[torch.Tensor] = ()  # that the context reads
     steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
     position_host: int = -1  # what `position` holds
+    reads_empty_places: bool = True  # the step reads the whole cache, and hides what is not there yet
     ancestors: torch.Tensor | None = (
         None  # uint8 [R, T + 1], see `DecoderState`; None where rows of the cache move, or are single
     )
@@ -96,7 +97,8 @@ class Slot:
         state.materialize()
         _overlay(self.cross, cross.kv)
         self._set_bias(state.cross_bias, mask_value)
-        self.kv.zero_()
+        if self.reads_empty_places:  # and multiplies what is there by a probability of 0
+            self.kv.zero_()
         if state.length:
             self.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
         self.position_host = -1

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from benchmarks import report
 from benchmarks.report import gpu_speed_table
 from t5_trt import BackendError, InputError, T5TRTError
-from t5_trt.bench_plot import check_picture, draw_records
-from t5_trt.bench_records import append_records, print_records, read_records
-from t5_trt.benchmarking import Case, Contestant, equal_share, load_contest, measure
 from t5_trt.cli import app
-from t5_trt.random_models import SHAPES, random_source
+from t5_trt.tools.benchmark import Case, Contestant, equal_share, load_contest, measure
+from t5_trt.tools.plot import check_picture, draw_records
+from t5_trt.tools.random_models import SHAPES, random_source
+from t5_trt.tools.records import append_records, print_records, read_records
 from tests.conftest import ROOT, SHIPPED
 
 FIELDS = {

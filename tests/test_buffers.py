@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from t5_trt import InputError
-from t5_trt.runtime.buffers import CrossStates, DecoderState, bucket_length
+from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
 
 
 def make_state(arch: Any, batch: int = 2, beams: int = 3, tokens: int = 5) -> DecoderState:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGene
 from transformers.utils import generic
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
-from t5_trt.transformers_api import CACHE, orders_drawn_beams
+from t5_trt.compat import CACHE, orders_drawn_beams
 from tests.tiny_models import batch, make_stock
 
 NAMES = ("cache", "past_key_values", "cache_params")

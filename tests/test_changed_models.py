@@ -26,8 +26,8 @@ from t5_trt import (
     compare,
     generate_many,
 )
-from t5_trt.runtime import trt_slot
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
+from t5_trt.runtime import step_buffers
 from tests.conftest import SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch, make_stock
@@ -104,7 +104,7 @@ def _block(model: Any) -> None:
 def test_changed_weights_are_used(pair: Any, monkeypatch: pytest.MonkeyPatch, engine: str, change: Any) -> None:
     stock, ours = pair
     if engine == "stand-in":
-        monkeypatch.setattr("t5_trt.engine_model.open_session", lambda *_, **__: stand_in_session(ours, monkeypatch))
+        monkeypatch.setattr("t5_trt.modeling.base.open_session", lambda *_, **__: stand_in_session(ours, monkeypatch))
     before = tokens(ours), tokens(ours, num_beams=3)
     assert before == (tokens(stock), tokens(stock, num_beams=3))
     session = ours.session
@@ -488,7 +488,7 @@ def test_forward_while_a_request_moves_on_to_a_larger_cache(pair: Any, monkeypat
     stock, ours = pair
     ours._session = stand_in_session(ours, monkeypatch)
     request = {"max_new_tokens": 131, "min_new_tokens": 131}
-    take_in, busy = trt_slot.Slot.take_in, []
+    take_in, busy = step_buffers.Slot.take_in, []
 
     def meanwhile(slot: Any, state: Any, mask_value: float) -> None:
         if state.length >= 128 and not busy:
@@ -496,7 +496,7 @@ def test_forward_while_a_request_moves_on_to_a_larger_cache(pair: Any, monkeypat
             ours(**batch(seed=9), decoder_input_ids=torch.full((3, 1), 7))
         take_in(slot, state, mask_value)
 
-    monkeypatch.setattr(trt_slot.Slot, "take_in", meanwhile)
+    monkeypatch.setattr(step_buffers.Slot, "take_in", meanwhile)
     assert tokens(ours, **request) == tokens(stock, **request) and busy
 
 

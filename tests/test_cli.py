@@ -163,7 +163,7 @@ def test_a_closed_pipe_ends_it_in_silence() -> None:
 @pytest.mark.parametrize("command", ["build", "generate", "verify", "bench"])
 @pytest.mark.parametrize("name", ["./examples/kana_romanji", "no/such/folder", "/no/such", "~nobody/x", "a\\b", "x/"])
 def test_a_mistyped_folder_fails_at_once(run: Run, monkeypatch: pytest.MonkeyPatch, command: str, name: str) -> None:
-    for module in ("t5_trt.prebuild", "t5_trt.modeling", "t5_trt.benchmarking", "t5_trt.verification"):
+    for module in ("t5_trt.prebuild", "t5_trt.modeling", "t5_trt.tools.benchmark", "t5_trt.tools.verify"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it now is an error
     status, out, err = run(command, name)
     assert status == 1 and out == "" and f"there is no folder {name!r}" in one_line(err)

@@ -20,8 +20,8 @@ from t5_trt import (
     TRTT5ForConditionalGeneration,
     UnsupportedModelError,
 )
-from t5_trt.architecture import ACTIVATIONS
-from t5_trt.families import activation_of
+from t5_trt.checkpoint.families import activation_of
+from t5_trt.graph.architecture import ACTIVATIONS
 from tests.tiny_models import SIZES, VOCAB, batch, make_stock
 
 FAMILIES = {

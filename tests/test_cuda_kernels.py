@@ -20,14 +20,14 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration, kernels
 from t5_trt.errors import BackendError
-from t5_trt.generation import watch
-from t5_trt.generation.beam import BeamChoice, BeamRules
+from t5_trt.generation import report_reader
+from t5_trt.generation.beam_search import BeamChoice, BeamRules
 from t5_trt.generation.processors import Recordable
+from t5_trt.generation.report_reader import Watcher
 from t5_trt.generation.sampling import Ending, TokenChoice
-from t5_trt.generation.watch import Watcher
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import Mailbox
-from t5_trt.runtime.trt_slot import reorder_rows
+from t5_trt.runtime.step_buffers import reorder_rows
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch
@@ -238,7 +238,7 @@ def test_report_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     choice: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
     choice.mailbox.in_use = True
     answers = [False, False, True]
-    monkeypatch.setattr(watch, "PATIENCE", 0.0)
+    monkeypatch.setattr(report_reader, "PATIENCE", 0.0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: answers.pop(0)))
     watcher = Watcher(choice)
     watcher.post(choice, 7)

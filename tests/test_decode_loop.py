@@ -12,15 +12,16 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as stock_processors
 
-import t5_trt.generation.loop as loop
-from t5_trt import TRTT5ForConditionalGeneration, generating
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
+from t5_trt.generation import decode_loop
 from t5_trt.generation.processors import DEVICE_FORMS, Recordable, device_forms, fingerprint, has_device_form
+from t5_trt.generation.request import GenerationPath
 from t5_trt.generation.sampling import draw
-from t5_trt.generation.support import GenerationPath
-from t5_trt.runtime import engine_step, trt_slot
-from t5_trt.runtime.buffers import DecoderState
+from t5_trt.modeling import generate as generate_module
+from t5_trt.runtime import engine_step, step_buffers
 from t5_trt.runtime.cuda_graph import NotRecordableError
-from t5_trt.transformers_api import CACHE
+from t5_trt.runtime.kv_buffers import DecoderState
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
 from tests.tiny_models import VOCAB, batch, make_stock
@@ -181,7 +182,7 @@ class LateWatcher:
 def on_stand_in() -> Iterator[Any]:
     """A T5 v1.1 model on the TensorRT session, with the steps ahead of a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Watcher", LateWatcher)
+        patch.setattr(decode_loop, "Watcher", LateWatcher)
         ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
         ours._session = stand_in_session(ours, patch)
         yield ours
@@ -273,7 +274,7 @@ def test_rows_that_are_over_are_dropped(
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     if late:
-        monkeypatch.setattr(loop, "Watcher", LateWatcher)
+        monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
     if engine == "stand-in":
         ours._session = stand_in_session(ours, monkeypatch)
         for rows in (1, 2, 4, 8):  # only engines that are there are used
@@ -308,9 +309,9 @@ def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, b
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     ours.generation_config.eos_token_id = None
-    monkeypatch.setattr(loop, "Watcher", LateWatcher)
+    monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
     ours._session = stand_in_session(ours, monkeypatch)
-    fed, run = [], trt_slot.run_step
+    fed, run = [], step_buffers.run_step
 
     def watched(slot: Any, *arguments: Any) -> None:
         fed.append(int(slot.tokens.min()))
@@ -391,7 +392,7 @@ def test_custom_code_is_called_once_a_step(on_stand_in: Any) -> None:
 def test_other_loops_are_named_and_logged_once(
     v11: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generating, "_said", set())
+    monkeypatch.setattr(generate_module, "_said", set())
     ours = TRTT5ForConditionalGeneration.from_model(v11[0], num_threads=1)
     assert ours.last_generation_path is None
     with caplog.at_level(logging.INFO, "t5_trt"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from t5_trt import InputError
-from t5_trt.generation.support import GenerationPath
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
+from t5_trt.generation.request import GenerationPath
 from tests.conftest import pair_of
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_generate_parity import prompt

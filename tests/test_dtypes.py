@@ -13,7 +13,7 @@ from torch import nn
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 
 from t5_trt import BackendError, InputError, TRTT5EncoderModel, TRTT5ForConditionalGeneration
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
 from tests.tiny_models import batch, make_stock
 
 LABELS = torch.tensor([[5, 6, 7]] * 3)
@@ -215,7 +215,7 @@ def test_on_a_gpu_the_engines_are_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
         return Placement("tensorrt", precision, torch.device("cuda", 0), dtype, "tensorrt", "")
 
     _, ours = pair_of("t5-v1.1")
-    monkeypatch.setattr("t5_trt.placed_model.resolve", placed)
+    monkeypatch.setattr("t5_trt.modeling.placement.resolve", placed)
     ours._runtime_config, ours._placement_ = replace(ours._runtime_config, precision="auto"), None
     assert ours.dtype is torch.float16
     for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp16")):

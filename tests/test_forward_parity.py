@@ -11,8 +11,8 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
-from t5_trt.generation.engine_cache import EngineCache
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
+from t5_trt.generation.kv_cache import EngineCache
 from tests.tiny_models import VOCAB, batch, make_stock
 from tests.tolerances import HIDDEN_ATOL, LOGITS_ATOL, LOSS_ATOL
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
-from t5_trt.transformers_api import CACHE
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import HIDDEN_ATOL

@@ -17,7 +17,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from t5_trt.generation.support import GenerationPath
+from t5_trt.generation.request import GenerationPath
 from tests.conftest import pair_of
 from tests.tiny_models import KINDS, VOCAB, batch, make_stock
 from tests.tolerances import LOGITS_ATOL

@@ -12,7 +12,7 @@ import torch
 from transformers import T5EncoderModel
 
 from t5_trt import InputError, StrictModeError, TRTT5EncoderModel, TRTT5ForConditionalGeneration
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
 from tests.tiny_models import batch, make_stock
 
 TARGET = batch(tokens=7, seed=8, padding="none")["input_ids"]

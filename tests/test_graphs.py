@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from t5_trt.engine.profiles import Shapes, fixed_axes
-from t5_trt.graph import build_device_graph, build_host_graph
+from t5_trt.graph.build_graph import build_device_graph, build_host_graph
 from t5_trt.graph.parameters import materialize, parameters
 from t5_trt.graph.precision import REAL_TYPES, mask_value, real_type
-from t5_trt.signature import GRAPHS, INDEX, REAL, SINGLE, signature
+from t5_trt.graph.signature import GRAPHS, INDEX, REAL, SINGLE, signature
 from tests.conftest import ROOT
 
 
@@ -100,7 +100,7 @@ def test_same_bytes_in_every_process(v10: tuple[Any, Any]) -> None:
     """Names must not depend on Python's hash seed: engines are found again by what the graph says."""
     code = (
         "import hashlib, onnx_ir as ir\n"
-        "from t5_trt.graph import build_device_graph, build_host_graph\n"
+        "from t5_trt.graph.build_graph import build_device_graph, build_host_graph\n"
         "from tests.conftest import pair_of\n"
         "stock, ours = pair_of('t5-v1.0')\n"
         "host = build_host_graph('decoder_queries', ours.architecture, stock.state_dict(), ir.DataType.FLOAT)\n"

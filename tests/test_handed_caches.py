@@ -13,8 +13,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.generation.engine_cache import EngineCache
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
+from t5_trt.generation.kv_cache import EngineCache
 from tests.conftest import pair_of
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_forward_parity import tokens

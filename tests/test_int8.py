@@ -11,8 +11,8 @@ import torch
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration, generate_many
 from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.int8 import quantize
-from t5_trt.graph.ranges import Folding
 from t5_trt.runtime import int8_weights
 from t5_trt.runtime.int8_weights import products_saturate, weights_digest
 from tests.conftest import ROOT, SHIPPED

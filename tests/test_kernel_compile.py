@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt.architecture import Architecture
 from t5_trt.engine.store import EngineStore
 from t5_trt.errors import BackendError
+from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
 from t5_trt.kernels.decode_step import KERNELS, constants, refusal

@@ -12,10 +12,10 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
-from t5_trt.graph.ranges import Folding
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.kernels.decode_step import PRODUCTS, Geometry
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
-from t5_trt.runtime.trt_slot import apply_choice
+from t5_trt.runtime.step_buffers import apply_choice
 from tests.test_cuda_kernels import on_cpu, steps  # noqa: F401 - fixtures
 from tests.tiny_models import batch, make_stock
 

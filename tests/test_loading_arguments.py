@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration, UnsupportedModelError
-from t5_trt.checkpoint import load_checked
+from t5_trt.checkpoint.load import load_checked
 from tests.tiny_models import batch, make_stock
 
 

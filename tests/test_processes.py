@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from t5_trt import BackendError, TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
 from t5_trt.config import BuildConfig, RuntimeConfig
-from t5_trt.runtime.open import open_session
+from t5_trt.runtime.open_session import open_session
 from t5_trt.runtime.select import Placement
-from t5_trt.transformers_api import CACHE
 from tests.conftest import ROOT, SHIPPED
 from tests.tiny_models import batch, make_stock
 
@@ -28,7 +28,7 @@ import multiprocessing, os, signal, sys, threading, time
 import torch
 sys.path.insert(0, {str(ROOT)!r})
 from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
 
 SOURCES = torch.tensor([[5, 6, 7, 1], [9, 4, 8, 1]])
 

@@ -13,16 +13,17 @@ import torch
 
 from benchmarks.h100_text import larger
 from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
-from t5_trt.calibration import observe, random_batches
-from t5_trt.graph import build_device_graph, ranges
+from t5_trt.checkpoint.tokenizing import text_batches
+from t5_trt.graph import fp16_scaling
+from t5_trt.graph.build_graph import build_device_graph
+from t5_trt.graph.fp16_scaling import LIMIT, Folding, Ranges, bound, fold
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
-from t5_trt.graph.ranges import LIMIT, Folding, Ranges, bound, fold
-from t5_trt.random_models import random_t5
-from t5_trt.runtime import open as opening
+from t5_trt.graph.signature import ENCODER, STEP
+from t5_trt.modeling.calibration import observe, random_batches
+from t5_trt.runtime import open_session as opening
 from t5_trt.runtime import select
 from t5_trt.runtime.select import best_precision
-from t5_trt.signature import ENCODER, STEP
-from t5_trt.tokenizing import text_batches
+from t5_trt.tools.random_models import random_t5
 from tests.conftest import SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
@@ -85,7 +86,7 @@ def test_overflowing_checkpoints(kind: str, factors: Any, monkeypatch: pytest.Mo
 def test_extreme_values(least: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream of 6e8 over an embedding of 0.2; where bounds would cost too much precision activations are observed."""
     if least is not None:
-        monkeypatch.setattr(ranges, "_LEAST", least)
+        monkeypatch.setattr(fp16_scaling, "_LEAST", least)
     stock = swollen(make_stock("mt5"), *EXTREME)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     assert fold(ours.architecture, ours.state_dict()).certain == (least is None)

@@ -11,9 +11,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.engine.profiles import Shapes, fixed_axes
-from t5_trt.graph import build_device_graph
+from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.parameters import materialize, parameters
-from t5_trt.relative_positions import distance_buckets, longest_sequence
+from t5_trt.graph.relative_positions import distance_buckets, longest_sequence
 from tests.tiny_models import batch, make_stock
 from tests.torch_graph import TorchGraph
 

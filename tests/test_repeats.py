@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.generation import repeats
 from t5_trt.generation.repeats import likeness
-from t5_trt.generation.support import GenerationPath
+from t5_trt.generation.request import GenerationPath
 from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch, make_stock
 

@@ -14,14 +14,14 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from t5_trt import BackendError, BuildConfig, InputError, TRTT5ForConditionalGeneration
+from t5_trt.checkpoint.families import read_architecture
 from t5_trt.engine.builder import EngineRequest, build_engine
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
-from t5_trt.families import read_architecture
-from t5_trt.runtime.open import eight_bits
-from t5_trt.signature import GRAPHS
+from t5_trt.graph.signature import GRAPHS
+from t5_trt.runtime.open_session import eight_bits
 from tests.conftest import SHIPPED, pair_of
 from tests.tiny_models import make_stock
 

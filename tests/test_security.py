@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from t5_trt import CheckpointError, TRTT5ForConditionalGeneration
-from t5_trt.checkpoint import load_config, load_tokenizer
+from t5_trt.checkpoint.load import load_config, load_tokenizer
 from tests.tiny_models import batch, make_stock
 
 BOMB = """

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
 from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, parameters
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime import captured_encoder, kernel_decoder, trt_session
-from t5_trt.runtime import open as opening
+from t5_trt.runtime import captured_encoder, kernel_decoder, tensorrt_session
+from t5_trt.runtime import open_session as opening
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.select import Placement
 from t5_trt.runtime.torch_layers import TorchDecoder
-from t5_trt.transformers_api import CACHE
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_kernel_decoder import Recording, TorchSteps
 from tests.tiny_models import KINDS, batch, large_logits, make_stock, swollen
@@ -190,7 +190,7 @@ def test_memory_that_runs_out(make: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     expected = stock.generate(**batch(), **prompt).tolist()
     assert ours.generate(**batch(), **prompt).tolist() == expected
     session = ours.session
-    monkeypatch.setattr(trt_session, "free_unused", lambda: None)
+    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
     with monkeypatch.context() as patch:
 
         def full(*_: Any) -> Any:

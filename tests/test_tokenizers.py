@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Config
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration, cli, compare, generate_many
-from t5_trt.sample_texts import sample_texts
+from t5_trt.tools.sample_texts import sample_texts
 from tests.tiny_models import VOCAB, make_stock
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase)]

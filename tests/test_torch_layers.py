@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.architecture import Architecture
-from t5_trt.graph.ranges import Folding, fold
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Folding, fold
 from t5_trt.kernels import reference
 from t5_trt.kernels.decode_step import StepWeights
 from t5_trt.kernels.step_weights import StepWeightsMaker, unpacked_layer

@@ -14,14 +14,14 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
 from t5_trt.engine.profiles import Shapes
-from t5_trt.generation import support
+from t5_trt.generation import request as requests
 from t5_trt.generation.processors import fingerprint
-from t5_trt.runtime import device_weights, engine_step, trt_encoder, trt_session
+from t5_trt.graph.signature import GRAPHS
+from t5_trt.runtime import device_weights, engine_step, tensorrt_encoder, tensorrt_session
 from t5_trt.runtime.cuda_graph import NotRecordableError
-from t5_trt.signature import GRAPHS
-from t5_trt.transformers_api import CACHE
-from t5_trt.verification import block_errors, verify
+from t5_trt.tools.verify import block_errors, verify
 from tests.stand_in_tensorrt import StandInContext, stand_in_session
 from tests.tiny_models import KINDS, batch, make_stock
 from tests.tolerances import LOGITS_ATOL
@@ -130,7 +130,7 @@ def test_two_kinds_of_request_take_turns_in_one_recorded_step(make_pair: Any, mo
     stock, ours = make_pair("t5-v1.1")
     fingerprints: list[Any] = []
     monkeypatch.setattr(
-        support, "fingerprint", lambda processor: fingerprints.append(processor) or fingerprint(processor)
+        requests, "fingerprint", lambda processor: fingerprints.append(processor) or fingerprint(processor)
     )
     for seed in range(3):
         for temperature in (0.6, 2.5):
@@ -147,8 +147,8 @@ def test_two_kinds_of_request_take_turns_in_one_recorded_step(make_pair: Any, mo
 
 def test_one_mask_is_made_for_a_request(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, ours = make_pair("t5-v1.1")
-    real, made = trt_session.TrtSession.cross_bias, []
-    monkeypatch.setattr(trt_session.TrtSession, "cross_bias", lambda *args: made.append(1) or real(*args))
+    real, made = tensorrt_session.TrtSession.cross_bias, []
+    monkeypatch.setattr(tensorrt_session.TrtSession, "cross_bias", lambda *args: made.append(1) or real(*args))
     inputs = batch()
     unmasked = {"input_ids": inputs["input_ids"]}
     for given in (inputs, unmasked):
@@ -360,7 +360,7 @@ def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypat
 
     ours.session.engines.weights._made.clear()
     monkeypatch.setattr(device_weights, "materialize", full)
-    monkeypatch.setattr(trt_session, "free_unused", lambda: None)
+    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
     request = {**batch(), "max_new_tokens": 5}
     with pytest.raises(BackendError, match=r"GPU memory ran out \(the weights take 0.00 GB as float32"):
         ours.generate(**request)
@@ -385,8 +385,8 @@ def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
     stock, ours = make_pair("t5-v1.1")
-    recorded, record = [], trt_encoder.record
-    monkeypatch.setattr(trt_encoder, "record", lambda *args: recorded.append(1) or record(*args))
+    recorded, record = [], tensorrt_encoder.record
+    monkeypatch.setattr(tensorrt_encoder, "record", lambda *args: recorded.append(1) or record(*args))
     sources = [batch(4, 30), batch(3, 11, padding="none"), batch(4, 17, seed=1), batch(1, 5), batch(4, 300)]
     results = [encoded(ours, inputs) for inputs in sources]
     assert len(recorded) == 2  # [4, 32] and [1, 32]; [4, 512] is too long
@@ -397,7 +397,7 @@ def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: py
 
 
 def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
+    monkeypatch.setattr(tensorrt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
     stock, ours = make_pair("t5-v1.0")
     for rows in (1, 2, 3, 1):
         inputs = batch(rows)
@@ -416,7 +416,7 @@ def test_encoder_that_cannot_be_recorded(
         tries.append(1)
         raise NotRecordableError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(trt_encoder, "record", refuse)
+    monkeypatch.setattr(tensorrt_encoder, "record", refuse)
     for _ in range(2):
         torch.testing.assert_close(encoded(ours, batch()), encoded(stock, batch()), atol=LOGITS_ATOL, rtol=0)
     assert len(tries) == 1 and caplog.text.count("the encoder is not recorded") == 1
@@ -424,7 +424,7 @@ def test_encoder_that_cannot_be_recorded(
     def full(*args: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trt_encoder, "record", full)
-    monkeypatch.setattr(trt_session, "free_unused", lambda: None)
+    monkeypatch.setattr(tensorrt_encoder, "record", full)
+    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
     with pytest.raises(BackendError, match="GPU memory ran out"):
         encoded(ours, batch(1))

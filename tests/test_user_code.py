@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import t5_trt.generation.loop as loop
 from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.generation import decode_loop
 from tests.conftest import pair_of
 from tests.stand_in_tensorrt import stand_in_session
 from tests.test_decode_loop import ENDS, LateWatcher
@@ -158,7 +158,7 @@ def assert_same_result(got: Any, expected: Any) -> None:
 def on_stand_in() -> Iterator[Any]:
     """A T5 v1.1 model on the TensorRT session, with reports that come late."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Watcher", LateWatcher)
+        patch.setattr(decode_loop, "Watcher", LateWatcher)
         ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
         ours._session = stand_in_session(ours, patch)
         yield ours

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt import InputError, TRTT5ForConditionalGeneration, cli, compare, verification
+from t5_trt import InputError, TRTT5ForConditionalGeneration, cli, compare
+from t5_trt.tools import verify
 from tests.conftest import SHIPPED
 from tests.tiny_models import batch, make_stock
 
@@ -104,13 +105,13 @@ def test_wrong_logits_with_right_tokens_fail(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     """As those of a UMT5 whose logits were multiplied by d_model**-0.5: greedy search and beams do not see a factor."""
-    logits = verification._logits
+    logits = verify._logits
 
     def scaled(model: Any, *arguments: Any) -> Any:
         ours = isinstance(model, TRTT5ForConditionalGeneration)
         return logits(model, *arguments) * (factor if ours else 1.0)
 
-    monkeypatch.setattr(verification, "_logits", scaled)
+    monkeypatch.setattr(verify, "_logits", scaled)
     status, facts = run(capsys, str(folder), "--max-new-tokens", "3")
     assert status == 1 and not facts["passed"] and all(each["share"] == 1.0 for each in facts["searches"].values())
     assert [problem.split(":")[0] for problem in facts["problems"]] == ["greedy", "4 beams"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.generation.support import GenerationPath
-from t5_trt.runtime.buffers import CrossStates
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
+from t5_trt.generation.request import GenerationPath
+from t5_trt.runtime.kv_buffers import CrossStates
 from tests.gpu.test_decode_loop import LOGITS_ATOL, on_gpu
 from tests.gpu.test_tensorrt import OVERFLOWING
 from tests.test_changed_models import _block, _data, _head, _row, _scale, _step

@@ -16,7 +16,7 @@ from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.kernels.decode_step import PRODUCTS, Geometry
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
 from t5_trt.runtime.step_buffers import apply_choice
-from tests.test_cuda_kernels import on_cpu, steps  # noqa: F401 - fixtures
+from tests.runtime.test_cuda_kernels import on_cpu, steps  # noqa: F401 - fixtures
 from tests.tiny_models import batch, make_stock
 
 

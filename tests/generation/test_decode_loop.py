@@ -22,8 +22,8 @@ from t5_trt.modeling import generate as generate_module
 from t5_trt.runtime import engine_step, step_buffers
 from t5_trt.runtime.cuda_graph import NotRecordableError
 from t5_trt.runtime.kv_buffers import DecoderState
+from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
 from tests.stand_in_tensorrt import stand_in_session
-from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
 from tests.tiny_models import VOCAB, batch, make_stock
 
 #: end tokens by which twelve rows end at very different times

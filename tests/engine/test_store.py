@@ -20,7 +20,9 @@ from t5_trt.engine.store_check import check_store
 
 KEY = engine_key({"graph": "encoder"})
 PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and a fork of them may wait for ever
-PROCESSES.set_forkserver_preload(["tests.test_faults", "tests.test_store"])  # else each of them imports for a second
+PROCESSES.set_forkserver_preload(
+    ["tests.engine.test_faults", "tests.engine.test_store"]
+)  # else each of them imports for a second
 
 
 def writing(text: str = "plan", log: Path | None = None, wait_s: float = 0.0) -> Any:

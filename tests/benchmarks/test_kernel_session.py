@@ -166,8 +166,8 @@ class Clock:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The backend "cuda" with torch's operations as its kernels, see `tests/test_kernel_decoder.py`."""
-    from tests import test_kernel_decoder as stand_in
+    """The backend "cuda" with torch's operations as its kernels, see `tests/runtime/test_kernel_decoder.py`."""
+    from tests.runtime import test_kernel_decoder as stand_in
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "Event", Clock)

@@ -15,7 +15,7 @@ from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.generation import repeats
 from t5_trt.generation.repeats import likeness
 from t5_trt.generation.request import GenerationPath
-from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch, make_stock
 
 ALL = {**CORE, **MORE}

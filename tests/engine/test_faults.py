@@ -23,7 +23,9 @@ from t5_trt.engine.store_check import check_store
 
 KEY, OTHER = engine_key({"graph": "encoder"}), engine_key({"graph": "decoder"})
 PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and a fork of them may wait for ever
-PROCESSES.set_forkserver_preload(["tests.test_faults", "tests.test_store"])  # else each of them imports for a second
+PROCESSES.set_forkserver_preload(
+    ["tests.engine.test_faults", "tests.engine.test_store"]
+)  # else each of them imports for a second
 #: audit events of Python that touch files: each of them is a step at which a process may die
 STEPS = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 

@@ -16,8 +16,8 @@ from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation.kv_cache import EngineCache
 from tests.conftest import pair_of
+from tests.modeling.test_forward_parity import tokens
 from tests.stand_in_tensorrt import stand_in_session
-from tests.test_forward_parity import tokens
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import LOGITS_ATOL
 

@@ -11,8 +11,8 @@ from t5_trt import InputError
 from t5_trt.compat import CACHE
 from t5_trt.generation.request import GenerationPath
 from tests.conftest import pair_of
+from tests.generation.test_generate_parity import prompt
 from tests.stand_in_tensorrt import stand_in_session
-from tests.test_generate_parity import prompt
 from tests.tiny_models import batch
 from tests.tolerances import LOGITS_ATOL
 

@@ -1,4 +1,4 @@
-"""The classes that users import, and what they are made of: loading, the forward pass, generation, devices, the fallback to Hugging Face."""
+"""The classes that users import, and their parts: loading, forward, generate, devices, the fallback to Hugging Face."""
 
 from transformers import PreTrainedModel
 
@@ -13,7 +13,7 @@ from t5_trt.modeling.t5 import (
     TRTUMT5Encoder,
 )
 
-# Users import two of them. Pickles and diffusers' pipelines made before `modeling` was a package look for the others here.
+# Users import two of them. diffusers' pipelines that were saved before `modeling` was a package name it as the module of the others.
 __all__ = [
     "TRTMT5",
     "TRTT5",

@@ -27,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from t5_trt import CheckpointError, TRTT5EncoderModel, TRTT5ForConditionalGeneration
+from t5_trt import CheckpointError, TRTT5EncoderModel, TRTT5ForConditionalGeneration, modeling
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import HIDDEN_ATOL
 
@@ -153,6 +153,14 @@ def test_transformers_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
     saved = T5EncoderModel.from_pretrained(tmp_path / "pipe"), ByT5Tokenizer.from_pretrained(tmp_path / "pipe")
     loaded = pipeline("feature-extraction", model=saved[0], tokenizer=saved[1])
     torch.testing.assert_close(torch.tensor(loaded("a text")), expected, atol=HIDDEN_ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", list(FAMILIES))
+def test_classes_are_found_where_earlier_pipelines_name_them(kind: str, tmp_path: Path) -> None:
+    """diffusers writes a class's module into ``model_index.json``; `t5_trt.modeling` was one and is a package now."""
+    make_stock(kind).save_pretrained(tmp_path)
+    saved = type(TRTT5EncoderModel.from_pretrained(tmp_path))
+    assert getattr(modeling, saved.__name__) is saved and issubclass(saved, modeling.PreTrainedModel)
 
 
 @pytest.mark.parametrize("kind", list(FAMILIES))

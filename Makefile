@@ -46,7 +46,7 @@ sanitize: $(VENV)/installed
 NOT_FOR_OLDEST = audit bench cuda_backend cuda_kernels dependencies documents faults gpu_records idle_gpu install kernel_compile \
     kernel_weights other_systems package ray rtx_build soak store triton
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore tests/test_%.py)
+	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '*/test_%.py')
 
 # starts as a copy of $(VENV), made of links: only what differs is fetched and unpacked (pip replaces files, it never writes into them)
 .venv-oldest/installed: $(VENV)/installed constraints-oldest.txt

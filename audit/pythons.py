@@ -33,7 +33,7 @@ SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
 LEFT_OUT = {"torch", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc"}
 TOOLS = ("pytest>=8", "pytest-timeout>=2.4", "psutil>=7")
 #: tests that import neither torch nor Transformers, nor tests/conftest.py
-TORCH_FREE = ("tests/test_store.py", "tests/test_faults.py")
+TORCH_FREE = ("tests/engine/test_store.py", "tests/engine/test_faults.py")
 
 
 def find_python(version: tuple[int, int]) -> Path | None:

@@ -25,8 +25,8 @@ from benchmarks import kernel_models
 from benchmarks.decode_parts import Captures, Launches
 from benchmarks.gpu import NEW_TOKENS, SOURCE_TOKENS, events_ms, replay_us, timed_ms
 from benchmarks.kernel_models import attempt, base_name, keep, named_backends, open_model, t5_base
-from t5_trt.bench_records import Record
-from t5_trt.random_models import random_source
+from t5_trt.tools.random_models import random_source
+from t5_trt.tools.records import Record
 
 #: (batch, beams)
 CASES = ((1, 1), (1, 4), (8, 1), (32, 1), (8, 4), (32, 4))
@@ -102,7 +102,7 @@ def prepare_seconds(ours: Any, backend: str, cases: Sequence[tuple[int, ...]]) -
     """Build engines side by side, and have kernels compiled by calls of other sizes than the cases'."""
     start = time.perf_counter()
     if backend.startswith("tensorrt"):
-        from t5_trt.signature import ENCODER, STEP
+        from t5_trt.graph.signature import ENCODER, STEP
 
         engines = ours.session.engines
         shapes = [engines.bucket(B=batch, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS) for batch, beams in cases]

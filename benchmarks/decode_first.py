@@ -85,7 +85,7 @@ def load(backend: str, folder: Path) -> Any:
 def ids_of(batch: int, tokens: int) -> Any:
     """Sources, int64 [batch, tokens]."""
     from benchmarks import kernel_models
-    from t5_trt.random_models import random_source
+    from t5_trt.tools.random_models import random_source
 
     return random_source(batch, tokens).to(kernel_models.DEVICE)
 

@@ -1,6 +1,6 @@
 """Time `generate()` on ONNX Runtime against the stock class on a CPU, with random weights; check that tokens are equal.
 
-The measuring is `t5_trt.benchmarking`'s, as in `t5-trt bench`; this script times one case, can prepack weights, and ends
+The measuring is `t5_trt.tools.benchmark`'s, as in `t5-trt bench`; this script times one case, can prepack weights, and ends
 with an error if float32 tokens differ.
 """
 
@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from t5_trt.bench_records import append_records
-from t5_trt.benchmarking import Case, load_contest, measure
-from t5_trt.random_models import RANDOM, SHAPES
+from t5_trt.tools.benchmark import Case, load_contest, measure
+from t5_trt.tools.random_models import RANDOM, SHAPES
+from t5_trt.tools.records import append_records
 
 
 def main() -> None:

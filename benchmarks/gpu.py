@@ -23,8 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from t5_trt.engine.profiles import AXES
-from t5_trt.environment import environment
-from t5_trt.random_models import random_source, random_t5
+from t5_trt.tools.environment import environment
+from t5_trt.tools.random_models import random_source, random_t5
 
 SOURCE_TOKENS, NEW_TOKENS = 32, 99
 BASE = "t5-base shapes, random weights, seed 0"
@@ -124,7 +124,7 @@ def load_seconds(store: Path, precision: str, arguments: dict[str, Any], stock: 
 def build_seconds(store: Path, ours: Any, slot: Any) -> dict[str, float]:
     """Graph -> seconds that its engine for a slot took, beside whatever was built at the same time."""
     from t5_trt.engine.store import EngineStore
-    from t5_trt.signature import ENCODER, STEP
+    from t5_trt.graph.signature import ENCODER, STEP
 
     shapes = {graph: slot.shapes.for_graph(graph) for graph in (ENCODER, STEP)}
     sizes = {graph: {axis: getattr(each, axis) for axis in AXES} for graph, each in shapes.items()}
@@ -184,6 +184,6 @@ def main(description: str | None, stages: dict[str, Stage], precision: str) -> N
         record = {"stage": f"{Path(sys.argv[0]).stem} {args.stage}", **found}
         print(json.dumps(record), flush=True)
         if args.json:
-            from t5_trt.bench_records import append_records
+            from t5_trt.tools.records import append_records
 
             append_records(args.json, [record])

@@ -29,7 +29,7 @@ from benchmarks.gpu import (
     request,
     slot_alone,
 )
-from t5_trt.random_models import random_t5
+from t5_trt.tools.random_models import random_t5
 from tests.tiny_models import batch, make_stock
 
 

@@ -33,9 +33,9 @@ from benchmarks.gpu import (
     request,
 )
 from t5_trt.engine.profiles import SMALLEST
-from t5_trt.environment import environment
-from t5_trt.graph.forms import DeviceForm
-from t5_trt.random_models import SHAPES, random_t5
+from t5_trt.graph.builders import DeviceForm
+from t5_trt.tools.environment import environment
+from t5_trt.tools.random_models import SHAPES, random_t5
 
 #: of CUDA's own device functions; the driver supplies it when the module is loaded
 KERNEL = b"""
@@ -105,7 +105,7 @@ def stage_launch(store: Path, precision: str) -> Records:
     """99 steps with their choice of tokens: launched one by one, and as one graph with a WHILE node."""
     from cuda.bindings import driver
 
-    from t5_trt.runtime.trt_slot import run_step
+    from t5_trt.runtime.step_buffers import run_step
 
     ours = our_model(store, precision)
     for rows, beams in ((1, 1), (1, 4), (32, 1)):
@@ -257,8 +257,8 @@ def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
 def stage_scores(store: Path, precision: str) -> Records:
     """A decoder step of `SCORE_LAYERS` layers of T5-base with its queries and cached keys multiplied in several ways."""
     from t5_trt import TRTT5ForConditionalGeneration
-    from t5_trt.runtime.buffers import CrossStates
-    from t5_trt.signature import STEP
+    from t5_trt.graph.signature import STEP
+    from t5_trt.runtime.kv_buffers import CrossStates
 
     SHAPES["t5-base"] = {**SHAPES["t5-base"], "num_layers": SCORE_LAYERS}
     SMALLEST["T"] = min(tokens for _, _, tokens in SCORE_CASES)

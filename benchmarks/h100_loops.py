@@ -36,8 +36,8 @@ from benchmarks.gpu import (
     slot_alone,
     timed_ms,
 )
-from t5_trt.environment import environment
-from t5_trt.random_models import RANDOM, random_t5
+from t5_trt.tools.environment import environment
+from t5_trt.tools.random_models import RANDOM, random_t5
 
 #: (batch, beams) -> tokens per second of the best beam that FasterTransformer's T5 guide gives for T5-base, fp16, an A100
 CASES: dict[tuple[int, int], float | None] = {(1, 1): None, (32, 1): None, (1, 4): 671, (8, 4): 2807, (32, 4): 7102}
@@ -51,7 +51,7 @@ CURVE_SIZES = [(rows, 1, 64) for rows in BATCHES] + [(1, 1, tokens) for tokens i
 
 def stage_build(store: Path, precision: str, sizes: Sequence[tuple[int, int, int]] = LOOP_SIZES) -> Records:
     """All engines of other stages, side by side."""
-    from t5_trt.signature import ENCODER, STEP
+    from t5_trt.graph.signature import ENCODER, STEP
 
     ours, start = our_model(store, precision), time.perf_counter()
     engines = ours.session.engines
@@ -119,7 +119,7 @@ def _rows_equal(got: torch.Tensor, expected: torch.Tensor) -> int:
 
 def parts_ms(ours: Any, arguments: dict[str, Any], runs: int = 5) -> dict[str, float]:
     """Medians of a call's parts on the GPU's clock in milliseconds, its waiting for the host included."""
-    from t5_trt.runtime.trt_slot import RecordedStep
+    from t5_trt.runtime.step_buffers import RecordedStep
 
     replay, found = RecordedStep.replay, []
     for _ in range(runs):
@@ -169,14 +169,14 @@ class NoReports:
 
 def unreported_steps_ms(ours: Any, arguments: dict[str, Any]) -> float:
     """All steps of a call without the copies of their reports: what those cost."""
-    from t5_trt.generation import loop
+    from t5_trt.generation import decode_loop
 
-    watcher = loop.Watcher
-    loop.Watcher = NoReports  # type: ignore[assignment, misc]
+    watcher = decode_loop.Watcher
+    decode_loop.Watcher = NoReports  # type: ignore[assignment, misc]
     try:
         return parts_ms(ours, arguments)["steps"]
     finally:
-        loop.Watcher = watcher  # type: ignore[misc]
+        decode_loop.Watcher = watcher  # type: ignore[misc]
 
 
 def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -252,7 +252,7 @@ def stage_long(store: Path, precision: str) -> Records:
 
 def stage_curves(store: Path, precision: str) -> Records:
     """Latency against batch and against new tokens, as ``t5-trt bench`` measures it."""
-    from t5_trt.benchmarking import Case, load_contest, measure
+    from t5_trt.tools.benchmark import Case, load_contest, measure
 
     contest = load_contest(
         RANDOM + "t5-base", backend="tensorrt", decode="engine", precision=precision, engine_cache_dir=store

@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from t5_trt.bench_records import Record, read_records, write_records
+from t5_trt.tools.records import Record, read_records, write_records
 
 RESULTS, SOAK = ROOT / "benchmarks" / "results" / "h100-trt8.5.3.json", "h100-soak.json"
 STORE = Path("/var/tmp/t5_trt-engines")

@@ -32,11 +32,11 @@ from benchmarks.gpu import (
     our_model,
     request,
 )
+from t5_trt.compat import CACHE
 from t5_trt.engine.profiles import bucket
 from t5_trt.errors import BackendError
-from t5_trt.random_models import random_t5
-from t5_trt.transformers_api import CACHE
-from t5_trt.verification import block_errors
+from t5_trt.tools.random_models import random_t5
+from t5_trt.tools.verify import block_errors
 from tests.tiny_models import FACTORS, batch, make_stock, swollen
 
 #: sentences by precision: in half precision the share of equal ones is counted in tenths of a percent

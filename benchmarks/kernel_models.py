@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from t5_trt.bench_records import Record, append_records
-from t5_trt.environment import environment
 from t5_trt.errors import BackendError
-from t5_trt.random_models import random_t5
+from t5_trt.tools.environment import environment
+from t5_trt.tools.random_models import random_t5
+from t5_trt.tools.records import Record, append_records
 
 #: name in records -> arguments of ``from_model``
 BACKENDS: dict[str, dict[str, Any]] = {

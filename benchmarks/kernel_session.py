@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.h100_session import STORE, TESTS, Run
-from t5_trt.bench_records import Record, read_records, write_records
+from t5_trt.tools.records import Record, read_records, write_records
 
 RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
 #: records that agree in these are of one case: the newer one replaces the older one

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.kernel_models import base_name, keep, named_backends, on_device, open_model, t5_base
 from benchmarks.token_differences import Difference, differences, equal_rows, greedy_gaps
-from t5_trt.bench_records import Record
+from t5_trt.tools.records import Record
 from tests.conftest import ROOT, SHIPPED
 from tests.tiny_models import batch, make_stock
 
@@ -95,7 +95,7 @@ def rows(given: argparse.Namespace) -> Iterator[Record]:
 
 def row_request() -> dict[str, Any]:
     """A batch of sources and a fixed number of new tokens."""
-    from t5_trt.random_models import random_source
+    from t5_trt.tools.random_models import random_source
 
     ids = random_source(ROWS, SOURCE_TOKENS)
     fixed = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}

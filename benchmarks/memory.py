@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def save(folder: str) -> None:
     """Write the model that the other stage loads."""
-    from t5_trt.random_models import random_t5
+    from t5_trt.tools.random_models import random_t5
 
     random_t5("t5-base").save_pretrained(folder)
 
@@ -30,8 +30,8 @@ def run(folder: str) -> None:
     import torch
 
     from t5_trt import TRTT5ForConditionalGeneration
-    from t5_trt.environment import environment
-    from t5_trt.transformers_api import CACHE
+    from t5_trt.compat import CACHE
+    from t5_trt.tools.environment import environment
 
     torch.set_num_threads(2)
     baseline = peak_mb()

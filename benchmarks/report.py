@@ -16,9 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from t5_trt.bench_plot import draw_records
-from t5_trt.bench_records import Record, read_records
 from t5_trt.errors import InputError, T5TRTError
+from t5_trt.tools.plot import draw_records
+from t5_trt.tools.records import Record, read_records
 
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_RECORDS, CPU_PLOT_RECORDS = "cpu-onnxruntime.json", "cpu-bench.json"

@@ -35,8 +35,8 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.soak_requests import KINDS, SAMPLED, Request, Sizes, answer, draw_request, variants
 from benchmarks.soak_ties import is_tie, rounding
 from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.environment import environment
 from t5_trt.runtime.cuda_graph import free_unused
+from t5_trt.tools.environment import environment
 
 #: growth of memory that is not allowed, in 10**6 bytes for 1,000 requests
 LIMIT_MB = 1.0

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from t5_trt import BackendError, TRTT5ForConditionalGeneration
-from t5_trt.prebuild import build_engines
+from t5_trt import BackendError, TRTT5ForConditionalGeneration, build_engines
 
 
 class Shape(NamedTuple):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     )
     from t5_trt.generation.many import generate_many
     from t5_trt.modeling import TRTT5EncoderModel, TRTT5ForConditionalGeneration
-    from t5_trt.verification import compare
+    from t5_trt.prebuild import build_engines
+    from t5_trt.tools.verify import compare
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "TRTT5ForConditionalGeneration",
     "UnsupportedModelError",
     "__version__",
+    "build_engines",
     "compare",
     "generate_many",
 ]
@@ -51,7 +53,8 @@ _HOMES = {
     ),
     "t5_trt.generation.many": ("generate_many",),
     "t5_trt.modeling": ("TRTT5EncoderModel", "TRTT5ForConditionalGeneration"),
-    "t5_trt.verification": ("compare",),
+    "t5_trt.prebuild": ("build_engines",),
+    "t5_trt.tools.verify": ("compare",),
 }
 
 

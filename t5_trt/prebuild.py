@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from t5_trt.architecture import Architecture
 from t5_trt.config import DECODE, PRECISIONS, BuildConfig, check_choice, default_engine_cache_dir
 from t5_trt.engine.profiles import Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import BackendError, InputError, T5TRTError
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.signature import ENCODER, QUERIES, STEP
 from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
-from t5_trt.runtime.open import eight_bits, gpu_facts
+from t5_trt.runtime.open_session import eight_bits, gpu_facts
 from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
-from t5_trt.signature import ENCODER, QUERIES, STEP
 
 
 @dataclass(frozen=True)

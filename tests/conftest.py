@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # as in pyproject.toml, for the processes that tests start
 os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning,error::PendingDeprecationWarning,error::FutureWarning"
+
+import transformers
 
 from t5_trt import TRTT5ForConditionalGeneration
 from tests.tiny_models import KINDS, make_stock
@@ -33,6 +36,14 @@ def pair_of(kind: str) -> tuple[Any, Any]:
 def _one_thread() -> None:
     """Tests run side by side: one torch thread each."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _transformers_verbosity() -> Iterator[None]:
+    """A command that a test runs in this process silences Transformers; the tests after it read its warnings."""
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(params=list(KINDS))

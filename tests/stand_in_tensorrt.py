@@ -16,15 +16,15 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from t5_trt.architecture import Architecture
 from t5_trt.config import BuildConfig
 from t5_trt.engine.profiles import Shapes, fixed_axes
-from t5_trt.graph import build_device_graph
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.build_graph import build_device_graph
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.precision import real_type
-from t5_trt.graph.ranges import Folding
-from t5_trt.runtime import engine_step, trt_encoder
-from t5_trt.runtime.trt_session import TrtSession
+from t5_trt.runtime import engine_step, tensorrt_encoder
+from t5_trt.runtime.tensorrt_session import TrtSession
 from tests.torch_graph import TorchGraph
 
 _TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
@@ -187,7 +187,7 @@ def stand_in_session(
                 work()
         return _Graph(work)
 
-    for module in (engine_step, trt_encoder):
+    for module in (engine_step, tensorrt_encoder):
         monkeypatch.setattr(module, "record", record)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),

@@ -17,8 +17,8 @@ import typer
 from benchmarks import report
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration, cli
 from t5_trt.config import BuildConfig, RuntimeConfig
-from tests import test_generate_parity
 from tests.conftest import ROOT
+from tests.generation import test_generate_parity
 
 READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
 DOCUMENTS = sorted(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from t5_trt import BackendError, InputError, T5TRTError, TRTT5ForConditionalGeneration
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
 from tests.tiny_models import VOCAB, batch, make_stock
 
 IDS = batch()["input_ids"]

@@ -25,7 +25,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_contents(dist: Path) -> None:
     names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
-    assert "t5_trt/py.typed" in names and "t5_trt/modeling.py" in names
+    sources = [path for path in (ROOT / "t5_trt").rglob("*") if path.suffix in {".py", ".cu", ".cuh", ".typed"}]
+    assert {path.relative_to(ROOT).as_posix() for path in sources} <= set(names)
     assert not [name for name in names if not name.startswith(("t5_trt/", "t5_trt-"))]
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         assert any(name.endswith("/tests/conftest.py") for name in archive.getnames())

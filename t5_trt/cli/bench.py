@@ -1,4 +1,4 @@
-"""``t5-trt bench``: `t5_trt.benchmarking` from a terminal, with a table, a file of records and a picture."""
+"""``t5-trt bench``: `t5_trt.tools.benchmark` from a terminal, with a table, a file of records and a picture."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def bench(
     """
     from rich.console import Console
 
-    from t5_trt.bench_plot import check_picture, draw_records
-    from t5_trt.bench_records import append_records, print_records, read_records
-    from t5_trt.model_names import check_model_name
+    from t5_trt.checkpoint.model_names import check_model_name
+    from t5_trt.tools.plot import check_picture, draw_records
+    from t5_trt.tools.records import append_records, print_records, read_records
 
     if texts is not None and source_tokens:
         raise InputError("--source-tokens got values beside --texts; the texts decide. Leave one of the two out.")
@@ -75,7 +75,7 @@ def bench(
 
     import transformers
 
-    from t5_trt.benchmarking import Case, load_contest, measure
+    from t5_trt.tools.benchmark import Case, load_contest, measure
 
     sizes = itertools.product(source_tokens or [32], new_tokens or [64], num_beams or [1], batch or [1])
     cases = [

@@ -54,8 +54,8 @@ def build(
 
     The step is left out where the library's own kernels do it.
     """
+    from t5_trt.checkpoint.model_names import check_model_name
     from t5_trt.config import default_engine_cache_dir
-    from t5_trt.model_names import check_model_name
 
     texts = None if calibrate is None else read_lines("--calibrate", calibrate)
     check_model_name(model)

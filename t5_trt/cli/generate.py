@@ -35,13 +35,13 @@ def generate(
 
     Lines from standard input are answered as they come, those that are already there in batches.
     """
-    from t5_trt.model_names import check_model_name
+    from t5_trt.checkpoint.model_names import check_model_name
 
     check_model_name(model)
 
     from tqdm import tqdm
 
-    from t5_trt.checkpoint import load_tokenizer
+    from t5_trt.checkpoint.load import load_tokenizer
     from t5_trt.generation.many import generate_many
     from t5_trt.modeling import TRTT5ForConditionalGeneration
 

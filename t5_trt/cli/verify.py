@@ -23,7 +23,7 @@ from t5_trt.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from t5_trt.verification import BlockError, Comparison
+    from t5_trt.tools.verify import BlockError, Comparison
 
 
 def verify(
@@ -64,16 +64,16 @@ def verify(
 
     The status is 1 where a search gives other tokens, or other logits, than the limits of the precision allow.
     """
-    from t5_trt.model_names import check_model_name
+    from t5_trt.checkpoint.model_names import check_model_name
 
     lines = None if texts is None else read_lines("--texts", texts)
     check_model_name(model)
 
-    from t5_trt.checkpoint import load_tokenizer
+    from t5_trt.checkpoint.load import load_tokenizer
+    from t5_trt.checkpoint.tokenizing import text_batches
     from t5_trt.modeling import TRTT5ForConditionalGeneration
-    from t5_trt.tokenizing import text_batches
-    from t5_trt.verification import compare, import_polygraphy
-    from t5_trt.verify_plan import LIMITS, Limits, default_batches, searches
+    from t5_trt.tools.verify import compare, import_polygraphy
+    from t5_trt.tools.verify_plan import LIMITS, Limits, default_batches, searches
 
     if layers:
         import_polygraphy()  # before the work, not after
@@ -124,7 +124,7 @@ def verify(
 def _block_errors(loaded: Any, batch: dict[str, Any]) -> list[BlockError]:
     import torch
 
-    from t5_trt.verification import block_errors
+    from t5_trt.tools.verify import block_errors
 
     start = loaded.generation_config.decoder_start_token_id
     start = loaded.config.decoder_start_token_id if start is None else start

@@ -15,13 +15,13 @@ from typing import Any
 import onnx_ir as ir
 
 import t5_trt.errors
-from t5_trt.architecture import Architecture
 from t5_trt.config import BuildConfig
 from t5_trt.engine.profiles import Shapes, fixed_axes, input_shapes
 from t5_trt.engine.progress import BuildProgress
 from t5_trt.engine.tensorrt_api import BuildJob
 from t5_trt.errors import BackendError
-from t5_trt.graph import build_device_graph
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import real_type
 
@@ -33,7 +33,7 @@ class EngineRequest:
     """One engine that somebody wants.
 
     Attributes:
-        graph: one of `t5_trt.signature.GRAPHS`.
+        graph: one of `t5_trt.graph.signature.GRAPHS`.
         shapes: its sizes.
         precision: "fp32", "tf32", "fp16" or "bf16".
         flavor: "tensorrt" or "rtx".

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from t5_trt.signature import GRAPH_REVISION
+from t5_trt.graph.signature import GRAPH_REVISION
 
 
 def engine_key(facts: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from t5_trt.architecture import Architecture
 from t5_trt.errors import InputError
-from t5_trt.signature import QUERIES, STEP, signature
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.signature import QUERIES, STEP, signature
 
 #: the smallest bucket of each axis: B batch, N beams, S source, T cache, Q query positions
 SMALLEST = {"B": 1, "N": 1, "S": 32, "T": 128, "Q": 8}

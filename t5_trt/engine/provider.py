@@ -9,13 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from t5_trt.architecture import Architecture
 from t5_trt.config import BuildConfig
 from t5_trt.engine.builder import EngineRequest, build_engine
 from t5_trt.engine.bundle import read_bundled, write_bundle
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import Weights
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from t5_trt.errors import BackendError, InputError
+from t5_trt.graph.signature import WIDE_MARK
 from t5_trt.installation import install_command
-from t5_trt.signature import WIDE_MARK
 
 logger = logging.getLogger("t5_trt.tensorrt")
 FLAVORS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}

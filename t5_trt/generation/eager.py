@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from t5_trt.generation.beam import BeamChoice, BeamRules
+from t5_trt.generation.beam_search import BeamChoice, BeamRules
 from t5_trt.generation.processors import Recordable
 from t5_trt.generation.sampling import draw
 from t5_trt.runtime.session import NextStep

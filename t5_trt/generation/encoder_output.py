@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from t5_trt.runtime.buffers import CrossStates
+from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.session import Session
 
 

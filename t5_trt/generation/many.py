@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from t5_trt.checkpoint.tokenizing import padded, token_rows
 from t5_trt.errors import InputError
 from t5_trt.generation.search_settings import only_tokens
-from t5_trt.tokenizing import padded, token_rows
 
 
 def generate_many(

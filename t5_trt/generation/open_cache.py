@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from t5_trt.compat import CACHE
 from t5_trt.errors import InputError
 from t5_trt.generation.encoder_output import recall
-from t5_trt.generation.engine_cache import EngineCache, read_stock
-from t5_trt.inputs import check_decoder_mask, check_embeds, check_length, check_mask
-from t5_trt.runtime.buffers import CrossStates
+from t5_trt.generation.kv_cache import EngineCache, read_stock
+from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.session import Session
-from t5_trt.transformers_api import CACHE
+from t5_trt.validation import check_decoder_mask, check_embeds, check_length, check_mask
 
 
 def open_cache(session: Session, past: Any, encoder_outputs: Any, attention_mask: Any, rows: int) -> EngineCache:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from transformers import GenerationConfig
 
-from t5_trt.generation.support import Request
+from t5_trt.generation.request import Request
 
 #: kinds of request that are kept, the ones used last
 KEPT = 64

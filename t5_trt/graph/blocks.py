@@ -6,7 +6,7 @@ import math
 
 import onnx_ir as ir
 
-from t5_trt.graph.forms import FLOAT, Form
+from t5_trt.graph.builders import FLOAT, Form
 from t5_trt.graph.ops import GraphBuilder
 
 

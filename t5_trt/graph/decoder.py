@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from t5_trt.graph.blocks import feed_forward, softmax
-from t5_trt.graph.forms import FLOAT, Form, Projection
+from t5_trt.graph.builders import FLOAT, Form, Projection
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.precision import empty_slot_value, mask_value
 from t5_trt.graph.relative_bias import RelativeBias
-from t5_trt.signature import QUERIES, STEP, signature
+from t5_trt.graph.signature import QUERIES, STEP, signature
 
 INT64 = ir.DataType.INT64
 
@@ -47,7 +47,7 @@ class _Frame:
 
 
 def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
-    """Write the decoder: see `t5_trt.signature.signature` for inputs and outputs.
+    """Write the decoder: see `t5_trt.graph.signature.signature` for inputs and outputs.
 
     Args:
         graph: an empty form of the model.

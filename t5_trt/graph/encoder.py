@@ -6,18 +6,18 @@ import numpy as np
 import onnx_ir as ir
 
 from t5_trt.graph.blocks import feed_forward, softmax
-from t5_trt.graph.forms import FLOAT, Form
+from t5_trt.graph.builders import FLOAT, Form
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import CROSS_KV
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.relative_bias import RelativeBias
-from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, layered, signature
+from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, layered, signature
 
 INT64 = ir.DataType.INT64
 
 
 def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
-    """Write the encoder: see `t5_trt.signature.signature` for inputs and outputs.
+    """Write the encoder: see `t5_trt.graph.signature.signature` for inputs and outputs.
 
     Args:
         graph: an empty form of the model.

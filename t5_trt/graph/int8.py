@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from t5_trt.architecture import Architecture
-from t5_trt.graph.forms import DeviceForm, HostForm, Projection
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.builders import DeviceForm, HostForm, Projection
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD, Weights, materialize, parameters
-from t5_trt.graph.ranges import Folding
 
 #: name of a group's matrix and of its scales among the tensors that `quantize` makes
 MATRIX, SCALE = "{}.int8", "{}.scale"

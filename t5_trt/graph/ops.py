@@ -1,6 +1,6 @@
 """A thin layer over onnx-ir: one object that collects nodes and initializers of a graph and knows its compute type.
 
-It knows ONNX, not T5; `t5_trt.graph.forms` adds that.
+It knows ONNX, not T5; `t5_trt.graph.builders` adds that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from t5_trt.signature import INDEX, SINGLE, WIDE_MARK, Tensor
+from t5_trt.graph.signature import INDEX, SINGLE, WIDE_MARK, Tensor
 
 OPSET = 17  # the newest that TensorRT 8.5 reads
 IR_VERSION = 8  # the one of opset 17's time

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from t5_trt.architecture import Architecture
+from t5_trt.graph.architecture import Architecture
 
 CROSS_KV = "decoder.cross_kv"
 LM_HEAD = "lm_head"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from t5_trt.graph.forms import Form
-from t5_trt.relative_positions import distance_buckets
+from t5_trt.graph.builders import Form
+from t5_trt.graph.relative_positions import distance_buckets
 
 
 class RelativeBias:

@@ -1,4 +1,4 @@
-// What follows the choice of candidates in a step of beam search; t5_trt/generation/beam.py has the rules and the names.
+// What follows the choice of candidates in a step of beam search; t5_trt/generation/beam_search.py has the rules and the names.
 //
 // BEAMS, CANDIDATES and SPANS are defined when this is compiled. A block for each batch entry: its first warp chooses and decides, all
 // threads move the rows, a column each, in registers. The last block to finish tells whether the search is over.

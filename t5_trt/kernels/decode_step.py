@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from t5_trt.architecture import ACTIVATIONS, Architecture
+from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.kernels.compile import bindings, checked
 from t5_trt.kernels.launching import launch
 

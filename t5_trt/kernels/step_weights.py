@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
-from t5_trt.architecture import Architecture
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, materialize, parameters
-from t5_trt.graph.ranges import Folding
+from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels.decode_step import LayerWeights, StepWeights
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
-from t5_trt.relative_positions import distance_buckets
 
 
 class StepWeightsMaker:

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 
 import torch
 
-from t5_trt.architecture import Architecture
 from t5_trt.engine.store import EngineStore
 from t5_trt.errors import InputError
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
-from t5_trt.graph.ranges import Folding
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime.buffers import CrossStates, DecoderState
 from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.cuda_graph import StreamOrder, free_unused, out_of_memory
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
+from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.session import Choice, Program
 from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.torch_layers import TorchDecoder, TorchEncoder

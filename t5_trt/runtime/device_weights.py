@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from t5_trt.architecture import Architecture
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.parameters import Weights, materialize, parameters
-from t5_trt.graph.ranges import Folding
 
 
 class DeviceWeights:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from t5_trt.engine.profiles import Shapes
-from t5_trt.runtime.buffers import CrossStates
+from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, layered
+from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.session import Session
-from t5_trt.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, layered
 
 #: largest relative error (L2 over a row) that is rounding; a wrong row has about 1
 LIMITS = {"fp32": 5e-3, "tf32": 0.05, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
@@ -34,7 +34,7 @@ def worst_deviation(session: Session, reference: Session, graph: str, shapes: Sh
     Args:
         session: under test.
         reference: of the same weights, on the CPU in float32.
-        graph: one of `t5_trt.signature.GRAPHS`.
+        graph: one of `t5_trt.graph.signature.GRAPHS`.
         shapes: of the engine.
         seed: of the random inputs.
 

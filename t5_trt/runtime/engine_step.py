@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import SMALLEST, Shapes
+from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.precision import mask_value, real_type
-from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.graph.signature import STEP
 from t5_trt.runtime.cuda_graph import GraphMemory, record
+from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.session import Choice
-from t5_trt.runtime.trt_engines import Key, TrtEngines
-from t5_trt.runtime.trt_slot import Lease, RecordedStep, Slot, TrtProgram, program_of, recorded_step, run_step
-from t5_trt.signature import STEP
+from t5_trt.runtime.step_buffers import Lease, RecordedStep, Slot, TrtProgram, program_of, recorded_step, run_step
+from t5_trt.runtime.tensorrt_engines import Key, TrtEngines
 
 
 class EngineSlots:

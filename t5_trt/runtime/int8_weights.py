@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from t5_trt.architecture import Architecture
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.int8 import quantize
 from t5_trt.graph.parameters import Weights, parameters
 

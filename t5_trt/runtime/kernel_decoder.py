@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from t5_trt.architecture import Architecture
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.store import EngineStore
+from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.precision import mask_value, real_type
 from t5_trt.kernels.compile import stored_cubin
 from t5_trt.kernels.decode_step import (
@@ -29,10 +29,10 @@ from t5_trt.kernels.decode_step import (
     StepWeights,
     constants,
 )
-from t5_trt.runtime.buffers import CrossStates, DecoderState, bucket_length
 from t5_trt.runtime.cuda_graph import GraphMemory, record
+from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
 from t5_trt.runtime.session import Choice
-from t5_trt.runtime.trt_slot import (
+from t5_trt.runtime.step_buffers import (
     Lease,
     RecordedStep,
     Slot,

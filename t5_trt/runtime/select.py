@@ -16,7 +16,7 @@ from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.installation import gpu_is_here, install_command, why_no_cuda
 from t5_trt.kernels.compile import LEAST_CAPABILITY, missing_bindings
 from t5_trt.kernels.decode_step import refusal
-from t5_trt.runtime.ort_session import import_onnxruntime
+from t5_trt.runtime.onnxruntime_session import import_onnxruntime
 
 logger = logging.getLogger("t5_trt")
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from t5_trt.architecture import Architecture
-from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.graph.architecture import Architecture
+from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Session(Protocol):
         """Run the encoder or the many-query decoder once on full buffers, for finding where a result goes wrong.
 
         Args:
-            graph: `t5_trt.signature.ENCODER` or `QUERIES`.
+            graph: `t5_trt.graph.signature.ENCODER` or `QUERIES`.
             inputs: every input of the graph's signature, on the device, of buckets' sizes.
 
         Returns:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from t5_trt.runtime.buffers import CrossStates, DecoderState
+from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.session import Choice, Program
 
 

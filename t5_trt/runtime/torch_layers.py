@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from t5_trt.architecture import Architecture
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.graph.precision import empty_slot_value, mask_value, real_type
-from t5_trt.graph.ranges import Folding
+from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels.decode_step import StepWeights
 from t5_trt.kernels.reference import ACTIVATIONS
 from t5_trt.kernels.step_weights import unpacked_layer
 from t5_trt.kernels.weights import unpack_matrix
-from t5_trt.relative_positions import distance_buckets
 from t5_trt.runtime.device_weights import DeviceWeights
 
 #: in a mask of an encoder's padded input: there is no token. No mask of a user's has this value.

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from t5_trt.generation.processors import Recordable, device_forms, fingerprint
+from t5_trt.generation.request import GenerationPath
 from t5_trt.generation.sampling import draw
-from t5_trt.generation.support import GenerationPath
+from tests.generation.test_decode_loop import OTHER_NUMBERS, PROCESSORS, same_values
+from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.gpu.conftest import idle_slots
-from tests.test_decode_loop import OTHER_NUMBERS, PROCESSORS, same_values
-from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import VOCAB, batch
 
 LOGITS_ATOL = 1e-3  # as in test_tensorrt.py

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from t5_trt.architecture import ACTIVATIONS, Architecture
+from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.graph.precision import REAL_TYPES, mask_value
 from tests.gpu.test_kernels import SMALL, TOLERANCES, check, kernels, make
 

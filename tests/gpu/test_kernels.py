@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t5_trt.architecture import Architecture
+from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
 from t5_trt.kernels.decode_step import (

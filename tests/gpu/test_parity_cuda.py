@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.generation.support import GenerationPath
-from t5_trt.runtime.buffers import CrossStates
-from t5_trt.transformers_api import CACHE
+from t5_trt.compat import CACHE
+from t5_trt.generation.request import GenerationPath
+from t5_trt.runtime.kv_buffers import CrossStates
+from tests.generation.test_generate_interfaces import Recorder
+from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.gpu.test_decode_loop import LOGITS_ATOL, on_gpu
 from tests.gpu.test_tensorrt import OVERFLOWING
-from tests.test_changed_models import _block, _data, _head, _row, _scale, _step
-from tests.test_generate_interfaces import Recorder
-from tests.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.modeling.test_changed_models import _block, _data, _head, _row, _scale, _step
 from tests.tiny_models import KINDS, batch, make_stock
 
 ALL = {**CORE, **MORE}

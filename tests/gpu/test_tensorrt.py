@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
 from t5_trt.engine.store import EngineStore
 from t5_trt.runtime.kernel_decoder import KernelDecoder
-from t5_trt.runtime.trt_slot import Slot
-from t5_trt.transformers_api import CACHE
-from t5_trt.verification import block_errors, verify
+from t5_trt.runtime.step_buffers import Slot
+from t5_trt.tools.verify import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
 from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
 

@@ -1,0 +1,1 @@
+"""Checkpoints: their names and files, configs, tokenizers, and loading them through Transformers."""

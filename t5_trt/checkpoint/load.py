@@ -1,0 +1,339 @@
+"""Loading a checkpoint through Transformers, and refusing what is not whole.
+
+Transformers resolves hub ids and folders, prefers safetensors, maps them instead of reading them, and loads ``.bin``
+files with torch's weights-only unpickler. This module adds the checks that it leaves to a warning (missing tensors),
+takes the vocabulary size from the embedding's rows, and turns every failure into a `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import overrides
+from torch.utils import _device
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from t5_trt.checkpoint.families import check_family, type_without_name
+from t5_trt.checkpoint.files import EMBEDDING, TABLES, check_files, weights_message
+from t5_trt.checkpoint.model_names import check_folder
+from t5_trt.errors import CheckpointError, InputError, T5TRTError, UnsupportedModelError, causes, raise_hidden_interrupt
+
+#: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+#: more of its arguments that are no settings of the config, or are checked elsewhere
+_NO_SETTINGS = {*HUB_ARGUMENTS, "attn_implementation", "state_dict", "variant", "use_safetensors"}
+#: sizes of a model that runs nothing but the embedding, the last norm and the head
+_SMALLEST = {
+    "vocab_size": 1, "d_model": 4, "d_kv": 1, "d_ff": 1, "num_heads": 1, "num_layers": 0, "num_decoder_layers": 0,
+}  # fmt: skip
+Loader = Callable[..., tuple[Any, dict[str, Any]]]
+
+
+def load_config(
+    name_or_path: str, *, encoder_only: bool = False, changes: dict[str, Any] | None = None, **hub_arguments: Any
+) -> Any:
+    """Load the config of a hub id or folder and check that its family can be run.
+
+    Args:
+        name_or_path: hub id or folder.
+        encoder_only: an encoder is enough.
+        changes: arguments of ``from_pretrained``; those that are settings of the config are taken out and set.
+        hub_arguments: see HUB_ARGUMENTS.
+
+    Raises:
+        CheckpointError: there is no readable config.
+        UnsupportedModelError: it is of another family.
+    """
+    changes = {} if changes is None else changes
+    if not Path(name_or_path).is_file() and check_folder(name_or_path, hub_arguments.get("subfolder", "")):
+        check_files(Path(name_or_path) / hub_arguments.get("subfolder", ""))
+    offered = {name: value for name, value in changes.items() if name not in _NO_SETTINGS}
+    try:
+        config, unused = _read_config(name_or_path, **hub_arguments, **offered)
+    except T5TRTError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot load {name_or_path!r}: {error} Expected a folder written by save_pretrained() or the id of a model "
+            "on the Hugging Face hub."
+        ) from error
+    except Exception as error:  # damaged JSON, an unknown model_type, values of types that the class refuses
+        raise CheckpointError(
+            f"the config of {name_or_path!r} cannot be used: {type(error).__name__}: {error} Repair config.json, or download or "
+            "save the checkpoint again."
+        ) from error
+    for name in offered.keys() - unused.keys():
+        del changes[name]
+    check_family(config, encoder_only=encoder_only)
+    # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
+    config._attn_implementation = None
+    return config
+
+
+def _read_config(name_or_path: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """A config and the arguments that are none of its settings.
+
+    One without ``model_type`` is of the family that its ``architectures`` name, else a T5Config, as the Hugging Face class reads it.
+    """
+    try:
+        # None would ask on the terminal whether to run the checkpoint's code
+        return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
+            name_or_path, trust_remote_code=False, return_unused_kwargs=True, **arguments
+        )
+    except ValueError:
+        stored, _ = PreTrainedConfig.get_config_dict(name_or_path, **arguments)
+        if stored.get("model_type"):
+            raise
+    kind = type_without_name(stored)
+    config, unused = kind.from_pretrained(name_or_path, return_unused_kwargs=True, **arguments)
+    config.model_type = kind.model_type  # null, if the file says so
+    return config, unused
+
+
+def _check_not_quantized(name_or_path: str, config: Any) -> None:
+    """Refuse a checkpoint whose weights are quantized.
+
+    Raises:
+        UnsupportedModelError: naming the method.
+    """
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UnsupportedModelError(
+            f"the config of {name_or_path!r} has a quantization_config (method {method!r}); expected weights in float32, float16 "
+            "or bfloat16. Load the checkpoint that this one was made from, with precision='int8' for 8-bit matrices on a CPU."
+        )
+
+
+def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
+    """The tokenizer of a hub id or folder.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub_arguments)
+    except Exception as error:  # of Transformers, tokenizers, sentencepiece and the hub
+        raise CheckpointError(
+            f"cannot load a tokenizer from {name_or_path!r}: {type(error).__name__}: {error} Expected the tokenizer's files beside "
+            "config.json, as save_pretrained() writes them."
+        ) from error
+
+
+def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any, **arguments: Any) -> Any:
+    """Load a model and make sure that every weight came from the checkpoint.
+
+    Args:
+        load: a stock ``from_pretrained``.
+        name_or_path: hub id or folder.
+        config: of the model.
+        model_args: for `load`.
+        arguments: for `load`.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
+        UnsupportedModelError: the weights are quantized, have an adapter, or an embedding of each stack.
+        InputError: an argument is not known.
+    """
+    _check_not_quantized(name_or_path, config)
+    try:
+        with _torch_modes_kept():
+            model, info = load(
+                name_or_path,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **arguments,
+            )
+    except T5TRTError:
+        raise
+    except Exception as error:  # safetensors, torch, hub and OS errors share no base class
+        if isinstance(error, TypeError) and "keyword argument" in str(error):
+            raise InputError(
+                f"from_pretrained got an argument that is not known: {error}. Expected those of this class, of Transformers' "
+                "from_pretrained, or settings of the config."
+            ) from error
+        if isinstance(error, RuntimeError) and "meta device" in str(
+            error
+        ):  # of the caller's, and nothing is wrong with the files
+            raise
+        raise CheckpointError(weights_message(name_or_path, error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{name_or_path!r} has an adapter (adapter_config.json); expected the weights of a whole model. Load it with the Hugging "
+            "Face class, merge it (merge_and_unload() of peft) and save_pretrained() the result."
+        )
+    mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise CheckpointError(
+            f"{len(mismatched)} tensor(s) of {name_or_path!r} do not fit its config: {key} has shape {tuple(found)}, the "
+            f"config says {tuple(expected)}. Check that config.json and the weights belong together."
+        )
+    if missing:
+        raise CheckpointError(
+            f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected all weights of "
+            f"{type(model)._stock_class.__name__}. Load a complete checkpoint."
+        )
+    check_tables(model.state_dict())
+    return model
+
+
+def share_weights(
+    target: type[PreTrainedModel], source: Any, attention: str | None = None, device: torch.device | None = None
+) -> Any:
+    """A model of class `target` with the very parameters of `source`; on another device, with float32 copies of them.
+
+    Eager attention is the only kind that returns attention maps. It is set before the stacks copy the config: Transformers
+    5.17 does not reach them afterwards.
+
+    Raises:
+        UnsupportedModelError: `source` has not the tensors of that class.
+    """
+    config = source.config
+    if attention is not None:
+        config = copy.deepcopy(config)
+        config._attn_implementation = attention
+    state = source.state_dict(keep_vars=True)
+    rows = len(state[EMBEDDING]) if EMBEDDING in state else config.vocab_size
+    if rows != config.vocab_size:  # the matrix was exchanged, and the config tells the old size
+        config = copy.deepcopy(config)
+        config.vocab_size = rows
+    model = without_data(target, config)
+    check_tensors(state, model.state_dict(), target)
+    frozen = [key for key, tensor in state.items() if not tensor.requires_grad]
+    if device is not None and device.type != "cpu":
+        state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    made = model.state_dict(keep_vars=True)
+    for key in frozen:  # loading has made them trainable, in both models
+        made[key].requires_grad_(False)
+    if hasattr(source, "lm_head") and source.lm_head.weight is source.shared.weight:
+        model.lm_head.weight = model.shared.weight
+    return model.eval()
+
+
+def without_data(kind: type[PreTrainedModel], config: Any) -> Any:
+    """A model whose tensors have shapes only."""
+    with _torch_modes_kept(), torch.device("meta"):
+        return kind(config)
+
+
+def scales_decoder_output(kind: type[PreTrainedModel], config: Any) -> bool:
+    """Whether a class multiplies the decoder's output by d_model**-0.5 before the head.
+
+    Which setting decides differs by family and by version of Transformers, so a model of the class with this config, but no layers
+    and four dimensions, is run: its decoder's output, its head and so each product are ones. Takes about 4 ms.
+
+    Args:
+        kind: a Hugging Face ForConditionalGeneration class.
+        config: of the model.
+    """
+    config = copy.deepcopy(config)
+    for name, size in _SMALLEST.items():
+        setattr(config, name, size)
+    config.layer_norm_epsilon = 1e-6
+    model = without_data(kind, config).to_empty(device="cpu").eval()
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+        states = torch.ones((1, 1, _SMALLEST["d_model"]))
+        token = torch.zeros((1, 1), dtype=torch.int64, device="cpu")
+        logit = model(
+            encoder_outputs=(states.cpu(),), decoder_input_ids=token, use_cache=False, return_dict=True
+        ).logits
+    return float(logit) < 0.75 * _SMALLEST["d_model"]
+
+
+def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], kind: type) -> None:
+    """Refuse a model whose tensors are not those of its class: engines would run other ones.
+
+    The number of rows of the embedding is free.
+
+    Args:
+        found: the model's.
+        expected: those of a model of class `kind` with the model's config; shapes are enough.
+        kind: a Hugging Face class.
+
+    Raises:
+        UnsupportedModelError: tensors are missing, there are others, or one has another shape or no data.
+    """
+    missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or more:
+        named = [
+            f"{len(keys)} {what} (first {keys[0]!r})" for keys, what in ((missing, "missing"), (more, "more")) if keys
+        ]
+        raise UnsupportedModelError(
+            f"the model's tensors are not those of {kind.__name__}: {', '.join(named)}. Engines run that class's modules only: merge "
+            "adapters (merge_and_unload()), and run other changes with the Hugging Face class."
+        )
+    rows = len(found[EMBEDDING])
+    for key, tensor in expected.items():
+        if found[key].is_meta:
+            raise UnsupportedModelError(
+                f"{key} has no data here (device meta), as after accelerate.cpu_offload(); expected all weights in memory. Load the "
+                "model without offloading."
+            )
+        shape = (rows, *tensor.shape[1:]) if key in TABLES else tuple(tensor.shape)
+        if tuple(found[key].shape) != shape:
+            what_to_do = (
+                f"as {EMBEDDING} has. Engines look up and score one vocabulary: use resize_token_embeddings(), which changes both "
+                "matrices and the config, or the Hugging Face class."
+                if key in TABLES
+                else "as the config says. Use the Hugging Face class."
+            )
+            raise UnsupportedModelError(f"{key} has shape {tuple(found[key].shape)}; expected {shape}, {what_to_do}")
+    check_tables(found)
+
+
+def check_tables(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model whose encoder or decoder looks tokens up in a matrix of its own.
+
+    Args:
+        tensors: of the model's state dict.
+
+    Raises:
+        UnsupportedModelError: naming it.
+    """
+    shared = tensors[EMBEDDING]
+    for key in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        table = tensors.get(key, shared)
+        if table.data_ptr() != shared.data_ptr() and not torch.equal(table, shared):
+            raise UnsupportedModelError(
+                f"{key} has other values than {EMBEDDING}; expected one matrix for both: engines look tokens up in a single one. Use "
+                "the Hugging Face class."
+            )
+
+
+@contextmanager
+def _torch_modes_kept() -> Iterator[None]:
+    """Leave torch's modes as they were when Ctrl-C comes while ``torch.device("meta")`` is at work, here or in Transformers.
+
+    Every torch function under it takes it off a stack and puts it back. An interrupt in between leaves the process without
+    it, which ends in a RuntimeError that hides the interrupt; one while it is left leaves a process whose tensors have no data.
+    An interrupted context manager of torch's puts it back when it is freed, with the error's frames: so those go first.
+    """
+    modes, device = overrides._get_current_function_mode_stack(), _device.CURRENT_DEVICE  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except BaseException as error:
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+            for cause in causes(error):
+                traceback.clear_frames(cause.__traceback__)
+        while overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            overrides._pop_mode()  # type: ignore[no-untyped-call]
+        for mode in modes:
+            overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+        _device.CURRENT_DEVICE = device
+        raise_hidden_interrupt(error)
+        raise

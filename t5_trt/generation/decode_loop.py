@@ -1,0 +1,289 @@
+"""The decode loop: launches step after step, looks at their reports a few steps late, and stops.
+
+It knows neither engines nor Transformers' loop: a session gives it a `Program` (one decoder step and a choice of tokens,
+recorded as one CUDA graph where there is a GPU), a choice says what its report means.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from t5_trt.compat import orders_drawn_beams
+from t5_trt.generation.beam_search import BeamChoice, BeamRules, finished_beams
+from t5_trt.generation.eager import EagerBeamChoice, EagerCalls, EagerTokenChoice
+from t5_trt.generation.processors import Recordable, device_forms
+from t5_trt.generation.report_reader import STEPS_AHEAD, Watcher
+from t5_trt.generation.request import Request
+from t5_trt.generation.sampling import Ending, GpuDraws, TokenChoice
+from t5_trt.runtime.exits import pause_at_exit
+from t5_trt.runtime.kv_buffers import DecoderState, bucket_length
+from t5_trt.runtime.session import Program, Session
+
+
+@dataclass
+class Outcome:
+    """What a loop made.
+
+    Attributes:
+        sequences: int64 [rows, tokens], with the prompt.
+        scores: processed scores of every step, float32 [R, V], if they were asked for.
+        logits: unprocessed logits, likewise.
+        sequences_scores: float32 [rows], of beams.
+        beam_indices: int32 [rows, new tokens], of beams.
+    """
+
+    sequences: torch.Tensor
+    scores: list[torch.Tensor] | None = None
+    logits: list[torch.Tensor] | None = None
+    sequences_scores: torch.Tensor | None = None
+    beam_indices: torch.Tensor | None = None
+
+
+class DecodeLoop(ABC):
+    """One request on its way; an entry is a source with all of its beams.
+
+    Args:
+        session: runs the decoder.
+        state: an empty cache of R rows; afterwards it holds all tokens but the last, unless rows were dropped.
+        request: see `t5_trt.generation.request.Request`.
+        check_length: raises if a cache must not hold so many tokens.
+    """
+
+    beams = 1
+
+    def __init__(
+        self, session: Session, state: DecoderState, request: Request, check_length: Callable[[int], None]
+    ) -> None:
+        assert request.limit is not None
+        self.session, self.state, self.request = session, state, request
+        self._check_length = check_length
+        self._given = request.prompt.shape[1]
+        self._steps = max(request.limit - self._given, 1)
+        longest = max(request.limit, math.ceil(request.config.max_length or 0), self._given + 1)
+        self.capacity = bucket_length(longest, session.choice_tokens)
+        scores: list[torch.Tensor] | None = [] if request.wants_scores else None
+        logits: list[torch.Tensor] | None = [] if request.wants_logits else None
+        self.eager = None if request.recordable else EagerCalls(request.processors, request.criteria, scores, logits)
+        self._entries = torch.arange(len(request.prompt) // self.beams)  # those still decoded
+        self._kept: list[torch.Tensor] | None = None  # results of all entries, once some were dropped
+
+    @abstractmethod
+    def make(self, entries: int) -> Any:
+        """A new choice."""
+
+    @abstractmethod
+    def settings(self) -> tuple[Hashable, ...]:
+        """What a choice does, besides its processors."""
+
+    @abstractmethod
+    def begin(self, choice: Any) -> None:
+        """Give the prompt to a choice."""
+
+    def run(self) -> Outcome:
+        """Decode to the end."""
+        program = self._program()
+        self.begin(program.choice)
+        if self._given > 1:
+            self._check_length(self._given - 1)
+            self.session.decode(self.state, self.request.prompt[:, :-1])
+        program.feed(self.request.prompt[:, -1:])
+        draws = GpuDraws(self.session.device)
+        program, made = self._drive(program)
+        draws.rewind(self.state.length + 1 - self._given, made)
+        self.state.crop(self._given + made - 1)
+        self._keep(program.choice, made)
+        assert self._kept is not None
+        outcome = self.outcome(self._kept, made)
+        if self.eager is not None:
+            outcome.scores, outcome.logits = (
+                None if kept is None else kept[:made] for kept in (self.eager.scores, self.eager.logits)
+            )
+        return outcome
+
+    @abstractmethod
+    def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
+        """The result from what the choices left for each entry, after `made` new tokens."""
+
+    def processing(self) -> Recordable:
+        """The request's processors as device forms: anew for each choice, which keeps their numbers."""
+        device = self.session.device
+        forms = device_forms(self.request.processors, self.session.arch.vocab_size, self.capacity, device)
+        assert forms is not None
+        return Recordable(forms)
+
+    def _program(self) -> Program:
+        entries, key = len(self._entries), None
+        if self.eager is None:  # the same key for all requests that one recorded step can serve
+            if not self.request.config.do_sample:  # of more rows others would be drawn
+                entries = self.session.decoded_rows(self.state) // self.beams
+            key = (entries, self.capacity, *self.settings(), *self.request.fingerprints)
+        program = self.session.program(self.state, lambda: self.make(entries), key)
+        if key is not None:  # the choice may be another request's
+            program.choice.process.load(self.request.processors)
+        return program
+
+    def _drive(self, program: Program) -> tuple[Program, int]:
+        """Launch steps until a report says that all is over; the last program and the number of steps that count."""
+        request = self.request
+        # code of the user's in every step must not be called in vain: no step ahead then
+        ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
+        watcher, made, deadline = Watcher(program.choice, ahead), 0, request.deadline
+        for step in range(1, self._steps + 1):
+            pause_at_exit()
+            self._check_length(self.state.length + 1)
+            if self.state.length == self.state.capacity:
+                self.state.reserve(1)
+                program = self._moved(program)
+            if deadline is not None and time.time() > deadline:
+                program.choice.expired.fill_(True)
+            program.launch()
+            watcher.post(program.choice, self.state.length)
+            reports = watcher.take(all_of_them=step == self._steps)
+            shrinks = bool(reports) and self._should_shrink(reports[-1])
+            if shrinks:
+                reports += watcher.take(all_of_them=True)
+            for report in reports:
+                made += 1
+                if request.streamer is not None:
+                    request.streamer.put(report[1 + program.choice.rows :][: len(self._entries)].clone())
+                if bool(report[0]):
+                    return program, made
+            if shrinks and self._should_shrink(reports[-1]):  # the newest may tell of fewer entries still
+                program = self._shrunk(program, reports[-1], made)
+                watcher = Watcher(program.choice, ahead)
+        return program, made
+
+    def _moved(self, program: Program, rows: torch.Tensor | None = None) -> Program:
+        """A program over the state as it is now, standing where another one stands, with all entries or with `rows`."""
+        moved = self._program()
+        moved.choice.take_over(program.choice, rows)
+        tokens = program.tokens.view(-1, self.beams)
+        moved.feed((tokens if rows is None else tokens[rows]).reshape(-1, 1))
+        return moved
+
+    @cached_property
+    def _may_shrink(self) -> bool:
+        """Not with sampling (other shapes draw other numbers), nor where the caller gets a cache of all rows.
+
+        Nor with sources that were given once for each beam.
+        """
+        request, config = self.request, self.request.config
+        seen_outside = request.streamer is not None or config.return_dict_in_generate
+        shared = self.state.cross.beams == self.beams
+        return self.eager is None and shared and not config.do_sample and not seen_outside
+
+    def _should_shrink(self, report: torch.Tensor) -> bool:
+        """Whether to go on with fewer entries: half of them are over, and fewer cost less."""
+        entries = len(self._entries)
+        if entries == 1 or not self._may_shrink:
+            return False
+        going = entries - int(report[1 : 1 + entries].sum())
+        return 0 < going <= entries // 2 and self.session.gains_by_shrinking(self.state, going)
+
+    def _shrunk(self, program: Program, report: torch.Tensor, made: int) -> Program:
+        self._keep(program.choice, made)
+        going = (report[1 : 1 + len(self._entries)] == 0).nonzero()[:, 0]
+        device = self.session.device
+        self.state = self.state.select_entries(going.to(device))
+        self._entries = self._entries[going]
+        return self._moved(program, going.to(device))
+
+    def _keep(self, choice: Any, made: int) -> None:
+        """Copy the results of the entries that are being decoded to their places among all."""
+        results = [result[: len(self._entries)] for result in choice.results(self._given + made)]
+        if self._kept is None:
+            self._kept = [result.clone() for result in results]
+            return
+        places = self._entries.to(self.session.device)
+        for kept, result in zip(self._kept, results, strict=True):
+            kept.index_copy_(0, places, result)
+
+
+class TokenLoop(DecodeLoop):
+    """Greedy search and sampling."""
+
+    @cached_property
+    def _ending(self) -> Ending:
+        return Ending(self.request.eos, self.request.pad)
+
+    def make(self, entries: int) -> TokenChoice | EagerTokenChoice:
+        """See `DecodeLoop.make`."""
+        sample, device = bool(self.request.config.do_sample), self.session.device
+        if self.eager is not None:
+            return EagerTokenChoice(entries, self.eager, self.request.pad, do_sample=sample, device=device)
+        return TokenChoice(entries, self.capacity, self.processing(), self._ending, do_sample=sample, device=device)
+
+    def settings(self) -> tuple[Hashable, ...]:
+        """See `DecodeLoop.settings`."""
+        return "tokens", bool(self.request.config.do_sample), self._ending
+
+    def begin(self, choice: TokenChoice | EagerTokenChoice) -> None:
+        """See `DecodeLoop.begin`."""
+        choice.begin(self.request.prompt)
+
+    def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
+        """See `DecodeLoop.outcome`."""
+        return Outcome(results[0][:, : self._given + made].clone())
+
+
+class BeamLoop(DecodeLoop):
+    """Beam search and beam sampling."""
+
+    def __init__(self, session: Session, state: DecoderState, request: Request, check_length: Any) -> None:
+        self.rules = beam_rules(request.config, request.eos)
+        self.beams = self.rules.num_beams
+        super().__init__(session, state, request, check_length)
+
+    def make(self, entries: int) -> BeamChoice:
+        """See `DecodeLoop.make`."""
+        device = self.session.device
+        if self.eager is not None:
+            return EagerBeamChoice(entries, self.capacity, self.eager, self.rules, device=device)
+        return BeamChoice(entries, self.capacity, self.processing(), self.rules, device=device)
+
+    def settings(self) -> tuple[Hashable, ...]:
+        """See `DecodeLoop.settings`."""
+        return "beams", self.rules
+
+    def begin(self, choice: BeamChoice) -> None:
+        """See `DecodeLoop.begin`."""
+        limit = self.request.limit
+        assert limit is not None
+        choice.begin(self.request.prompt, limit, self.request.config.max_length or limit)
+
+    def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
+        """See `DecodeLoop.outcome`."""
+        count = self.request.config.num_return_sequences
+        sequences, scores, indices = finished_beams(*results, given=self._given, count=count)
+        return Outcome(sequences, sequences_scores=scores, beam_indices=indices)
+
+
+def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
+    """The rules of a generation config, as ``GenerationMixin._beam_search`` reads them.
+
+    Args:
+        config: a ``GenerationConfig`` with its special tokens prepared.
+        eos: tokens that end a row by a stopping criterion.
+    """
+    ends, pad = config._eos_token_tensor, config._pad_token_tensor
+    # what stands behind the end of a row: the stock loop's `pad or eos`, by which a pad token 0 is not used
+    fill = -1 if ends is None else int(pad) if pad is not None and int(pad) else int(ends[0])
+    return BeamRules(
+        num_beams=config.num_beams,
+        candidates=max(2, 1 + (0 if ends is None else len(ends))) * config.num_beams,
+        length_penalty=float(config.length_penalty),
+        # what equals True without being it counts as False, as in the stock loop
+        early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
+        do_sample=bool(config.do_sample),
+        orders_draws=bool(config.do_sample) and orders_drawn_beams(),
+        eos=eos,
+        fill=fill,
+    )

@@ -1,0 +1,183 @@
+"""Which requests the device loop takes, as one table; all others run in Transformers' own loop over our forward pass.
+
+| part of a request | device loop | recorded with the step |
+|---|---|---|
+| greedy, sampling, beam search, beam sampling | yes | yes |
+| processors in `t5_trt.generation.processors.DEVICE_FORMS` | yes | yes |
+| any other processor (custom, prefix constraints, watermark, ...) | yes | no: called after each step |
+| criteria: length, end tokens, time | yes | yes |
+| any other criterion (custom, stop strings) | yes | no: called after each step |
+| output_scores, output_logits | yes | no: copied after each step |
+| streamers, decoder prompts, several end tokens, num_return_sequences | yes | yes |
+| what `REFUSALS` lists | no | |
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process, stopping_criteria
+
+from t5_trt.compat import CACHE
+from t5_trt.generation.kv_cache import EngineCache
+from t5_trt.generation.processors import fingerprint, has_device_form
+
+
+@dataclass(frozen=True)
+class GenerationPath:
+    """How the last ``generate()`` ran.
+
+    Attributes:
+        loop: "device", "transformers" or "reference" (the stock PyTorch model).
+        reason: why not "device"; empty if it was.
+    """
+
+    loop: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.loop + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``GenerationMixin._sample`` and ``_beam_search``.
+
+    Attributes:
+        prompt: int64 [R, tokens].
+        processors: of the logits, in order.
+        criteria: all that can end a row.
+        config: the ``GenerationConfig``.
+        model_kwargs: of the forward pass.
+        streamer: takes tokens as they are made.
+        synced_gpus: other processes wait for ours in every step.
+    """
+
+    prompt: torch.Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: Any
+    model_kwargs: dict[str, Any]
+    streamer: Any = None
+    synced_gpus: bool = False
+
+    @property
+    def cache(self) -> Any:
+        """The cache to decode with; None without one."""
+        return self.model_kwargs.get(CACHE)
+
+    def for_inputs(self, model_kwargs: dict[str, Any]) -> Request:
+        """This request for other inputs. What was found out about it stays known."""
+        other = copy.copy(self)
+        other.__dict__["model_kwargs"] = model_kwargs
+        return other
+
+    @cached_property
+    def limit(self) -> int | None:
+        """Tokens at which every row is over."""
+        limits = [c.max_length for c in self.criteria if type(c) is stopping_criteria.MaxLengthCriteria]
+        return None if not limits else math.ceil(min(limits))  # Transformers takes fractions
+
+    @property
+    def deadline(self) -> float | None:
+        """``time.time()`` at which every row is over."""
+        times = [c for c in self.criteria if type(c) is stopping_criteria.MaxTimeCriteria]
+        return min((c.initial_timestamp + c.max_time for c in times), default=None)
+
+    @cached_property
+    def eos(self) -> tuple[int, ...]:
+        """Tokens that end a row."""
+        ends = [c for c in self.criteria if type(c) is stopping_criteria.EosTokenCriteria]
+        return tuple(dict.fromkeys(int(token) for c in ends for token in c.eos_token_id.flatten().tolist()))
+
+    @cached_property
+    def fingerprints(self) -> tuple[Hashable, ...]:
+        """Of the processors, which all have a device form."""
+        return tuple(map(fingerprint, self.processors))
+
+    @cached_property
+    def pad(self) -> int | None:
+        """What follows the end of a row; None where Transformers does not stop writing."""
+        if not any(hasattr(c, "eos_token_id") for c in self.criteria):
+            return None
+        return int(self.config._pad_token_tensor)
+
+    @property
+    def custom_criteria(self) -> list[Any]:
+        """Criteria that must be called after every step."""
+        return [c for c in self.criteria if type(c) not in _CRITERIA]
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether processed scores are returned."""
+        return bool(self.config.return_dict_in_generate and self.config.output_scores)
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether unprocessed logits are returned."""
+        return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+    @property
+    def known_processors(self) -> bool:
+        """Whether all processors have a device form."""
+        return all(has_device_form(processor) for processor in self.processors)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the choice of tokens can be one CUDA graph with the step; see the table above."""
+        return self.known_processors and not (self.custom_criteria or self.wants_scores or self.wants_logits)
+
+
+_CRITERIA = (
+    stopping_criteria.MaxLengthCriteria,
+    stopping_criteria.MaxTimeCriteria,
+    stopping_criteria.EosTokenCriteria,
+)
+
+
+def _hides_decoder_tokens(request: Request) -> bool:
+    mask = request.model_kwargs.get("decoder_attention_mask")
+    if mask is None:
+        return False
+    mask = torch.as_tensor(mask)  # of labels it is longer than the prompt; one that is shorter hides the rest
+    return mask.shape[-1] < request.prompt.shape[1] or not bool((mask[..., : request.limit] != 0).all())
+
+
+def _cache_in_use(request: Request) -> bool:
+    return not isinstance(request.cache, EngineCache) or request.cache.state is not None
+
+
+def _calls_the_model(request: Request) -> bool:
+    return any(isinstance(p, logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in request.processors)
+
+
+def _masks_of_more_axes(request: Request) -> bool:
+    masks = (request.model_kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    return any(mask is not None and torch.as_tensor(mask).dim() > 2 for mask in masks)
+
+
+#: reason -> whether it keeps a request out of the device loop
+REFUSALS: dict[str, Callable[[Request], bool]] = {
+    "synced_gpus": lambda request: request.synced_gpus,
+    "use_cache=False": lambda request: not request.model_kwargs.get("use_cache", True),
+    "a cache from an earlier call": _cache_in_use,
+    "an attention mask of more than two axes": _masks_of_more_axes,
+    "a decoder_attention_mask that hides tokens": _hides_decoder_tokens,
+    "decoder_inputs_embeds": lambda request: request.model_kwargs.get("decoder_inputs_embeds") is not None,
+    "guidance_scale": _calls_the_model,
+    "this model is the assistant": lambda request: bool(getattr(request.config, "is_assistant", False)),
+    "no maximum length": lambda request: request.limit is None,
+    "low_memory": lambda request: bool(getattr(request.config, "low_memory", False)),
+}
+
+
+def refusal(request: Request) -> str | None:
+    """Why a request needs Transformers' loop, or None if the device loop takes it."""
+    return next((reason for reason, applies in REFUSALS.items() if applies(request)), None)

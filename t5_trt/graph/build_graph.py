@@ -1,0 +1,80 @@
+"""Write T5's encoder and decoder as ONNX graphs (opset 17), straight from config and weights.
+
+Nothing is computed: the results are `onnx_ir.Model` objects that sessions bind or engines are built from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.builders import DeviceForm, Form, HostForm
+from t5_trt.graph.decoder import build_decoder
+from t5_trt.graph.encoder import build_cross, build_encoder
+from t5_trt.graph.int8 import Int8DeviceForm, Int8HostForm
+from t5_trt.graph.parameters import Weights
+from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
+
+__all__ = ["build_device_graph", "build_host_graph"]
+
+
+def build_host_graph(
+    graph: str,
+    arch: Architecture,
+    weights: Weights,
+    real: ir.DataType,
+    index: ir.DataType = ir.DataType.INT64,
+    fixed: Mapping[str, int] | None = None,
+    *,
+    quantized: Weights | None = None,
+    taps: bool = False,
+) -> ir.Model:
+    """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as initializers.
+
+    Args:
+        graph: its name.
+        arch: of the model.
+        weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
+        real: compute type of weights and activations.
+        index: type of ids, positions and masks.
+        fixed: axis letter of `t5_trt.graph.signature` -> size, for axes that are known.
+        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of all else is float32 then.
+        taps: also put out the residual stream after every block, named "encoder.block.0" and so on.
+    """
+    if quantized is not None:
+        return _build(graph, Int8HostForm(graph, arch, weights, quantized), taps)
+    return _build(graph, HostForm(graph, arch, weights, real, index, fixed), taps)
+
+
+def build_device_graph(
+    graph: str,
+    arch: Architecture,
+    real: ir.DataType,
+    index: ir.DataType = ir.DataType.INT32,
+    fixed: Mapping[str, int] | None = None,
+    *,
+    quantized: Weights | None = None,
+    taps: bool = False,
+) -> ir.Model:
+    """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as inputs, named as in `t5_trt.graph.parameters`.
+
+    Arguments as for `build_host_graph`, but that `quantized` is what `t5_trt.graph.int8.quantize_for_device` made, and in the
+    graph.
+    """
+    if quantized is not None:
+        return _build(graph, Int8DeviceForm(graph, arch, real, quantized, fixed), taps)
+    return _build(graph, DeviceForm(graph, arch, real, index, fixed), taps)
+
+
+def _build(graph: str, form: Form, taps: bool) -> ir.Model:
+    if taps:
+        form.tap_layers()
+    if graph in (ENCODER, ENCODER_EMBEDS):
+        return build_encoder(form, embeds=graph == ENCODER_EMBEDS)
+    if graph == CROSS:
+        return build_cross(form)
+    if graph in (STEP, QUERIES):
+        return build_decoder(form, queries=graph == QUERIES)
+    raise KeyError(graph)

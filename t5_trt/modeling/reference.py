@@ -1,0 +1,66 @@
+"""The Hugging Face model behind a model on engines: containers of its own around the very same layers.
+
+Layers (embeddings, linear layers, norms, dropout, activations) are shared as objects, so whatever a user exchanges or sets on them
+counts for both. Containers (stacks, blocks, attention) are made anew, because they hold the config, which asks for eager attention here.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from t5_trt.checkpoint.load import check_tensors, without_data
+from t5_trt.modeling.layer_checks import check_layers
+
+
+def make_reference(model: Any, kind: type[PreTrainedModel], device: torch.device) -> PreTrainedModel:
+    """A Hugging Face model with the layers of `model`; on another device than the CPU, with float32 copies of them.
+
+    Args:
+        model: a model on engines.
+        kind: its Hugging Face class.
+        device: where the result runs.
+
+    Raises:
+        UnsupportedModelError: the model has other modules than that class.
+    """
+    config = copy.deepcopy(model.config)
+    # the only kind that returns attention maps; set first, because Transformers 5.17 does not reach the stacks' copies afterwards
+    config._attn_implementation = "eager"
+    made: PreTrainedModel = without_data(kind, config)
+    check_tensors(model.state_dict(), made.state_dict(), kind)
+    check_layers(model, made)
+    take_layers(made, model)
+    return made if device.type == "cpu" else _on_device(made, device)
+
+
+def take_layers(target: nn.Module, source: nn.Module) -> None:
+    """Put the layers of `source`, its modules without children, in the places of those of `target`."""
+    for name, container in target.named_modules(remove_duplicate=False):
+        ours = source.get_submodule(name)
+        for child in list(container._modules):
+            layer = ours._modules[child]
+            if layer is None or not layer._modules:
+                container._modules[child] = layer
+
+
+def follow(reference: nn.Module, model: nn.Module) -> None:
+    """Give the containers of a reference the settings of their counterparts: mode, dropout of attention, gradient checkpointing."""
+    for name, theirs in reference.named_modules(remove_duplicate=False):
+        ours = model.get_submodule(name)
+        for key, value in ours.__dict__.items() if ours is not theirs else ():
+            if (isinstance(value, bool | int | float) and key[0] != "_") or key == "_gradient_checkpointing_func":
+                theirs.__dict__[key] = value
+
+
+def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model with its layers copied to a device, in float32; tied parameters stay tied."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        moved = parameter.detach().to(device, torch.float32)
+        memo[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,241 @@
+"""The memory of one decoding request: cross-attention K/V and the static self-attention cache, each with one owner.
+
+Only torch is used here; which engine reads the buffers is the session's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from t5_trt.errors import InputError
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.signature import layered
+
+SMALLEST_BUCKET = 64
+
+
+def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """Cache length that is allocated for a number of tokens: the next power of two, at least `smallest`."""
+    return max(smallest, 1 << max(tokens - 1, 0).bit_length())
+
+
+def layer_views(prefix: str, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The K and V slices of a [L, 2, ...] buffer under the names of `t5_trt.graph.signature.layered`."""
+    pairs = (buffer[layer, kind] for layer in range(len(buffer)) for kind in (0, 1))
+    return dict(zip(layered(prefix, len(buffer)), pairs, strict=True))
+
+
+@dataclass
+class CrossStates:
+    """Cross-attention K and V of every decoder layer for one batch of sources.
+
+    Attributes:
+        kv: [L, 2, B, H, S, D], K at index 0 and V at index 1 of the second axis.
+        beams: N, the decoder rows that share each batch entry; rows of one entry are neighbours.
+        used: (B, S) of the request where the buffer is padded to an engine's shapes; None if it is not.
+    """
+
+    kv: torch.Tensor
+    beams: int = 1
+    used: tuple[int, int] | None = None
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.used[0] if self.used else int(self.kv.shape[2])
+
+    @property
+    def rows(self) -> int:
+        """R = B * N."""
+        return self.batch * self.beams
+
+    @property
+    def source_length(self) -> int:
+        """S."""
+        return self.used[1] if self.used else int(self.kv.shape[4])
+
+    def for_beams(self, beams: int) -> CrossStates:
+        """The same memory, shared by `beams` times as many decoder rows."""
+        return CrossStates(self.kv, self.beams * beams, self.used)
+
+    def select(self, rows: torch.Tensor) -> CrossStates:
+        """A copy in which decoder row i reads what row ``rows[i]`` read before."""
+        return CrossStates(self.kv.index_select(2, rows // self.beams), used=(len(rows), self.source_length))
+
+
+@dataclass
+class DecoderState:
+    """The self-attention cache of R decoder rows and what else their next step reads.
+
+    Attributes:
+        kv: [L, 2, R, H, T, D]; entries from `length` on are meaningless and never read. Engines may want more rows than
+            the request has; those come last and mean nothing.
+        new: [L, 2, R, H, 1, D], where the one-token step leaves its K and V.
+        length: tokens in the cache.
+        cross: the sources' K and V.
+        cross_bias: [B, 1, 1, S], 0 or the mask value.
+        smallest_bucket: the least T that is allocated.
+        ancestors: uint8 [R, T + 1], where a session's beams have moved in it and not in `kv`: token t of row i lies in row
+            ``ancestors[i, t]`` of i's batch entry. None where every row has its own; see `materialize`.
+        bindings: what a session prepared for these buffers; it is dropped whenever an address or a shape changes.
+    """
+
+    kv: torch.Tensor
+    new: torch.Tensor
+    cross: CrossStates
+    cross_bias: torch.Tensor
+    length: int = 0
+    smallest_bucket: int = SMALLEST_BUCKET
+    bindings: dict[str, Any] = field(default_factory=dict)
+    ancestors: torch.Tensor | None = None
+    _scratch: torch.Tensor | None = None
+
+    @classmethod
+    def allocate(
+        cls, arch: Architecture, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int
+    ) -> DecoderState:
+        """A new, empty cache with room for `capacity_tokens` (rounded up to a bucket)."""
+        shape = (arch.decoder_layers, 2, cross.kv.shape[2] * cross.beams, arch.num_heads)
+        # zeros: masked entries are still multiplied, by probability 0, and 0 * NaN would be NaN
+        kv = cross.kv.new_zeros((*shape, bucket_length(capacity_tokens), arch.d_kv))
+        return cls(kv, cross.kv.new_zeros((*shape, 1, arch.d_kv)), cross, cross_bias)
+
+    @property
+    def rows(self) -> int:
+        """R, without padding."""
+        return self.cross.rows
+
+    @property
+    def capacity(self) -> int:
+        """T, the tokens that fit without growing."""
+        return int(self.kv.shape[4])
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more; the contents are kept, the buffer doubles as often as needed."""
+        if self.length + tokens <= self.capacity:
+            return
+        self.materialize()
+        grown = self.kv.new_zeros(
+            (*self.kv.shape[:4], bucket_length(self.length + tokens, self.smallest_bucket), self.kv.shape[5])
+        )
+        grown[..., : self.length, :] = self.kv[..., : self.length, :]
+        self.kv, self.ancestors, self._scratch = grown, None, None
+        self.bindings.clear()
+
+    def materialize(self) -> None:
+        """Put every token's K and V into its own row; whoever reads `kv` in another way than by `ancestors` does this first."""
+        if self.ancestors is None:
+            return
+        beams, length = self.cross.beams, self.length
+        first = torch.arange(self.rows, device=self.kv.device) // beams * beams
+        rows = first[:, None] + self.ancestors[: self.rows, :length]
+        tokens = torch.arange(length, device=self.kv.device)
+        for layer in self.kv:
+            ordered = layer.permute(1, 3, 0, 2, 4)[rows, tokens]  # [R, length, 2, H, D]
+            layer[:, : self.rows, :, :length].copy_(ordered.permute(2, 0, 3, 1, 4))
+        own_beams(self.ancestors, beams)
+        self.ancestors = None
+
+    def append(self, new: torch.Tensor) -> None:
+        """Write K/V of Q new tokens, [L, 2, R, H, Q, D], behind the ones that are there; room must be reserved."""
+        count = new.shape[4]
+        self.kv[:, :, : new.shape[2]].narrow(4, self.length, count).copy_(new)
+        self.length += count
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from `length` on.
+
+        Raises:
+            InputError: `length` is negative or larger than what the cache holds.
+        """
+        if not 0 <= length <= self.length:
+            raise InputError(f"cannot crop a cache of {self.length} tokens to {length}; expected 0 to {self.length}.")
+        self.length = length
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i continues what row ``rows[i]`` held, as beam search asks after every token.
+
+        Args:
+            rows: int64 [R] on the buffer's device.
+        """
+        self.materialize()
+        rows = rows.to(self.kv.device)
+        parents = torch.arange(self.rows, device=rows.device) // self.cross.beams
+        if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
+            self._rearrange(rows)
+            return
+        padding = torch.arange(len(rows), self.kv.shape[2], device=rows.device)
+        rows = torch.cat((rows, padding))
+        if self._scratch is None:
+            self._scratch = self.kv.new_empty(self.kv[0].numel())
+        for layer in self.kv:  # one layer's scratch serves all: the copy stays in cache and is never reallocated
+            filled = layer[..., : self.length, :]
+            moved = self._scratch[: filled.numel()].view(filled.shape)
+            torch.index_select(filled, 1, rows, out=moved)
+            filled.copy_(moved)
+
+    def select(self, rows: torch.Tensor) -> DecoderState:
+        """A copy with other rows: row i of it is row ``rows[i]`` of this one; the number of rows may change."""
+        self.materialize()
+        rows = rows.to(self.kv.device)
+        kv = self.kv.index_select(2, rows)
+        bias = self.cross_bias.index_select(0, rows // self.cross.beams)
+        new = self.new.index_select(2, rows)
+        return DecoderState(kv, new, self.cross.select(rows), bias, self.length, self.smallest_bucket)
+
+    def select_entries(self, entries: torch.Tensor) -> DecoderState:
+        """A copy with some of the batch entries, in the order of `entries`, each with all of its beams."""
+        self.materialize()
+        beams = self.cross.beams
+        rows = (entries[:, None] * beams + torch.arange(beams, device=entries.device)).flatten()
+        used = (len(entries), self.cross.source_length)
+        cross = CrossStates(self.cross.kv.index_select(2, entries), beams, used)
+        kv, new = self.kv.index_select(2, rows), self.new.index_select(2, rows)
+        bias = self.cross_bias.index_select(0, entries)
+        return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket)
+
+    def hide_keys(self, cross_bias: torch.Tensor) -> None:
+        """Replace the cross bias; in place where the shape allows it, so that bindings stay good."""
+        if cross_bias.shape == self.cross_bias.shape:
+            self.cross_bias.copy_(cross_bias)
+        else:
+            self.cross_bias = cross_bias
+            self.bindings.clear()
+
+    def separate_sources(self) -> None:
+        """Give every row its own copy of its source's K/V, so that rows of one source may have different masks."""
+        self._rearrange(torch.arange(self.rows, device=self.kv.device))
+
+    def _rearrange(self, rows: torch.Tensor) -> None:
+        """Move into the copy that `select` makes: every row with a source of its own."""
+        own = self.select(rows)
+        self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
+        self.ancestors = self._scratch = None
+        self.bindings.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:
+        """An independent copy, without the bindings: they point at this object's memory."""
+        return self.select(torch.arange(self.rows, device=self.kv.device))
+
+
+def own_beams(ancestors: torch.Tensor, beams: int) -> None:
+    """Let every row of `DecoderState.ancestors` be its own ancestor."""
+    ancestors.copy_((torch.arange(len(ancestors), device=ancestors.device) % beams)[:, None])
+
+
+def move_ancestors(ancestors: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> None:
+    """Row i goes on with what row ``parents[i]`` had up to a position, and with its own next token.
+
+    Args:
+        ancestors: uint8 [R, T + 1].
+        parents: int64 [r], of the first r rows; each names a row of its own batch entry.
+        position: int64 [1].
+        beams: N.
+    """
+    moved = ancestors[: len(parents)]
+    moved.copy_(moved.index_select(0, parents))
+    own = torch.arange(len(parents), device=ancestors.device) % beams
+    moved.index_copy_(1, position + 1, own[:, None].to(ancestors.dtype))

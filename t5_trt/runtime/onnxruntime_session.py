@@ -1,0 +1,314 @@
+"""ONNX Runtime on CPU: the engine of every machine without an NVIDIA GPU, and the yardstick for the others.
+
+The matrices are not copied: ONNX Runtime reads the very memory of the torch parameters, which for a float32
+safetensors checkpoint is the mapped file. Inputs and outputs are bound to torch tensors, so a step allocates its logits
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from t5_trt.errors import BackendError, raise_hidden_interrupt
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.build_graph import build_host_graph
+from t5_trt.graph.parameters import Weights
+from t5_trt.graph.precision import mask_value
+from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
+from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
+from t5_trt.runtime.session import Choice
+
+#: smaller tensors go into the model itself, where graph optimizers may read their values
+SHARED_FROM_BYTES = 1 << 16
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+
+
+class OrtSession:
+    """Runs the graphs of one model with ONNX Runtime; each is loaded when it is first needed.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> CPU tensor; it is kept, and its memory read, for as long as the session lives.
+        num_threads: of every operator; None takes torch's.
+        prepack_weights: see `t5_trt.config.RuntimeConfig`.
+        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
+
+    Raises:
+        BackendError: onnxruntime cannot be imported.
+    """
+
+    backend = "onnxruntime"
+    device = torch.device("cpu")
+    dtype = torch.float32
+    choice_tokens = SMALLEST_BUCKET
+    steps_by = "engine"
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: Weights,
+        *,
+        num_threads: int | None = None,
+        prepack_weights: bool | None = None,
+        quantized: Weights | None = None,
+    ) -> None:
+        self.arch = arch
+        self.precision = "fp32" if quantized is None else "int8"
+        self._quantized = quantized
+        self.num_threads = num_threads or torch.get_num_threads()
+        self._weights = weights
+        # packed 8-bit matrices take a quarter of float32 ones
+        self._prepack = True if quantized is not None else prepack_weights
+        self._ort = import_onnxruntime()
+        self._sessions: dict[tuple[str, bool], Any] = {}  # by graph, and whether its matrices are packed
+        self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
+        self._loading = threading.Lock()
+
+    def encode(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        beams: int | None = None,
+    ) -> tuple[torch.Tensor, CrossStates]:
+        """See `t5_trt.runtime.session.Session.encode`."""
+        batch, length = attention_mask.shape
+        cross = self._new_cross(batch, length)
+        hidden = torch.empty((batch, length, self.arch.d_model), dtype=torch.float32)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            graph, source = ENCODER, {"input_ids": input_ids.contiguous()}
+        else:
+            graph, source = ENCODER_EMBEDS, {"inputs_embeds": inputs_embeds.contiguous()}
+        inputs = source | {"attention_mask": attention_mask.contiguous()}
+        self._run(graph, inputs, {"encoder_hidden_states": hidden} | layer_views("cross", cross.kv))
+        return hidden, cross
+
+    def project_cross(self, hidden: torch.Tensor) -> CrossStates:
+        """See `t5_trt.runtime.session.Session.project_cross`."""
+        cross = self._new_cross(hidden.shape[0], hidden.shape[1])
+        self._run(CROSS, {"encoder_hidden_states": hidden.contiguous()}, layer_views("cross", cross.kv))
+        return cross
+
+    def start(
+        self, cross: CrossStates, capacity_tokens: int, attention_mask: torch.Tensor | None = None
+    ) -> DecoderState:
+        """See `t5_trt.runtime.session.Session.start`."""
+        if attention_mask is None:
+            attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64)
+        bias = self.cross_bias(attention_mask, cross)
+        return DecoderState.allocate(self.arch, cross, bias, capacity_tokens)
+
+    def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.cross_bias`."""
+        return _additive(attention_mask)
+
+    def decode(
+        self, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `t5_trt.runtime.session.Session.decode`."""
+        rows, queries = input_ids.shape
+        state.reserve(queries)
+        logits = torch.empty((rows, queries, self.arch.vocab_size), dtype=torch.float32)
+        if queries == 1 and key_mask is None:
+            self._step(state, input_ids, logits)
+            state.append(state.new)
+            return logits
+        bias = torch.zeros((rows, 1, 1, state.capacity + queries), dtype=torch.float32)
+        if key_mask is not None:  # cached keys first, then unused slots (hidden by the graph itself), then new keys
+            extra = _additive(key_mask)
+            bias[..., : state.length] = extra[..., : state.length]
+            bias[..., state.capacity :] = extra[..., state.length :]
+        new = torch.empty((*state.kv.shape[:4], queries, self.arch.d_kv), dtype=torch.float32)
+        inputs = self._decoder_inputs(state) | {
+            "decoder_input_ids": input_ids.contiguous(),
+            "position": torch.tensor([state.length]),
+            "key_bias": bias,
+        }
+        self._run(QUERIES, inputs, {"logits": logits} | layer_views("new", new))
+        state.append(new)
+        return logits
+
+    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+        return batch < state.cross.batch
+
+    def decoded_rows(self, state: DecoderState) -> int:
+        """See `t5_trt.runtime.session.Session.decoded_rows`."""
+        return state.rows
+
+    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
+        """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""
+        return OrtProgram(self, state, make())
+
+    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `t5_trt.runtime.session.Session.streams`."""
+        session = self._load(graph, bool(self._prepack), taps=True)
+        names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
+        found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `t5_trt.runtime.session.Session.weight_bytes`."""
+        return 0
+
+    def loaded_graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that are loaded."""
+        return tuple(dict.fromkeys(graph for graph, _ in self._sessions))
+
+    def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        if STEP not in state.bindings or state.bindings[STEP][0] is not self:  # a cache may outlive its engines
+            session = self._session(STEP, several_rows=state.rows > 1)
+            tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+            binding = session.io_binding()
+            inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
+            _bind(binding.bind_input, inputs)
+            _bind(binding.bind_output, layer_views("new", state.new))
+            state.bindings[STEP] = (self, session, binding, tokens, position, inputs)
+        _, session, binding, tokens, position, _ = state.bindings[STEP]
+        tokens.copy_(input_ids)
+        position.fill_(state.length)
+        _bind(binding.bind_output, {"logits": logits})
+        self._call(session, binding)
+
+    def _decoder_inputs(self, state: DecoderState) -> dict[str, torch.Tensor]:
+        buffers = layer_views("past", state.kv) | layer_views("cross", state.cross.kv)
+        return buffers | {"cross_bias": state.cross_bias}
+
+    def _new_cross(self, batch: int, length: int) -> CrossStates:
+        arch = self.arch
+        return CrossStates(
+            torch.empty((arch.decoder_layers, 2, batch, arch.num_heads, length, arch.d_kv), dtype=torch.float32)
+        )
+
+    def _run(self, graph: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        session = self._session(graph)
+        binding = session.io_binding()
+        _bind(binding.bind_input, inputs)
+        _bind(binding.bind_output, outputs)
+        self._call(session, binding)
+
+    def _call(self, session: Any, binding: Any) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises its own classes, which derive from Exception only
+            raise BackendError(
+                f"ONNX Runtime failed while running a graph: {error}. The model stays usable; if memory ran out, use a "
+                "smaller batch or fewer beams."
+            ) from error
+
+    def _session(self, graph: str, *, several_rows: bool = False) -> Any:
+        with self._loading:
+            packed = bool(self._prepack) or (self._prepack is None and several_rows)
+            if self._prepack is None and (graph, True) in self._sessions:
+                packed = True  # it is there, and as good for one row
+            if (graph, packed) not in self._sessions:
+                self._sessions[graph, packed] = self._load(graph, packed)
+            return self._sessions[graph, packed]
+
+    def _load(self, graph: str, packed: bool, *, taps: bool = False) -> Any:
+        real = ir.DataType.FLOAT
+        model = build_host_graph(graph, self.arch, self._weights, real, quantized=self._quantized, taps=taps)
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.num_threads
+        options.log_severity_level = 3
+        # one block for all results of a run: faster for the many small ones of a step, but blocks of ever other sizes fill the arena
+        options.enable_mem_pattern = graph == STEP
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        # a spinning pool steals cycles from torch's threads, which run between two steps
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        for value in list(model.graph.initializers.values()):
+            assert value.name is not None and value.const_value is not None
+            if value.const_value.nbytes >= SHARED_FROM_BYTES:
+                if value.name not in self._shared:
+                    array = value.const_value.numpy()
+                    self._shared[value.name] = self._ort.OrtValue.ortvalue_from_numpy(array)
+                options.add_initializer(value.name, self._shared[value.name])
+                value.const_value = ir.ExternalTensor(
+                    "weights",
+                    0,
+                    None,
+                    value.const_value.dtype,
+                    shape=ir.Shape(value.const_value.shape.numpy()),
+                    name=value.name,
+                )
+        try:
+            # The proto only names the shared weights. ONNX Runtime still wants the file that it names to exist.
+            with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
+                (Path(folder) / "weights").write_bytes(bytes(16))
+                path = Path(folder) / "model.onnx"
+                path.write_bytes(ir.to_proto(model).SerializeToString())
+                return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise_hidden_interrupt(error)
+            raise BackendError(
+                f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
+                "Runtime 1.20 or newer; if this one is, please report the message."
+            ) from error
+        finally:  # nodes and values of a graph hold each other, and would hold the weights until garbage is collected
+            for value in model.graph.initializers.values():
+                value.const_value = None
+
+
+class OrtProgram:
+    """A step and a choice, one after the other; see `t5_trt.runtime.session.Program`."""
+
+    def __init__(self, session: OrtSession, state: DecoderState, choice: Any) -> None:
+        self.choice = choice
+        self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
+        self._session, self._state = session, state
+        self._logits = torch.empty((state.rows, 1, session.arch.vocab_size), dtype=torch.float32)
+        self._position = torch.zeros(1, dtype=torch.int64)
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        """See `t5_trt.runtime.session.Program.feed`."""
+        self.tokens.copy_(tokens)
+
+    def launch(self) -> None:
+        """See `t5_trt.runtime.session.Program.launch`."""
+        state = self._state
+        self._position.fill_(state.length)
+        self._session._step(state, self.tokens, self._logits)
+        state.append(state.new)
+        chosen, parents = self.choice.advance(self._logits[:, 0], self._position)
+        self.tokens.copy_(chosen[:, None])
+        if parents is not None:
+            state.reorder(parents)
+
+
+def import_onnxruntime() -> Any:
+    """Import onnxruntime.
+
+    Raises:
+        BackendError: it is not installed, or its library does not load.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"the backend 'onnxruntime' needs the package onnxruntime, which did not import ({error}). Install it with "
+            "`pip install onnxruntime`, or use a machine with TensorRT and backend='tensorrt'."
+        ) from error
+    return onnxruntime
+
+
+def _additive(mask: torch.Tensor) -> torch.Tensor:
+    """0 where a mask [rows, keys] is non-zero, else the mask value: [rows, 1, 1, keys]."""
+    bias = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(mask == 0, mask_value(ir.DataType.FLOAT))
+    return bias[:, None, None, :]
+
+
+def _bind(bind: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Bind tensors, which must be contiguous, by address; whoever calls keeps them alive while the binding lives."""
+    for name, tensor in tensors.items():
+        bind(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

@@ -1,0 +1,141 @@
+"""Opening the session of a model on the backend that `t5_trt.runtime.select` chose."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from t5_trt.config import BuildConfig, RuntimeConfig
+from t5_trt.engine.provider import EngineProvider
+from t5_trt.engine.store import EngineStore
+from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Folding, Ranges, fold
+from t5_trt.graph.int8 import quantize_for_device
+from t5_trt.graph.parameters import Weights
+from t5_trt.kernels.step_weights import StepWeightsMaker
+from t5_trt.runtime.cuda_session import CudaSession
+from t5_trt.runtime.forks import check_cuda_after_fork
+from t5_trt.runtime.int8_weights import load_int8_weights, weights_digest
+from t5_trt.runtime.kernel_decoder import KernelDecoder
+from t5_trt.runtime.onnxruntime_session import OrtSession
+from t5_trt.runtime.select import Placement
+from t5_trt.runtime.session import Session
+from t5_trt.runtime.tensorrt_session import TrtSession
+
+logger = logging.getLogger("t5_trt")
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """What a plan is bound to: the GPU's name and compute capability."""
+    properties = torch.cuda.get_device_properties(device)
+    return {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
+
+
+def choose_folding(
+    arch: Architecture, weights: Weights, precision: str, seen: Callable[[], Ranges], *, calibrated: bool = False
+) -> Folding:
+    """The factors that keep engines of a precision in range; none but in half precision. Arguments as of `open_session`."""
+    if precision not in ("fp16", "int8"):
+        return Folding()
+    folding = fold(arch, weights, seen() if calibrated else None)
+    if not folding.certain:
+        logger.info("the weights alone set no useful bound to half precision: a few inputs are tried in float32")
+        folding = fold(arch, weights, seen())
+    if folding != Folding():
+        inner, branches = (
+            ", ".join(f"{factor:g}" for factor in sorted(set(factors.values()))) or "1"
+            for factors in (folding.inner, folding.branches)
+        )
+        stream = "float32" if folding.wide_stream else "half precision too"
+        logger.info(
+            "half precision: feed-forward layers are kept at %s of their value, what layers add to the stream at %s, the "
+            "embedding at %g; streams are %s",
+            inner,
+            branches,
+            folding.embedding,
+            stream,
+        )
+    return folding
+
+
+def eight_bits(arch: Architecture, weights: Weights, folding: Folding, precision: str) -> dict[str, Any]:
+    """What an `EngineProvider` of a precision needs to know of 8-bit weights; empty but for "int8"."""
+    if precision != "int8":
+        return {}
+    digest = f"{weights_digest(arch, weights)} {sorted(folding.branches.items())} {sorted(folding.inner.items())}"
+    return {"quantized": lambda: dict(quantize_for_device(arch, weights, folding)), "weights": digest}
+
+
+def open_session(
+    arch: Architecture,
+    weights: Weights,
+    config: RuntimeConfig,
+    placement: Placement,
+    build: BuildConfig,
+    seen: Callable[[], Ranges],
+    *,
+    calibrated: bool = False,
+) -> Session:
+    """Open the session of a model on this machine.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> CPU tensor; kept by the session.
+        config: what the user asked for.
+        placement: what `t5_trt.runtime.select.resolve` made of it.
+        build: settings of the engine builder.
+        seen: measures the largest activations, where half precision needs them.
+        calibrated: `seen` measures texts of the user's, which go before bounds from the weights.
+
+    Raises:
+        BackendError: this process was forked from one that had used the GPU.
+    """
+    store = EngineStore(config.cache_dir, config.engine_cache_bytes)
+    if placement.backend == "onnxruntime":
+        quantized = load_int8_weights(arch, weights, store) if placement.precision == "int8" else None
+        threads, prepack = config.num_threads, config.prepack_weights
+        return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
+    check_cuda_after_fork()
+    folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
+    if placement.backend == "cuda":
+        with torch.cuda.device(placement.device):
+            return CudaSession(arch, weights, placement.device, placement.precision, folding, store)
+    assert placement.flavor is not None
+    provider = EngineProvider(
+        folding.architecture(arch),
+        store,
+        build,
+        precision=placement.precision,
+        flavor=placement.flavor,
+        gpu=gpu_facts(placement.device),
+        bundle=config.bundled_engines,
+        show_progress=config.show_progress,
+        **eight_bits(arch, weights, folding, placement.precision),
+    )
+    with torch.cuda.device(placement.device):
+        kernels = None
+        if placement.decode == "kernels" and arch.decoder_layers:
+            step_weights = StepWeightsMaker(arch, weights, placement.dtype, placement.device, folding).make()
+            kernels = KernelDecoder(
+                arch,
+                step_weights,
+                placement.dtype,
+                placement.device,
+                placement.precision,
+                folding.embedding,
+                store,
+            )
+        return TrtSession(
+            provider,
+            weights,
+            load_tensorrt(placement.flavor),
+            placement.device,
+            strict=config.strict,
+            reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
+            folding=folding,
+            kernels=kernels,
+        )

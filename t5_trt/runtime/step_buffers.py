@@ -1,0 +1,325 @@
+"""A slot of the TensorRT session: the buffers of one shape and the decoder steps that were recorded over them.
+
+A slot is lent to one `DecoderState` at a time and used again for the next request of the same shape, so that only the
+first one records. A step may have a choice of tokens recorded with it: engine, K/V write, choice and the next step's
+input are then one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from t5_trt.engine.profiles import Shapes
+from t5_trt.graph.architecture import Architecture
+from t5_trt.runtime import cuda_kernels
+from t5_trt.runtime.cuda_graph import NotRecordableError, Unrecorded, undisturbed
+from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, layer_views, move_ancestors, own_beams
+from t5_trt.runtime.session import NextStep
+
+logger = logging.getLogger("t5_trt")
+
+#: recorded steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
+STEPS_KEPT = 8
+
+
+@dataclass
+class RecordedStep:
+    """A CUDA graph of one decoder step and the choice that is part of it (None: the step alone)."""
+
+    graph: Any
+    choice: Any
+
+    def replay(self, slot: Slot, state: DecoderState) -> None:
+        """Run the step for a state that lives in the slot, without waiting for it."""
+        if slot.position_host != state.length:
+            slot.set_position(state.length)
+        self.graph.replay()
+        state.length += 1
+        slot.position_host = state.length
+
+
+@dataclass
+class Slot:
+    """Fixed buffers of one shape with the context and the recorded steps that were bound to them."""
+
+    shapes: Shapes
+    kv: torch.Tensor  # [L, 2, R, H, T, D]
+    qkv: torch.Tensor  # [L, R, 1, 3, H, D], what a step makes; K and V of it go into the cache
+    cross: torch.Tensor  # [L, 2, B, H, S, D]
+    cross_bias: torch.Tensor  # [B, 1, 1, S]
+    tokens: torch.Tensor  # int32 [R, 1]
+    position: torch.Tensor  # int64 [1]
+    positions: torch.Tensor  # int32, the same as the step reads it: [1] for an engine, [R] for the kernels
+    logits: torch.Tensor  # float32 [R, 1, V]
+    context: Any = None
+    weights: Sequence[torch.Tensor] = ()  # that the context reads
+    steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
+    position_host: int = -1  # what `position` holds
+    reads_empty_places: bool = True  # the step reads the whole cache, and hides what is not there yet
+    ancestors: torch.Tensor | None = (
+        None  # uint8 [R, T + 1], see `DecoderState`; None where rows of the cache move, or are single
+    )
+
+    @classmethod
+    def allocate(cls, arch: Architecture, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Slot:
+        """Buffers of one shape, zeros.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: GPU memory ran out.
+        """
+        rows, zeros = shapes.B * shapes.N, partial(torch.zeros, device=device)
+        heads = arch.num_heads
+        return cls(
+            shapes=shapes,
+            kv=zeros((arch.decoder_layers, 2, rows, heads, shapes.T, arch.d_kv), dtype=dtype),
+            qkv=zeros((arch.decoder_layers, rows, 1, 3, heads, arch.d_kv), dtype=dtype),
+            cross=zeros((arch.decoder_layers, 2, shapes.B, heads, shapes.S, arch.d_kv), dtype=dtype),
+            cross_bias=zeros((shapes.B, 1, 1, shapes.S), dtype=dtype),
+            tokens=zeros((rows, 1), dtype=torch.int32),
+            position=zeros(1, dtype=torch.int64),
+            positions=zeros(1, dtype=torch.int32),
+            logits=torch.empty((rows, 1, arch.vocab_size), dtype=torch.float32, device=device),
+        )
+
+    def take_in(self, state: DecoderState, mask_value: float) -> None:
+        """Copy a state into the buffers and have it use them from now on; `mask_value` hides sources behind its own."""
+        cross = state.cross
+        state.materialize()
+        _overlay(self.cross, cross.kv)
+        self._set_bias(state.cross_bias, mask_value)
+        if self.reads_empty_places:  # and multiplies what is there by a probability of 0
+            self.kv.zero_()
+        if state.length:
+            self.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
+        self.position_host = -1
+        if self.ancestors is not None:
+            own_beams(self.ancestors, cross.beams)
+        state.kv, state.cross_bias = self.kv, self.cross_bias
+        state.cross = CrossStates(self.cross, cross.beams, (cross.batch, cross.source_length))
+
+    def _set_bias(self, bias: torch.Tensor, mask_value: float) -> None:
+        grown = bias
+        if bias.shape != self.cross_bias.shape:
+            grown = torch.full_like(self.cross_bias, mask_value)
+            grown[: bias.shape[0], ..., : bias.shape[3]].copy_(bias[: grown.shape[0], ..., : grown.shape[3]])
+        self.cross_bias.copy_(grown)
+
+    def set_position(self, position: int) -> None:
+        """Where the next step writes."""
+        self.position.fill_(position)
+        self.positions.fill_(position)
+
+    def move_on(self, position: torch.Tensor) -> None:
+        """Have the next step write behind a position, int64 [1], which moves on too."""
+        position.add_(1)
+        self.positions.copy_(position.expand_as(self.positions))
+
+    def step_tensors(self) -> dict[str, torch.Tensor]:
+        """Inputs and outputs of a step's engine by name."""
+        tensors = {"decoder_input_ids": self.tokens, "position": self.positions, "logits": self.logits}
+        return tensors | made_rows(self.qkv) | self.cache_tensors()
+
+    def cache_tensors(self) -> dict[str, torch.Tensor]:
+        """What every decoder engine reads, by name."""
+        layers = layer_views("past", self.kv) | layer_views("cross", self.cross)
+        return layers | {"cross_bias": self.cross_bias}
+
+
+class Lease:
+    """Brings a slot back to its session when the state that used it lets go of it."""
+
+    def __init__(self, slot: Slot, idle: list[Slot], owner: object) -> None:
+        self.slot = slot
+        self._idle = idle
+        self._owner = weakref.ref(owner)
+
+    def of(self, owner: object) -> bool:
+        """Whether `owner` lent the slot: another one's has other weights, and may be of another kind."""
+        return self._owner() is owner
+
+    def __del__(self) -> None:
+        self._idle.append(self.slot)
+
+
+class TrtProgram:
+    """See `t5_trt.runtime.session.Program`.
+
+    Args:
+        slot: that `state` lives in.
+        state: of the request.
+        step: recorded, with its choice or without.
+        choice: what to do after a step that was recorded without one.
+    """
+
+    def __init__(self, slot: Slot, state: DecoderState, step: RecordedStep, choice: Any) -> None:
+        self._slot, self._state, self._step = slot, state, step
+        # what is read of the slot while the state moves on to a larger one stays its own
+        self._lease = state.bindings.get("lease")
+        self._apart = choice is not None
+        self.choice = step.choice if choice is None else choice
+        self._draws = self.choice.draws and not self._apart
+        self.tokens = slot.tokens[: state.rows]
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        """See `t5_trt.runtime.session.Program.feed`."""
+        self.tokens.copy_(tokens)
+
+    def launch(self) -> None:
+        """See `t5_trt.runtime.session.Program.launch`."""
+        with undisturbed() if self._draws else nullcontext():
+            self._step.replay(self._slot, self._state)
+        self._state.ancestors = self._slot.ancestors
+        if self._apart:
+            apply_choice(self._slot, self.choice, self._slot.position - 1)
+
+
+def recorded_step(
+    slot: Slot, state: DecoderState, key: Hashable, choice: Any, work: Callable[[], None], record: Callable[..., Any]
+) -> RecordedStep:
+    """The step of a slot with a choice (None: without), recorded when it is first wanted.
+
+    Args:
+        slot: that `state` lives in.
+        state: of the request.
+        key: of the choice; None for the step alone.
+        choice: with the buffers that the recording keeps.
+        work: what is recorded: the step and, if there is one, the choice.
+        record: makes a CUDA graph of work.
+
+    Raises:
+        NotRecordableError: the choice cannot be recorded.
+    """
+    if key in slot.steps:
+        slot.steps.move_to_end(key)
+        return slot.steps[key]
+    started = time.perf_counter()
+    kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
+    slot.set_position(0)
+    try:
+        graph: Any = record(work)
+    except NotRecordableError as error:
+        if choice is not None:
+            raise
+        logger.warning("the decoder step is not recorded (%s); it runs kernel by kernel.", str(error))
+        graph = Unrecorded(work)
+    finally:
+        slot.kv[..., : state.length, :].copy_(kept)
+        if slot.ancestors is not None:
+            own_beams(slot.ancestors, slot.shapes.N)
+        slot.position_host = -1
+    slot.steps[key] = RecordedStep(graph, choice)
+    logger.debug("captured a decoder step for %s in %.1f ms", slot.shapes, (time.perf_counter() - started) * 1e3)
+    while len(slot.steps) > STEPS_KEPT:
+        slot.steps.popitem(last=False)
+    return slot.steps[key]
+
+
+def program_of(
+    slot: Slot,
+    state: DecoderState,
+    make: Callable[[], Any],
+    key: Hashable,
+    recorded: Callable[[Any, DecoderState, Hashable, Any], RecordedStep],
+    unrecordable: set[Hashable],
+) -> TrtProgram:
+    """A program over a slot: its choice is recorded with the step, or runs after it.
+
+    Args:
+        slot: that `state` lives in.
+        state: as of `t5_trt.runtime.session.Session.program`, like `make` and `key`.
+        make: a new choice.
+        key: equal for choices that do the same; None always makes a new one.
+        recorded: gives the step of a slot, see `recorded_step`.
+        unrecordable: keys of choices that could not be recorded; another one is added.
+    """
+    if key is not None and key not in unrecordable:
+        found = slot.steps.get(key)
+        choice = make() if found is None else found.choice
+        try:
+            return TrtProgram(slot, state, recorded(slot, state, key, choice), None)
+        except NotRecordableError as error:  # an operation that waits for the GPU, say
+            unrecordable.add(key)
+            logger.warning(
+                "the choice of tokens is not recorded with the decoder step (%s); it runs after it.",
+                str(error),  # a log that keeps its arguments would keep the buffers, too
+            )
+    return TrtProgram(slot, state, recorded(slot, state, None, None), make())
+
+
+def run_step(slot: Slot, choice: Any, enqueue: Callable[[Slot], None]) -> None:
+    """What is recorded: engine, K/V write, choice, next position."""
+    enqueue(slot)
+    slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
+    if choice is None:
+        slot.move_on(slot.position)
+    else:
+        apply_choice(slot, choice, slot.position)
+
+
+def apply_choice(slot: Slot, choice: Any, position: torch.Tensor, best: torch.Tensor | None = None) -> None:
+    """Choose tokens after a step, make them the next input, let rows change places, and move the position on.
+
+    Args:
+        slot: with the step's logits.
+        choice: see `t5_trt.runtime.session.Choice`.
+        position: int64 [1], of the step.
+        best: what the step left in place of logits, see `NextStep`.
+    """
+    rows = choice.rows
+    following = None  # where rows of the cache move, torch does what is left
+    if slot.ancestors is not None or not choice.moves_rows:
+        ancestors = None if slot.ancestors is None else slot.ancestors[:rows]
+        following = NextStep(slot.tokens[:rows], slot.positions, best, ancestors)
+    made = choice.advance(slot.logits[:rows, 0], position, following)
+    if made is None:
+        return
+    chosen, parents = made
+    slot.tokens[:rows].copy_(chosen[:, None])
+    if parents is not None:
+        if slot.ancestors is None:
+            reorder_rows(slot.kv, parents, position, slot.shapes.N)
+        else:
+            move_ancestors(slot.ancestors, parents, position, slot.shapes.N)
+    slot.move_on(position)
+
+
+def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> None:
+    """Row i of a cache [L, 2, R, H, T, D] continues what row ``parents[i]`` held; rows beyond those named stay as they are.
+
+    On a GPU a kernel moves the tokens up to `position` (int64 [1]) only; those behind it are of no row yet.
+    """
+    if cuda_kernels.reorder_rows(kv, parents, position, beams):
+        return
+    for layer in kv:  # layer by layer: the copy is small enough to stay in the GPU's cache
+        rows = layer[:, : len(parents)]
+        rows.copy_(rows.index_select(1, parents))
+
+
+def made_rows(qkv: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs of a decoder engine by name, out of [L, R, Q, 3, H, D]."""
+    return {f"new_qkv_{layer}": rows for layer, rows in enumerate(qkv)}
+
+
+def cache_rows(qkv: torch.Tensor) -> torch.Tensor:
+    """K and V out of [L, R, Q, 3, H, D] as the cache keeps them, [L, 2, R, H, Q, D]; a view."""
+    return qkv[:, :, :, 1:].permute(0, 3, 1, 4, 2, 5)
+
+
+def _overlay(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy what both [.., B, H, S, D] buffers have room for; the rest of the target becomes zero."""
+    if target.shape == source.shape:
+        target.copy_(source)
+        return
+    target.zero_()
+    batch, length = (min(target.shape[axis], source.shape[axis]) for axis in (2, 4))
+    target[:, :, :batch, :, :length].copy_(source[:, :, :batch, :, :length])

@@ -1,0 +1,265 @@
+"""How long does ``generate()`` take, on engines and in Hugging Face's own class, and are the tokens the same?
+
+Both run in this process, on the same device, in turns. What comes out are plain records (dicts that JSON can hold);
+`t5_trt.tools.records` keeps and shows them. Parts of a call are not timed here: see ``benchmarks/h100.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from t5_trt.checkpoint.load import load_config, load_tokenizer
+from t5_trt.checkpoint.tokenizing import padded, token_rows
+from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.errors import InputError
+from t5_trt.generation.search_settings import length_limit, one_search
+from t5_trt.modeling import TRTT5ForConditionalGeneration
+from t5_trt.tools.environment import environment
+from t5_trt.tools.random_models import RANDOM, random_source, random_t5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One request to time.
+
+    Attributes:
+        batch: rows.
+        source_tokens: of each row, where tokens are random.
+        new_tokens: that every row generates, no fewer and no more.
+        num_beams: 1 is greedy search, or sampling.
+        do_sample: draw tokens, with the same seed before every call.
+    """
+
+    batch: int = 1
+    source_tokens: int = 32
+    new_tokens: int = 64
+    num_beams: int = 1
+    do_sample: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "source_tokens", "new_tokens", "num_beams"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} got {value!r}; expected an integer of at least 1.")
+
+
+@dataclass
+class Contestant:
+    """A model, and what its ``generate()`` gets besides the request."""
+
+    model: Any
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Contest:
+    """What `load_contest` loaded.
+
+    Attributes:
+        name: of the model, for records.
+        ours: the model on engines.
+        rivals: name in records, such as "hf_eager_fp32", -> Hugging Face's model on the same device.
+        left_out: name in records -> why that one is not measured.
+        tokenizer: of the checkpoint, or None where its weights are random.
+    """
+
+    name: str
+    ours: TRTT5ForConditionalGeneration
+    rivals: dict[str, Contestant]
+    left_out: dict[str, str]
+    tokenizer: Any = None
+
+
+def load_contest(
+    model: str, *, stock: bool = True, texts: bool = False, threads: int | None = None, **options: Any
+) -> Contest:
+    """Load a model on engines, and Hugging Face's class with the same weights on the same device.
+
+    On a GPU Hugging Face runs in float32, in float16, and in float16 with a static cache and torch.compile; on a CPU in
+    float32 only.
+
+    Args:
+        model: a folder, a hub id, or "random:" and a key of `SHAPES`.
+        stock: also load Hugging Face's class.
+        texts: also load the tokenizer.
+        threads: CPU threads of both; None leaves torch's number.
+        options: as of ``from_pretrained``, such as ``backend`` and ``precision``.
+
+    Raises:
+        InputError: there is no such random model, or `texts` with one.
+        T5TRTError: loading failed, see ``TRTT5ForConditionalGeneration.from_pretrained``.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    shape = model.removeprefix(RANDOM) if model.startswith(RANDOM) else None
+    if shape is not None and texts:
+        raise InputError(
+            f"texts got a model with random weights, {model!r}, which has no tokenizer. Name a checkpoint."
+        )
+    if shape is not None:
+        first = random_t5(shape)
+        ours = TRTT5ForConditionalGeneration.from_model(first, num_threads=threads, **options)
+        name = f"{shape} shapes, random weights, seed 0"
+    else:
+        ours = TRTT5ForConditionalGeneration.from_pretrained(model, num_threads=threads, **options)
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        safe: dict[str, Any] = {"config": load_config(model), "trust_remote_code": False}
+        first = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval() if stock else None
+    contest = Contest(name, ours, {}, {}, load_tokenizer(model) if texts else None)
+    if stock and ours.device.type == "cpu":
+        contest.rivals["hf_eager_fp32"] = Contestant(first)
+        contest.left_out = {
+            "hf_eager_fp16": "float16 is measured on GPUs only",
+            "hf_compiled_fp16": "Transformers compiles generate() on GPUs only",
+        }
+    elif stock:  # copies: from_model shares the memory of `first`
+        half = copy.deepcopy(first).half().to(ours.device)
+        contest.rivals["hf_eager_fp32"] = Contestant(copy.deepcopy(first).to(ours.device))
+        contest.rivals["hf_eager_fp16"] = Contestant(half)
+        if find_spec("triton"):
+            contest.rivals["hf_compiled_fp16"] = Contestant(half, {"cache_implementation": "static"})
+        else:  # torch finds out after half a minute, and in every case anew
+            contest.left_out["hf_compiled_fp16"] = "torch.compile needs the package triton, which is not installed"
+    return contest
+
+
+def measure(contest: Contest, case: Case, runs: int = 5, texts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Time one request on all models of a contest.
+
+    The first call of each model, which builds and opens engines or compiles, and a second one are not among the runs.
+
+    Args:
+        contest: the models.
+        case: the request.
+        runs: timed calls of each model, in turns.
+        texts: sources, repeated until there are `case.batch` of them; None takes random tokens.
+
+    Returns:
+        The record. ``*_ms`` are medians and ``*_p90_ms`` 90th percentiles in milliseconds of the whole ``generate()`` call,
+        ``*_first_call_s`` seconds, ``speedup`` and ``tokens_equal`` are against ``hf_eager_fp32`` and None without it.
+
+    Raises:
+        InputError: `runs` is below 1, `texts` is empty, or there is no tokenizer for them.
+        T5TRTError: our model failed. One of Hugging Face's that fails is left out, and the record says why.
+    """
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise InputError(f"runs got {runs!r}; expected an integer of at least 1.")
+    ours, request = contest.ours, _request(contest, case, texts)
+    running, tokens, first_call_s, left_out = _warm_up(contest, request)
+    loop = str(ours.last_generation_path)
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(runs):
+        for name, contestant in running.items():
+            times[name].append(_call(contestant, request, ours.device)[1] * 1e3)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    record: dict[str, Any] = {
+        "model": contest.name,
+        "backend": ours.session.backend,
+        "precision": ours.session.precision,
+        "decode": ours.session.steps_by,
+        "prepack_weights": ours.runtime_config.prepack_weights,
+        "batch": case.batch,
+        "source_tokens": request["input_ids"].shape[1],
+        "new_tokens": case.new_tokens,
+        "num_beams": case.num_beams,
+        "do_sample": case.do_sample,
+        "source": "random tokens" if texts is None else "texts",
+        "threads": torch.get_num_threads(),
+        "runs": runs,
+    }
+    for name, found in times.items():
+        record[f"{name}_ms"] = round(medians[name], 2)
+        record[f"{name}_p90_ms"] = round(sorted(found)[int(0.9 * (runs - 1) + 0.5)], 2)
+        per_s = round(case.batch * case.new_tokens / medians[name] * 1e3, 1)
+        record["tokens_per_s" if name == "ours" else f"{name}_tokens_per_s"] = per_s
+        record["first_call_s" if name == "ours" else f"{name}_first_call_s"] = round(first_call_s[name], 2)
+    share = equal_share(tokens["ours"], tokens["hf_eager_fp32"]) if "hf_eager_fp32" in running else None
+    tensorrt = load_tensorrt(ours.runtime_config.flavor).version if ours.session.backend == "tensorrt" else None
+    return {
+        **record,
+        "speedup": None if share is None else round(medians["hf_eager_fp32"] / medians["ours"], 2),
+        "tokens_equal": None if share is None else share == 1.0,
+        "tokens_equal_share": None if share is None else round(share, 4),
+        "distinct_tokens": int(tokens["ours"].unique().numel()),
+        "loop": loop,
+        "left_out": left_out,
+        **environment(tensorrt),
+    }
+
+
+def equal_share(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Share of positions with the same token, int64 [B, T] each; positions that one of them lacks count as different."""
+    width = min(got.shape[1], expected.shape[1])
+    longest = max(got.shape[1], expected.shape[1])
+    return int((got[:, :width] == expected[:, :width]).sum()) / (len(expected) * longest)
+
+
+def _warm_up(contest: Contest, request: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, str]]:
+    """Two calls of each model: those that work, ours last; their tokens; seconds of the first call; who is left out."""
+    device, compiled = contest.ours.device, "hf_compiled_fp16"
+    working, tokens, seconds, left_out = {}, {}, {}, dict(contest.left_out)
+    for name, contestant in {**contest.rivals, "ours": Contestant(contest.ours)}.items():
+        if name == compiled:
+            torch.compiler.reset()  # after some shapes torch would stop compiling and say nothing
+            contestant.model.__dict__.pop("_compiled_call", None)
+        try:
+            tokens[name], seconds[name] = _call(contestant, request, device)
+            _call(contestant, request, device)
+        except Exception as error:
+            if name == "ours":
+                raise
+            left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            continue
+        if name == compiled and "_compiled_call" not in contestant.model.__dict__:
+            left_out[name] = "Transformers did not compile this request"
+            continue
+        working[name] = contestant
+    return working, tokens, seconds, left_out
+
+
+def _request(contest: Contest, case: Case, texts: Sequence[str] | None) -> dict[str, Any]:
+    config = contest.ours.generation_config
+    if texts is None:
+        ids = random_source(case.batch, case.source_tokens, contest.ours.config.vocab_size)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif not texts:
+        raise InputError("texts got none; expected at least one line that is not empty.")
+    elif contest.tokenizer is None:
+        raise InputError(
+            "texts got lines for a contest without a tokenizer. Load it with load_contest(..., texts=True)."
+        )
+    else:
+        rows = token_rows(contest.tokenizer, [texts[row % len(texts)] for row in range(case.batch)])
+        inputs = padded(contest.tokenizer, rows, contest.ours.config.pad_token_id)
+    return {
+        **{name: tensor.to(contest.ours.device) for name, tensor in inputs.items()},
+        **one_search(config, num_beams=case.num_beams, do_sample=case.do_sample),
+        **length_limit(config, case.new_tokens),
+        "min_new_tokens": case.new_tokens,
+    }
+
+
+def _call(contestant: Contestant, request: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, float]:
+    """The tokens of one call, and its seconds, the GPU's work included."""
+    if request["do_sample"]:
+        torch.manual_seed(0)
+    _wait(device)
+    start = time.perf_counter()
+    tokens = contestant.model.generate(**request, **contestant.options)
+    _wait(device)
+    return tokens, time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,298 @@
+"""Is a model right? Its tokens and logits against Hugging Face's class, and the block where they part.
+
+Nothing here is on the way of a request; `t5-trt verify` and the GPU tests call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from t5_trt.checkpoint.load import load_tokenizer
+from t5_trt.checkpoint.tokenizing import Batch, text_batches
+from t5_trt.engine.profiles import SMALLEST, bucket
+from t5_trt.errors import BackendError
+from t5_trt.generation.search_settings import only_tokens
+from t5_trt.graph.fp16_scaling import fold
+from t5_trt.graph.signature import ENCODER, QUERIES
+from t5_trt.modeling import TRTT5ForConditionalGeneration
+from t5_trt.modeling.calibration import observe
+from t5_trt.runtime.kv_buffers import layer_views
+from t5_trt.validation import check_texts
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The largest values at one place of the model.
+
+    Attributes:
+        name: what it is: the output of an ``o`` or ``wo`` (added to the residual stream) or the input of a ``wo`` (the inside of a
+            feed-forward layer).
+        largest: absolute value in float32.
+        half_share: of float16's largest number (65504), as engines in half precision keep it; above 1 would overflow.
+    """
+
+    name: str
+    largest: float
+    half_share: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        sequences: compared.
+        equal: of them, token for token.
+        first_difference: (sequence, position) of the first token that differs, or None.
+        max_logit_error: largest absolute difference, decoder fed with the reference's tokens.
+        mean_logit_error: mean absolute difference.
+        relative_logit_error: L2 of the difference over L2 of the logits.
+        kl_divergence: of the model's from the reference's next-token distribution, in nats, mean over tokens.
+        activations: where values come near the limit of half precision, if they were asked for.
+    """
+
+    sequences: int
+    equal: int
+    first_difference: tuple[int, int] | None
+    max_logit_error: float
+    mean_logit_error: float
+    relative_logit_error: float
+    kl_divergence: float
+    activations: tuple[Activation, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of equal sequences, 0 to 1."""
+        return self.equal / self.sequences
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far the residual stream after one block is off.
+
+    Attributes:
+        name: such as "decoder.block.3".
+        max_error: largest absolute difference.
+        mean_error: mean absolute difference.
+        relative_error: L2 of the difference over L2 of the stock class's values.
+    """
+
+    name: str
+    max_error: float
+    mean_error: float
+    relative_error: float
+
+
+def compare(
+    model: TRTT5ForConditionalGeneration,
+    reference: Any,
+    texts: Iterable[str] | Iterable[Batch],
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    activations: bool = False,
+    **generate: Any,
+) -> Comparison:
+    """Compare a model's tokens and logits with those of another, such as ``model.reference``.
+
+    Both generate with the same seed before every batch. Of several results for a source each is compared.
+
+    Args:
+        model: under test.
+        reference: a Hugging Face model of the same checkpoint, or this library's in another precision.
+        texts: strings, or batches of ``input_ids`` and ``attention_mask``, int64 [B, S], anywhere.
+        tokenizer: for strings, and for ``stop_strings``; None takes the checkpoint's.
+        batch_size: strings in a batch.
+        activations: also look for values near the limit of half precision, on the stock model.
+        generate: arguments of ``generate()``, such as ``max_new_tokens`` or ``num_beams``.
+
+    Raises:
+        InputError: there are no texts, or they are one string.
+        StrictModeError: `activations` with a model that was loaded with ``strict=True``.
+    """
+    config = generate.get("generation_config") or model.generation_config
+    batches = _as_batches(model, check_texts(texts), tokenizer, batch_size)
+    if tokenizer is None and (generate.get("stop_strings") or config.stop_strings):
+        tokenizer = load_tokenizer(model.name_or_path)
+    settings = only_tokens(config, generate, tokenizer)
+    filler = next((token for token in (config.pad_token_id, model.config.pad_token_id) if token is not None), 0)
+    sequences = equal = tokens = values = 0
+    first: tuple[int, int] | None = None
+    largest = absolute = squared = total = divergence = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            expected, got = (_generated(each, batch, settings) for each in (reference, model))
+            width = max(expected.shape[1], got.shape[1])
+            expected, got = (_padded(rows, width, filler) for rows in (expected, got))
+            same = (expected == got).all(dim=1)
+            if first is None and not same.all():
+                row = int((~same).nonzero()[0])
+                first = (sequences + row, int((expected[row] != got[row]).nonzero()[0]))
+            sequences, equal = sequences + len(same), equal + int(same.sum())
+            wanted, found = (_logits(each, batch, expected[:, :-1]) for each in (reference, model))
+        difference = (found - wanted).abs().nan_to_num(nan=torch.inf)
+        largest = max(largest, float(difference.max()))
+        absolute, values = absolute + float(difference.sum()), values + difference.numel()
+        squared, total = squared + float(difference.square().sum()), total + float(wanted.square().sum())
+        odds, other = (torch.log_softmax(logits, -1) for logits in (wanted, found))
+        divergence += float((odds.exp() * (odds - other)).sum().nan_to_num(nan=torch.inf))
+        tokens += wanted.shape[0] * wanted.shape[1]
+    return Comparison(
+        sequences,
+        equal,
+        first,
+        largest,
+        absolute / values,
+        (squared / max(total, 1e-30)) ** 0.5,
+        divergence / tokens,
+        _activations(model, batches) if activations else (),
+    )
+
+
+def verify(model: TRTT5ForConditionalGeneration, batches: Iterable[Batch], **generate: Any) -> Comparison:
+    """`compare` with ``model.reference``.
+
+    Raises:
+        StrictModeError: the model was loaded with ``strict=True``: it has no reference.
+    """
+    return compare(model, model.reference, batches, **generate)
+
+
+def _as_batches(model: Any, texts: list[Any], tokenizer: Any, size: int) -> list[Batch]:
+    if texts and isinstance(texts[0], Mapping):
+        return [{name: batch[name] for name in ("input_ids", "attention_mask") if name in batch} for batch in texts]
+    if tokenizer is None and texts:
+        tokenizer = load_tokenizer(model.name_or_path)
+    return list(text_batches(tokenizer, texts, size, pad_token_id=model.config.pad_token_id))
+
+
+def _generated(model: Any, batch: Batch, arguments: dict[str, Any]) -> torch.Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same draws for both
+        return model.generate(**inputs, **arguments).cpu()  # type: ignore[no-any-return]
+
+
+def _logits(model: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    """For decoder tokens of one or more sequences for each source."""
+    results = len(tokens) // len(batch["input_ids"])
+    inputs = {name: tensor.repeat_interleave(results, dim=0).to(model.device) for name, tensor in batch.items()}
+    return model(**inputs, decoder_input_ids=tokens.to(model.device)).logits.float().cpu()  # type: ignore[no-any-return]
+
+
+def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> tuple[Activation, ...]:
+    """Largest values in float32, and what engines in half precision make of them."""
+    arch, reference = model.architecture, model.reference
+    on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
+    folding = getattr(model.session, "folding", None) or fold(arch, model.state_dict())
+    seen = observe(reference, on_device)
+    found = [
+        (f"{layer}.DenseReluDense.wo, input", most, folding.inner.get(layer, 1.0)) for layer, most in seen.inner.items()
+    ]
+    found += [(f"{name}, output", most, folding.branches.get(name, 1.0)) for name, most in seen.branches.items()]
+    limit = torch.finfo(torch.float16).max
+    rows = [Activation(name, most, most * factor / limit) for name, most, factor in found]
+    return tuple(sorted(rows, key=lambda row: -row.half_share))
+
+
+def block_errors(
+    model: TRTT5ForConditionalGeneration, batch: dict[str, torch.Tensor], decoder_input_ids: torch.Tensor
+) -> list[BlockError]:
+    """The error after every block against ``model.reference``, for one padded batch.
+
+    Args:
+        model: under test.
+        batch: ``input_ids`` and ``attention_mask``, int64 [B, S].
+        decoder_input_ids: int64 [B, Q], starting with the decoder's start token.
+
+    Returns:
+        One entry a block, encoder first; the last entry of the encoder is its output and that of the decoder its logits.
+
+    Raises:
+        BackendError: Polygraphy, which compares, is not installed.
+    """
+    device, arch = model.device, model.architecture
+    reference, session = model.reference, model.session
+    ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+    tokens = decoder_input_ids.to(device)
+    with torch.no_grad():
+        stock = reference(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=tokens, output_hidden_states=True, use_cache=False
+        )
+    rows, source = bucket("B", len(ids)), bucket("S", ids.shape[1])
+    count, cached = bucket("Q", tokens.shape[1]), SMALLEST["T"]
+    wide_ids, wide_mask = _grown(ids, rows, source), _grown(mask, rows, source)
+    encoder = session.streams(ENCODER, {"input_ids": wide_ids, "attention_mask": wide_mask})
+    _, cross = session.encode(wide_ids, None, wide_mask)
+    heads, width = arch.num_heads, arch.d_kv
+    zeros = {"device": device, "dtype": session.dtype}
+    past = torch.zeros((arch.decoder_layers, 2, rows, heads, cached, width), **zeros)  # type: ignore[call-overload]
+    inputs = {
+        "decoder_input_ids": _grown(tokens, rows, count),
+        "position": torch.zeros(1, dtype=torch.int64, device=device),
+        "cross_bias": session.cross_bias(wide_mask, cross),
+        "key_bias": torch.zeros((rows, 1, 1, cached + count), **zeros),  # type: ignore[call-overload]
+    }
+    decoder = session.streams(QUERIES, inputs | layer_views("past", past) | layer_views("cross", cross.kv))
+    keep = mask.bool()
+    found, wanted = {}, {}
+    for layer in range(arch.encoder_layers - 1):  # the stock class hands out its last state behind the last norm only
+        name = f"encoder.block.{layer}"
+        found[name] = encoder[name].view(rows, source, -1)[: len(ids), : ids.shape[1]][keep]
+        wanted[name] = stock.encoder_hidden_states[layer + 1][keep]
+    found["encoder output"] = encoder["encoder_hidden_states"].view(rows, source, -1)[: len(ids), : ids.shape[1]][keep]
+    wanted["encoder output"] = stock.encoder_last_hidden_state[keep]
+    for layer in range(arch.decoder_layers - 1):
+        name = f"decoder.block.{layer}"
+        found[name] = decoder[name].view(rows, count, -1)[: len(ids), : tokens.shape[1]]
+        wanted[name] = stock.decoder_hidden_states[layer + 1]
+    found["logits"] = decoder["logits"].view(rows, count, -1)[: len(ids), : tokens.shape[1]]
+    wanted["logits"] = stock.logits
+    return _compare(found, wanted)
+
+
+def import_polygraphy() -> tuple[Any, Any]:
+    """Its comparator and its logger, which `block_errors` needs.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        from polygraphy import comparator
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise BackendError(f"comparing layers needs Polygraphy ({error}): pip install 't5-trt[verify]'.") from error
+    return comparator, G_LOGGER
+
+
+def _compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[BlockError]:
+    """Polygraphy's comparison of the outputs of two runs."""
+    comparator, logger = import_polygraphy()
+    simple = getattr(comparator, "SimpleCompareFunc", None) or comparator.CompareFunc.simple  # renamed in 0.50
+    results = []
+    for runner, tensors in (("t5_trt", found), ("transformers", wanted)):
+        arrays = {name: t.float().cpu().flatten(0, -2).contiguous().numpy() for name, t in tensors.items()}
+        results.append(comparator.IterationResult(arrays, runner_name=runner))
+    with logger.verbosity(logger.CRITICAL):
+        compared = simple(fail_fast=False)(*results)
+    errors = []
+    for name, tensor in wanted.items():
+        stats = compared[name]
+        relative = (found[name].float() - tensor.float()).norm() / tensor.float().norm().clamp_min(1e-30)
+        errors.append(BlockError(name, float(stats.max_absdiff), float(stats.mean_absdiff), float(relative)))
+    return errors
+
+
+def _padded(tokens: torch.Tensor, width: int, value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=value)
+
+
+def _grown(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Zeros behind the rows and columns."""
+    grown = tensor.new_zeros((rows, columns))
+    grown[: tensor.shape[0], : tensor.shape[1]] = tensor
+    return grown

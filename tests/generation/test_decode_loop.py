@@ -1,0 +1,417 @@
+"""The device loop's own logic: forms of processors, draws, dropped rows, steps ahead, programs that are used again."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as stock_processors
+
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
+from t5_trt.generation import decode_loop
+from t5_trt.generation.processors import DEVICE_FORMS, Recordable, device_forms, fingerprint, has_device_form
+from t5_trt.generation.request import GenerationPath
+from t5_trt.generation.sampling import draw
+from t5_trt.modeling import generate as generate_module
+from t5_trt.runtime import engine_step, step_buffers
+from t5_trt.runtime.cuda_graph import NotRecordableError
+from t5_trt.runtime.kv_buffers import DecoderState
+from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
+from tests.stand_in_tensorrt import stand_in_session
+from tests.tiny_models import VOCAB, batch, make_stock
+
+#: end tokens by which twelve rows end at very different times
+ENDS = [1, 8, 27, 34, 67, 69, 82, 88, 107, 122, 184, 189, 192, 199, 205]
+
+PROCESSORS: list[LogitsProcessor] = [
+    stock_processors.TemperatureLogitsWarper(0.7),
+    stock_processors.TopKLogitsWarper(7),
+    stock_processors.TopPLogitsWarper(0.6),
+    stock_processors.MinPLogitsWarper(0.1),
+    stock_processors.TypicalLogitsWarper(0.5),
+    stock_processors.EpsilonLogitsWarper(0.01),
+    stock_processors.InfNanRemoveLogitsProcessor(),
+    stock_processors.LogitNormalization(),
+    stock_processors.MinLengthLogitsProcessor(5, [1, 4]),
+    stock_processors.MinNewTokensLengthLogitsProcessor(3, 4, 1),
+    stock_processors.SuppressTokensLogitsProcessor([3, 50, 7]),
+    stock_processors.SuppressTokensAtBeginLogitsProcessor([3, 50, 7], 4),
+    stock_processors.ForcedBOSTokenLogitsProcessor(17),
+    stock_processors.ForcedEOSTokenLogitsProcessor(12, [1, 4]),
+    stock_processors.RepetitionPenaltyLogitsProcessor(1.7),
+    *(stock_processors.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3, 40)),
+    stock_processors.SequenceBiasLogitsProcessor([[[9], 4.0], [[2, 3], -6.0], [[3, 2], 1.5], [[2, 3, 2], 2.0]]),
+    stock_processors.NoBadWordsLogitsProcessor([[2], [3, 2], [2, 2, 3], [0, 2]], 1),
+    stock_processors.ExponentialDecayLengthPenalty((2, 1.3), 1, 1),
+]
+
+
+#: the same classes with other numbers, which a recorded step reads from memory
+OTHER_NUMBERS: list[LogitsProcessor] = [
+    stock_processors.TemperatureLogitsWarper(1.3),
+    stock_processors.TopPLogitsWarper(0.9),
+    stock_processors.MinPLogitsWarper(0.03),
+    stock_processors.TypicalLogitsWarper(0.8),
+    stock_processors.EpsilonLogitsWarper(0.003),
+    stock_processors.MinLengthLogitsProcessor(9, [1, 4]),
+    stock_processors.MinNewTokensLengthLogitsProcessor(3, 7, 1),
+    stock_processors.ForcedEOSTokenLogitsProcessor(7, [1, 4]),
+    stock_processors.RepetitionPenaltyLogitsProcessor(0.6),
+]
+
+
+def same_values(process: Recordable, processor: Any, device: str) -> bool:
+    """Compare with the stock class at every length of a buffer whose later part holds tokens that must not count.
+
+    Returns:
+        Whether any score was changed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 4, (6, 32), generator=generator).to(device)  # few kinds: n-grams repeat
+    scores = 3 * torch.randn(6, VOCAB, generator=generator)
+    scores[2, 30:60] = -torch.inf
+    scores, changed = scores.to(device), False
+    for length in range(1, 20):
+        expected = processor(tokens[:, :length], scores.clone())
+        got = process(tokens, torch.tensor([length - 1], device=device), scores.clone())
+        assert torch.equal(got, expected), length
+        changed |= not torch.equal(got, scores)
+    return changed
+
+
+def test_every_device_form_is_compared() -> None:
+    assert {type(processor) for processor in PROCESSORS} == set(DEVICE_FORMS)
+    assert {type(p) for p in OTHER_NUMBERS} == {type_ for type_, kind in DEVICE_FORMS.items() if kind.numbers}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+def test_device_form_equals_stock_processor(processor: Any) -> None:
+    forms = device_forms([processor], VOCAB, 32, torch.device("cpu"))
+    assert forms is not None
+    no_change = getattr(processor, "ngram_size", 0) == 40
+    assert same_values(Recordable(forms), processor, "cpu") != no_change
+
+
+@pytest.mark.parametrize("other", OTHER_NUMBERS, ids=lambda p: type(p).__name__)
+def test_device_form_takes_other_numbers(other: Any) -> None:
+    """And its own again; the processor that it was made from stays as it was."""
+    first = next(p for p in PROCESSORS if type(p) is type(other))
+    before = dict(vars(first))
+    forms = device_forms([first], VOCAB, 32, torch.device("cpu"))
+    assert forms is not None and fingerprint(first) == fingerprint(other)
+    process = Recordable(forms)
+    for processor in (other, first):
+        process.load([processor])
+        assert same_values(process, processor, "cpu")
+    assert vars(first) == before
+
+
+def test_numbers_of_one_list_are_written_once() -> None:
+    """Also after another list, and after one whose writing did not end."""
+    first, other = [stock_processors.TemperatureLogitsWarper(0.7)], [stock_processors.TemperatureLogitsWarper(1.3)]
+    forms = device_forms(first, VOCAB, 32, torch.device("cpu"))
+    assert forms is not None
+    process, number = Recordable(forms), forms[0].numbers[0][0]
+    for processors in (first, other, first):
+        process.load(processors)
+        written = number._version
+        process.load(processors)
+        assert number._version == written and same_values(process, processors[0], "cpu")
+    number.fill_(9.0)
+    with pytest.raises(AttributeError):
+        process.load([object()])
+    process.load(first)
+    assert same_values(process, first[0], "cpu")
+
+
+def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
+    class Hotter(stock_processors.TemperatureLogitsWarper):
+        pass
+
+    assert not has_device_form(Hotter(0.5)) and has_device_form(stock_processors.TemperatureLogitsWarper(0.5))
+    assert not has_device_form(stock_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
+
+
+def test_fingerprints() -> None:
+    few, many = (stock_processors.TopKLogitsWarper(count) for count in (5, 20))
+    assert fingerprint(few) == fingerprint(stock_processors.TopKLogitsWarper(5)) != fingerprint(many)
+    assert len({fingerprint(processor) for processor in PROCESSORS}) == len(PROCESSORS)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_draws_are_those_of_multinomial(count: int) -> None:
+    scores = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
+    results = []
+    for recordable in (True, False):
+        torch.manual_seed(8)
+        results.append([draw(scores, count, recordable=recordable) for _ in range(20)])
+    assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """Chi-square of 20,000 draws over 12 tokens: below the 99.9% quantile of 11 degrees of freedom."""
+    torch.manual_seed(0)
+    scores = torch.linspace(-2, 2, 12)
+    counts = draw(scores.expand(20_000, -1), 1, recordable=True).flatten().bincount(minlength=12)
+    expected = 20_000 * scores.softmax(-1)
+    assert ((counts - expected) ** 2 / expected).sum() < 31.3
+
+
+class LateWatcher:
+    """Hands out reports four steps late, as on a GPU."""
+
+    def __init__(self, choice: Any, ahead: int) -> None:
+        self.waiting: deque[torch.Tensor] = deque()
+        self.ahead = ahead
+
+    def post(self, choice: Any, position: int) -> None:
+        self.waiting.append(choice.report.clone())
+
+    def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
+        keep = 0 if all_of_them else self.ahead
+        return [self.waiting.popleft() for _ in range(len(self.waiting) - keep)]
+
+
+@pytest.fixture(scope="module")
+def on_stand_in() -> Iterator[Any]:
+    """A T5 v1.1 model on the TensorRT session, with the steps ahead of a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_loop, "Watcher", LateWatcher)
+        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+        ours._session = stand_in_session(ours, patch)
+        yield ours
+
+
+@pytest.mark.parametrize("name", [*CORE, *MORE])
+def test_recorded_steps_some_steps_ahead(on_stand_in: Any, v11: tuple[Any, Any], name: str) -> None:
+    """Every argument set on fixed buffers, padded rows, programs that earlier requests left, and late reports."""
+    arguments = {**CORE, **MORE}[name]
+    assert_same(run(on_stand_in, arguments), run(v11[0], arguments))
+    reason = OTHER_LOOP.get(name, "")
+    assert on_stand_in.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
+
+
+def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
+    """Transformers gives every beam a batch entry of its own then: 9 in engines for 16, which 3 beams do not divide."""
+    stock, inputs = make_stock("t5-v1.1"), batch()
+    expected = stock.generate(**inputs, num_beams=3, max_new_tokens=9).tolist()
+    with torch.no_grad():
+        states = stock.get_encoder()(**inputs)
+    mask = inputs["attention_mask"]
+    got = on_stand_in.generate(encoder_outputs=states, attention_mask=mask, num_beams=3, max_new_tokens=9)
+    assert got.tolist() == expected and on_stand_in.last_generation_path == GenerationPath("device")
+
+
+def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch)
+    recorded, record = [], engine_step.record
+    monkeypatch.setattr(engine_step, "record", lambda *args: recorded.append(1) or record(*args))
+    counts = []
+    requests: list[dict[str, Any]] = [
+        {},
+        {"max_new_tokens": 90},
+        {"num_beams": 2},
+        {"num_beams": 2},
+        {"temperature": 0.5},
+        {"temperature": 0.6},
+        {"temperature": 0.6, "top_k": 3},
+        {"temperature": 0.5},
+        {"rows": 4},
+        {"rows": 4, "num_beams": 2},
+        {"rows": 4, "temperature": 0.5},
+    ]
+    for request in requests:
+        inputs = batch(request.pop("rows", 3), seed=len(counts))
+        ours.generate(**inputs, **{"do_sample": "temperature" in request, "max_new_tokens": 7, **request})
+        counts.append(len(recorded))
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
+
+
+def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It runs after the recorded step then, and is not tried again."""
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch)
+    record, tries = engine_step.record, []
+
+    def refuse(work: Any, device: torch.device, memory: Any) -> Any:
+        if work.args[1] is not None:
+            tries.append(1)
+            work()
+            raise NotRecordableError("operation not permitted when stream is capturing")
+        return record(work, device, memory)
+
+    monkeypatch.setattr(engine_step, "record", refuse)
+    for arguments in ({}, {}, {"num_beams": 2}):
+        request = {**batch(), "max_new_tokens": 9, **arguments}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert len(tries) == 2 and caplog.text.count("is not recorded") == 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "early_stopping": True, "num_return_sequences": 2},
+        {"num_beams": 2, "early_stopping": "never", "length_penalty": -1.0},
+    ],
+    ids=["greedy", "beams", "early", "never"],
+)
+@pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
+def test_rows_that_are_over_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, engine: str, arguments: dict[str, Any], late: bool
+) -> None:
+    """Twelve rows end at different times; half of them gone, the rest goes on in a smaller batch."""
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    if late:
+        monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
+    if engine == "stand-in":
+        ours._session = stand_in_session(ours, monkeypatch)
+        for rows in (1, 2, 4, 8):  # only engines that are there are used
+            ours.generate(**batch(rows, 11), max_new_tokens=3, **arguments)
+    sizes = []
+    select = DecoderState.select_entries
+    monkeypatch.setattr(
+        DecoderState, "select_entries", lambda state, kept: sizes.append(len(kept)) or select(state, kept)
+    )
+    request = {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **arguments}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert sizes and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_sources_given_once_for_each_beam(v11: tuple[Any, Any], beams: int) -> None:
+    """As `generate` repeats the states of a stock encoder; entries that are over are not dropped then."""
+    stock, ours = v11
+    inputs = batch(12, 11)
+    with torch.no_grad():
+        states = stock.get_encoder()(**inputs)
+    request = {"attention_mask": inputs["attention_mask"], "num_beams": beams, "max_new_tokens": 60}
+    ends: dict[str, Any] = {"eos_token_id": ENDS, "pad_token_id": 3}
+    expected = stock.generate(input_ids=inputs["input_ids"], **request, **ends).tolist()
+    assert ours.generate(encoder_outputs=states, **request, **ends).tolist() == expected
+    assert ours.last_generation_path.loop == "device"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, beams: int) -> None:
+    """Without a token that ends rows, Transformers fills them up with -1, which has no embedding."""
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours.generation_config.eos_token_id = None
+    monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
+    ours._session = stand_in_session(ours, monkeypatch)
+    fed, run = [], step_buffers.run_step
+
+    def watched(slot: Any, *arguments: Any) -> None:
+        fed.append(int(slot.tokens.min()))
+        run(slot, *arguments)
+
+    monkeypatch.setattr(engine_step, "run_step", watched)
+    ours.generate(**batch(), max_new_tokens=60, max_time=0.0, num_beams=beams)
+    assert len(fed) > 5 and min(fed) >= 0
+
+
+def test_rows_are_kept_where_that_would_show(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, ours = v11
+    monkeypatch.setattr(DecoderState, "select_entries", lambda *_: pytest.fail("rows were dropped"))
+    for arguments in ({"do_sample": True}, {"return_dict_in_generate": True}):
+        request = {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **arguments}
+        results = []
+        for model in (stock, ours):
+            torch.manual_seed(0)
+            out = model.generate(**request)
+            results.append(getattr(out, "sequences", out).tolist())
+        assert results[0] == results[1]
+        assert ours.last_generation_path.loop == "device"
+
+
+def test_returned_cache_goes_on_as_stock(v11: tuple[Any, Any]) -> None:
+    """The cache of a finished request holds all tokens but the last, for every beam."""
+    stock, ours = v11
+    for arguments in ({}, {"num_beams": 3}):
+        logits = []
+        for model in (stock, ours):
+            out = model.generate(
+                **batch(), max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, **arguments
+            )
+            beams = arguments.get("num_beams", 1)
+            states = model.get_encoder()(**batch()).last_hidden_state.repeat_interleave(beams, 0)
+            mask = batch()["attention_mask"].repeat_interleave(beams, 0)
+            assert out[CACHE].get_seq_length() == 8
+            token = torch.full((3 * beams, 1), 7)
+            with torch.no_grad():
+                step = model(
+                    encoder_outputs=(states,),
+                    attention_mask=mask,
+                    decoder_input_ids=token,
+                    **{CACHE: out[CACHE]},
+                )
+            logits.append(step.logits)
+        torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}])
+def test_time_is_up(v11: tuple[Any, Any], arguments: dict[str, Any]) -> None:
+    stock, ours = v11
+    request = {**batch(), "max_new_tokens": 500, "min_new_tokens": 500, "max_time": 1e-6, **arguments}
+    expected = stock.generate(**request)
+    assert ours.generate(**request).tolist() == expected.tolist() and expected.shape[1] == 2
+
+
+class Counter(LogitsProcessor):
+    """Counts its calls and records the lengths it sees."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.lengths.append(input_ids.shape[1])
+        return scores
+
+
+def test_custom_code_is_called_once_a_step(on_stand_in: Any) -> None:
+    counter = Counter()
+    out = on_stand_in.generate(
+        **batch(), max_new_tokens=20, eos_token_id=ENDS, logits_processor=LogitsProcessorList([counter])
+    )
+    assert counter.lengths == list(range(1, out.shape[1]))
+    assert on_stand_in.last_generation_path.loop == "device"
+
+
+def test_other_loops_are_named_and_logged_once(
+    v11: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_module, "_said", set())
+    ours = TRTT5ForConditionalGeneration.from_model(v11[0], num_threads=1)
+    assert ours.last_generation_path is None
+    with caplog.at_level(logging.INFO, "t5_trt"):
+        for _ in range(2):
+            ours.generate(**batch(), max_new_tokens=3, use_cache=False)
+    assert str(ours.last_generation_path) == "transformers (use_cache=False)"
+    assert caplog.text.count("use_cache=False") == 1
+    ours.generate(**batch(1), max_new_tokens=5, prompt_lookup_num_tokens=2)
+    assert ours.last_generation_path == GenerationPath("transformers", "this decoding method")
+    ours.generate(**batch(), max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
+    assert ours.last_generation_path == GenerationPath("reference", "output_attentions")
+    ours.generate(**batch(), max_new_tokens=3)
+    assert str(ours.last_generation_path) == "device"
+
+
+def test_max_target_tokens(v11: tuple[Any, Any]) -> None:
+    from t5_trt import InputError
+
+    ours = TRTT5ForConditionalGeneration.from_model(v11[0], num_threads=1, max_target_tokens=6)
+    assert ours.generate(**batch(), max_new_tokens=6, min_new_tokens=6).shape == (3, 7)
+    with pytest.raises(InputError, match="max_target_tokens"):
+        ours.generate(**batch(), max_new_tokens=9, min_new_tokens=9)

@@ -1,0 +1,121 @@
+"""Every kernel compiles for every GPU that it is written for, without a GPU: NVRTC needs none."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt.engine.store import EngineStore
+from t5_trt.errors import BackendError
+from t5_trt.graph.architecture import Architecture
+from t5_trt.kernels import compile as compiler
+from t5_trt.kernels.compile import compile_cubin, stored_cubin
+from t5_trt.kernels.decode_step import KERNELS, constants, refusal
+from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
+
+BASE = Architecture(
+    vocab_size=32128, d_model=768, d_kv=64, num_heads=12, d_ff=3072, encoder_layers=12, decoder_layers=12, num_buckets=32,
+    max_distance=128, activation="relu", gated=False, epsilon=1e-6, tied_head=True, output_scale=1.0, bias_per_layer=False,
+)  # fmt: skip
+GATED = replace(BASE, d_model=1024, d_ff=2816, num_heads=16, activation="gelu_new", gated=True)
+WIDE = replace(BASE, d_model=1024, d_ff=16384, num_heads=32, d_kv=128)
+LARGE = replace(BASE, d_model=2048, d_ff=5120, num_heads=32, activation="gelu_new", gated=True)  # Flan-T5-XL
+ODD = replace(BASE, d_model=72, d_ff=200, num_heads=1, d_kv=40, vocab_size=211, activation="silu", gated=True)
+
+
+def usage(log: str) -> dict[str, tuple[int, int]]:
+    """Kernel -> (registers, bytes of spilled registers) out of the assembler's log."""
+    found = {}
+    for part in log.split("Compiling entry function")[1:]:
+        name = part.split("'")[1]
+        registers, spilled = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes spill stores", part)
+        assert registers and spilled, part
+        found[name] = (int(registers[1]), int(spilled[1]))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("rows", [1, 32, 128])
+def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
+    cubin, log = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows), architecture)
+    assert cubin[:4] == b"\x7fELF"
+    used = usage(log)
+    assert set(used) == set(KERNELS)
+    assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rows"),
+    [
+        (GATED, torch.bfloat16, 32),
+        (WIDE, torch.float16, 8),
+        (LARGE, torch.bfloat16, 128),
+        (replace(LARGE, d_model=1280, gated=False), torch.float16, 32),
+        (ODD, torch.float16, 9),
+        (ODD, torch.float32, 16),
+        (BASE, torch.float32, 1),
+    ],
+)
+def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int) -> None:
+    assert refusal(arch, dtype) is None
+    _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows), "sm_90")
+    assert set(usage(log)) == set(KERNELS)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("token_step", {}),
+        ("reorder_rows", {"BEAMS": 4}),
+        ("beam_candidates", {"SPAN": SPAN, "WARPS": WARPS, "CANDIDATES": 8}),
+        ("beam_candidates", {"SPAN": LARGE_SPAN, "WARPS": LARGE_WARPS, "CANDIDATES": MOST_CANDIDATES}),
+        ("beam_step", {"BEAMS": 4, "CANDIDATES": 8, "SPANS": 8}),
+        ("beam_step", {"BEAMS": 4, "CANDIDATES": 8, "SPANS": 0}),
+        ("beam_step", {"BEAMS": MOST_BEAMS, "CANDIDATES": MOST_CANDIDATES, "SPANS": 16}),
+    ],
+)
+def test_kernels_of_choices_compile(name: str, options: dict[str, int], architecture: str) -> None:
+    """Without spills, but for the most beams, whose rows are too many for registers."""
+    _, log = compile_cubin(f"{name}.cu", options, architecture)
+    used = usage(log)
+    assert set(used) == {name} and (used[name][1] == 0 or options["BEAMS"] == MOST_BEAMS)
+
+
+def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
+    for size, tiles in ((768, 4), (1024, 4), (1280, 2), (2048, 2), (4096, 1)):
+        assert constants(replace(BASE, d_model=size), torch.float16, 32)["HEAD_ROW_TILES"] == tiles
+
+
+def test_size_without_kernels_is_named() -> None:
+    assert "d_kv is 20" in str(refusal(replace(BASE, d_kv=20), torch.float16))
+    assert "d_kv is 256" in str(refusal(replace(BASE, d_kv=256), torch.float16))
+
+
+def test_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, wanted = EngineStore(tmp_path / "store"), constants(ODD, torch.float16, 1)
+    first = stored_cubin("decode_step.cu", wanted, "sm_80", store)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compiler, "compile_cubin", never)
+    assert stored_cubin("decode_step.cu", wanted, "sm_80", store) == first
+    with pytest.raises(AssertionError, match="compiled again"):  # another GPU is another key
+        stored_cubin("decode_step.cu", wanted, "sm_86", store)
+
+
+def test_store_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "store").write_text("a file where the folder would be")
+    cubin = stored_cubin("token_step.cu", {}, "sm_90", EngineStore(tmp_path / "store"))
+    assert cubin[:4] == b"\x7fELF" and "not kept for the next process" in caplog.text
+
+
+def test_refused_source_gives_the_compiler_s_words() -> None:
+    with pytest.raises(BackendError, match=r"sm_90 .*NOT_A_NUMBER"):
+        compile_cubin("decode_step.cu", constants(BASE, torch.float16, 1) | {"E": "NOT_A_NUMBER"}, "sm_90")  # type: ignore[dict-item]

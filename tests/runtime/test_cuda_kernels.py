@@ -1,0 +1,292 @@
+"""The CUDA kernels' own logic, compiled for the CPU: threads one after the other. tests/gpu runs them on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import TRTT5ForConditionalGeneration, kernels
+from t5_trt.errors import BackendError
+from t5_trt.generation import report_reader
+from t5_trt.generation.beam_search import BeamChoice, BeamRules
+from t5_trt.generation.processors import Recordable
+from t5_trt.generation.report_reader import Watcher
+from t5_trt.generation.sampling import Ending, TokenChoice
+from t5_trt.runtime import cuda_kernels
+from t5_trt.runtime.session import Mailbox
+from t5_trt.runtime.step_buffers import reorder_rows
+from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.stand_in_tensorrt import stand_in_session
+from tests.tiny_models import batch
+
+SHIM = """
+#include <cmath>
+#include <cstring>
+
+#define LANES 1
+#define __launch_bounds__(threads)
+#define __syncwarp()
+#define __all_sync(mask, value) (value)
+#define __reduce_max_sync(mask, value) (value)
+#define __reduce_min_sync(mask, value) (value)
+#define __shfl_xor_sync(mask, value, step) (value)
+static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
+static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+#define __global__
+#define __device__
+#define __shared__ static
+#define __syncthreads()
+#define __syncthreads_and(value) (value)
+#define __threadfence()
+#define __threadfence_system()
+struct uint4 { unsigned x, y, z, w; };
+struct dim3 { int x, y, z; };
+static dim3 blockIdx, blockDim, gridDim, threadIdx;
+static int atomicAdd(int* address, int value) { int old = *address; *address += value; return old; }
+#include "%s"
+extern "C" void run(void** values, int gx, int gy, int gz, int threads)
+{
+    blockDim = {threads, 1, 1};
+    gridDim = {gx, gy, gz};
+    for (blockIdx.z = 0; blockIdx.z < gz; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < gy; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < gx; ++blockIdx.x)
+                for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+                    %s;
+}
+"""
+
+
+def call_of(name: str, source: str) -> str:
+    """The call of a kernel with its arguments taken from addresses."""
+    found = re.search(rf"{name}\(\s*(.*?)\)", source, flags=re.DOTALL)
+    assert found
+    arguments = []
+    for index, parameter in enumerate(found[1].split(",")):
+        kind = re.sub(r"\w+$", "", parameter.strip())
+        arguments.append(f"({kind})values[{index}]" if "*" in kind else f"*({kind}*)values[{index}]")
+    return f"{name}({', '.join(arguments)})"
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kernels compiled by the C++ compiler and launched on the host's memory."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler, "these tests need a C++ compiler"
+    serial = itertools.count()
+    compiled: dict[Any, Any] = {}
+
+    def function(name: str, device: int, options: tuple[tuple[str, int], ...]) -> Any:
+        if (name, options) in compiled:
+            return compiled[name, options]
+        source, library = tmp_path / f"{name}{next(serial)}.cpp", tmp_path / f"{name}{next(serial)}.so"
+        kernel = Path(kernels.__file__).parent / f"{name}.cu"
+        source.write_text(SHIM % (kernel, call_of(name, kernel.read_text())))
+        flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-Wno-unknown-pragmas"]
+        defined = [f"-D{option}={1 if option == 'WARPS' else value}" for option, value in options]
+        subprocess.run([compiler, *flags, *defined, "-o", library, source], check=True)
+        compiled[name, options] = ctypes.CDLL(str(library)).run
+        return compiled[name, options]
+
+    def launch(function: Any, grid: Any, threads: int, device: Any, buffers: Any, sizes: Any) -> None:
+        pointers = [ctypes.c_void_p(None if buffer is None else buffer.data_ptr()) for buffer in buffers]
+        numbers = [ctypes.c_int(size) for size in sizes]
+        values = (ctypes.c_void_p * (len(pointers) + len(numbers)))(
+            *pointers, *(ctypes.cast(ctypes.pointer(number), ctypes.c_void_p) for number in numbers)
+        )
+        function(values, *grid, cuda_kernels.THREADS)
+
+    monkeypatch.setattr(cuda_kernels, "_function", function)
+    monkeypatch.setattr(cuda_kernels, "_launch", launch)
+    monkeypatch.setattr(cuda_kernels, "_runs_kernels", lambda tensor: True)
+
+
+@pytest.mark.parametrize(("entries", "unused", "beams"), [(1, 0, 4), (3, 1, 2), (2, 0, 5), (1, 0, 16)])
+def test_rows_change_places(on_cpu: None, entries: int, unused: int, beams: int) -> None:
+    generator = torch.Generator().manual_seed(entries * 100 + beams)
+    rows = (entries + unused) * beams
+    kv = torch.randn((3, 2, rows, 3, 32, 24), generator=generator).half()
+    offset = torch.arange(entries)[:, None] * beams
+    for filled in (0, 7, 31):
+        parents = (torch.randint(0, beams, (entries, beams), generator=generator) + offset).flatten()
+        position, before, expected = torch.tensor([filled]), kv.clone(), kv.clone()
+        reorder_rows(expected, parents, position, beams)
+        assert cuda_kernels.reorder_rows(kv, parents, position, beams)
+        assert torch.equal(kv[..., : filled + 1, :], expected[..., : filled + 1, :])
+        assert torch.equal(kv[..., filled + 1 :, :], before[..., filled + 1 :, :])
+
+
+def test_what_the_kernel_does_not_take(on_cpu: None) -> None:
+    parents, position = torch.arange(4), torch.tensor([3])
+    assert not cuda_kernels.reorder_rows(torch.zeros(1, 2, 4, 1, 8, 4).half(), parents, position, 4)  # 8 bytes
+    assert not cuda_kernels.reorder_rows(torch.zeros(1, 2, 4, 1, 8, 8), parents, position, 1)
+    assert not cuda_kernels.reorder_rows(torch.zeros(1, 2, 6, 1, 8, 8), parents, position, 4)
+
+
+NAMES = [name for name in {**CORE, **MORE} if name not in OTHER_LOOP]
+
+
+@pytest.fixture
+def steps(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a kernel did a step, for every step; one thread for each block, as threads that wait cannot run in turn."""
+    monkeypatch.setattr(cuda_kernels, "THREADS", 1)
+    done: list[bool] = []
+    for step in ("token_step", "beam_candidates", "beam_step"):
+        real = getattr(cuda_kernels, step)
+        monkeypatch.setattr(cuda_kernels, step, lambda *a, real=real, **k: done.append(real(*a, **k)) or done[-1])
+    return done
+
+
+def assert_generates_as_stock(stock: Any, ours: Any, name: str) -> None:
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(11)
+        results.append(model.generate(**{**batch(), "max_new_tokens": 12, **{**CORE, **MORE}[name]}))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generates_as_stock(steps: list[bool], v11: Any, name: str) -> None:
+    """Tokens, scores and beam indices."""
+    assert_generates_as_stock(*v11, name)
+    assert all(steps)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "do_sample" not in {**CORE, **MORE}[name]])
+def test_choices_of_more_rows_than_the_request(
+    steps: list[bool], monkeypatch: pytest.MonkeyPatch, v11: Any, name: str
+) -> None:
+    """Three batch entries on engines of four."""
+    stock, _ = v11
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch)
+    assert_generates_as_stock(stock, ours, name)
+    assert all(steps)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, early_stopping: bool | str) -> None:
+    """Nor do they let a search go on: they never end by themselves here, and those of the request do, one by one."""
+    if by_kernel:
+        request.getfixturevalue("steps")
+    rules = BeamRules(2, 4, 1.0, early_stopping, False, False, (1,), 0)
+    exact, more = (BeamChoice(entries, 64, Recordable([]), rules, device=torch.device("cpu")) for entries in (3, 5))
+    for choice in (exact, more):
+        choice.begin(torch.zeros((6, 1), dtype=torch.int64), 40, 40)
+    generator = torch.Generator().manual_seed(0)
+    for place in range(39):
+        logits = torch.randn((10, 12), generator=generator)
+        logits[:6, 1] += 0.5 * place
+        logits[6:, 1] = -50.0
+        results = [choice.advance(logits[: choice.rows], torch.tensor([place])) for choice in (exact, more)]
+        assert all(torch.equal(a, b[:6]) for a, b in zip(*results, strict=True))
+        assert torch.equal(exact.report, more.report[:4])
+    assert exact.report[0] == 1 and exact.tokens.count_nonzero() < 6 * 39
+    assert all(torch.equal(a, b[:3]) for a, b in zip(exact.results(0), more.results(0), strict=True))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_reports_come_by_mail(steps: list[bool], beams: int) -> None:
+    """The newest ones, each by its position, and none of an earlier request."""
+    cpu, rules = torch.device("cpu"), BeamRules(2, 4, 1.0, False, False, False, (1,), 0)
+    choice: Any = (
+        TokenChoice(3, 64, Recordable([]), Ending((1,), 0), do_sample=False, device=cpu)
+        if beams == 1
+        else BeamChoice(3, 64, Recordable([]), rules, device=cpu)
+    )
+    for _ in range(2):
+        choice.begin(torch.zeros((3 * beams, 1), dtype=torch.int64), *(() if beams == 1 else (60, 60)))
+        assert all(choice.mailbox.find(position) is None for position in range(64))
+        for place in range(20):
+            choice.advance(torch.randn(3 * beams, 12), torch.tensor([place]))
+            assert torch.equal(choice.mailbox.find(place + 1), choice.report)
+            assert choice.mailbox.find(place + 2) is None
+    assert choice.mailbox.in_use
+
+
+def test_what_comes_by_mail_is_handed_out_in_order() -> None:
+    choice: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
+    choice.mailbox.in_use = True
+    choice.mailbox.start_anew()
+    watcher = Watcher(choice)
+    watcher._ahead = 2
+    for position in (1, 2, 3):
+        watcher.post(choice, position)
+    for position in (2, 1):  # as if the second one had been seen first
+        choice.mailbox.memory[position, 1:] = position
+        choice.mailbox.memory[position, 0] = (1 << 32) + position
+    assert [report.tolist() for report in watcher.take()] == [[1, 1], [2, 2]]
+    assert watcher.take() == []
+
+
+def test_report_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the GPU has nothing left to do; while it works, the host waits."""
+    choice: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
+    choice.mailbox.in_use = True
+    answers = [False, False, True]
+    monkeypatch.setattr(report_reader, "PATIENCE", 0.0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: answers.pop(0)))
+    watcher = Watcher(choice)
+    watcher.post(choice, 7)
+    with pytest.raises(BackendError, match="without the report of token 7"):
+        watcher.take(all_of_them=True)
+    assert answers == []
+
+
+def test_without_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    """torch does the work, and nothing is missing."""
+    assert cuda_kernels._function("reorder_rows", None, (("BEAMS", 2),)) is None
+    assert not caplog.records
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    for known in (cuda_kernels._function, cuda_kernels._warn_once):
+        known.cache_clear()
+    yield
+    cuda_kernels._function.cache_clear()
+
+
+@pytest.mark.parametrize(("built_for", "extra"), [("12.6", "kernels-cu12"), ("13.0", "kernels-cu13")])
+def test_missing_packages_are_said_once(
+    nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: Any, built_for: str, extra: str
+) -> None:
+    """With the command that brings them, however many kernels there are."""
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    for name in ("reorder_rows", "beam_step", "token_step"):
+        assert cuda_kernels._function(name, 0, ()) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and f'`pip install "t5-trt[{extra}]"`' in record.getMessage()
+
+
+def test_missing_library_is_said(nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """cuda.bindings is there, NVRTC is not."""
+
+    def create(*_: Any) -> Any:
+        raise RuntimeError("Failure finding libnvrtc.so: no such file.")
+
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", ModuleType("cuda.bindings"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", ModuleType("driver"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", SimpleNamespace(nvrtcVersion=create))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    assert cuda_kernels._function("reorder_rows", 0, (("BEAMS", 2),)) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "finding libnvrtc.so: no such file. They" in record.getMessage()

@@ -1,0 +1,135 @@
+"""The logic around the kernels on a CPU: slots, growing caches, beams. Torch stands in for the kernels, and a recording runs its work."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.engine.store import EngineStore
+from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.kernels.decode_step import PRODUCTS, Geometry
+from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
+from t5_trt.runtime.step_buffers import apply_choice
+from tests.runtime.test_cuda_kernels import on_cpu, steps  # noqa: F401 - fixtures
+from tests.tiny_models import batch, make_stock
+
+
+class Recording:
+    """In place of a CUDA graph, after a warm-up that draws nothing."""
+
+    def __init__(self, work: Any, *_: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            work()
+        self.replay = work
+
+
+class TorchSteps(kernel_decoder.KernelDecoder):
+    """A step by the decoder for several query positions."""
+
+    decoder: Any
+
+    def kernels(self, rows: int) -> Any:
+        """None are needed."""
+        return SimpleNamespace(geometry={name: Geometry(1, 0) for name in PRODUCTS})
+
+    def _run(self, slot: Any, choice: Any) -> None:
+        length = int(slot.position)
+        assert (slot.positions == length).all()
+        past, beams = slot.kv[..., :length, :], slot.shapes.N
+        if slot.ancestors is not None:
+            rows = torch.arange(len(slot.tokens))[:, None] // beams * beams + slot.ancestors[:, :length]
+            past = past.transpose(3, 4)[:, :, rows, torch.arange(length)].transpose(3, 4)
+        logits, made = self.decoder.run(slot.tokens.long(), past, slot.cross, slot.cross_bias, beams, None)
+        slot.kv[..., length : length + 1, :] = made
+        slot.logits.copy_(logits)
+        if choice is None:
+            slot.move_on(slot.position)
+        elif choice.takes_best:
+            slot.logits.fill_(torch.nan)  # they are not there
+            if choice.hiding is not None and length + 1 < choice.hiding.until:
+                logits[..., choice.hiding.tokens.bool()] = -torch.inf
+            apply_choice(slot, choice, slot.position, best_of(logits[:, 0]))
+        else:
+            apply_choice(slot, choice, slot.position)
+
+
+def best_of(logits: torch.Tensor) -> torch.Tensor:
+    """As the kernel of the output matrix leaves it: the order of the largest logit, and behind it the token, inverted."""
+    return (torch.ones(len(logits), dtype=torch.int64) << 32) | (~logits.argmax(-1) & 0xFFFFFFFF)
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
+    monkeypatch.setattr(kernel_decoder, "record", Recording)
+    monkeypatch.setattr(captured_encoder, "record", Recording)
+    monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
+    monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")
+    session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Folding(), EngineStore(tmp_path))
+    session._steps.decoder = session._queries
+    ours.session  # noqa: B018 - takes note of the weights
+    ours._session = session
+    return stock, ours
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"min_new_tokens": 30}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}, {"decoder_input_ids": [[0, 5]]}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_equal_hugging_face(pair: tuple[Any, Any], rows: int, arguments: dict[str, Any]) -> None:
+    """Beyond 64 tokens, where the cache moves to a larger slot; the second call uses the slots of the first."""
+    if "decoder_input_ids" in arguments:
+        arguments = {"decoder_input_ids": torch.tensor(arguments["decoder_input_ids"] * rows)}
+    for _ in range(2):
+        made = []
+        for model in pair:
+            torch.manual_seed(1)
+            made.append(model.generate(**batch(rows), max_new_tokens=80, **arguments))
+        assert torch.equal(*made)
+    ours = pair[1]
+    assert ours.last_generation_path.loop == "device" and ours.session.backend == "cuda"
+
+
+@torch.no_grad()
+def test_source_without_any_shown_token(pair: tuple[Any, Any]) -> None:
+    """It attends to its tokens equally, and not to what fills up the encoder's buffers, in the first call and in later ones."""
+    stock, ours = pair
+    inputs = batch()
+    inputs["attention_mask"][1] = 0
+    expected = stock.get_encoder()(**inputs).last_hidden_state
+    results = [ours.get_encoder()(**inputs).last_hidden_state for _ in range(3)]
+    torch.testing.assert_close(results[0], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"min_length": 70}], ids=str)
+def test_choices_by_kernels(
+    steps: list[bool],  # noqa: F811
+    pair: tuple[Any, Any],
+    arguments: dict[str, Any],
+) -> None:
+    """Their reports come by mail, from the smaller slot and then from the larger one."""
+    results = [model.generate(**batch(3), max_new_tokens=80, **arguments) for model in pair]
+    assert torch.equal(*results) and steps and all(steps)
+
+
+def test_beams_with_sources_of_their_own(
+    steps: list[bool],  # noqa: F811
+    pair: tuple[Any, Any],
+) -> None:
+    """Transformers repeats encoder states that it is given, and rows of the cache move."""
+    inputs = batch(2)
+    states = pair[0].get_encoder()(**inputs)
+    fixed = {"attention_mask": inputs["attention_mask"], "num_beams": 3, "max_new_tokens": 70}
+    results = [model.generate(encoder_outputs=copy.copy(states), **fixed) for model in pair]
+    assert torch.equal(*results) and steps and all(steps)

@@ -1,0 +1,430 @@
+"""The TensorRT session's own logic on a stand-in engine: padding, buckets, slots, growth, masks, limits."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import T5ForConditionalGeneration
+
+from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
+from t5_trt.engine.profiles import Shapes
+from t5_trt.generation import request as requests
+from t5_trt.generation.processors import fingerprint
+from t5_trt.graph.signature import GRAPHS
+from t5_trt.runtime import device_weights, engine_step, tensorrt_encoder, tensorrt_session
+from t5_trt.runtime.cuda_graph import NotRecordableError
+from t5_trt.tools.verify import block_errors, verify
+from tests.stand_in_tensorrt import StandInContext, stand_in_session
+from tests.tiny_models import KINDS, batch, make_stock
+from tests.tolerances import LOGITS_ATOL
+
+
+@pytest.fixture
+def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(stock model, model whose session is a TrtSession on the stand-in)."""
+
+    def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
+        stock = make_stock(kind)
+        ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+        ours._session = stand_in_session(ours, monkeypatch, settings, strict=strict)
+        return stock, ours
+
+    return make
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_greedy(make_pair: Any, kind: str) -> None:
+    stock, ours = make_pair(kind)
+    request = {**batch(), "max_new_tokens": 40, "min_new_tokens": 40}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 4},
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": -1.0},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"decoder_input_ids": torch.tensor([[0, 5, 6, 7]] * 3)},
+        {"max_new_tokens": 150, "min_new_tokens": 150},
+        {"num_beams": 2, "max_new_tokens": 140, "min_new_tokens": 140},
+        {"use_cache": False},
+    ],
+    ids=["beams", "beams, several", "sampling", "prompt", "two buckets", "beams, two buckets", "no cache"],
+)
+def test_requests(make_pair: Any, arguments: dict[str, Any]) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    results = []
+    for model in (stock, ours):
+        torch.manual_seed(3)
+        results.append(model.generate(**{**batch(), "max_new_tokens": 12, **arguments}).tolist())
+    assert results[0] == results[1]
+
+
+def test_prompt_lookup_takes_tokens_back(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    request = {**batch(1), "prompt_lookup_num_tokens": 3, "max_new_tokens": 20, "min_new_tokens": 20}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+
+
+def test_decoder_mask_precomputed_states_and_embeds(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    ids = torch.randint(2, 200, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    inputs = batch()
+    with torch.no_grad():
+        expected = stock(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask)
+        states, embeds = expected.encoder_last_hidden_state, stock.shared(inputs["input_ids"])
+    for form in ({"input_ids": inputs["input_ids"]}, {"encoder_outputs": (states,)}, {"inputs_embeds": embeds}):
+        got = ours(**form, attention_mask=inputs["attention_mask"], decoder_input_ids=ids, decoder_attention_mask=mask)
+        keep = mask.bool()
+        torch.testing.assert_close(got.logits[keep], expected.logits[keep], atol=LOGITS_ATOL, rtol=1e-5)
+        assert got.encoder_last_hidden_state.shape == states.shape
+
+
+def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU memory does not wait for the garbage collector."""
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    session = ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    for beams in (1, 3):
+        ours.generate(**batch(), max_new_tokens=5, num_beams=beams)
+    ours.generate(**batch(), max_new_tokens=5, do_sample=True, temperature=0.7)
+    for idle in session._slots.idle.values():
+        for slot in idle:
+            for step in slot.steps.values():
+                step.graph = None  # the stand-in's keep the session, a CUDA graph keeps nothing
+    gone = [weakref.ref(kept) for kept in (ours, session, session.engines, session.engines.weights)]
+    gc.collect()
+    gc.disable()
+    try:
+        del ours, session, idle, slot, step
+        assert [kept() for kept in gone] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_slots_are_used_again(make_pair: Any) -> None:
+    _, ours = make_pair("t5-v1.0")
+    one = torch.zeros(3, 1, dtype=torch.long)
+    first = ours(**batch(), decoder_input_ids=one)
+    address, expected = first[CACHE].state.kv.data_ptr(), first.logits.clone()
+    second = ours(**batch(), decoder_input_ids=one)
+    assert second[CACHE].state.kv.data_ptr() != address
+    del first
+    third = ours(**batch(seed=9), decoder_input_ids=one)
+    assert third[CACHE].state.kv.data_ptr() == address
+    assert torch.equal(second.logits, expected) and not torch.equal(third.logits, expected)
+
+
+def test_two_kinds_of_request_take_turns_in_one_recorded_step(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They differ in a number; what was found out about a kind is used again, and nothing of the other kind."""
+    stock, ours = make_pair("t5-v1.1")
+    fingerprints: list[Any] = []
+    monkeypatch.setattr(
+        requests, "fingerprint", lambda processor: fingerprints.append(processor) or fingerprint(processor)
+    )
+    for seed in range(3):
+        for temperature in (0.6, 2.5):
+            results = []
+            for model in (stock, ours):
+                torch.manual_seed(seed)
+                request = {**batch(seed=seed), "max_new_tokens": 12, "do_sample": True, "temperature": temperature}
+                results.append(model.generate(**request).tolist())
+            assert results[0] == results[1]
+        assert len(fingerprints) == 4  # top-k and temperature, for each kind
+    steps = [step for slots in ours.session._slots.idle.values() for slot in slots for step in slot.steps]
+    assert len(steps) == 1
+
+
+def test_one_mask_is_made_for_a_request(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    real, made = tensorrt_session.TrtSession.cross_bias, []
+    monkeypatch.setattr(tensorrt_session.TrtSession, "cross_bias", lambda *args: made.append(1) or real(*args))
+    inputs = batch()
+    unmasked = {"input_ids": inputs["input_ids"]}
+    for given in (inputs, unmasked):
+        for arguments in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}):
+            del made[:]
+            request = {**given, "max_new_tokens": 8, **arguments}
+            assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+            assert len(made) == 1, (list(given), arguments)
+        del made[:]
+        start = torch.zeros(3, 1, dtype=torch.long)
+        with torch.no_grad():
+            expected = stock(**given, decoder_input_ids=start).logits
+        torch.testing.assert_close(ours(**given, decoder_input_ids=start).logits, expected, atol=LOGITS_ATOL, rtol=1e-5)
+        assert len(made) == 1
+
+
+def test_changed_mask_and_rearranged_rows(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.1")
+    results = []
+    for model in (stock, ours):
+        with torch.no_grad():
+            out = model(**batch(), decoder_input_ids=torch.tensor([[0, 4], [0, 5], [0, 6]]))
+            cache = out[CACHE]
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            mask = batch()["attention_mask"][[2, 0]].clone()
+            mask[0, 5] = 0
+            step = model(
+                encoder_outputs=(out.encoder_last_hidden_state[[2, 0]],),
+                attention_mask=mask,
+                decoder_input_ids=torch.tensor([[7], [8]]),
+                **{CACHE: cache},
+            )
+            results.append(step.logits)
+    torch.testing.assert_close(results[1], results[0], atol=LOGITS_ATOL, rtol=1e-5)
+
+
+def test_few_engines_serve_all_lengths(make_pair: Any) -> None:
+    stock, ours = make_pair("t5-v1.0")
+    for rows, tokens in ((1, 3), (1, 17), (1, 32), (2, 20), (2, 31)):
+        request = {**batch(rows, tokens, padding="right"), "max_new_tokens": 5}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    asked = ours.session.engines._provider.asked
+    assert len(asked) == len(set(asked)) == 4  # encoder and step, for batches of 1 and 2
+
+
+def test_dynamic_axes_need_one_engine(make_pair: Any) -> None:
+    settings = BuildConfig(dynamic=("B", "S", "T"), max_batch=4, max_source_tokens=64, max_target_tokens=256)
+    stock, ours = make_pair("t5-v1.1", settings)
+    for rows, tokens, new in ((1, 3, 5), (3, 40, 5), (4, 20, 140)):
+        request = {**batch(rows, tokens), "max_new_tokens": new, "min_new_tokens": new}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert [graph for graph, _ in ours.session.engines._provider.asked] == ["encoder", "decoder_step"]
+
+
+def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A checkpoint that is trained on and saved again under the same name: the same engine, the new weights' tokens."""
+    plans, tokens = [], []
+    for seed in (0, 1):
+        make_stock("t5-v1.1", seed=seed).save_pretrained(tmp_path)
+        stock = T5ForConditionalGeneration.from_pretrained(tmp_path)
+        ours = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)
+        ours._session = stand_in_session(ours, monkeypatch)
+        tokens.append(ours.generate(**batch(), max_new_tokens=20).tolist())
+        assert tokens[-1] == stock.generate(**batch(), max_new_tokens=20).tolist()
+        plans.append(ours.session.engines._provider.plan("decoder_step", Shapes(B=4)))
+    assert plans[0] == plans[1] and tokens[0] != tokens[1]
+
+
+def test_engines_serve_every_checkpoint_and_share_weights(make_pair: Any) -> None:
+    """Engines hold no weights: changed weights give changed tokens, and all engines read the same memory."""
+    stock, ours = make_pair("t5-v1.1")
+    ours.generate(**batch(2), max_new_tokens=3)
+    size = ours.session.engines.weights.nbytes
+    ours.generate(**batch(5), num_beams=2, max_new_tokens=3)
+    assert (
+        ours.session.engines.weights.nbytes
+        == size
+        == pytest.approx(4 * sum(p.numel() for p in stock.parameters()), rel=0.1)
+    )
+
+
+def checked_session(monkeypatch: pytest.MonkeyPatch) -> Any:
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    return ours
+
+
+def test_new_engines_are_compared_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = checked_session(monkeypatch)
+    engines, errors = ours.session.engines, {}
+    measure = engines._check
+    engines._check = lambda graph, shapes: errors.setdefault((graph, shapes), measure(graph, shapes))
+    stock = make_stock("t5-v1.1")
+    request = {**batch(), "num_beams": 2, "max_new_tokens": 9, "decoder_input_ids": torch.tensor([[0, 5, 6]] * 3)}
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    states = stock.get_encoder()(**batch()).last_hidden_state.detach()
+    ours(encoder_outputs=(states,), attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
+    embeds = stock.shared(batch()["input_ids"]).detach()
+    ours(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
+    assert {graph for graph, _ in errors} == set(GRAPHS)
+    assert all(0 <= found.error < 1e-4 for found in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [
+        ("logits", "logits"),
+        ("new_qkv_1", "new_[kv]_1"),
+        ("cross_kv", r"cross_[kv]_\d"),
+        ("encoder_hidden_states", "encoder_hidden_states"),
+    ],
+)
+def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, output: str, named: str) -> None:
+    """TensorRT 8.5 built such engines: the first row right, the others each other's."""
+    right = StandInContext.run
+
+    def wrong(self: Any) -> None:
+        right(self)
+        for node, is_input in self.engine.io:
+            if node.name == output and not is_input:
+                rows = self._memory(node, tuple(node.shape)).reshape(-1, node.shape[-1])
+                rows[1:] = rows[1:][::-1].copy()
+
+    monkeypatch.setattr(StandInContext, "run", wrong)
+    ours = checked_session(monkeypatch)
+    with pytest.raises(BackendError, match=rf"computes wrong values: \w+ B4 .* in {named} .*check_engines=False"):
+        ours.generate(**batch(), max_new_tokens=5)
+    assert len(ours.session.engines._provider.discarded) == 1
+    monkeypatch.setattr(StandInContext, "run", right)
+    expected = make_stock("t5-v1.1").generate(**batch(), max_new_tokens=5)
+    assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "named"), [(np.inf, "inf in logits against"), (np.nan, r"inf in logits \(NaN\) against")]
+)
+def test_engine_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch, value: float, named: str) -> None:
+    """NaN is told from infinity: it has other causes."""
+    right = StandInContext.run
+
+    def wrong(self: Any) -> None:
+        right(self)
+        for node, is_input in self.engine.io:
+            if node.name == "logits" and not is_input:
+                self._memory(node, tuple(node.shape))[0, :5] = value
+
+    monkeypatch.setattr(StandInContext, "run", wrong)
+    with pytest.raises(BackendError, match=named):
+        checked_session(monkeypatch).generate(**batch(), max_new_tokens=5)
+
+
+def test_error_after_every_block(make_pair: Any) -> None:
+    """Through the tapped engines, and with a fault in one block the table points at it."""
+    _, ours = make_pair("t5-v1.1")
+    tokens = torch.tensor([[0, 4, 5, 6]] * 3)
+    errors = block_errors(ours, batch(), tokens)
+    assert [e.name for e in errors] == ["encoder.block.0", "encoder output", "decoder.block.0", "logits"]
+    assert all(e.relative_error < 1e-5 and e.max_error < 1e-3 for e in errors)
+    assert verify(ours, [batch(), batch(1, 30)], max_new_tokens=9, num_beams=2).equal == 4
+    wrong = ours.session.engines.weights["decoder.block.0.layer.2.DenseReluDense.wo"]
+    wrong[3] += 0.5
+    errors = block_errors(ours, batch(), tokens)
+    assert [e.relative_error > 1e-4 for e in errors] == [False, False, True, True]
+    found = verify(ours, [batch()], max_new_tokens=9)
+    assert found.equal < 3 and found.first_difference is not None and found.max_logit_error > 0.01
+
+
+def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> None:
+    stock, ours = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32))
+    request = {**batch(1, 40), "max_new_tokens": 3}
+    with caplog.at_level(logging.WARNING, "t5_trt"):
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert (
+        caplog.text.count("needs max_source_tokens = 40; engines were configured for 32: an engine for 64 is used") == 1
+    )
+    _, strict = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32), strict=True)
+    with pytest.raises(StrictModeError, match=r"needs max_source_tokens = 40"):
+        strict.generate(**request)
+
+
+def test_step_that_cannot_be_recorded(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs kernel by kernel then."""
+    stock, ours = make_pair("t5-v1.1")
+
+    def refuse(work: Any, device: torch.device, memory: Any) -> Any:
+        work()
+        raise NotRecordableError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(engine_step, "record", refuse)
+    for arguments in ({}, {"num_beams": 2}, {}):
+        request = {**batch(), "max_new_tokens": 9, **arguments}
+        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert caplog.text.count("the decoder step is not recorded") == 2
+    assert caplog.text.count("the choice of tokens is not recorded") == 2
+
+
+def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded before does not read weights that were given back; the next request works."""
+    stock, ours = make_pair("t5-v1.1")
+    held = ours(**batch(1), decoder_input_ids=torch.zeros(1, 1, dtype=torch.long))
+    real = device_weights.materialize
+
+    def full(parameter: Any, *arguments: Any) -> torch.Tensor:
+        if any("decoder.block.1.layer.2" in part for part in parameter.parts):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(parameter, *arguments)
+
+    ours.session.engines.weights._made.clear()
+    monkeypatch.setattr(device_weights, "materialize", full)
+    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
+    request = {**batch(), "max_new_tokens": 5}
+    with pytest.raises(BackendError, match=r"GPU memory ran out \(the weights take 0.00 GB as float32"):
+        ours.generate(**request)
+    assert not ours.session._encoders._recorded and not ours.session.engines.weights._made
+    monkeypatch.setattr(device_weights, "materialize", real)
+    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    step = {"attention_mask": batch(1)["attention_mask"], "decoder_input_ids": torch.tensor([[7]])}
+    with torch.no_grad():
+        expected = stock(**batch(1), decoder_input_ids=torch.tensor([[0, 7]])).logits[:, 1:]
+    states = (held.encoder_last_hidden_state,)
+    got = ours(encoder_outputs=states, **step, **{CACHE: held[CACHE]}).logits
+    torch.testing.assert_close(got, expected, atol=LOGITS_ATOL, rtol=0)
+
+
+def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Hidden states of tokens that a mask shows, one after the other."""
+    with torch.no_grad():
+        states = model.get_encoder()(**inputs).last_hidden_state
+    return states[inputs["attention_mask"].bool()]
+
+
+def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
+    stock, ours = make_pair("t5-v1.1")
+    recorded, record = [], tensorrt_encoder.record
+    monkeypatch.setattr(tensorrt_encoder, "record", lambda *args: recorded.append(1) or record(*args))
+    sources = [batch(4, 30), batch(3, 11, padding="none"), batch(4, 17, seed=1), batch(1, 5), batch(4, 300)]
+    results = [encoded(ours, inputs) for inputs in sources]
+    assert len(recorded) == 2  # [4, 32] and [1, 32]; [4, 512] is too long
+    for inputs, result in zip(sources, results, strict=True):
+        torch.testing.assert_close(result, encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
+    embeds = {"inputs_embeds": torch.randn(2, 9, stock.config.d_model), "attention_mask": batch(2, 9)["attention_mask"]}
+    torch.testing.assert_close(encoded(ours, embeds), encoded(stock, embeds), atol=LOGITS_ATOL, rtol=0)
+
+
+def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
+    stock, ours = make_pair("t5-v1.0")
+    for rows in (1, 2, 3, 1):
+        inputs = batch(rows)
+        torch.testing.assert_close(encoded(ours, inputs), encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
+    assert [shapes.B for _, shapes in ours.session._encoders._recorded] == [4, 1]
+
+
+def test_encoder_that_cannot_be_recorded(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs kernel by kernel then, and recording it is not tried again; without memory it is an error of ours."""
+    stock, ours = make_pair("t5-v1.1")
+    tries = []
+
+    def refuse(*args: Any) -> Any:
+        tries.append(1)
+        raise NotRecordableError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(tensorrt_encoder, "record", refuse)
+    for _ in range(2):
+        torch.testing.assert_close(encoded(ours, batch()), encoded(stock, batch()), atol=LOGITS_ATOL, rtol=0)
+    assert len(tries) == 1 and caplog.text.count("the encoder is not recorded") == 1
+
+    def full(*args: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tensorrt_encoder, "record", full)
+    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
+    with pytest.raises(BackendError, match="GPU memory ran out"):
+        encoded(ours, batch(1))

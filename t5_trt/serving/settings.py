@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -139,7 +140,11 @@ class SettingsReader:
         request = self._request(arguments)
         _refuse(vars(request.config))
         mode = request.config.get_generation_mode()
-        reason = refusal(request) or (None if request.recordable else "a logits processor or stopping criterion")
+        own = [
+            *request.custom_criteria,
+            *(p for p in request.processors if type(p).__module__ != logits_process.__name__),
+        ]
+        reason = refusal(request) or (type(own[0]).__name__ if own else None)  # a model of the user's may add them
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *_BEAMS):
             reason = f"the generation mode {mode.value}"
         if reason is not None:

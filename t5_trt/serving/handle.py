@@ -42,6 +42,7 @@ class Job:
         self.error: BaseException | None = None
         self.done = False
         self._changed = threading.Condition()
+        self._readers = 0  # threads that wait for a token; others sleep until the end
         self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether a token is enough
 
     def overdue(self) -> BaseException | None:
@@ -67,8 +68,13 @@ class Job:
 
     def wait(self, count: int | None, timeout: float | None) -> bool:
         """Wait until more than `count` tokens are there or it has ended; None: until it has ended. False if time was up."""
+        reads = count is not None
         with self._changed:
-            return self._changed.wait_for(lambda: self._reached(count), timeout)
+            self._readers += reads
+            try:
+                return self._changed.wait_for(lambda: self._reached(count), timeout)
+            finally:
+                self._readers -= reads
 
     async def wait_async(self, count: int | None, timeout: float | None) -> bool:
         """`wait` for a coroutine; one that is cancelled while it waits has lost its client, and cancels the request."""
@@ -97,7 +103,8 @@ class Job:
         return self.done or (count is not None and len(self.tokens) > count)
 
     def _tell(self) -> None:
-        self._changed.notify_all()
+        if self.done or self._readers:
+            self._changed.notify_all()
         if self._futures:
             told = [entry for entry in self._futures if self.done or entry[1]]
             self._futures = [entry for entry in self._futures if entry not in told]

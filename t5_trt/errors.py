@@ -33,6 +33,22 @@ class StrictModeError(T5TRTError, RuntimeError):
     """``strict=True`` and the request would have needed the stock PyTorch model or a new engine."""
 
 
+class QueueFullError(T5TRTError, RuntimeError):
+    """As many requests wait for a row as may; try again later, or elsewhere."""
+
+
+class RequestCancelledError(T5TRTError):
+    """The request was cancelled before it had ended."""
+
+
+class RequestTimeoutError(T5TRTError, TimeoutError):
+    """The request had not ended in the time that it was given."""
+
+
+class EngineClosedError(T5TRTError, RuntimeError):
+    """The engine takes no more requests, or was closed before this one had ended."""
+
+
 def raise_hidden_interrupt(error: BaseException) -> None:
     """Raise the KeyboardInterrupt that an error is or came out of, if there is one; else do nothing.
 

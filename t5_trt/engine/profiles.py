@@ -73,7 +73,7 @@ def input_shapes(graph: str, arch: Architecture, shapes: Shapes) -> dict[str, tu
     fixed = fixed_axes(shapes)
     return {
         tensor.name: tuple(tuple(_size(axis, sizes) for axis in tensor.axes) for sizes in (low, high, high))
-        for tensor in signature(graph, arch).inputs
+        for tensor in signature(graph, arch, packed=True).inputs
         if any(isinstance(axis, str) and axis not in fixed for axis in tensor.axes)
     }
 

@@ -70,8 +70,16 @@ class Form(GraphBuilder):
         """
         raise NotImplementedError
 
-    def bias_of_rows(self, bias: ir.Value) -> ir.Value:
-        """A bias [H, T] in a shape that goes with `by_heads`."""
+    def by_rows(self, position: ir.Value) -> ir.Value:
+        """Positions in a shape that broadcasts with cache slots [T]: host form [P, 1], for every row or for all of them; device (1,)."""
+        raise NotImplementedError
+
+    def slots_of_rows(self, slots: ir.Value) -> ir.Value:
+        """Values of cache slots, as `by_rows` made them, in a shape that broadcasts with scores of `row_scores`."""
+        raise NotImplementedError
+
+    def bias_of_rows(self, bias: ir.Value, mask: ir.Value) -> ir.Value:
+        """A bias [.., T, H] plus a mask [.., T], as `by_rows` made them, in a shape that broadcasts with scores of `row_scores`."""
         raise NotImplementedError
 
     def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
@@ -184,9 +192,18 @@ class HostForm(Form):
         """See `Form.by_heads`."""
         return self.reshape(value, -1, self.arch.num_heads, 1, self.arch.d_kv)
 
-    def bias_of_rows(self, bias: ir.Value) -> ir.Value:
-        """See `Form.bias_of_rows`."""
-        return self.op("Unsqueeze", bias, self.ints(1))
+    def by_rows(self, position: ir.Value) -> ir.Value:
+        """See `Form.by_rows`."""
+        return self.op("Unsqueeze", position, self.ints(1))
+
+    def slots_of_rows(self, slots: ir.Value) -> ir.Value:
+        """See `Form.slots_of_rows`: [P, T] as [P, 1, 1, T]."""
+        return self.op("Unsqueeze", slots, self.ints(1, 2))
+
+    def bias_of_rows(self, bias: ir.Value, mask: ir.Value) -> ir.Value:
+        """See `Form.bias_of_rows`: [P, T, H] as [P, H, 1, T]."""
+        by_heads = self.op("Unsqueeze", self.transpose(bias, 0, 2, 1), self.ints(2))
+        return self.op("Add", by_heads, self.slots_of_rows(mask))
 
     def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
         """See `Form.row_scores`."""
@@ -267,9 +284,17 @@ class DeviceForm(Form):
         """See `Form.by_heads`."""
         return self.reshape(value, *streams, self.arch.num_heads, self.arch.d_kv)
 
-    def bias_of_rows(self, bias: ir.Value) -> ir.Value:
-        """See `Form.bias_of_rows`: it broadcasts as it is."""
-        return bias
+    def by_rows(self, position: ir.Value) -> ir.Value:
+        """See `Form.by_rows`."""
+        return position
+
+    def slots_of_rows(self, slots: ir.Value) -> ir.Value:
+        """See `Form.slots_of_rows`."""
+        return slots
+
+    def bias_of_rows(self, bias: ir.Value, mask: ir.Value) -> ir.Value:
+        """See `Form.bias_of_rows`: [T, H] as [H, T]."""
+        return self.op("Add", self.transpose(bias, 1, 0), mask)
 
     def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
         """See `Form.row_scores`."""

@@ -34,11 +34,11 @@ class _Frame:
     queries: Dim  # Q
     cached: Dim  # T
     source: Dim  # S
-    past_index: ir.Value  # [T] or [Q, T] clipped distances from query to cached key
+    past_index: ir.Value  # [P, T] (device form: [T]) or [Q, T] clipped distances from query to cached key
     new_index: ir.Value | None  # [Q, Q] clipped distances from query to new key
-    past_mask: ir.Value  # [T], or [R, 1, 1, T]
+    past_mask: ir.Value  # as past_index, or [R, 1, 1, T]
     new_mask: ir.Value | None  # [R, 1, Q, Q]
-    here: ir.Value | None  # bool [T], true at the place of the new key
+    here: ir.Value | None  # bool [P, 1, 1, T] (device form: [T]), true at the place of the new key
 
     @property
     def streams(self) -> tuple[Dim, Dim]:
@@ -97,7 +97,7 @@ def _sizes(graph: Form, inputs: dict[str, ir.Value]) -> dict[str, Dim]:
 def _step_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Frame:
     sizes = _sizes(graph, inputs)
     slots = graph.arange(sizes["cached"])  # [T]
-    position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
+    position = graph.by_rows(graph.cast(inputs["position"], graph.index, INT64))  # [P, 1] (device form: (1,))
     later = graph.op("Greater", slots, position)
     return _Frame(
         single=True,
@@ -106,7 +106,7 @@ def _step_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Frame:
         new_index=None,
         past_mask=graph.op("Where", later, graph.scalar(mask_value(graph.real)), graph.scalar(0.0)),
         new_mask=None,
-        here=graph.op("Equal", slots, position),
+        here=graph.slots_of_rows(graph.op("Equal", slots, position)),
     )
 
 
@@ -136,10 +136,9 @@ def _queries_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Fra
 
 
 def _masked_biases(graph: Form, relative: RelativeBias, table: str, frame: _Frame) -> list[ir.Value]:
-    """Relative bias plus mask. A step: [H, 1, T] (device form: [H, T]). Several: over cached keys [R, H, Q, T], new [R, H, Q, Q]."""
+    """Relative bias plus mask. A step: [P, H, 1, T] (device form: [H, T]). Several: over cached keys [R, H, Q, T], new [R, H, Q, Q]."""
     if frame.single:
-        bias = graph.op("Add", graph.transpose(relative.rows(table, frame.past_index), 1, 0), frame.past_mask)
-        return [graph.bias_of_rows(bias)]
+        return [graph.bias_of_rows(relative.rows(table, frame.past_index), frame.past_mask)]
     assert frame.new_index is not None and frame.new_mask is not None
     biases = []
     for index, mask in ((frame.past_index, frame.past_mask), (frame.new_index, frame.new_mask)):

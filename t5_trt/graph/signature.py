@@ -1,7 +1,7 @@
 """Names, dtypes and axes of every input and output of the ONNX graphs, written once for graphs, sessions and tests.
 
 Axes, here and everywhere: B batch, N beams per row, R = B * N decoder rows, S source length, Q query positions,
-T cache length, H heads, D = d_kv, E = d_model, V vocabulary. A dynamic axis is its letter, a fixed one its size.
+T cache length, P positions, H heads, D = d_kv, E = d_model, V vocabulary. A dynamic axis is its letter, a fixed one its size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from t5_trt.graph.architecture import Architecture
 
 #: part of every engine's cache key: raise it when a change in `t5_trt.graph` changes what a graph computes or is called
-GRAPH_REVISION = 8
+GRAPH_REVISION = 9
 
 INDEX = "index"  # token ids, positions and masks: int64 (int32 for TensorRT 8)
 REAL = "real"  # the compute type of the engine: float32, float16 or bfloat16
@@ -58,16 +58,17 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
     encoder:          input_ids [B,S], attention_mask [B,S] -> encoder_hidden_states [B,S,E], cross_{k,v}_l [B,H,S,D]
     encoder_embeds:   the same with inputs_embeds [B,S,E] in place of input_ids
     cross:            encoder_hidden_states [B,S,E] -> cross_{k,v}_l [B,H,S,D]
-    decoder_step:     decoder_input_ids [R,1], position [1], cross_bias [B,1,1,S], past_{k,v}_l [R,H,T,D],
+    decoder_step:     decoder_input_ids [R,1], position [P], cross_bias [B,1,1,S], past_{k,v}_l [R,H,T,D],
                       cross_{k,v}_l [B,H,S,D] -> logits [R,1,V], new_{k,v}_l [R,H,1,D]
-    decoder_queries:  the same with Q query positions and, besides, key_bias [R,1,1,K], K = T + Q (padding of the decoder's own
-                      keys, cached ones first)
+    decoder_queries:  the same with Q query positions, position [1] and, besides, key_bias [R,1,1,K], K = T + Q (padding of the
+                      decoder's own keys, cached ones first)
 
     The device form is `packed`: cross_kv [L,2,B,H,S,D] stands for all cross_{k,v}_l that leave an encoder, and
     new_qkv_l [R,Q,3*H*D] (q, k and v of each new token side by side) for new_{k,v}_l.
 
-    An encoder without a decoder makes no cross K/V. ``position`` is the number of tokens already in the cache; cached entries from there on are ignored. The biases are
-    added to attention scores: 0 keeps a key, `t5_trt.graph.precision.mask_value` (-30000 in float16, else -1e30) hides it.
+    An encoder without a decoder makes no cross K/V. ``position`` is the number of tokens already in the cache; cached entries from
+    there on are ignored. P is 1, for all rows, or R, for each of them; the device form takes one. The biases are added to
+    attention scores: 0 keeps a key, `t5_trt.graph.precision.mask_value` (-30000 in float16, else -1e30) hides it.
     """
     heads, width, size, layers = arch.num_heads, arch.d_kv, arch.d_model, arch.decoder_layers
     cross = tuple(Tensor(name, REAL, ("B", heads, "S", width)) for name in layered("cross", layers))
@@ -88,7 +89,7 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
         new = tuple(Tensor(f"new_qkv_{layer}", REAL, ("R", queries, 3 * heads * width)) for layer in range(layers))
     inputs = [
         Tensor("decoder_input_ids", INDEX, ("R", queries)),
-        Tensor("position", INDEX, (1,)),
+        Tensor("position", INDEX, ("P" if graph == STEP and not packed else 1,)),
         Tensor("cross_bias", REAL, ("B", 1, 1, "S")),
     ]
     if graph == QUERIES:

@@ -24,6 +24,7 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
+from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import Choice
 
 #: smaller tensors go into the model itself, where graph optimizers may read their values
@@ -148,6 +149,29 @@ class OrtSession:
     def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
         """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""
         return OrtProgram(self, state, make())
+
+    def row_buffers(self, rows: int) -> RowBuffers:
+        """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
+        real, hidden = torch.float32, mask_value(ir.DataType.FLOAT)
+        return RowBuffers(self.arch, rows, dtype=real, bias_dtype=real, hidden=hidden, device=self.device)
+
+    def step_rows(self, rows: RowBuffers) -> torch.Tensor:
+        """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
+        count = rows.count
+        if count not in rows.bindings:
+            session = self._session(STEP, several_rows=True)
+            binding = session.io_binding()
+            logits = torch.empty((count, 1, self.arch.vocab_size), dtype=torch.float32)
+            inputs = layer_views("past", rows.kv[:, :, :count]) | layer_views("cross", rows.cross[:, :, :count])
+            inputs["cross_bias"] = rows.cross_bias[:count]
+            inputs["decoder_input_ids"], inputs["position"] = rows.tokens[:count], rows.positions[:count]
+            _bind(binding.bind_input, inputs)
+            _bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
+            rows.bindings[count] = (session, binding, logits)
+        session, binding, logits = rows.bindings[count]
+        self._call(session, binding)
+        rows.append()
+        return logits[:, 0]  # type: ignore[no-any-return]
 
     def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.streams`."""

@@ -1,0 +1,214 @@
+"""One request between whoever submitted it and the threads that run it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from t5_trt.errors import RequestCancelledError, RequestTimeoutError
+from t5_trt.serving.settings import Prepared
+
+
+class Job:
+    """What is known of a request. The engine writes tokens and the end; anybody may cancel.
+
+    Args:
+        input_ids: int64 [1, S].
+        attention_mask: int64 [1, S] of zeros and ones.
+        prepared: its settings.
+        seed: of its draws; None takes any.
+        timeout: seconds from now; None sets no limit.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prepared: Prepared,
+        seed: int | None,
+        timeout: float | None,
+    ) -> None:
+        self.input_ids, self.attention_mask, self.prepared, self.seed = input_ids, attention_mask, prepared, seed
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.timeout = timeout
+        self.cancelled = False  # set without a lock: finalizers run in any thread, wherever it stands
+        self.tokens: list[int] = []
+        self.sequences: torch.Tensor | None = None
+        self.error: BaseException | None = None
+        self.done = False
+        self._changed = threading.Condition()
+        self._readers = 0  # threads that wait for a token; others sleep until the end
+        self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether a token is enough
+
+    def overdue(self) -> BaseException | None:
+        """Why it must not go on, if it must not."""
+        if self.cancelled:
+            return RequestCancelledError("the request was cancelled.")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return RequestTimeoutError(f"the request did not end within its timeout of {self.timeout:g} s.")
+        return None
+
+    def put(self, token: int) -> None:
+        """Add a token."""
+        with self._changed:
+            self.tokens.append(token)
+            self._tell()
+
+    def finish(self, sequences: torch.Tensor | None = None, error: BaseException | None = None) -> None:
+        """End it with a result, int64 [results, tokens], or an error."""
+        with self._changed:
+            if not self.done:
+                self.sequences, self.error, self.done = sequences, error, True
+                self._tell()
+
+    def wait(self, count: int | None, timeout: float | None) -> bool:
+        """Wait until more than `count` tokens are there or it has ended; None: until it has ended. False if time was up."""
+        reads = count is not None
+        with self._changed:
+            self._readers += reads
+            try:
+                return self._changed.wait_for(lambda: self._reached(count), timeout)
+            finally:
+                self._readers -= reads
+
+    async def wait_async(self, count: int | None, timeout: float | None) -> bool:
+        """`wait` for a coroutine; one that is cancelled while it waits has lost its client, and cancels the request."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._changed:
+                if self._reached(count):
+                    return True
+                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                entry = (future, count is not None)
+                self._futures.append(entry)
+            try:
+                await asyncio.wait([future], timeout=None if end is None else max(end - time.monotonic(), 0))
+            except asyncio.CancelledError:
+                self.cancelled = True
+                raise
+            finally:
+                with self._changed:
+                    if entry in self._futures:
+                        self._futures.remove(entry)
+            if end is not None and time.monotonic() >= end:
+                with self._changed:
+                    return self._reached(count)
+
+    def _reached(self, count: int | None) -> bool:
+        return self.done or (count is not None and len(self.tokens) > count)
+
+    def _tell(self) -> None:
+        if self.done or self._readers:
+            self._changed.notify_all()
+        if self._futures:
+            told = [entry for entry in self._futures if self.done or entry[1]]
+            self._futures = [entry for entry in self._futures if entry not in told]
+            for future, _ in told:
+                try:
+                    future.get_loop().call_soon_threadsafe(_wake, future)
+                except RuntimeError:  # the loop is closed
+                    self.cancelled = True
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Handle:
+    """A submitted request: its tokens as they come, and its result. A handle that nobody holds any more cancels its request.
+
+    Iteration (``for`` or ``async for``) gives the new tokens as ints, from the first one on. A request of several rows (beams, several
+    results) gives those of its first result after its end.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    @property
+    def tokens(self) -> list[int]:
+        """A copy of the new tokens so far."""
+        return list(self._job.tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, with a result or an error."""
+        return self._job.done
+
+    def cancel(self) -> None:
+        """End the request within two decoder steps; one that has ended stays as it is."""
+        self._job.cancelled = True
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The tokens, as ``generate()`` alone returns them.
+
+        In a coroutine this must be awaited; a task that is cancelled meanwhile cancels the request. In a thread without an event loop
+        it waits.
+
+        Args:
+            timeout: seconds to wait; the request goes on after them. None waits for the end.
+
+        Returns:
+            int64 [results, tokens], with the decoder's prompt.
+
+        Raises:
+            TimeoutError: it has not ended yet.
+            RequestCancelledError, RequestTimeoutError, EngineClosedError: it ended so.
+            T5TRTError: it failed.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._result(self._job.wait(None, timeout))
+        return self._awaited(timeout)
+
+    def __iter__(self) -> Iterator[int]:
+        count = 0
+        while True:
+            self._job.wait(count, None)
+            if count >= len(self._job.tokens):
+                break
+            yield self._job.tokens[count]
+            count += 1
+        self._result(ended=True)
+
+    def __aiter__(self) -> TokenIterator:
+        return TokenIterator(self)
+
+    def __del__(self) -> None:
+        self._job.cancelled = True
+
+    async def _awaited(self, timeout: float | None) -> torch.Tensor:
+        return self._result(await self._job.wait_async(None, timeout))
+
+    def _result(self, ended: bool) -> torch.Tensor:
+        if not ended:
+            raise TimeoutError("the request has not ended yet.")
+        if self._job.error is not None:
+            raise self._job.error
+        assert self._job.sequences is not None
+        return self._job.sequences
+
+
+class TokenIterator:
+    """Tokens of a request for ``async for``; leaving the loop early does not cancel the request."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle, self._count = handle, 0
+
+    def __aiter__(self) -> TokenIterator:
+        return self
+
+    async def __anext__(self) -> int:
+        job = self._handle._job
+        await job.wait_async(self._count, None)
+        if self._count >= len(job.tokens):
+            self._handle._result(ended=True)
+            raise StopAsyncIteration
+        self._count += 1
+        return job.tokens[self._count - 1]

@@ -1,0 +1,273 @@
+"""The loop: between two decoder steps requests leave their rows, and waiting ones take them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from t5_trt.errors import EngineClosedError, QueueFullError, RequestCancelledError, RequestTimeoutError
+from t5_trt.inputs import check_length
+from t5_trt.runtime.buffers import bucket_length
+from t5_trt.runtime.exits import at_work
+from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
+from t5_trt.serving.groups import GroupRunner, closed
+from t5_trt.serving.handle import Job
+from t5_trt.serving.rows import Row
+
+#: how often waiting groups are looked through for cancelled ones while no row is in use
+_LOOK_S = 0.05
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine does and has done.
+
+    Attributes:
+        waiting: requests without a row.
+        running: requests in rows or in a group.
+        steps: decoder steps of the rows.
+        tokens: new tokens of the rows.
+        completed: requests that ended with a result.
+        cancelled: by their client, or because it was lost.
+        timed_out: after their timeout.
+        failed: with another error.
+        refused: at once, because too many waited.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    steps: int = 0
+    tokens: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    failed: int = 0
+    refused: int = 0
+
+
+class Scheduler:
+    """Runs requests of one model in a thread of its own.
+
+    Args:
+        model: a `TRTT5ForConditionalGeneration`.
+        session: of the model; its decoder takes rows at positions of their own.
+        max_rows: requests that decode at a time.
+        max_waiting: requests that may wait.
+    """
+
+    def __init__(self, model: Any, session: RowSession, max_rows: int, max_waiting: int) -> None:
+        self._session = session
+        self._max_rows, self._max_waiting = max_rows, max_waiting
+        self._longest = (model.runtime_config.max_target_tokens, session.arch.longest_target)
+        self._rows: list[Row] = []
+        self._entering: list[list[Job]] = []  # batches that have left the queue and have no rows yet
+        self._buffers = session.row_buffers(max_rows)
+        self._lock = threading.Lock()  # of what waits, and of the counts
+        self._waiting: deque[Job] = deque()
+        self._groups = GroupRunner(model, self._lock, self._count)
+        self._stats = Stats()
+        self._calls: SimpleQueue[None] = SimpleQueue()  # takes no lock that a finalizer could meet
+        self._closing = self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="t5_trt rows", daemon=True)
+        self._thread.start()
+
+    def check_open(self) -> None:
+        """Refuse a request that could not wait.
+
+        Raises:
+            QueueFullError: too many wait.
+            EngineClosedError: after `close`.
+        """
+        with self._lock:
+            self._check_open()
+
+    def submit(self, job: Job) -> None:
+        """Let a request wait for a row. Raises as `check_open`."""
+        with self._lock:
+            self._check_open()
+            (self._groups.waiting if job.prepared.in_group else self._waiting).append(job)
+        if job.prepared.in_group:
+            self._groups.wake()
+        self._calls.put(None)
+
+    def stats(self) -> Stats:
+        """The counts as they are."""
+        with self._lock:
+            running = len(self._rows) + (self._groups.running is not None)
+            return replace(self._stats, waiting=len(self._waiting) + len(self._groups.waiting), running=running)
+
+    def close(self, grace: float) -> None:
+        """Take no more requests; let those that are there go on for `grace` seconds, and end the rest."""
+        with self._lock:
+            self._closing = True
+        end = time.monotonic() + grace
+        while time.monotonic() < end and self._thread.is_alive():
+            stats = self.stats()
+            if not stats.waiting and not stats.running:
+                break
+            time.sleep(0.005)
+        self.stop()
+        self._thread.join()
+        self._groups.join()
+
+    def stop(self) -> None:
+        """End the threads after the step that is running. It takes no lock."""
+        self._closing = self._stopped = True
+        self._groups.stop()
+        self._calls.put(None)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise EngineClosedError("the engine is closed; expected an open one. Make another Engine.")
+        if self._full():
+            self._leave_queues()
+        if self._full():
+            self._stats = replace(self._stats, refused=self._stats.refused + 1)
+            raise QueueFullError(
+                f"{self._max_waiting} requests wait for a row, as many as may (max_waiting). Try again later, or elsewhere."
+            )
+
+    def _full(self) -> bool:
+        return len(self._waiting) + len(self._groups.waiting) >= self._max_waiting
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while not self._stopped:
+                self._idle()
+                with at_work():
+                    try:
+                        self._turn()
+                    except BaseException as error:  # nobody may wait for ever
+                        self._fail_rows(error)
+        self._fail_rows(closed())
+        with self._lock:
+            left = [*self._waiting, *self._groups.waiting]
+            self._waiting.clear()
+            self._groups.waiting.clear()
+        for job in left:
+            self._end(job, closed())
+
+    def _idle(self) -> None:
+        """Wait until there is something to do."""
+        while not (self._rows or self._waiting or self._stopped):
+            try:
+                self._calls.get(timeout=_LOOK_S if self._groups.waiting else None)
+            except Empty:
+                break
+        while not self._calls.empty():
+            self._calls.get()
+
+    def _turn(self) -> None:
+        """Rows that are over leave, waiting requests take free rows, and all rows decode one token."""
+        for place in reversed(range(len(self._rows))):
+            reason = self._rows[place].job.overdue() or self._too_long(place)
+            if reason is not None:
+                self._leave(place, reason)
+        with self._lock:
+            self._leave_queues()
+            free = self._max_rows - len(self._rows)
+            jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        self._entering = by_length(jobs)
+        while self._entering:
+            self._enter(self._entering[0])
+            self._entering.pop(0)
+        if self._rows:
+            self._step()
+
+    def _leave_queues(self) -> None:
+        """Take out waiting requests that must not go on. The lock is held."""
+        for queue in (self._waiting, self._groups.waiting):
+            for job in [job for job in queue if job.overdue() is not None]:
+                queue.remove(job)
+                job.finish(error=job.overdue())
+                self._count_locked(job)
+
+    def _enter(self, jobs: list[Job]) -> None:
+        """Encode sources together and give each a row."""
+        lengths = [job.input_ids.shape[1] for job in jobs]
+        ids = torch.zeros((len(jobs), max(lengths)), dtype=torch.int64, device=self._session.device)
+        mask = torch.zeros_like(ids)
+        for place, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
+            ids[place, :length], mask[place, :length] = job.input_ids[0], job.attention_mask[0]
+        try:
+            _, cross = self._session.encode(ids, None, mask, 1)
+            bias = self._session.cross_bias(mask, cross)
+        except Exception as error:
+            for job in jobs:
+                self._end(job, error)
+            return
+        for place, length in enumerate(lengths):
+            self._buffers.add(cross.kv[:, :, place, :, :length], bias[place, 0, 0, :length])
+        self._rows += map(Row, jobs)
+
+    def _step(self) -> None:
+        rows, buffers = self._rows, self._buffers
+        buffers.fit()
+        buffers.tokens[: len(rows), 0] = torch.tensor([row.token for row in rows])
+        logits = self._session.step_rows(buffers)
+        best = logits.argmax(-1).tolist() if any(row.plain for row in rows) else []
+        over: list[tuple[int, BaseException | None]] = []
+        for place, row in enumerate(rows):
+            try:
+                if row.take(best[place] if row.plain else row.choose(logits[place : place + 1])):
+                    over.append((place, None))
+            except Exception as error:  # of this request alone
+                over.append((place, error))
+        with self._lock:
+            count, steps = self._stats.tokens + len(rows), self._stats.steps + 1
+            self._stats = replace(self._stats, tokens=count, steps=steps)
+        for place, failure in reversed(over):
+            self._leave(place, failure)
+
+    def _leave(self, place: int, error: BaseException | None) -> None:
+        """Free a row, whose place the last one takes."""
+        job = self._rows[place].job
+        self._buffers.remove(place)
+        self._rows[place] = self._rows[-1]
+        self._rows.pop()
+        self._end(job, error)
+
+    def _too_long(self, place: int) -> BaseException | None:
+        limit, positions = self._longest
+        if limit is None and positions is None:
+            return None
+        try:
+            check_length("target", self._buffers.position(place) + 1, limit, positions)
+        except ValueError as error:
+            return error
+        return None
+
+    def _fail_rows(self, error: BaseException) -> None:
+        jobs = [*(row.job for row in self._rows), *(job for batch in self._entering for job in batch)]
+        self._rows, self._entering = [], []
+        for job in jobs:
+            self._end(job, error)
+        self._buffers = self._session.row_buffers(self._max_rows)  # nobody knows what is in the old ones
+
+    def _end(self, job: Job, error: BaseException | None) -> None:
+        if error is not None:
+            job.finish(error=error)
+        self._count(job)
+
+    def _count(self, job: Job) -> None:
+        with self._lock:
+            self._count_locked(job)
+
+    def _count_locked(self, job: Job) -> None:
+        kinds = {RequestCancelledError: "cancelled", RequestTimeoutError: "timed_out", type(None): "completed"}
+        name = kinds.get(type(job.error), "failed")
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + 1})
+
+
+def by_length(jobs: list[Job]) -> list[list[Job]]:
+    """Requests in batches whose sources differ in length by less than a factor of two, the earliest first."""
+    batches: dict[int, list[Job]] = {}
+    for job in jobs:
+        batches.setdefault(bucket_length(job.input_ids.shape[1], SMALLEST_SOURCE), []).append(job)
+    return list(batches.values())

@@ -1,0 +1,188 @@
+"""Generation settings of one request: what is refused, and what Transformers makes of the rest.
+
+Defaults, checks, processors and end tokens come out of ``generate()`` itself, which is run up to its decode loop. So a request gets
+what ``generate()`` alone would have given it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import logits_process
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutput
+
+from t5_trt.errors import InputError
+from t5_trt.generation.repeats import Settings
+from t5_trt.generation.support import Request, refusal
+
+#: prepared settings that are kept, the ones used last
+KEPT = 256
+_NAMES = frozenset(vars(GenerationConfig()))
+#: settings that need more than a row of tokens, and the values by which they ask for nothing
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (False,)),
+    "return_dict_in_generate": (False,),
+    "max_time": (),
+    "stop_strings": (),
+    "use_cache": (True,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "is_assistant": (False,),
+    "use_mtp": (False,),
+    "penalty_alpha": (),
+    "dola_layers": (),
+    "diversity_penalty": (0.0,),
+    "num_beam_groups": (1,),
+    "constraints": (),
+    "force_words_ids": (),
+    "low_memory": (False,),
+}
+_ADVICE = {
+    "max_time": "give submit() a timeout",
+    "stop_strings": "read the tokens as they come, and cancel",
+}
+_BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a request's settings come to.
+
+    Attributes:
+        prompt: the decoder's first tokens, one.
+        processors: of the logits, in order; they keep nothing from call to call.
+        eos: tokens that end it.
+        limit: its most tokens, with the prompt.
+        do_sample: draw tokens.
+        in_group: it needs several rows (beams, several results), so ``generate()`` runs it.
+        arguments: of ``generate()``.
+    """
+
+    prompt: tuple[int, ...]
+    processors: tuple[Any, ...]
+    eos: frozenset[int]
+    limit: int
+    do_sample: bool
+    in_group: bool
+    arguments: dict[str, Any]
+
+
+class SettingsReader:
+    """Prepares settings for one model, equal ones once.
+
+    Args:
+        model: a `TRTT5ForConditionalGeneration`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._kept: OrderedDict[str, Prepared] = OrderedDict()
+        self._known = Settings((), ())
+
+    def read(self, config: Any, settings: Mapping[str, Any]) -> Prepared:
+        """Check and prepare. Not thread-safe.
+
+        Args:
+            config: a ``GenerationConfig``, or None for the model's.
+            settings: that override it, by the names of ``GenerationConfig``.
+
+        Raises:
+            InputError: a name is no generation setting, or a setting that rows cannot serve.
+            ValueError: Transformers refuses a value.
+        """
+        unknown = sorted(settings.keys() - _NAMES)
+        if unknown:
+            raise InputError(
+                f"submit() got {', '.join(unknown)}; expected settings of GenerationConfig, such as max_new_tokens. "
+                "Inputs are token ids and a mask of one source; processors, criteria and streamers are not taken."
+            )
+        key = self._key(config, settings)
+        if key is None:
+            return self._prepare(config, settings)
+        if key not in self._kept:
+            self._kept[key] = self._prepare(config, settings)
+        self._kept.move_to_end(key)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def _key(self, config: Any, settings: Mapping[str, Any]) -> str | None:
+        """Equal for equal settings of the same model settings; None if that cannot be told."""
+        if config is not None:
+            return None
+        objects = (self._model.generation_config, self._model.config)
+        if not self._known.same(objects, ()):
+            self._kept.clear()
+            self._known = Settings(objects, ())
+        try:
+            return json.dumps(settings, sort_keys=True) if self._known.comparable else None
+        except TypeError:
+            return None
+
+    def _prepare(self, config: Any, settings: Mapping[str, Any]) -> Prepared:
+        _refuse(settings)
+        if config is not None:
+            _refuse(vars(config))
+        result = {"return_dict_in_generate": False, "output_scores": False, "output_logits": False}
+        arguments = {**({} if config is None else {"generation_config": config}), **settings, **result}
+        request = self._request(arguments)
+        _refuse(vars(request.config))
+        mode = request.config.get_generation_mode()
+        own = [
+            *request.custom_criteria,
+            *(p for p in request.processors if type(p).__module__ != logits_process.__name__),
+        ]
+        reason = refusal(request) or (type(own[0]).__name__ if own else None)  # a model of the user's may add them
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *_BEAMS):
+            reason = f"the generation mode {mode.value}"
+        if reason is not None:
+            raise InputError(f"the settings ask for {reason}, which requests in shared rows cannot have. {_ELSE}")
+        assert request.limit is not None
+        return Prepared(
+            prompt=tuple(request.prompt[0].tolist()),
+            processors=tuple(request.processors),
+            eos=frozenset(request.eos),
+            limit=request.limit,
+            do_sample=bool(request.config.do_sample),
+            in_group=mode in _BEAMS or request.config.num_return_sequences > 1,
+            arguments=arguments,
+        )
+
+    def _request(self, arguments: dict[str, Any]) -> Request:
+        """What ``generate()`` hands to its decode loop, for some source."""
+        model, found = self._model, []
+
+        def keep(
+            model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+        ) -> Any:  # fmt: skip
+            found.append(Request(input_ids, logits_processor, stopping_criteria, generation_config, kwargs))
+            return input_ids
+
+        source = torch.ones((1, 1), dtype=torch.int64, device=model.device)
+        states: Any = torch.zeros((1, 1, model.config.d_model), device=model.device)
+        GenerationMixin.generate(
+            model, source, encoder_outputs=BaseModelOutput(last_hidden_state=states), custom_generate=keep, **arguments
+        )
+        return found[0]
+
+
+_ELSE = "Use model.generate() for it."
+
+
+def _refuse(settings: Mapping[str, Any]) -> None:
+    for name, neutral in _REFUSED.items():
+        value = settings.get(name)
+        if value is not None and value not in neutral:
+            raise InputError(f"{name}={value!r} is not supported in shared rows: {_ADVICE.get(name, _ELSE)}")

@@ -1,0 +1,101 @@
+"""Decoder steps of rows that stand at positions of their own over sources of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt.graph import build_device_graph
+from t5_trt.graph.precision import real_type
+from t5_trt.runtime.row_buffers import RowBuffers, RowSession
+from t5_trt.signature import STEP
+from tests.tiny_models import VOCAB
+from tests.tolerances import LOGITS_ATOL
+
+LENGTHS = (3, 40, 11, 17)
+
+
+class Alone:
+    """What a row of the buffers must do: the same source and tokens in a cache of their own."""
+
+    def __init__(self, session: Any, length: int, seed: int) -> None:
+        self.session, self.generator = session, torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(2, VOCAB, (1, length), generator=self.generator)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[0, length // 3] = 0
+        _, self.cross = session.encode(self.ids, None, self.mask)
+        self.state = session.start(self.cross, 1, self.mask)
+
+    def enter(self, rows: RowBuffers) -> None:
+        rows.add(self.cross.kv[:, :, 0], self.session.cross_bias(self.mask, self.cross)[0, 0, 0])
+
+    def token(self) -> int:
+        return int(torch.randint(2, VOCAB, (1,), generator=self.generator))
+
+
+def step(session: RowSession, rows: RowBuffers, alone: list[Alone]) -> None:
+    """One step of all rows, compared with each row's own."""
+    rows.fit()
+    tokens = torch.tensor([each.token() for each in alone])
+    rows.tokens[: rows.count, 0] = tokens
+    found = session.step_rows(rows)
+    for row, each in enumerate(alone):
+        expected = each.session.decode(each.state, tokens[row].view(1, 1))[0, 0]
+        torch.testing.assert_close(found[row], expected, atol=LOGITS_ATOL, rtol=0)
+        assert rows.position(row) == each.state.length == int(rows.positions[row])
+
+
+def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: tuple[Any, Any]) -> None:
+    session = pair[1].session
+    rows, alone = session.row_buffers(4), [Alone(session, length, seed) for seed, length in enumerate(LENGTHS)]
+    inside: list[Alone] = []
+    for each in alone:  # the longest source joins second: all are moved into wider buffers
+        each.enter(rows)
+        inside.append(each)
+        for _ in range(3):
+            step(session, rows, inside)
+    for place in (1, 0):  # the last row takes the place
+        rows.remove(place)
+        inside[place] = inside[-1]
+        inside.pop()
+        step(session, rows, inside)
+    assert rows.source_capacity == 32
+    late = Alone(session, 30, 9)
+    late.enter(rows)
+    step(session, rows, [*inside, late])
+
+
+def test_caches_grow_with_the_longest_row_and_shrink_after_it(v11: tuple[Any, Any]) -> None:
+    session = v11[1].session
+    rows, long, short = session.row_buffers(2), Alone(session, 5, 0), Alone(session, 6, 1)
+    long.enter(rows)
+    for _ in range(70):
+        step(session, rows, [long])
+    assert rows.capacity == 128
+    short.enter(rows)
+    step(session, rows, [long, short])
+    rows.remove(0)
+    step(session, rows, [short])
+    assert rows.capacity == 64
+
+
+def test_values_of_a_row_that_has_left_reach_nobody(v11: tuple[Any, Any]) -> None:
+    session = v11[1].session
+    rows, first, second = session.row_buffers(2), Alone(session, 5, 0), Alone(session, 6, 1)
+    first.enter(rows)
+    for _ in range(3):
+        step(session, rows, [first])
+    rows.kv[:, :, 0, :, :3] = float("nan")  # an overflow in one request
+    rows.cross[:, :, 0, :, :5] = float("inf")
+    rows.remove(0)
+    second.enter(rows)
+    step(session, rows, [second])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_device_form_keeps_one_position_for_all_rows(v11: tuple[Any, Any], precision: str) -> None:
+    model = build_device_graph(STEP, v11[1].architecture, real_type(precision))
+    (position,) = [value for value in model.graph.inputs if value.name == "position"]
+    assert list(position.shape or ()) == [1]

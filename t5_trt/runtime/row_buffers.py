@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from t5_trt.architecture import Architecture
-from t5_trt.runtime.buffers import bucket_length
+from t5_trt.graph.architecture import Architecture
+from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.session import Session
 
 SMALLEST_SOURCE = 16

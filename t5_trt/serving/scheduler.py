@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from t5_trt.errors import EngineClosedError, QueueFullError, RequestCancelledError, RequestTimeoutError
-from t5_trt.inputs import check_length
-from t5_trt.runtime.buffers import bucket_length
 from t5_trt.runtime.exits import at_work
+from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
 from t5_trt.serving.groups import GroupRunner, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.rows import Row
+from t5_trt.validation import check_length
 
 #: how often waiting groups are looked through for cancelled ones while no row is in use
 _LOOK_S = 0.05

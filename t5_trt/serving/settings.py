@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from t5_trt.errors import InputError
 from t5_trt.generation.repeats import Settings
-from t5_trt.generation.support import Request, refusal
+from t5_trt.generation.request import Request, refusal
 
 #: prepared settings that are kept, the ones used last
 KEPT = 256

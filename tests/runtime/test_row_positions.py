@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt.graph import build_device_graph
+from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.precision import real_type
+from t5_trt.graph.signature import STEP
 from t5_trt.runtime.row_buffers import RowBuffers, RowSession
-from t5_trt.signature import STEP
 from tests.tiny_models import VOCAB
 from tests.tolerances import LOGITS_ATOL
 

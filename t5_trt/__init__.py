@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from t5_trt.modeling import TRTT5EncoderModel, TRTT5ForConditionalGeneration
     from t5_trt.verification import compare
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendError",

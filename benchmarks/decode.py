@@ -1,5 +1,7 @@
-"""Time of decoding on an NVIDIA GPU, by the library's kernels and by TensorRT's step, in one process: the decoder step alone, with its
-choice of tokens, generate() as a whole, the host's part of a call, the capture of a new size.
+"""Time decoding on an NVIDIA GPU, by the library's kernels and by TensorRT's step, in one process.
+
+Measured are the decoder step alone and with its choice of tokens, generate() as a whole, the host's part of a call, and the capture of
+a new size.
 
     python -m benchmarks.decode --out FOLDER [--backends cuda,tensorrt-kernels,tensorrt-engine] [--cases 1x1,8x4] [--layers 2]
 

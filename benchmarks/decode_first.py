@@ -1,4 +1,4 @@
-"""The first call of a process whose engine store is filled, at a size that was never seen: from the imports to the first token.
+"""Time the first call of a process, from the imports to the first token, at a new size with a filled engine store.
 
     python -m benchmarks.decode_first --out FOLDER [--backends cuda,tensorrt-kernels] [--layers 2]
 

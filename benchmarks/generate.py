@@ -1,4 +1,4 @@
-"""Time `generate()` on ONNX Runtime against the stock class on a CPU, with random weights; check that tokens are equal.
+"""Time `generate()` on ONNX Runtime against Hugging Face's class on a CPU, with random weights, and compare tokens.
 
 The measuring is `t5_trt.tools.benchmark`'s, as in `t5-trt bench`; this script times one case, can prepack weights, and ends
 with an error if float32 tokens differ.

@@ -1,4 +1,4 @@
-"""Records of a run on a GPU with TensorRT: build, load, equality with the stock class, step and whole-call times.
+"""Records of a run on a GPU with TensorRT: build, load, equality with Hugging Face's class, step and whole-call times.
 
 Stages are separate commands because builds are long and timing wants a quiet machine: ``build`` fills the store, the
 others use it. Every stage appends to the same JSON file.

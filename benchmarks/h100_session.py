@@ -1,4 +1,4 @@
-"""All that is measured on one H100 with TensorRT, as calls of at most ten minutes each, and the keeping of what they give.
+"""Run all measurements of one H100 with TensorRT, in calls of at most ten minutes, and keep their records.
 
     python benchmarks/h100_session.py smoke --out FOLDER     is all recorded that ought to be? A minute before the rest
     python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side

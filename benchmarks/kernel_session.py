@@ -1,4 +1,4 @@
-"""All that proves the decoder's kernels on a GPU, as calls of at most ten minutes each, and the keeping of what they give.
+"""Run all checks of the decoder's kernels on a GPU, in calls of at most ten minutes, and keep their records.
 
     python -m benchmarks.kernel_session tests --out FOLDER       GPU tests that need no TensorRT, side by side
     python -m benchmarks.kernel_session engines --out FOLDER     GPU tests of TensorRT

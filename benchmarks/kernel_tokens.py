@@ -1,5 +1,6 @@
-"""Whether the tokens of decoding on a GPU are Hugging Face's: T5-base shapes in float16, the shipped model, families, checkpoints that
-overflow float16.
+"""Compare the tokens of decoding on a GPU with Hugging Face's.
+
+Models are T5-base shapes in float16, the shipped model, the families, and checkpoints that overflow float16.
 
     python -m benchmarks.kernel_tokens PART --out FOLDER [--backends cuda,tensorrt-kernels,tensorrt-engine]
 

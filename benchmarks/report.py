@@ -1,4 +1,4 @@
-"""Fill the tables and pictures of README.md and README.ja.md from ``benchmarks/results``, so that no number is typed by hand.
+"""Fill the tables and pictures of README.md and README.ja.md from the records in ``benchmarks/results``.
 
 The text between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->`` is replaced for every name in `SECTIONS`. A name that
 a file does not have is reported and left out. With ``--check`` nothing is written; the status is 1 if a file, or

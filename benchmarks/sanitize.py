@@ -1,4 +1,4 @@
-"""compute-sanitizer over the library's kernels on a small model: memory errors (memcheck) and hazards of shared memory (racecheck).
+"""Run compute-sanitizer's memcheck and racecheck over the library's kernels on a small model.
 
     python -m benchmarks.sanitize --out FOLDER
 

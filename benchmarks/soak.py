@@ -1,7 +1,7 @@
-"""Minutes of mixed requests on one model: are results right to the end, and do memory, threads and open files stay flat?
+"""Send mixed requests to one model for minutes: results must stay right, and memory, threads and open files flat.
 
 Requests differ in batch, source, length and decoding method; consumers of streamers go away, streamers and processors raise.
-A sample of the results is compared with Hugging Face's stock class; where one differs, `benchmarks.soak_ties` looks whether
+A sample of the results is compared with Hugging Face's class; where one differs, `benchmarks.soak_ties` looks whether
 rounding explains it. The first requests, which are as large as any and on a GPU fill what is kept of recorded steps, and a tenth
 of the time are warm-up; from then on nothing may grow. The exit status is 1 if anything is broken.
 """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from t5_trt.prebuild import build_engines
     from t5_trt.tools.verify import compare
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendError",

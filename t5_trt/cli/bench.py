@@ -5,14 +5,27 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from t5_trt.cli.arguments import Backend, Decode, ListCommand, Precision, read_lines
 from t5_trt.errors import InputError
 
-_Numbers = Optional[list[int]]  # noqa: UP045 - typer reads it at run time
+if TYPE_CHECKING:
+    from t5_trt.benchmarking import Case
+
+# Optional, because typer reads these at run time
+_Numbers = Optional[list[int]]  # noqa: UP045
+_DoSample = Annotated[bool, typer.Option("--do-sample", help="draw tokens, with the same seed in all calls")]
+_Texts = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="file of texts, one a line, to take instead of random tokens"),
+]
+_Picture = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="picture of the times to write: .png, .svg or .pdf"),
+]
 
 
 def is_number(word: str) -> bool:
@@ -37,22 +50,16 @@ def bench(
     source_tokens: Annotated[_Numbers, typer.Option(min=1, help="random source tokens of a row; default 32")] = None,
     new_tokens: Annotated[_Numbers, typer.Option(min=1, help="tokens that every row generates; default 64")] = None,
     num_beams: Annotated[_Numbers, typer.Option(min=1, help="beams; default 1, greedy")] = None,
-    do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="draw tokens, with the same seed in all calls")
-    ] = False,
+    do_sample: _DoSample = False,
     runs: Annotated[int, typer.Option(min=1, help="timed calls of each model, in turns")] = 5,
     backend: Backend = "auto",
     precision: Precision = "auto",
     decode: Decode = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default torch's")] = None,  # noqa: UP045
-    texts: Annotated[
-        Optional[Path], typer.Option(help="file of texts, one a line, to take instead of random tokens")  # noqa: UP045
-    ] = None,
+    texts: _Texts = None,
     no_stock: Annotated[bool, typer.Option("--no-stock", help="time ours only; tokens are not compared")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="file to append the records to")] = None,  # noqa: UP045
-    plot: Annotated[
-        Optional[Path], typer.Option(help="picture of the times to write: .png, .svg or .pdf")  # noqa: UP045
-    ] = None,
+    plot: _Picture = None,
 ) -> None:
     """Time generate() against Hugging Face's own class, and compare the tokens.
 
@@ -60,18 +67,13 @@ def bench(
     """
     from rich.console import Console
 
-    from t5_trt.checkpoint.model_names import check_model_name
-    from t5_trt.tools.plot import check_picture, draw_records
-    from t5_trt.tools.records import append_records, print_records, read_records
+    from t5_trt.bench_plot import draw_records
+    from t5_trt.bench_records import append_records, print_records
 
     if texts is not None and source_tokens:
         raise InputError("--source-tokens got values beside --texts; the texts decide. Leave one of the two out.")
     lines = None if texts is None else read_lines("--texts", texts)
-    for path, check in ((json_file, read_records), (plot, check_picture)):
-        if path is not None:  # before hours of measuring, not after
-            check(path)
-    if not model.startswith("random:"):
-        check_model_name(model)
+    _check_before_measuring(model, json_file, plot)
 
     import transformers
 
@@ -87,9 +89,7 @@ def bench(
     contest = load_contest(model, stock=not no_stock, texts=lines is not None, threads=threads, **chosen)
     records = []
     for number, case in enumerate(cases, 1):
-        source = "" if lines is not None else f" source tokens {case.source_tokens},"
-        what = f"batch {case.batch},{source} new tokens {case.new_tokens}, beams {case.num_beams}"
-        typer.echo(f"case {number} of {len(cases)}: {what}", err=True)
+        typer.echo(f"case {number} of {len(cases)}: {_describe(case, texts=lines is not None)}", err=True)
         records.append(measure(contest, case, runs, lines))
         if json_file is not None:
             append_records(json_file, records[-1:])
@@ -98,3 +98,22 @@ def bench(
     if plot is not None:
         draw_records(records, plot)
         typer.echo(f"plot: {plot}", err=True)
+
+
+def _check_before_measuring(model: str, json_file: Path | None, plot: Path | None) -> None:
+    """Refuse a model name or an output file that cannot be used before hours of measuring, not after."""
+    from t5_trt.bench_plot import check_picture
+    from t5_trt.bench_records import read_records
+    from t5_trt.model_names import check_model_name
+
+    if json_file is not None:
+        read_records(json_file)
+    if plot is not None:
+        check_picture(plot)
+    if not model.startswith("random:"):
+        check_model_name(model)
+
+
+def _describe(case: Case, *, texts: bool) -> str:
+    source = "" if texts else f" source tokens {case.source_tokens},"
+    return f"batch {case.batch},{source} new tokens {case.new_tokens}, beams {case.num_beams}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -23,7 +23,21 @@ from t5_trt.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from t5_trt.tools.verify import BlockError, Comparison
+    from t5_trt.verification import BlockError, Comparison
+    from t5_trt.verify_plan import Limits
+
+_AtLeast = Annotated[
+    Optional[float],  # noqa: UP045 - typer reads it at run time
+    number(
+        "share of equal sequences, 0 to 1, below which the status is 1; default: 1 in fp32, less in others",
+        least=0,
+        most=1,
+    ),
+]
+_MaxRelativeError = Annotated[
+    Optional[float],  # noqa: UP045
+    number("of the logits, above which the status is 1; default: 0.001 in fp32, more in others", least=0),
+]
 
 
 def verify(
@@ -41,22 +55,12 @@ def verify(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    at_least: Annotated[
-        Optional[float],  # noqa: UP045
-        number(
-            "share of equal sequences, 0 to 1, below which the status is 1; default: 1 in fp32, less in others",
-            least=0,
-            most=1,
-        ),
-    ] = None,
+    at_least: _AtLeast = None,
     layers: Annotated[bool, typer.Option("--layers", help="also show the error after every block")] = False,
     activations: Annotated[
         bool, typer.Option("--activations", help="also show where half precision comes near its limit")
     ] = False,
-    max_relative_error: Annotated[
-        Optional[float],  # noqa: UP045
-        number("of the logits, above which the status is 1; default: 0.001 in fp32, more in others", least=0),
-    ] = None,
+    max_relative_error: _MaxRelativeError = None,
     json: Json = False,
     cache_dir: CacheDir = None,
 ) -> None:
@@ -69,56 +73,80 @@ def verify(
     lines = None if texts is None else read_lines("--texts", texts)
     check_model_name(model)
 
-    from t5_trt.checkpoint.load import load_tokenizer
-    from t5_trt.checkpoint.tokenizing import text_batches
     from t5_trt.modeling import TRTT5ForConditionalGeneration
-    from t5_trt.tools.verify import compare, import_polygraphy
-    from t5_trt.tools.verify_plan import LIMITS, Limits, default_batches, searches
+    from t5_trt.verification import import_polygraphy
 
     if layers:
         import_polygraphy()  # before the work, not after
     loaded = TRTT5ForConditionalGeneration.from_pretrained(
         model, backend=backend, precision=precision, decode=decode, engine_cache_dir=cache_dir
     )
-    if lines is None:
-        batches, sources = default_batches(loaded, model, batch_size)
-    else:
-        padding = loaded.config.pad_token_id
-        batches, sources = (
-            list(text_batches(load_tokenizer(model), lines, batch_size, pad_token_id=padding)),
-            str(texts),
-        )
-    usual = LIMITS[loaded.session.precision]
-    limits = Limits(
-        usual.at_least if at_least is None else at_least,
-        usual.max_relative_error if max_relative_error is None else max_relative_error,
-    )
-    found: dict[str, Comparison] = {}
-    for name, settings in searches(
-        loaded.generation_config, loaded.session.precision, num_beams, max_new_tokens
-    ).items():
-        found[name] = compare(loaded, loaded.reference, batches, activations=activations and not found, **settings)
-    blocks = _block_errors(loaded, batches[0]) if layers else []
-    problems = [f"{name}: {problem}" for name, each in found.items() for problem in limits.exceeded(each)]
-    facts: dict[str, Any] = {
+    batches, sources = _batches(loaded, model, texts, lines, batch_size)
+    found = _searches(loaded, batches, num_beams, max_new_tokens, activations=activations)
+    facts = {
         "model": model,
         "backend": loaded.session.backend,
         "precision": loaded.session.precision,
         "reference_dtype": str(loaded.reference.dtype).removeprefix("torch."),
         "sources": sources,
-        "limits": asdict(limits),
-        "searches": {name: {**asdict(each), "share": each.share} for name, each in found.items()},
-        "layers": [asdict(block) for block in blocks],
-        "problems": problems,
-        "passed": not problems,
+        **_judged(found, _limits(loaded.session.precision, at_least, max_relative_error)),
+        "layers": [asdict(block) for block in _block_errors(loaded, batches[0])] if layers else [],
     }
-    facts["activations"] = [row for each in facts["searches"].values() for row in each.pop("activations")]
     if json:
         print_json(facts)
     else:
         _print_report(facts, layers=layers, activations=activations)
-    if problems:
+    if not facts["passed"]:
         raise typer.Exit(1)
+
+
+def _batches(
+    loaded: Any, model: str, texts: Path | None, lines: list[str] | None, batch_size: int
+) -> tuple[list[dict[str, Any]], str]:
+    """(batches of the lines of `texts`, else of sentences for the tokenizer; where they came from)."""
+    from t5_trt.checkpoint import load_tokenizer
+    from t5_trt.tokenizing import text_batches
+    from t5_trt.verify_plan import default_batches
+
+    if lines is None:
+        return default_batches(loaded, model, batch_size)
+    padding = loaded.config.pad_token_id
+    return list(text_batches(load_tokenizer(model), lines, batch_size, pad_token_id=padding)), str(texts)
+
+
+def _searches(
+    loaded: Any, batches: list[dict[str, Any]], num_beams: int | None, max_new_tokens: int, *, activations: bool
+) -> dict[str, Comparison]:
+    """Name of a search -> its comparison; the first one also looks at activations if asked to."""
+    from t5_trt.verification import compare
+    from t5_trt.verify_plan import searches
+
+    planned = searches(loaded.generation_config, loaded.session.precision, num_beams, max_new_tokens)
+    found: dict[str, Comparison] = {}
+    for name, settings in planned.items():
+        found[name] = compare(loaded, loaded.reference, batches, activations=activations and not found, **settings)
+    return found
+
+
+def _limits(precision: str, at_least: float | None, max_relative_error: float | None) -> Limits:
+    """The limits of the precision, where the command line gives no others."""
+    from t5_trt.verify_plan import LIMITS
+
+    given = {"at_least": at_least, "max_relative_error": max_relative_error}
+    return replace(LIMITS[precision], **{name: value for name, value in given.items() if value is not None})
+
+
+def _judged(found: dict[str, Comparison], limits: Limits) -> dict[str, Any]:
+    """What the report says of the comparisons."""
+    searches = {name: {**asdict(each), "share": each.share} for name, each in found.items()}
+    problems = [f"{name}: {problem}" for name, each in found.items() for problem in limits.exceeded(each)]
+    return {
+        "limits": asdict(limits),
+        "activations": [row for each in searches.values() for row in each.pop("activations")],
+        "searches": searches,
+        "problems": problems,
+        "passed": not problems,
+    }
 
 
 def _block_errors(loaded: Any, batch: dict[str, Any]) -> list[BlockError]:

@@ -13,7 +13,7 @@ from t5_trt.cli.arguments import Backend, Decode, ListCommand, Precision, read_l
 from t5_trt.errors import InputError
 
 if TYPE_CHECKING:
-    from t5_trt.benchmarking import Case
+    from t5_trt.tools.benchmark import Case
 
 # Optional, because typer reads these at run time
 _Numbers = Optional[list[int]]  # noqa: UP045
@@ -67,8 +67,8 @@ def bench(
     """
     from rich.console import Console
 
-    from t5_trt.bench_plot import draw_records
-    from t5_trt.bench_records import append_records, print_records
+    from t5_trt.tools.plot import draw_records
+    from t5_trt.tools.records import append_records, print_records
 
     if texts is not None and source_tokens:
         raise InputError("--source-tokens got values beside --texts; the texts decide. Leave one of the two out.")
@@ -102,9 +102,9 @@ def bench(
 
 def _check_before_measuring(model: str, json_file: Path | None, plot: Path | None) -> None:
     """Refuse a model name or an output file that cannot be used before hours of measuring, not after."""
-    from t5_trt.bench_plot import check_picture
-    from t5_trt.bench_records import read_records
-    from t5_trt.model_names import check_model_name
+    from t5_trt.checkpoint.model_names import check_model_name
+    from t5_trt.tools.plot import check_picture
+    from t5_trt.tools.records import read_records
 
     if json_file is not None:
         read_records(json_file)

@@ -23,8 +23,8 @@ from t5_trt.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from t5_trt.verification import BlockError, Comparison
-    from t5_trt.verify_plan import Limits
+    from t5_trt.tools.verify import BlockError, Comparison
+    from t5_trt.tools.verify_plan import Limits
 
 _AtLeast = Annotated[
     Optional[float],  # noqa: UP045 - typer reads it at run time
@@ -74,7 +74,7 @@ def verify(
     check_model_name(model)
 
     from t5_trt.modeling import TRTT5ForConditionalGeneration
-    from t5_trt.verification import import_polygraphy
+    from t5_trt.tools.verify import import_polygraphy
 
     if layers:
         import_polygraphy()  # before the work, not after
@@ -104,9 +104,9 @@ def _batches(
     loaded: Any, model: str, texts: Path | None, lines: list[str] | None, batch_size: int
 ) -> tuple[list[dict[str, Any]], str]:
     """(batches of the lines of `texts`, else of sentences for the tokenizer; where they came from)."""
-    from t5_trt.checkpoint import load_tokenizer
-    from t5_trt.tokenizing import text_batches
-    from t5_trt.verify_plan import default_batches
+    from t5_trt.checkpoint.load import load_tokenizer
+    from t5_trt.checkpoint.tokenizing import text_batches
+    from t5_trt.tools.verify_plan import default_batches
 
     if lines is None:
         return default_batches(loaded, model, batch_size)
@@ -118,8 +118,8 @@ def _searches(
     loaded: Any, batches: list[dict[str, Any]], num_beams: int | None, max_new_tokens: int, *, activations: bool
 ) -> dict[str, Comparison]:
     """Name of a search -> its comparison; the first one also looks at activations if asked to."""
-    from t5_trt.verification import compare
-    from t5_trt.verify_plan import searches
+    from t5_trt.tools.verify import compare
+    from t5_trt.tools.verify_plan import searches
 
     planned = searches(loaded.generation_config, loaded.session.precision, num_beams, max_new_tokens)
     found: dict[str, Comparison] = {}
@@ -130,7 +130,7 @@ def _searches(
 
 def _limits(precision: str, at_least: float | None, max_relative_error: float | None) -> Limits:
     """The limits of the precision, where the command line gives no others."""
-    from t5_trt.verify_plan import LIMITS
+    from t5_trt.tools.verify_plan import LIMITS
 
     given = {"at_least": at_least, "max_relative_error": max_relative_error}
     return replace(LIMITS[precision], **{name: value for name, value in given.items() if value is not None})

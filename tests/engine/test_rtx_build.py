@@ -20,10 +20,9 @@ from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
-from t5_trt.families import read_architecture
+from t5_trt.graph.signature import GRAPHS
 from t5_trt.runtime import select
-from t5_trt.runtime.open import eight_bits
-from t5_trt.signature import GRAPHS
+from t5_trt.runtime.open_session import eight_bits
 from tests.conftest import SHIPPED, pair_of
 from tests.tiny_models import make_stock
 
@@ -193,7 +192,9 @@ def test_tensorrt_without_a_gpu() -> None:
 def test_gpu_that_rtx_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(select, "missing_bindings", lambda: "cuda-bindings are missing")  # else backend="cuda" is chosen
+    monkeypatch.setattr(
+        select, "missing_bindings", lambda: "cuda-bindings are missing"
+    )  # else backend="cuda" is chosen
     with pytest.raises(
         BackendError, match=r'this GPU has 9.0. Install TensorRT instead with `pip install "t5-trt\[cu13\]"`'
     ):

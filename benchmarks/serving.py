@@ -1,4 +1,4 @@
-"""Requests per second of one model on a CPU: a plain loop, `generate_many`, and the engine with clients that each wait for an answer.
+"""Requests per second of one model on a CPU: a plain loop, `generate_many`, and the engine with clients that wait.
 
     python -m benchmarks.serving examples/kana_romaji --texts examples/data/kana.txt
 

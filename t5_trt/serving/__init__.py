@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from t5_trt.serving.engine import Engine
 from t5_trt.serving.handle import Handle
-from t5_trt.serving.scheduler import Stats
+from t5_trt.serving.stats import Stats
 
 __all__ = ["Engine", "Handle", "Stats"]

@@ -14,9 +14,9 @@ from t5_trt.errors import BackendError, EngineClosedError, InputError
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.runtime.row_buffers import RowSession
 from t5_trt.serving.handle import Handle, Job
-from t5_trt.serving.scheduler import Scheduler, Stats
+from t5_trt.serving.scheduler import Scheduler
 from t5_trt.serving.settings import SettingsReader
-from t5_trt.validation import check_length, check_mask, check_token_ids
+from t5_trt.serving.stats import Stats
 
 
 class Engine:

@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 
-from t5_trt.errors import EngineClosedError, QueueFullError, RequestCancelledError, RequestTimeoutError
+from t5_trt.errors import EngineClosedError, QueueFullError
+from t5_trt.inputs import check_length
+from t5_trt.runtime.buffers import bucket_length
 from t5_trt.runtime.exits import at_work
 from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
 from t5_trt.serving.groups import GroupRunner, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.rows import Row
-from t5_trt.validation import check_length
+from t5_trt.serving.stats import Stats
 
+logger = logging.getLogger("t5_trt")
+
+#: source tokens that are encoded between two steps, unless one source alone has more: rows in use wait for them
+ENCODED_TOKENS = 1024
 #: how often waiting groups are looked through for cancelled ones while no row is in use
 _LOOK_S = 0.05
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an engine does and has done.
-
-    Attributes:
-        waiting: requests without a row.
-        running: requests in rows or in a group.
-        steps: decoder steps of the rows.
-        tokens: new tokens of the rows.
-        completed: requests that ended with a result.
-        cancelled: by their client, or because it was lost.
-        timed_out: after their timeout.
-        failed: with another error.
-        refused: at once, because too many waited.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    steps: int = 0
-    tokens: int = 0
-    completed: int = 0
-    cancelled: int = 0
-    timed_out: int = 0
-    failed: int = 0
-    refused: int = 0
 
 
 class Scheduler:
@@ -91,15 +71,17 @@ class Scheduler:
         """Let a request wait for a row. Raises as `check_open`."""
         with self._lock:
             self._check_open()
-            (self._groups.waiting if job.prepared.in_group else self._waiting).append(job)
-        if job.prepared.in_group:
-            self._groups.wake()
+            if job.prepared.in_group:
+                self._groups.waiting.append(job)
+                self._groups.wake()
+            else:
+                self._waiting.append(job)
         self._calls.put(None)
 
     def stats(self) -> Stats:
         """The counts as they are."""
         with self._lock:
-            running = len(self._rows) + (self._groups.running is not None)
+            running = len(self._rows) + sum(map(len, self._entering)) + (self._groups.running is not None)
             return replace(self._stats, waiting=len(self._waiting) + len(self._groups.waiting), running=running)
 
     def close(self, grace: float) -> None:
@@ -128,7 +110,7 @@ class Scheduler:
         if self._full():
             self._leave_queues()
         if self._full():
-            self._stats = replace(self._stats, refused=self._stats.refused + 1)
+            self._stats = self._stats.more(refused=1)
             raise QueueFullError(
                 f"{self._max_waiting} requests wait for a row, as many as may (max_waiting). Try again later, or elsewhere."
             )
@@ -137,24 +119,31 @@ class Scheduler:
         return len(self._waiting) + len(self._groups.waiting) >= self._max_waiting
 
     def _run(self) -> None:
-        with torch.no_grad():
-            while not self._stopped:
-                self._idle()
-                with at_work():
-                    try:
-                        self._turn()
-                    except BaseException as error:  # nobody may wait for ever
-                        self._fail_rows(error)
-        self._fail_rows(closed())
-        with self._lock:
-            left = [*self._waiting, *self._groups.waiting]
-            self._waiting.clear()
-            self._groups.waiting.clear()
-        for job in left:
-            self._end(job, closed())
+        try:
+            with torch.no_grad():
+                while self._has_work():
+                    with at_work():
+                        self._turn_or_fail()
+        finally:  # nobody may wait for ever
+            self.stop()
+            self._fail_rows(closed())
+            with self._lock:
+                left = [*self._waiting, *self._groups.waiting]
+                self._waiting.clear()
+                self._groups.waiting.clear()
+            for job in left:
+                self._end(job, closed())
 
-    def _idle(self) -> None:
-        """Wait until there is something to do."""
+    def _turn_or_fail(self) -> None:
+        try:
+            self._turn()
+        except Exception as error:
+            logger.exception("decoder steps failed; their requests end with the error")
+            self._fail_rows(error)
+            self._buffers = self._session.row_buffers(self._max_rows)  # nobody knows what is in the old ones
+
+    def _has_work(self) -> bool:
+        """Wait until there is something to do; False after `stop`."""
         while not (self._rows or self._waiting or self._stopped):
             try:
                 self._calls.get(timeout=_LOOK_S if self._groups.waiting else None)
@@ -162,6 +151,7 @@ class Scheduler:
                 break
         while not self._calls.empty():
             self._calls.get()
+        return not self._stopped
 
     def _turn(self) -> None:
         """Rows that are over leave, waiting requests take free rows, and all rows decode one token."""
@@ -171,14 +161,23 @@ class Scheduler:
                 self._leave(place, reason)
         with self._lock:
             self._leave_queues()
-            free = self._max_rows - len(self._rows)
-            jobs = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        self._entering = by_length(jobs)
+            self._entering = by_length(self._arrivals())
         while self._entering:
             self._enter(self._entering[0])
             self._entering.pop(0)
         if self._rows:
             self._step()
+
+    def _arrivals(self) -> list[Job]:
+        """Take waiting requests for the free rows. The lock is held."""
+        jobs: list[Job] = []
+        tokens = 0
+        while self._waiting and len(self._rows) + len(jobs) < self._max_rows:
+            tokens += self._waiting[0].input_ids.shape[1]
+            if jobs and tokens > ENCODED_TOKENS:
+                break
+            jobs.append(self._waiting.popleft())
+        return jobs
 
     def _leave_queues(self) -> None:
         """Take out waiting requests that must not go on. The lock is held."""
@@ -186,7 +185,7 @@ class Scheduler:
             for job in [job for job in queue if job.overdue() is not None]:
                 queue.remove(job)
                 job.finish(error=job.overdue())
-                self._count_locked(job)
+                self._stats = self._stats.ended(job.error)
 
     def _enter(self, jobs: list[Job]) -> None:
         """Encode sources together and give each a row."""
@@ -220,8 +219,7 @@ class Scheduler:
             except Exception as error:  # of this request alone
                 over.append((place, error))
         with self._lock:
-            count, steps = self._stats.tokens + len(rows), self._stats.steps + 1
-            self._stats = replace(self._stats, tokens=count, steps=steps)
+            self._stats = self._stats.more(steps=1, tokens=len(rows))
         for place, failure in reversed(over):
             self._leave(place, failure)
 
@@ -248,7 +246,6 @@ class Scheduler:
         self._rows, self._entering = [], []
         for job in jobs:
             self._end(job, error)
-        self._buffers = self._session.row_buffers(self._max_rows)  # nobody knows what is in the old ones
 
     def _end(self, job: Job, error: BaseException | None) -> None:
         if error is not None:
@@ -257,12 +254,7 @@ class Scheduler:
 
     def _count(self, job: Job) -> None:
         with self._lock:
-            self._count_locked(job)
-
-    def _count_locked(self, job: Job) -> None:
-        kinds = {RequestCancelledError: "cancelled", RequestTimeoutError: "timed_out", type(None): "completed"}
-        name = kinds.get(type(job.error), "failed")
-        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + 1})
+            self._stats = self._stats.ended(job.error)
 
 
 def by_length(jobs: list[Job]) -> list[list[Job]]:

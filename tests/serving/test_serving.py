@@ -6,9 +6,12 @@ import asyncio
 import gc
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from t5_trt.errors import (
 )
 from t5_trt.serving import Engine, Handle
 from t5_trt.serving.rows import Row
+from tests.conftest import ROOT
 from tests.tiny_models import VOCAB
 
 REQUESTS = int(os.environ.get("T5_TRT_SERVING_REQUESTS", "300"))
@@ -228,7 +232,7 @@ def test_too_many_requests_are_refused_at_once(engine: Engine, settings: dict[st
 def test_a_request_that_waits_can_time_out(engine: Engine) -> None:
     running = [engine.submit(source(), **LONG) for _ in range(4)]
     with pytest.raises(RequestTimeoutError):
-        engine.submit(source(), timeout=0.05).result(PATIENCE_S)
+        engine.submit(source(), timeout=0.05, max_new_tokens=5).result(PATIENCE_S)
     with pytest.raises(RequestTimeoutError):
         engine.submit(source(), timeout=0.05, num_beams=2, **LONG).result(PATIENCE_S)
     assert not any(handle.done for handle in running) and engine.stats().timed_out == 2
@@ -240,6 +244,26 @@ def test_short_requests_pass_a_long_one_and_beams(engine: Engine) -> None:
     for seed in range(5):
         engine.submit(source(seed), max_new_tokens=5).result(PATIENCE_S)
     assert not long.done and not beams.done
+
+
+def test_rows_do_not_wait_for_many_sources_at_once(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, calls = fresh.session, []
+    encode, step = session.encode, session.step_rows
+    monkeypatch.setattr(session, "encode", lambda ids, *rest: calls.append(tuple(ids.shape)) or encode(ids, *rest))
+    monkeypatch.setattr(session, "step_rows", lambda rows: calls.append("step") or step(rows))
+    monkeypatch.setattr("t5_trt.serving.scheduler.ENCODED_TOKENS", 40)
+    with Engine(fresh, max_rows=8) as engine:
+        first = engine.submit(source(), **LONG)
+        until(lambda: "step" in calls)
+        handles = [
+            engine.submit(source(seed, length), max_new_tokens=9) for seed, length in enumerate((50, 20, 20, 20))
+        ]
+        for handle in handles:
+            handle.result(PATIENCE_S)
+        del first
+    sizes = [call for call in calls if call != "step"]
+    assert all(rows * length <= 40 or rows == 1 for rows, length in sizes) and sum(rows for rows, _ in sizes) == 5
+    assert not [pair for pair in pairwise(calls) if "step" not in pair]
 
 
 def test_an_error_in_one_request_leaves_the_others_alone(
@@ -269,7 +293,7 @@ def test_the_engine_survives_a_failing_backend(fresh: Any, monkeypatch: pytest.M
     with Engine(fresh) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(fresh.session, method, fails)
-            for handle in [engine.submit(source()) for _ in range(3)]:
+            for handle in [engine.submit(source(), max_new_tokens=5) for _ in range(3)]:
                 with pytest.raises(BackendError, match="out of memory"):
                     handle.result(PATIENCE_S)
         found = engine.submit(source(), max_new_tokens=5).result(PATIENCE_S)
@@ -326,3 +350,25 @@ def test_longer_targets_than_the_model_takes_fail_alone(v11: tuple[Any, Any]) ->
             bad.result(PATIENCE_S)
         with pytest.raises(InputError, match="max_source_tokens"):
             engine.submit(source(0, 21))
+
+
+def test_a_forked_process_is_told_to_make_its_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(EngineClosedError, match="another process"):
+            engine.submit(source())
+
+
+def test_a_process_can_end_while_requests_run() -> None:
+    code = (
+        "from tests.conftest import pair_of\n"
+        "from t5_trt.serving import Engine\n"
+        "engine, long = Engine(pair_of('t5-v1.1')[1]), {'max_new_tokens': 5000, 'min_new_tokens': 5000}\n"
+        "handles = [engine.submit([5, 6, 7], num_beams=beams, **long) for beams in (1, 1, 2)]\n"
+        "print(next(iter(handles[0])))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0 and ran.stdout.strip().isdigit(), ran.stderr

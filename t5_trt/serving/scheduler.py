@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from t5_trt.errors import EngineClosedError, QueueFullError
-from t5_trt.inputs import check_length
-from t5_trt.runtime.buffers import bucket_length
 from t5_trt.runtime.exits import at_work
 from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
@@ -22,6 +20,7 @@ from t5_trt.serving.groups import GroupRunner, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.rows import Row
 from t5_trt.serving.stats import Stats
+from t5_trt.validation import check_length
 
 logger = logging.getLogger("t5_trt")
 

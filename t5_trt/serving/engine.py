@@ -17,6 +17,7 @@ from t5_trt.serving.handle import Handle, Job
 from t5_trt.serving.scheduler import Scheduler
 from t5_trt.serving.settings import SettingsReader
 from t5_trt.serving.stats import Stats
+from t5_trt.validation import check_length, check_mask, check_token_ids
 
 
 class Engine:

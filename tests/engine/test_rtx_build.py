@@ -192,9 +192,8 @@ def test_tensorrt_without_a_gpu() -> None:
 def test_gpu_that_rtx_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        select, "missing_bindings", lambda: "cuda-bindings are missing"
-    )  # else backend="cuda" is chosen
+    # with them, "auto" would choose backend="cuda"
+    monkeypatch.setattr(select, "missing_bindings", lambda: "cuda-bindings are missing")
     with pytest.raises(
         BackendError, match=r'this GPU has 9.0. Install TensorRT instead with `pip install "t5-trt\[cu13\]"`'
     ):

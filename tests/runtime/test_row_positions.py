@@ -83,12 +83,12 @@ def test_caches_grow_with_the_longest_row_and_shrink_after_it(v11: tuple[Any, An
 
 def test_values_of_a_row_that_has_left_reach_nobody(v11: tuple[Any, Any]) -> None:
     session = v11[1].session
-    rows, first, second = session.row_buffers(2), Alone(session, 5, 0), Alone(session, 6, 1)
+    rows, first, second = session.row_buffers(2), Alone(session, 12, 0), Alone(session, 6, 1)
     first.enter(rows)
     for _ in range(3):
         step(session, rows, [first])
     rows.kv[:, :, 0, :, :3] = float("nan")  # an overflow in one request
-    rows.cross[:, :, 0, :, :5] = float("inf")
+    rows.cross[:, :, 0, :, :12] = float("inf")
     rows.remove(0)
     second.enter(rows)
     step(session, rows, [second])

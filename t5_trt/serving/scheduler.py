@@ -247,9 +247,10 @@ class Scheduler:
             self._end(job, error)
 
     def _end(self, job: Job, error: BaseException | None) -> None:
+        with self._lock:  # whoever gets the error finds it counted
+            self._stats = self._stats.ended(error)
         if error is not None:
             job.finish(error=error)
-        self._count(job)
 
     def _count(self, job: Job) -> None:
         with self._lock:

@@ -81,7 +81,7 @@ def test_too_many_requests_are_refused_at_once(engine: Engine, settings: dict[st
     begin = time.monotonic()
     with pytest.raises(QueueFullError, match="8 requests wait"):
         engine.submit(source(), **settings)
-    assert time.monotonic() - begin < 0.1 and engine.stats().refused == 1
+    assert time.monotonic() - begin < 1.0 and engine.stats().refused == 1  # at once, on a machine with other work too
     waiting.pop().cancel()  # what was cancelled takes no place
     waiting.append(engine.submit(source(), max_new_tokens=1))
     for handle in (*running, *waiting[:-1]):
@@ -95,7 +95,8 @@ def test_a_request_that_waits_can_time_out(engine: Engine) -> None:
         engine.submit(source(), timeout=0.05, max_new_tokens=5).result(PATIENCE_S)
     with pytest.raises(RequestTimeoutError):
         engine.submit(source(), timeout=0.05, num_beams=2, **LONG).result(PATIENCE_S)
-    assert not any(handle.done for handle in running) and engine.stats().timed_out == 2
+    assert not any(handle.done for handle in running)
+    until(lambda: engine.stats().timed_out == 2)
 
 
 def test_beams_that_wait_can_time_out_while_no_row_is_in_use(engine: Engine) -> None:
@@ -137,7 +138,8 @@ def test_the_engine_survives_a_failing_backend(fresh: Any, monkeypatch: pytest.M
                     handle.result(PATIENCE_S)
         found = engine.submit(source(), max_new_tokens=5).result(PATIENCE_S)
         assert torch.equal(found, alone(fresh, source(), max_new_tokens=5))
-        assert engine.stats().failed == 3 and engine.stats().running == 0
+        assert engine.stats().failed == 3
+        until(lambda: engine.stats().running == 0)
 
 
 def test_closing_ends_what_runs_and_what_waits(v11: tuple[Any, Any]) -> None:

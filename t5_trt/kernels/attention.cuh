@@ -6,18 +6,14 @@
 #pragma once
 #include "common.cuh"
 
-#ifndef ATTENTION_WARPS
-#define ATTENTION_WARPS 8
-#endif
-constexpr int SHARES = 8;  // of a chunk's keys, each summed by itself by one warp: sums do not depend on the number of warps
-constexpr int SHARES_A_WARP = SHARES / ATTENTION_WARPS;
+constexpr int ATTENTION_WARPS = 8;
 // CTAs that an SM must have room for: as many as registers allow without spilling.
 #define ATTENTION_CTAS (__CUDA_ARCH__ >= 900 ? 4 : 3)
 constexpr int CHUNK = 128;
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;      // 16-byte loads of a key
 constexpr int KEY_LANES = power_of_two(VECTORS);        // lanes that share a key
-constexpr int KEYS_A_PASS = SHARES * (32 / KEY_LANES);
+constexpr int KEYS_A_PASS = ATTENTION_WARPS * (32 / KEY_LANES);
 constexpr int PASSES = CHUNK / KEYS_A_PASS;
 constexpr int AHEAD = PASSES < 4 ? PASSES : 4;          // passes whose keys and values are loaded before the wait
 constexpr float HIDDEN = -3.0e38f;                      // a score below all others
@@ -86,17 +82,17 @@ __device__ __forceinline__ void attend_warp(const float* q, int share, int start
 }
 
 // The parts of a chunk's warps added up in their order: the largest score, the sum, and how each warp's part counts.
-struct Merged { float largest, sum, scale[SHARES]; };
+struct Merged { float largest, sum, scale[ATTENTION_WARPS]; };
 
 __device__ __forceinline__ Merged merge(const WarpPart* parts)
 {
     Merged all;
     all.largest = HIDDEN, all.sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < SHARES; ++w)
+    for (int w = 0; w < ATTENTION_WARPS; ++w)
         all.largest = fmaxf(all.largest, parts[w].largest);
 #pragma unroll
-    for (int w = 0; w < SHARES; ++w) {
+    for (int w = 0; w < ATTENTION_WARPS; ++w) {
         all.scale[w] = __expf(parts[w].largest - all.largest);
         all.sum = fmaf(all.scale[w], parts[w].sum, all.sum);
     }
@@ -107,7 +103,7 @@ __device__ __forceinline__ float merged_value(const WarpPart* parts, const Merge
 {
     float value = 0.f;
 #pragma unroll
-    for (int w = 0; w < SHARES; ++w)
+    for (int w = 0; w < ATTENTION_WARPS; ++w)
         value = fmaf(all.scale[w], parts[w].values[i], value);
     return value;
 }
@@ -125,7 +121,7 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
                                        const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
                                        int capacity, int width, int beams, int stride)
 {
-    __shared__ WarpPart warp_parts[SHARES];
+    __shared__ WarpPart warp_parts[ATTENTION_WARPS];
     __shared__ int is_last;
     const int head = blockIdx.x, row = blockIdx.y, start = blockIdx.z * CHUNK;
     const int source = SELF ? row : row / beams;
@@ -140,27 +136,23 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     const long long at = (moved ? row / beams * beams : source) * row_size + (long long)head * capacity * D + part * VECTOR;
     const stored *k = keys + at, *v = values + at;
     const auto offset = [&](int key) { return key * (long long)D + (moved ? beam_of[key] * row_size : 0); };
-    const auto place = [&](int share, int pass) {
-        return start + pass * KEYS_A_PASS + (share * ATTENTION_WARPS + warp) * (32 / KEY_LANES) + group;
-    };
+    const auto place = [&](int pass) { return start + pass * KEYS_A_PASS + warp * (32 / KEY_LANES) + group; };
     const auto bias_of = [&](int key) {
         return SELF ? bias[(long long)head * width + min(count - 1 - key, width - 1)] : bias[(long long)source * width + key];
     };
     if (start >= count && start > 0)  // not the first chunk of a row that has no keys
         return let_next_start();
-    Chunk ahead[SHARES_A_WARP];
+    Chunk ahead;
 #pragma unroll
-    for (int s = 0; s < SHARES_A_WARP; ++s)
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int key = place(s, i);
-            ahead[s].bias[i] = key < end && part == 0 ? bias_of(key) : 0.f;
-            if (key < min(old, end) && mine) {
-                const long long there = offset(key);
-                ahead[s].key[i] = __ldcg((const uint4*)(k + there));
-                ahead[s].value[i] = __ldcg((const uint4*)(v + there));
-            }
+    for (int i = 0; i < AHEAD; ++i) {
+        const int key = place(i);
+        ahead.bias[i] = key < end && part == 0 ? bias_of(key) : 0.f;
+        if (key < min(old, end) && mine) {
+            const long long there = offset(key);
+            ahead.key[i] = __ldcg((const uint4*)(k + there));
+            ahead.value[i] = __ldcg((const uint4*)(v + there));
         }
+    }
     let_next_start();
     wait_for_inputs();
     float q[VECTOR];
@@ -171,25 +163,18 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     }
     if (SELF)
 #pragma unroll
-        for (int s = 0; s < SHARES_A_WARP; ++s)
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i)
-                if (place(s, i) == old && old < end && mine) {
-                    const long long there = offset(old);
-                    ahead[s].key[i] = __ldcg((const uint4*)(k + there));
-                    ahead[s].value[i] = __ldcg((const uint4*)(v + there));
-                }
+        for (int i = 0; i < AHEAD; ++i)
+            if (place(i) == old && old < end && mine) {
+                const long long there = offset(old);
+                ahead.key[i] = __ldcg((const uint4*)(k + there));
+                ahead.value[i] = __ldcg((const uint4*)(v + there));
+            }
     const auto loaded = [&](const uint4* held, int pass, int key, const stored* from) {
         return pass < AHEAD ? held[pass < AHEAD ? pass : 0] : __ldcg((const uint4*)(from + offset(key)));
     };
-#pragma unroll
-    for (int s = 0; s < SHARES_A_WARP; ++s) {
-        const Chunk& held = ahead[s];
-        const int share = s * ATTENTION_WARPS + warp;
-        attend_warp(q, share, start, end, [&](int pass, int key) { return loaded(held.key, pass, key, k); },
-                    [&](int pass, int key) { return loaded(held.value, pass, key, v); },
-                    [&](int pass, int key) { return pass < AHEAD ? held.bias[pass < AHEAD ? pass : 0] : bias_of(key); }, warp_parts[share]);
-    }
+    attend_warp(q, warp, start, end, [&](int pass, int key) { return loaded(ahead.key, pass, key, k); },
+                [&](int pass, int key) { return loaded(ahead.value, pass, key, v); },
+                [&](int pass, int key) { return pass < AHEAD ? ahead.bias[pass < AHEAD ? pass : 0] : bias_of(key); }, warp_parts[warp]);
     __syncthreads();
     const Merged all_warps = merge(warp_parts);
     const int chunks = (count + CHUNK - 1) / CHUNK;

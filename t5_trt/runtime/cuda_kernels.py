@@ -94,8 +94,7 @@ def beam_lists(scores: torch.Tensor, candidates: int, beams: int) -> tuple[torch
     if not _runs_kernels(scores) or beams > MOST_BEAMS or candidates > MOST_CANDIDATES:
         return None
     rows, vocabulary = scores.shape
-    span = LARGE_SPAN if vocabulary > LARGE_VOCABULARY else SPAN
-    shape = (rows, -(-vocabulary // span), candidates)
+    shape = (rows, -(-vocabulary // _span(vocabulary)[0]), candidates)
     found = scores.new_empty(shape)
     return found, torch.empty_like(found, dtype=torch.int32), scores.new_empty((*shape[:2], 2))
 
@@ -121,8 +120,7 @@ def beam_candidates(
         As `reorder_rows`.
     """
     rows, spans, candidates = lists[0].shape
-    large = scores.shape[1] > LARGE_VOCABULARY
-    span, warps = (LARGE_SPAN, LARGE_WARPS) if large else (SPAN, WARPS)
+    span, warps = _span(scores.shape[1])
     options = (("SPAN", span), ("WARPS", warps), ("CANDIDATES", candidates))
     function = _function("beam_candidates", scores.device.index, options)
     if function is None:
@@ -187,6 +185,11 @@ def _mail(mailbox: Mailbox | None) -> tuple[torch.Tensor | None, torch.Tensor | 
         return None, None
     mailbox.in_use = True
     return mailbox.memory, mailbox.epoch
+
+
+def _span(vocabulary: int) -> tuple[int, int]:
+    """Tokens of which a CTA of `beam_candidates` finds the best, and its warps."""
+    return (LARGE_SPAN, LARGE_WARPS) if vocabulary > LARGE_VOCABULARY else (SPAN, WARPS)
 
 
 def _runs_kernels(tensor: torch.Tensor) -> bool:

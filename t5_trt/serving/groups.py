@@ -21,14 +21,14 @@ class GroupRunner:
 
     Args:
         model: see `t5_trt.serving.engine.Engine`.
-        ended: called with each request after its end.
+        ended: called after each request's end, with its error or None.
 
     Attributes:
         waiting: requests that have not begun. Its owner's lock guards it.
         running: the one that has.
     """
 
-    def __init__(self, model: Any, lock: threading.Lock, ended: Callable[[Job], None]) -> None:
+    def __init__(self, model: Any, lock: threading.Lock, ended: Callable[[BaseException | None], None]) -> None:
         self.waiting: deque[Job] = deque()
         self.running: Job | None = None
         self._model, self._lock, self._ended = model, lock, ended
@@ -64,7 +64,7 @@ class GroupRunner:
                 continue
             self._generate(job)
             self.running = None
-            self._ended(job)
+            self._ended(job.error)
             del job
 
     def _generate(self, job: Job) -> None:

@@ -247,14 +247,13 @@ class Scheduler:
             self._end(job, error)
 
     def _end(self, job: Job, error: BaseException | None) -> None:
-        with self._lock:  # whoever gets the error finds it counted
-            self._stats = self._stats.ended(error)
+        self._count(error)  # first: whoever gets the error finds it counted
         if error is not None:
             job.finish(error=error)
 
-    def _count(self, job: Job) -> None:
+    def _count(self, error: BaseException | None) -> None:
         with self._lock:
-            self._stats = self._stats.ended(job.error)
+            self._stats = self._stats.ended(error)
 
 
 def by_length(jobs: list[Job]) -> list[list[Job]]:

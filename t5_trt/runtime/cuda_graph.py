@@ -183,6 +183,28 @@ def out_of_memory(error: Exception) -> BackendError:
     )
 
 
+@contextmanager
+def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[], None]) -> Iterator[None]:
+    """A session's turn on its GPU: one thread at a time, one stream after the other.
+
+    Args:
+        lock: of the session.
+        order: of its streams.
+        let_go: frees idle buffers, where GPU memory runs out.
+
+    Raises:
+        BackendError: GPU memory ran out.
+    """
+    with lock:
+        order.follow()
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            let_go()
+            free_unused()
+            raise out_of_memory(error) from error
+
+
 def free_unused() -> None:
     """Give memory that torch holds and nobody uses back to the GPU, not while something is recorded."""
     with _alone:

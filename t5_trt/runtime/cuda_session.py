@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -16,7 +16,7 @@ from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.captured_encoder import CapturedEncoder
-from t5_trt.runtime.cuda_graph import StreamOrder, free_unused, out_of_memory
+from t5_trt.runtime.cuda_graph import StreamOrder, taking_turns
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
@@ -91,7 +91,7 @@ class CudaSession:
     ) -> DecoderState:
         """See `t5_trt.runtime.session.Session.start`."""
         if attention_mask is None:
-            attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
+            attention_mask = cross.open_mask()
         assert self._steps is not None
         with self._at_work():
             return self._steps.start(cross, self.cross_bias(attention_mask, cross), capacity_tokens)
@@ -157,16 +157,12 @@ class CudaSession:
     def _cross(self, hidden: torch.Tensor) -> CrossStates:
         return CrossStates(self._encoder.cross(hidden), used=(hidden.shape[0], hidden.shape[1]))
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """One thread at a time, one stream after the other, and what to do where GPU memory runs out."""
-        with self._lock:
-            self._order.follow()
-            try:
-                yield
-            except torch.cuda.OutOfMemoryError as error:
-                self._captured.clear()
-                if self._steps is not None:
-                    self._steps.forget()
-                free_unused()
-                raise out_of_memory(error) from error
+    def _at_work(self) -> AbstractContextManager[None]:
+        """See `t5_trt.runtime.cuda_graph.taking_turns`."""
+        return taking_turns(self._lock, self._order, self._forget)
+
+    def _forget(self) -> None:
+        """Let go of idle buffers and of all that was recorded over them."""
+        self._captured.clear()
+        if self._steps is not None:
+            self._steps.forget()

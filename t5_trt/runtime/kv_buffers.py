@@ -57,6 +57,10 @@ class CrossStates:
         """S."""
         return self.used[1] if self.used else int(self.kv.shape[4])
 
+    def open_mask(self) -> torch.Tensor:
+        """An attention mask that hides no source token: ones, int64 [B, S]."""
+        return torch.ones((self.batch, self.source_length), dtype=torch.int64, device=self.kv.device)
+
     def for_beams(self, beams: int) -> CrossStates:
         """The same memory, shared by `beams` times as many decoder rows."""
         return CrossStates(self.kv, self.beams * beams, self.used)

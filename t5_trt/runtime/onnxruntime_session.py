@@ -104,7 +104,7 @@ class OrtSession:
     ) -> DecoderState:
         """See `t5_trt.runtime.session.Session.start`."""
         if attention_mask is None:
-            attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64)
+            attention_mask = cross.open_mask()
         bias = self.cross_bias(attention_mask, cross)
         return DecoderState.allocate(self.arch, cross, bias, capacity_tokens)
 

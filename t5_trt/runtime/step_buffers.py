@@ -1,7 +1,7 @@
-"""A slot of the TensorRT session: the buffers of one shape and the decoder steps that were recorded over them.
+"""A slot of a session on a GPU: the buffers of one shape and the decoder steps that were recorded over them.
 
 A slot is lent to one `DecoderState` at a time and used again for the next request of the same shape, so that only the
-first one records. A step may have a choice of tokens recorded with it: engine, K/V write, choice and the next step's
+first one records. A step may have a choice of tokens recorded with it: engine or kernels, K/V write, choice and the next step's
 input are then one CUDA graph.
 """
 
@@ -66,9 +66,7 @@ class Slot:
     steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
     position_host: int = -1  # what `position` holds
     reads_empty_places: bool = True  # the step reads the whole cache, and hides what is not there yet
-    ancestors: torch.Tensor | None = (
-        None  # uint8 [R, T + 1], see `DecoderState`; None where rows of the cache move, or are single
-    )
+    ancestors: torch.Tensor | None = None  # uint8 [R, T + 1], see `DecoderState`; None where the cache's rows move
 
     @classmethod
     def allocate(cls, arch: Architecture, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Slot:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -18,13 +18,12 @@ import torch
 from t5_trt.engine.profiles import Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
-from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, empty_slot_value, mask_value, real_type
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES
-from t5_trt.runtime.cuda_graph import StreamOrder, free_unused, out_of_memory
+from t5_trt.runtime.cuda_graph import StreamOrder, taking_turns
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.engine_check import Deviation, worst_deviation
 from t5_trt.runtime.engine_step import EngineSlots, EngineStep, undo_head_factor
@@ -127,7 +126,7 @@ class TrtSession:
     ) -> DecoderState:
         """See `t5_trt.runtime.session.Session.start`."""
         if attention_mask is None:
-            attention_mask = torch.ones((cross.batch, cross.source_length), dtype=torch.int64, device=self.device)
+            attention_mask = cross.open_mask()
         with self._at_work():
             return self._steps.start(cross, self.cross_bias(attention_mask, cross), capacity_tokens)
 
@@ -234,15 +233,9 @@ class TrtSession:
         state.append(cache_rows(qkv)[:, :, : state.kv.shape[2], :, :used])
         return logits
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """One thread at a time, one stream after the other, and what to do where GPU memory runs out."""
-        with self._lock:
-            self._order.follow()
-            try:
-                yield
-            except torch.cuda.OutOfMemoryError as error:
-                raise self._out_of_memory(error) from error
+    def _at_work(self) -> AbstractContextManager[None]:
+        """See `t5_trt.runtime.cuda_graph.taking_turns`."""
+        return taking_turns(self._lock, self._order, self._let_go)
 
     def _forget(self) -> None:
         """Let go of idle buffers and of all that was recorded over them."""
@@ -250,11 +243,9 @@ class TrtSession:
         self._steps.forget()
         self._encoders.clear()
 
-    def _out_of_memory(self, error: Exception) -> BackendError:
+    def _let_go(self) -> None:
         self._forget()
         self.engines.drop_contexts()
-        free_unused()
-        return out_of_memory(error)
 
     def _run(
         self, graph: str, shapes: Shapes, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]

@@ -15,7 +15,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, parameters
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime import captured_encoder, kernel_decoder, tensorrt_session
+from t5_trt.runtime import captured_encoder, cuda_graph, kernel_decoder
 from t5_trt.runtime import open_session as opening
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.select import Placement
@@ -190,7 +190,7 @@ def test_memory_that_runs_out(make: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     expected = stock.generate(**batch(), **prompt).tolist()
     assert ours.generate(**batch(), **prompt).tolist() == expected
     session = ours.session
-    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
+    monkeypatch.setattr(cuda_graph, "free_unused", lambda: None)
     with monkeypatch.context() as patch:
 
         def full(*_: Any) -> Any:

@@ -19,7 +19,7 @@ from t5_trt.engine.profiles import Shapes
 from t5_trt.generation import request as requests
 from t5_trt.generation.processors import fingerprint
 from t5_trt.graph.signature import GRAPHS
-from t5_trt.runtime import device_weights, engine_step, tensorrt_encoder, tensorrt_session
+from t5_trt.runtime import cuda_graph, device_weights, engine_step, tensorrt_encoder, tensorrt_session
 from t5_trt.runtime.cuda_graph import NotRecordableError
 from t5_trt.tools.verify import block_errors, verify
 from tests.stand_in_tensorrt import StandInContext, stand_in_session
@@ -360,7 +360,7 @@ def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypat
 
     ours.session.engines.weights._made.clear()
     monkeypatch.setattr(device_weights, "materialize", full)
-    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
+    monkeypatch.setattr(cuda_graph, "free_unused", lambda: None)
     request = {**batch(), "max_new_tokens": 5}
     with pytest.raises(BackendError, match=r"GPU memory ran out \(the weights take 0.00 GB as float32"):
         ours.generate(**request)
@@ -425,6 +425,6 @@ def test_encoder_that_cannot_be_recorded(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(tensorrt_encoder, "record", full)
-    monkeypatch.setattr(tensorrt_session, "free_unused", lambda: None)
+    monkeypatch.setattr(cuda_graph, "free_unused", lambda: None)
     with pytest.raises(BackendError, match="GPU memory ran out"):
         encoded(ours, batch(1))

@@ -35,7 +35,7 @@ def test_commands_name_what_exists(command: str, capsys: pytest.CaptureFixture[s
     words = shlex.split(command.format(python="python", store="store", out="out", json="json"))
     module = words[words.index("-m") + 1]
     if module == "pytest":
-        assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
         return
     with pytest.raises(SystemExit) as end:
         importlib.import_module(module).main(["--help"])

@@ -54,6 +54,8 @@ def model() -> None:
     """Whole calls, with CUDA graphs."""
     import torch
 
+    torch.cuda.init()  # now, before the imports below take their time: the tool waits for it
+
     from t5_trt import TRTT5ForConditionalGeneration
     from tests.tiny_models import batch, make_stock
 
@@ -81,6 +83,7 @@ def sanitizer() -> str:
 def check(tool: str, stage: str, program: str, limit_s: float) -> dict[str, Any]:
     """Run a stage under a tool: a record, with the log's end under "log"."""
     command = [program, "--tool", tool, "--print-limit", "5", "--target-processes", "application-only"]
+    command += ["--launch-timeout", "120"]  # how long the program may import before it uses the GPU; then the tool never sees it
     if tool == "memcheck":  # torch asks CUDA for functions that it does without if they are missing
         command += ["--report-api-errors", "no"]
     # every tensor of its own, so that reading beyond one is seen; captures need torch's allocator

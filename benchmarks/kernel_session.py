@@ -33,7 +33,9 @@ CASE = (
 BARE_TESTS = ("test_kernels.py", "test_kernel_shapes.py", "test_cuda_backend.py", "test_parity_cuda.py")
 ENGINE_TESTS = ("test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
 #: building engines keeps one core busy each; more processes than this wait for the GPU
-SIDE_BY_SIDE = "T5_TRT_TEST_STORE={store}/tests {python} -m pytest -q -n 8 --dist worksteal -rf --durations=12 -W default"
+SIDE_BY_SIDE = (
+    "T5_TRT_TEST_STORE={store}/tests {python} -m pytest -q -n 8 --dist worksteal -rf --durations=12 -W default"
+)
 
 
 def tests(names: Sequence[str]) -> list[list[str]]:

@@ -83,7 +83,10 @@ def sanitizer() -> str:
 def check(tool: str, stage: str, program: str, limit_s: float) -> dict[str, Any]:
     """Run a stage under a tool: a record, with the log's end under "log"."""
     command = [program, "--tool", tool, "--print-limit", "5", "--target-processes", "application-only"]
-    command += ["--launch-timeout", "120"]  # how long the program may import before it uses the GPU; then the tool never sees it
+    command += [
+        "--launch-timeout",
+        "120",
+    ]  # how long the program may import before it uses the GPU; then the tool never sees it
     if tool == "memcheck":  # torch asks CUDA for functions that it does without if they are missing
         command += ["--report-api-errors", "no"]
     # every tensor of its own, so that reading beyond one is seen; captures need torch's allocator

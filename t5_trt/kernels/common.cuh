@@ -5,7 +5,8 @@
 //   E, H, D, FF    d_model, heads, d_kv, inner size of the feed-forward layer
 //   V              rows of the output matrix
 //   ROW_TILES      tiles of 8 rows that one CTA of a layer serves with one load of the weights (1, 2 or 4)
-//   HEAD_ROW_TILES and one of the output matrix (not in float32)
+//   TILED          tiles of outputs of a CTA of the widest products of a layer, by tiled_product.cuh (2 or 4; not in float32); 0: by product.cuh
+//   HEAD_ROW_TILES and one of the output matrix (not in float32), HEAD_WARPS of such a CTA
 //   GATED, ACTIVATION (0 relu, 1 gelu, 2 gelu_new, 3 silu)
 // Sizes of products are padded to multiples of 16 by zeros in the weights and in the activations.
 #pragma once

@@ -1,16 +1,23 @@
-// The products of a decoder layer, each with what follows it. Grid of all: (output tiles / WIDE of it, groups of ROWS rows); the host takes
-// WIDE, the tiles of outputs of a CTA, and shared memory from `geometry` (decode_step.cu).
+// The products of a decoder layer, each with what follows it. Grid of all: (output tiles / tiles of a CTA, rows / rows of a CTA); the host
+// takes both and shared memory from `geometry` (decode_step.cu).
 #pragma once
-#include "product.cuh"
-constexpr int PRODUCT_WARPS = 16;  // that share the columns of a product
+#include "tiled_product.cuh"
+
+template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED> using NarrowProduct = Product<TOTAL, OUT_TILES, K_TILES, PRODUCT_WARPS, NORMED>;
+#if TILED
+constexpr int WIDE = TILED;
+template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = TiledProduct<TOTAL, OUT_TILES, K_TILES, true>;
+#else
 // Fewer CTAs than SMs, and the stream read as seldom as registers allow (measured on an H200, docs/performance.md).
 constexpr int WIDE = STORAGE == FLOAT32 ? 1 : ROW_TILES == 2 ? 4 : 2;  // sums of four row tiles would not fit into shared memory
+template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, K_TILES, true>;
+#endif
 constexpr int QKV_WIDE = WIDE, IN_WIDE = GATED && STORAGE != FLOAT32 ? WIDE / 2 : WIDE;
-typedef Product<3 * HD_TILES, QKV_WIDE, E_TILES, PRODUCT_WARPS, true> QkvProduct;
-typedef Product<E_TILES, 1, HD_TILES, PRODUCT_WARPS, false> AddProduct;
-typedef Product<HD_TILES, 1, E_TILES, PRODUCT_WARPS, true> QueryProduct;
-typedef Product<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES, PRODUCT_WARPS, true> InProduct;
-typedef Product<E_TILES, 1, FF_TILES, PRODUCT_WARPS, false> OutProduct;
+typedef WideProduct<3 * HD_TILES, QKV_WIDE, E_TILES> QkvProduct;
+typedef NarrowProduct<E_TILES, 1, HD_TILES, false> AddProduct;
+typedef NarrowProduct<HD_TILES, 1, E_TILES, true> QueryProduct;
+typedef WideProduct<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES> InProduct;
+typedef NarrowProduct<E_TILES, 1, FF_TILES, false> OutProduct;
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
 //   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];

@@ -86,7 +86,8 @@ class EngineGeneration(EngineForward):
             outer = self._beams_ahead
             self._calls.beams = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
             try:
-                for name in _INNER_VALUES:
+                settings["adapter_names"] = self._rows_have_adapters()
+                for name in (*_INNER_VALUES, "adapter_names"):
                     if settings[name]:
                         self._last_path = GenerationPath("reference", name)
                         stock: Any = self._use_reference(name)

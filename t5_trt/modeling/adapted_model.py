@@ -46,6 +46,17 @@ class AdaptedModel:
         @property
         def _placement(self) -> Placement: ...
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' ``load_adapter``. The weights go where the parameters are, on the host, whatever the device of the engines is."""
+        known = self.__dict__.get("hf_device_map")
+        self.__dict__["hf_device_map"] = {"": "cpu"}
+        try:
+            return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__["hf_device_map"] = known
+            if known is None:
+                del self.__dict__["hf_device_map"]
+
     def folding(self, precision: str) -> Folding:
         """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
         return self._choose_folding(self._engine_weights(), precision)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
+from t5_trt.checkpoint.adapter_files import take_adapter
 from t5_trt.checkpoint.families import read_architecture
 from t5_trt.checkpoint.files import check_indexes, correct_vocabulary
 from t5_trt.checkpoint.load import (
@@ -112,7 +113,8 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         """Load a checkpoint of the T5 family. No engine is built or opened yet.
 
         Args:
-            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``.
+            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``; or those of an adapter of peft, which is
+                loaded into its base model.
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
@@ -150,6 +152,8 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             raise InputError("got None; expected a hub id or a folder. For a model in memory use from_model(model).")
         name = str(pretrained_model_name_or_path)
         check_arguments(kwargs)
+        adapter = take_adapter(name, kwargs, HUB_ARGUMENTS)
+        name = name if adapter is None else adapter.base
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
@@ -192,6 +196,8 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
         stored = (asked or dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
+        if adapter is not None:
+            adapter.load_into(model)
         taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
         if taken and getattr(model, "generation_config", None) is not None:
             model.generation_config.update(**taken)

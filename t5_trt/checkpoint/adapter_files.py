@@ -64,7 +64,9 @@ def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str,
         if not found.is_file() or (folder / CONFIG_NAME).is_file():  # a whole model may lie beside its adapter
             return None
         if not is_peft_available():
-            raise InputError(f"{name!r} is an adapter, which needs peft; it is not installed: `pip install t5-trt[peft]`.")
+            raise InputError(
+                f"{name!r} is an adapter, which needs peft; it is not installed: `pip install t5-trt[peft]`."
+            )
     else:
         path = find_adapter_config_file(name, **where) if is_peft_available() else None
         if path is None:
@@ -74,7 +76,9 @@ def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str,
         stored = json.loads(found.read_text(encoding="utf-8"))
         base = stored["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{ADAPTER_CONFIG} of {name!r} cannot be used: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} of {name!r} cannot be used: {type(error).__name__}: {error}."
+        ) from error
     if not isinstance(base, str) or not base:
         raise CheckpointError(
             f"{ADAPTER_CONFIG} of {name!r} has base_model_name_or_path={base!r}; expected a folder or hub id. Load the base model, then "

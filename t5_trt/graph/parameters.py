@@ -113,19 +113,21 @@ def materialize(
         factor: state-dict key -> what its tensor is multiplied by.
 
     Returns:
-        Contiguous, of the shape `Parameter.shape`.
+        Contiguous, of the shape `Parameter.shape`, in memory of its own.
     """
     width = 0 if not parameter.inputs else parameter.inputs
     if not parameter.is_matrix:
         key = parameter.parts[0]
-        tensor, by = weights[key].detach().to(device), factor(key)
-        return (tensor if by == 1.0 else tensor.float() * by).to(dtype).contiguous()
-    made = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
+        source, by = weights[key].detach(), factor(key)
+        tensor = source.to(device)
+        made = (tensor if by == 1.0 else tensor.float() * by).to(dtype).contiguous()
+        return made.clone() if made.data_ptr() == source.data_ptr() else made  # it may be written into
+    stacked = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
     norm = None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
     for key in parameter.parts:  # one part at a time: little extra memory
         part = weights[key].detach().to(device, torch.float32)
-        made[:, parameter.place(key)] = folded_part(parameter, part, norm, factor(key)).t()
-    return made
+        stacked[:, parameter.place(key)] = folded_part(parameter, part, norm, factor(key)).t()
+    return stacked
 
 
 def folded_part(parameter: Parameter, part: torch.Tensor, norm: torch.Tensor | None, factor: float) -> torch.Tensor:

@@ -270,8 +270,8 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             f"{len(keys)} {what} (first {keys[0]!r})" for keys, what in ((missing, "missing"), (more, "more")) if keys
         ]
         raise UnsupportedModelError(
-            f"the model's tensors are not those of {kind.__name__}: {', '.join(named)}. Engines run that class's modules "
-            "and adapters of them; run other changes with the Hugging Face class."
+            f"the model's tensors are not those of {kind.__name__}: {', '.join(named)}. Engines run that class's modules, "
+            "and adapters of peft in their places; run other changes with the Hugging Face class."
         )
     rows = len(found[EMBEDDING])
     for key, tensor in expected.items():

@@ -32,10 +32,10 @@ class Adapter:
         """Load it into its base model, which becomes one with an active adapter.
 
         Raises:
-            CheckpointError: it does not fit the model, its files are damaged, or peft does not fit Transformers.
+            CheckpointError: tensors are missing, it does not fit the model, its files are damaged, or peft does not fit Transformers.
         """
         try:
-            model.load_adapter(self.name, **self.options)
+            info = model.load_adapter(self.name, **self.options)
         except T5TRTError:
             raise
         except Exception as error:  # of Transformers, peft, safetensors and the hub
@@ -43,6 +43,12 @@ class Adapter:
                 f"cannot load the adapter {self.name!r} into {self.base!r}: {type(error).__name__}: {error} Expected what "
                 "save_pretrained() of peft writes for this model."
             ) from error
+        missing = sorted(info.missing_keys)
+        if missing:
+            raise CheckpointError(
+                f"the adapter {self.name!r} lacks {len(missing)} tensors (first {missing[0]!r}); expected one for each layer that its "
+                "config names. Save it again; with peft 0.19 and older, whose names Transformers does not find, use a newer peft."
+            )
 
 
 def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str, ...]) -> Adapter | None:

@@ -67,15 +67,15 @@ def test_transformers_methods_switch_and_delete(folder: Path) -> None:
     models = both(folder / "a")
     compare(*models)
     for step in (
-        lambda model: model.load_adapter(folder / "b", adapter_name="b"),
+        lambda model: model.load_adapter(folder / "b", adapter_name="other"),
         lambda model: model.set_adapter("default"),
-        lambda model: model.set_adapter(["default", "b"]),
+        lambda model: model.set_adapter(["default", "other"]),
         lambda model: model.disable_adapters(),
         lambda model: model.enable_adapters(),
-        lambda model: model.load_adapter(folder / "c", adapter_name="c"),  # (IA)^3 in the same layers as LoRA
-        lambda model: model.set_adapter("b"),
+        lambda model: model.load_adapter(folder / "c", adapter_name="third"),  # (IA)^3 in the same layers as LoRA
+        lambda model: model.set_adapter("other"),
         lambda model: model.delete_adapter("default"),
-        lambda model: model.delete_adapter(["b", "c"]),
+        lambda model: model.delete_adapter(["other", "third"]),
     ):
         for model in models:
             step(model)
@@ -112,17 +112,17 @@ def test_peft_model_loads_saves_and_loads_again(folder: Path, tmp_path: Path) ->
     wrapped = []
     for model in both(folder / "base"):
         made = PeftModel.from_pretrained(model, folder / "a")
-        made.load_adapter(folder / "b", adapter_name="b")
+        made.load_adapter(folder / "b", adapter_name="other")
         wrapped.append(made.eval())
     theirs, mine = wrapped
     compare(theirs, mine)
-    theirs.set_adapter("b"), mine.set_adapter("b")
+    theirs.set_adapter("other"), mine.set_adapter("other")
     compare(theirs, mine)
     mine.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    stored = load_file(tmp_path / "other" / "adapter_model.safetensors")
     written = load_file(folder / "b" / "adapter_model.safetensors")
     assert stored.keys() == written.keys() and all(torch.equal(stored[key], written[key]) for key in stored)
-    compare(theirs, PeftModel.from_pretrained(both(folder / "base")[1], tmp_path / "b").eval())
+    compare(theirs, PeftModel.from_pretrained(both(folder / "base")[1], tmp_path / "other").eval())
 
 
 def test_calibrated_and_typed_loading_reaches_the_base_model(folder: Path) -> None:

@@ -199,11 +199,12 @@ def stand_in_session(
     arch = model.architecture
     arch = (folding or Folding()).architecture(arch)
     folded = folding or Folding()
-    quantized = dict(quantize_for_device(arch, model.state_dict(), folded)) if precision == "int8" else None
+    weights = model._adapted or model.state_dict()
+    quantized = dict(quantize_for_device(arch, weights, folded)) if precision == "int8" else None
     provider: Any = StandInProvider(arch, settings or BuildConfig(), precision, quantized)
     device: Any = torch.device("cpu")
     session: Any = TrtSession(
-        provider, model.state_dict(), api, device, strict=strict, reference=reference, folding=folding, kernels=kernels
+        provider, weights, api, device, strict=strict, reference=reference, folding=folding, kernels=kernels
     )  # type: ignore[arg-type]
     session.engines.enqueue = lambda context: context.run()
     return session

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
+from t5_trt.checkpoint.adapter_files import take_adapter
 from t5_trt.checkpoint.families import read_architecture
 from t5_trt.checkpoint.files import check_indexes, correct_vocabulary
 from t5_trt.checkpoint.load import (
@@ -39,28 +40,30 @@ from t5_trt.errors import InputError, StrictModeError
 from t5_trt.generation.repeats import Repeats
 from t5_trt.generation.request import GenerationPath
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding, Ranges
-from t5_trt.modeling.calibration import observe, random_batches
+from t5_trt.graph.parameters import EMBEDDING, HEAD
+from t5_trt.modeling.adapted_model import AdaptedModel
+from t5_trt.modeling.adapter_layers import adapter_layers
+from t5_trt.modeling.adapters import AdaptedWeights, base_weights
 from t5_trt.modeling.encoder import attach_encoder, engine_encoder
 from t5_trt.modeling.family_class import FamilyClass
 from t5_trt.modeling.forward import EngineForward
 from t5_trt.modeling.layer_checks import check_layers
 from t5_trt.modeling.loading_arguments import check_arguments
 from t5_trt.modeling.placement import PlacedModel, in_float32
-from t5_trt.modeling.reference import follow, make_reference
+from t5_trt.modeling.reference import follow, make_reference, share_layers
 from t5_trt.modeling.weight_tracker import WeightWatch
 from t5_trt.runtime.forks import abandon, watch_forks
-from t5_trt.runtime.open_session import choose_folding, open_session
+from t5_trt.runtime.open_session import open_session
 from t5_trt.runtime.select import best_precision, choose, resolve
 from t5_trt.runtime.session import Session
 from t5_trt.validation import PRECISION_OF, as_device, as_dtype, device_of_map
 
 logger = logging.getLogger("t5_trt")
 Self = TypeVar("Self", bound="EngineModel")
-_DERIVED = ("_session", "_session_weights", "_reference", "_reference_weights", "_architecture")
+_DERIVED = ("_session", "_session_weights", "_adapted", "_reference", "_reference_weights", "_architecture")
 
 
-class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
+class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrainedModel):
     """Base of the models on engines; a subclass of it is mixed in before the stock class of each family.
 
     Args:
@@ -74,6 +77,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         self._placement_ = None
         self._session = None
         self._session_weights: WeightWatch | None = None
+        self._adapted: AdaptedWeights | None = None
         self._reference: PreTrainedModel | None = None
         self._reference_weights: WeightWatch | None = None
         self._architecture: Architecture | None = None
@@ -109,7 +113,8 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         """Load a checkpoint of the T5 family. No engine is built or opened yet.
 
         Args:
-            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``.
+            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``; or those of an adapter of peft, which is
+                loaded into its base model.
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
@@ -147,6 +152,8 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             raise InputError("got None; expected a hub id or a folder. For a model in memory use from_model(model).")
         name = str(pretrained_model_name_or_path)
         check_arguments(kwargs)
+        adapter = take_adapter(name, kwargs, HUB_ARGUMENTS)
+        name = name if adapter is None else adapter.base
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
@@ -189,6 +196,8 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
         stored = (asked or dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
+        if adapter is not None:
+            adapter.load_into(model)
         taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
         if taken and getattr(model, "generation_config", None) is not None:
             model.generation_config.update(**taken)
@@ -226,7 +235,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
         build, calibration = options.pop("build", None), options.pop("calibration", None)
         runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
         placement = resolve(runtime, None if cls._encoder_only else model.config)
-        wrapped = share_weights(chosen, model)
+        wrapped = share_layers(chosen, model) if adapter_layers(model) else share_weights(chosen, model)
         wrapped._configure(runtime, build or BuildConfig(), placement)
         wrapped._calibration = None if calibration is None else list(calibration)
         if hasattr(model, "generation_config"):
@@ -249,44 +258,44 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
             return
         if self._session is None:
             self._check_values()
-        elif self._session_weights is not None and self._session_weights.changed():
+        elif self._session_weights is not None and self._session_weights.changed() and not self._follow_adapters():
             logger.info("the model's weights have changed: its engines are opened anew")
             self._session = self._architecture = None
 
     def _opened(self) -> Session:
         """`session` within a call."""
         if self._session is None:
-            self._session_weights, self._architecture = WeightWatch(self), None
+            self._architecture = None
             architecture = self.architecture  # refuses tensors that are others
-            weights = self.state_dict()
+            weights = self._engine_weights()
+            self._session_weights, self._adapted = (
+                WeightWatch(self),
+                weights if isinstance(weights, AdaptedWeights) else None,
+            )
+            options: dict[str, Any] = {"calibrated": self._calibration is not None}
+            if isinstance(weights, AdaptedWeights):
+                options |= {"changing": weights.changing, "base": weights.base}
+                weights.check()
             if self._placement.backend == "onnxruntime":
+                if isinstance(weights, AdaptedWeights):
+                    weights.keep()
                 weights = in_float32(weights)
             settings = (self._runtime_config, self._placement, self._build_config)
-            calibrated = self._calibration is not None
-            self._session = open_session(architecture, weights, *settings, self._observe, calibrated=calibrated)
+            self._session = open_session(architecture, weights, *settings, self._observe, **options)
         return self._session
-
-    def folding(self, precision: str) -> Folding:
-        """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
-        calibrated = self._calibration is not None
-        return choose_folding(self.architecture, self.state_dict(), precision, self._observe, calibrated=calibrated)
-
-    def _observe(self) -> Ranges:
-        batches = self._calibration or random_batches(self.architecture.vocab_size)
-        return observe(share_weights(self._stock_class, self), batches)
 
     @property
     def architecture(self) -> Architecture:
         """Sizes and switches of the model, read from its config and tensors once."""
         if self._architecture is not None:
             return self._architecture
-        state = self.state_dict()
+        state, changing = base_weights(self)
         expected = without_data(self._stock_class, copy.deepcopy(self.config))
         check_tensors(state, expected.state_dict(), self._stock_class)
         check_layers(self, expected)
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         head: Any = getattr(self, "lm_head", self.shared)
-        tied = head.weight.data_ptr() == self.shared.weight.data_ptr()
+        tied = head.weight.data_ptr() == self.shared.weight.data_ptr() and changing.isdisjoint((EMBEDDING, HEAD))
         scaled = not self._encoder_only and scales_decoder_output(self._stock_class, self.config)
         facts = {"tied_head": tied, "scaled_head": scaled, "encoder_only": self._encoder_only}
         self._architecture = read_architecture(self.config, shapes, **facts)
@@ -348,7 +357,7 @@ class EngineModel(FamilyClass, PlacedModel, EngineForward, PreTrainedModel):
                 f"include_engines=True needs engines; the backend is {self._placement.backend!r} and "
                 f"{'nothing was run yet' if self._session is None else 'has none'}. Run generate() on TensorRT first."
             )
-        stock = share_weights(self._stock_class, self)
+        stock = self._hugging_face_twin()
         if hasattr(self, "generation_config"):
             stock.generation_config = self.generation_config
         result = stock.save_pretrained(save_directory, *args, **kwargs)

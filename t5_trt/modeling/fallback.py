@@ -39,6 +39,7 @@ class ReferenceFallback:
         def runtime_config(self) -> RuntimeConfig: ...  # noqa: D102
         @property
         def architecture(self) -> Architecture: ...  # noqa: D102
+        def _rows_have_adapters(self) -> bool: ...
         def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
         @property
         def reference(self) -> PreTrainedModel: ...  # noqa: D102
@@ -64,6 +65,8 @@ class ReferenceFallback:
         labels: Any = None,
     ) -> str | None:
         """Why engines cannot serve a request, or None if they can."""
+        if self._rows_have_adapters():
+            return "adapter_names"
         for name, value in wanted.items():
             if value:
                 return name

@@ -51,6 +51,7 @@ class EngineGeneration(EngineForward):
         _stock_class: Any
         _forward_hooks: Any
         _forward_pre_hooks: Any
+        prepare_inputs_for_generation: Any
 
         def get_encoder(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102 - see modeling/base.py
 
@@ -86,7 +87,8 @@ class EngineGeneration(EngineForward):
             outer = self._beams_ahead
             self._calls.beams = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
             try:
-                for name in _INNER_VALUES:
+                settings["adapter_names"] = self._rows_have_adapters()
+                for name in (*_INNER_VALUES, "adapter_names"):
                     if settings[name]:
                         self._last_path = GenerationPath("reference", name)
                         stock: Any = self._use_reference(name)
@@ -192,7 +194,8 @@ class EngineGeneration(EngineForward):
         kind: Any = type(self)
         if kind.forward is not EngineForward.forward or "forward" in self.__dict__:
             return "forward() is not this library's"
-        if kind.prepare_inputs_for_generation is not self._stock_class.prepare_inputs_for_generation:
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)  # of the instance: peft sets its own
+        if prepare is not self._stock_class.prepare_inputs_for_generation:
             return "prepare_inputs_for_generation() is not Transformers'"
         hooked = self._forward_hooks or self._forward_pre_hooks
         return "the model has forward hooks" if hooked else None

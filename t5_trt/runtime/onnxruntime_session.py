@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from t5_trt.graph.build_graph import build_host_graph
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
+from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import Choice
 
 #: smaller tensors go into the model itself, where graph optimizers may read their values
 SHARED_FROM_BYTES = 1 << 16
-_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.int8: np.int8, torch.uint8: np.uint8}
 
 
 class OrtSession:
@@ -41,6 +42,8 @@ class OrtSession:
         num_threads: of every operator; None takes torch's.
         prepack_weights: see `t5_trt.config.RuntimeConfig`.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
+        changing: keys of `weights` whose memory is written anew before calls of `update_weights`: graphs take them as inputs, so that
+            ONNX Runtime keeps no packed copies of them.
 
     Raises:
         BackendError: onnxruntime cannot be imported.
@@ -59,13 +62,17 @@ class OrtSession:
         *,
         num_threads: int | None = None,
         prepack_weights: bool | None = None,
-        quantized: Weights | None = None,
+        quantized: dict[str, torch.Tensor] | None = None,
+        changing: Collection[str] = (),
     ) -> None:
         self.arch = arch
         self.precision = "fp32" if quantized is None else "int8"
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
-        self._weights = weights
+        self._weights, self._changing = weights, frozenset(changing)
+        # by the session of a graph: the weights that it takes as inputs
+        self._inputs: dict[Any, dict[str, torch.Tensor]] = {}
+        self.updates = 0
         # packed 8-bit matrices take a quarter of float32 ones
         self._prepack = True if quantized is not None else prepack_weights
         self._ort = import_onnxruntime()
@@ -165,7 +172,7 @@ class OrtSession:
             inputs = layer_views("past", rows.kv[:, :, :count]) | layer_views("cross", rows.cross[:, :, :count])
             inputs["cross_bias"] = rows.cross_bias[:count]
             inputs["decoder_input_ids"], inputs["position"] = rows.tokens[:count], rows.positions[:count]
-            _bind(binding.bind_input, inputs)
+            _bind(binding.bind_input, inputs | self._inputs[session])
             _bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
             rows.bindings[count] = (session, binding, logits)
         session, binding, logits = rows.bindings[count]
@@ -177,8 +184,20 @@ class OrtSession:
         """See `t5_trt.runtime.session.Session.streams`."""
         session = self._load(graph, bool(self._prepack), taps=True)
         names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
-        found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        given = inputs | self._inputs.pop(session)
+        found = session.run(names, {name: tensor.numpy() for name, tensor in given.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+
+    def update_weights(self, changed: Weights) -> bool:
+        """See `t5_trt.runtime.session.Session.update_weights`: in float32 there is nothing to do, their memory is read."""
+        self.updates += 1
+        if not set(changed) <= self._changing:  # in memory that graphs have copied
+            self._sessions.clear()
+            self._shared.clear()
+            self._inputs.clear()
+        if self._quantized is not None:
+            round_anew(self.arch, self._weights, self._quantized, set(changed))
+        return True
 
     @property
     def weight_bytes(self) -> int:
@@ -195,7 +214,7 @@ class OrtSession:
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             binding = session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
-            _bind(binding.bind_input, inputs)
+            _bind(binding.bind_input, inputs | self._inputs[session])
             _bind(binding.bind_output, layer_views("new", state.new))
             state.bindings[STEP] = (self, session, binding, tokens, position, inputs)
         _, session, binding, tokens, position, _ = state.bindings[STEP]
@@ -217,7 +236,7 @@ class OrtSession:
     def _run(self, graph: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
         session = self._session(graph)
         binding = session.io_binding()
-        _bind(binding.bind_input, inputs)
+        _bind(binding.bind_input, inputs | self._inputs[session])
         _bind(binding.bind_output, outputs)
         self._call(session, binding)
 
@@ -241,7 +260,10 @@ class OrtSession:
 
     def _load(self, graph: str, packed: bool, *, taps: bool = False) -> Any:
         real = ir.DataType.FLOAT
-        model = build_host_graph(graph, self.arch, self._weights, real, quantized=self._quantized, taps=taps)
+        changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
+        model = build_host_graph(
+            graph, self.arch, self._weights, real, quantized=self._quantized, inputs=changing, taps=taps
+        )
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3
@@ -272,7 +294,11 @@ class OrtSession:
                 (Path(folder) / "weights").write_bytes(bytes(16))
                 path = Path(folder) / "model.onnx"
                 path.write_bytes(ir.to_proto(model).SerializeToString())
-                return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            names = [value.name for value in model.graph.inputs if value.name in changing]
+            read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
+            self._inputs[session] = {name: read[name] for name in names}
+            return session
         except Exception as error:
             raise_hidden_interrupt(error)
             raise BackendError(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.parameters import Weights
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
 
@@ -149,6 +150,7 @@ class Session(Protocol):
     Attributes:
         choice_tokens: least number of tokens that a `Choice` should have room for; more than it needs where it is recorded, so
             that requests of other lengths can use it again.
+        updates: calls of `update_weights` so far; what was computed before the last one has other weights in it.
         steps_by: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
     """
 
@@ -159,6 +161,18 @@ class Session(Protocol):
     dtype: torch.dtype
     choice_tokens: int
     steps_by: str
+    updates: int
+
+    def update_weights(self, changed: Weights) -> bool:
+        """Go on with other values of some weights, without another graph or engine.
+
+        Args:
+            changed: state-dict key -> tensor on the session's device, which is made when it is asked for and good until the next one.
+
+        Returns:
+            Whether the session could; if not it must be opened anew.
+        """
+        ...
 
     def encode(
         self,

@@ -1,4 +1,4 @@
-"""The backend for an NVIDIA GPU without TensorRT: the decoder step by our own kernels, everything else by torch on the GPU."""
+"""The backend for an NVIDIA GPU without TensorRT: the encoder and the decoder step by our own kernels, everything else by torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.cuda_graph import StreamOrder, taking_turns
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
+from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.session import Choice, Program
 from t5_trt.runtime.step_decoder import StepDecoder
-from t5_trt.runtime.torch_layers import TorchDecoder, TorchEncoder
+from t5_trt.runtime.torch_layers import TorchDecoder
 
 
 class CudaSession:
@@ -53,7 +54,7 @@ class CudaSession:
         self.arch, self.device, self.precision, self.folding = arch, device, precision, folding
         self.dtype = TORCH_TYPES[real_type(precision)]
         self._weights = DeviceWeights(arch, weights, self.dtype, device, folding)
-        self._encoder = TorchEncoder(arch, self._weights, folding, precision)
+        self._encoder = open_encoder(arch, self._weights, folding, precision, self.dtype, store)
         self._captured = CapturedEncoder(self._encode, device)
         self._order = StreamOrder(device)
         self._lock = threading.RLock()
@@ -127,7 +128,7 @@ class CudaSession:
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """What computes, by name."""
-        return ("encoder (torch)", BY_KERNELS, "decoder queries (torch)") if self._steps else ("encoder (torch)",)
+        return (self._encoder.name, BY_KERNELS, "decoder queries (torch)") if self._steps else (self._encoder.name,)
 
     @property
     def weight_bytes(self) -> int:

@@ -225,8 +225,9 @@ template <int M_TILES> struct AttentionState {
                     *(unsigned*)(row + i * 16) = narrow_two(sums[m][i][2 * half] * factor, sums[m][i][2 * half + 1] * factor);
             }
         __syncwarp();
-        for (int i = lane; i < M_TILES * 16 * (D / 8); i += 32) {
-            const int row = i / (D / 8), chunk = i % (D / 8);
+        constexpr int WRITTEN = D / 8, ALL = M_TILES * 16 * WRITTEN;  // chunks of a row, of all
+        for (int i = lane; i < ALL; i += 32) {
+            const int row = i / WRITTEN, chunk = i % WRITTEN;
             if (query0 + row < length)
                 *(uint4*)(out + (long long)(query0 + row) * HD + chunk * 8) = *(const uint4*)(rows + row * PITCH + chunk * 16);
         }

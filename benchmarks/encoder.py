@@ -83,7 +83,7 @@ def measure(found: Record, ours: Any, batch: int, length: int, rounds: int) -> N
     ids, mask = request(batch, length)
     found["batch"], found["source_tokens"] = batch, length
     session = ours.session
-    by_kernels = session._encoder
+    by_kernels = session._encoder.form
     by_torch = TorchEncoder(session.arch, session._weights, session.folding, "fp16")
     found["form"] = by_kernels.name
 
@@ -106,7 +106,7 @@ def measure(found: Record, ours: Any, batch: int, length: int, rounds: int) -> N
 
 def parts_ms(session: Any, ids: torch.Tensor, mask: torch.Tensor, rounds: int) -> Record:
     """What each kind of kernel takes of an encoder of all layers, and both forms of attention."""
-    arch, encoder, weights = session.arch, session._encoder, session._weights
+    arch, encoder, weights = session.arch, session._encoder.form, session._weights
     own, layers, rows, dtype = encoder._kernels, arch.encoder_layers, ids.numel(), session.dtype
     stream = torch.randn((rows, arch.d_model), device=ids.device)
     normed = stream.to(dtype)

@@ -37,7 +37,7 @@ def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path:
     session._weights = DeviceWeights(session.arch, session._weights._weights, torch.float16, session.device)
     session.dtype = torch.float16
     kernels = EmulatedKernels(session.arch, torch.float16, tmp_path)
-    session._encoder = KernelEncoder(kernels, session.arch, session._weights, Folding(), "fp16")
+    session._encoder.form = KernelEncoder(kernels, session.arch, session._weights, Folding(), "fp16")
     found = {}
     benchmark.measure(found, on_cpu, 1, 4, 1)
     assert "failed" not in found and found["form"] == "encoder (kernels)"

@@ -165,10 +165,10 @@ def test_encoder_is_as_near_to_hugging_face_as_that_of_torch(kind: str, precisio
     assert "encoder (kernels)" in session.loaded_graphs()
     by_torch = TorchEncoder(session.arch, session._weights, session.folding, precision)
     given = inputs["input_ids"], None, inputs["attention_mask"]
-    distances = [float((each.run(*given).double() - expected).norm()) for each in (session._encoder, by_torch)]
+    distances = [float((each.run(*given).double() - expected).norm()) for each in (session._encoder.form, by_torch)]
     assert distances[0] < 1.2 * distances[1]
-    hidden = session._encoder.run(*given)
-    assert error(session._encoder.cross(hidden), by_torch.cross(hidden)) < 1e-2
+    hidden = session._encoder.form.run(*given)
+    assert error(session._encoder.form.cross(hidden), by_torch.cross(hidden)) < 1e-2
     for _ in range(3):  # the size's first call, its capture, a replay
         again, _ = session.encode(*given)
     assert error(again, hidden) < 1e-2
@@ -189,6 +189,6 @@ def test_tokens_equal_those_of_the_torch_form(store: Path) -> None:
     inputs = {name: tensor.cuda() for name, tensor in batch(4, 70).items()}
     got = ours.generate(**inputs, num_beams=3, max_new_tokens=15)
     session = ours.session
-    session._encoder = TorchEncoder(session.arch, session._weights, session.folding, "fp16")
-    session._captured.clear()
+    session._encoder.form = TorchEncoder(session.arch, session._weights, session.folding, "fp16")
+    session._encoder.clear()
     assert torch.equal(ours.generate(**inputs, num_beams=3, max_new_tokens=15), got)

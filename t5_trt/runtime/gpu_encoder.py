@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from t5_trt.runtime.captured_encoder import CapturedEncoder
@@ -19,7 +21,7 @@ class GpuEncoder:
 
     def __init__(self, form: TorchEncoder, device: torch.device) -> None:
         self.form = form
-        self._captured = CapturedEncoder(self._both, device)
+        self._captured = CapturedEncoder(partial(_both, form), device)
 
     def encode(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor
@@ -39,6 +41,9 @@ class GpuEncoder:
         """Let go of what was captured."""
         self._captured.clear()
 
-    def _both(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.form.run(input_ids, None, attention_mask)
-        return hidden, self.form.cross(hidden)
+
+def _both(
+    form: TorchEncoder, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = form.run(input_ids, None, attention_mask)
+    return hidden, form.cross(hidden)

@@ -11,6 +11,7 @@ import torch
 from benchmarks import encoder as benchmark
 from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.kernel_encoder import KernelEncoder
 from tests.benchmarks.test_kernel_session import on_cpu  # noqa: F401 - a fixture
 from tests.kernels.emulation import EmulatedKernels
@@ -37,7 +38,8 @@ def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path:
     session._weights = DeviceWeights(session.arch, session._weights._weights, torch.float16, session.device)
     session.dtype = torch.float16
     kernels = EmulatedKernels(session.arch, torch.float16, tmp_path)
-    session._encoder.form = KernelEncoder(kernels, session.arch, session._weights, Folding(), "fp16")
+    form = KernelEncoder(kernels, session.arch, session._weights, Folding(), "fp16")
+    session._encoder = GpuEncoder(form, session.device)
     found = {}
     benchmark.measure(found, on_cpu, 1, 4, 1)
     assert "failed" not in found and found["form"] == "encoder (kernels)"

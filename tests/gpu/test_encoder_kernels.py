@@ -18,6 +18,7 @@ from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
 from t5_trt.kernels.encoder import SOURCE, EncoderKernels, constants, relative_bias
+from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.torch_layers import NO_KEY, TorchEncoder
 from tests.gpu.test_cuda_backend import model
 from tests.gpu.test_kernels import SMALL
@@ -189,6 +190,6 @@ def test_tokens_equal_those_of_the_torch_form(store: Path) -> None:
     inputs = {name: tensor.cuda() for name, tensor in batch(4, 70).items()}
     got = ours.generate(**inputs, num_beams=3, max_new_tokens=15)
     session = ours.session
-    session._encoder.form = TorchEncoder(session.arch, session._weights, session.folding, "fp16")
-    session._encoder.clear()
+    by_torch = TorchEncoder(session.arch, session._weights, session.folding, "fp16")
+    session._encoder = GpuEncoder(by_torch, session.device)
     assert torch.equal(ours.generate(**inputs, num_beams=3, max_new_tokens=15), got)

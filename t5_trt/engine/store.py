@@ -162,6 +162,8 @@ class EngineStore:
     def add_to_manifest(self, key: str, facts: dict[str, Any]) -> None:
         """Note more about an engine; nothing happens where it is not there, or the folder cannot be written."""
         target = self.root / key / MANIFEST
+        if not self.manifest(key):
+            return
         try:
             with self._lock(key):
                 found = self.manifest(key)

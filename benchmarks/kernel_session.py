@@ -37,7 +37,7 @@ BARE_TESTS = (
     "test_cuda_backend.py",
     "test_parity_cuda.py",
 )
-ENGINE_TESTS = ("test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
+ENGINE_TESTS = ("test_background_builds.py", "test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
 
 
 def tests(names: Sequence[str]) -> list[list[str]]:

@@ -86,7 +86,12 @@ class EncoderForms:
         """
         if threading.get_ident() in self._judges:
             return False
+        known = self._own_is_faster.get((graph, shapes))
+        if known is not None:
+            return known
         key = self._engines.key(graph, shapes)
+        if key in self._begun:  # and not over
+            return self._own_is_faster.get(key, True)
         if key not in self._own_is_faster:
             times = self._engines.provider.times(*key)
             if times is not None:
@@ -99,6 +104,7 @@ class EncoderForms:
                     self._engines.load(*key)
                     # what another process built without timing it is used as it is
                     self._own_is_faster[key] = key in self._engines.built and self._compare(key)
+        self._own_is_faster[graph, shapes] = self._own_is_faster[key]
         return self._own_is_faster[key]
 
     def wait(self) -> None:

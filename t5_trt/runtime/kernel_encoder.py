@@ -11,7 +11,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
-from t5_trt.kernels.compile import stored_cubin
+from t5_trt.kernels.compile import LEAST_CAPABILITY, stored_cubin
 from t5_trt.kernels.encoder import MOST_CTAS, SOURCE, EncoderKernels, constants, refusal, relative_bias
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.torch_layers import TorchEncoder
@@ -95,10 +95,10 @@ def open_encoder(
         store: of compiled kernels.
     """
     device = weights.device
-    if device.type != "cuda" or refusal(arch, dtype):
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < LEAST_CAPABILITY or refusal(arch, dtype):
         return TorchEncoder(arch, weights, folding, precision)
-    wanted = constants(arch, dtype)
-    major, minor = torch.cuda.get_device_capability(device)
+    wanted, (major, minor) = constants(arch, dtype), capability
     try:
         cubin = stored_cubin(SOURCE, wanted, f"sm_{major}{minor}", store)
         with torch.cuda.device(device):

@@ -117,7 +117,7 @@ def resolve(config: RuntimeConfig, model: Any = None) -> Placement:
     if placement.no_tensorrt is not None:
         _say_once(
             logging.INFO,
-            f"models run on the GPU without TensorRT, the encoder by PyTorch: {placement.no_tensorrt}.",
+            f"models run on the GPU without TensorRT, by our own kernels and PyTorch: {placement.no_tensorrt}.",
         )
     return placement
 

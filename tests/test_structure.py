@@ -19,7 +19,6 @@ STILL_LONG = {
     "generate_many": 68,
     "load_checked": 61,
     "measure": 62,
-    "open_session": 69,
 }
 
 

@@ -104,6 +104,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         engine_cache_bytes: int | None = None,
         flavor: str | None = None,
         show_progress: bool | None = None,
+        building: str = "wait",
         check_engines: bool = True,
         trust_engines: bool | None = None,
         build: BuildConfig | None = None,
@@ -130,9 +131,9 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             engine_cache_bytes: above this size the engines used least recently are removed.
             flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
             show_progress: draw a bar while engines are built; None does so on a terminal only.
+            building: "wait" for the engine of an encoder, or build it in the "background" and encode as the backend "cuda" does until then.
             check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
-            trust_engines: use engines that come with the checkpoint; by default those of a folder that is no download from a
-                hub. An engine is code: whoever wrote it can do what you can.
+            trust_engines: use engines that come with the checkpoint; by default not those of a download. Who wrote an engine can do what you can.
             build: settings of the engine builder.
             calibration: texts whose largest activations set the range of half precision; None goes by the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
@@ -172,12 +173,12 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             engine_cache_bytes=engine_cache_bytes,
             flavor=flavor,
             show_progress=show_progress,
+            building=building,
             check_engines=check_engines,
         )
         choose(runtime)  # what cannot run here is said before anything is fetched
         asked = None if dtype in (None, "auto") else as_dtype(dtype)
-        where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        settings = dict(kwargs)
+        where, settings = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}, dict(kwargs)
         if config is None or isinstance(config, str | Path):
             config = load_config(str(config or name), encoder_only=cls._encoder_only, changes=kwargs, **where)
         chosen, decoder = cls._class_for(config), None if cls._encoder_only else config
@@ -190,8 +191,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
         check_indexes(name, config, kwargs.get("variant"), **where)
         if not ignores:
-            variant = kwargs.get("variant")
-            correct_vocabulary(name, config, variant, encoder_only=cls._encoder_only, **where)
+            correct_vocabulary(name, config, kwargs.get("variant"), encoder_only=cls._encoder_only, **where)
         load = Loading(super(EngineModel, chosen).from_pretrained, ignore_mismatched_sizes=ignores, reports=reports)
         # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
         stored = (asked or dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"

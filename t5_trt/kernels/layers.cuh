@@ -26,20 +26,28 @@ extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, 1)
 project_qkv(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query,
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
+    // where a thread's outputs go: its column is the same for all rows. Each of the three has HD_TILES tiles of its own.
+    int columns[QKV_WIDE], which[QKV_WIDE];
+    stored* cache[QKV_WIDE];
+#pragma unroll
+    for (int i = 0; i < QKV_WIDE; ++i) {
+        const int tile = blockIdx.x * QKV_WIDE + i;
+        which[i] = tile / HD_TILES, columns[i] = (tile % HD_TILES) * 16 + (threadIdx.x & 15);
+        cache[i] = (which[i] == 1 ? keys : values) + (long long)(columns[i] / D) * capacity * D + columns[i] % D;
+    }
     product<QkvProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
-        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int output, int row, const float* y, int place) {
+        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int, int row, const float* y, int place) {
         if (row >= rows)
             return;
+        const long long at = ((long long)row * H * capacity + place) * D;
 #pragma unroll
         for (int i = 0; i < QKV_WIDE; ++i) {
-            // each of the three has HD_TILES tiles of its own
-            const int tile = blockIdx.x * QKV_WIDE + i, which = tile / HD_TILES, column = (tile % HD_TILES) * 16 + output;
-            if (column >= HD || which > 2)
+            if (columns[i] >= HD || which[i] > 2)
                 continue;
-            if (which == 0)
-                query[(long long)row * HD_PAD + column] = y[i];
+            if (which[i] == 0)
+                query[(long long)row * HD_PAD + columns[i]] = y[i];
             else
-                (which == 1 ? keys : values)[(((long long)row * H + column / D) * capacity + place) * D + column % D] = narrow(y[i]);
+                cache[i][at] = narrow(y[i]);
         }
     });
 }

@@ -22,7 +22,7 @@ typedef NarrowProduct<E_TILES, 1, FF_TILES, false> OutProduct;
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
 //   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];
 //   keys, values [rows][H][capacity][D]; position int32 [rows]
-extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, 1)
+extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, QkvProduct::CTAS)
 project_qkv(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query,
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
@@ -103,7 +103,7 @@ add_attention(const uint4* weights, const stored* attended, float* stream, store
 }
 
 // inner = activation(wi * norm(stream)), or activation(wi_0 * ..) * (wi_1 * ..), whose tiles alternate in `weights` [FF or 2 FF][E].
-extern "C" __global__ void __launch_bounds__(InProduct::THREADS, 1)
+extern "C" __global__ void __launch_bounds__(InProduct::THREADS, InProduct::CTAS)
 feed_forward_in(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, stored* inner,
                 int rows, float epsilon)
 {

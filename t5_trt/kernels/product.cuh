@@ -74,7 +74,7 @@ __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int TILES = OUT_TILES, THREADS = WARPS * 32, OWN_ROWS = ROWS;
+    static constexpr int TILES = OUT_TILES, THREADS = WARPS * 32, CTAS = 1, OWN_ROWS = ROWS;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32

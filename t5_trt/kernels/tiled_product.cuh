@@ -12,6 +12,8 @@
 #define TILED_SHARED (208 * 1024)
 #endif
 
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED>
 struct TiledProduct {
@@ -22,13 +24,15 @@ struct TiledProduct {
     static constexpr int STEP = (PER_PART + STEPS_A_PART - 1) / STEPS_A_PART;  // k tiles of each half that are copied together
     static constexpr bool EVEN = K_TILES % PRODUCT_WARPS == 0 && PER_PART % STEP == 0;  // no k tile is missing anywhere
     static constexpr int WEIGHT_BYTES = OUT_TILES * STEP * 512, HALF = WEIGHT_BYTES + OWN_ROW_TILES * STEP * 256, SLOT = HALVES * HALF;
-    static constexpr int DEPTH = least(STEPS, TILED_SHARED / SLOT);  // steps whose copies are under way
+    static constexpr int DEPTH = least(STEPS, TILED_SHARED / SLOT);  // steps that shared memory holds
+    static constexpr int LEAD = STEPS > DEPTH ? DEPTH - 1 : DEPTH;   // of which so many are on their way
     static constexpr int WARP_TILES = OUT_TILES >= 4 ? 2 : 1, WARP_ROW_TILES = 4, ROW_WARPS = OWN_ROW_TILES / WARP_ROW_TILES;
     static constexpr int HALF_WARPS = OUT_TILES / WARP_TILES * ROW_WARPS, THREADS = HALVES * HALF_WARPS * 32;
     static constexpr int STRIDE = 20;  // of the sums of a row: 16, and no bank conflicts
     static constexpr int SUMS = OUT_TILES * OWN_ROWS * STRIDE;  // floats of a half
     static constexpr int SHARED = most(DEPTH * SLOT, HALVES * SUMS * 4);
-    static_assert(SHARED <= TILED_SHARED && OUT_TILES % WARP_TILES == 0, "tiles of a CTA");
+    static constexpr int CTAS = SHARED <= 112 * 1024 ? 2 : 1;  // that an SM has shared memory for
+    static_assert(SHARED <= TILED_SHARED && LEAD > 0 && OUT_TILES % WARP_TILES == 0, "tiles of a CTA");
 
     float sums[WARP_TILES][WARP_ROW_TILES][4], part[WARP_TILES][WARP_ROW_TILES][4];
     const uint4* matrix;
@@ -41,8 +45,11 @@ struct TiledProduct {
         lane = threadIdx.x & 31, half = threadIdx.x / (HALF_WARPS * 32);
         warp_tile = warp / ROW_WARPS * WARP_TILES, warp_row_tile = warp % ROW_WARPS * WARP_ROW_TILES;
 #pragma unroll
-        for (int step = 0; step < DEPTH; ++step)
+        for (int step = 0; step < LEAD; ++step)
             copy_weights(step);
+#pragma unroll
+        for (int step = LEAD; step < STEPS; ++step)
+            prefetch_weights(step);
 #pragma unroll
         for (int t = 0; t < WARP_TILES; ++t)
 #pragma unroll
@@ -67,11 +74,25 @@ struct TiledProduct {
         const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + place_of(step);
 #pragma unroll
         for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 32; i += HALF_WARPS * 32) {
-            const int tile = tile0 + i / (STEP * 32), piece = i % (STEP * 32);
+            const int piece = i % (STEP * 32);
             if (EVEN || piece < pieces)
-                copy_async(to + i * 16, matrix + ((long long)(TOTAL % OUT_TILES ? min(tile, TOTAL - 1) : tile) * K_TILES + first) * 32 + piece, true);
+                copy_async(to + i * 16, matrix + ((long long)tile_of(i / (STEP * 32)) * K_TILES + first) * 32 + piece, true);
         }
     }
+
+    // Have weights of a later step come into the L2 cache.
+    __device__ __forceinline__ void prefetch_weights(int step)
+    {
+        const int first = first_of(step), lines = count_of(step) * 4;
+#pragma unroll
+        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 4; i += HALF_WARPS * 32) {
+            const int line = i % (STEP * 4);
+            if (EVEN || line < lines)
+                prefetch(matrix + ((long long)tile_of(i / (STEP * 4)) * K_TILES + first) * 32 + line * 8);
+        }
+    }
+
+    __device__ __forceinline__ int tile_of(int tile) const { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
 
     __device__ __forceinline__ void copy_rows(int step, const void* x, int row0, int rows)
     {
@@ -89,7 +110,7 @@ struct TiledProduct {
     __device__ __forceinline__ void begin(const void* x, int row0, int rows)
     {
 #pragma unroll
-        for (int step = 0; step < DEPTH; ++step) {
+        for (int step = 0; step < LEAD; ++step) {
             copy_rows(step, x, row0, rows);
             end_group();
         }
@@ -99,19 +120,16 @@ struct TiledProduct {
     {
 #pragma unroll 1
         for (int step = 0; step < STEPS; ++step) {
-            wait_for_group<DEPTH - 1>();
-            __syncthreads();  // other threads have copied a part
+            wait_for_group<LEAD - 1>();
+            __syncthreads();  // other threads have copied a part, and are done with the step before
+            if (STEPS > DEPTH && step + LEAD < STEPS) {
+                copy_weights(step + LEAD);
+                copy_rows(step + LEAD, x, row0, rows);
+            }
+            end_group();  // an empty one, too: the wait counts groups
             multiply(step);
             if (step % STEPS_A_PART == STEPS_A_PART - 1)
                 end_part();
-            if constexpr (STEPS > DEPTH) {
-                __syncthreads();
-                if (step + DEPTH < STEPS) {
-                    copy_weights(step + DEPTH);
-                    copy_rows(step + DEPTH, x, row0, rows);
-                }
-            }
-            end_group();  // an empty one, too: the wait counts groups
         }
     }
 

@@ -1,114 +1,248 @@
 // Attention of one new token of every row over cached keys and values.
 //
-// A CTA takes CHUNK keys of one head of one row; grid (H, rows, chunks). Where a row has more keys, every CTA leaves its part, and the
-// last one to finish adds the parts up in the order of the chunks. Chunks begin at fixed keys, so a result does not depend on how much
-// room the cache has, nor on other rows.
+// A CTA of ATTENTION_WARPS warps takes CHUNK keys of one head of one row; grid (H, rows, chunks). Where a row has more keys, every CTA
+// leaves its part, and the last one to finish adds the parts up in the order of the chunks. Chunks begin at fixed keys, so a result does
+// not depend on how much room the cache has, nor on other rows.
+//
+// The keys of a chunk are dealt to shares of up to PASSES * GROUPS keys. A group of lanes sums its keys of a share, relative to their
+// largest score, and leaves that in shared memory; then the sums of all shares are added up in the order of the shares. A warp takes one
+// share after the other, so a result does not depend on the number of warps either: few rows want many warps, for many rows each warp
+// should do as much as it can.
 #pragma once
 #include "common.cuh"
 
-constexpr int ATTENTION_WARPS = 8;
-// CTAs that an SM must have room for: as many as registers allow without spilling.
-#define ATTENTION_CTAS (__CUDA_ARCH__ >= 900 ? 4 : 3)
+#ifndef ATTENTION_WARPS
+#error "ATTENTION_WARPS must be 1, 2, 4 or 8"
+#endif
 constexpr int CHUNK = 128;
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;      // 16-byte loads of a key
-constexpr int KEY_LANES = power_of_two(VECTORS);        // lanes that share a key
-constexpr int KEYS_A_PASS = ATTENTION_WARPS * (32 / KEY_LANES);
-constexpr int PASSES = CHUNK / KEYS_A_PASS;
-constexpr int AHEAD = PASSES < 4 ? PASSES : 4;          // passes whose keys and values are loaded before the wait
-constexpr float HIDDEN = -3.0e38f;                      // a score below all others
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;                   // 16-byte loads of a key
+constexpr int KEY_LANES = power_of_two(VECTORS < 2 ? 2 : VECTORS);   // lanes that share a key
+constexpr int GROUPS = 32 / KEY_LANES;                               // keys that a warp takes at once
+constexpr int KEYS_A_PASS = 8 * GROUPS;                              // of eight shares
+constexpr int PASSES = smaller(4, CHUNK / KEYS_A_PASS);                // keys of a lane in a share
+constexpr int SHARES = CHUNK / (PASSES * GROUPS);                    // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
+constexpr int STREAMS = SHARES * GROUPS;                             // what groups of lanes sum by themselves
+constexpr float HIDDEN = -3.0e38f;                                   // a score below all others
+constexpr float LOG2E = 1.4426950408889634f;
 static_assert(D % VECTOR == 0 && VECTORS <= 32, "d_kv");
+static_assert(ATTENTION_WARPS <= 8 && 8 % ATTENTION_WARPS == 0, "ATTENTION_WARPS");
+
+// CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
+#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 3) : ATTENTION_WARPS == 4 ? 6 : 12)
 
 // What a chunk knows: the largest score, the sum of exponentials, the weighted sum of values [D].
 constexpr int PART = D + 2;
 
-// Attention of one warp of a chunk over its keys: every pass takes 32 / KEY_LANES of them. The warp leaves its largest score, its sum of
-// exponentials and its weighted sum of values [D] in shared memory. `key_of(pass)` and `value_of(pass)` give what this lane has of a key.
-struct WarpPart { float largest, sum, values[D]; };
+// After the barrier every warp adds up its slices of the values of each lane.
+constexpr int SLICE = smaller(4, ATTENTION_WARPS < VECTOR ? VECTOR / ATTENTION_WARPS : 1);
+constexpr int SLICES = VECTOR / SLICE;
+constexpr int SLICES_A_WARP = (SLICES + ATTENTION_WARPS - 1) / ATTENTION_WARPS;
+struct alignas(SLICE * 4) Slice { float value[SLICE]; };
+struct alignas(SLICE * sizeof(stored)) StoredSlice { stored value[SLICE]; };
 
-template <class KeyOf, class ValueOf, class BiasOf>
-__device__ __forceinline__ void attend_warp(const float* q, int share, int start, int end, KeyOf key_of, ValueOf value_of, BiasOf bias_of,
-                                            WarpPart& result)
+struct Sums { float largest, sum; };
+struct SharedSums { Sums of[STREAMS]; Slice values[SHARES][SLICES][32]; };
+
+__device__ __forceinline__ float exp2_fast(float x)
 {
-    const int lane = threadIdx.x & 31, group = lane / KEY_LANES, part = lane % KEY_LANES;
-    const bool mine = part < VECTORS;
-    float scores[PASSES], largest = HIDDEN, sum = 0.f, total[VECTOR] = {};
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// A pointer that the compiler keeps in a register and does not compute again wherever it is used.
+__device__ __forceinline__ const char* keep(const char* pointer)
+{
+    asm("" : "+l"(pointer));
+    return pointer;
+}
+
+// Keys and values of one share that a lane holds, and one score of those that it adds: the bias of pass `part`.
+struct Share { uint4 key[PASSES], value[PASSES]; unsigned beam[PASSES]; float bias; };
+
+// First key of a share in its chunk. Eight shares take the keys in turns.
+__device__ __forceinline__ int share_start(unsigned share) { return share / 8 * (KEYS_A_PASS * PASSES) + share % 8 * GROUPS; }
+
+// How many shares the first `keys` keys of a chunk fill.
+__device__ __forceinline__ unsigned live_shares(unsigned keys)
+{
+    const unsigned left = keys % (KEYS_A_PASS * PASSES);
+    return keys / (KEYS_A_PASS * PASSES) * 8 + min(8u, (left + GROUPS - 1) / GROUPS);
+}
+
+// Where the keys and values of a row and head lie for one lane, and which keys count.
+struct Place {
+    const char *keys, *values;
+    const float* bias;
+    const unsigned char* beam_of;
+    bool moved;                    // whether keys and values lie in the rows that `beam_of` says
+    int start, count, end, width;  // `start` to `end` is this chunk's part of `count` keys
+    unsigned row_bytes;
+};
+
+// For each pass of a share that has keys: call of(pass, key).
+template <class Of>
+__device__ __forceinline__ void each_pass(const Place& at, unsigned share, Of of)
+{
+    const int first = at.start + share_start(share), own = first + (threadIdx.x & 31) / KEY_LANES;
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-        scores[i] = HIDDEN;
-        if (start + i * KEYS_A_PASS >= end)
-            continue;
-        const int key = start + i * KEYS_A_PASS + share * (32 / KEY_LANES) + group;
-        float score = 0.f;
-        if (key < end && mine) {
-            float x[VECTOR];
-            unpack(key_of(i, key), x);
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j)
-                score = fmaf(q[j], x[j], score);
-            if (part == 0)
-                score += bias_of(i, key);
-        }
-        score = sum_lanes(score, 1, KEY_LANES);
+        if (first + i * KEYS_A_PASS >= at.end)
+            break;
+        of(i, own + i * KEYS_A_PASS);
+    }
+}
+
+// What is known of a share before its keys: in which row they lie, and the bias, which lane `part` of a group has for pass `part`.
+template <bool SELF>
+__device__ __forceinline__ void load_places(const Place& at, unsigned share, Share& held)
+{
+    const int own = at.start + share_start(share) + (threadIdx.x & 31) / KEY_LANES, part = threadIdx.x % KEY_LANES;
+    const unsigned char* beam_of = at.beam_of + own;
+    if (SELF && at.moved)
+        each_pass(at, share, [&](int i, int key) { held.beam[i] = key < at.end ? beam_of[i * KEYS_A_PASS] : 0; });
+    const int key = own + part * KEYS_A_PASS;
+    held.bias = 0.f;
+    if (part < PASSES && key < at.end)
+        held.bias = at.bias[SELF ? min(at.count - 1 - key, at.width - 1) : key];
+}
+
+// A lane's vectors of a share's keys (or values) below `end`; zeros in place of others.
+__device__ __forceinline__ void load_vectors(const Place& at, const char* from, unsigned share, int end, const unsigned* beam, uint4* vectors)
+{
+    const int own = at.start + share_start(share) + (threadIdx.x & 31) / KEY_LANES;
+    const char* there = keep(from + (unsigned long long)(unsigned)own * (unsigned)(D * sizeof(stored)));
+    if (threadIdx.x % KEY_LANES >= VECTORS)
+        end = 0;
+    each_pass(at, share, [&](int i, int key) {
+        vectors[i] = uint4{};
+        const char* vector = there + (unsigned long long)beam[i] * at.row_bytes;
         if (key < end)
-            scores[i] = score;
+            vectors[i] = __ldcg((const uint4*)(vector + i * (KEYS_A_PASS * D * (int)sizeof(stored))));
+    });
+}
+
+// The scores of a share's keys, times LOG2E, where `q` has that factor. Returns the largest one of this lane's group.
+__device__ __forceinline__ float score(const Place& at, unsigned share, const float* q, float bias, const uint4* keys, float* scores)
+{
+    float largest = HIDDEN;
+    each_pass(at, share, [&](int i, int key) {
+        float x[VECTOR], sum = threadIdx.x % KEY_LANES == i ? LOG2E * bias : 0.f;
+        unpack(keys[i], x);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j)
+            sum = fmaf(q[j], x[j], sum);
+        sum = sum_lanes(sum, 1, KEY_LANES);
+        scores[i] = key < at.end ? sum : -INFINITY;
         largest = fmaxf(largest, scores[i]);
+    });
+    return largest;
+}
+
+// The weighted sum of a share's values, left with what the weights are relative to.
+__device__ __forceinline__ void leave_sums(const Place& at, unsigned share, const uint4* values, const float* scores, float largest, SharedSums& all)
+{
+    const int lane = threadIdx.x & 31;
+    float sum = 0.f, total[VECTOR] = {};
+    each_pass(at, share, [&](int i, int) {
+        const float weight = exp2_fast(scores[i] - largest);
+        sum += weight;
+        float x[VECTOR];
+        unpack(values[i], x);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j)
+            total[j] = fmaf(weight, x[j], total[j]);
+    });
+#pragma unroll
+    for (int s = 0; s < SLICES; ++s) {
+        Slice slice;
+#pragma unroll
+        for (int j = 0; j < SLICE; ++j)
+            slice.value[j] = total[s * SLICE + j];
+        all.values[share][s][lane] = slice;
+    }
+    if (lane % KEY_LANES == 0)
+        all.of[share * GROUPS + lane / KEY_LANES] = {largest, sum};
+}
+
+// A warp's slices of the sums of all shares; all lanes of a slice's group of lanes have the same.
+struct Merged { float largest, sum; Slice values[SLICES_A_WARP]; };
+
+__device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
+{
+    constexpr int STREAMS_A_LANE = STREAMS / 32;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    Merged merged = {HIDDEN, 0.f, {}};
+    Sums sums[STREAMS_A_LANE];
+#pragma unroll
+    for (int i = 0; i < STREAMS_A_LANE; ++i) {
+        sums[i] = i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
+        merged.largest = fmaxf(merged.largest, sums[i].largest);
     }
 #pragma unroll
-    for (int step = KEY_LANES; step < 32; step <<= 1)
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    for (int step = 1; step < 32; step <<= 1)
+        merged.largest = fmaxf(merged.largest, __shfl_xor_sync(0xffffffffu, merged.largest, step));
 #pragma unroll
-    for (int i = 0; i < PASSES; ++i) {
-        const int key = start + i * KEYS_A_PASS + share * (32 / KEY_LANES) + group;
-        if (key < end && mine) {
-            const float weight = __expf(scores[i] - largest);
-            sum += weight;
-            float x[VECTOR];
-            unpack(value_of(i, key), x);
+    for (int i = 0; i < STREAMS_A_LANE; ++i) {
+        sums[i].largest = exp2_fast(sums[i].largest - merged.largest);  // how this stream counts
+        merged.sum = fmaf(sums[i].largest, sums[i].sum, merged.sum);
+    }
+    merged.sum = sum_lanes(merged.sum, 1, 32);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j)
-                total[j] = fmaf(weight, x[j], total[j]);
+    for (unsigned eight = 0; eight < SHARES; eight += 8) {
+        if (eight >= shares)
+            break;
+#pragma unroll
+        for (unsigned i = eight; i < eight + 8; ++i) {
+            const unsigned stream = i * GROUPS;
+            const float factor = __shfl_sync(0xffffffffu, sums[stream / 32].largest, stream % 32 + lane / KEY_LANES);
+#pragma unroll
+            for (int s = 0; s < SLICES_A_WARP; ++s) {
+                const Slice part = i < shares ? all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane] : Slice{};
+#pragma unroll
+                for (int j = 0; j < SLICE; ++j)
+                    merged.values[s].value[j] = fmaf(factor, part.value[j], merged.values[s].value[j]);
+            }
         }
     }
-    sum = sum_lanes(sum, KEY_LANES, 32);
 #pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-        total[j] = sum_lanes(total[j], KEY_LANES, 32);
-        if (group == 0 && mine)
-            result.values[part * VECTOR + j] = total[j];
-    }
-    if (lane == 0)
-        result.largest = largest, result.sum = sum;
+    for (int s = 0; s < SLICES_A_WARP; ++s)
+#pragma unroll
+        for (int j = 0; j < SLICE; ++j)
+            merged.values[s].value[j] = sum_lanes(merged.values[s].value[j], KEY_LANES, 32);
+    return merged;
 }
 
-// The parts of a chunk's warps added up in their order: the largest score, the sum, and how each warp's part counts.
-struct Merged { float largest, sum, scale[ATTENTION_WARPS]; };
-
-__device__ __forceinline__ Merged merge(const WarpPart* parts)
+// Count the CTAs of a row and head that have left their part; the last one adds up the parts [chunks][PART].
+__device__ __forceinline__ void add_chunks(const float* parts, int chunks, stored* attended, int* arrived)
 {
-    Merged all;
-    all.largest = HIDDEN, all.sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w)
-        all.largest = fmaxf(all.largest, parts[w].largest);
-#pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w) {
-        all.scale[w] = __expf(parts[w].largest - all.largest);
-        all.sum = fmaf(all.scale[w], parts[w].sum, all.sum);
+    __shared__ int is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(arrived, 1) == chunks - 1;
+        if (is_last)
+            *arrived = 0;
     }
-    return all;
+    __syncthreads();
+    if (!is_last)
+        return;
+    __threadfence();
+    float most = HIDDEN;
+    for (int c = 0; c < chunks; ++c)
+        most = fmaxf(most, __ldcg(parts + c * PART));
+    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
+        float value = 0.f, weights = 0.f;
+        for (int c = 0; c < chunks; ++c) {
+            const float factor = exp2_fast(__ldcg(parts + c * PART) - most);
+            weights = fmaf(__ldcg(parts + c * PART + 1), factor, weights);
+            value = fmaf(__ldcg(parts + c * PART + 2 + i), factor, value);
+        }
+        attended[activation_index(blockIdx.y, blockIdx.x * D + i, HD_PAD)] = narrow(value / weights);
+    }
 }
-
-__device__ __forceinline__ float merged_value(const WarpPart* parts, const Merged& all, int i)
-{
-    float value = 0.f;
-#pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w)
-        value = fmaf(all.scale[w], parts[w].values[i], value);
-    return value;
-}
-
-struct Chunk { uint4 key[AHEAD], value[AHEAD]; float bias[AHEAD]; };
 
 // `ancestors` [rows][stride] (or null) says for each token of a row in which row of its `beams` neighbours the key and the value lie.
 // SELF: keys up to and with the row's position, of which the last is written by the kernel before; the relative bias goes by the
@@ -121,100 +255,89 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
                                        const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
                                        int capacity, int width, int beams, int stride)
 {
-    __shared__ WarpPart warp_parts[ATTENTION_WARPS];
-    __shared__ int is_last;
-    const int head = blockIdx.x, row = blockIdx.y, start = blockIdx.z * CHUNK;
-    const int source = SELF ? row : row / beams;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = lane / KEY_LANES, part = lane % KEY_LANES;
-    const int count = SELF ? lengths[row] + 1 : lengths[source];     // keys in all
-    const int old = SELF ? count - 1 : count;                        // that are there before the wait
-    const int end = min(count, start + CHUNK);
-    const bool mine = part < VECTORS;
-    const bool moved = SELF && ancestors;
-    const unsigned char* beam_of = ancestors + (long long)row * stride;
-    const long long row_size = (long long)H * capacity * D;
-    const long long at = (moved ? row / beams * beams : source) * row_size + (long long)head * capacity * D + part * VECTOR;
-    const stored *k = keys + at, *v = values + at;
-    const auto offset = [&](int key) { return key * (long long)D + (moved ? beam_of[key] * row_size : 0); };
-    const auto place = [&](int pass) { return start + pass * KEYS_A_PASS + warp * (32 / KEY_LANES) + group; };
-    const auto bias_of = [&](int key) {
-        return SELF ? bias[(long long)head * width + min(count - 1 - key, width - 1)] : bias[(long long)source * width + key];
-    };
-    if (start >= count && start > 0)  // not the first chunk of a row that has no keys
+    __shared__ SharedSums all;
+    const unsigned head = blockIdx.x, row = blockIdx.y, part = threadIdx.x % KEY_LANES;
+    const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // the compiler does not know that a warp's lanes have the same
+    const unsigned source = SELF ? row : row / (unsigned)beams;
+    Place at;
+    at.start = blockIdx.z * CHUNK;
+    at.count = SELF ? lengths[row] + 1 : lengths[source];
+    at.end = min(at.count, at.start + CHUNK);
+    at.width = width;
+    at.bias = bias + (SELF ? head : source) * (unsigned long long)(unsigned)width;
+    at.moved = SELF && ancestors;
+    at.beam_of = ancestors + row * (unsigned long long)(unsigned)stride;
+    at.row_bytes = H * capacity * D * sizeof(stored);
+    const unsigned holder = SELF && at.moved ? row - row % (unsigned)beams : source;
+    const unsigned long long first = holder * (unsigned long long)at.row_bytes + (head * capacity * D + part * VECTOR) * (unsigned)sizeof(stored);
+    at.keys = keep((const char*)keys + first), at.values = keep((const char*)values + first);
+    if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
         return let_next_start();
-    Chunk ahead;
+    const unsigned shares = live_shares(at.end - at.start);
+    const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
+    Share held;
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        const int key = place(i);
-        ahead.bias[i] = key < end && part == 0 ? bias_of(key) : 0.f;
-        if (key < min(old, end) && mine) {
-            const long long there = offset(key);
-            ahead.key[i] = __ldcg((const uint4*)(k + there));
-            ahead.value[i] = __ldcg((const uint4*)(v + there));
-        }
-    }
+    for (int i = 0; i < PASSES; ++i)
+        held.beam[i] = 0;
+    load_places<SELF>(at, warp, held);
+    load_vectors(at, at.keys, warp, min(old, at.end), held.beam, held.key);
+    load_vectors(at, at.values, warp, min(old, at.end), held.beam, held.value);
     let_next_start();
     wait_for_inputs();
     float q[VECTOR];
+    const float4* own_query = (const float4*)(query + row * HD_PAD + head * D + part * VECTOR);
 #pragma unroll
     for (int i = 0; i < VECTOR; i += 4) {
-        const float4 four = mine ? __ldcg((const float4*)(query + (long long)row * HD_PAD + head * D + part * VECTOR + i)) : float4{};
-        q[i] = four.x, q[i + 1] = four.y, q[i + 2] = four.z, q[i + 3] = four.w;
+        const float4 four = part < VECTORS ? __ldcg(own_query + i / 4) : float4{};
+        q[i] = LOG2E * four.x, q[i + 1] = LOG2E * four.y, q[i + 2] = LOG2E * four.z, q[i + 3] = LOG2E * four.w;
     }
-    if (SELF)
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            if (place(i) == old && old < end && mine) {
-                const long long there = offset(old);
-                ahead.key[i] = __ldcg((const uint4*)(k + there));
-                ahead.value[i] = __ldcg((const uint4*)(v + there));
+    if (SELF && old < at.end)
+        each_pass(at, warp, [&](int i, int key) {
+            if (key == old && part < VECTORS) {
+                const unsigned long long there = held.beam[i] * (unsigned long long)at.row_bytes + old * (unsigned)(D * sizeof(stored));
+                held.key[i] = __ldcg((const uint4*)(at.keys + there));
+                held.value[i] = __ldcg((const uint4*)(at.values + there));
             }
-    const auto loaded = [&](const uint4* held, int pass, int key, const stored* from) {
-        return pass < AHEAD ? held[pass < AHEAD ? pass : 0] : __ldcg((const uint4*)(from + offset(key)));
-    };
-    attend_warp(q, warp, start, end, [&](int pass, int key) { return loaded(ahead.key, pass, key, k); },
-                [&](int pass, int key) { return loaded(ahead.value, pass, key, v); },
-                [&](int pass, int key) { return pass < AHEAD ? ahead.bias[pass < AHEAD ? pass : 0] : bias_of(key); }, warp_parts[warp]);
+        });
+    for (unsigned share = warp; share < shares; share += ATTENTION_WARPS) {
+        const unsigned next = share + ATTENTION_WARPS;
+        const bool more = ATTENTION_WARPS < SHARES && next < shares;
+        const float own_bias = held.bias;
+        float scores[PASSES];
+        if (more)
+            load_places<SELF>(at, next, held);
+        const float largest = score(at, share, q, own_bias, held.key, scores);
+        if (more)
+            load_vectors(at, at.keys, next, at.end, held.beam, held.key);
+        leave_sums(at, share, held.value, scores, largest, all);
+        if (more)
+            load_vectors(at, at.values, next, at.end, held.beam, held.value);
+    }
     __syncthreads();
-    const Merged all_warps = merge(warp_parts);
-    const int chunks = (count + CHUNK - 1) / CHUNK;
-    if (chunks <= 1) {
-        for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-            const float value = merged_value(warp_parts, all_warps, i);
-            attended[activation_index(row, head * D + i, HD_PAD)] = narrow(count ? value / all_warps.sum : 0.f);
-        }
+    const Merged merged = merge(all, shares);
+    const int chunks = (at.count + CHUNK - 1) / CHUNK;
+    float* of_row = parts + ((long long)row * H + head) * gridDim.z * PART;
+    float* of_chunk = of_row + blockIdx.z * PART;
+#pragma unroll
+    for (int s = 0; s < SLICES_A_WARP; ++s) {
+        const unsigned slice = warp + s * ATTENTION_WARPS, column = part * VECTOR + slice * SLICE;
+        if (slice >= SLICES || (threadIdx.x & 31) >= VECTORS)
+            continue;
+        StoredSlice result;
+#pragma unroll
+        for (int j = 0; j < SLICE; ++j)
+            if (chunks > 1)
+                of_chunk[2 + column + j] = merged.values[s].value[j];
+            else
+                result.value[j] = narrow(at.count ? merged.values[s].value[j] / merged.sum : 0.f);
+        if (chunks <= 1)
+            *(StoredSlice*)(attended + activation_index(row, head * D + column, HD_PAD)) = result;
+    }
+    if (chunks <= 1)
         return;
-    }
-    float* all = parts + ((long long)row * H + head) * gridDim.z * PART;
-    float* mine_of_all = all + blockIdx.z * PART;
-    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        mine_of_all[2 + i] = merged_value(warp_parts, all_warps, i);
-    }
     if (threadIdx.x == 0)
-        mine_of_all[0] = all_warps.largest, mine_of_all[1] = all_warps.sum;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(arrived + row * H + head, 1) == chunks - 1;
-        if (is_last)
-            arrived[row * H + head] = 0;
-    }
-    __syncthreads();
-    if (!is_last)
-        return;
-    __threadfence();
-    float most = HIDDEN;
-    for (int c = 0; c < chunks; ++c)
-        most = fmaxf(most, __ldcg(all + c * PART));
-    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        float value = 0.f, weights = 0.f;
-        for (int c = 0; c < chunks; ++c) {
-            const float factor = __expf(__ldcg(all + c * PART) - most);
-            weights = fmaf(__ldcg(all + c * PART + 1), factor, weights);
-            value = fmaf(__ldcg(all + c * PART + 2 + i), factor, value);
-        }
-        attended[activation_index(row, head * D + i, HD_PAD)] = narrow(value / weights);
-    }
+        of_chunk[0] = merged.largest, of_chunk[1] = merged.sum;
+    add_chunks(of_row, chunks, attended, arrived + row * H + head);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)

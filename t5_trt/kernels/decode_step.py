@@ -80,7 +80,13 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
         "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 else 8,
         "GATED": int(arch.gated),
         "ACTIVATION": ACTIVATION_NUMBERS[arch.activation],
+        "ATTENTION_WARPS": attention_warps(rows),
     }
+
+
+def attention_warps(rows: int) -> int:
+    """Warps that attend to the keys of one head of one row. Results do not depend on it."""
+    return 8 if rows <= 16 else 4 if rows <= 64 else 2
 
 
 ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for name in ACTIVATIONS}

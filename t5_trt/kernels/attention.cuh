@@ -30,7 +30,7 @@ static_assert(D % VECTOR == 0 && VECTORS <= 32, "d_kv");
 static_assert(ATTENTION_WARPS <= 8 && 8 % ATTENTION_WARPS == 0, "ATTENTION_WARPS");
 
 // CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
-#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 3) : ATTENTION_WARPS == 4 ? 6 : 12)
+#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 2) : ATTENTION_WARPS == 4 ? 6 : 12)
 
 // What a chunk knows: the largest score, the sum of exponentials, the weighted sum of values [D].
 constexpr int PART = D + 2;
@@ -40,7 +40,6 @@ constexpr int SLICE = smaller(4, ATTENTION_WARPS < VECTOR ? VECTOR / ATTENTION_W
 constexpr int SLICES = VECTOR / SLICE;
 constexpr int SLICES_A_WARP = (SLICES + ATTENTION_WARPS - 1) / ATTENTION_WARPS;
 struct alignas(SLICE * 4) Slice { float value[SLICE]; };
-struct alignas(SLICE * sizeof(stored)) StoredSlice { stored value[SLICE]; };
 
 struct Sums { float largest, sum; };
 struct SharedSums { Sums of[STREAMS]; Slice values[SHARES][SLICES][32]; };
@@ -52,15 +51,15 @@ __device__ __forceinline__ float exp2_fast(float x)
     return result;
 }
 
-// A pointer that the compiler keeps in a register and does not compute again wherever it is used.
-__device__ __forceinline__ const char* keep(const char* pointer)
+// `base` and `count` times `size` bytes, in one instruction: the compiler takes three.
+__device__ __forceinline__ const char* further(const char* base, unsigned count, unsigned size)
 {
-    asm("" : "+l"(pointer));
-    return pointer;
+    const char* there;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(there) : "r"(count), "r"(size), "l"(base));
+    return there;
 }
 
-// Keys and values of one share that a lane holds, and one score of those that it adds: the bias of pass `part`.
-struct Share { uint4 key[PASSES], value[PASSES]; unsigned beam[PASSES]; float bias; };
+constexpr unsigned KEY_BYTES = D * sizeof(stored);
 
 // First key of a share in its chunk. Eight shares take the keys in turns.
 __device__ __forceinline__ int share_start(unsigned share) { return share / 8 * (KEYS_A_PASS * PASSES) + share % 8 * GROUPS; }
@@ -76,77 +75,107 @@ __device__ __forceinline__ unsigned live_shares(unsigned keys)
 struct Place {
     const char *keys, *values;
     const float* bias;
-    const unsigned char* beam_of;
-    bool moved;                    // whether keys and values lie in the rows that `beam_of` says
+    const unsigned char* beam_of;  // in MOVED
     int start, count, end, width;  // `start` to `end` is this chunk's part of `count` keys
+    int group, of_bias;            // of this lane; how many keys into a share that key lies whose bias it loads
     unsigned row_bytes;
 };
 
-// For each pass of a share that has keys: call of(pass, key).
+// What a lane holds of a share.
+struct Share {
+    int left;                            // keys of the chunk from the first one of the share on
+    int own;                             // this lane's key of the first pass
+    unsigned beam[PASSES];               // where they lie
+    float bias;                          // of pass `part`, of those passes that there are
+    uint4 key[PASSES], value[PASSES];    // zeros in place of keys that do not count
+};
+
+// For the first pass of a share, and each other one that has keys: call of(pass).
 template <class Of>
-__device__ __forceinline__ void each_pass(const Place& at, unsigned share, Of of)
+__device__ __forceinline__ void each_pass(int left, Of of)
 {
-    const int first = at.start + share_start(share), own = first + (threadIdx.x & 31) / KEY_LANES;
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-        if (first + i * KEYS_A_PASS >= at.end)
+        if (i && left <= i * KEYS_A_PASS)
             break;
-        of(i, own + i * KEYS_A_PASS);
+        of(i);
     }
 }
 
-// What is known of a share before its keys: in which row they lie, and the bias, which lane `part` of a group has for pass `part`.
-template <bool SELF>
-__device__ __forceinline__ void load_places(const Place& at, unsigned share, Share& held)
+// What is known of a share before its keys.
+template <bool SELF, bool MOVED>
+__device__ __forceinline__ void load_places(const Place& at, Share& held)
 {
-    const int own = at.start + share_start(share) + (threadIdx.x & 31) / KEY_LANES, part = threadIdx.x % KEY_LANES;
-    const unsigned char* beam_of = at.beam_of + own;
-    if (SELF && at.moved)
-        each_pass(at, share, [&](int i, int key) { held.beam[i] = key < at.end ? beam_of[i * KEYS_A_PASS] : 0; });
-    const int key = own + part * KEYS_A_PASS;
+    if (MOVED) {
+        const unsigned char* beam_of = at.beam_of + held.own;
+        each_pass(held.left, [&](int i) {
+            held.beam[i] = 0;
+            if (at.group + i * KEYS_A_PASS < held.left)
+                held.beam[i] = beam_of[i * KEYS_A_PASS];
+        });
+    }
     held.bias = 0.f;
-    if (part < PASSES && key < at.end)
+    if (at.of_bias < held.left) {
+        const int key = at.end - held.left + at.of_bias;
         held.bias = at.bias[SELF ? min(at.count - 1 - key, at.width - 1) : key];
+    }
 }
 
-// A lane's vectors of a share's keys (or values) below `end`; zeros in place of others.
-__device__ __forceinline__ void load_vectors(const Place& at, const char* from, unsigned share, int end, const unsigned* beam, uint4* vectors)
+// A lane's vectors of a share's keys (or values), of the first `there` keys from the share's first one on.
+template <bool MOVED>
+__device__ __forceinline__ void load_vectors(const Place& at, const char* from, const Share& held, int there, uint4* vectors)
 {
-    const int own = at.start + share_start(share) + (threadIdx.x & 31) / KEY_LANES;
-    const char* there = keep(from + (unsigned long long)(unsigned)own * (unsigned)(D * sizeof(stored)));
-    if (threadIdx.x % KEY_LANES >= VECTORS)
-        end = 0;
-    each_pass(at, share, [&](int i, int key) {
+    const char* own = further(from, held.own, KEY_BYTES);
+    there = threadIdx.x % KEY_LANES < VECTORS ? there - at.group : 0;
+    each_pass(held.left, [&](int i) {
         vectors[i] = uint4{};
-        const char* vector = there + (unsigned long long)beam[i] * at.row_bytes;
-        if (key < end)
-            vectors[i] = __ldcg((const uint4*)(vector + i * (KEYS_A_PASS * D * (int)sizeof(stored))));
+        const char* vector = (MOVED ? further(own, held.beam[i], at.row_bytes) : own) + i * (int)(KEYS_A_PASS * KEY_BYTES);
+        if (i * KEYS_A_PASS < there)
+            vectors[i] = __ldcg((const uint4*)vector);
+    });
+}
+
+// The key and the value that the kernel before wrote, `newest` keys from the share's first one on.
+template <bool MOVED>
+__device__ __forceinline__ void load_newest(const Place& at, int newest, Share& held)
+{
+    if (newest < 0 || newest % KEYS_A_PASS >= GROUPS)  // another share's
+        return;
+    each_pass(held.left, [&](int i) {
+        if (newest != at.group + i * KEYS_A_PASS || threadIdx.x % KEY_LANES >= VECTORS)
+            return;
+        const auto load = [&](const char* from) {
+            const char* key = further(from, held.own + i * KEYS_A_PASS, KEY_BYTES);
+            return __ldcg((const uint4*)(MOVED ? further(key, held.beam[i], at.row_bytes) : key));
+        };
+        held.key[i] = load(at.keys), held.value[i] = load(at.values);
     });
 }
 
 // The scores of a share's keys, times LOG2E, where `q` has that factor. Returns the largest one of this lane's group.
-__device__ __forceinline__ float score(const Place& at, unsigned share, const float* q, float bias, const uint4* keys, float* scores)
+__device__ __forceinline__ float score(const Place& at, const float* q, int left, float bias, const uint4* keys, float* scores)
 {
     float largest = HIDDEN;
-    each_pass(at, share, [&](int i, int key) {
-        float x[VECTOR], sum = threadIdx.x % KEY_LANES == i ? LOG2E * bias : 0.f;
+    bias *= LOG2E;
+    each_pass(left, [&](int i) {
+        float x[VECTOR], sum = threadIdx.x % KEY_LANES == i ? bias : 0.f;
         unpack(keys[i], x);
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j)
             sum = fmaf(q[j], x[j], sum);
         sum = sum_lanes(sum, 1, KEY_LANES);
-        scores[i] = key < at.end ? sum : -INFINITY;
+        scores[i] = at.group + i * KEYS_A_PASS < left ? sum : -INFINITY;
         largest = fmaxf(largest, scores[i]);
     });
     return largest;
 }
 
 // The weighted sum of a share's values, left with what the weights are relative to.
-__device__ __forceinline__ void leave_sums(const Place& at, unsigned share, const uint4* values, const float* scores, float largest, SharedSums& all)
+__device__ __forceinline__ void leave_sums(unsigned share, int left, const uint4* values, const float* scores, float largest, SharedSums& all)
 {
     const int lane = threadIdx.x & 31;
     float sum = 0.f, total[VECTOR] = {};
-    each_pass(at, share, [&](int i, int) {
+    each_pass(left, [&](int i) {
         const float weight = exp2_fast(scores[i] - largest);
         sum += weight;
         float x[VECTOR];
@@ -215,6 +244,29 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
     return merged;
 }
 
+// A slice times a factor, stored by one instruction.
+__device__ __forceinline__ void store(stored* to, const Slice& slice, float factor)
+{
+#if STORAGE == FLOAT32
+    Slice result;
+#pragma unroll
+    for (int j = 0; j < SLICE; ++j)
+        result.value[j] = slice.value[j] * factor;
+    *(Slice*)to = result;
+#else
+    unsigned two[(SLICE + 1) / 2];
+#pragma unroll
+    for (int j = 0; j < SLICE; j += 2)
+        two[j / 2] = narrow_two(slice.value[j] * factor, SLICE > 1 ? slice.value[(j + 1) % SLICE] * factor : 0.f);
+    if (SLICE == 4)
+        *(uint2*)to = {two[0], two[SLICE / 4]};
+    else if (SLICE == 2)
+        *(unsigned*)to = two[0];
+    else
+        *to = (stored)two[0];
+#endif
+}
+
 // Count the CTAs of a row and head that have left their part; the last one adds up the parts [chunks][PART].
 __device__ __forceinline__ void add_chunks(const float* parts, int chunks, stored* attended, int* arrived)
 {
@@ -235,6 +287,7 @@ __device__ __forceinline__ void add_chunks(const float* parts, int chunks, store
         most = fmaxf(most, __ldcg(parts + c * PART));
     for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
         float value = 0.f, weights = 0.f;
+#pragma unroll 4
         for (int c = 0; c < chunks; ++c) {
             const float factor = exp2_fast(__ldcg(parts + c * PART) - most);
             weights = fmaf(__ldcg(parts + c * PART + 1), factor, weights);
@@ -244,13 +297,13 @@ __device__ __forceinline__ void add_chunks(const float* parts, int chunks, store
     }
 }
 
-// `ancestors` [rows][stride] (or null) says for each token of a row in which row of its `beams` neighbours the key and the value lie.
+// MOVED: `ancestors` [rows][stride] says for each token of a row in which row of its `beams` neighbours the key and the value lie.
 // SELF: keys up to and with the row's position, of which the last is written by the kernel before; the relative bias goes by the
 // distance, bias [H][distances], the last entry serving all larger ones. Otherwise the keys of a source, which `beams` rows share, with
 // bias [sources][width] (the additive mask) and lengths [sources].
 //   query float32 [rows][HD_PAD]; keys, values [rows or sources][H][capacity][D]; attended as `activation_index` describes
 //   parts float32 [rows][H][chunks][PART]; arrived int32 [rows][H], zeros before and after
-template <bool SELF>
+template <bool SELF, bool MOVED>
 __device__ __forceinline__ void attend(const float* query, const stored* keys, const stored* values, const float* bias,
                                        const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
                                        int capacity, int width, int beams, int stride)
@@ -265,25 +318,29 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     at.end = min(at.count, at.start + CHUNK);
     at.width = width;
     at.bias = bias + (SELF ? head : source) * (unsigned long long)(unsigned)width;
-    at.moved = SELF && ancestors;
     at.beam_of = ancestors + row * (unsigned long long)(unsigned)stride;
-    at.row_bytes = H * capacity * D * sizeof(stored);
-    const unsigned holder = SELF && at.moved ? row - row % (unsigned)beams : source;
-    const unsigned long long first = holder * (unsigned long long)at.row_bytes + (head * capacity * D + part * VECTOR) * (unsigned)sizeof(stored);
-    at.keys = keep((const char*)keys + first), at.values = keep((const char*)values + first);
+    at.row_bytes = H * capacity * KEY_BYTES;
+    const unsigned holder = MOVED ? row - row % (unsigned)beams : source;
+    const unsigned lane_bytes = head * capacity * KEY_BYTES + part * 16;
+    at.keys = further((const char*)keys + lane_bytes, holder, at.row_bytes);
+    at.values = further((const char*)values + lane_bytes, holder, at.row_bytes);
     if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
         return let_next_start();
     const unsigned shares = live_shares(at.end - at.start);
     const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
     Share held;
-#pragma unroll
-    for (int i = 0; i < PASSES; ++i)
-        held.beam[i] = 0;
-    load_places<SELF>(at, warp, held);
-    load_vectors(at, at.keys, warp, min(old, at.end), held.beam, held.key);
-    load_vectors(at, at.values, warp, min(old, at.end), held.beam, held.value);
+    at.group = (threadIdx.x & 31) / KEY_LANES;
+    at.of_bias = part < PASSES ? part * KEYS_A_PASS + at.group : CHUNK;
+    held.left = at.end - at.start - share_start(warp);
+    held.own = at.start + share_start(warp) + at.group;
+    load_places<SELF, MOVED>(at, held);
+    const int there = held.left + min(old - at.end, 0);
+    load_vectors<MOVED>(at, at.keys, held, there, held.key);
+    load_vectors<MOVED>(at, at.values, held, there, held.value);
     let_next_start();
     wait_for_inputs();
+    if (SELF && old < at.end)
+        load_newest<MOVED>(at, there, held);
     float q[VECTOR];
     const float4* own_query = (const float4*)(query + row * HD_PAD + head * D + part * VECTOR);
 #pragma unroll
@@ -291,31 +348,29 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
         const float4 four = part < VECTORS ? __ldcg(own_query + i / 4) : float4{};
         q[i] = LOG2E * four.x, q[i + 1] = LOG2E * four.y, q[i + 2] = LOG2E * four.z, q[i + 3] = LOG2E * four.w;
     }
-    if (SELF && old < at.end)
-        each_pass(at, warp, [&](int i, int key) {
-            if (key == old && part < VECTORS) {
-                const unsigned long long there = held.beam[i] * (unsigned long long)at.row_bytes + old * (unsigned)(D * sizeof(stored));
-                held.key[i] = __ldcg((const uint4*)(at.keys + there));
-                held.value[i] = __ldcg((const uint4*)(at.values + there));
-            }
-        });
+#pragma unroll 1
     for (unsigned share = warp; share < shares; share += ATTENTION_WARPS) {
         const unsigned next = share + ATTENTION_WARPS;
         const bool more = ATTENTION_WARPS < SHARES && next < shares;
+        const int left = held.left;
         const float own_bias = held.bias;
         float scores[PASSES];
+        if (more) {
+            const int step = SHARES == 8 ? ATTENTION_WARPS * GROUPS : share_start(next) - share_start(share);
+            held.left -= step, held.own += step;
+            load_places<SELF, MOVED>(at, held);
+        }
+        const float largest = score(at, q, left, own_bias, held.key, scores);
         if (more)
-            load_places<SELF>(at, next, held);
-        const float largest = score(at, share, q, own_bias, held.key, scores);
+            load_vectors<MOVED>(at, at.keys, held, held.left, held.key);
+        leave_sums(share, left, held.value, scores, largest, all);
         if (more)
-            load_vectors(at, at.keys, next, at.end, held.beam, held.key);
-        leave_sums(at, share, held.value, scores, largest, all);
-        if (more)
-            load_vectors(at, at.values, next, at.end, held.beam, held.value);
+            load_vectors<MOVED>(at, at.values, held, held.left, held.value);
     }
     __syncthreads();
     const Merged merged = merge(all, shares);
     const int chunks = (at.count + CHUNK - 1) / CHUNK;
+    const float inverse = at.count ? __fdividef(1.f, merged.sum) : 0.f;
     float* of_row = parts + ((long long)row * H + head) * gridDim.z * PART;
     float* of_chunk = of_row + blockIdx.z * PART;
 #pragma unroll
@@ -323,15 +378,12 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
         const unsigned slice = warp + s * ATTENTION_WARPS, column = part * VECTOR + slice * SLICE;
         if (slice >= SLICES || (threadIdx.x & 31) >= VECTORS)
             continue;
-        StoredSlice result;
-#pragma unroll
-        for (int j = 0; j < SLICE; ++j)
-            if (chunks > 1)
-                of_chunk[2 + column + j] = merged.values[s].value[j];
-            else
-                result.value[j] = narrow(at.count ? merged.values[s].value[j] / merged.sum : 0.f);
         if (chunks <= 1)
-            *(StoredSlice*)(attended + activation_index(row, head * D + column, HD_PAD)) = result;
+            store(attended + activation_index(row, head * D + column, HD_PAD), merged.values[s], inverse);
+        else
+#pragma unroll
+            for (int j = 0; j < SLICE; ++j)
+                of_chunk[2 + column + j] = merged.values[s].value[j];
     }
     if (chunks <= 1)
         return;
@@ -344,12 +396,15 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTA
 attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position,
             const unsigned char* ancestors, stored* attended, float* parts, int* arrived, int capacity, int distances, int beams, int stride)
 {
-    attend<true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride);
+    if (ancestors)
+        attend<true, true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride);
+    else
+        attend<true, false>(query, keys, values, bias, position, nullptr, attended, parts, arrived, capacity, distances, beams, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_cross(const float* query, const stored* keys, const stored* values, const float* mask, const int* lengths, stored* attended,
              float* parts, int* arrived, int capacity, int width, int beams)
 {
-    attend<false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0);
+    attend<false, false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0);
 }

@@ -25,10 +25,10 @@ INSTRUCTIONS = {
     "cvt.f32.f16": "wide = half_to_float(value);",
     "cvt.rn.f16x2.f32": "both = float_to_half(low) | float_to_half(high) << 16;",
     "cvt.rn.bf16x2.f32": "both = float_to_bfloat16(low) | float_to_bfloat16(high) << 16;",
+    "mad.wide.u32": "there = base + (unsigned long long)count * size;",
     "ex2.approx.ftz.f32": "result = exp2f(x);",
     "ld.global.nc": "",
     "griddepcontrol": "",
-    "": "",
 }
 PROGRAM = """
 #include "emulated_gpu.hpp"
@@ -65,7 +65,7 @@ def source(name: str) -> str:
 
     def plain(found: re.Match[str]) -> str:
         words = found[1].split('"')[1]
-        (meant,) = [code for word, code in INSTRUCTIONS.items() if (words.startswith(word) if word else not words)]
+        (meant,) = [code for word, code in INSTRUCTIONS.items() if words.startswith(word)]
         return meant
 
     text = (Path(kernels.__file__).parent / name).read_text()

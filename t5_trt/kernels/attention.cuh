@@ -64,12 +64,8 @@ constexpr unsigned KEY_BYTES = D * sizeof(stored);
 // First key of a share in its chunk. Eight shares take the keys in turns.
 __device__ __forceinline__ int share_start(unsigned share) { return share / 8 * (KEYS_A_PASS * PASSES) + share % 8 * GROUPS; }
 
-// How many shares the first `keys` keys of a chunk fill.
-__device__ __forceinline__ unsigned live_shares(unsigned keys)
-{
-    const unsigned left = keys % (KEYS_A_PASS * PASSES);
-    return keys / (KEYS_A_PASS * PASSES) * 8 + min(8u, (left + GROUPS - 1) / GROUPS);
-}
+// How many shares `keys` keys of a chunk make, some of which may have none: those of whole turns, and of at least one.
+__device__ __forceinline__ unsigned shares_of(int keys) { return 8 * ((max(keys, 1) - 1) / (KEYS_A_PASS * PASSES) + 1); }
 
 // Where the keys and values of a row and head lie for one lane, and which keys count.
 struct Place {
@@ -90,13 +86,13 @@ struct Share {
     uint4 key[PASSES], value[PASSES];    // zeros in place of keys that do not count
 };
 
-// For the first pass of a share, and each other one that has keys: call of(pass).
+// For each pass of a share that has keys: call of(pass).
 template <class Of>
 __device__ __forceinline__ void each_pass(int left, Of of)
 {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-        if (i && left <= i * KEYS_A_PASS)
+        if (left <= i * KEYS_A_PASS)
             break;
         of(i);
     }
@@ -207,7 +203,7 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
     Sums sums[STREAMS_A_LANE];
 #pragma unroll
     for (int i = 0; i < STREAMS_A_LANE; ++i) {
-        sums[i] = i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
+        sums[i] = SHARES == 8 || i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
         merged.largest = fmaxf(merged.largest, sums[i].largest);
     }
 #pragma unroll
@@ -221,7 +217,7 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
     merged.sum = sum_lanes(merged.sum, 1, 32);
 #pragma unroll
     for (unsigned eight = 0; eight < SHARES; eight += 8) {
-        if (eight >= shares)
+        if (eight && eight >= shares)
             break;
 #pragma unroll
         for (unsigned i = eight; i < eight + 8; ++i) {
@@ -229,7 +225,7 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
             const float factor = __shfl_sync(0xffffffffu, sums[stream / 32].largest, stream % 32 + lane / KEY_LANES);
 #pragma unroll
             for (int s = 0; s < SLICES_A_WARP; ++s) {
-                const Slice part = i < shares ? all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane] : Slice{};
+                const Slice part = all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane];
 #pragma unroll
                 for (int j = 0; j < SLICE; ++j)
                     merged.values[s].value[j] = fmaf(factor, part.value[j], merged.values[s].value[j]);
@@ -326,7 +322,7 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     at.values = further((const char*)values + lane_bytes, holder, at.row_bytes);
     if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
         return let_next_start();
-    const unsigned shares = live_shares(at.end - at.start);
+    const unsigned shares = shares_of(at.end - at.start);
     const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
     Share held;
     at.group = (threadIdx.x & 31) / KEY_LANES;
@@ -366,6 +362,8 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
         leave_sums(share, left, held.value, scores, largest, all);
         if (more)
             load_vectors<MOVED>(at, at.values, held, held.left, held.value);
+        if (ATTENTION_WARPS >= SHARES)  // no loop, out of which the compiler would take what need not be done
+            break;
     }
     __syncthreads();
     const Merged merged = merge(all, shares);

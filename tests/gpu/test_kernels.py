@@ -240,7 +240,9 @@ def test_row_does_not_depend_on_other_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_bits_do_not_depend_on_the_warps_of_attention(dtype: torch.dtype, beams: int) -> None:
     positions = [0, 1, 3, 4, 31, 32, 33, 49, 126, 127, 128, 129, 300, 301, 302, 303]
-    case = make(SMALL, dtype, positions, [1, 2, 32, 33, 50, 128, 129, 300] * 2 if beams == 1 else [1, 33, 50, 300], beams)
+    case = make(
+        SMALL, dtype, positions, [1, 2, 32, 33, 50, 128, 129, 300] * 2 if beams == 1 else [1, 33, 50, 300], beams
+    )
     results = []
     for warps in (1, 2, 4, 8):
         case.step = replace(case.step, kernels=kernels(SMALL, dtype, len(positions), ATTENTION_WARPS=warps))

@@ -123,7 +123,10 @@ class Request:
         query = torch.full((rows, width), float("nan"))
         query[:, : heads * size] = self.query.flatten(1)
         made = torch.full((-(-rows // 8) * 8, width), float("nan")).to(self.keys.dtype)
-        parts, arrived = torch.full((rows, heads, chunks, size + 2), float("nan")), torch.zeros(rows, heads, dtype=torch.int32)
+        parts, arrived = (
+            torch.full((rows, heads, chunks, size + 2), float("nan")),
+            torch.zeros(rows, heads, dtype=torch.int32),
+        )
         memory = (query, self.keys, self.values, self.bias, self.last, self.ancestors, made, parts, arrived)
         stride = 0 if self.ancestors is None else self.ancestors.shape[1]
         numbers = [ctypes.c_int(number) for number in (capacity, self.bias.shape[1], self.beams, stride)]

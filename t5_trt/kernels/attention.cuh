@@ -9,49 +9,12 @@
 // share after the other, so a result does not depend on the number of warps either: few rows want many warps, for many rows each warp
 // should do as much as it can.
 #pragma once
-#include "common.cuh"
-
-#ifndef ATTENTION_WARPS
-#error "ATTENTION_WARPS must be 1, 2, 4 or 8"
-#endif
-constexpr int CHUNK = 128;
-__host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;                   // 16-byte loads of a key
-constexpr int KEY_LANES = power_of_two(VECTORS < 2 ? 2 : VECTORS);   // lanes that share a key
-constexpr int GROUPS = 32 / KEY_LANES;                               // keys that a warp takes at once
-constexpr int KEYS_A_PASS = 8 * GROUPS;                              // of eight shares
-constexpr int PASSES = smaller(4, CHUNK / KEYS_A_PASS);                // keys of a lane in a share
-constexpr int SHARES = CHUNK / (PASSES * GROUPS);                    // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
-constexpr int STREAMS = SHARES * GROUPS;                             // what groups of lanes sum by themselves
-constexpr float HIDDEN = -3.0e38f;                                   // a score below all others
-constexpr float LOG2E = 1.4426950408889634f;
-static_assert(D % VECTOR == 0 && VECTORS <= 32, "d_kv");
-static_assert(ATTENTION_WARPS <= 8 && 8 % ATTENTION_WARPS == 0, "ATTENTION_WARPS");
+#include "attention_sums.cuh"
 
 // CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
 #define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 2) : ATTENTION_WARPS == 4 ? 6 : 12)
 
-// What a chunk knows: the largest score, the sum of exponentials, the weighted sum of values [D].
-constexpr int PART = D + 2;
-
-// After the barrier every warp adds up its slices of the values of each lane.
-constexpr int SLICE = smaller(4, ATTENTION_WARPS < VECTOR ? VECTOR / ATTENTION_WARPS : 1);
-constexpr int SLICES = VECTOR / SLICE;
-constexpr int SLICES_A_WARP = (SLICES + ATTENTION_WARPS - 1) / ATTENTION_WARPS;
-struct alignas(SLICE * 4) Slice { float value[SLICE]; };
-
-struct Sums { float largest, sum; };
-struct SharedSums { Sums of[STREAMS]; Slice values[SHARES][SLICES][32]; };
-
-__device__ __forceinline__ float exp2_fast(float x)
-{
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-
-// `base` and `count` times `size` bytes, in one instruction: the compiler takes three.
+// `base` and `count` times `size` bytes, by a product of 32 bits each: the compiler takes 64.
 __device__ __forceinline__ const char* further(const char* base, unsigned count, unsigned size)
 {
     const char* there;
@@ -192,141 +155,12 @@ __device__ __forceinline__ void leave_sums(unsigned share, int left, const uint4
         all.of[share * GROUPS + lane / KEY_LANES] = {largest, sum};
 }
 
-// A warp's slices of the sums of all shares; all lanes of a slice's group of lanes have the same.
-struct Merged { float largest, sum; Slice values[SLICES_A_WARP]; };
-
-__device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
-{
-    constexpr int STREAMS_A_LANE = STREAMS / 32;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Merged merged = {HIDDEN, 0.f, {}};
-    Sums sums[STREAMS_A_LANE];
-#pragma unroll
-    for (int i = 0; i < STREAMS_A_LANE; ++i) {
-        sums[i] = SHARES == 8 || i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
-        merged.largest = fmaxf(merged.largest, sums[i].largest);
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step <<= 1)
-        merged.largest = fmaxf(merged.largest, __shfl_xor_sync(0xffffffffu, merged.largest, step));
-#pragma unroll
-    for (int i = 0; i < STREAMS_A_LANE; ++i) {
-        sums[i].largest = exp2_fast(sums[i].largest - merged.largest);  // how this stream counts
-        merged.sum = fmaf(sums[i].largest, sums[i].sum, merged.sum);
-    }
-    merged.sum = sum_lanes(merged.sum, 1, 32);
-#pragma unroll
-    for (unsigned eight = 0; eight < SHARES; eight += 8) {
-        if (eight && eight >= shares)
-            break;
-#pragma unroll
-        for (unsigned i = eight; i < eight + 8; ++i) {
-            const unsigned stream = i * GROUPS;
-            const float factor = __shfl_sync(0xffffffffu, sums[stream / 32].largest, stream % 32 + lane / KEY_LANES);
-#pragma unroll
-            for (int s = 0; s < SLICES_A_WARP; ++s) {
-                const Slice part = all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane];
-#pragma unroll
-                for (int j = 0; j < SLICE; ++j)
-                    merged.values[s].value[j] = fmaf(factor, part.value[j], merged.values[s].value[j]);
-            }
-        }
-    }
-#pragma unroll
-    for (int s = 0; s < SLICES_A_WARP; ++s)
-#pragma unroll
-        for (int j = 0; j < SLICE; ++j)
-            merged.values[s].value[j] = sum_lanes(merged.values[s].value[j], KEY_LANES, 32);
-    return merged;
-}
-
-// A slice times a factor, stored by one instruction.
-__device__ __forceinline__ void store(stored* to, const Slice& slice, float factor)
-{
-#if STORAGE == FLOAT32
-    Slice result;
-#pragma unroll
-    for (int j = 0; j < SLICE; ++j)
-        result.value[j] = slice.value[j] * factor;
-    *(Slice*)to = result;
-#else
-    unsigned two[(SLICE + 1) / 2];
-#pragma unroll
-    for (int j = 0; j < SLICE; j += 2)
-        two[j / 2] = narrow_two(slice.value[j] * factor, SLICE > 1 ? slice.value[(j + 1) % SLICE] * factor : 0.f);
-    if (SLICE == 4)
-        *(uint2*)to = {two[0], two[SLICE / 4]};
-    else if (SLICE == 2)
-        *(unsigned*)to = two[0];
-    else
-        *to = (stored)two[0];
-#endif
-}
-
-// Count the CTAs of a row and head that have left their part; the last one adds up the parts [chunks][PART].
-__device__ __forceinline__ void add_chunks(const float* parts, int chunks, stored* attended, int* arrived)
-{
-    __shared__ int is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(arrived, 1) == chunks - 1;
-        if (is_last)
-            *arrived = 0;
-    }
-    __syncthreads();
-    if (!is_last)
-        return;
-    __threadfence();
-    float most = HIDDEN;
-    for (int c = 0; c < chunks; ++c)
-        most = fmaxf(most, __ldcg(parts + c * PART));
-    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        float value = 0.f, weights = 0.f;
-#pragma unroll 4
-        for (int c = 0; c < chunks; ++c) {
-            const float factor = exp2_fast(__ldcg(parts + c * PART) - most);
-            weights = fmaf(__ldcg(parts + c * PART + 1), factor, weights);
-            value = fmaf(__ldcg(parts + c * PART + 2 + i), factor, value);
-        }
-        attended[activation_index(blockIdx.y, blockIdx.x * D + i, HD_PAD)] = narrow(value / weights);
-    }
-}
-
-// MOVED: `ancestors` [rows][stride] says for each token of a row in which row of its `beams` neighbours the key and the value lie.
-// SELF: keys up to and with the row's position, of which the last is written by the kernel before; the relative bias goes by the
-// distance, bias [H][distances], the last entry serving all larger ones. Otherwise the keys of a source, which `beams` rows share, with
-// bias [sources][width] (the additive mask) and lengths [sources].
-//   query float32 [rows][HD_PAD]; keys, values [rows or sources][H][capacity][D]; attended as `activation_index` describes
-//   parts float32 [rows][H][chunks][PART]; arrived int32 [rows][H], zeros before and after
+// Every ATTENTION_WARPS-th of a chunk's shares, from share `warp` on; `query` is this lane's part.
 template <bool SELF, bool MOVED>
-__device__ __forceinline__ void attend(const float* query, const stored* keys, const stored* values, const float* bias,
-                                       const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
-                                       int capacity, int width, int beams, int stride)
+__device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, unsigned shares, const float* query, SharedSums& all)
 {
-    __shared__ SharedSums all;
-    const unsigned head = blockIdx.x, row = blockIdx.y, part = threadIdx.x % KEY_LANES;
-    const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // the compiler does not know that a warp's lanes have the same
-    const unsigned source = SELF ? row : row / (unsigned)beams;
-    Place at;
-    at.start = blockIdx.z * CHUNK;
-    at.count = SELF ? lengths[row] + 1 : lengths[source];
-    at.end = min(at.count, at.start + CHUNK);
-    at.width = width;
-    at.bias = bias + (SELF ? head : source) * (unsigned long long)(unsigned)width;
-    at.beam_of = ancestors + row * (unsigned long long)(unsigned)stride;
-    at.row_bytes = H * capacity * KEY_BYTES;
-    const unsigned holder = MOVED ? row - row % (unsigned)beams : source;
-    const unsigned lane_bytes = head * capacity * KEY_BYTES + part * 16;
-    at.keys = further((const char*)keys + lane_bytes, holder, at.row_bytes);
-    at.values = further((const char*)values + lane_bytes, holder, at.row_bytes);
-    if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
-        return let_next_start();
-    const unsigned shares = shares_of(at.end - at.start);
     const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
     Share held;
-    at.group = (threadIdx.x & 31) / KEY_LANES;
-    at.of_bias = part < PASSES ? part * KEYS_A_PASS + at.group : CHUNK;
     held.left = at.end - at.start - share_start(warp);
     held.own = at.start + share_start(warp) + at.group;
     load_places<SELF, MOVED>(at, held);
@@ -338,10 +172,9 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     if (SELF && old < at.end)
         load_newest<MOVED>(at, there, held);
     float q[VECTOR];
-    const float4* own_query = (const float4*)(query + row * HD_PAD + head * D + part * VECTOR);
 #pragma unroll
     for (int i = 0; i < VECTOR; i += 4) {
-        const float4 four = part < VECTORS ? __ldcg(own_query + i / 4) : float4{};
+        const float4 four = threadIdx.x % KEY_LANES < VECTORS ? __ldcg((const float4*)(query + i)) : float4{};
         q[i] = LOG2E * four.x, q[i + 1] = LOG2E * four.y, q[i + 2] = LOG2E * four.z, q[i + 3] = LOG2E * four.w;
     }
 #pragma unroll 1
@@ -365,44 +198,59 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
         if (ATTENTION_WARPS >= SHARES)  // no loop, out of which the compiler would take what need not be done
             break;
     }
+}
+
+// MOVED: `ancestors` [rows][stride] says for each token of a row in which row of its `beams` neighbours the key and the value lie.
+// SELF: keys up to and with the row's position, of which the last is written by the kernel before; the relative bias goes by the
+// distance, bias [H][distances], the last entry serving all larger ones. Otherwise the keys of a source, which `beams` rows share, with
+// bias [sources][width] (the additive mask) and lengths [sources].
+//   query float32 [rows][HD_PAD]; keys, values [rows or sources][H][capacity][D]; attended as `activation_index` describes
+//   parts float32 [rows][H][chunks][PART]; arrived int32 [rows][H], zeros before and after
+template <bool SELF, bool MOVED>
+__device__ __forceinline__ void attend(const float* query, const stored* keys, const stored* values, const float* bias,
+                                       const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
+                                       int capacity, int width, int beams, int stride, SharedSums& all)
+{
+    const unsigned head = blockIdx.x, row = blockIdx.y, part = threadIdx.x % KEY_LANES;
+    const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // the compiler does not know that a warp's lanes have the same
+    const unsigned source = SELF ? row : row / (unsigned)beams;
+    Place at;
+    at.start = blockIdx.z * CHUNK;
+    at.count = SELF ? lengths[row] + 1 : lengths[source];
+    at.end = min(at.count, at.start + CHUNK);
+    at.width = width;
+    at.group = (threadIdx.x & 31) / KEY_LANES;
+    at.of_bias = part < PASSES ? part * KEYS_A_PASS + at.group : CHUNK;
+    at.bias = bias + (SELF ? head : source) * (unsigned long long)(unsigned)width;
+    at.beam_of = ancestors + row * (unsigned long long)(unsigned)stride;
+    at.row_bytes = H * capacity * KEY_BYTES;
+    const unsigned holder = MOVED ? row - row % (unsigned)beams : source;
+    const unsigned lane_bytes = head * capacity * KEY_BYTES + part * 16;
+    at.keys = further((const char*)keys + lane_bytes, holder, at.row_bytes);
+    at.values = further((const char*)values + lane_bytes, holder, at.row_bytes);
+    if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
+        return let_next_start();
+    const unsigned shares = shares_of(at.end - at.start);
+    attend_shares<SELF, MOVED>(at, warp, shares, query + row * HD_PAD + head * D + part * VECTOR, all);
     __syncthreads();
-    const Merged merged = merge(all, shares);
-    const int chunks = (at.count + CHUNK - 1) / CHUNK;
-    const float inverse = at.count ? __fdividef(1.f, merged.sum) : 0.f;
-    float* of_row = parts + ((long long)row * H + head) * gridDim.z * PART;
-    float* of_chunk = of_row + blockIdx.z * PART;
-#pragma unroll
-    for (int s = 0; s < SLICES_A_WARP; ++s) {
-        const unsigned slice = warp + s * ATTENTION_WARPS, column = part * VECTOR + slice * SLICE;
-        if (slice >= SLICES || (threadIdx.x & 31) >= VECTORS)
-            continue;
-        if (chunks <= 1)
-            store(attended + activation_index(row, head * D + column, HD_PAD), merged.values[s], inverse);
-        else
-#pragma unroll
-            for (int j = 0; j < SLICE; ++j)
-                of_chunk[2 + column + j] = merged.values[s].value[j];
-    }
-    if (chunks <= 1)
-        return;
-    if (threadIdx.x == 0)
-        of_chunk[0] = merged.largest, of_chunk[1] = merged.sum;
-    add_chunks(of_row, chunks, attended, arrived + row * H + head);
+    leave_result(merge(all, shares), at.count, attended, parts, arrived);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position,
             const unsigned char* ancestors, stored* attended, float* parts, int* arrived, int capacity, int distances, int beams, int stride)
 {
+    __shared__ SharedSums all;
     if (ancestors)
-        attend<true, true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride);
+        attend<true, true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride, all);
     else
-        attend<true, false>(query, keys, values, bias, position, nullptr, attended, parts, arrived, capacity, distances, beams, stride);
+        attend<true, false>(query, keys, values, bias, position, nullptr, attended, parts, arrived, capacity, distances, beams, stride, all);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_cross(const float* query, const stored* keys, const stored* values, const float* mask, const int* lengths, stored* attended,
              float* parts, int* arrived, int capacity, int width, int beams)
 {
-    attend<false, false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0);
+    __shared__ SharedSums all;
+    attend<false, false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0, all);
 }

@@ -81,7 +81,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype
     assert compiler, "these tests need a C++ compiler"
     folder = tmp_path_factory.mktemp("attention")
     variants = (
-        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention.cuh')}\n}}\n#undef ATTENTION_CTAS"
+        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention_sums.cuh')}\n{source('attention.cuh')}\n}}\n#undef ATTENTION_CTAS"
         for warps in WARPS
     )
     parts = [source("launch.cuh"), source("common.cuh"), *variants]

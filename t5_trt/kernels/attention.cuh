@@ -9,144 +9,132 @@
 // share after the other, so a result does not depend on the number of warps either: few rows want many warps, for many rows each warp
 // should do as much as it can.
 #pragma once
-#include "common.cuh"
-
-#ifndef ATTENTION_WARPS
-#error "ATTENTION_WARPS must be 1, 2, 4 or 8"
-#endif
-constexpr int CHUNK = 128;
-__host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;                   // 16-byte loads of a key
-constexpr int KEY_LANES = power_of_two(VECTORS < 2 ? 2 : VECTORS);   // lanes that share a key
-constexpr int GROUPS = 32 / KEY_LANES;                               // keys that a warp takes at once
-constexpr int KEYS_A_PASS = 8 * GROUPS;                              // of eight shares
-constexpr int PASSES = smaller(4, CHUNK / KEYS_A_PASS);                // keys of a lane in a share
-constexpr int SHARES = CHUNK / (PASSES * GROUPS);                    // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
-constexpr int STREAMS = SHARES * GROUPS;                             // what groups of lanes sum by themselves
-constexpr float HIDDEN = -3.0e38f;                                   // a score below all others
-constexpr float LOG2E = 1.4426950408889634f;
-static_assert(D % VECTOR == 0 && VECTORS <= 32, "d_kv");
-static_assert(ATTENTION_WARPS <= 8 && 8 % ATTENTION_WARPS == 0, "ATTENTION_WARPS");
+#include "attention_sums.cuh"
 
 // CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
-#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 3) : ATTENTION_WARPS == 4 ? 6 : 12)
+#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 2) : ATTENTION_WARPS == 4 ? 6 : 12)
 
-// What a chunk knows: the largest score, the sum of exponentials, the weighted sum of values [D].
-constexpr int PART = D + 2;
-
-// After the barrier every warp adds up its slices of the values of each lane.
-constexpr int SLICE = smaller(4, ATTENTION_WARPS < VECTOR ? VECTOR / ATTENTION_WARPS : 1);
-constexpr int SLICES = VECTOR / SLICE;
-constexpr int SLICES_A_WARP = (SLICES + ATTENTION_WARPS - 1) / ATTENTION_WARPS;
-struct alignas(SLICE * 4) Slice { float value[SLICE]; };
-struct alignas(SLICE * sizeof(stored)) StoredSlice { stored value[SLICE]; };
-
-struct Sums { float largest, sum; };
-struct SharedSums { Sums of[STREAMS]; Slice values[SHARES][SLICES][32]; };
-
-__device__ __forceinline__ float exp2_fast(float x)
+// `base` and `count` times `size` bytes, by a product of 32 bits each: the compiler takes 64.
+__device__ __forceinline__ const char* further(const char* base, unsigned count, unsigned size)
 {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
+    const char* there;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(there) : "r"(count), "r"(size), "l"(base));
+    return there;
 }
 
-// A pointer that the compiler keeps in a register and does not compute again wherever it is used.
-__device__ __forceinline__ const char* keep(const char* pointer)
-{
-    asm("" : "+l"(pointer));
-    return pointer;
-}
-
-// Keys and values of one share that a lane holds, and one score of those that it adds: the bias of pass `part`.
-struct Share { uint4 key[PASSES], value[PASSES]; unsigned beam[PASSES]; float bias; };
+constexpr unsigned KEY_BYTES = D * sizeof(stored);
 
 // First key of a share in its chunk. Eight shares take the keys in turns.
 __device__ __forceinline__ int share_start(unsigned share) { return share / 8 * (KEYS_A_PASS * PASSES) + share % 8 * GROUPS; }
 
-// How many shares the first `keys` keys of a chunk fill.
-__device__ __forceinline__ unsigned live_shares(unsigned keys)
-{
-    const unsigned left = keys % (KEYS_A_PASS * PASSES);
-    return keys / (KEYS_A_PASS * PASSES) * 8 + min(8u, (left + GROUPS - 1) / GROUPS);
-}
+// How many shares `keys` keys of a chunk make, some of which may have none: those of whole turns, and of at least one.
+__device__ __forceinline__ unsigned shares_of(int keys) { return 8 * ((max(keys, 1) - 1) / (KEYS_A_PASS * PASSES) + 1); }
 
 // Where the keys and values of a row and head lie for one lane, and which keys count.
 struct Place {
     const char *keys, *values;
     const float* bias;
-    const unsigned char* beam_of;
-    bool moved;                    // whether keys and values lie in the rows that `beam_of` says
+    const unsigned char* beam_of;  // in MOVED
     int start, count, end, width;  // `start` to `end` is this chunk's part of `count` keys
+    int group, of_bias;            // of this lane; how many keys into a share that key lies whose bias it loads
     unsigned row_bytes;
 };
 
-// For each pass of a share that has keys: call of(pass, key).
+// What a lane holds of a share.
+struct Share {
+    int left;                            // keys of the chunk from the first one of the share on
+    int own;                             // this lane's key of the first pass
+    unsigned beam[PASSES];               // where they lie
+    float bias;                          // of pass `part`, of those passes that there are
+    uint4 key[PASSES], value[PASSES];    // zeros in place of keys that do not count
+};
+
+// For each pass of a share that has keys: call of(pass).
 template <class Of>
-__device__ __forceinline__ void each_pass(const Place& at, unsigned share, Of of)
+__device__ __forceinline__ void each_pass(int left, Of of)
 {
-    const int first = at.start + share_start(share), own = first + (threadIdx.x & 31) / KEY_LANES;
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-        if (first + i * KEYS_A_PASS >= at.end)
+        if (left <= i * KEYS_A_PASS)
             break;
-        of(i, own + i * KEYS_A_PASS);
+        of(i);
     }
 }
 
-// What is known of a share before its keys: in which row they lie, and the bias, which lane `part` of a group has for pass `part`.
-template <bool SELF>
-__device__ __forceinline__ void load_places(const Place& at, unsigned share, Share& held)
+// What is known of a share before its keys.
+template <bool SELF, bool MOVED>
+__device__ __forceinline__ void load_places(const Place& at, Share& held)
 {
-    const int own = at.start + share_start(share) + (threadIdx.x & 31) / KEY_LANES, part = threadIdx.x % KEY_LANES;
-    const unsigned char* beam_of = at.beam_of + own;
-    if (SELF && at.moved)
-        each_pass(at, share, [&](int i, int key) { held.beam[i] = key < at.end ? beam_of[i * KEYS_A_PASS] : 0; });
-    const int key = own + part * KEYS_A_PASS;
+    if (MOVED) {
+        const unsigned char* beam_of = at.beam_of + held.own;
+        each_pass(held.left, [&](int i) {
+            held.beam[i] = 0;
+            if (at.group + i * KEYS_A_PASS < held.left)
+                held.beam[i] = beam_of[i * KEYS_A_PASS];
+        });
+    }
     held.bias = 0.f;
-    if (part < PASSES && key < at.end)
+    if (at.of_bias < held.left) {
+        const int key = at.end - held.left + at.of_bias;
         held.bias = at.bias[SELF ? min(at.count - 1 - key, at.width - 1) : key];
+    }
 }
 
-// A lane's vectors of a share's keys (or values) below `end`; zeros in place of others.
-__device__ __forceinline__ void load_vectors(const Place& at, const char* from, unsigned share, int end, const unsigned* beam, uint4* vectors)
+// A lane's vectors of a share's keys (or values), of the first `there` keys from the share's first one on.
+template <bool MOVED>
+__device__ __forceinline__ void load_vectors(const Place& at, const char* from, const Share& held, int there, uint4* vectors)
 {
-    const int own = at.start + share_start(share) + (threadIdx.x & 31) / KEY_LANES;
-    const char* there = keep(from + (unsigned long long)(unsigned)own * (unsigned)(D * sizeof(stored)));
-    if (threadIdx.x % KEY_LANES >= VECTORS)
-        end = 0;
-    each_pass(at, share, [&](int i, int key) {
+    const char* own = further(from, held.own, KEY_BYTES);
+    there = threadIdx.x % KEY_LANES < VECTORS ? there - at.group : 0;
+    each_pass(held.left, [&](int i) {
         vectors[i] = uint4{};
-        const char* vector = there + (unsigned long long)beam[i] * at.row_bytes;
-        if (key < end)
-            vectors[i] = __ldcg((const uint4*)(vector + i * (KEYS_A_PASS * D * (int)sizeof(stored))));
+        const char* vector = (MOVED ? further(own, held.beam[i], at.row_bytes) : own) + i * (int)(KEYS_A_PASS * KEY_BYTES);
+        if (i * KEYS_A_PASS < there)
+            vectors[i] = __ldcg((const uint4*)vector);
+    });
+}
+
+// The key and the value that the kernel before wrote, `newest` keys from the share's first one on.
+template <bool MOVED>
+__device__ __forceinline__ void load_newest(const Place& at, int newest, Share& held)
+{
+    if (newest < 0 || newest % KEYS_A_PASS >= GROUPS)  // another share's
+        return;
+    each_pass(held.left, [&](int i) {
+        if (newest != at.group + i * KEYS_A_PASS || threadIdx.x % KEY_LANES >= VECTORS)
+            return;
+        const auto load = [&](const char* from) {
+            const char* key = further(from, held.own + i * KEYS_A_PASS, KEY_BYTES);
+            return __ldcg((const uint4*)(MOVED ? further(key, held.beam[i], at.row_bytes) : key));
+        };
+        held.key[i] = load(at.keys), held.value[i] = load(at.values);
     });
 }
 
 // The scores of a share's keys, times LOG2E, where `q` has that factor. Returns the largest one of this lane's group.
-__device__ __forceinline__ float score(const Place& at, unsigned share, const float* q, float bias, const uint4* keys, float* scores)
+__device__ __forceinline__ float score(const Place& at, const float* q, int left, float bias, const uint4* keys, float* scores)
 {
     float largest = HIDDEN;
-    each_pass(at, share, [&](int i, int key) {
-        float x[VECTOR], sum = threadIdx.x % KEY_LANES == i ? LOG2E * bias : 0.f;
+    bias *= LOG2E;
+    each_pass(left, [&](int i) {
+        float x[VECTOR], sum = threadIdx.x % KEY_LANES == i ? bias : 0.f;
         unpack(keys[i], x);
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j)
             sum = fmaf(q[j], x[j], sum);
         sum = sum_lanes(sum, 1, KEY_LANES);
-        scores[i] = key < at.end ? sum : -INFINITY;
+        scores[i] = at.group + i * KEYS_A_PASS < left ? sum : -INFINITY;
         largest = fmaxf(largest, scores[i]);
     });
     return largest;
 }
 
 // The weighted sum of a share's values, left with what the weights are relative to.
-__device__ __forceinline__ void leave_sums(const Place& at, unsigned share, const uint4* values, const float* scores, float largest, SharedSums& all)
+__device__ __forceinline__ void leave_sums(unsigned share, int left, const uint4* values, const float* scores, float largest, SharedSums& all)
 {
     const int lane = threadIdx.x & 31;
     float sum = 0.f, total[VECTOR] = {};
-    each_pass(at, share, [&](int i, int) {
+    each_pass(left, [&](int i) {
         const float weight = exp2_fast(scores[i] - largest);
         sum += weight;
         float x[VECTOR];
@@ -167,95 +155,62 @@ __device__ __forceinline__ void leave_sums(const Place& at, unsigned share, cons
         all.of[share * GROUPS + lane / KEY_LANES] = {largest, sum};
 }
 
-// A warp's slices of the sums of all shares; all lanes of a slice's group of lanes have the same.
-struct Merged { float largest, sum; Slice values[SLICES_A_WARP]; };
-
-__device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
+// Every ATTENTION_WARPS-th of a chunk's shares, from share `warp` on; `query` is this lane's part.
+template <bool SELF, bool MOVED>
+__device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, unsigned shares, const float* query, SharedSums& all)
 {
-    constexpr int STREAMS_A_LANE = STREAMS / 32;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Merged merged = {HIDDEN, 0.f, {}};
-    Sums sums[STREAMS_A_LANE];
+    const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
+    Share held;
+    held.left = at.end - at.start - share_start(warp);
+    held.own = at.start + share_start(warp) + at.group;
+    load_places<SELF, MOVED>(at, held);
+    const int there = held.left + min(old - at.end, 0);
+    load_vectors<MOVED>(at, at.keys, held, there, held.key);
+    load_vectors<MOVED>(at, at.values, held, there, held.value);
+    let_next_start();
+    wait_for_inputs();
+    if (SELF && old < at.end)
+        load_newest<MOVED>(at, there, held);
+    float q[VECTOR];
 #pragma unroll
-    for (int i = 0; i < STREAMS_A_LANE; ++i) {
-        sums[i] = i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
-        merged.largest = fmaxf(merged.largest, sums[i].largest);
+    for (int i = 0; i < VECTOR; i += 4) {
+        const float4 four = threadIdx.x % KEY_LANES < VECTORS ? __ldcg((const float4*)(query + i)) : float4{};
+        q[i] = LOG2E * four.x, q[i + 1] = LOG2E * four.y, q[i + 2] = LOG2E * four.z, q[i + 3] = LOG2E * four.w;
     }
-#pragma unroll
-    for (int step = 1; step < 32; step <<= 1)
-        merged.largest = fmaxf(merged.largest, __shfl_xor_sync(0xffffffffu, merged.largest, step));
-#pragma unroll
-    for (int i = 0; i < STREAMS_A_LANE; ++i) {
-        sums[i].largest = exp2_fast(sums[i].largest - merged.largest);  // how this stream counts
-        merged.sum = fmaf(sums[i].largest, sums[i].sum, merged.sum);
-    }
-    merged.sum = sum_lanes(merged.sum, 1, 32);
-#pragma unroll
-    for (unsigned eight = 0; eight < SHARES; eight += 8) {
-        if (eight >= shares)
+#pragma unroll 1
+    for (unsigned share = warp; share < shares; share += ATTENTION_WARPS) {
+        const unsigned next = share + ATTENTION_WARPS;
+        const bool more = ATTENTION_WARPS < SHARES && next < shares;
+        const int left = held.left;
+        const float own_bias = held.bias;
+        float scores[PASSES];
+        if (more) {
+            const int step = SHARES == 8 ? ATTENTION_WARPS * GROUPS : share_start(next) - share_start(share);
+            held.left -= step, held.own += step;
+            load_places<SELF, MOVED>(at, held);
+        }
+        const float largest = score(at, q, left, own_bias, held.key, scores);
+        if (more)
+            load_vectors<MOVED>(at, at.keys, held, held.left, held.key);
+        leave_sums(share, left, held.value, scores, largest, all);
+        if (more)
+            load_vectors<MOVED>(at, at.values, held, held.left, held.value);
+        if (ATTENTION_WARPS >= SHARES)  // no loop, out of which the compiler would take what need not be done
             break;
-#pragma unroll
-        for (unsigned i = eight; i < eight + 8; ++i) {
-            const unsigned stream = i * GROUPS;
-            const float factor = __shfl_sync(0xffffffffu, sums[stream / 32].largest, stream % 32 + lane / KEY_LANES);
-#pragma unroll
-            for (int s = 0; s < SLICES_A_WARP; ++s) {
-                const Slice part = i < shares ? all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane] : Slice{};
-#pragma unroll
-                for (int j = 0; j < SLICE; ++j)
-                    merged.values[s].value[j] = fmaf(factor, part.value[j], merged.values[s].value[j]);
-            }
-        }
-    }
-#pragma unroll
-    for (int s = 0; s < SLICES_A_WARP; ++s)
-#pragma unroll
-        for (int j = 0; j < SLICE; ++j)
-            merged.values[s].value[j] = sum_lanes(merged.values[s].value[j], KEY_LANES, 32);
-    return merged;
-}
-
-// Count the CTAs of a row and head that have left their part; the last one adds up the parts [chunks][PART].
-__device__ __forceinline__ void add_chunks(const float* parts, int chunks, stored* attended, int* arrived)
-{
-    __shared__ int is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(arrived, 1) == chunks - 1;
-        if (is_last)
-            *arrived = 0;
-    }
-    __syncthreads();
-    if (!is_last)
-        return;
-    __threadfence();
-    float most = HIDDEN;
-    for (int c = 0; c < chunks; ++c)
-        most = fmaxf(most, __ldcg(parts + c * PART));
-    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        float value = 0.f, weights = 0.f;
-        for (int c = 0; c < chunks; ++c) {
-            const float factor = exp2_fast(__ldcg(parts + c * PART) - most);
-            weights = fmaf(__ldcg(parts + c * PART + 1), factor, weights);
-            value = fmaf(__ldcg(parts + c * PART + 2 + i), factor, value);
-        }
-        attended[activation_index(blockIdx.y, blockIdx.x * D + i, HD_PAD)] = narrow(value / weights);
     }
 }
 
-// `ancestors` [rows][stride] (or null) says for each token of a row in which row of its `beams` neighbours the key and the value lie.
+// MOVED: `ancestors` [rows][stride] says for each token of a row in which row of its `beams` neighbours the key and the value lie.
 // SELF: keys up to and with the row's position, of which the last is written by the kernel before; the relative bias goes by the
 // distance, bias [H][distances], the last entry serving all larger ones. Otherwise the keys of a source, which `beams` rows share, with
 // bias [sources][width] (the additive mask) and lengths [sources].
 //   query float32 [rows][HD_PAD]; keys, values [rows or sources][H][capacity][D]; attended as `activation_index` describes
 //   parts float32 [rows][H][chunks][PART]; arrived int32 [rows][H], zeros before and after
-template <bool SELF>
+template <bool SELF, bool MOVED>
 __device__ __forceinline__ void attend(const float* query, const stored* keys, const stored* values, const float* bias,
                                        const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
-                                       int capacity, int width, int beams, int stride)
+                                       int capacity, int width, int beams, int stride, SharedSums& all)
 {
-    __shared__ SharedSums all;
     const unsigned head = blockIdx.x, row = blockIdx.y, part = threadIdx.x % KEY_LANES;
     const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // the compiler does not know that a warp's lanes have the same
     const unsigned source = SELF ? row : row / (unsigned)beams;
@@ -264,92 +219,38 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     at.count = SELF ? lengths[row] + 1 : lengths[source];
     at.end = min(at.count, at.start + CHUNK);
     at.width = width;
+    at.group = (threadIdx.x & 31) / KEY_LANES;
+    at.of_bias = part < PASSES ? part * KEYS_A_PASS + at.group : CHUNK;
     at.bias = bias + (SELF ? head : source) * (unsigned long long)(unsigned)width;
-    at.moved = SELF && ancestors;
     at.beam_of = ancestors + row * (unsigned long long)(unsigned)stride;
-    at.row_bytes = H * capacity * D * sizeof(stored);
-    const unsigned holder = SELF && at.moved ? row - row % (unsigned)beams : source;
-    const unsigned long long first = holder * (unsigned long long)at.row_bytes + (head * capacity * D + part * VECTOR) * (unsigned)sizeof(stored);
-    at.keys = keep((const char*)keys + first), at.values = keep((const char*)values + first);
+    at.row_bytes = H * capacity * KEY_BYTES;
+    const unsigned holder = MOVED ? row - row % (unsigned)beams : source;
+    const unsigned lane_bytes = head * capacity * KEY_BYTES + part * 16;
+    at.keys = further((const char*)keys + lane_bytes, holder, at.row_bytes);
+    at.values = further((const char*)values + lane_bytes, holder, at.row_bytes);
     if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
         return let_next_start();
-    const unsigned shares = live_shares(at.end - at.start);
-    const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
-    Share held;
-#pragma unroll
-    for (int i = 0; i < PASSES; ++i)
-        held.beam[i] = 0;
-    load_places<SELF>(at, warp, held);
-    load_vectors(at, at.keys, warp, min(old, at.end), held.beam, held.key);
-    load_vectors(at, at.values, warp, min(old, at.end), held.beam, held.value);
-    let_next_start();
-    wait_for_inputs();
-    float q[VECTOR];
-    const float4* own_query = (const float4*)(query + row * HD_PAD + head * D + part * VECTOR);
-#pragma unroll
-    for (int i = 0; i < VECTOR; i += 4) {
-        const float4 four = part < VECTORS ? __ldcg(own_query + i / 4) : float4{};
-        q[i] = LOG2E * four.x, q[i + 1] = LOG2E * four.y, q[i + 2] = LOG2E * four.z, q[i + 3] = LOG2E * four.w;
-    }
-    if (SELF && old < at.end)
-        each_pass(at, warp, [&](int i, int key) {
-            if (key == old && part < VECTORS) {
-                const unsigned long long there = held.beam[i] * (unsigned long long)at.row_bytes + old * (unsigned)(D * sizeof(stored));
-                held.key[i] = __ldcg((const uint4*)(at.keys + there));
-                held.value[i] = __ldcg((const uint4*)(at.values + there));
-            }
-        });
-    for (unsigned share = warp; share < shares; share += ATTENTION_WARPS) {
-        const unsigned next = share + ATTENTION_WARPS;
-        const bool more = ATTENTION_WARPS < SHARES && next < shares;
-        const float own_bias = held.bias;
-        float scores[PASSES];
-        if (more)
-            load_places<SELF>(at, next, held);
-        const float largest = score(at, share, q, own_bias, held.key, scores);
-        if (more)
-            load_vectors(at, at.keys, next, at.end, held.beam, held.key);
-        leave_sums(at, share, held.value, scores, largest, all);
-        if (more)
-            load_vectors(at, at.values, next, at.end, held.beam, held.value);
-    }
+    const unsigned shares = shares_of(at.end - at.start);
+    attend_shares<SELF, MOVED>(at, warp, shares, query + row * HD_PAD + head * D + part * VECTOR, all);
     __syncthreads();
-    const Merged merged = merge(all, shares);
-    const int chunks = (at.count + CHUNK - 1) / CHUNK;
-    float* of_row = parts + ((long long)row * H + head) * gridDim.z * PART;
-    float* of_chunk = of_row + blockIdx.z * PART;
-#pragma unroll
-    for (int s = 0; s < SLICES_A_WARP; ++s) {
-        const unsigned slice = warp + s * ATTENTION_WARPS, column = part * VECTOR + slice * SLICE;
-        if (slice >= SLICES || (threadIdx.x & 31) >= VECTORS)
-            continue;
-        StoredSlice result;
-#pragma unroll
-        for (int j = 0; j < SLICE; ++j)
-            if (chunks > 1)
-                of_chunk[2 + column + j] = merged.values[s].value[j];
-            else
-                result.value[j] = narrow(at.count ? merged.values[s].value[j] / merged.sum : 0.f);
-        if (chunks <= 1)
-            *(StoredSlice*)(attended + activation_index(row, head * D + column, HD_PAD)) = result;
-    }
-    if (chunks <= 1)
-        return;
-    if (threadIdx.x == 0)
-        of_chunk[0] = merged.largest, of_chunk[1] = merged.sum;
-    add_chunks(of_row, chunks, attended, arrived + row * H + head);
+    leave_result(merge(all, shares), at.count, attended, parts, arrived);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position,
             const unsigned char* ancestors, stored* attended, float* parts, int* arrived, int capacity, int distances, int beams, int stride)
 {
-    attend<true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride);
+    __shared__ SharedSums all;
+    if (ancestors)
+        attend<true, true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride, all);
+    else
+        attend<true, false>(query, keys, values, bias, position, nullptr, attended, parts, arrived, capacity, distances, beams, stride, all);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_cross(const float* query, const stored* keys, const stored* values, const float* mask, const int* lengths, stored* attended,
              float* parts, int* arrived, int capacity, int width, int beams)
 {
-    attend<false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0);
+    __shared__ SharedSums all;
+    attend<false, false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0, all);
 }

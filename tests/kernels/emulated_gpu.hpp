@@ -16,6 +16,7 @@
 #define __threadfence_system()
 #define __syncwarp()
 #define __CUDA_ARCH__ 800
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float4 { float x, y, z, w; };
 struct dim3 { unsigned x, y, z; };
@@ -57,8 +58,9 @@ static unsigned __reduce_min_sync(unsigned, unsigned) { abort(); }
 
 template <class T> static T __ldcg(const T* at) { return *at; }
 static int atomicAdd(int* at, int value) { int old = *at; *at += value; return old; }
+static float __fdividef(float a, float b) { return a / b; }
+static int max(int a, int b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
-static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
 static float half_to_float(unsigned short bits) { _Float16 value; memcpy(&value, &bits, 2); return value; }

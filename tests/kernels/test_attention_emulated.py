@@ -25,10 +25,10 @@ INSTRUCTIONS = {
     "cvt.f32.f16": "wide = half_to_float(value);",
     "cvt.rn.f16x2.f32": "both = float_to_half(low) | float_to_half(high) << 16;",
     "cvt.rn.bf16x2.f32": "both = float_to_bfloat16(low) | float_to_bfloat16(high) << 16;",
+    "mad.wide.u32": "there = base + (unsigned long long)count * size;",
     "ex2.approx.ftz.f32": "result = exp2f(x);",
     "ld.global.nc": "",
     "griddepcontrol": "",
-    "": "",
 }
 PROGRAM = """
 #include "emulated_gpu.hpp"
@@ -65,7 +65,7 @@ def source(name: str) -> str:
 
     def plain(found: re.Match[str]) -> str:
         words = found[1].split('"')[1]
-        (meant,) = [code for word, code in INSTRUCTIONS.items() if (words.startswith(word) if word else not words)]
+        (meant,) = [code for word, code in INSTRUCTIONS.items() if words.startswith(word)]
         return meant
 
     text = (Path(kernels.__file__).parent / name).read_text()
@@ -81,7 +81,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype
     assert compiler, "these tests need a C++ compiler"
     folder = tmp_path_factory.mktemp("attention")
     variants = (
-        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention.cuh')}\n}}\n#undef ATTENTION_CTAS"
+        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention_sums.cuh')}\n{source('attention.cuh')}\n}}\n#undef ATTENTION_CTAS"
         for warps in WARPS
     )
     parts = [source("launch.cuh"), source("common.cuh"), *variants]
@@ -123,7 +123,10 @@ class Request:
         query = torch.full((rows, width), float("nan"))
         query[:, : heads * size] = self.query.flatten(1)
         made = torch.full((-(-rows // 8) * 8, width), float("nan")).to(self.keys.dtype)
-        parts, arrived = torch.full((rows, heads, chunks, size + 2), float("nan")), torch.zeros(rows, heads, dtype=torch.int32)
+        parts, arrived = (
+            torch.full((rows, heads, chunks, size + 2), float("nan")),
+            torch.zeros(rows, heads, dtype=torch.int32),
+        )
         memory = (query, self.keys, self.values, self.bias, self.last, self.ancestors, made, parts, arrived)
         stride = 0 if self.ancestors is None else self.ancestors.shape[1]
         numbers = [ctypes.c_int(number) for number in (capacity, self.bias.shape[1], self.beams, stride)]

@@ -15,7 +15,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
-from t5_trt.kernels.decode_step import KERNELS, constants, refusal
+from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, refusal
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 
 BASE = Architecture(
@@ -50,6 +50,15 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_attention_by_one_warp_compiles_without_spills(architecture: str) -> None:
+    """The other numbers of warps are those of 1, 32 and 128 rows."""
+    assert [attention_warps(rows) for rows in (1, 32, 128)] == [8, 4, 2]
+    wanted = constants(BASE, torch.float16, 1) | {"ATTENTION_WARPS": 1}
+    used = usage(compile_cubin("decode_step.cu", wanted, architecture)[1])
+    assert used["attend_self"][1] == used["attend_cross"][1] == 0
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype", "rows"),
     [
@@ -63,6 +72,8 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
         (ODD, torch.float16, 40),
         (ODD, torch.float32, 16),
         (BASE, torch.float32, 1),
+        (replace(BASE, d_kv=8), torch.float16, 128),
+        (replace(BASE, d_kv=128), torch.float32, 128),
     ],
 )
 def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int) -> None:

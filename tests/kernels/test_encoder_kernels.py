@@ -185,6 +185,9 @@ def test_encoder_equals_hugging_face(emulated: Callable[..., EmulatedKernels], k
     before = embeds.clone()
     assert distance(ours.kernels.run(None, embeds, inputs["attention_mask"]), expected) < 4e-3
     assert torch.equal(embeds, before), "given embeddings are the caller's"
+    one, shown = embeds[:1], inputs["attention_mask"][:1]
+    turned = one.mT.contiguous().mT  # columns lie side by side
+    assert torch.equal(ours.kernels.run(None, turned, shown), ours.kernels.run(None, one, shown))
 
 
 @torch.no_grad()

@@ -109,7 +109,8 @@ def check_attention(kernels: EmulatedKernels, arch: Architecture, dtype: torch.d
     mask, heads = masks(length), arch.num_heads
     qkv = torch.randn((len(mask), length, 3 * heads * arch.d_kv), generator=generator)
     qkv[..., : heads * arch.d_kv] *= 2 * arch.d_kv**-0.5
-    qkv = qkv.to(dtype)
+    behind = torch.full((1, *qkv.shape[1:]), torch.nan)  # which nothing may read
+    qkv = torch.cat((qkv, behind)).to(dtype)[:-1]
     table = 3 * torch.randn((arch.num_buckets, heads), generator=generator)
     buckets = distance_buckets(arch.num_buckets, 20, bidirectional=True)
     keys, bias = kernels.list_keys(mask), relative_bias(table, buckets)

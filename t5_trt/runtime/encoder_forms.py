@@ -101,9 +101,10 @@ class EncoderForms:
                 return True
             else:
                 with self._turn(), self._judging():
-                    self._engines.load(*key)
-                    # what another process built without timing it is used as it is
-                    self._own_is_faster[key] = key in self._engines.built and self._compare(key)
+                    if key not in self._own_is_faster:  # by another thread
+                        self._engines.load(*key)
+                        # what another process built without timing it is used as it is
+                        self._own_is_faster[key] = key in self._engines.built and self._compare(key)
         self._own_is_faster[graph, shapes] = self._own_is_faster[key]
         return self._own_is_faster[key]
 

@@ -47,9 +47,9 @@ class KernelEncoder(TorchEncoder):
         arch, weights, kernels = self._arch, self._weights, self._kernels
         stream = self._embed(input_ids, inputs_embeds)
         if inputs_embeds is not None:
-            stream = stream.clone()  # it may be the caller's, and the kernels add to it
-        shape = mask.shape
-        stream = stream.reshape(-1, arch.d_model)
+            # it may be the caller's, and the kernels add to it
+            stream = stream.clone(memory_format=torch.contiguous_format)
+        shape, stream = mask.shape, stream.view(-1, arch.d_model)
         keys = kernels.list_keys(mask.to(torch.int64).contiguous())
         dtype, final = weights[EMBEDDING].dtype, weights["encoder.final_layer_norm.weight"]
         made = kernels.add_and_norm(stream, None, 1.0, arch.epsilon, None, dtype)

@@ -56,7 +56,8 @@ def random_qkv(batch_size: int, length: int, arch: Architecture, dtype: torch.dt
     inner = arch.num_heads * arch.d_kv
     qkv = torch.randn((batch_size, length, 3 * inner), device="cuda", generator=generator)
     qkv[..., :inner] *= 2 * arch.d_kv**-0.5
-    return qkv.to(dtype)
+    behind = torch.full((1, *qkv.shape[1:]), torch.nan, device="cuda")  # which nothing may read
+    return torch.cat((qkv, behind)).to(dtype)[:-1]
 
 
 def random_mask(rows: int, length: int, chance: random.Random) -> torch.Tensor:

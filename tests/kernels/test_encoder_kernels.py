@@ -65,14 +65,14 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def masks(length: int) -> torch.Tensor:
-    """Rows that show all, some, every second half, nothing, one token, and rows without tokens at their end."""
+    """Rows that show their first fifth, some, their second half, nothing, one token, and all; the first and the fourth end early."""
     made = torch.ones((6, length), dtype=torch.int64)
     made[1] = torch.rand(length, generator=torch.Generator().manual_seed(0)) < 0.5
     made[2, : length // 2] = 0
     made[3:5] = 0
     made[4, length // 3] = 1
     made[3, length - length // 4 :] = NO_KEY
-    made[5, length // 5 + 1 :] = NO_KEY
+    made[0, length // 5 + 1 :] = NO_KEY
     return made if length < 100 else made[1::2].contiguous()  # what a short source shows too takes long
 
 
@@ -109,7 +109,8 @@ def check_attention(kernels: EmulatedKernels, arch: Architecture, dtype: torch.d
     mask, heads = masks(length), arch.num_heads
     qkv = torch.randn((len(mask), length, 3 * heads * arch.d_kv), generator=generator)
     qkv[..., : heads * arch.d_kv] *= 2 * arch.d_kv**-0.5
-    qkv = qkv.to(dtype)
+    behind = torch.full((1, *qkv.shape[1:]), torch.nan)  # which nothing may read
+    qkv = torch.cat((qkv, behind)).to(dtype)[:-1]
     table = 3 * torch.randn((arch.num_buckets, heads), generator=generator)
     buckets = distance_buckets(arch.num_buckets, 20, bidirectional=True)
     keys, bias = kernels.list_keys(mask), relative_bias(table, buckets)
@@ -185,6 +186,9 @@ def test_encoder_equals_hugging_face(emulated: Callable[..., EmulatedKernels], k
     before = embeds.clone()
     assert distance(ours.kernels.run(None, embeds, inputs["attention_mask"]), expected) < 4e-3
     assert torch.equal(embeds, before), "given embeddings are the caller's"
+    one, shown = embeds[:1], inputs["attention_mask"][:1]
+    turned = one.mT.contiguous().mT  # columns lie side by side
+    assert torch.equal(ours.kernels.run(None, turned, shown), ours.kernels.run(None, one, shown))
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
 
 def attention_warps(rows: int) -> int:
     """Warps that attend to the keys of one head of one row. Results do not depend on it."""
-    return 8 if rows <= 16 else 4 if rows <= 64 else 2
+    return 8 if rows <= 32 else 4
 
 
 ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for name in ACTIVATIONS}

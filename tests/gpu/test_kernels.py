@@ -30,7 +30,7 @@ SMALL = Architecture(
     max_distance=128, activation="relu", gated=False, epsilon=1e-6, tied_head=False, output_scale=1.0, bias_per_layer=False,
 )  # fmt: skip
 #: largest relative error of logits after two layers
-TOLERANCES = {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+TOLERANCES = {torch.float32: 4e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _cubins: dict[Any, bytes] = {}
 
 

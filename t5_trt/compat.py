@@ -43,7 +43,7 @@ def takes_old_cache_names(**removed_in: str) -> Callable[[F], F]:
     return decorate
 
 
-def names_cache_as_stock(function: F) -> F:
+def names_cache_as_hugging_face(function: F) -> F:
     """Make a function whose parameter is `cache` call it `CACHE`, for callers and in its signature.
 
     ``generate`` and ``Trainer`` read signatures to tell arguments from typos; it is kept, as ``generate`` reads it six times a call.

@@ -183,7 +183,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
     if missing:
         raise CheckpointError(
             f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected all weights of "
-            f"{type(model)._stock_class.__name__}. Load a complete checkpoint."
+            f"{type(model)._hf_class.__name__}. Load a complete checkpoint."
         )
     check_tables(model.state_dict())
     return model

@@ -35,7 +35,7 @@ class GenerationPath:
     """How the last ``generate()`` ran.
 
     Attributes:
-        loop: "device", "transformers" or "reference" (the stock PyTorch model).
+        loop: "device", "transformers" or "reference" (the Hugging Face model).
         reason: why not "device"; empty if it was.
     """
 

@@ -1,4 +1,4 @@
-"""The largest activations that some inputs cause, measured on the stock PyTorch model in float32."""
+"""The largest activations that some inputs cause, measured on the Hugging Face model in float32."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def saved(model: Any, tmp_path: Path) -> Path:
     """A checkpoint's folder with an engine that was used."""
     used = provider(model, tmp_path / "store")
     used.plan(*WANTED)
-    model._session = SimpleNamespace(engines=used)
+    model.session = SimpleNamespace(engines=used)
     model.save_pretrained(tmp_path / "model", include_engines=True)
     return tmp_path / "model"
 

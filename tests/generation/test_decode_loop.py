@@ -184,7 +184,7 @@ def on_stand_in() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_loop, "Watcher", LateWatcher)
         ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-        ours._session = stand_in_session(ours, patch)
+        ours.session = stand_in_session(ours, patch)
         yield ours
 
 
@@ -210,7 +210,7 @@ def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
 
 def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     recorded, record = [], engine_step.record
     monkeypatch.setattr(engine_step, "record", lambda *args: recorded.append(1) or record(*args))
     counts = []
@@ -238,7 +238,7 @@ def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog:
     """It runs after the recorded step then, and is not tried again."""
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     record, tries = engine_step.record, []
 
     def refuse(work: Any, device: torch.device, memory: Any) -> Any:
@@ -276,7 +276,7 @@ def test_rows_that_are_over_are_dropped(
     if late:
         monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
     if engine == "stand-in":
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
         for rows in (1, 2, 4, 8):  # only engines that are there are used
             ours.generate(**batch(rows, 11), max_new_tokens=3, **arguments)
     sizes = []
@@ -310,7 +310,7 @@ def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, b
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     ours.generation_config.eos_token_id = None
     monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     fed, run = [], step_buffers.run_step
 
     def watched(slot: Any, *arguments: Any) -> None:

@@ -78,7 +78,7 @@ def test_forward_takes_masks_of_any_width(
 ) -> None:
     """At once and in pieces; queries that may attend to nothing attend to all keys equally."""
     if engine == "stand-in":
-        fresh._session = stand_in_session(fresh, monkeypatch)
+        fresh.session = stand_in_session(fresh, monkeypatch)
     stock, inputs, ids, mask = fresh.reference, batch(), prompt(3, 3), mask_of(fill, width)
     with torch.no_grad():
         expected = stock(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask).logits

@@ -230,7 +230,7 @@ def test_interrupted_request_leaves_a_usable_model(engine: str, monkeypatch: pyt
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     if engine == "stand-in":
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
     expected = stock.generate(**batch(), max_new_tokens=12).tolist()
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

@@ -160,7 +160,7 @@ def on_stand_in() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_loop, "Watcher", LateWatcher)
         ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-        ours._session = stand_in_session(ours, patch)
+        ours.session = stand_in_session(ours, patch)
         yield ours
 
 

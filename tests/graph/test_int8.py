@@ -157,7 +157,7 @@ def test_weight_only_graphs(kind: str, folding: Folding, monkeypatch: pytest.Mon
     """The graphs of GPU engines with 8-bit weights, computed by torch: activations stay in half precision."""
     stock = make_stock(kind)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="int8", folding=folding)
+    ours.session = stand_in_session(ours, monkeypatch, precision="int8", folding=folding)
     ids = torch.randint(2, 200, (3, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = stock(**batch(), decoder_input_ids=ids).logits

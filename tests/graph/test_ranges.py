@@ -56,7 +56,7 @@ def encoded_embeds(model: Any) -> torch.Tensor:
 def folding_of(ours: Any) -> Folding:
     """What opening a session in half precision would take."""
     folding = fold(ours.architecture, ours.state_dict())
-    return folding if folding.certain else fold(ours.architecture, ours.state_dict(), ours._observe())
+    return folding if folding.certain else fold(ours.architecture, ours.state_dict(), ours._runner.observe())
 
 
 @pytest.mark.parametrize("factors", FACTORS, ids=str)
@@ -72,13 +72,13 @@ def test_overflowing_checkpoints(kind: str, factors: Any, monkeypatch: pytest.Mo
     if factors[0] == 3e4:  # inside a layer
         assert half.isnan().any()
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16")
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16")
     with pytest.raises(NotFiniteError):
         logits(ours)
     folding = folding_of(ours)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
     assert relative(logits(ours), expected) < HALF_RELATIVE
-    ours._session = stand_in_session(ours, monkeypatch, folding=folding)
+    ours.session = stand_in_session(ours, monkeypatch, folding=folding)
     assert folding != Folding() and relative(logits(ours), expected) < FOLDED_RELATIVE
 
 
@@ -90,7 +90,7 @@ def test_extreme_values(least: float | None, monkeypatch: pytest.MonkeyPatch) ->
     stock = swollen(make_stock("mt5"), *EXTREME)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     assert fold(ours.architecture, ours.state_dict()).certain == (least is None)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
     assert relative(logits(ours), logits(stock)) < HALF_RELATIVE
 
 
@@ -99,7 +99,7 @@ def test_tokens_and_given_embeddings(kind: str, monkeypatch: pytest.MonkeyPatch)
     """Greedy steps over a half precision cache, and embeddings that come from outside."""
     stock = swollen(make_stock(kind), 100.0, 1e4)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
     request = {**batch(), "max_new_tokens": 6, "min_new_tokens": 6}
     got = ours.generate(**request, output_scores=True, return_dict_in_generate=True)
     scores = stock.generate(**request, output_scores=True, return_dict_in_generate=True).scores
@@ -115,7 +115,7 @@ def test_t5_base_shapes(factors: dict[str, float], monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         expected = stock(input_ids=ids, decoder_input_ids=tokens).logits
     ours = TRTT5ForConditionalGeneration.from_model(stock)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
     got = ours(input_ids=ids, decoder_input_ids=tokens).logits
     assert relative(got, expected) < HALF_RELATIVE
 
@@ -128,15 +128,15 @@ def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pyte
     expected = logits(stock)
     assert not logits(copy.deepcopy(stock).half()).isfinite().all()
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16")
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16")
     with pytest.raises(NotFiniteError):
         logits(ours)
     folding = folding_of(ours)
     assert folding.branches["lm_head"] < 1 and (folding.embedding < 1) == (factor == 2**18)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
     assert relative(logits(ours), expected) < HALF_RELATIVE
     assert relative(encoded_embeds(ours).float(), encoded_embeds(stock)) < HALF_RELATIVE
-    ours._session = stand_in_session(ours, monkeypatch, folding=folding)
+    ours.session = stand_in_session(ours, monkeypatch, folding=folding)
     assert relative(logits(ours), expected) < FOLDED_RELATIVE
 
 
@@ -217,8 +217,11 @@ def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(opening, "TrtSession", lambda *args, **kwargs: "session")
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
     ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, calibration=["さくら", "とうきょう"])
-    assert len(ours._calibration) == 1 and ours._calibration[0]["input_ids"].shape[0] == 2
-    ours._placement_ = replace(ours._placement, backend="tensorrt", precision="fp16", flavor="tensorrt")
+    runner = ours._runner
+    calibration = runner.settings.calibration
+    assert calibration is not None and len(calibration) == 1 and calibration[0]["input_ids"].shape[0] == 2
+    placement = replace(runner.placement, backend="tensorrt", precision="fp16", flavor="tensorrt")
+    runner.settings = replace(runner.settings, placement=placement)
     assert ours.session == "session"  # type: ignore[comparison-overlap]
     assert len(asked) == 1 and isinstance(asked[0], Ranges) and 0.0 < max(asked[0].branches.values()) < 1e5
 

@@ -104,7 +104,7 @@ def _block(model: Any) -> None:
 def test_changed_weights_are_used(pair: Any, monkeypatch: pytest.MonkeyPatch, engine: str, change: Any) -> None:
     stock, ours = pair
     if engine == "stand-in":
-        monkeypatch.setattr("t5_trt.modeling.base.open_session", lambda *_, **__: stand_in_session(ours, monkeypatch))
+        monkeypatch.setattr("t5_trt.modeling.runner.open_session", lambda *_, **__: stand_in_session(ours, monkeypatch))
     before = tokens(ours), tokens(ours, num_beams=3)
     assert before == (tokens(stock), tokens(stock, num_beams=3))
     session = ours.session
@@ -450,7 +450,7 @@ def test_classes_derived_from_ours(tmp_path: Path) -> None:
 def test_other_default_dtypes(pair: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: str) -> None:
     stock, ours = pair
     if engine == "stand-in":
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
     arguments: tuple[dict[str, Any], ...] = ({}, {"num_beams": 3}, {"decoder_input_ids": LABELS, "max_new_tokens": 4})
     expected = [tokens(stock, **more) for more in arguments]
     torch.set_default_dtype(dtype)
@@ -468,14 +468,14 @@ def test_penalties_that_grow_beyond_numbers(
     """For lengths that are never reached: ours looks at all of them beforehand."""
     stock, ours = pair
     if engine == "stand-in":
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
     more = {"exponential_decay_length_penalty": (3, factor), "max_new_tokens": 6}
     assert tokens(ours, **more) == tokens(stock, **more)
 
 
 def test_early_stopping_that_equals_true(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, ours = pair
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     request = {**batch(4, 9, seed=0), "num_beams": 3, "max_new_tokens": 40, "length_penalty": 2.0}
     ends = [1, 8, 27, 34, 67, 69, 82, 88, 107, 122, 184, 189, 192, 199, 205]
     for early in (1, True, 1, False):
@@ -486,7 +486,7 @@ def test_early_stopping_that_equals_true(pair: Any, monkeypatch: pytest.MonkeyPa
 def test_forward_while_a_request_moves_on_to_a_larger_cache(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another thread does at that moment must not get the buffers that are still being read."""
     stock, ours = pair
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     request = {"max_new_tokens": 131, "min_new_tokens": 131}
     take_in, busy = step_buffers.Slot.take_in, []
 
@@ -503,7 +503,7 @@ def test_forward_while_a_request_moves_on_to_a_larger_cache(pair: Any, monkeypat
 def test_request_inside_of_a_streamer(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recorded choice keeps numbers of its own."""
     stock, ours = pair
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     tokens(ours, **batch(3, 9), max_new_tokens=140, repetition_penalty=1.3)
     prompt = torch.randint(2, 200, (3, 131), generator=torch.Generator().manual_seed(1))
 

@@ -147,7 +147,7 @@ def test_what_engines_cannot_give(
     v11: tuple[Any, Any], extra: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     stock, ours = make_stock("t5-v1.1", attention="eager"), v11[1]
-    ours._reference = None
+    ours._runner._reference = None
     if "decoder_attention_mask" in extra:
         extra = {"decoder_attention_mask": (1 - extra["decoder_attention_mask"]) * torch.finfo(torch.float32).min}
     request = {**batch(), "decoder_input_ids": tokens(3, 4), **extra}
@@ -155,7 +155,7 @@ def test_what_engines_cannot_give(
         expected = stock(**request)
         got = ours(**request)
         ours(**request)
-    assert len([record for record in caplog.records if "stock PyTorch model" in record.message]) == 1
+    assert len([record for record in caplog.records if "Hugging Face model" in record.message]) == 1
     torch.testing.assert_close(got.logits, expected.logits, atol=LOGITS_ATOL, rtol=1e-5)
     if "output_attentions" in extra:
         assert len(got.cross_attentions) == 2

@@ -172,7 +172,7 @@ def test_choices_of_more_rows_than_the_request(
     """Three batch entries on engines of four."""
     stock, _ = v11
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     assert_generates_as_stock(stock, ours, name)
     assert all(steps)
 

@@ -76,7 +76,7 @@ def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
     session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Folding(), EngineStore(tmp_path))
     session._steps.decoder = session._queries
     ours.session  # noqa: B018 - takes note of the weights
-    ours._session = session
+    ours.session = session
     return stock, ours
 
 

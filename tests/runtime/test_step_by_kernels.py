@@ -43,7 +43,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         steps = TorchSteps(arch, weights, dtype, cpu, precision, folding.embedding, store)
         steps.decoder = TorchDecoder(arch, weights, folding, precision)
         ours.session  # noqa: B018 - takes note of the weights
-        ours._session = stand_in_session(
+        ours.session = stand_in_session(
             ours, monkeypatch, precision=precision, folding=folding, kernels=steps, **options
         )
         return stock, ours
@@ -214,7 +214,7 @@ def test_cache_that_outlives_its_engines(make: Any, monkeypatch: pytest.MonkeyPa
                 parameter.mul_(0.5)
         if model is ours:
             _, again = make(stock)
-            ours._session, ours._session_weights = again.session, None
+            ours.session, ours._runner._session_weights = again.session, None
         with torch.no_grad():
             fed = {"decoder_input_ids": torch.tensor([[7], [8], [9]]), "attention_mask": batch()["attention_mask"]}
             results.append(model(encoder_outputs=(out.encoder_last_hidden_state,), **fed, **{CACHE: out[CACHE]}).logits)

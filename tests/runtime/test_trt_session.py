@@ -34,7 +34,7 @@ def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
         stock = make_stock(kind)
         ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-        ours._session = stand_in_session(ours, monkeypatch, settings, strict=strict)
+        ours.session = stand_in_session(ours, monkeypatch, settings, strict=strict)
         return stock, ours
 
     return make
@@ -94,7 +94,7 @@ def test_decoder_mask_precomputed_states_and_embeds(make_pair: Any) -> None:
 def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its GPU memory does not wait for the garbage collector."""
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-    session = ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    session = ours.session = stand_in_session(ours, monkeypatch, reference=ours.session)
     for beams in (1, 3):
         ours.generate(**batch(), max_new_tokens=5, num_beams=beams)
     ours.generate(**batch(), max_new_tokens=5, do_sample=True, temperature=0.7)
@@ -210,7 +210,7 @@ def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.Monke
         make_stock("t5-v1.1", seed=seed).save_pretrained(tmp_path)
         stock = T5ForConditionalGeneration.from_pretrained(tmp_path)
         ours = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
         tokens.append(ours.generate(**batch(), max_new_tokens=20).tolist())
         assert tokens[-1] == stock.generate(**batch(), max_new_tokens=20).tolist()
         plans.append(ours.session.engines._provider.plan("decoder_step", Shapes(B=4)))
@@ -232,7 +232,7 @@ def test_engines_serve_every_checkpoint_and_share_weights(make_pair: Any) -> Non
 
 def checked_session(monkeypatch: pytest.MonkeyPatch) -> Any:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    ours.session = stand_in_session(ours, monkeypatch, reference=ours.session)
     return ours
 
 

@@ -75,10 +75,7 @@ def build_engines(
     """
     check_choice("precision", precision, tuple(name for name in PRECISIONS if name != "auto"))
     check_choice("decode", decode, DECODE)
-    sizes = {"batch": batch, "beams": beams, "source_tokens": source_tokens, "target_tokens": target_tokens}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise InputError(f"{name} got {size!r}; expected an integer of at least 1.")
+    _check_sizes(batch=batch, beams=beams, source_tokens=source_tokens, target_tokens=target_tokens)
     api = load_tensorrt(flavor)
     gpu = _gpu(api.flavor, tuple(compute_capabilities))
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=calibration)
@@ -101,6 +98,12 @@ def build_engines(
     plans = provider.plans(wanted)
     labels = [provider.request(graph, shapes).label for graph, shapes in wanted]
     return [BuiltEngine(label, len(plan)) for label, plan in zip(labels, plans, strict=True)]
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(f"{name} got {size!r}; expected an integer of at least 1.")
 
 
 def _step_by_engine(decode: str, capabilities: Sequence[str], precision: str, arch: Architecture) -> bool:

@@ -163,17 +163,21 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
                 f"from_pretrained got an argument that is not known: {error}. Expected those of this class, of Transformers' "
                 "from_pretrained, or settings of the config."
             ) from error
-        if isinstance(error, RuntimeError) and "meta device" in str(
-            error
-        ):  # of the caller's, and nothing is wrong with the files
+        if isinstance(error, RuntimeError) and "meta device" in str(error):  # the caller's, and the files are good
             raise
         raise CheckpointError(weights_message(name_or_path, error)) from error
+    _check_complete(model, info, name_or_path)
+    return model
+
+
+def _check_complete(model: Any, report: Mapping[str, Any], name_or_path: str) -> None:
+    """Refuse a loaded model whose weights did not all come from the checkpoint; raises as `load_checked`."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
             f"{name_or_path!r} has an adapter (adapter_config.json); expected the weights of a whole model. Load it with the Hugging "
             "Face class, merge it (merge_and_unload() of peft) and save_pretrained() the result."
         )
-    mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    mismatched, missing = sorted(report["mismatched_keys"]), sorted(report["missing_keys"])
     if mismatched:
         key, found, expected = mismatched[0]
         raise CheckpointError(
@@ -186,7 +190,6 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
             f"{type(model)._hf_class.__name__}. Load a complete checkpoint."
         )
     check_tables(model.state_dict())
-    return model
 
 
 def share_weights(

@@ -102,11 +102,11 @@ class EngineForward:
             cache: what an earlier call returned, or a Hugging Face ``EncoderDecoderCache``; called ``past_key_values`` before
                 Transformers 5.24.
             inputs_embeds: see `input_ids`.
-            decoder_inputs_embeds: [R, Q, E]; served by the Hugging Face model.
+            decoder_inputs_embeds: [R, Q, E]; served by the Hugging Face model, as are the next two.
+            output_attentions: return attention maps.
+            output_hidden_states: return hidden states.
             labels: int64 [R, Q], -100 where no loss is wanted.
             use_cache: return a cache (default: the config's).
-            output_attentions: served by the Hugging Face model.
-            output_hidden_states: served by the Hugging Face model.
             return_dict: False returns a tuple.
             kwargs: ignored, as by the Hugging Face class.
 

@@ -101,9 +101,21 @@ def open_session(
         return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
     check_cuda_after_fork()
     folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
-    if placement.backend == "cuda":
-        with torch.cuda.device(placement.device):
+    with torch.cuda.device(placement.device):
+        if placement.backend == "cuda":
             return CudaSession(arch, weights, placement.device, placement.precision, folding, store)
+        return _open_tensorrt(arch, weights, config, placement, build, folding, store)
+
+
+def _open_tensorrt(
+    arch: Architecture,
+    weights: Weights,
+    config: RuntimeConfig,
+    placement: Placement,
+    build: BuildConfig,
+    folding: Folding,
+    store: EngineStore,
+) -> TrtSession:
     assert placement.flavor is not None
     provider = EngineProvider(
         folding.architecture(arch),
@@ -116,26 +128,25 @@ def open_session(
         show_progress=config.show_progress,
         **eight_bits(arch, weights, folding, placement.precision),
     )
-    with torch.cuda.device(placement.device):
-        kernels = None
-        if placement.decode == "kernels" and arch.decoder_layers:
-            step_weights = StepWeightsMaker(arch, weights, placement.dtype, placement.device, folding).make()
-            kernels = KernelDecoder(
-                arch,
-                step_weights,
-                placement.dtype,
-                placement.device,
-                placement.precision,
-                folding.embedding,
-                store,
-            )
-        return TrtSession(
-            provider,
-            weights,
-            load_tensorrt(placement.flavor),
+    kernels = None
+    if placement.decode == "kernels" and arch.decoder_layers:
+        step_weights = StepWeightsMaker(arch, weights, placement.dtype, placement.device, folding).make()
+        kernels = KernelDecoder(
+            arch,
+            step_weights,
+            placement.dtype,
             placement.device,
-            strict=config.strict,
-            reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
-            folding=folding,
-            kernels=kernels,
+            placement.precision,
+            folding.embedding,
+            store,
         )
+    return TrtSession(
+        provider,
+        weights,
+        load_tensorrt(placement.flavor),
+        placement.device,
+        strict=config.strict,
+        reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
+        folding=folding,
+        kernels=kernels,
+    )

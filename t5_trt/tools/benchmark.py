@@ -162,7 +162,28 @@ def measure(contest: Contest, case: Case, runs: int = 5, texts: Sequence[str] | 
         for name, contestant in running.items():
             times[name].append(_call(contestant, request, ours.device)[1] * 1e3)
     medians = {name: statistics.median(found) for name, found in times.items()}
-    record: dict[str, Any] = {
+    share = equal_share(tokens["ours"], tokens["hf_eager_fp32"]) if "hf_eager_fp32" in running else None
+    tensorrt = load_tensorrt(ours.runtime_config.flavor).version if ours.session.backend == "tensorrt" else None
+    return {
+        **_settings(contest, case, request),
+        "source": "random tokens" if texts is None else "texts",
+        "threads": torch.get_num_threads(),
+        "runs": runs,
+        **_speeds(case, times, first_call_s),
+        "speedup": None if share is None else round(medians["hf_eager_fp32"] / medians["ours"], 2),
+        "tokens_equal": None if share is None else share == 1.0,
+        "tokens_equal_share": None if share is None else round(share, 4),
+        "distinct_tokens": int(tokens["ours"].unique().numel()),
+        "loop": loop,
+        "left_out": left_out,
+        **environment(tensorrt),
+    }
+
+
+def _settings(contest: Contest, case: Case, request: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the model and the request."""
+    ours = contest.ours
+    return {
         "model": contest.name,
         "backend": ours.session.backend,
         "precision": ours.session.precision,
@@ -173,28 +194,20 @@ def measure(contest: Contest, case: Case, runs: int = 5, texts: Sequence[str] | 
         "new_tokens": case.new_tokens,
         "num_beams": case.num_beams,
         "do_sample": case.do_sample,
-        "source": "random tokens" if texts is None else "texts",
-        "threads": torch.get_num_threads(),
-        "runs": runs,
     }
+
+
+def _speeds(case: Case, times: dict[str, list[float]], first_call_s: dict[str, float]) -> dict[str, float]:
+    """What a record says of each model's times, which are in milliseconds."""
+    record: dict[str, float] = {}
     for name, found in times.items():
-        record[f"{name}_ms"] = round(medians[name], 2)
-        record[f"{name}_p90_ms"] = round(sorted(found)[int(0.9 * (runs - 1) + 0.5)], 2)
-        per_s = round(case.batch * case.new_tokens / medians[name] * 1e3, 1)
+        median = statistics.median(found)
+        record[f"{name}_ms"] = round(median, 2)
+        record[f"{name}_p90_ms"] = round(sorted(found)[int(0.9 * (len(found) - 1) + 0.5)], 2)
+        per_s = round(case.batch * case.new_tokens / median * 1e3, 1)
         record["tokens_per_s" if name == "ours" else f"{name}_tokens_per_s"] = per_s
         record["first_call_s" if name == "ours" else f"{name}_first_call_s"] = round(first_call_s[name], 2)
-    share = equal_share(tokens["ours"], tokens["hf_eager_fp32"]) if "hf_eager_fp32" in running else None
-    tensorrt = load_tensorrt(ours.runtime_config.flavor).version if ours.session.backend == "tensorrt" else None
-    return {
-        **record,
-        "speedup": None if share is None else round(medians["hf_eager_fp32"] / medians["ours"], 2),
-        "tokens_equal": None if share is None else share == 1.0,
-        "tokens_equal_share": None if share is None else round(share, 4),
-        "distinct_tokens": int(tokens["ours"].unique().numel()),
-        "loop": loop,
-        "left_out": left_out,
-        **environment(tensorrt),
-    }
+    return record
 
 
 def equal_share(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -120,37 +120,63 @@ def compare(
         tokenizer = load_tokenizer(model.name_or_path)
     settings = only_tokens(config, generate, tokenizer)
     filler = next((token for token in (config.pad_token_id, model.config.pad_token_id) if token is not None), 0)
-    sequences = equal = tokens = values = 0
-    first: tuple[int, int] | None = None
-    largest = absolute = squared = total = divergence = 0.0
+    sums = _Sums()
     for batch in batches:
         with torch.no_grad():
             expected, got = (_generated(each, batch, settings) for each in (reference, model))
             width = max(expected.shape[1], got.shape[1])
             expected, got = (_padded(rows, width, filler) for rows in (expected, got))
-            same = (expected == got).all(dim=1)
-            if first is None and not same.all():
-                row = int((~same).nonzero()[0])
-                first = (sequences + row, int((expected[row] != got[row]).nonzero()[0]))
-            sequences, equal = sequences + len(same), equal + int(same.sum())
-            wanted, found = (_logits(each, batch, expected[:, :-1]) for each in (reference, model))
+            sums.add_tokens(expected, got)
+            sums.add_logits(*(_logits(each, batch, expected[:, :-1]) for each in (reference, model)))
+    return sums.comparison(_activations(model, batches) if activations else ())
+
+
+@dataclass
+class _Sums:
+    """What `compare` adds up over batches."""
+
+    sequences: int = 0
+    equal: int = 0
+    first_difference: tuple[int, int] | None = None
+    tokens: int = 0
+    values: int = 0
+    largest: float = 0.0
+    absolute: float = 0.0
+    squared: float = 0.0
+    total: float = 0.0
+    divergence: float = 0.0
+
+    def add_tokens(self, expected: torch.Tensor, got: torch.Tensor) -> None:
+        """Compare sequences, int64 [rows, tokens] each."""
+        same = (expected == got).all(dim=1)
+        if self.first_difference is None and not same.all():
+            row = int((~same).nonzero()[0])
+            self.first_difference = (self.sequences + row, int((expected[row] != got[row]).nonzero()[0]))
+        self.sequences, self.equal = self.sequences + len(same), self.equal + int(same.sum())
+
+    def add_logits(self, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        """Compare logits, float32 [rows, tokens, V] each."""
         difference = (found - wanted).abs().nan_to_num(nan=torch.inf)
-        largest = max(largest, float(difference.max()))
-        absolute, values = absolute + float(difference.sum()), values + difference.numel()
-        squared, total = squared + float(difference.square().sum()), total + float(wanted.square().sum())
+        self.largest = max(self.largest, float(difference.max()))
+        self.absolute, self.values = self.absolute + float(difference.sum()), self.values + difference.numel()
+        self.squared += float(difference.square().sum())
+        self.total += float(wanted.square().sum())
         odds, other = (torch.log_softmax(logits, -1) for logits in (wanted, found))
-        divergence += float((odds.exp() * (odds - other)).sum().nan_to_num(nan=torch.inf))
-        tokens += wanted.shape[0] * wanted.shape[1]
-    return Comparison(
-        sequences,
-        equal,
-        first,
-        largest,
-        absolute / values,
-        (squared / max(total, 1e-30)) ** 0.5,
-        divergence / tokens,
-        _activations(model, batches) if activations else (),
-    )
+        self.divergence += float((odds.exp() * (odds - other)).sum().nan_to_num(nan=torch.inf))
+        self.tokens += wanted.shape[0] * wanted.shape[1]
+
+    def comparison(self, activations: tuple[Activation, ...]) -> Comparison:
+        """The means of all batches."""
+        return Comparison(
+            self.sequences,
+            self.equal,
+            self.first_difference,
+            self.largest,
+            self.absolute / self.values,
+            (self.squared / max(self.total, 1e-30)) ** 0.5,
+            self.divergence / self.tokens,
+            activations,
+        )
 
 
 def verify(model: TRTT5ForConditionalGeneration, batches: Iterable[Batch], **generate: Any) -> Comparison:

@@ -23,7 +23,6 @@ from t5_trt.generation.processors import Recordable, device_forms
 from t5_trt.generation.report_reader import STEPS_AHEAD, Watcher
 from t5_trt.generation.request import Request
 from t5_trt.generation.sampling import Ending, GpuDraws, TokenChoice
-from t5_trt.runtime.exits import pause_at_exit
 from t5_trt.runtime.kv_buffers import DecoderState, bucket_length
 from t5_trt.runtime.session import Program, Session
 
@@ -137,7 +136,6 @@ class DecodeLoop(ABC):
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
         watcher, made, deadline = Watcher(program.choice, ahead), 0, request.deadline
         for step in range(1, self._steps + 1):
-            pause_at_exit()
             self._check_length(self.state.length + 1)
             if self.state.length == self.state.capacity:
                 self.state.reserve(1)

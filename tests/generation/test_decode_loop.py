@@ -392,7 +392,7 @@ def test_custom_code_is_called_once_a_step(on_stand_in: Any) -> None:
 def test_other_loops_are_named_and_logged_once(
     v11: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate_module, "_said", set())
+    generate_module._log_once.cache_clear()
     ours = TRTT5ForConditionalGeneration.from_model(v11[0], num_threads=1)
     assert ours.last_generation_path is None
     with caplog.at_level(logging.INFO, "t5_trt"):

@@ -19,7 +19,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import ENCODER, QUERIES, STEP
 from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
-from t5_trt.runtime.open_session import eight_bits, gpu_facts
+from t5_trt.runtime.open_session import gpu_facts, int8_provider_options
 from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
 
 
@@ -79,16 +79,16 @@ def build_engines(
     api = load_tensorrt(flavor)
     gpu = _gpu(api.flavor, tuple(compute_capabilities))
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=calibration)
-    folding = loaded.folding(precision)
+    scaling = loaded.fp16_scaling(precision)
     provider = EngineProvider(
-        folding.architecture(loaded.architecture),
+        scaling.architecture(loaded.architecture),
         EngineStore(cache_dir or default_engine_cache_dir()),
         BuildConfig(),
         precision=precision,
         flavor=api.flavor,
         gpu=gpu,
         compute_capabilities=tuple(compute_capabilities),
-        **eight_bits(loaded.architecture, loaded.state_dict(), folding, precision),
+        **int8_provider_options(loaded.architecture, loaded.state_dict(), scaling, precision),
     )
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)

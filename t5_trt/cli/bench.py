@@ -13,7 +13,7 @@ from t5_trt.cli.arguments import Backend, Decode, ListCommand, Precision, read_l
 from t5_trt.errors import InputError
 
 if TYPE_CHECKING:
-    from t5_trt.tools.benchmark import Case, Contest
+    from t5_trt.tools.benchmark import Benchmark, Case
 
 # Optional, because typer reads these at run time
 _Numbers = Optional[list[int]]  # noqa: UP045
@@ -77,7 +77,7 @@ def bench(
 
     import transformers
 
-    from t5_trt.tools.benchmark import Case, load_contest
+    from t5_trt.tools.benchmark import Case, load_benchmark
 
     sizes = itertools.product(source_tokens or [32], new_tokens or [64], num_beams or [1], batch or [1])
     cases = [
@@ -86,8 +86,8 @@ def bench(
     ]
     transformers.logging.set_verbosity_error()  # it warns in every call about max_length
     chosen = {"backend": backend, "precision": precision, "decode": decode}
-    contest = load_contest(model, stock=not no_stock, texts=lines is not None, threads=threads, **chosen)
-    records = _measured(contest, cases, runs, lines, json_file)
+    benchmark = load_benchmark(model, stock=not no_stock, texts=lines is not None, threads=threads, **chosen)
+    records = _measured(benchmark, cases, runs, lines, json_file)
     # a pipe gets whole lines
     print_records(records, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))
     if plot is not None:
@@ -110,7 +110,7 @@ def _check_before_measuring(model: str, json_file: Path | None, plot: Path | Non
 
 
 def _measured(
-    contest: Contest, cases: list[Case], runs: int, lines: list[str] | None, json_file: Path | None
+    benchmark: Benchmark, cases: list[Case], runs: int, lines: list[str] | None, json_file: Path | None
 ) -> list[dict[str, Any]]:
     """The records of all cases; each is also appended to a file, if there is one."""
     from t5_trt.tools.benchmark import measure
@@ -119,7 +119,7 @@ def _measured(
     records = []
     for number, case in enumerate(cases, 1):
         typer.echo(f"case {number} of {len(cases)}: {_describe(case, texts=lines is not None)}", err=True)
-        records.append(measure(contest, case, runs, lines))
+        records.append(measure(benchmark, case, runs, lines))
         if json_file is not None:
             append_records(json_file, records[-1:])
     return records

@@ -1,9 +1,9 @@
 """Logits processors for the decode loop: device forms of Transformers' own.
 
-A device form has fixed shapes and takes the length from a tensor, so that it can be part of a recorded CUDA graph: it
+A device form has fixed shapes and takes the length from a tensor, so that it can be part of a captured CUDA graph: it
 neither waits for the GPU nor looks at a value on the host. Each computes what the class of the same name in
 `transformers.generation.logits_process` computes, value for value. Numbers such as a temperature are read from memory, so
-that a recorded step serves requests with other ones.
+that a captured step serves requests with other ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HIDDEN = float("-inf")
 
 
 @dataclass(frozen=True)
-class Form:
+class CapturableProcessor:
     """A processor in device form.
 
     Attributes:
@@ -46,17 +46,17 @@ class Form:
             number.fill_(read(processor, number.device).item())
 
 
-class Recordable:
+class CapturableProcessors:
     """Processors in device form, in order.
 
     Args:
-        forms: see `Form`.
+        forms: see `CapturableProcessor`.
 
     Attributes:
         hiding: all that they do, where they only hide the same tokens up to some length; None where they do more.
     """
 
-    def __init__(self, forms: Sequence[Form]) -> None:
+    def __init__(self, forms: Sequence[CapturableProcessor]) -> None:
         self._forms = forms
         self._loaded: Sequence[Any] | None = None
         hides = [form.hides for form in forms if form.hides is not None]
@@ -96,8 +96,10 @@ class Recordable:
         self._loaded = processors
 
 
-def device_forms(processors: Sequence[Any], vocab_size: int, capacity: int, device: torch.device) -> list[Form] | None:
-    """Device forms of processors, or None if one of them has none (it is not in `DEVICE_FORMS`).
+def capturable_processors(
+    processors: Sequence[Any], vocab_size: int, capacity: int, device: torch.device
+) -> list[CapturableProcessor] | None:
+    """Device forms of processors, or None if one of them has none (it is not in `CAPTURABLE`).
 
     Args:
         processors: instances of Transformers' classes.
@@ -105,31 +107,31 @@ def device_forms(processors: Sequence[Any], vocab_size: int, capacity: int, devi
         capacity: M, the width of the token buffer.
         device: where scores will be.
     """
-    if not all(has_device_form(processor) for processor in processors):
+    if not all(is_capturable(processor) for processor in processors):
         return None
     forms = []
     for processor in processors:
-        kind, mine, numbers = DEVICE_FORMS[type(processor)], copy.copy(processor), []
+        kind, mine, numbers = CAPTURABLE[type(processor)], copy.copy(processor), []
         for name, read in kind.numbers.items():
             numbers.append((read(processor, device).to(device), read))
             setattr(mine, name, numbers[-1][0])
         hides = None
         if kind.hides_ends_below is not None:
             hides = _marked(processor.eos_token_id, vocab_size, device), getattr(mine, kind.hides_ends_below)
-        forms.append(Form(kind.make(mine, vocab_size, capacity, device), numbers, hides))
+        forms.append(CapturableProcessor(kind.make(mine, vocab_size, capacity, device), numbers, hides))
     return forms
 
 
-def has_device_form(processor: Any) -> bool:
-    """Whether a processor can be part of a recorded step; subclasses are taken for something else."""
+def is_capturable(processor: Any) -> bool:
+    """Whether a processor can be part of a captured step; subclasses are taken for something else."""
     if isinstance(processor, stock.RepetitionPenaltyLogitsProcessor):
-        return type(processor) in DEVICE_FORMS and getattr(processor, "prompt_ignore_length", None) is None
-    return type(processor) in DEVICE_FORMS
+        return type(processor) in CAPTURABLE and getattr(processor, "prompt_ignore_length", None) is None
+    return type(processor) in CAPTURABLE
 
 
 def fingerprint(processor: Any) -> Hashable:
     """Equal for processors that one device form can do: the class and its settings, but for numbers in memory."""
-    numbers = DEVICE_FORMS[type(processor)].numbers
+    numbers = CAPTURABLE[type(processor)].numbers
     settings = ((name, _frozen(value)) for name, value in sorted(vars(processor).items()) if name not in numbers)
     return type(processor).__name__, tuple(settings)
 
@@ -201,7 +203,7 @@ def _min_length(processor: Any, vocab_size: int, capacity: int, device: torch.de
 
 def _min_new_tokens(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends = _marked(processor.eos_token_id, vocab_size, device)
-    minimum = processor.min_new_tokens  # with the prompt, see `DEVICE_FORMS`
+    minimum = processor.min_new_tokens  # with the prompt, see `CAPTURABLE`
     return lambda tokens, length, scores: scores.masked_fill(ends & (length < minimum), _HIDDEN)
 
 
@@ -225,7 +227,7 @@ def _forced_bos(processor: Any, vocab_size: int, capacity: int, device: torch.de
 
 
 def _forced_eos(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
-    last = processor.max_length  # less one, see `DEVICE_FORMS`
+    last = processor.max_length  # less one, see `CAPTURABLE`
     return _forced(processor.eos_token_id, last, vocab_size, device)
 
 
@@ -343,8 +345,8 @@ class Kind:
     hides_ends_below: str | None = None
 
 
-#: the processors that can be part of a recorded step
-DEVICE_FORMS: dict[type, Kind] = {
+#: the processors that can be part of a captured step
+CAPTURABLE: dict[type, Kind] = {
     stock.TemperatureLogitsWarper: Kind(_temperature, {"temperature": _divisor("temperature")}),
     stock.TopKLogitsWarper: Kind(_as_is),
     stock.TopPLogitsWarper: Kind(_as_is, {"top_p": _real("top_p")}),

@@ -38,7 +38,7 @@ class Prepared:
     expand: int
 
 
-class Likeness(NamedTuple):
+class RequestKey(NamedTuple):
     """What calls of one kind have in common: rows of the source, its device, and all other arguments with their types."""
 
     rows: int
@@ -46,7 +46,7 @@ class Likeness(NamedTuple):
     arguments: tuple[tuple[str, type, Any], ...]
 
 
-def likeness(inputs: Any, kwargs: Mapping[str, Any]) -> Likeness | None:
+def request_key(inputs: Any, kwargs: Mapping[str, Any]) -> RequestKey | None:
     """Equal for calls of ``generate`` that differ in the source's tokens and length only; None for calls that are always prepared.
 
     Args:
@@ -62,7 +62,7 @@ def likeness(inputs: Any, kwargs: Mapping[str, Any]) -> Likeness | None:
     plain = [(name, type(value), value) for name, value in kwargs.items() if name not in _TENSORS]
     if not all(name in _NAMES and kind in (bool, int, float, type(None)) for name, kind, _ in plain):
         return None
-    return Likeness(len(ids), str(ids.device), tuple(sorted(plain, key=lambda entry: entry[0])))
+    return RequestKey(len(ids), str(ids.device), tuple(sorted(plain, key=lambda entry: entry[0])))
 
 
 def _is_ids(tensor: Any) -> TypeGuard[torch.Tensor]:
@@ -126,11 +126,11 @@ class Repeats:
     """The kinds of request that one model had, as long as its settings stay as they are. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Likeness, Prepared] = OrderedDict()
+        self._kept: OrderedDict[RequestKey, Prepared] = OrderedDict()
         self._settings = Settings((), ())
-        self.pending: Likeness | None = None  # of the call that is being prepared
+        self.pending: RequestKey | None = None  # of the call that is being prepared
 
-    def find(self, like: Likeness | None, objects: tuple[Any, ...], code: tuple[Any, ...]) -> Prepared | None:
+    def find(self, like: RequestKey | None, objects: tuple[Any, ...], code: tuple[Any, ...]) -> Prepared | None:
         """What was prepared for a likeness, if all is as it was; else it becomes the pending one. Arguments as of `Settings`."""
         self.pending = None
         if like is None:
@@ -149,7 +149,7 @@ class Repeats:
     def keep(self, loop: Any, request: Request, objects: tuple[Any, ...], code: tuple[Any, ...]) -> None:
         """Keep what was prepared for the pending call, if one call's code and clock are no part of it."""
         like, config = self.pending, request.config
-        if like is None or request.streamer is not None or request.deadline is not None or not request.recordable:
+        if like is None or request.streamer is not None or request.deadline is not None or not request.capturable:
             return
         if config.return_dict_in_generate or request.prompt.shape[1] != 1 or not self._settings.same(objects, code):
             return

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.builders import DeviceForm, Form, HostForm
+from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, T5GraphBuilder
 from t5_trt.graph.decoder import build_decoder
 from t5_trt.graph.encoder import build_cross, build_encoder
-from t5_trt.graph.int8 import Int8DeviceForm, Int8HostForm
+from t5_trt.graph.int8 import Int8DeviceGraphBuilder, Int8HostGraphBuilder
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
@@ -29,7 +29,7 @@ def build_host_graph(
     fixed: Mapping[str, int] | None = None,
     *,
     quantized: Weights | None = None,
-    taps: bool = False,
+    debug_outputs: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as initializers.
 
@@ -41,11 +41,11 @@ def build_host_graph(
         index: type of ids, positions and masks.
         fixed: axis letter of `t5_trt.graph.signature` -> size, for axes that are known.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of all else is float32 then.
-        taps: also put out the residual stream after every block, named "encoder.block.0" and so on.
+        debug_outputs: also put out the residual stream after every block, named "encoder.block.0" and so on.
     """
     if quantized is not None:
-        return _build(graph, Int8HostForm(graph, arch, weights, quantized), taps)
-    return _build(graph, HostForm(graph, arch, weights, real, index, fixed), taps)
+        return _build(graph, Int8HostGraphBuilder(graph, arch, weights, quantized), debug_outputs)
+    return _build(graph, HostGraphBuilder(graph, arch, weights, real, index, fixed), debug_outputs)
 
 
 def build_device_graph(
@@ -56,7 +56,7 @@ def build_device_graph(
     fixed: Mapping[str, int] | None = None,
     *,
     quantized: Weights | None = None,
-    taps: bool = False,
+    debug_outputs: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as inputs, named as in `t5_trt.graph.parameters`.
 
@@ -64,13 +64,13 @@ def build_device_graph(
     graph.
     """
     if quantized is not None:
-        return _build(graph, Int8DeviceForm(graph, arch, real, quantized, fixed), taps)
-    return _build(graph, DeviceForm(graph, arch, real, index, fixed), taps)
+        return _build(graph, Int8DeviceGraphBuilder(graph, arch, real, quantized, fixed), debug_outputs)
+    return _build(graph, DeviceGraphBuilder(graph, arch, real, index, fixed), debug_outputs)
 
 
-def _build(graph: str, form: Form, taps: bool) -> ir.Model:
-    if taps:
-        form.tap_layers()
+def _build(graph: str, form: T5GraphBuilder, debug_outputs: bool) -> ir.Model:
+    if debug_outputs:
+        form.add_debug_outputs()
     if graph in (ENCODER, ENCODER_EMBEDS):
         return build_encoder(form, embeds=graph == ENCODER_EMBEDS)
     if graph == CROSS:

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.builders import DeviceForm, HostForm, Projection
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, Projection
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD, Weights, materialize, parameters
 
@@ -58,7 +58,9 @@ def quantize(arch: Architecture, weights: Weights, *, head: bool = True) -> Iter
         yield SCALE.format(name), scales
 
 
-def quantize_for_device(arch: Architecture, weights: Weights, folding: Folding) -> Iterator[tuple[str, torch.Tensor]]:
+def quantize_for_device(
+    arch: Architecture, weights: Weights, scaling: Fp16Scaling
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Round the matrices as device graphs read them, with norm weights and range factors in them.
 
     Yields:
@@ -66,7 +68,7 @@ def quantize_for_device(arch: Architecture, weights: Weights, folding: Folding) 
     """
     for name, parameter in parameters(arch).items():
         if parameter.is_matrix:
-            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), partial(folding.factor, name))
+            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), partial(scaling.factor, name))
             rounded, scales = round_columns(matrix)
             yield MATRIX.format(name), rounded
             yield SCALE.format(name), scales
@@ -78,7 +80,7 @@ def round_columns(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (matrix / scales).round_().to(torch.int8), scales
 
 
-class Int8HostForm(HostForm):
+class Int8HostGraphBuilder(HostGraphBuilder):
     """Products with matrices in 8 bits by ONNX Runtime's DynamicQuantizeMatMul.
 
     Args:
@@ -94,7 +96,7 @@ class Int8HostForm(HostForm):
         self._quantized = quantized
 
     def project(self, stream: ir.Value, group: str) -> Projection:
-        """See `Form.project`: one product for the whole group."""
+        """See `T5GraphBuilder.project`: one product for the whole group."""
         if MATRIX.format(group) not in self._quantized:
             return super().project(stream, group)
         parameter = self.groups[group]
@@ -123,7 +125,7 @@ class Int8HostForm(HostForm):
         return self.initializer(name, ir.tensor_adapters.TorchTensor(self._quantized[name], name=name))
 
 
-class Int8DeviceForm(DeviceForm):
+class Int8DeviceGraphBuilder(DeviceGraphBuilder):
     """Products with matrices that are kept in 8 bits and widened where they are used (weight-only quantization).
 
     Args:
@@ -147,7 +149,7 @@ class Int8DeviceForm(DeviceForm):
         self._quantized = quantized
 
     def matrix(self, group: str) -> ir.Value:
-        """See `DeviceForm.matrix`."""
+        """See `DeviceGraphBuilder.matrix`."""
         stored, scales = (self._quantized[name.format(group)] for name in (MATRIX, SCALE))
         name = MATRIX.format(group)
         matrix = self.initializer(name, ir.tensor_adapters.TorchTensor(stored, name=name))

@@ -19,7 +19,7 @@ from t5_trt.checkpoint.load import share_weights
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.errors import InputError
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.modeling.encoder import attach_encoder, engine_encoder
 from t5_trt.modeling.families import FamilyClass
 from t5_trt.modeling.loading import LoadOptions, load_model
@@ -185,9 +185,9 @@ class EngineModel(FamilyClass, PlacedModel, PreTrainedModel):
     def session(self, session: Session | None) -> None:
         self._runner.session = session
 
-    def folding(self, precision: str) -> Folding:
+    def fp16_scaling(self, precision: str) -> Fp16Scaling:
         """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
-        return self._runner.folding(precision)
+        return self._runner.fp16_scaling(precision)
 
     @property
     def architecture(self) -> Architecture:

@@ -22,7 +22,7 @@ from t5_trt.compat import CACHE, takes_old_cache_names
 from t5_trt.generation.decode_loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.kv_cache import EngineCache
-from t5_trt.generation.repeats import Prepared, Repeats, likeness
+from t5_trt.generation.repeats import Prepared, Repeats, request_key
 from t5_trt.generation.request import GenerationPath, Request, refusal
 from t5_trt.modeling.forward import EngineForward
 from t5_trt.modeling.generation_context import generating
@@ -89,7 +89,7 @@ class EngineGeneration:
         if home != self.device:  # inputs from elsewhere: results go back there
             inputs = _moved(inputs, self.device)
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
-        like = likeness(inputs, kwargs) if self._prepares_as_hugging_face(generation_config, args) else None
+        like = request_key(inputs, kwargs) if self._prepares_as_hugging_face(generation_config, args) else None
         if self.training:
             _log_once(logging.WARNING, _TRAINING)
         configs = [config for config in (generation_config, self.generation_config) if config is not None]

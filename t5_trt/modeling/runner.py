@@ -25,7 +25,7 @@ from t5_trt.generation.encoder_output import EngineEncoderOutput
 from t5_trt.generation.kv_cache import EngineCache, write_stock
 from t5_trt.generation.open_cache import decode, open_cache
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding, Ranges
+from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges
 from t5_trt.modeling.calibration import observe, random_batches
 from t5_trt.modeling.fallback import why_beyond_engines
 from t5_trt.modeling.generation_context import generation_of
@@ -35,7 +35,7 @@ from t5_trt.modeling.layer_checks import check_layers
 from t5_trt.modeling.reference import follow, make_reference
 from t5_trt.modeling.weight_tracker import WeightWatch
 from t5_trt.runtime.forks import abandon
-from t5_trt.runtime.open_session import choose_folding, open_session
+from t5_trt.runtime.open_session import choose_fp16_scaling, open_session
 from t5_trt.runtime.select import Placement, resolve
 from t5_trt.runtime.session import Session
 
@@ -185,10 +185,10 @@ class ModelRunner:
         abandon(self.session)
         self.session = None
 
-    def folding(self, precision: str) -> Folding:
+    def fp16_scaling(self, precision: str) -> Fp16Scaling:
         """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
         calibrated = self.settings.calibration is not None
-        return choose_folding(
+        return choose_fp16_scaling(
             self.architecture, self.model.state_dict(), precision, self.observe, calibrated=calibrated
         )
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import Weights, materialize, parameters
 
 
@@ -20,7 +20,7 @@ class DeviceWeights:
         weights: state-dict key -> CPU tensor; kept.
         dtype: compute type of the engines.
         device: the GPU.
-        folding: factors to write into the weights.
+        scaling: factors to write into the weights.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class DeviceWeights:
         weights: Weights,
         dtype: torch.dtype,
         device: torch.device,
-        folding: Folding | None = None,
+        scaling: Fp16Scaling | None = None,
     ) -> None:
-        self._folding = folding or Folding()
+        self._scaling = scaling or Fp16Scaling()
         self._parameters = parameters(arch)
         self._weights = weights
         self._dtype = dtype
@@ -49,7 +49,7 @@ class DeviceWeights:
         """
         if name not in self._made:
             try:
-                parameter, factor = self._parameters[name], partial(self._folding.factor, name)
+                parameter, factor = self._parameters[name], partial(self._scaling.factor, name)
                 self._made[name] = materialize(parameter, self._weights, self._dtype, self.device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)

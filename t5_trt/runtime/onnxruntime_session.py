@@ -25,7 +25,7 @@ from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.row_buffers import RowBuffers
-from t5_trt.runtime.session import Choice
+from t5_trt.runtime.session import TokenSelector
 
 #: smaller tensors go into the model itself, where graph optimizers may read their values
 SHARED_FROM_BYTES = 1 << 16
@@ -49,7 +49,7 @@ class OrtSession:
     backend = "onnxruntime"
     device = torch.device("cpu")
     dtype = torch.float32
-    choice_tokens = SMALLEST_BUCKET
+    selector_tokens = SMALLEST_BUCKET
     steps_by = "engine"
 
     def __init__(
@@ -138,17 +138,19 @@ class OrtSession:
         state.append(new)
         return logits
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.can_compact_batch`."""
         return batch < state.cross.batch
 
     def decoded_rows(self, state: DecoderState) -> int:
         """See `t5_trt.runtime.session.Session.decoded_rows`."""
         return state.rows
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
-        """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""
-        return OrtProgram(self, state, make())
+    def generation_step(
+        self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable
+    ) -> OrtGenerationStep:
+        """See `t5_trt.runtime.session.Session.generation_step`; nothing is captured on a CPU."""
+        return OrtGenerationStep(self, state, make())
 
     def row_buffers(self, rows: int) -> RowBuffers:
         """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
@@ -173,9 +175,9 @@ class OrtSession:
         rows.append()
         return logits[:, 0]  # type: ignore[no-any-return]
 
-    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `t5_trt.runtime.session.Session.streams`."""
-        session = self._load(graph, bool(self._prepack), taps=True)
+    def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `t5_trt.runtime.session.Session.layer_outputs`."""
+        session = self._load(graph, bool(self._prepack), debug_outputs=True)
         names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
         found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
@@ -239,9 +241,11 @@ class OrtSession:
                 self._sessions[graph, packed] = self._load(graph, packed)
             return self._sessions[graph, packed]
 
-    def _load(self, graph: str, packed: bool, *, taps: bool = False) -> Any:
+    def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> Any:
         real = ir.DataType.FLOAT
-        model = build_host_graph(graph, self.arch, self._weights, real, quantized=self._quantized, taps=taps)
+        model = build_host_graph(
+            graph, self.arch, self._weights, real, quantized=self._quantized, debug_outputs=debug_outputs
+        )
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3
@@ -284,27 +288,27 @@ class OrtSession:
                 value.const_value = None
 
 
-class OrtProgram:
-    """A step and a choice, one after the other; see `t5_trt.runtime.session.Program`."""
+class OrtGenerationStep:
+    """A step and a token selector, one after the other; see `t5_trt.runtime.session.GenerationStep`."""
 
-    def __init__(self, session: OrtSession, state: DecoderState, choice: Any) -> None:
-        self.choice = choice
+    def __init__(self, session: OrtSession, state: DecoderState, selector: Any) -> None:
+        self.selector = selector
         self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
         self._session, self._state = session, state
         self._logits = torch.empty((state.rows, 1, session.arch.vocab_size), dtype=torch.float32)
         self._position = torch.zeros(1, dtype=torch.int64)
 
     def feed(self, tokens: torch.Tensor) -> None:
-        """See `t5_trt.runtime.session.Program.feed`."""
+        """See `t5_trt.runtime.session.GenerationStep.feed`."""
         self.tokens.copy_(tokens)
 
     def launch(self) -> None:
-        """See `t5_trt.runtime.session.Program.launch`."""
+        """See `t5_trt.runtime.session.GenerationStep.launch`."""
         state = self._state
         self._position.fill_(state.length)
         self._session._step(state, self.tokens, self._logits)
         state.append(state.new)
-        chosen, parents = self.choice.advance(self._logits[:, 0], self._position)
+        chosen, parents = self.selector.advance(self._logits[:, 0], self._position)
         self.tokens.copy_(chosen[:, None])
         if parents is not None:
             state.reorder(parents)

@@ -13,7 +13,7 @@ from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding, Ranges, fold
+from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges, find_scaling
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.parameters import Weights
 from t5_trt.kernels.step_weights import StepWeightsMaker
@@ -35,39 +35,39 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
     return {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
 
 
-def choose_folding(
+def choose_fp16_scaling(
     arch: Architecture, weights: Weights, precision: str, seen: Callable[[], Ranges], *, calibrated: bool = False
-) -> Folding:
+) -> Fp16Scaling:
     """The factors that keep engines of a precision in range; none but in half precision. Arguments as of `open_session`."""
     if precision not in ("fp16", "int8"):
-        return Folding()
-    folding = fold(arch, weights, seen() if calibrated else None)
-    if not folding.certain:
+        return Fp16Scaling()
+    scaling = find_scaling(arch, weights, seen() if calibrated else None)
+    if not scaling.certain:
         logger.info("the weights alone set no useful bound to half precision: a few inputs are tried in float32")
-        folding = fold(arch, weights, seen())
-    if folding != Folding():
+        scaling = find_scaling(arch, weights, seen())
+    if scaling != Fp16Scaling():
         inner, branches = (
             ", ".join(f"{factor:g}" for factor in sorted(set(factors.values()))) or "1"
-            for factors in (folding.inner, folding.branches)
+            for factors in (scaling.inner, scaling.branches)
         )
-        stream = "float32" if folding.wide_stream else "half precision too"
+        stream = "float32" if scaling.wide_stream else "half precision too"
         logger.info(
             "half precision: feed-forward layers are kept at %s of their value, what layers add to the stream at %s, the "
             "embedding at %g; streams are %s",
             inner,
             branches,
-            folding.embedding,
+            scaling.embedding,
             stream,
         )
-    return folding
+    return scaling
 
 
-def eight_bits(arch: Architecture, weights: Weights, folding: Folding, precision: str) -> dict[str, Any]:
+def int8_provider_options(arch: Architecture, weights: Weights, scaling: Fp16Scaling, precision: str) -> dict[str, Any]:
     """What an `EngineProvider` of a precision needs to know of 8-bit weights; empty but for "int8"."""
     if precision != "int8":
         return {}
-    digest = f"{weights_digest(arch, weights)} {sorted(folding.branches.items())} {sorted(folding.inner.items())}"
-    return {"quantized": lambda: dict(quantize_for_device(arch, weights, folding)), "weights": digest}
+    digest = f"{weights_digest(arch, weights)} {sorted(scaling.branches.items())} {sorted(scaling.inner.items())}"
+    return {"quantized": lambda: dict(quantize_for_device(arch, weights, scaling)), "weights": digest}
 
 
 def open_session(
@@ -100,11 +100,11 @@ def open_session(
         threads, prepack = config.num_threads, config.prepack_weights
         return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
     check_cuda_after_fork()
-    folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
+    scaling = choose_fp16_scaling(arch, weights, placement.precision, seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):
         if placement.backend == "cuda":
-            return CudaSession(arch, weights, placement.device, placement.precision, folding, store)
-        return _open_tensorrt(arch, weights, config, placement, build, folding, store)
+            return CudaSession(arch, weights, placement.device, placement.precision, scaling, store)
+        return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
 
 
 def _open_tensorrt(
@@ -113,12 +113,12 @@ def _open_tensorrt(
     config: RuntimeConfig,
     placement: Placement,
     build: BuildConfig,
-    folding: Folding,
+    scaling: Fp16Scaling,
     store: EngineStore,
 ) -> TrtSession:
     assert placement.flavor is not None
     provider = EngineProvider(
-        folding.architecture(arch),
+        scaling.architecture(arch),
         store,
         build,
         precision=placement.precision,
@@ -126,18 +126,18 @@ def _open_tensorrt(
         gpu=gpu_facts(placement.device),
         bundle=config.bundled_engines,
         show_progress=config.show_progress,
-        **eight_bits(arch, weights, folding, placement.precision),
+        **int8_provider_options(arch, weights, scaling, placement.precision),
     )
     kernels = None
     if placement.decode == "kernels" and arch.decoder_layers:
-        step_weights = StepWeightsMaker(arch, weights, placement.dtype, placement.device, folding).make()
+        step_weights = StepWeightsMaker(arch, weights, placement.dtype, placement.device, scaling).make()
         kernels = KernelDecoder(
             arch,
             step_weights,
             placement.dtype,
             placement.device,
             placement.precision,
-            folding.embedding,
+            scaling.embedding,
             store,
         )
     return TrtSession(
@@ -147,6 +147,6 @@ def _open_tensorrt(
         placement.device,
         strict=config.strict,
         reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
-        folding=folding,
+        scaling=scaling,
         kernels=kernels,
     )

@@ -14,7 +14,7 @@ from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
 @dataclass(frozen=True)
 class NextStep:
-    """What the next step of a slot reads; on a GPU the kernel of a choice writes it, and moves the position on.
+    """What the next step of a slot reads; on a GPU the kernel of a token selector writes it, and moves the position on.
 
     Attributes:
         tokens: int32 [R, 1].
@@ -52,7 +52,7 @@ MAILS = 8
 
 
 class Mailbox:
-    """Page-locked memory of the host into which the kernel of a choice writes the report of each step, so that nobody waits for a copy.
+    """Page-locked memory of the host into which the kernel of a token selector writes the report of each step, so that nobody waits for a copy.
 
     Args:
         width: entries of a report.
@@ -82,13 +82,13 @@ class Mailbox:
         return self.memory[place, 1:] if self._stamps[place] == (self._epoch << 32) + position else None
 
 
-class Choice(Protocol):
+class TokenSelector(Protocol):
     """What follows a decoder step: from its logits it decides how every row goes on.
 
     Attributes:
         rows: R.
-        recordable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
-            host, so that a session may record them together with the step.
+        capturable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
+            host, so that a session may capture them together with the step.
         draws: `advance` draws random numbers on the device.
         takes_best: `advance` reads no more of the logits than which one is the largest, but for those that `hiding` hides.
         hiding: what the step leaves out then; None for nothing.
@@ -98,7 +98,7 @@ class Choice(Protocol):
     """
 
     rows: int
-    recordable: bool
+    capturable: bool
     draws: bool
     takes_best: bool
     hiding: Hiding | None
@@ -123,15 +123,15 @@ class Choice(Protocol):
         ...
 
 
-class Program(Protocol):
-    """A decoder step and a choice, to be launched over and over; it holds the tokens that the next step reads.
+class GenerationStep(Protocol):
+    """A decoder step and a token selector, to be launched over and over; it holds the tokens that the next step reads.
 
     Attributes:
-        choice: with the buffers that belong to this program.
+        selector: with the buffers that belong to this program.
         tokens: [R, 1], the next step's input.
     """
 
-    choice: Any
+    selector: Any
     tokens: torch.Tensor
 
     def feed(self, tokens: torch.Tensor) -> None:
@@ -147,7 +147,7 @@ class Session(Protocol):
     """Engines of one model on one device. Calls are thread-safe as long as each thread has its own `DecoderState`.
 
     Attributes:
-        choice_tokens: least number of tokens that a `Choice` should have room for; more than it needs where it is recorded, so
+        selector_tokens: least number of tokens that a `TokenSelector` should have room for; more than it needs where it is captured, so
             that requests of other lengths can use it again.
         steps_by: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
     """
@@ -157,7 +157,7 @@ class Session(Protocol):
     precision: str
     device: torch.device
     dtype: torch.dtype
-    choice_tokens: int
+    selector_tokens: int
     steps_by: str
 
     def encode(
@@ -195,7 +195,7 @@ class Session(Protocol):
         """Additive form of a mask [B, S], shaped [B, 1, 1, S] as the buffers of `cross` are."""
         ...
 
-    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the encoder or the many-query decoder once on full buffers, for finding where a result goes wrong.
 
         Args:
@@ -232,7 +232,7 @@ class Session(Protocol):
         """
         ...
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
         """Whether a step of this state is cheaper with `batch` of its entries, without anything being built for that."""
         ...
 
@@ -240,13 +240,13 @@ class Session(Protocol):
         """Rows that are decoded for a state: its own R, and behind them those that fill up the engines' shape."""
         ...
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
+    def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
         """A program over the buffers of a state with room for one more token.
 
         Args:
             state: of R rows.
-            make: a new choice for R rows, or for more, up to `decoded_rows`.
-            key: equal for choices that do the same; the session may then hand out a program that it has recorded
-                before, whose choice holds old contents. None: always a new choice.
+            make: a new selector for R rows, or for more, up to `decoded_rows`.
+            key: equal for choices that do the same; the session may then hand out a program that it has captured
+                before, whose selector holds old contents. None: always a new selector.
         """
         ...

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.graph.precision import empty_slot_value, mask_value, real_type
 from t5_trt.graph.relative_positions import distance_buckets
@@ -30,12 +30,12 @@ class TorchEncoder:
     Args:
         arch: of the model.
         weights: in the session's type, with the norms' weights and the fp16 factors in the matrices, [inputs, outputs].
-        folding: those factors.
+        scaling: those factors.
         precision: of the session.
     """
 
-    def __init__(self, arch: Architecture, weights: DeviceWeights, folding: Folding, precision: str) -> None:
-        self._arch, self._weights, self._folding = arch, weights, folding
+    def __init__(self, arch: Architecture, weights: DeviceWeights, scaling: Fp16Scaling, precision: str) -> None:
+        self._arch, self._weights, self._scaling = arch, weights, scaling
         self._hidden, self._empty = mask_value(real_type(precision)), empty_slot_value(real_type(precision))
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True)
         self._buckets = buckets.to(weights.device)  # here, as a copy from the host cannot be captured
@@ -51,8 +51,8 @@ class TorchEncoder:
         if inputs_embeds is None:
             assert input_ids is not None
             stream = weights[EMBEDDING][input_ids].float()
-            if self._folding.embedding != 1.0:
-                stream = stream / self._folding.embedding
+            if self._scaling.embedding != 1.0:
+                stream = stream / self._scaling.embedding
         else:
             stream = inputs_embeds.float()
         dtype = weights[EMBEDDING].dtype
@@ -90,7 +90,7 @@ class TorchEncoder:
 
     def _add(self, stream: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
         # the sum of the two types is float32, in one kernel
-        return torch.add(stream, value @ self._weights[name], alpha=1.0 / self._folding.branches.get(name, 1.0))
+        return torch.add(stream, value @ self._weights[name], alpha=1.0 / self._scaling.branches.get(name, 1.0))
 
 
 class TorchDecoder:
@@ -99,12 +99,12 @@ class TorchDecoder:
     Args:
         arch: of the model.
         weights: of the step.
-        folding: the fp16 factors in them.
+        scaling: the fp16 factors in them.
         precision: of the session.
     """
 
-    def __init__(self, arch: Architecture, weights: StepWeights, folding: Folding, precision: str) -> None:
-        self._arch, self._weights, self._embedding = arch, weights, folding.embedding
+    def __init__(self, arch: Architecture, weights: StepWeights, scaling: Fp16Scaling, precision: str) -> None:
+        self._arch, self._weights, self._embedding = arch, weights, scaling.embedding
         self._hidden = mask_value(real_type(precision))
 
     def run(

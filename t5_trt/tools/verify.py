@@ -16,7 +16,7 @@ from t5_trt.checkpoint.tokenizing import Batch, text_batches
 from t5_trt.engine.profiles import SMALLEST, bucket
 from t5_trt.errors import BackendError
 from t5_trt.generation.search_settings import only_tokens
-from t5_trt.graph.fp16_scaling import fold
+from t5_trt.graph.fp16_scaling import find_scaling
 from t5_trt.graph.signature import ENCODER, QUERIES
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.modeling.calibration import observe
@@ -214,12 +214,12 @@ def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> 
     """Largest values in float32, and what engines in half precision make of them."""
     arch, reference = model.architecture, model.reference
     on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
-    folding = getattr(model.session, "folding", None) or fold(arch, model.state_dict())
+    scaling = getattr(model.session, "scaling", None) or find_scaling(arch, model.state_dict())
     seen = observe(reference, on_device)
     found = [
-        (f"{layer}.DenseReluDense.wo, input", most, folding.inner.get(layer, 1.0)) for layer, most in seen.inner.items()
+        (f"{layer}.DenseReluDense.wo, input", most, scaling.inner.get(layer, 1.0)) for layer, most in seen.inner.items()
     ]
-    found += [(f"{name}, output", most, folding.branches.get(name, 1.0)) for name, most in seen.branches.items()]
+    found += [(f"{name}, output", most, scaling.branches.get(name, 1.0)) for name, most in seen.branches.items()]
     limit = torch.finfo(torch.float16).max
     rows = [Activation(name, most, most * factor / limit) for name, most, factor in found]
     return tuple(sorted(rows, key=lambda row: -row.half_share))
@@ -252,7 +252,7 @@ def block_errors(
     rows, source = bucket("B", len(ids)), bucket("S", ids.shape[1])
     count, cached = bucket("Q", tokens.shape[1]), SMALLEST["T"]
     wide_ids, wide_mask = _grown(ids, rows, source), _grown(mask, rows, source)
-    encoder = session.streams(ENCODER, {"input_ids": wide_ids, "attention_mask": wide_mask})
+    encoder = session.layer_outputs(ENCODER, {"input_ids": wide_ids, "attention_mask": wide_mask})
     _, cross = session.encode(wide_ids, None, wide_mask)
     heads, width = arch.num_heads, arch.d_kv
     zeros = {"device": device, "dtype": session.dtype}
@@ -263,7 +263,7 @@ def block_errors(
         "cross_bias": session.cross_bias(wide_mask, cross),
         "key_bias": torch.zeros((rows, 1, 1, cached + count), **zeros),  # type: ignore[call-overload]
     }
-    decoder = session.streams(QUERIES, inputs | layer_views("past", past) | layer_views("cross", cross.kv))
+    decoder = session.layer_outputs(QUERIES, inputs | layer_views("past", past) | layer_views("cross", cross.kv))
     keep = mask.bool()
     found, wanted = {}, {}
     for layer in range(arch.encoder_layers - 1):  # the stock class hands out its last state behind the last norm only

@@ -64,7 +64,7 @@ def test_saved_engines_are_used(model: Any, saved: Path, tmp_path: Path, monkeyp
     no_building(monkeypatch)
     fresh = provider(model, tmp_path / "empty", find_bundle(str(saved), None))
     assert fresh.plan(*WANTED) == b"encoder B1 S32 fp32 built"
-    assert not (tmp_path / "empty").exists() and not fresh.take_fresh(*WANTED)
+    assert not (tmp_path / "empty").exists() and not fresh.pop_unchecked(*WANTED)
     fresh.write_bundle(tmp_path / "again")
     assert [path.name for path in (tmp_path / "again" / FOLDER).iterdir()] == [
         path.name for path in (saved / FOLDER).iterdir()

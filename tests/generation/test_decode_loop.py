@@ -15,12 +15,18 @@ from transformers.generation import logits_process as stock_processors
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation import decode_loop
-from t5_trt.generation.processors import DEVICE_FORMS, Recordable, device_forms, fingerprint, has_device_form
+from t5_trt.generation.processors import (
+    CAPTURABLE,
+    CapturableProcessors,
+    capturable_processors,
+    fingerprint,
+    is_capturable,
+)
 from t5_trt.generation.request import GenerationPath
 from t5_trt.generation.sampling import draw
 from t5_trt.modeling import generate as generate_module
 from t5_trt.runtime import engine_step, step_buffers
-from t5_trt.runtime.cuda_graph import NotRecordableError
+from t5_trt.runtime.cuda_graph import CaptureError
 from t5_trt.runtime.kv_buffers import DecoderState
 from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
 from tests.stand_in_tensorrt import stand_in_session
@@ -52,7 +58,7 @@ PROCESSORS: list[LogitsProcessor] = [
 ]
 
 
-#: the same classes with other numbers, which a recorded step reads from memory
+#: the same classes with other numbers, which a captured step reads from memory
 OTHER_NUMBERS: list[LogitsProcessor] = [
     stock_processors.TemperatureLogitsWarper(1.3),
     stock_processors.TopPLogitsWarper(0.9),
@@ -66,7 +72,7 @@ OTHER_NUMBERS: list[LogitsProcessor] = [
 ]
 
 
-def same_values(process: Recordable, processor: Any, device: str) -> bool:
+def same_values(process: CapturableProcessors, processor: Any, device: str) -> bool:
     """Compare with the stock class at every length of a buffer whose later part holds tokens that must not count.
 
     Returns:
@@ -86,16 +92,16 @@ def same_values(process: Recordable, processor: Any, device: str) -> bool:
 
 
 def test_every_device_form_is_compared() -> None:
-    assert {type(processor) for processor in PROCESSORS} == set(DEVICE_FORMS)
-    assert {type(p) for p in OTHER_NUMBERS} == {type_ for type_, kind in DEVICE_FORMS.items() if kind.numbers}
+    assert {type(processor) for processor in PROCESSORS} == set(CAPTURABLE)
+    assert {type(p) for p in OTHER_NUMBERS} == {type_ for type_, kind in CAPTURABLE.items() if kind.numbers}
 
 
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
 def test_device_form_equals_stock_processor(processor: Any) -> None:
-    forms = device_forms([processor], VOCAB, 32, torch.device("cpu"))
+    forms = capturable_processors([processor], VOCAB, 32, torch.device("cpu"))
     assert forms is not None
     no_change = getattr(processor, "ngram_size", 0) == 40
-    assert same_values(Recordable(forms), processor, "cpu") != no_change
+    assert same_values(CapturableProcessors(forms), processor, "cpu") != no_change
 
 
 @pytest.mark.parametrize("other", OTHER_NUMBERS, ids=lambda p: type(p).__name__)
@@ -103,9 +109,9 @@ def test_device_form_takes_other_numbers(other: Any) -> None:
     """And its own again; the processor that it was made from stays as it was."""
     first = next(p for p in PROCESSORS if type(p) is type(other))
     before = dict(vars(first))
-    forms = device_forms([first], VOCAB, 32, torch.device("cpu"))
+    forms = capturable_processors([first], VOCAB, 32, torch.device("cpu"))
     assert forms is not None and fingerprint(first) == fingerprint(other)
-    process = Recordable(forms)
+    process = CapturableProcessors(forms)
     for processor in (other, first):
         process.load([processor])
         assert same_values(process, processor, "cpu")
@@ -115,9 +121,9 @@ def test_device_form_takes_other_numbers(other: Any) -> None:
 def test_numbers_of_one_list_are_written_once() -> None:
     """Also after another list, and after one whose writing did not end."""
     first, other = [stock_processors.TemperatureLogitsWarper(0.7)], [stock_processors.TemperatureLogitsWarper(1.3)]
-    forms = device_forms(first, VOCAB, 32, torch.device("cpu"))
+    forms = capturable_processors(first, VOCAB, 32, torch.device("cpu"))
     assert forms is not None
-    process, number = Recordable(forms), forms[0].numbers[0][0]
+    process, number = CapturableProcessors(forms), forms[0].numbers[0][0]
     for processors in (first, other, first):
         process.load(processors)
         written = number._version
@@ -134,8 +140,8 @@ def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
     class Hotter(stock_processors.TemperatureLogitsWarper):
         pass
 
-    assert not has_device_form(Hotter(0.5)) and has_device_form(stock_processors.TemperatureLogitsWarper(0.5))
-    assert not has_device_form(stock_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
+    assert not is_capturable(Hotter(0.5)) and is_capturable(stock_processors.TemperatureLogitsWarper(0.5))
+    assert not is_capturable(stock_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
 
 
 def test_fingerprints() -> None:
@@ -148,9 +154,9 @@ def test_fingerprints() -> None:
 def test_draws_are_those_of_multinomial(count: int) -> None:
     scores = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
     results = []
-    for recordable in (True, False):
+    for capturable in (True, False):
         torch.manual_seed(8)
-        results.append([draw(scores, count, recordable=recordable) for _ in range(20)])
+        results.append([draw(scores, count, capturable=capturable) for _ in range(20)])
     assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))
 
 
@@ -158,7 +164,7 @@ def test_draws_follow_the_probabilities() -> None:
     """Chi-square of 20,000 draws over 12 tokens: below the 99.9% quantile of 11 degrees of freedom."""
     torch.manual_seed(0)
     scores = torch.linspace(-2, 2, 12)
-    counts = draw(scores.expand(20_000, -1), 1, recordable=True).flatten().bincount(minlength=12)
+    counts = draw(scores.expand(20_000, -1), 1, capturable=True).flatten().bincount(minlength=12)
     expected = 20_000 * scores.softmax(-1)
     assert ((counts - expected) ** 2 / expected).sum() < 31.3
 
@@ -166,12 +172,12 @@ def test_draws_follow_the_probabilities() -> None:
 class LateWatcher:
     """Hands out reports four steps late, as on a GPU."""
 
-    def __init__(self, choice: Any, ahead: int) -> None:
+    def __init__(self, selector: Any, ahead: int) -> None:
         self.waiting: deque[torch.Tensor] = deque()
         self.ahead = ahead
 
-    def post(self, choice: Any, position: int) -> None:
-        self.waiting.append(choice.report.clone())
+    def post(self, selector: Any, position: int) -> None:
+        self.waiting.append(selector.report.clone())
 
     def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
         keep = 0 if all_of_them else self.ahead
@@ -211,8 +217,8 @@ def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
 def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch)
-    recorded, record = [], engine_step.record
-    monkeypatch.setattr(engine_step, "record", lambda *args: recorded.append(1) or record(*args))
+    captured, capture = [], engine_step.capture
+    monkeypatch.setattr(engine_step, "capture", lambda *args: captured.append(1) or capture(*args))
     counts = []
     requests: list[dict[str, Any]] = [
         {},
@@ -230,29 +236,29 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for request in requests:
         inputs = batch(request.pop("rows", 3), seed=len(counts))
         ours.generate(**inputs, **{"do_sample": "temperature" in request, "max_new_tokens": 7, **request})
-        counts.append(len(recorded))
+        counts.append(len(captured))
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
 
 
 def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """It runs after the recorded step then, and is not tried again."""
+    """It runs after the captured step then, and is not tried again."""
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch)
-    record, tries = engine_step.record, []
+    capture, tries = engine_step.capture, []
 
     def refuse(work: Any, device: torch.device, memory: Any) -> Any:
         if work.args[1] is not None:
             tries.append(1)
             work()
-            raise NotRecordableError("operation not permitted when stream is capturing")
-        return record(work, device, memory)
+            raise CaptureError("operation not permitted when stream is capturing")
+        return capture(work, device, memory)
 
-    monkeypatch.setattr(engine_step, "record", refuse)
+    monkeypatch.setattr(engine_step, "capture", refuse)
     for arguments in ({}, {}, {"num_beams": 2}):
         request = {**batch(), "max_new_tokens": 9, **arguments}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    assert len(tries) == 2 and caplog.text.count("is not recorded") == 2
+    assert len(tries) == 2 and caplog.text.count("is not captured") == 2
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.generation import repeats
-from t5_trt.generation.repeats import likeness
+from t5_trt.generation.repeats import request_key
 from t5_trt.generation.request import GenerationPath
 from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch, make_stock
@@ -116,15 +116,15 @@ def test_changed_settings_are_followed(prepared: list[int]) -> None:
 def test_likeness() -> None:
     """1, 1.0 and True are one key of a dict, but not one setting; the order of arguments does not count."""
     inputs = batch()
-    kinds = {likeness(None, {**inputs, "early_stopping": value}) for value in (1, True, 1.0, 0, False, None)}
+    kinds = {request_key(None, {**inputs, "early_stopping": value}) for value in (1, True, 1.0, 0, False, None)}
     assert len(kinds) == 6 and None not in kinds
     first, second = {"top_k": 5, "do_sample": True}, {"do_sample": True, "top_k": 5}
-    assert likeness(None, {**inputs, **first}) == likeness(None, {**second, **batch(3, 20)})
-    assert likeness(None, inputs) != likeness(None, batch(4))
-    assert likeness(inputs["input_ids"], {"attention_mask": inputs["attention_mask"]}) == likeness(None, inputs)
+    assert request_key(None, {**inputs, **first}) == request_key(None, {**second, **batch(3, 20)})
+    assert request_key(None, inputs) != request_key(None, batch(4))
+    assert request_key(inputs["input_ids"], {"attention_mask": inputs["attention_mask"]}) == request_key(None, inputs)
     others = [{"attention_mask": None}, {"attention_mask": inputs["attention_mask"].bool()}, {"eos_token_id": [1]}]
     others += [{"input_ids": inputs["input_ids"].int()}, {"attention_mask": inputs["attention_mask"][:, 1:]}]
-    assert [likeness(None, {**inputs, **other}) for other in others] == [None] * 5
+    assert [request_key(None, {**inputs, **other}) for other in others] == [None] * 5
 
 
 def test_what_is_always_prepared(prepared: list[int]) -> None:

@@ -501,7 +501,7 @@ def test_forward_while_a_request_moves_on_to_a_larger_cache(pair: Any, monkeypat
 
 
 def test_request_inside_of_a_streamer(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recorded choice keeps numbers of its own."""
+    """A captured selector keeps numbers of its own."""
     stock, ours = pair
     ours.session = stand_in_session(ours, monkeypatch)
     tokens(ours, **batch(3, 9), max_new_tokens=140, repetition_penalty=1.3)

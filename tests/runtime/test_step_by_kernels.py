@@ -31,20 +31,20 @@ HALF_RELATIVE = 0.02
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """(Hugging Face model, ours with a TrtSession on the stand-in whose steps torch does in the kernels' place)."""
-    monkeypatch.setattr(kernel_decoder, "record", Recording)
-    monkeypatch.setattr(captured_encoder, "record", Recording)
+    monkeypatch.setattr(kernel_decoder, "capture", Recording)
+    monkeypatch.setattr(captured_encoder, "capture", Recording)
 
     def of(stock: Any, precision: str = "fp32", **options: Any) -> tuple[Any, Any]:
         ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
         dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
-        arch, folding, cpu = ours.architecture, ours.folding(precision), torch.device("cpu")
-        weights = StepWeightsMaker(arch, ours.state_dict(), dtype, cpu, folding).make()
+        arch, scaling, cpu = ours.architecture, ours.fp16_scaling(precision), torch.device("cpu")
+        weights = StepWeightsMaker(arch, ours.state_dict(), dtype, cpu, scaling).make()
         store = EngineStore(tmp_path)
-        steps = TorchSteps(arch, weights, dtype, cpu, precision, folding.embedding, store)
-        steps.decoder = TorchDecoder(arch, weights, folding, precision)
+        steps = TorchSteps(arch, weights, dtype, cpu, precision, scaling.embedding, store)
+        steps.decoder = TorchDecoder(arch, weights, scaling, precision)
         ours.session  # noqa: B018 - takes note of the weights
         ours.session = stand_in_session(
-            ours, monkeypatch, precision=precision, folding=folding, kernels=steps, **options
+            ours, monkeypatch, precision=precision, scaling=scaling, kernels=steps, **options
         )
         return stock, ours
 

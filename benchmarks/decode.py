@@ -207,7 +207,7 @@ def alone_us(ours: Any, arguments: dict[str, Any]) -> float:
     _, cross = ours.session.encode(ids, None, arguments["attention_mask"])
     state = ours.session.start(cross.for_beams(beams), NEW_TOKENS + 1)
     ours.session.decode(state, torch.zeros((len(ids) * beams, 1), dtype=torch.long, device=ids.device))
-    return round(replay_us(state.bindings["lease"].slot), 1)
+    return round(replay_us(state.binding.slot), 1)
 
 
 def peer_ms(peer: Any, arguments: dict[str, Any], runs: int = 2) -> float:

@@ -111,7 +111,7 @@ def slot_alone(ours: Any, arguments: dict[str, Any]) -> Any:
     _, cross = ours.session.encode(ids, None, mask)
     state = ours.session.start(cross.for_beams(beams), 1)
     ours.session.decode(state, torch.zeros((len(ids) * beams, 1), dtype=torch.long, device="cuda"))
-    return state.bindings["lease"].slot
+    return state.binding.slot
 
 
 def load_seconds(store: Path, precision: str, arguments: dict[str, Any], stock: Any = None) -> float:

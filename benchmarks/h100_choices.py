@@ -290,7 +290,7 @@ def stage_scores(store: Path, precision: str) -> Records:
             ids = torch.randint(2, 32000, (entries * beams, 1), generator=generator)
             logits = session.decode(state, ids.to(session.device)).float()
             expected = first.setdefault((entries, beams), logits)
-            slot = state.bindings["lease"].slot
+            slot = state.binding.slot
             found = kernels(slot)
             yield {
                 "compared": f"a step of {SCORE_LAYERS} layers of T5-base: how queries meet the cached keys",

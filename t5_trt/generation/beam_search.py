@@ -7,7 +7,9 @@ takes it from a tensor, and nothing changes any more once the search has ended, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -109,14 +111,12 @@ class BeamSelector:
         self._lists: tuple[torch.Tensor, ...] | None = None
         self.mailbox = cuda_kernels.mailbox(self.report)
 
-    def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
-        """Start with a prompt.
+    def load(self, processors: Sequence[Any]) -> None:
+        """See `t5_trt.runtime.session.TokenSelector.load`."""
+        self.process.load(processors)
 
-        Args:
-            prompt: int64 [at most B * N, tokens].
-            limit: tokens at which a row is over.
-            longest: ``max_length`` of the generation config, which the estimate of "never" goes by.
-        """
+    def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
+        """See `t5_trt.runtime.session.TokenSelector.begin`; the prompt is int64 [at most B * N, tokens]."""
         self.tokens.fill_(self._rules.fill)
         self.tokens.flatten(0, 1)[:, : prompt.shape[1]] = pad_rows(prompt, self.rows)
         self.sequences.copy_(self.tokens)

@@ -24,7 +24,7 @@ from t5_trt.generation.report_reader import STEPS_AHEAD, Watcher
 from t5_trt.generation.request import Request
 from t5_trt.generation.sampling import GpuDraws, RowTokenSelector, StopTokens
 from t5_trt.runtime.kv_buffers import DecoderState, bucket_length
-from t5_trt.runtime.session import GenerationStep, Session
+from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 
 
 @dataclass
@@ -77,21 +77,19 @@ class DecodeLoop(ABC):
         self._kept: list[torch.Tensor] | None = None  # results of all entries, once some were dropped
 
     @abstractmethod
-    def make(self, entries: int) -> Any:
+    def make(self, entries: int) -> TokenSelector:
         """A new selector."""
 
     @abstractmethod
     def settings(self) -> tuple[Hashable, ...]:
         """What a token selector does, besides its processors."""
 
-    @abstractmethod
-    def begin(self, selector: Any) -> None:
-        """Give the prompt to a token selector."""
-
     def run(self) -> Outcome:
         """Decode to the end."""
         step = self._step()
-        self.begin(step.selector)
+        limit = self.request.limit
+        assert limit is not None
+        step.selector.begin(self.request.prompt, limit, self.request.config.max_length or limit)
         if self._given > 1:
             self._check_length(self._given - 1)
             self.session.decode(self.state, self.request.prompt[:, :-1])
@@ -128,7 +126,7 @@ class DecodeLoop(ABC):
             key = (entries, self.capacity, *self.settings(), *self.request.fingerprints)
         step = self.session.generation_step(self.state, lambda: self.make(entries), key)
         if key is not None:  # the selector may be another request's
-            step.selector.process.load(self.request.processors)
+            step.selector.load(self.request.processors)
         return step
 
     def _drive(self, step: GenerationStep) -> tuple[GenerationStep, int]:
@@ -196,7 +194,7 @@ class DecodeLoop(ABC):
         self._entries = self._entries[going]
         return self._moved(step, going.to(device))
 
-    def _keep(self, selector: Any, made: int) -> None:
+    def _keep(self, selector: TokenSelector, made: int) -> None:
         """Copy the results of the entries that are being decoded to their places among all."""
         results = [result[: len(self._entries)] for result in selector.results(self._given + made)]
         if self._kept is None:
@@ -227,10 +225,6 @@ class TokenLoop(DecodeLoop):
         """See `DecodeLoop.settings`."""
         return "tokens", bool(self.request.config.do_sample), self._ending
 
-    def begin(self, selector: RowTokenSelector | EagerTokenSelector) -> None:
-        """See `DecodeLoop.begin`."""
-        selector.begin(self.request.prompt)
-
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
         """See `DecodeLoop.outcome`."""
         return Outcome(results[0][:, : self._given + made].clone())
@@ -239,7 +233,9 @@ class TokenLoop(DecodeLoop):
 class BeamLoop(DecodeLoop):
     """Beam search and beam sampling."""
 
-    def __init__(self, session: Session, state: DecoderState, request: Request, check_length: Any) -> None:
+    def __init__(
+        self, session: Session, state: DecoderState, request: Request, check_length: Callable[[int], None]
+    ) -> None:
         self.rules = beam_rules(request.config, request.eos)
         self.beams = self.rules.num_beams
         super().__init__(session, state, request, check_length)
@@ -254,12 +250,6 @@ class BeamLoop(DecodeLoop):
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""
         return "beams", self.rules
-
-    def begin(self, selector: BeamSelector) -> None:
-        """See `DecodeLoop.begin`."""
-        limit = self.request.limit
-        assert limit is not None
-        selector.begin(self.request.prompt, limit, self.request.config.max_length or limit)
 
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
         """See `DecodeLoop.outcome`."""

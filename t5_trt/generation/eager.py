@@ -6,6 +6,7 @@ nothing here writes into it later, and what user code writes into it has the eff
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,11 @@ class EagerTokenSelector:
         self._unfinished = torch.ones(rows, dtype=torch.int64, device=device)
         self._calls, self._pad = calls, pad
 
-    def begin(self, prompt: torch.Tensor) -> None:
-        """Start with a prompt, int64 [R, tokens]."""
+    def load(self, processors: Sequence[Any]) -> None:
+        """Nothing to do: it was made for its request."""
+
+    def begin(self, prompt: torch.Tensor, limit: int = 0, longest: int = 0) -> None:
+        """Start with a prompt, int64 [R, tokens]; the other numbers are for beams."""
         self.input_ids = prompt
 
     def take_over(self, other: EagerTokenSelector, rows: torch.Tensor | None = None) -> None:
@@ -119,6 +123,9 @@ class EagerBeamSelector(BeamSelector):
         self._calls = calls
         self._prompt: torch.Tensor | None = None  # until the first step
         self._length = 0
+
+    def load(self, processors: Sequence[Any]) -> None:
+        """Nothing to do: it was made for its request."""
 
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
         """See `BeamSelector.begin`."""

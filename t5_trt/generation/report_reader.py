@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from t5_trt.errors import BackendError
-from t5_trt.runtime.session import Mailbox
+from t5_trt.runtime.session import Mailbox, TokenSelector
 
 #: steps that the host may be ahead of the newest report that it has seen: enough to hide its own work on a step, few
 #: enough that little is computed in vain after the end
@@ -30,15 +30,15 @@ class Watcher:
         ahead: steps that may be launched before a report is waited for.
     """
 
-    def __init__(self, selector: Any, ahead: int = STEPS_AHEAD) -> None:
+    def __init__(self, selector: TokenSelector, ahead: int = STEPS_AHEAD) -> None:
         report = selector.report
         self._ahead = ahead if report.is_cuda else 0
         self._posted: deque[_Letter | _Copy] = deque()
         self._copies = _Copies(self._ahead + 2, report)
 
-    def post(self, selector: Any, position: int) -> None:
+    def post(self, selector: TokenSelector, position: int) -> None:
         """Expect the report of the step by which a token selector has chosen the tokens at a position; does not wait."""
-        mailbox: Mailbox | None = selector.mailbox
+        mailbox = selector.mailbox
         if mailbox is not None and mailbox.in_use:
             self._posted.append(_Letter(mailbox, position))
         else:

@@ -5,8 +5,10 @@ All of it is torch operations on buffers of fixed size, so that a session may re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,8 +78,12 @@ class RowTokenSelector:
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
         self.mailbox = cuda_kernels.mailbox(self.report)
 
-    def begin(self, prompt: torch.Tensor) -> None:
-        """Start with a prompt, int64 [at most R, tokens]."""
+    def load(self, processors: Sequence[Any]) -> None:
+        """See `t5_trt.runtime.session.TokenSelector.load`."""
+        self.process.load(processors)
+
+    def begin(self, prompt: torch.Tensor, limit: int = 0, longest: int = 0) -> None:
+        """Start with a prompt, int64 [at most R, tokens]; the other numbers are for beams."""
         self.tokens[:, : prompt.shape[1]] = pad_rows(prompt, self.rows)
         self.finished.zero_()
         self.finished[len(prompt) :] = True

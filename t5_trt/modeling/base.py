@@ -231,7 +231,7 @@ class EngineModel(FamilyClass, PlacedModel, PreTrainedModel):
             InputError: there are no engines, because the backend is not TensorRT or nothing was run yet.
         """
         session = self._runner.session
-        engines = getattr(session, "engines", None)
+        engines = None if session is None else session.engines
         if include_engines and engines is None:
             raise InputError(
                 f"include_engines=True needs engines; the backend is {self._runner.placement.backend!r} and "

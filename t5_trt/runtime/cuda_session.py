@@ -40,6 +40,7 @@ class CudaSession:
     backend = "cuda"
     selector_tokens = 512  # the kernels of a token selector read no further than there are tokens
     steps_by = "kernels"
+    engines = None
 
     def __init__(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -41,18 +40,28 @@ class EngineSlots:
 
     def home(self, state: DecoderState) -> Lease:
         """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
-        lease: Lease | None = state.bindings.get("lease")
-        if lease is None or not lease.of(self):  # a state may outlive the session that lent it a slot
+        lease = state.binding
+        if not isinstance(lease, Lease) or not lease.of(self):  # a state may outlive the session that lent it a slot
             lease = self._lend(self.shapes(state))
             lease.slot.take_in(state, self._hidden)
-            state.bindings["lease"] = lease
+            state.binding = lease
         return lease
+
+    def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
+        """An empty cache that lives in a slot; arguments as of `EngineStep.start`."""
+        shapes = self._engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=capacity_tokens)
+        lease = self._lend(shapes)
+        kv = lease.slot.kv
+        new = kv.new_empty((*kv.shape[:4], 1, kv.shape[5]))
+        state = DecoderState(kv, new, cross, cross_bias, smallest_bucket=SMALLEST["T"], binding=lease)
+        lease.slot.take_in(state, self._hidden)
+        return state
 
     def copied(self, state: DecoderState) -> Lease:
         """A slot with copies of a state that lives elsewhere, and stays there."""
         state.materialize()
         lease = self._lend(self.shapes(state))
-        lease.slot.take_in(replace(state, bindings={}), self._hidden)
+        lease.slot.take_in(replace(state, binding=None), self._hidden)
         return lease
 
     def shapes(self, state: DecoderState) -> Shapes:
@@ -94,9 +103,7 @@ class EngineStep:
 
     def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
         """See `t5_trt.runtime.step_decoder.StepDecoder.start`."""
-        state = DecoderState.allocate(self._arch, cross, cross_bias, capacity_tokens)
-        state.smallest_bucket = SMALLEST["T"]
-        return state
+        return self._slots.start(cross, cross_bias, capacity_tokens)
 
     def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         """See `t5_trt.runtime.step_decoder.StepDecoder.step`."""
@@ -126,7 +133,7 @@ class EngineStep:
         """See `t5_trt.runtime.step_decoder.StepDecoder.forget`."""
         self._slots.forget()
 
-    def captured(self, slot: Slot, state: DecoderState, key: Hashable, selector: Any) -> CapturedStep:
+    def captured(self, slot: Slot, state: DecoderState, key: Hashable, selector: TokenSelector | None) -> CapturedStep:
         """The step of a slot with a token selector (None: without), captured when it is first wanted."""
         if slot.context is None:
             context = self._engines.context(STEP, slot.shapes, own=True)

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -152,16 +151,18 @@ class KernelDecoder:
             self._kernels[key] = DecodeKernels(cubin, wanted, early=major >= 9)
         return self._kernels[key]
 
-    def _captured(self, slot: KernelSlot, state: DecoderState, key: Hashable, selector: Any) -> CapturedStep:
+    def _captured(
+        self, slot: KernelSlot, state: DecoderState, key: Hashable, selector: TokenSelector | None
+    ) -> CapturedStep:
         """The step of a slot with a token selector (None: without), captured when it is first wanted."""
         work = partial(self._run, slot, selector)
         return captured_step(slot, state, key, selector, work, lambda work: capture(work, self._device, self._memory))
 
-    def _run(self, slot: KernelSlot, selector: Any) -> None:
+    def _run(self, slot: KernelSlot, selector: TokenSelector | None) -> None:
         """What is captured: the step, the selector, the next position."""
         assert slot.step is not None
         wants_best = selector is not None and selector.takes_best
-        hiding = selector.hiding if wants_best else None
+        hiding = selector.hiding if selector is not None and wants_best else None
         hidden, until = (None, None) if hiding is None else (hiding.tokens, hiding.until)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         slot.step.enqueue(stream, wants_best=wants_best, hidden=hidden, until=until)
@@ -172,9 +173,9 @@ class KernelDecoder:
 
     def _slot(self, state: DecoderState) -> KernelSlot:
         """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
-        lease = state.bindings.get("lease")
-        if lease is not None and lease.of(self):
-            return lease.slot  # type: ignore[no-any-return]
+        lease = state.binding
+        if isinstance(lease, Lease) and lease.of(self):
+            return lease.slot  # type: ignore[return-value]
         slot, idle = self._lend(state.cross, state.capacity)
         self._move_in(slot, idle, state)
         return slot
@@ -190,7 +191,7 @@ class KernelDecoder:
         return (idle.pop() if idle else self._allocate(shapes)), idle  # type: ignore[return-value]
 
     def _move_in(self, slot: KernelSlot, idle: list[Slot], state: DecoderState) -> None:
-        state.bindings["lease"] = Lease(slot, idle, self)
+        state.binding = Lease(slot, idle, self)
         length = state.cross.source_length
         slot.take_in(state, self._hidden)
         assert slot.lengths is not None

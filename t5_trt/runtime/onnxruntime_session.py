@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from t5_trt.graph.build_graph import build_host_graph
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
-from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
+from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, Binding, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import TokenSelector
 
@@ -51,6 +52,8 @@ class OrtSession:
     dtype = torch.float32
     selector_tokens = SMALLEST_BUCKET
     steps_by = "engine"
+    scaling = None
+    engines = None
 
     def __init__(
         self,
@@ -160,7 +163,8 @@ class OrtSession:
     def step_rows(self, rows: RowBuffers) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
         count = rows.count
-        if count not in rows.bindings:
+        bound = rows.bindings.get(count)
+        if not isinstance(bound, _BoundRows):
             session = self._session(STEP, several_rows=True)
             binding = session.io_binding()
             logits = torch.empty((count, 1, self.arch.vocab_size), dtype=torch.float32)
@@ -169,11 +173,10 @@ class OrtSession:
             inputs["decoder_input_ids"], inputs["position"] = rows.tokens[:count], rows.positions[:count]
             _bind(binding.bind_input, inputs)
             _bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
-            rows.bindings[count] = (session, binding, logits)
-        session, binding, logits = rows.bindings[count]
-        self._call(session, binding)
+            bound = rows.bindings[count] = _BoundRows(session, binding, logits)
+        self._call(bound.session, bound.io)
         rows.append()
-        return logits[:, 0]  # type: ignore[no-any-return]
+        return bound.logits[:, 0]
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""
@@ -192,19 +195,20 @@ class OrtSession:
         return tuple(dict.fromkeys(graph for graph, _ in self._sessions))
 
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
-        if STEP not in state.bindings or state.bindings[STEP][0] is not self:  # a cache may outlive its engines
+        bound = state.binding
+        if not isinstance(bound, _BoundStep) or not bound.of(self):  # a cache may outlive its engines
             session = self._session(STEP, several_rows=state.rows > 1)
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             binding = session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
             _bind(binding.bind_input, inputs)
             _bind(binding.bind_output, layer_views("new", state.new))
-            state.bindings[STEP] = (self, session, binding, tokens, position, inputs)
-        _, session, binding, tokens, position, _ = state.bindings[STEP]
-        tokens.copy_(input_ids)
-        position.fill_(state.length)
-        _bind(binding.bind_output, {"logits": logits})
-        self._call(session, binding)
+            bound = _BoundStep(self, session, binding, tokens, position, inputs, state.binding)
+            state.binding = bound
+        bound.tokens.copy_(input_ids)
+        bound.position.fill_(state.length)
+        _bind(bound.io.bind_output, {"logits": logits})
+        self._call(bound.session, bound.io)
 
     def _decoder_inputs(self, state: DecoderState) -> dict[str, torch.Tensor]:
         buffers = layer_views("past", state.kv) | layer_views("cross", state.cross.kv)
@@ -288,10 +292,46 @@ class OrtSession:
                 value.const_value = None
 
 
+@dataclass(frozen=True)
+class _BoundStep:
+    """A `t5_trt.runtime.kv_buffers.Binding`: the one-token step over the addresses of a state.
+
+    Attributes:
+        owner: of the session.
+        session: ONNX Runtime's.
+        io: ONNX Runtime's binding.
+        tokens: int64 [R, 1], the step's input.
+        position: int64 [1].
+        inputs: whose memory is bound.
+        earlier: another session's binding, which may have lent the state its memory.
+    """
+
+    owner: OrtSession
+    session: Any
+    io: Any
+    tokens: torch.Tensor
+    position: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    earlier: Binding | None
+
+    def of(self, owner: object) -> bool:
+        """See `t5_trt.runtime.kv_buffers.Binding.of`."""
+        return self.owner is owner
+
+
+@dataclass(frozen=True)
+class _BoundRows:
+    """The step of a number of rows over `RowBuffers`; session and binding are ONNX Runtime's, logits float32 [rows, 1, V]."""
+
+    session: Any
+    io: Any
+    logits: torch.Tensor
+
+
 class OrtGenerationStep:
     """A step and a token selector, one after the other; see `t5_trt.runtime.session.GenerationStep`."""
 
-    def __init__(self, session: OrtSession, state: DecoderState, selector: Any) -> None:
+    def __init__(self, session: OrtSession, state: DecoderState, selector: TokenSelector) -> None:
         self.selector = selector
         self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
         self._session, self._state = session, state
@@ -308,7 +348,9 @@ class OrtGenerationStep:
         self._position.fill_(state.length)
         self._session._step(state, self.tokens, self._logits)
         state.append(state.new)
-        chosen, parents = self.selector.advance(self._logits[:, 0], self._position)
+        made = self.selector.advance(self._logits[:, 0], self._position)
+        assert made is not None
+        chosen, parents = made
         self.tokens.copy_(chosen[:, None])
         if parents is not None:
             state.reorder(parents)

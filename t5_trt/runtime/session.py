@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
 
@@ -87,6 +89,7 @@ class TokenSelector(Protocol):
 
     Attributes:
         rows: R.
+        expired: bool [1]; set from outside when time is up.
         capturable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
             host, so that a session may capture them together with the step.
         draws: `advance` draws random numbers on the device.
@@ -98,13 +101,40 @@ class TokenSelector(Protocol):
     """
 
     rows: int
+    expired: torch.Tensor
     capturable: bool
     draws: bool
     takes_best: bool
-    hiding: Hiding | None
     moves_rows: bool
     report: torch.Tensor
-    mailbox: Mailbox | None
+
+    @property
+    def hiding(self) -> Hiding | None: ...  # noqa: D102 - see above
+
+    @property
+    def mailbox(self) -> Mailbox | None: ...  # noqa: D102
+
+    def load(self, processors: Sequence[Any]) -> None:
+        """Take over the numbers of a request's logits processors; the selector may have been made for another request."""
+        ...
+
+    def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
+        """Start a request.
+
+        Args:
+            prompt: int64 [at most R, tokens].
+            limit: tokens at which a row is over.
+            longest: ``max_length`` of the generation config, which estimates of beam search go by.
+        """
+        ...
+
+    def take_over(self, other: Any, rows: torch.Tensor | None = None) -> None:
+        """Go on where another selector of this class stands, with all of its batch entries or those that `rows` names."""
+        ...
+
+    def results(self, length: int) -> tuple[torch.Tensor, ...]:
+        """What the loop's outcome is made of, a row for each batch entry, after `length` tokens."""
+        ...
 
     def advance(
         self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
@@ -127,11 +157,11 @@ class GenerationStep(Protocol):
     """A decoder step and a token selector, to be launched over and over; it holds the tokens that the next step reads.
 
     Attributes:
-        selector: with the buffers that belong to this program.
+        selector: with the buffers that belong to this step.
         tokens: [R, 1], the next step's input.
     """
 
-    selector: Any
+    selector: TokenSelector
     tokens: torch.Tensor
 
     def feed(self, tokens: torch.Tensor) -> None:
@@ -143,6 +173,14 @@ class GenerationStep(Protocol):
         ...
 
 
+class BuiltEngines(Protocol):
+    """Engines that a session has used."""
+
+    def write_bundle(self, checkpoint: Path) -> Path:
+        """Copy them beside a checkpoint, see `t5_trt.engine.bundle`."""
+        ...
+
+
 class Session(Protocol):
     """Engines of one model on one device. Calls are thread-safe as long as each thread has its own `DecoderState`.
 
@@ -150,6 +188,8 @@ class Session(Protocol):
         selector_tokens: least number of tokens that a `TokenSelector` should have room for; more than it needs where it is captured, so
             that requests of other lengths can use it again.
         steps_by: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
+        scaling: factors in the weights that keep half precision in range; None where the weights are the model's.
+        engines: built ones, which can be stored beside a checkpoint; None where nothing is built.
     """
 
     arch: Architecture
@@ -159,6 +199,12 @@ class Session(Protocol):
     dtype: torch.dtype
     selector_tokens: int
     steps_by: str
+
+    @property
+    def scaling(self) -> Fp16Scaling | None: ...  # noqa: D102 - see above
+
+    @property
+    def engines(self) -> BuiltEngines | None: ...  # noqa: D102
 
     def encode(
         self,
@@ -241,12 +287,12 @@ class Session(Protocol):
         ...
 
     def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
-        """A program over the buffers of a state with room for one more token.
+        """A step over the buffers of a state with room for one more token.
 
         Args:
             state: of R rows.
             make: a new selector for R rows, or for more, up to `decoded_rows`.
-            key: equal for choices that do the same; the session may then hand out a program that it has captured
+            key: equal for choices that do the same; the session may then hand out a step that it has captured
                 before, whose selector holds old contents. None: always a new selector.
         """
         ...

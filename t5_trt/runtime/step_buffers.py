@@ -24,7 +24,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import CaptureError, NotCaptured, outside_capture
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, layer_views, move_ancestors, own_beams
-from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.session import NextStep, TokenSelector
 
 logger = logging.getLogger("t5_trt")
 
@@ -37,7 +37,7 @@ class CapturedStep:
     """A CUDA graph of one decoder step and the selector that is part of it (None: the step alone)."""
 
     graph: Any
-    selector: Any
+    selector: TokenSelector | None
 
     def replay(self, slot: Slot, state: DecoderState) -> None:
         """Run the step for a state that lives in the slot, without waiting for it."""
@@ -159,12 +159,14 @@ class SlotStep:
         selector: what to do after a step that was captured without one.
     """
 
-    def __init__(self, slot: Slot, state: DecoderState, step: CapturedStep, selector: Any) -> None:
+    def __init__(self, slot: Slot, state: DecoderState, step: CapturedStep, selector: TokenSelector | None) -> None:
         self._slot, self._state, self._step = slot, state, step
         # what is read of the slot while the state moves on to a larger one stays its own
-        self._lease = state.bindings.get("lease")
+        self._lease = state.binding
         self._apart = selector is not None
-        self.selector = step.selector if selector is None else selector
+        chosen = step.selector if selector is None else selector
+        assert chosen is not None
+        self.selector = chosen
         self._draws = self.selector.draws and not self._apart
         self.tokens = slot.tokens[: state.rows]
 
@@ -182,7 +184,12 @@ class SlotStep:
 
 
 def captured_step(
-    slot: Slot, state: DecoderState, key: Hashable, selector: Any, work: Callable[[], None], capture: Callable[..., Any]
+    slot: Slot,
+    state: DecoderState,
+    key: Hashable,
+    selector: TokenSelector | None,
+    work: Callable[[], None],
+    capture: Callable[[Callable[[], None]], Any],
 ) -> CapturedStep:
     """The step of a slot with a token selector (None: without), captured when it is first wanted.
 
@@ -225,9 +232,9 @@ def captured_step(
 def generation_step_of(
     slot: Slot,
     state: DecoderState,
-    make: Callable[[], Any],
+    make: Callable[[], TokenSelector],
     key: Hashable,
-    captured: Callable[[Any, DecoderState, Hashable, Any], CapturedStep],
+    captured: Callable[[Any, DecoderState, Hashable, TokenSelector | None], CapturedStep],
     not_capturable: set[Hashable],
 ) -> SlotStep:
     """A program over a slot: its selector is captured with the step, or runs after it.
@@ -254,7 +261,7 @@ def generation_step_of(
     return SlotStep(slot, state, captured(slot, state, None, None), make())
 
 
-def run_step(slot: Slot, selector: Any, enqueue: Callable[[Slot], None]) -> None:
+def run_step(slot: Slot, selector: TokenSelector | None, enqueue: Callable[[Slot], None]) -> None:
     """What is captured: engine, K/V write, selector, next position."""
     enqueue(slot)
     slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
@@ -264,7 +271,9 @@ def run_step(slot: Slot, selector: Any, enqueue: Callable[[Slot], None]) -> None
         select_tokens(slot, selector, slot.position)
 
 
-def select_tokens(slot: Slot, selector: Any, position: torch.Tensor, best: torch.Tensor | None = None) -> None:
+def select_tokens(
+    slot: Slot, selector: TokenSelector, position: torch.Tensor, best: torch.Tensor | None = None
+) -> None:
     """Choose tokens after a step, make them the next input, let rows change places, and move the position on.
 
     Args:

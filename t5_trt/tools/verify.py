@@ -214,7 +214,7 @@ def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> 
     """Largest values in float32, and what engines in half precision make of them."""
     arch, reference = model.architecture, model.reference
     on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
-    scaling = getattr(model.session, "scaling", None) or find_scaling(arch, model.state_dict())
+    scaling = model.session.scaling or find_scaling(arch, model.state_dict())
     seen = observe(reference, on_device)
     found = [
         (f"{layer}.DenseReluDense.wo, input", most, scaling.inner.get(layer, 1.0)) for layer, most in seen.inner.items()

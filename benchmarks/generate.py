@@ -46,7 +46,7 @@ def main() -> None:
     if args.json:
         append_records(args.json, [record])
     if args.precision == "fp32" and not record["tokens_equal"]:
-        sys.exit("tokens differ from the stock class")
+        sys.exit("tokens differ from the Hugging Face class")
 
 
 if __name__ == "__main__":

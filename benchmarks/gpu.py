@@ -40,7 +40,7 @@ def request(rows: int = 1, new: int = NEW_TOKENS, **options: Any) -> dict[str, A
 
 
 def our_model(store: Path, precision: str, stock: Any = None, **options: Any) -> Any:
-    """A stock model, T5-base shapes unless one is given, on TensorRT, its decoder step too; options as of ``from_model``."""
+    """A Hugging Face model, T5-base shapes unless one is given, on TensorRT, its decoder step too; options as of ``from_model``."""
     from t5_trt import TRTT5ForConditionalGeneration
 
     return TRTT5ForConditionalGeneration.from_model(
@@ -139,7 +139,7 @@ def build_seconds(store: Path, ours: Any, slot: Any) -> dict[str, float]:
 
 
 def call_times(ours: Any, stock: Any, arguments: dict[str, Any], runs: int = 3) -> dict[str, float]:
-    """Whole calls in milliseconds: ours, and the stock class in float32 and in half precision."""
+    """Whole calls in milliseconds: ours, and the Hugging Face class in float32 and in half precision."""
     half = copy.deepcopy(stock).half()
     models = {"ours_ms": ours, "hf_eager_fp32_ms": stock, "hf_eager_fp16_ms": half}
     return {name: round(timed_ms(partial(model.generate, **arguments), runs)[0], 2) for name, model in models.items()}

@@ -1,4 +1,4 @@
-"""Fixtures: a stock model and the same model on engines, for every kind; the shipped model."""
+"""Fixtures: a Hugging Face model and the same model on engines, for every kind; the shipped model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHIPPED = ROOT / "examples" / "kana_romaji"
 
 @cache
 def pair_of(kind: str) -> tuple[Any, Any]:
-    """(stock model, the same weights on engines); made once per process."""
+    """(Hugging Face model, the same weights on engines); made once per process."""
     stock = make_stock(kind)
     return stock, TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
 
@@ -78,7 +78,7 @@ def shipped_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def shipped(shipped_folder: Path) -> tuple[Any, Any, Any]:
-    """(tokenizer, stock model, model on engines) of the shipped checkpoint."""
+    """(tokenizer, Hugging Face model, model on engines) of the shipped checkpoint."""
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(shipped_folder)

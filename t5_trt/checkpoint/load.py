@@ -130,7 +130,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
     """Load a model and make sure that every weight came from the checkpoint.
 
     Args:
-        load: a stock ``from_pretrained``.
+        load: a Hugging Face ``from_pretrained``.
         name_or_path: hub id or folder.
         config: of the model.
         model_args: for `load`.

@@ -57,7 +57,9 @@ def bench(
     decode: Decode = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default torch's")] = None,  # noqa: UP045
     texts: _Texts = None,
-    no_stock: Annotated[bool, typer.Option("--no-stock", help="time ours only; tokens are not compared")] = False,
+    ours_only: Annotated[
+        bool, typer.Option("--ours-only", "--no-stock", help="leave Hugging Face's class out; tokens are not compared")
+    ] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="file to append the records to")] = None,  # noqa: UP045
     plot: _Picture = None,
 ) -> None:
@@ -86,7 +88,7 @@ def bench(
     ]
     transformers.logging.set_verbosity_error()  # it warns in every call about max_length
     chosen = {"backend": backend, "precision": precision, "decode": decode}
-    benchmark = load_benchmark(model, stock=not no_stock, texts=lines is not None, threads=threads, **chosen)
+    benchmark = load_benchmark(model, hugging_face=not ours_only, texts=lines is not None, threads=threads, **chosen)
     records = _measured(benchmark, cases, runs, lines, json_file)
     # a pipe gets whole lines
     print_records(records, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))

@@ -266,13 +266,13 @@ def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
         eos: tokens that end a row by a stopping criterion.
     """
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
-    # what stands behind the end of a row: the stock loop's `pad or eos`, by which a pad token 0 is not used
+    # what stands behind the end of a row: Transformers' loop's `pad or eos`, by which a pad token 0 is not used
     fill = -1 if ends is None else int(pad) if pad is not None and int(pad) else int(ends[0])
     return BeamRules(
         num_beams=config.num_beams,
         candidates=max(2, 1 + (0 if ends is None else len(ends))) * config.num_beams,
         length_penalty=float(config.length_penalty),
-        # what equals True without being it counts as False, as in the stock loop
+        # what equals True without being it counts as False, as in Transformers' loop
         early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
         do_sample=bool(config.do_sample),
         orders_draws=bool(config.do_sample) and orders_drawn_beams(),

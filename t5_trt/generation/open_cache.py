@@ -9,7 +9,7 @@ import torch
 from t5_trt.compat import CACHE
 from t5_trt.errors import InputError
 from t5_trt.generation.encoder_output import recall, recall_mask, version_of
-from t5_trt.generation.kv_cache import EngineCache, read_stock
+from t5_trt.generation.kv_cache import EngineCache, read_hugging_face
 from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.session import Session
 from t5_trt.validation import check_decoder_mask, check_embeds, check_length, check_mask
@@ -33,7 +33,7 @@ def open_cache(session: Session, past: Any, encoder_outputs: Any, attention_mask
     if cache.state is None:
         own = cross = None
         if past is not None and past is not cache:
-            own, cross = read_stock(past, layers, session.dtype, session.device)
+            own, cross = read_hugging_face(past, layers, session.dtype, session.device)
         cross = cross or _cross_states(session, encoder_outputs, rows)
         capacity = max(cache.capacity_tokens, 0 if own is None else own.shape[4])
         mask = recall_mask(encoder_outputs, attention_mask)  # the encoder has checked it

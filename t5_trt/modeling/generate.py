@@ -22,10 +22,10 @@ from t5_trt.compat import CACHE, takes_old_cache_names
 from t5_trt.generation.decode_loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.kv_cache import EngineCache
-from t5_trt.generation.repeats import Prepared, Repeats, request_key
+from t5_trt.generation.prepared import Prepared, PreparedRequests, request_key
 from t5_trt.generation.request import GenerationPath, Request, refusal
 from t5_trt.modeling.forward import EngineForward
-from t5_trt.modeling.generation_context import generating
+from t5_trt.modeling.generation_context import generating, generation_of
 from t5_trt.modeling.inputs import INNER_VALUES
 from t5_trt.modeling.runner import ModelRunner, ordinary_tensors
 from t5_trt.validation import check_length, check_token_ids
@@ -58,17 +58,17 @@ class EngineGeneration:
 
     def _attach(self, settings: Any) -> None:
         super()._attach(settings)  # type: ignore[misc]
-        self._generation_lock, self._repeats = threading.RLock(), Repeats()
+        self._generation_lock, self._prepared = threading.RLock(), PreparedRequests()
         self.__dict__.setdefault("_last_path", None)
 
     def after_fork(self) -> None:
         """Replace what another thread of the parent process may have held; see `EngineModel.after_fork`."""
         super().after_fork()  # type: ignore[misc]
-        self._generation_lock, self._repeats = threading.RLock(), Repeats()
+        self._generation_lock, self._prepared = threading.RLock(), PreparedRequests()
 
     def __getstate__(self) -> dict[str, Any]:
         state = cast("dict[str, Any]", super().__getstate__())
-        return {key: value for key, value in state.items() if key not in ("_generation_lock", "_repeats")}
+        return {key: value for key, value in state.items() if key not in ("_generation_lock", "_prepared")}
 
     @property
     def last_generation_path(self) -> GenerationPath | None:
@@ -89,26 +89,23 @@ class EngineGeneration:
         if home != self.device:  # inputs from elsewhere: results go back there
             inputs = _moved(inputs, self.device)
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
-        like = request_key(inputs, kwargs) if self._prepares_as_hugging_face(generation_config, args) else None
+        key = request_key(inputs, kwargs) if self._prepares_as_hugging_face(generation_config, args) else None
         if self.training:
             _log_once(logging.WARNING, _TRAINING)
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         rows_per_source = max(_setting(name, kwargs, configs) or 1 for name in ("num_beams", "num_return_sequences"))
-        with self._generation_lock, generating(self._runner, rows_per_source):
-            try:
-                for name in INNER_VALUES:
-                    if _setting(name, kwargs, configs):
-                        self._last_path = GenerationPath("reference", name)
-                        reference: Any = self._runner.fall_back(name)
-                        return _moved(reference.generate(inputs, generation_config, *args, **kwargs), home)
-                known = self._repeats.find(like, *self._preparation)
-                if known is not None:
-                    ids = kwargs.get("input_ids")
-                    return _moved(self._repeat(known, inputs if ids is None else ids, kwargs["attention_mask"]), home)
-                self._last_path = GenerationPath("transformers", "this decoding method")
-                return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
-            finally:
-                self._repeats.pending = None
+        with self._generation_lock, generating(self._runner, rows_per_source, key):
+            for name in INNER_VALUES:
+                if _setting(name, kwargs, configs):
+                    self._last_path = GenerationPath("reference", name)
+                    reference: Any = self._runner.fall_back(name)
+                    return _moved(reference.generate(inputs, generation_config, *args, **kwargs), home)
+            known = self._prepared.find(key, *self._preparation)
+            if known is not None:
+                ids = kwargs.get("input_ids")
+                return _moved(self._repeat(known, inputs if ids is None else ids, kwargs["attention_mask"]), home)
+            self._last_path = GenerationPath("transformers", "this decoding method")
+            return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
 
     def _sample(
         self,
@@ -234,7 +231,9 @@ class EngineGeneration:
         prompt = check_token_ids("decoder_input_ids", request.prompt, self._runner.architecture.vocab_size, self.device)
         request = replace(request, prompt=prompt)
         outcome = self._run_loop(loop, request)
-        self._repeats.keep(loop, request, *self._preparation)
+        generation = generation_of(self._runner)
+        if generation is not None:
+            self._prepared.keep(generation.key, loop, request, *self._preparation)
         return outcome
 
     def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from t5_trt.generation.prepared import RequestKey
+
 
 @dataclass(frozen=True)
 class GenerationContext:
@@ -19,11 +21,13 @@ class GenerationContext:
     Attributes:
         model_runner: of the model that generates.
         rows_per_source: decoder rows of each batch entry: beams, or returned sequences.
+        key: under which its preparation may be kept, see `t5_trt.generation.prepared`.
         outer: the call that this one runs inside of: an assistant generates within the model's own call.
     """
 
     model_runner: object
     rows_per_source: int
+    key: RequestKey | None
     outer: GenerationContext | None
 
 
@@ -31,11 +35,11 @@ _running: ContextVar[GenerationContext | None] = ContextVar("t5_trt_generation",
 
 
 @contextmanager
-def generating(model_runner: object, rows_per_source: int) -> Iterator[None]:
+def generating(model_runner: object, rows_per_source: int, key: RequestKey | None) -> Iterator[None]:
     """Run a block as a part of one call of ``generate()``; arguments as of `GenerationContext`."""
     before = _running.get()
     try:
-        _running.set(GenerationContext(model_runner, rows_per_source, before))
+        _running.set(GenerationContext(model_runner, rows_per_source, key, before))
         yield
     finally:
         _running.set(before)

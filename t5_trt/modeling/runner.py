@@ -22,7 +22,7 @@ from t5_trt.checkpoint.load import check_tensors, scales_decoder_output, share_w
 from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.errors import InputError, StrictModeError
 from t5_trt.generation.encoder_output import EngineEncoderOutput
-from t5_trt.generation.kv_cache import EngineCache, write_stock
+from t5_trt.generation.kv_cache import EngineCache, append_to_hugging_face
 from t5_trt.generation.open_cache import decode, open_cache
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges
@@ -278,7 +278,7 @@ class ModelRunner:
             logits = decode(session, cache, tokens, inputs.decoder_attention_mask, longest)
             cache.dtype = self.dtype
             if given is not None and given is not cache:  # written in place, as the Hugging Face class does
-                write_stock(given, cache, tokens.shape[1])
+                append_to_hugging_face(given, cache, tokens.shape[1])
         logits = self._in_own_dtype(logits)
         if torch.is_grad_enabled():
             read = (inputs.attention_mask, tokens, inputs.decoder_attention_mask)

@@ -81,7 +81,7 @@ class Benchmark:
 
 
 def load_benchmark(
-    model: str, *, stock: bool = True, texts: bool = False, threads: int | None = None, **options: Any
+    model: str, *, hugging_face: bool = True, texts: bool = False, threads: int | None = None, **options: Any
 ) -> Benchmark:
     """Load a model on engines, and Hugging Face's class with the same weights on the same device.
 
@@ -90,7 +90,7 @@ def load_benchmark(
 
     Args:
         model: a folder, a hub id, or "random:" and a key of `SHAPES`.
-        stock: also load Hugging Face's class.
+        hugging_face: also load Hugging Face's class.
         texts: also load the tokenizer.
         threads: CPU threads of both; None leaves torch's number.
         options: as of ``from_pretrained``, such as ``backend`` and ``precision``.
@@ -114,15 +114,17 @@ def load_benchmark(
         ours = TRTT5ForConditionalGeneration.from_pretrained(model, num_threads=threads, **options)
         name = Path(model).resolve().name if Path(model).is_dir() else model
         safe: dict[str, Any] = {"config": load_config(model), "trust_remote_code": False}
-        first = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval() if stock else None
+        first = (
+            AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval() if hugging_face else None
+        )
     benchmark = Benchmark(name, ours, {}, {}, load_tokenizer(model) if texts else None)
-    if stock and ours.device.type == "cpu":
+    if hugging_face and ours.device.type == "cpu":
         benchmark.baselines["hf_eager_fp32"] = Baseline(first)
         benchmark.left_out = {
             "hf_eager_fp16": "float16 is measured on GPUs only",
             "hf_compiled_fp16": "Transformers compiles generate() on GPUs only",
         }
-    elif stock:  # copies: from_model shares the memory of `first`
+    elif hugging_face:  # copies: from_model shares the memory of `first`
         half = copy.deepcopy(first).half().to(ours.device)
         benchmark.baselines["hf_eager_fp32"] = Baseline(copy.deepcopy(first).to(ours.device))
         benchmark.baselines["hf_eager_fp16"] = Baseline(half)

@@ -78,7 +78,7 @@ class BlockError:
         name: such as "decoder.block.3".
         max_error: largest absolute difference.
         mean_error: mean absolute difference.
-        relative_error: L2 of the difference over L2 of the stock class's values.
+        relative_error: L2 of the difference over L2 of the Hugging Face class's values.
     """
 
     name: str
@@ -107,7 +107,7 @@ def compare(
         texts: strings, or batches of ``input_ids`` and ``attention_mask``, int64 [B, S], anywhere.
         tokenizer: for strings, and for ``stop_strings``; None takes the checkpoint's.
         batch_size: strings in a batch.
-        activations: also look for values near the limit of half precision, on the stock model.
+        activations: also look for values near the limit of half precision, on the Hugging Face model.
         generate: arguments of ``generate()``, such as ``max_new_tokens`` or ``num_beams``.
 
     Raises:
@@ -246,7 +246,7 @@ def block_errors(
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
     tokens = decoder_input_ids.to(device)
     with torch.no_grad():
-        stock = reference(
+        expected = reference(
             input_ids=ids, attention_mask=mask, decoder_input_ids=tokens, output_hidden_states=True, use_cache=False
         )
     rows, source = bucket("B", len(ids)), bucket("S", ids.shape[1])
@@ -266,18 +266,18 @@ def block_errors(
     decoder = session.layer_outputs(QUERIES, inputs | layer_views("past", past) | layer_views("cross", cross.kv))
     keep = mask.bool()
     found, wanted = {}, {}
-    for layer in range(arch.encoder_layers - 1):  # the stock class hands out its last state behind the last norm only
+    for layer in range(arch.encoder_layers - 1):  # Hugging Face's last state comes behind the last norm only
         name = f"encoder.block.{layer}"
         found[name] = encoder[name].view(rows, source, -1)[: len(ids), : ids.shape[1]][keep]
-        wanted[name] = stock.encoder_hidden_states[layer + 1][keep]
+        wanted[name] = expected.encoder_hidden_states[layer + 1][keep]
     found["encoder output"] = encoder["encoder_hidden_states"].view(rows, source, -1)[: len(ids), : ids.shape[1]][keep]
-    wanted["encoder output"] = stock.encoder_last_hidden_state[keep]
+    wanted["encoder output"] = expected.encoder_last_hidden_state[keep]
     for layer in range(arch.decoder_layers - 1):
         name = f"decoder.block.{layer}"
         found[name] = decoder[name].view(rows, count, -1)[: len(ids), : tokens.shape[1]]
-        wanted[name] = stock.decoder_hidden_states[layer + 1]
+        wanted[name] = expected.decoder_hidden_states[layer + 1]
     found["logits"] = decoder["logits"].view(rows, count, -1)[: len(ids), : tokens.shape[1]]
-    wanted["logits"] = stock.logits
+    wanted["logits"] = expected.logits
     return _compare(found, wanted)
 
 

@@ -68,7 +68,7 @@ def test_summary_of_a_file(tmp_path: Path) -> None:
 
 
 def test_streaming(shipped: tuple[Any, Any, Any]) -> None:
-    """The streamers are Transformers' own, which cut text finer since 5.24: the pieces are those of the stock model."""
+    """The streamers are Transformers' own, which cut text finer since 5.24: the pieces are those of the Hugging Face model."""
     text = "わたしは コーヒーを のみます。"
     shown = run("streaming", "--text", text).stdout.splitlines()
     assert shown[1] == "watashiha kōhīwo nomimasu."
@@ -120,8 +120,8 @@ def test_prebuild_for_rtx(tmp_path: Path) -> None:
 
 def test_fine_tuned(tmp_path: Path) -> None:
     shown = run("fine_tuned", "--out", tmp_path / "tuned").stdout
-    assert "from_model: tokens equal to the stock class: True" in shown
-    assert "from_pretrained: tokens equal to the stock class: True" in shown
+    assert "from_model: tokens equal to the Hugging Face class: True" in shown
+    assert "from_pretrained: tokens equal to the Hugging Face class: True" in shown
     losses = [float(found) for found in re.findall(r"loss ([\d.]+)", shown)]
     assert losses[1] < losses[0] / 10
     right = re.search(r"(\d) of 8 lines that were not trained on are right", shown)

@@ -73,7 +73,7 @@ OTHER_NUMBERS: list[LogitsProcessor] = [
 
 
 def same_values(process: CapturableProcessors, processor: Any, device: str) -> bool:
-    """Compare with the stock class at every length of a buffer whose later part holds tokens that must not count.
+    """Compare with the Hugging Face class at every length of a buffer whose later part holds tokens that must not count.
 
     Returns:
         Whether any score was changed.

@@ -1,4 +1,4 @@
-"""`generate()` on engines gives what the stock class gives: the same tokens for the same arguments and torch seed."""
+"""`generate()` on engines gives what the Hugging Face class gives: the same tokens for the same arguments and torch seed."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_a_row_without_any_key(v10: tuple[Any, Any]) -> None:
 
 
 def test_more_decoder_than_encoder_layers() -> None:
-    """The stock class's own cache is too short there: it needs use_cache=False, we do not."""
+    """The Hugging Face class's own cache is too short there: it needs use_cache=False, we do not."""
     from t5_trt import TRTT5ForConditionalGeneration
 
     stock = make_stock("t5-v1.1", num_layers=1, num_decoder_layers=3)

@@ -339,8 +339,8 @@ def test_results_stay_as_they_were(v11: tuple[Any, Any], on_stand_in: Any, engin
         for tensor in (out.sequences, *out.scores, *out.logits, encoded[0], step.logits, step[-1]):
             kept.keep(f"call {call}", tensor)
         for cache in (out[-1], step["cache" if "cache" in step else "past_key_values"]):
-            caches.append((cache, cache.stock()))
+            caches.append((cache, cache.as_hugging_face()))
     assert all(torch.equal(tensor, then) for _, tensor, then in kept.kept)
     for cache, then in caches:
-        for now, before in zip(cache.stock(), then, strict=True):
+        for now, before in zip(cache.as_hugging_face(), then, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True) if a is not None)

@@ -21,7 +21,7 @@ LOGITS_ATOL = 1e-3  # as in test_tensorrt.py
 
 
 def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments with tensors, and those inside of processors, on the GPU, where the stock class wants them."""
+    """The same arguments with tensors, and those inside of processors, on the GPU, where the Hugging Face class wants them."""
     moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     if "logits_processor" in moved:
         moved["logits_processor"] = copy.deepcopy(moved["logits_processor"])
@@ -80,7 +80,7 @@ def test_device_form_equals_stock_processor(processor: Any) -> None:
 
 
 def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
-    """Nothing is captured anew for them, and what is drawn is what the stock class draws."""
+    """Nothing is captured anew for them, and what is drawn is what the Hugging Face class draws."""
     stock, ours = gpu_pair("t5-v1.1")
     captured = set()
     for numbers in ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_p": 0.5}):
@@ -106,7 +106,7 @@ def test_request_like_an_earlier_one(gpu_pair: Any, name: str) -> None:
             request = {**batch(seed=seed), "max_new_tokens": 12, **{**CORE, **MORE}[name]}
             results.append(model.generate(**on_gpu(request)).tolist())
         assert results[0] == results[1]
-    assert ours._repeats._kept
+    assert ours._prepared._kept
 
 
 def test_steps_do_not_wait_for_the_gpu(gpu_pair: Any) -> None:

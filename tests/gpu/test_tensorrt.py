@@ -1,4 +1,4 @@
-"""TensorRT on a real GPU: tokens of the stock class, engines from the store, buffers that grow, failures that end well."""
+"""TensorRT on a real GPU: tokens of the Hugging Face class, engines from the store, buffers that grow, failures that end well."""
 
 from __future__ import annotations
 

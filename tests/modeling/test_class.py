@@ -199,7 +199,7 @@ def test_buffers_stay_where_they_are(fresh: Any) -> None:
 
 
 def test_seq2seq_trainer(tmp_path: Path) -> None:
-    """`Seq2SeqTrainer.predict` with predict_with_generate: the loss and the tokens of the stock class."""
+    """`Seq2SeqTrainer.predict` with predict_with_generate: the loss and the tokens of the Hugging Face class."""
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     class NoTokenizer:

@@ -158,11 +158,11 @@ def test_caches_go_on_in_half_precision(dtype: torch.dtype) -> None:
         exact = copy.deepcopy(stock).float()(**batch(), decoder_input_ids=LABELS).logits[:, -1:]
         for maker, user in ((ours, ours), (stock, ours), (ours, stock), (ours, ours.reference)):
             out = maker(**batch(), decoder_input_ids=first, use_cache=True)
-            cache = out[CACHE] if user is ours else out[CACHE].stock()
+            cache = out[CACHE] if user is ours else out[CACHE].as_hugging_face()
             rest = {"encoder_outputs": (out.encoder_last_hidden_state,), "attention_mask": batch()["attention_mask"]}
             logits = user(**rest, decoder_input_ids=second, **{CACHE: cache}).logits
             assert logits.dtype is dtype and (logits.float() - exact).norm() < 0.1 * exact.norm()
-            keys = (cache.stock() if maker is user is ours else cache).self_attention_cache.layers[0].keys
+            keys = (cache.as_hugging_face() if maker is user is ours else cache).self_attention_cache.layers[0].keys
             assert keys.dtype is dtype and keys.shape[2] == 3
 
 

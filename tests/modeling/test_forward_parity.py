@@ -1,4 +1,4 @@
-"""`forward()` on engines returns the stock class's logits, loss and states, for one and for many decoder tokens."""
+"""`forward()` on engines returns the Hugging Face class's logits, loss and states, for one and for many decoder tokens."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_inference_mode_then_ordinary_use(fresh: Any) -> None:
 
 
 def test_cache_is_described_as_the_stock_one(v11: tuple[Any, Any]) -> None:
-    """All properties of the stock class, without copying the contents for an answer."""
+    """All properties of the Hugging Face class, without copying the contents for an answer."""
     names = [name for name, value in vars(EncoderDecoderCache).items() if isinstance(value, property)]
     assert {"is_sliding", "is_croppable", "is_compileable"} <= set(names)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_cache_is_described_as_the_stock_one(v11: tuple[Any, Any]) -> None:
 
 
 def test_cache_operations(v11: tuple[Any, Any]) -> None:
-    """reorder, crop, repeat and select act on the engine cache as on the stock one."""
+    """reorder, crop, repeat and select act on the engine cache as on that one."""
     import copy
 
     stock, ours = v11

@@ -29,7 +29,7 @@ from tests.tolerances import LOGITS_ATOL
 
 @pytest.fixture
 def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(stock model, model whose session is a TrtSession on the stand-in)."""
+    """(Hugging Face model, model whose session is a TrtSession on the stand-in)."""
 
     def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
         stock = make_stock(kind)

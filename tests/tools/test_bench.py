@@ -82,7 +82,7 @@ def test_records(records: list[dict[str, Any]]) -> None:
 
 
 def test_ours_alone_and_sampling(benchmark: Any) -> None:
-    alone = load_benchmark(str(SHIPPED), threads=1, stock=False)
+    alone = load_benchmark(str(SHIPPED), threads=1, hugging_face=False)
     record = measure(alone, Case(new_tokens=2), runs=1)
     assert record["tokens_equal"] is record["speedup"] is None and "hf_eager_fp32_ms" not in record
     assert "HF" not in shown([record], 80)

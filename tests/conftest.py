@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -50,6 +51,13 @@ def _transformers_verbosity() -> Iterator[None]:
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """Every kind in turn."""
     return pair_of(request.param)
+
+
+@pytest.fixture
+def own_pair() -> tuple[Any, Any]:
+    """(Hugging Face model, model on engines) of T5 v1.1 with equal weights of their own, which a test may change."""
+    stock = make_stock("t5-v1.1")
+    return stock, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
 
 
 @pytest.fixture

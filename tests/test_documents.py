@@ -17,8 +17,8 @@ import typer
 from benchmarks import report
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration, cli
 from t5_trt.config import BuildConfig, RuntimeConfig
+from tests import cases
 from tests.conftest import ROOT
-from tests.generation import test_generate_parity
 
 READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
 DOCUMENTS = sorted(
@@ -176,7 +176,7 @@ def test_table_of_arguments_is_that_of_from_pretrained() -> None:
 
 
 def test_number_of_compared_sets_of_arguments() -> None:
-    count = len(test_generate_parity.CORE) + len(test_generate_parity.MORE)
+    count = len(cases.CORE) + len(cases.MORE)
     assert f"\n  {count} sets of arguments" in text_of("README.md") and f" {count} 通り" in text_of("README.ja.md")
 
 

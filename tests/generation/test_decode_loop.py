@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,67 +27,20 @@ from t5_trt.modeling import generate as generate_module
 from t5_trt.runtime import engine_step, step_buffers
 from t5_trt.runtime.cuda_graph import CaptureError
 from t5_trt.runtime.kv_buffers import DecoderState
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
+from tests.cases import (
+    CORE,
+    ENDS,
+    MORE,
+    OTHER_LOOP,
+    OTHER_NUMBERS,
+    PROCESSORS,
+    LateWatcher,
+    assert_same,
+    run,
+    same_values,
+)
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import VOCAB, batch, make_stock
-
-#: end tokens by which twelve rows end at very different times
-ENDS = [1, 8, 27, 34, 67, 69, 82, 88, 107, 122, 184, 189, 192, 199, 205]
-
-PROCESSORS: list[LogitsProcessor] = [
-    stock_processors.TemperatureLogitsWarper(0.7),
-    stock_processors.TopKLogitsWarper(7),
-    stock_processors.TopPLogitsWarper(0.6),
-    stock_processors.MinPLogitsWarper(0.1),
-    stock_processors.TypicalLogitsWarper(0.5),
-    stock_processors.EpsilonLogitsWarper(0.01),
-    stock_processors.InfNanRemoveLogitsProcessor(),
-    stock_processors.LogitNormalization(),
-    stock_processors.MinLengthLogitsProcessor(5, [1, 4]),
-    stock_processors.MinNewTokensLengthLogitsProcessor(3, 4, 1),
-    stock_processors.SuppressTokensLogitsProcessor([3, 50, 7]),
-    stock_processors.SuppressTokensAtBeginLogitsProcessor([3, 50, 7], 4),
-    stock_processors.ForcedBOSTokenLogitsProcessor(17),
-    stock_processors.ForcedEOSTokenLogitsProcessor(12, [1, 4]),
-    stock_processors.RepetitionPenaltyLogitsProcessor(1.7),
-    *(stock_processors.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3, 40)),
-    stock_processors.SequenceBiasLogitsProcessor([[[9], 4.0], [[2, 3], -6.0], [[3, 2], 1.5], [[2, 3, 2], 2.0]]),
-    stock_processors.NoBadWordsLogitsProcessor([[2], [3, 2], [2, 2, 3], [0, 2]], 1),
-    stock_processors.ExponentialDecayLengthPenalty((2, 1.3), 1, 1),
-]
-
-
-#: the same classes with other numbers, which a captured step reads from memory
-OTHER_NUMBERS: list[LogitsProcessor] = [
-    stock_processors.TemperatureLogitsWarper(1.3),
-    stock_processors.TopPLogitsWarper(0.9),
-    stock_processors.MinPLogitsWarper(0.03),
-    stock_processors.TypicalLogitsWarper(0.8),
-    stock_processors.EpsilonLogitsWarper(0.003),
-    stock_processors.MinLengthLogitsProcessor(9, [1, 4]),
-    stock_processors.MinNewTokensLengthLogitsProcessor(3, 7, 1),
-    stock_processors.ForcedEOSTokenLogitsProcessor(7, [1, 4]),
-    stock_processors.RepetitionPenaltyLogitsProcessor(0.6),
-]
-
-
-def same_values(process: CapturableProcessors, processor: Any, device: str) -> bool:
-    """Compare with the Hugging Face class at every length of a buffer whose later part holds tokens that must not count.
-
-    Returns:
-        Whether any score was changed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 4, (6, 32), generator=generator).to(device)  # few kinds: n-grams repeat
-    scores = 3 * torch.randn(6, VOCAB, generator=generator)
-    scores[2, 30:60] = -torch.inf
-    scores, changed = scores.to(device), False
-    for length in range(1, 20):
-        expected = processor(tokens[:, :length], scores.clone())
-        got = process(tokens, torch.tensor([length - 1], device=device), scores.clone())
-        assert torch.equal(got, expected), length
-        changed |= not torch.equal(got, scores)
-    return changed
 
 
 def test_every_device_form_is_compared() -> None:
@@ -167,21 +119,6 @@ def test_draws_follow_the_probabilities() -> None:
     counts = draw(scores.expand(20_000, -1), 1, capturable=True).flatten().bincount(minlength=12)
     expected = 20_000 * scores.softmax(-1)
     assert ((counts - expected) ** 2 / expected).sum() < 31.3
-
-
-class LateWatcher:
-    """Hands out reports four steps late, as on a GPU."""
-
-    def __init__(self, selector: Any, ahead: int) -> None:
-        self.waiting: deque[torch.Tensor] = deque()
-        self.ahead = ahead
-
-    def post(self, selector: Any, position: int) -> None:
-        self.waiting.append(selector.report.clone())
-
-    def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
-        keep = 0 if all_of_them else self.ahead
-        return [self.waiting.popleft() for _ in range(len(self.waiting) - keep)]
 
 
 @pytest.fixture(scope="module")

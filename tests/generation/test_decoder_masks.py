@@ -10,8 +10,8 @@ import torch
 from t5_trt import InputError
 from t5_trt.compat import CACHE
 from t5_trt.generation.request import GenerationPath
+from tests.cases import prompt
 from tests.conftest import pair_of
-from tests.generation.test_generate_parity import prompt
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch
 from tests.tolerances import LOGITS_ATOL

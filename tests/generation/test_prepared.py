@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.generation.prepared import request_key
 from t5_trt.generation.request import GenerationPath
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch, make_stock
 
 ALL = {**CORE, **MORE}

@@ -21,9 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.generation import decode_loop
+from tests.cases import ENDS, LateWatcher, prompt
 from tests.conftest import pair_of
-from tests.generation.test_decode_loop import ENDS, LateWatcher
-from tests.generation.test_generate_parity import prompt
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import LOGITS_ATOL

@@ -12,8 +12,7 @@ import torch
 from t5_trt.generation.processors import CapturableProcessors, capturable_processors, fingerprint
 from t5_trt.generation.request import GenerationPath
 from t5_trt.generation.sampling import draw
-from tests.generation.test_decode_loop import OTHER_NUMBERS, PROCESSORS, same_values
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, OTHER_NUMBERS, PROCESSORS, assert_same, same_values
 from tests.gpu.conftest import idle_slots
 from tests.tiny_models import VOCAB, batch
 

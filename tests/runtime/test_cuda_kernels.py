@@ -28,7 +28,7 @@ from t5_trt.generation.sampling import RowTokenSelector, StopTokens
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import Mailbox
 from t5_trt.runtime.step_buffers import reorder_rows
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch
 

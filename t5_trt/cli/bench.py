@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Optional, because typer reads these at run time
 _Numbers = Optional[list[int]]  # noqa: UP045
 _DoSample = Annotated[bool, typer.Option("--do-sample", help="draw tokens, with the same seed in all calls")]
+_OursOnly = Annotated[
+    bool, typer.Option("--ours-only", "--no-stock", help="leave Hugging Face's class out; tokens are not compared")
+]
 _Texts = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="file of texts, one a line, to take instead of random tokens"),
@@ -57,9 +60,7 @@ def bench(
     decode: Decode = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default torch's")] = None,  # noqa: UP045
     texts: _Texts = None,
-    ours_only: Annotated[
-        bool, typer.Option("--ours-only", "--no-stock", help="leave Hugging Face's class out; tokens are not compared")
-    ] = False,
+    ours_only: _OursOnly = False,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="file to append the records to")] = None,  # noqa: UP045
     plot: _Picture = None,
 ) -> None:

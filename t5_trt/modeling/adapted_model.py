@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,21 +10,22 @@ import torch
 from transformers import PreTrainedModel
 
 from t5_trt.checkpoint.load import share_weights
+from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.generation.repeats import Repeats
 from t5_trt.graph.fp16_scaling import Folding, Ranges
 from t5_trt.modeling.adapter_layers import adapter_layers, has_own_rows
 from t5_trt.modeling.adapters import AdaptedWeights
 from t5_trt.modeling.calibration import observe, random_batches
+from t5_trt.modeling.forward import ordinary_tensors
+from t5_trt.modeling.placement import in_float32
 from t5_trt.modeling.reference import make_reference
 from t5_trt.modeling.weight_tracker import WeightWatch
-from t5_trt.runtime.open_session import choose_folding
+from t5_trt.runtime.open_session import choose_folding, open_session
 
 if TYPE_CHECKING:
     from t5_trt.graph.architecture import Architecture
     from t5_trt.runtime.select import Placement
     from t5_trt.runtime.session import Session
-
-logger = logging.getLogger("t5_trt")
 
 
 class AdaptedModel:
@@ -35,6 +35,8 @@ class AdaptedModel:
     _session: Any
     _session_weights: WeightWatch | None
     _calibration: list[Any] | None
+    _runtime_config: RuntimeConfig
+    _build_config: BuildConfig
 
     if TYPE_CHECKING:
         _generation_lock: threading.RLock
@@ -56,6 +58,28 @@ class AdaptedModel:
             self.__dict__["hf_device_map"] = known
             if known is None:
                 del self.__dict__["hf_device_map"]
+
+    def _open(self) -> Session:
+        """Open a session over the weights as they are now."""
+        model: Any = self
+        model._architecture = None
+        architecture = self.architecture  # refuses tensors that are others
+        weights = self._engine_weights()
+        self._session_weights, self._adapted = WeightWatch(model), None
+        options: dict[str, Any] = {"calibrated": self._calibration is not None}
+        on_host = self._placement.backend == "onnxruntime"
+        if isinstance(weights, AdaptedWeights):
+            self._adapted = weights
+            weights.check()
+            options |= {"changing": weights.changing, "base": weights.base}
+            if on_host:
+                weights.keep()
+        read = in_float32(weights) if on_host else weights
+        settings = (self._runtime_config, self._placement, self._build_config)
+        session = open_session(architecture, read, *settings, self._observe, **options)
+        if self._adapted is not None and hasattr(session, "folding"):
+            self._adapted.folding(self._session_weights.state, lambda: session.folding)
+        return session
 
     def folding(self, precision: str) -> Folding:
         """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
@@ -96,24 +120,27 @@ class AdaptedModel:
         adapted, watch = self._adapted, self._session_weights
         if adapted is None or watch is None:
             return False
-        with self._generation_lock:
+        with self._generation_lock, ordinary_tensors():
             session: Session = self._session
             try:
-                if adapted.base_changed() or not self._same_folding(adapted, session, watch):
+                if adapted.base_changed():
+                    return False
+                renewed = watch.renewed() or WeightWatch(self)  # type: ignore[arg-type]
+                if watch.stepped:
+                    adapted.forget_foldings()
+                if not self._same_folding(adapted, session, renewed):
                     return False
                 followed = session.update_weights(adapted.follow(session.device))
             except BaseException:  # some weights are new and some are not
                 self._session = None
                 raise
-            self._session_weights = WeightWatch(self)  # type: ignore[arg-type]
+            self._session_weights = renewed
         return followed
 
     def _same_folding(self, adapted: AdaptedWeights, session: Any, watch: WeightWatch) -> bool:
         """Whether the fp16 factors that a session has in its weights are those of the weights as they are now."""
         if not hasattr(session, "folding"):
             return True
-        if watch.stepped:
-            adapted.forget_foldings()
         precision = self._placement.precision
-        wanted = adapted.folding(lambda: self._choose_folding(adapted.on(session.device), precision))
+        wanted = adapted.folding(watch.state, lambda: self._choose_folding(adapted.on(session.device), precision))
         return bool(wanted == session.folding)

@@ -10,7 +10,7 @@ writes anew. On a GPU it is computed there, from a copy of the base weight, and 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from t5_trt.errors import UnsupportedModelError
 from t5_trt.graph.fp16_scaling import Folding
 from t5_trt.graph.parameters import EMBEDDING
-from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settings, settle
+from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settle
 from t5_trt.modeling.weight_tracker import WeightWatch
 
 #: where the stacks look tokens up
@@ -102,13 +102,13 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         """All weights on a device, each put there when it is asked for."""
         return _OnDevice(self, device, self.base.keys())
 
-    def folding(self, choose: Any) -> Folding:
-        """The fp16 factors of the adapters' present state, chosen once for each state.
+    def folding(self, state: Hashable, choose: Callable[[], Folding]) -> Folding:
+        """The fp16 factors of a state of the weights, chosen once for each.
 
         Args:
-            choose: () -> `Folding`.
+            state: of `WeightWatch`.
+            choose: called where the state is a new one.
         """
-        state = tuple((*settings(layer), *_versions(layer)) for layer in self.layers.values())
         if state not in self._foldings:
             if len(self._foldings) >= _FOLDINGS_KEPT:
                 self._foldings.clear()
@@ -196,7 +196,3 @@ def _outside(model: nn.Module, layers: dict[str, Any]) -> list[nn.Module]:
     inner = {id(module) for layer in layers.values() for module in layer.modules()}
     bases = [base_layer(layer) for layer in layers.values()]
     return [module for module in model.modules() if id(module) not in inner] + bases
-
-
-def _versions(layer: Any) -> list[tuple[int, int]]:
-    return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in layer.parameters()]

@@ -46,14 +46,13 @@ from t5_trt.modeling.adapter_layers import adapter_layers
 from t5_trt.modeling.adapters import AdaptedWeights, base_weights
 from t5_trt.modeling.encoder import attach_encoder, engine_encoder
 from t5_trt.modeling.family_class import FamilyClass
-from t5_trt.modeling.forward import EngineForward
+from t5_trt.modeling.forward import EngineForward, ordinary_tensors
 from t5_trt.modeling.layer_checks import check_layers
 from t5_trt.modeling.loading_arguments import check_arguments
-from t5_trt.modeling.placement import PlacedModel, in_float32
+from t5_trt.modeling.placement import PlacedModel
 from t5_trt.modeling.reference import follow, make_reference, share_layers
 from t5_trt.modeling.weight_tracker import WeightWatch
 from t5_trt.runtime.forks import abandon, watch_forks
-from t5_trt.runtime.open_session import open_session
 from t5_trt.runtime.select import best_precision, choose, resolve
 from t5_trt.runtime.session import Session
 from t5_trt.validation import PRECISION_OF, as_device, as_dtype, device_of_map
@@ -265,23 +264,8 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
     def _opened(self) -> Session:
         """`session` within a call."""
         if self._session is None:
-            self._architecture = None
-            architecture = self.architecture  # refuses tensors that are others
-            weights = self._engine_weights()
-            self._session_weights, self._adapted = (
-                WeightWatch(self),
-                weights if isinstance(weights, AdaptedWeights) else None,
-            )
-            options: dict[str, Any] = {"calibrated": self._calibration is not None}
-            if isinstance(weights, AdaptedWeights):
-                options |= {"changing": weights.changing, "base": weights.base}
-                weights.check()
-            if self._placement.backend == "onnxruntime":
-                if isinstance(weights, AdaptedWeights):
-                    weights.keep()
-                weights = in_float32(weights)
-            settings = (self._runtime_config, self._placement, self._build_config)
-            self._session = open_session(architecture, weights, *settings, self._observe, **options)
+            with ordinary_tensors():  # adapters write into its weights, in any mode
+                self._session = self._open()
         return self._session
 
     @property

@@ -104,7 +104,9 @@ def _block(model: Any) -> None:
 def test_changed_weights_are_used(pair: Any, monkeypatch: pytest.MonkeyPatch, engine: str, change: Any) -> None:
     stock, ours = pair
     if engine == "stand-in":
-        monkeypatch.setattr("t5_trt.modeling.base.open_session", lambda *_, **__: stand_in_session(ours, monkeypatch))
+        monkeypatch.setattr(
+            "t5_trt.modeling.adapted_model.open_session", lambda *_, **__: stand_in_session(ours, monkeypatch)
+        )
     before = tokens(ours), tokens(ours, num_beams=3)
     assert before == (tokens(stock), tokens(stock, num_beams=3))
     session = ours.session

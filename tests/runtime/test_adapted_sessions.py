@@ -37,7 +37,7 @@ def open_cuda(ours: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, precisio
     ours.session  # noqa: B018 - takes note of the weights
     ours._placement_ = replace(ours._placement, precision=precision)
     ours._adapted = AdaptedWeights(ours)
-    folding = ours._adapted.folding(lambda: ours.folding(precision))
+    folding = ours._adapted.folding(ours._session_weights.state, lambda: ours.folding(precision))
     session: Any = cuda_session.CudaSession(
         ours.architecture, ours._adapted, CPU, precision, folding, EngineStore(folder)
     )
@@ -66,7 +66,9 @@ def test_half_precision_is_opened_anew_where_an_adapter_needs_other_factors(
     _, mine, ours = peft_pair(make_stock("t5-v1.1"), {"default": lora(), "two": lora(target_modules=["wo"])})
     session = open_cuda(ours, tmp_path, monkeypatch, "fp16")
     opened: list[Any] = []
-    monkeypatch.setattr("t5_trt.modeling.base.open_session", lambda *args, **options: opened.append(args) or session)
+    monkeypatch.setattr(
+        "t5_trt.modeling.adapted_model.open_session", lambda *args, **options: opened.append(args) or session
+    )
     mine.set_adapter("two")
     assert ours.session is session and not opened
     with torch.no_grad():

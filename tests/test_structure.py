@@ -17,9 +17,7 @@ STILL_LONG = {
     "build_engines": 65,
     "compare": 64,
     "generate_many": 68,
-    "load_checked": 61,
     "measure": 62,
-    "open_session": 69,
 }
 
 

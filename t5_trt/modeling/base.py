@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from t5_trt.checkpoint.adapter_files import take_adapter
+from t5_trt.checkpoint.adapter_files import load_adapter, take_adapter
 from t5_trt.checkpoint.families import read_architecture
 from t5_trt.checkpoint.files import check_indexes, correct_vocabulary
 from t5_trt.checkpoint.load import (
@@ -112,8 +112,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         """Load a checkpoint of the T5 family. No engine is built or opened yet.
 
         Args:
-            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``; or those of an adapter of peft, which is
-                loaded into its base model.
+            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``, of a model or an adapter of peft.
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
@@ -134,9 +133,8 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
                 hub. An engine is code: whoever wrote it can do what you can.
             build: settings of the engine builder.
             calibration: texts whose largest activations set the range of half precision; None goes by the weights.
-            kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
-                ``dtype`` is the precision on a GPU, and the dtype of parameters and results on a CPU (default: float32);
-                ``device_map`` is read as a device.
+            kwargs: what Transformers takes: cache_dir, revision, token, subfolder, ``device_map`` (read as a device), ``dtype`` (on a GPU
+                the precision, on a CPU that of parameters and results; default: float32), ...
 
         Returns:
             The model, in evaluation mode; with ``output_loading_info=True`` also Transformers' dictionary about the loading.
@@ -151,8 +149,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             raise InputError("got None; expected a hub id or a folder. For a model in memory use from_model(model).")
         name = str(pretrained_model_name_or_path)
         check_arguments(kwargs)
-        adapter = take_adapter(name, kwargs, HUB_ARGUMENTS)
-        name = name if adapter is None else adapter.base
+        name, adapter = take_adapter(name, kwargs, HUB_ARGUMENTS)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         mapped = device_of_map(kwargs.pop("device_map", None))
         device = mapped if device is None else device
@@ -175,8 +172,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         )
         choose(runtime)  # what cannot run here is said before anything is fetched
         asked = None if dtype in (None, "auto") else as_dtype(dtype)
-        where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        settings = dict(kwargs)
+        where, settings = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}, dict(kwargs)
         if config is None or isinstance(config, str | Path):
             config = load_config(str(config or name), encoder_only=cls._encoder_only, changes=kwargs, **where)
         chosen, decoder = cls._class_for(config), None if cls._encoder_only else config
@@ -195,8 +191,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
         stored = (asked or dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
         model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
-        if adapter is not None:
-            adapter.load_into(model)
+        load_adapter(adapter, model)
         taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
         if taken and getattr(model, "generation_config", None) is not None:
             model.generation_config.update(**taken)

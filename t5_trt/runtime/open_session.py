@@ -110,9 +110,21 @@ def open_session(
         return OrtSession(arch, weights, changing=changing, **options)
     check_cuda_after_fork()
     folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
-    if placement.backend == "cuda":
-        with torch.cuda.device(placement.device):
+    with torch.cuda.device(placement.device):
+        if placement.backend == "cuda":
             return CudaSession(arch, weights, placement.device, placement.precision, folding, store)
+        return _open_tensorrt(arch, weights, config, placement, build, folding, store)
+
+
+def _open_tensorrt(
+    arch: Architecture,
+    weights: Weights,
+    config: RuntimeConfig,
+    placement: Placement,
+    build: BuildConfig,
+    folding: Folding,
+    store: EngineStore,
+) -> TrtSession:
     assert placement.flavor is not None
     provider = EngineProvider(
         folding.architecture(arch),
@@ -125,29 +137,21 @@ def open_session(
         show_progress=config.show_progress,
         **eight_bits(arch, weights, folding, placement.precision),
     )
-    with torch.cuda.device(placement.device):
-        kernels = update_step = None
-        if placement.decode == "kernels" and arch.decoder_layers:
-            maker = StepWeightsMaker(arch, weights, placement.dtype, placement.device, folding)
-            step_weights = maker.make()
-            update_step = partial(maker.update, step_weights)
-            kernels = KernelDecoder(
-                arch,
-                step_weights,
-                placement.dtype,
-                placement.device,
-                placement.precision,
-                folding.embedding,
-                store,
-            )
-        return TrtSession(
-            provider,
-            weights,
-            load_tensorrt(placement.flavor),
-            placement.device,
-            strict=config.strict,
-            reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
-            folding=folding,
-            kernels=kernels,
-            update_step=update_step,
-        )
+    kernels = update_step = None
+    if placement.decode == "kernels" and arch.decoder_layers:
+        dtype, device, precision = placement.dtype, placement.device, placement.precision
+        maker = StepWeightsMaker(arch, weights, dtype, device, folding)
+        step_weights = maker.make()
+        update_step = partial(maker.update, step_weights)
+        kernels = KernelDecoder(arch, step_weights, dtype, device, precision, folding.embedding, store)
+    return TrtSession(
+        provider,
+        weights,
+        load_tensorrt(placement.flavor),
+        placement.device,
+        strict=config.strict,
+        reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
+        folding=folding,
+        kernels=kernels,
+        update_step=update_step,
+    )

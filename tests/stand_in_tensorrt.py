@@ -199,11 +199,12 @@ def stand_in_session(
     arch = model.architecture
     arch = (scaling or Fp16Scaling()).architecture(arch)
     folded = scaling or Fp16Scaling()
-    quantized = dict(quantize_for_device(arch, model.state_dict(), folded)) if precision == "int8" else None
+    weights = model._runner._adapted or model.state_dict()
+    quantized = dict(quantize_for_device(arch, weights, folded)) if precision == "int8" else None
     provider: Any = StandInProvider(arch, settings or BuildConfig(), precision, quantized)
     device: Any = torch.device("cpu")
     session: Any = TrtSession(
-        provider, model.state_dict(), api, device, strict=strict, reference=reference, scaling=scaling, kernels=kernels
+        provider, weights, api, device, strict=strict, reference=reference, scaling=scaling, kernels=kernels
     )  # type: ignore[arg-type]
     session.engines.enqueue = lambda context: context.run()
     return session

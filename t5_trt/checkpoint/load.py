@@ -141,7 +141,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
-        UnsupportedModelError: the weights are quantized, have an adapter, or an embedding of each stack.
+        UnsupportedModelError: the weights are quantized, or have an embedding of each stack.
         InputError: an argument is not known.
     """
     _check_not_quantized(name_or_path, config)
@@ -172,11 +172,6 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
 
 def _check_complete(model: Any, report: Mapping[str, Any], name_or_path: str) -> None:
     """Refuse a loaded model whose weights did not all come from the checkpoint; raises as `load_checked`."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            f"{name_or_path!r} has an adapter (adapter_config.json); expected the weights of a whole model. Load it with the Hugging "
-            "Face class, merge it (merge_and_unload() of peft) and save_pretrained() the result."
-        )
     mismatched, missing = sorted(report["mismatched_keys"]), sorted(report["missing_keys"])
     if mismatched:
         key, found, expected = mismatched[0]
@@ -189,7 +184,8 @@ def _check_complete(model: Any, report: Mapping[str, Any], name_or_path: str) ->
             f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected all weights of "
             f"{type(model)._hf_class.__name__}. Load a complete checkpoint."
         )
-    check_tables(model.state_dict())
+    if not getattr(model, "_hf_peft_config_loaded", False):  # else the tensors have other names
+        check_tables(model.state_dict())
 
 
 def share_weights(
@@ -277,8 +273,8 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             f"{len(keys)} {what} (first {keys[0]!r})" for keys, what in ((missing, "missing"), (more, "more")) if keys
         ]
         raise UnsupportedModelError(
-            f"the model's tensors are not those of {kind.__name__}: {', '.join(named)}. Engines run that class's modules only: merge "
-            "adapters (merge_and_unload()), and run other changes with the Hugging Face class."
+            f"the model's tensors are not those of {kind.__name__}: {', '.join(named)}. Engines run that class's modules, "
+            "and adapters of peft in their places; run other changes with the Hugging Face class."
         )
     rows = len(found[EMBEDDING])
     for key, tensor in expected.items():

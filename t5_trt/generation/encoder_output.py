@@ -36,6 +36,7 @@ class EngineEncoderOutput(BaseModelOutput):
         # plain attributes are not ModelOutput fields: tuple(), ** and copies leave them behind, which is what we want
         self._cross, self._source, self._version, self._maker = cross, hidden, hidden._version, weakref.ref(session)
         self._given_mask, self._mask = version_of(given_mask), mask
+        self._updates = session.updates
         return self
 
 
@@ -46,7 +47,7 @@ def recall(encoder_outputs: Any, session: Session) -> CrossStates | None:
         return None
     hidden: torch.Tensor = encoder_outputs["last_hidden_state"]
     same = hidden is encoder_outputs._source and hidden._version == encoder_outputs._version
-    same = same and encoder_outputs._maker() is session
+    same = same and encoder_outputs._maker() is session and encoder_outputs._updates == session.updates
     return cross if same else None
 
 

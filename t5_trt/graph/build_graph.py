@@ -5,7 +5,7 @@ Nothing is computed: the results are `onnx_ir.Model` objects that sessions bind 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
@@ -29,6 +29,7 @@ def build_host_graph(
     fixed: Mapping[str, int] | None = None,
     *,
     quantized: Weights | None = None,
+    inputs: Collection[str] = (),
     debug_outputs: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as initializers.
@@ -41,11 +42,12 @@ def build_host_graph(
         index: type of ids, positions and masks.
         fixed: axis letter of `t5_trt.graph.signature` -> size, for axes that are known.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of all else is float32 then.
+        inputs: names of weights that are inputs instead, of those that the graph reads.
         debug_outputs: also put out the residual stream after every block, named "encoder.block.0" and so on.
     """
     if quantized is not None:
-        return _build(graph, Int8HostGraphBuilder(graph, arch, weights, quantized), debug_outputs)
-    return _build(graph, HostGraphBuilder(graph, arch, weights, real, index, fixed), debug_outputs)
+        return _build(graph, Int8HostGraphBuilder(graph, arch, weights, quantized, inputs), debug_outputs)
+    return _build(graph, HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs), debug_outputs)
 
 
 def build_device_graph(

@@ -12,7 +12,7 @@ layouts inside and copies every K/V buffer in each step (docs/performance.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -155,6 +155,7 @@ class HostGraphBuilder(T5GraphBuilder):
         real: compute type.
         index: type of ids, positions and masks.
         fixed: axis letter -> size, for axes that are known.
+        inputs: names of weights that are inputs of the graph instead, because their values change.
     """
 
     packed = False
@@ -167,9 +168,10 @@ class HostGraphBuilder(T5GraphBuilder):
         real: ir.DataType,
         index: ir.DataType = ir.DataType.INT64,
         fixed: Mapping[str, int] | None = None,
+        inputs: Collection[str] = (),
     ) -> None:
         super().__init__(name, arch, real, index, fixed)
-        self._weights = weights
+        self._weights, self._changing = weights, inputs
 
     def parameter(self, name: str) -> ir.Value:
         """See `T5GraphBuilder.parameter`."""
@@ -221,6 +223,8 @@ class HostGraphBuilder(T5GraphBuilder):
 
     def _weight(self, key: str) -> ir.Value:
         source = self._weights[key]
+        if key in self._changing:
+            return self.weight_input(key, self.real, source.shape)
 
         def read() -> ir.TensorProtocol:
             tensor = source.detach().to(TORCH_TYPES[self.real])

@@ -8,7 +8,7 @@ biases and the embedding stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, Projection
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.ops import Dim
-from t5_trt.graph.parameters import LM_HEAD, Weights, materialize, parameters
+from t5_trt.graph.parameters import LM_HEAD, Parameter, Weights, materialize, parameters
 
 #: name of a group's matrix and of its scales among the tensors that `quantize` makes
 MATRIX, SCALE = "{}.int8", "{}.scale"
@@ -44,18 +44,22 @@ def quantize(arch: Architecture, weights: Weights, *, head: bool = True) -> Iter
         zeros behind the matrix.
     """
     for name, parameter in parameters(arch).items():
-        if not parameter.is_matrix or (name == LM_HEAD and not head):
-            continue
-        columns_made = -(-parameter.shape[1] // COLUMNS) * COLUMNS
-        rounded = torch.zeros((parameter.shape[0], columns_made), dtype=torch.int8)
-        scales = torch.ones(columns_made)
-        start = 0
-        for key, columns in zip(parameter.parts, parameter.widths, strict=True):
-            place = slice(start, start + columns)
-            rounded[:, place], scales[place] = round_columns(weights[key].detach().float().t())
-            start += columns
-        yield MATRIX.format(name), rounded
-        yield SCALE.format(name), scales
+        if parameter.is_matrix and (name != LM_HEAD or head):
+            yield from quantize_group(name, parameter, weights)
+
+
+def quantize_group(name: str, parameter: Parameter, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Round the matrices of one group; see `quantize`."""
+    columns_made = -(-parameter.shape[1] // COLUMNS) * COLUMNS
+    rounded = torch.zeros((parameter.shape[0], columns_made), dtype=torch.int8)
+    scales = torch.ones(columns_made)
+    start = 0
+    for key, columns in zip(parameter.parts, parameter.widths, strict=True):
+        place = slice(start, start + columns)
+        rounded[:, place], scales[place] = round_columns(weights[key].detach().float().t())
+        start += columns
+    yield MATRIX.format(name), rounded
+    yield SCALE.format(name), scales
 
 
 def quantize_for_device(
@@ -89,10 +93,18 @@ class Int8HostGraphBuilder(HostGraphBuilder):
         weights: state-dict key -> CPU tensor, for what is not quantized.
         quantized: what `quantize` made, as int8 or, for processors whose 8-bit products of mixed sign saturate, shifted
             by 128 as uint8.
+        inputs: see `HostGraphBuilder`; names of `quantized` too.
     """
 
-    def __init__(self, name: str, arch: Architecture, weights: Weights, quantized: Mapping[str, torch.Tensor]) -> None:
-        super().__init__(name, arch, weights, ir.DataType.FLOAT)
+    def __init__(
+        self,
+        name: str,
+        arch: Architecture,
+        weights: Weights,
+        quantized: Mapping[str, torch.Tensor],
+        inputs: Collection[str] = (),
+    ) -> None:
+        super().__init__(name, arch, weights, ir.DataType.FLOAT, inputs=inputs)
         self._quantized = quantized
 
     def project(self, stream: ir.Value, group: str) -> Projection:
@@ -104,11 +116,10 @@ class Int8HostGraphBuilder(HostGraphBuilder):
             stream = self.rms_norm(stream, self.parameter(parameter.norm))
         if parameter.scale != 1.0:
             stream = self.op("Mul", stream, self.scalar(parameter.scale))
-        matrix = self._stored(MATRIX.format(group))
-        assert matrix.const_value is not None
-        width, made = parameter.shape[1], self._quantized[MATRIX.format(group)].shape[1]
-        shift = np.full(made, 128 if matrix.const_value.dtype == ir.DataType.UINT8 else 0)
-        zero_points = self.constant(shift, matrix.const_value.dtype)
+        matrix, stored = self._stored(MATRIX.format(group)), self._quantized[MATRIX.format(group)]
+        width, made = parameter.shape[1], stored.shape[1]
+        unsigned = stored.dtype == torch.uint8
+        zero_points = self.constant(np.full(made, 128 if unsigned else 0), _byte_type(stored))
         packed = self.foreign(
             "com.microsoft", "DynamicQuantizeMatMul", stream, matrix, self._stored(SCALE.format(group)), zero_points
         )
@@ -122,7 +133,15 @@ class Int8HostGraphBuilder(HostGraphBuilder):
         return self.op("Slice", value, self.vector(start), self.vector(end), self.ints(1))
 
     def _stored(self, name: str) -> ir.Value:
-        return self.initializer(name, ir.tensor_adapters.TorchTensor(self._quantized[name], name=name))
+        tensor = self._quantized[name]
+        if name in self._changing:
+            kind = ir.DataType.FLOAT if tensor.is_floating_point() else _byte_type(tensor)
+            return self.weight_input(name, kind, tensor.shape)
+        return self.initializer(name, ir.tensor_adapters.TorchTensor(tensor, name=name))
+
+
+def _byte_type(tensor: torch.Tensor) -> ir.DataType:
+    return ir.DataType.UINT8 if tensor.dtype == torch.uint8 else ir.DataType.INT8
 
 
 class Int8DeviceGraphBuilder(DeviceGraphBuilder):

@@ -43,6 +43,7 @@ class GraphBuilder:
         self.index = index
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
+        self._weight_inputs: dict[str, ir.Value] = {}
         self._initializers: dict[str, ir.Value] = {}
         self._domains: dict[str, int] = {"": OPSET}
         self._scope = ""
@@ -118,6 +119,14 @@ class GraphBuilder:
                 name=key, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
             )
         return self._initializers[key]
+
+    def weight_input(self, key: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """The graph input of that name for a weight, declared the first time."""
+        if key not in self._weight_inputs:
+            value = ir.Value(name=key, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+            self._weight_inputs[key] = value
+            self._inputs.append(value)
+        return self._weight_inputs[key]
 
     def constant(self, array: Any, dtype: ir.DataType) -> ir.Value:
         """A small constant of the given type; equal ones are made once."""

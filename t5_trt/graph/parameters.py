@@ -18,6 +18,7 @@ from t5_trt.graph.architecture import Architecture
 CROSS_KV = "decoder.cross_kv"
 LM_HEAD = "lm_head"
 EMBEDDING = "shared.weight"
+HEAD = "lm_head.weight"  # where it is not the embedding
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -40,6 +41,12 @@ class Parameter:
     norm: str | None = None
     is_matrix: bool = True
     scale: float = 1.0
+
+    def place(self, key: str) -> slice:
+        """Columns of a part."""
+        part = self.parts.index(key)
+        start = sum(self.widths[:part])
+        return slice(start, start + self.widths[part])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,20 +113,32 @@ def materialize(
         factor: state-dict key -> what its tensor is multiplied by.
 
     Returns:
-        Contiguous, of the shape `Parameter.shape`.
+        Contiguous, of the shape `Parameter.shape`, in memory of its own.
     """
     width = 0 if not parameter.inputs else parameter.inputs
     if not parameter.is_matrix:
         key = parameter.parts[0]
-        tensor, by = weights[key].detach().to(device), factor(key)
-        return (tensor if by == 1.0 else tensor.float() * by).to(dtype).contiguous()
-    made = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
-    scale = None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
-    start = 0
-    for key, columns in zip(parameter.parts, parameter.widths, strict=True):  # one part at a time: little extra memory
+        source, by = weights[key].detach(), factor(key)
+        tensor = source.to(device)
+        made = (tensor if by == 1.0 else tensor.float() * by).to(dtype).contiguous()
+        return made.clone() if made.data_ptr() == source.data_ptr() else made  # it may be written into
+    stacked = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
+    norm = None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
+    for key in parameter.parts:  # one part at a time: little extra memory
         part = weights[key].detach().to(device, torch.float32)
-        if (by := factor(key) * parameter.scale) != 1.0:
-            part = part * by
-        made[:, start : start + columns] = (part if scale is None else part * scale).t()
-        start += columns
-    return made
+        stacked[:, parameter.place(key)] = folded_part(parameter, part, norm, factor(key)).t()
+    return stacked
+
+
+def folded_part(parameter: Parameter, part: torch.Tensor, norm: torch.Tensor | None, factor: float) -> torch.Tensor:
+    """A checkpoint matrix of a group with all that is folded into it, [outputs, inputs].
+
+    Args:
+        parameter: the group.
+        part: float32 [outputs, inputs].
+        norm: float32 [inputs], weight of the norm before the group, if it has one.
+        factor: see `materialize`.
+    """
+    if (by := factor * parameter.scale) != 1.0:
+        part = part * by
+    return part if norm is None else part * norm

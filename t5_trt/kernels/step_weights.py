@@ -8,7 +8,7 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, materialize, parameters
+from t5_trt.graph.parameters import CROSS_KV, EMBEDDING, LM_HEAD, Weights, folded_part, materialize, parameters
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels.decode_step import LayerWeights, StepWeights
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
@@ -37,6 +37,52 @@ class StepWeightsMaker:
         head = pack_head(self._matrix(LM_HEAD), self._dtype)
         head_scale = 1.0 / self._scaling.branches.get(LM_HEAD, 1.0)
         return StepWeights(self._made(EMBEDDING), layers, head, head_scale)
+
+    def update(self, made: StepWeights, key: str, tensor: torch.Tensor) -> None:
+        """Write another value of a checkpoint tensor into what `make` gave, in place: captured steps read it there.
+
+        Args:
+            made: changed.
+            key: of the state dict; what it maps to has changed, too.
+            tensor: on the device.
+        """
+        if key == EMBEDDING:
+            made.embedding.copy_(tensor.float() * self._scaling.factor(EMBEDDING, EMBEDDING))
+        elif key == self._arch.head_weight:
+            made.head.copy_(pack_head(self._part(key, tensor), self._dtype))
+        elif key == "decoder.final_layer_norm.weight":
+            made.head.copy_(pack_head(self._matrix(LM_HEAD), self._dtype))
+        if not key.startswith("decoder.block.") or key in self._parameters[CROSS_KV].parts:
+            return
+        layer = int(key.split(".")[2])
+        place = self._place(made.layers[layer], key)
+        if place is not None:
+            place.copy_(pack_matrix(self._part(key, tensor), self._dtype))
+            return
+        for index, own in enumerate(made.layers):  # a norm of one layer, or a bias table of one or of all of them
+            if index == layer or "relative_attention_bias" in key:
+                for name, value in vars(self._layer(index)).items():
+                    if isinstance(value, torch.Tensor):
+                        getattr(own, name).copy_(value)
+
+    def _place(self, own: LayerWeights, key: str) -> torch.Tensor | None:
+        """The part of a layer's weights that a single matrix is packed into, as a view; None if the key is none of those."""
+        _, _, _, _, _, part, name, _ = key.split(".") if key.count(".") == 7 else ("",) * 8
+        if part == "SelfAttention" and name in "qkv":
+            return own.qkv.chunk(3)["qkv".index(name)]
+        single = {
+            "SelfAttention.o": own.self_out, "EncDecAttention.q": own.query, "EncDecAttention.o": own.cross_out,
+            "DenseReluDense.wi": own.wi, "DenseReluDense.wo": own.wo,
+        }  # fmt: skip
+        if name in ("wi_0", "wi_1"):
+            return own.wi.view(-1, 2, *own.wi.shape[1:])[:, int(name[-1])]
+        return single.get(f"{part}.{name}")
+
+    def _part(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """One matrix of a group as it is packed, [outputs, inputs]."""
+        name, parameter = next(entry for entry in self._parameters.items() if key in entry[1].parts)
+        norm = None if parameter.norm is None else self._weights[parameter.norm].detach().to(self._device).float()
+        return folded_part(parameter, tensor.float(), norm, self._scaling.factor(name, key)).to(self._dtype)
 
     def _layer(self, layer: int) -> LayerWeights:
         arch, block = self._arch, f"decoder.block.{layer}.layer"

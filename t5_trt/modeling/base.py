@@ -20,11 +20,14 @@ from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
 from t5_trt.errors import InputError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
+from t5_trt.modeling.adapted_model import AdapterLoading, hugging_face_twin
+from t5_trt.modeling.adapter_layers import adapter_layers
 from t5_trt.modeling.encoder import attach_encoder, engine_encoder
 from t5_trt.modeling.families import FamilyClass
 from t5_trt.modeling.loading import LoadOptions, load_model
 from t5_trt.modeling.loading_arguments import check_arguments, chosen_device
 from t5_trt.modeling.placement import PlacedModel
+from t5_trt.modeling.reference import share_layers
 from t5_trt.modeling.runner import ModelRunner, ModelSettings
 from t5_trt.runtime.forks import watch_forks
 from t5_trt.runtime.select import resolve
@@ -34,7 +37,7 @@ from t5_trt.validation import PRECISION_OF
 Self = TypeVar("Self", bound="EngineModel")
 
 
-class EngineModel(FamilyClass, PlacedModel, PreTrainedModel):
+class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
     """Base of the models on engines; a subclass of it is combined with the Hugging Face class of each family.
 
     Args:
@@ -73,7 +76,8 @@ class EngineModel(FamilyClass, PlacedModel, PreTrainedModel):
         """Load a checkpoint of the T5 family. No engine is built or opened yet.
 
         Args:
-            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``.
+            pretrained_model_name_or_path: a hub id or a folder written by ``save_pretrained``; or those of an adapter of peft, which is
+                loaded into its base model.
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
@@ -162,7 +166,7 @@ class EngineModel(FamilyClass, PlacedModel, PreTrainedModel):
         build, calibration = options.pop("build", None), options.pop("calibration", None)
         runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
         placement = resolve(runtime, None if cls._encoder_only else model.config)
-        wrapped = share_weights(chosen, model)
+        wrapped = share_layers(chosen, model) if adapter_layers(model) else share_weights(chosen, model)
         batches = None if calibration is None else list(calibration)
         wrapped._configure(ModelSettings(runtime, build or BuildConfig(), placement, batches))
         if hasattr(model, "generation_config"):
@@ -237,7 +241,7 @@ class EngineModel(FamilyClass, PlacedModel, PreTrainedModel):
                 f"include_engines=True needs engines; the backend is {self._runner.placement.backend!r} and "
                 f"{'nothing was run yet' if session is None else 'has none'}. Run generate() on TensorRT first."
             )
-        plain = share_weights(self._hf_class, self)
+        plain: Any = hugging_face_twin(self, self._hf_class)
         if hasattr(self, "generation_config"):
             plain.generation_config = self.generation_config
         result = plain.save_pretrained(save_directory, *args, **kwargs)

@@ -12,7 +12,7 @@ from t5_trt.modeling.inputs import ForwardInputs
 
 
 def why_beyond_engines(
-    inputs: ForwardInputs, model: Any, device: torch.device, *, strict: bool, generating: bool
+    inputs: ForwardInputs, model: Any, device: torch.device, *, strict: bool, generating: bool, adapted_rows: bool
 ) -> str | None:
     """Why engines cannot serve a request, or None if they can.
 
@@ -22,10 +22,13 @@ def why_beyond_engines(
         device: of the engines.
         strict: the Hugging Face model is not to be used.
         generating: the request is part of a ``generate()``, which runs on engines in training mode too.
+        adapted_rows: peft was given ``adapter_names``, one for each row of the batch.
 
     Raises:
         InputError: the request is a training step on a GPU.
     """
+    if adapted_rows:
+        return "adapter_names"
     if inputs.inner_value is not None:
         return inputs.inner_value
     if inputs.decoder_inputs_embeds is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from dataclasses import replace
 from functools import cache, partial
 from operator import attrgetter
@@ -51,6 +50,7 @@ class EngineGeneration:
         config: Any
         generation_config: Any
         training: bool
+        prepare_inputs_for_generation: Any
 
         @property
         def device(self) -> torch.device: ...  # noqa: D102 - see modeling/placement.py
@@ -58,17 +58,17 @@ class EngineGeneration:
 
     def _attach(self, settings: Any) -> None:
         super()._attach(settings)  # type: ignore[misc]
-        self._generation_lock, self._prepared = threading.RLock(), PreparedRequests()
+        self._prepared = PreparedRequests()
         self.__dict__.setdefault("_last_path", None)
 
     def after_fork(self) -> None:
-        """Replace what another thread of the parent process may have held; see `EngineModel.after_fork`."""
+        """Forget what another thread of the parent process may have been writing; see `EngineModel.after_fork`."""
         super().after_fork()  # type: ignore[misc]
-        self._generation_lock, self._prepared = threading.RLock(), PreparedRequests()
+        self._prepared = PreparedRequests()
 
     def __getstate__(self) -> dict[str, Any]:
         state = cast("dict[str, Any]", super().__getstate__())
-        return {key: value for key, value in state.items() if key not in ("_generation_lock", "_prepared")}
+        return {key: value for key, value in state.items() if key != "_prepared"}
 
     @property
     def last_generation_path(self) -> GenerationPath | None:
@@ -94,12 +94,13 @@ class EngineGeneration:
             _log_once(logging.WARNING, _TRAINING)
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         rows_per_source = max(_setting(name, kwargs, configs) or 1 for name in ("num_beams", "num_return_sequences"))
-        with self._generation_lock, generating(self._runner, rows_per_source, key):
-            for name in INNER_VALUES:
-                if _setting(name, kwargs, configs):
-                    self._last_path = GenerationPath("reference", name)
-                    reference: Any = self._runner.fall_back(name)
-                    return _moved(reference.generate(inputs, generation_config, *args, **kwargs), home)
+        with self._runner.lock, generating(self._runner, rows_per_source, key):
+            wanted = [name for name in INNER_VALUES if _setting(name, kwargs, configs)]
+            wanted += ["adapter_names"] if self._runner.rows_have_adapters() else []
+            if wanted:
+                self._last_path = GenerationPath("reference", wanted[0])
+                reference: Any = self._runner.fall_back(wanted[0])
+                return _moved(reference.generate(inputs, generation_config, *args, **kwargs), home)
             known = self._prepared.find(key, *self._preparation)
             if known is not None:
                 ids = kwargs.get("input_ids")
@@ -200,7 +201,8 @@ class EngineGeneration:
         kind: Any = type(self)
         if kind.forward is not EngineForward.forward or "forward" in self.__dict__:
             return "forward() is not this library's"
-        if kind.prepare_inputs_for_generation is not self._hf_class.prepare_inputs_for_generation:
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)  # of the instance: peft sets its own
+        if prepare is not self._hf_class.prepare_inputs_for_generation:
             return "prepare_inputs_for_generation() is not Transformers'"
         hooked = self._forward_hooks or self._forward_pre_hooks
         return "the model has forward hooks" if hooked else None

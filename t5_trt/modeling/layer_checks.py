@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules import dropout
 
 from t5_trt.errors import UnsupportedModelError
+from t5_trt.modeling.adapter_layers import base_layer
 
 
 def check_layers(model: nn.Module, expected: nn.Module) -> None:
@@ -26,7 +27,7 @@ def check_layers(model: nn.Module, expected: nn.Module) -> None:
         if name in ("", "encoder"):  # their forward pass is an engine here
             continue
         try:
-            found = model.get_submodule(name)
+            found = base_layer(model.get_submodule(name))
         except AttributeError:
             found = None
         if not _computes_the_same(found, original):

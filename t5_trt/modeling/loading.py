@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from t5_trt.checkpoint.adapter_files import load_adapter, take_adapter
 from t5_trt.checkpoint.files import check_indexes, correct_vocabulary
 from t5_trt.checkpoint.load import HUB_ARGUMENTS, load_checked, load_config, load_tokenizer
 from t5_trt.checkpoint.loading_report import Loading
@@ -49,6 +50,7 @@ def load_model(cls: Any, name: str, options: LoadOptions, *model_args: Any, **kw
         model_args: Transformers'.
         kwargs: Transformers', checked by `t5_trt.modeling.loading_arguments.check_arguments`.
     """
+    name, adapter = take_adapter(name, kwargs, HUB_ARGUMENTS)
     choose(options.runtime)  # what cannot run here is said before anything is fetched
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     asked = None if dtype in (None, "auto") else as_dtype(dtype)
@@ -68,6 +70,7 @@ def load_model(cls: Any, name: str, options: LoadOptions, *model_args: Any, **kw
     # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
     stored = (asked or dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
     model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
+    load_adapter(adapter, model)
     taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
     if taken and getattr(model, "generation_config", None) is not None:
         model.generation_config.update(**taken)

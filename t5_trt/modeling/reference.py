@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from t5_trt.checkpoint.load import check_tensors, without_data
+from t5_trt.modeling.adapter_layers import base_layer
+from t5_trt.modeling.adapters import base_weights
 from t5_trt.modeling.layer_checks import check_layers
 
 
@@ -32,19 +34,34 @@ def make_reference(model: Any, kind: type[PreTrainedModel], device: torch.device
     # the only kind that returns attention maps; set first, because Transformers 5.17 does not reach the stacks' copies afterwards
     config._attn_implementation = "eager"
     made: PreTrainedModel = without_data(kind, config)
-    check_tensors(model.state_dict(), made.state_dict(), kind)
+    check_tensors(base_weights(model)[0], made.state_dict(), kind)
     check_layers(model, made)
     take_layers(made, model)
     return made if device.type == "cpu" else _on_device(made, device)
 
 
+def share_layers(kind: type[PreTrainedModel], source: Any) -> Any:
+    """A model of class `kind` with the very layers of a model with adapters, in evaluation mode: both are switched and trained together.
+
+    Raises:
+        UnsupportedModelError: `source` has other modules than that class.
+    """
+    made: Any = without_data(kind, source.config)
+    check_tensors(base_weights(source)[0], made.state_dict(), kind)
+    take_layers(made, source)
+    for name in ("_hf_peft_config_loaded", "peft_config"):
+        if name in source.__dict__:
+            made.__dict__[name] = source.__dict__[name]
+    return made.eval()
+
+
 def take_layers(target: nn.Module, source: nn.Module) -> None:
-    """Put the layers of `source`, its modules without children, in the places of those of `target`."""
+    """Put the layers of `source`, its modules without children and layers of peft, in the places of those of `target`."""
     for name, container in target.named_modules(remove_duplicate=False):
         ours = source.get_submodule(name)
         for child in list(container._modules):
             layer = ours._modules[child]
-            if layer is None or not layer._modules:
+            if layer is None or not layer._modules or base_layer(layer) is not layer:
                 container._modules[child] = layer
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from t5_trt.checkpoint.families import read_architecture
-from t5_trt.checkpoint.load import check_tensors, scales_decoder_output, share_weights, without_data
+from t5_trt.checkpoint.load import check_tensors, scales_decoder_output, without_data
 from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.errors import InputError, StrictModeError
 from t5_trt.generation.encoder_output import EngineEncoderOutput
@@ -26,6 +27,10 @@ from t5_trt.generation.kv_cache import EngineCache, append_to_hugging_face
 from t5_trt.generation.open_cache import decode, open_cache
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges
+from t5_trt.graph.parameters import EMBEDDING, HEAD
+from t5_trt.modeling.adapted_model import engine_weights, hugging_face_twin
+from t5_trt.modeling.adapter_layers import adapter_layers, has_own_rows
+from t5_trt.modeling.adapters import AdaptedWeights, base_weights
 from t5_trt.modeling.calibration import observe, random_batches
 from t5_trt.modeling.fallback import why_beyond_engines
 from t5_trt.modeling.generation_context import generation_of
@@ -81,6 +86,7 @@ class ModelRunner:
 
     Attributes:
         session: engines over the weights as they were when it was opened; None before.
+        lock: held while ``generate()`` runs, and while the engines' weights follow adapters.
     """
 
     def __init__(self, model: PreTrainedModel, hf_class: type[PreTrainedModel], settings: ModelSettings) -> None:
@@ -92,6 +98,8 @@ class ModelRunner:
         self._reference: PreTrainedModel | None = None
         self._reference_weights: WeightWatch | None = None
         self._architecture: Architecture | None = None
+        self._adapted: AdaptedWeights | None = None
+        self.lock = threading.RLock()
 
     @property
     def model(self) -> Any:
@@ -133,12 +141,13 @@ class ModelRunner:
         if self._architecture is not None:
             return self._architecture
         model, kind = self.model, self.hf_class
-        state = model.state_dict()
+        state, changing = base_weights(model)
         expected = without_data(kind, copy.deepcopy(model.config))
         check_tensors(state, expected.state_dict(), kind)
         check_layers(model, expected)
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         tied = getattr(model, "lm_head", model.shared).weight.data_ptr() == model.shared.weight.data_ptr()
+        tied = tied and changing.isdisjoint((EMBEDDING, HEAD))
         scaled = not self.encoder_only and scales_decoder_output(kind, model.config)
         facts = {"tied_head": tied, "scaled_head": scaled, "encoder_only": self.encoder_only}
         self._architecture = read_architecture(model.config, shapes, **facts)
@@ -158,23 +167,73 @@ class ModelRunner:
                     "the model's parameters are on the device meta and hold no values. Load it with from_pretrained(), or load "
                     "weights into it: load_state_dict(..., assign=True)."
                 )
-        elif self._session_weights is not None and self._session_weights.changed():
+        elif self._session_weights is not None and self._session_weights.changed() and not self._follow_adapters():
             logger.info("the model's weights have changed: its engines are opened anew")
             self.session = self._architecture = None
 
     def opened(self) -> Session:
         """The session; `notice_changes` has been called."""
         if self.session is None:
-            self._session_weights, self._architecture = WeightWatch(self.model), None
-            architecture = self.architecture  # refuses tensors that are others
-            weights, settings = self.model.state_dict(), self.settings
-            if self.placement.backend == "onnxruntime":
-                weights = in_float32(weights)
-            calibrated = settings.calibration is not None
-            self.session = open_session(
-                architecture, weights, settings.runtime, self.placement, settings.build, self.observe, calibrated=calibrated
-            )  # fmt: skip
+            with ordinary_tensors():  # adapters write into its weights, in any mode
+                self.session = self._open()
         return self.session
+
+    def _open(self) -> Session:
+        model, settings, self._architecture = self.model, self.settings, None
+        architecture = self.architecture  # refuses tensors that are others
+        weights = engine_weights(model)
+        self._session_weights, self._adapted = WeightWatch(model), None
+        options: dict[str, Any] = {"calibrated": settings.calibration is not None}
+        on_host = self.placement.backend == "onnxruntime"
+        if isinstance(weights, AdaptedWeights):
+            self._adapted = weights
+            weights.check()
+            options |= {"changing": weights.changing, "base": weights.base}
+            if on_host:
+                weights.keep()
+        read = in_float32(weights) if on_host else weights
+        session = open_session(
+            architecture, read, settings.runtime, self.placement, settings.build, self.observe, **options
+        )
+        scaling = session.scaling
+        if self._adapted is not None and scaling is not None:
+            self._adapted.fp16_scaling(self._session_weights.state, lambda: scaling)
+        return session
+
+    def rows_have_adapters(self) -> bool:
+        """Whether peft was given ``adapter_names``, one for each row of the batch."""
+        if self.session is None:
+            return has_own_rows(adapter_layers(self.model))
+        return self._adapted is not None and has_own_rows(self._adapted.layers)
+
+    def _follow_adapters(self) -> bool:
+        """Bring the open session up to date, where nothing but adapters has changed."""
+        adapted, watch, session = self._adapted, self._session_weights, self.session
+        if adapted is None or watch is None or session is None:
+            return False
+        with self.lock, ordinary_tensors():
+            try:
+                if adapted.base_changed():
+                    return False
+                renewed = watch.renewed() or WeightWatch(self.model)
+                if watch.stepped:
+                    adapted.forget_scalings()
+                if not self._same_scaling(adapted, session, renewed):
+                    return False
+                followed = session.update_weights(adapted.follow(session.device))
+            except BaseException:  # some weights are new and some are not
+                self.session = None
+                raise
+            self._session_weights = renewed
+        return followed
+
+    def _same_scaling(self, adapted: AdaptedWeights, session: Session, watch: WeightWatch) -> bool:
+        """Whether the fp16 factors that a session has in its weights are those of the weights as they are now."""
+        if session.scaling is None:
+            return True
+        precision = self.placement.precision
+        wanted = adapted.fp16_scaling(watch.state, lambda: self._choose_scaling(adapted.on(session.device), precision))
+        return bool(wanted == session.scaling)
 
     def drop(self) -> None:
         """Forget what was made over weights that are about to be others."""
@@ -183,19 +242,20 @@ class ModelRunner:
     def leave_to_parent(self) -> None:
         """In a forked process: leave the parent's engines alone; the next use opens others."""
         abandon(self.session)
-        self.session = None
+        self.session, self.lock = None, threading.RLock()
 
     def fp16_scaling(self, precision: str) -> Fp16Scaling:
         """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
+        return self._choose_scaling(engine_weights(self.model), precision)
+
+    def _choose_scaling(self, weights: Mapping[str, torch.Tensor], precision: str) -> Fp16Scaling:
         calibrated = self.settings.calibration is not None
-        return choose_fp16_scaling(
-            self.architecture, self.model.state_dict(), precision, self.observe, calibrated=calibrated
-        )
+        return choose_fp16_scaling(self.architecture, weights, precision, self.observe, calibrated=calibrated)
 
     def observe(self) -> Ranges:
         """The largest activations that the calibration's texts cause, or random tokens where there is none."""
         batches = self.settings.calibration or random_batches(self.architecture.vocab_size)
-        return observe(share_weights(self.hf_class, self.model), batches)
+        return observe(hugging_face_twin(self.model, self.hf_class), batches)
 
     def reference(self) -> PreTrainedModel:
         """The Hugging Face model over the same weights, with eager attention; it is made at the first use.
@@ -235,7 +295,7 @@ class ModelRunner:
     def why_not_engines(self, inputs: ForwardInputs) -> str | None:
         """Why engines cannot serve a request, or None if they can."""
         return why_beyond_engines(inputs, self.model, self.device, strict=self.settings.runtime.strict,
-                                  generating=generation_of(self) is not None)  # fmt: skip
+                                  generating=generation_of(self) is not None, adapted_rows=self.rows_have_adapters())  # fmt: skip
 
     def encode(self, inputs: ForwardInputs) -> EngineEncoderOutput:
         """Run the encoder engine.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Collection, Hashable
 from functools import cache
 from operator import attrgetter, is_
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from t5_trt.modeling.adapter_layers import adapter_layers, held_adapters, settings
 
 _address, _version = torch.Tensor.data_ptr, attrgetter("_version")
 _watches: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
@@ -23,10 +27,15 @@ class WeightWatch:
 
     Args:
         model: any module.
+        modules: those of its modules that count; None for all, and for what decides which of their adapters count.
+
+    Attributes:
+        stepped: an optimizer has changed some of the parameters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+    def __init__(self, model: nn.Module, modules: Collection[nn.Module] | None = None) -> None:
+        self._adapters = list(adapter_layers(model).values()) if modules is None else []
+        modules = list(model.modules()) if modules is None else modules
         owned = [(owner._modules, *entry) for owner in modules for entry in owner._modules.items()]
         parameters = [
             (owner._parameters, *entry)
@@ -39,14 +48,31 @@ class WeightWatch:
         self._owners, self._names, self._parts = zip(*owned, *parameters, strict=True)
         self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # those have no versions
         self._state = self._look()
+        self._settings = list(map(settings, self._adapters))
         self._ids = set(map(id, self._tensors))
-        self._stepped = False
+        self.stepped = False
         _listen()
         _watches.add(self)
 
+    def renewed(self) -> WeightWatch | None:
+        """A watch of the same modules and parameters as they are now; None if adapters have brought others."""
+        made = copy.copy(self)
+        made._state, made._settings, made.stepped = self._look(), list(map(settings, self._adapters)), False
+        _watches.add(made)
+        same = [
+            held_adapters(one) == held_adapters(other)
+            for one, other in zip(made._settings, self._settings, strict=True)
+        ]
+        return made if all(same) else None
+
+    @property
+    def state(self) -> Hashable:
+        """Equal for equal weights, as far as torch counts changes."""
+        return tuple(map(tuple, self._state)), tuple(self._settings)
+
     def after_step(self, optimizer: Any) -> None:
         """Take note of an optimizer's step."""
-        self._stepped |= any(id(tensor) in self._ids for group in optimizer.param_groups for tensor in group["params"])
+        self.stepped |= any(id(tensor) in self._ids for group in optimizer.param_groups for tensor in group["params"])
 
     def replaced(self) -> bool:
         """Whether modules or parameters are others."""
@@ -54,7 +80,9 @@ class WeightWatch:
 
     def changed(self) -> bool:
         """Whether weights have other values, or lie elsewhere."""
-        return self._stepped or self.replaced() or self._look() != self._state
+        if self.stepped or self.replaced() or self._look() != self._state:
+            return True
+        return bool(self._adapters) and list(map(settings, self._adapters)) != self._settings
 
     def _look(self) -> tuple[list[int], list[int]]:
         """Addresses and versions."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -53,6 +54,7 @@ class CudaSession:
     ) -> None:
         self.arch, self.device, self.precision, self.scaling = arch, device, precision, scaling
         self.dtype = TORCH_TYPES[real_type(precision)]
+        self.updates = 0
         self._weights = DeviceWeights(arch, weights, self.dtype, device, scaling)
         self._encoder = TorchEncoder(arch, self._weights, scaling, precision)
         self._captured = CapturedEncoder(self._encode, device)
@@ -61,8 +63,11 @@ class CudaSession:
         self._hidden = mask_value(real_type(precision))
         self._queries: TorchDecoder | None = None
         self._steps: StepDecoder | None = None
+        self._update_step: Callable[[str, torch.Tensor], None] | None = None
         if arch.decoder_layers:
-            step_weights = StepWeightsMaker(arch, weights, self.dtype, device, scaling).make()
+            maker = StepWeightsMaker(arch, weights, self.dtype, device, scaling)
+            step_weights = maker.make()
+            self._update_step = partial(maker.update, step_weights)
             self._weights.share(EMBEDDING, step_weights.embedding)
             self._queries = TorchDecoder(arch, step_weights, scaling, precision)
             self._steps = KernelDecoder(arch, step_weights, self.dtype, device, precision, scaling.embedding, store)
@@ -129,6 +134,17 @@ class CudaSession:
     def loaded_graphs(self) -> tuple[str, ...]:
         """What computes, by name."""
         return ("encoder (torch)", BY_KERNELS, "decoder queries (torch)") if self._steps else ("encoder (torch)",)
+
+    def update_weights(self, changed: Weights) -> bool:
+        """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""
+        with self._at_work():
+            self.updates += 1
+            for key in changed:
+                tensor = changed[key]
+                self._weights.update(key, tensor)
+                if self._update_step is not None:
+                    self._update_step(key, tensor)
+        return True
 
     @property
     def weight_bytes(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from functools import partial
 
 import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import Weights, materialize, parameters
+from t5_trt.graph.parameters import Weights, folded_part, materialize, parameters
 
 
 class DeviceWeights:
@@ -37,6 +38,10 @@ class DeviceWeights:
         self._dtype = dtype
         self.device = device
         self._made: dict[str, torch.Tensor] = {}
+        self._readers: defaultdict[str, list[str]] = defaultdict(list)  # by key of the state dict
+        for name, parameter in self._parameters.items():
+            for key in (*parameter.parts, *([parameter.norm] if parameter.norm else ())):
+                self._readers[key].append(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
@@ -59,6 +64,27 @@ class DeviceWeights:
                     f"the weights take {needed / 1e9:.2f} GB as {kind}: {error}"
                 ) from error
         return self._made[name]
+
+    def update(self, key: str, tensor: torch.Tensor) -> None:
+        """Write another value of a checkpoint tensor into what was made, in place: captured graphs and bound engines read it there.
+
+        Args:
+            key: of the state dict; what it maps to has changed, too.
+            tensor: on the device.
+        """
+        for name in self._readers[key]:
+            if name not in self._made:
+                continue
+            made, parameter, factor = self._made[name], self._parameters[name], partial(self._scaling.factor, name)
+            if not parameter.is_matrix:
+                made.copy_(tensor * factor(key))
+            elif key in parameter.parts:
+                norm = (
+                    None if parameter.norm is None else self._weights[parameter.norm].detach().to(self.device).float()
+                )
+                made[:, parameter.place(key)] = folded_part(parameter, tensor.float(), norm, factor(key)).t()
+            else:  # the norm of all parts
+                made.copy_(materialize(parameter, self._weights, self._dtype, self.device, factor))
 
     def share(self, name: str, tensor: torch.Tensor) -> None:
         """Take over a tensor that `name` would be made into, so that it is not there twice."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load, load_file, save_file
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import PLAN, EngineStore
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.int8 import quantize
+from t5_trt.graph.int8 import MATRIX, SCALE, quantize, quantize_group
 from t5_trt.graph.parameters import Weights, parameters
 
 logger = logging.getLogger("t5_trt")
@@ -52,9 +53,52 @@ def load_int8_weights(arch: Architecture, weights: Weights, store: EngineStore) 
         made: dict[str, torch.Tensor] = load_file(store.root / key / PLAN)  # mapped: processes share the pages
     except OSError:  # pruned by another process since
         made = load(stored)
-    if products_saturate():
-        made = {name: (t.short() + 128).to(torch.uint8) if t.dtype == torch.int8 else t for name, t in made.items()}
-    return made
+    return {name: _as_products_want(tensor) for name, tensor in made.items()} if products_saturate() else made
+
+
+def rounded_names(arch: Architecture, quantized: Weights, keys: Collection[str]) -> set[str]:
+    """Names in `quantized` of what some checkpoint tensors are rounded into.
+
+    Args:
+        arch: of the model.
+        quantized: what `load_int8_weights` gave.
+        keys: of the state dict.
+    """
+    groups = [name for name, parameter in parameters(arch).items() if not set(keys).isdisjoint(parameter.parts)]
+    names = {kind.format(group) for group in groups for kind in (MATRIX, SCALE)}
+    return names & quantized.keys()
+
+
+def round_anew(
+    arch: Architecture,
+    weights: Weights,
+    quantized: dict[str, torch.Tensor],
+    keys: Collection[str],
+    *,
+    own: bool = False,
+) -> None:
+    """Round groups again, some of whose matrices have changed.
+
+    Args:
+        arch: of the model.
+        weights: state-dict key -> tensor.
+        quantized: what `load_int8_weights` gave; changed.
+        keys: of the matrices.
+        own: put other tensors there, rather than write into those that are there.
+    """
+    for group, parameter in parameters(arch).items():
+        if MATRIX.format(group) not in quantized or set(keys).isdisjoint(parameter.parts):
+            continue
+        for name, tensor in quantize_group(group, parameter, weights):
+            made = _as_products_want(tensor) if quantized[name].dtype == torch.uint8 else tensor
+            if own:
+                quantized[name] = made
+            else:
+                quantized[name].copy_(made)
+
+
+def _as_products_want(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.short() + 128).to(torch.uint8) if tensor.dtype == torch.int8 else tensor
 
 
 def weights_digest(arch: Architecture, weights: Weights) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -24,13 +22,14 @@ from t5_trt.graph.build_graph import build_host_graph
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
-from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, Binding, CrossStates, DecoderState, layer_views
+from t5_trt.runtime.int8_weights import round_anew, rounded_names
+from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
+from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, bind
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import TokenSelector
 
 #: smaller tensors go into the model itself, where graph optimizers may read their values
 SHARED_FROM_BYTES = 1 << 16
-_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 class OrtSession:
@@ -42,6 +41,8 @@ class OrtSession:
         num_threads: of every operator; None takes torch's.
         prepack_weights: see `t5_trt.config.RuntimeConfig`.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
+        changing: keys of `weights` whose memory is written anew before calls of `update_weights`: graphs take them as inputs, so that
+            ONNX Runtime keeps no packed copies of them.
 
     Raises:
         BackendError: onnxruntime cannot be imported.
@@ -62,13 +63,17 @@ class OrtSession:
         *,
         num_threads: int | None = None,
         prepack_weights: bool | None = None,
-        quantized: Weights | None = None,
+        quantized: dict[str, torch.Tensor] | None = None,
+        changing: Collection[str] = (),
     ) -> None:
         self.arch = arch
         self.precision = "fp32" if quantized is None else "int8"
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
-        self._weights = weights
+        self._weights, self._changing = weights, frozenset(changing)
+        # by the session of a graph: the weights that it takes as inputs
+        self._inputs: dict[Any, dict[str, torch.Tensor]] = {}
+        self.updates = 0
         # packed 8-bit matrices take a quarter of float32 ones
         self._prepack = True if quantized is not None else prepack_weights
         self._ort = import_onnxruntime()
@@ -164,16 +169,16 @@ class OrtSession:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
         count = rows.count
         bound = rows.bindings.get(count)
-        if not isinstance(bound, _BoundRows):
+        if not isinstance(bound, BoundRows):
             session = self._session(STEP, several_rows=True)
             binding = session.io_binding()
             logits = torch.empty((count, 1, self.arch.vocab_size), dtype=torch.float32)
             inputs = layer_views("past", rows.kv[:, :, :count]) | layer_views("cross", rows.cross[:, :, :count])
             inputs["cross_bias"] = rows.cross_bias[:count]
             inputs["decoder_input_ids"], inputs["position"] = rows.tokens[:count], rows.positions[:count]
-            _bind(binding.bind_input, inputs)
-            _bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
-            bound = rows.bindings[count] = _BoundRows(session, binding, logits)
+            bind(binding.bind_input, inputs | self._inputs[session])
+            bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
+            bound = rows.bindings[count] = BoundRows(session, binding, logits)
         self._call(bound.session, bound.io)
         rows.append()
         return bound.logits[:, 0]
@@ -182,8 +187,20 @@ class OrtSession:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""
         session = self._load(graph, bool(self._prepack), debug_outputs=True)
         names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
-        found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        given = inputs | self._inputs.pop(session)
+        found = session.run(names, {name: tensor.numpy() for name, tensor in given.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
+
+    def update_weights(self, changed: Weights) -> bool:
+        """See `t5_trt.runtime.session.Session.update_weights`: in float32 there is nothing to do, their memory is read."""
+        self.updates += 1
+        if not set(changed) <= self._changing:  # in memory that graphs have copied
+            self._sessions.clear()
+            self._shared.clear()
+            self._inputs.clear()
+        if self._quantized is not None:
+            round_anew(self.arch, self._weights, self._quantized, set(changed))
+        return True
 
     @property
     def weight_bytes(self) -> int:
@@ -196,18 +213,18 @@ class OrtSession:
 
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
         bound = state.binding
-        if not isinstance(bound, _BoundStep) or not bound.of(self):  # a cache may outlive its engines
+        if not isinstance(bound, BoundStep) or not bound.of(self):  # a cache may outlive its engines
             session = self._session(STEP, several_rows=state.rows > 1)
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             binding = session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
-            _bind(binding.bind_input, inputs)
-            _bind(binding.bind_output, layer_views("new", state.new))
-            bound = _BoundStep(self, session, binding, tokens, position, inputs, state.binding)
+            bind(binding.bind_input, inputs | self._inputs[session])
+            bind(binding.bind_output, layer_views("new", state.new))
+            bound = BoundStep(self, session, binding, tokens, position, inputs, state.binding)
             state.binding = bound
         bound.tokens.copy_(input_ids)
         bound.position.fill_(state.length)
-        _bind(bound.io.bind_output, {"logits": logits})
+        bind(bound.io.bind_output, {"logits": logits})
         self._call(bound.session, bound.io)
 
     def _decoder_inputs(self, state: DecoderState) -> dict[str, torch.Tensor]:
@@ -223,8 +240,8 @@ class OrtSession:
     def _run(self, graph: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
         session = self._session(graph)
         binding = session.io_binding()
-        _bind(binding.bind_input, inputs)
-        _bind(binding.bind_output, outputs)
+        bind(binding.bind_input, inputs | self._inputs[session])
+        bind(binding.bind_output, outputs)
         self._call(session, binding)
 
     def _call(self, session: Any, binding: Any) -> None:
@@ -245,11 +262,7 @@ class OrtSession:
                 self._sessions[graph, packed] = self._load(graph, packed)
             return self._sessions[graph, packed]
 
-    def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> Any:
-        real = ir.DataType.FLOAT
-        model = build_host_graph(
-            graph, self.arch, self._weights, real, quantized=self._quantized, debug_outputs=debug_outputs
-        )
+    def _session_options(self, graph: str, packed: bool) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3
@@ -259,6 +272,21 @@ class OrtSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
         # a spinning pool steals cycles from torch's threads, which run between two steps
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> Any:
+        real = ir.DataType.FLOAT
+        changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
+        model = build_host_graph(
+            graph,
+            self.arch,
+            self._weights,
+            real,
+            quantized=self._quantized,
+            inputs=changing,
+            debug_outputs=debug_outputs,
+        )
+        options = self._session_options(graph, packed)
         for value in list(model.graph.initializers.values()):
             assert value.name is not None and value.const_value is not None
             if value.const_value.nbytes >= SHARED_FROM_BYTES:
@@ -280,7 +308,11 @@ class OrtSession:
                 (Path(folder) / "weights").write_bytes(bytes(16))
                 path = Path(folder) / "model.onnx"
                 path.write_bytes(ir.to_proto(model).SerializeToString())
-                return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            names = [value.name for value in model.graph.inputs if value.name in changing]
+            read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
+            self._inputs[session] = {name: read[name] for name in names}
+            return session
         except Exception as error:
             raise_hidden_interrupt(error)
             raise BackendError(
@@ -290,42 +322,6 @@ class OrtSession:
         finally:  # nodes and values of a graph hold each other, and would hold the weights until garbage is collected
             for value in model.graph.initializers.values():
                 value.const_value = None
-
-
-@dataclass(frozen=True)
-class _BoundStep:
-    """A `t5_trt.runtime.kv_buffers.Binding`: the one-token step over the addresses of a state.
-
-    Attributes:
-        owner: of the session.
-        session: ONNX Runtime's.
-        io: ONNX Runtime's binding.
-        tokens: int64 [R, 1], the step's input.
-        position: int64 [1].
-        inputs: whose memory is bound.
-        earlier: another session's binding, which may have lent the state its memory.
-    """
-
-    owner: OrtSession
-    session: Any
-    io: Any
-    tokens: torch.Tensor
-    position: torch.Tensor
-    inputs: dict[str, torch.Tensor]
-    earlier: Binding | None
-
-    def of(self, owner: object) -> bool:
-        """See `t5_trt.runtime.kv_buffers.Binding.of`."""
-        return self.owner is owner
-
-
-@dataclass(frozen=True)
-class _BoundRows:
-    """The step of a number of rows over `RowBuffers`; session and binding are ONNX Runtime's, logits float32 [rows, 1, V]."""
-
-    session: Any
-    io: Any
-    logits: torch.Tensor
 
 
 class OrtGenerationStep:
@@ -376,9 +372,3 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
     """0 where a mask [rows, keys] is non-zero, else the mask value: [rows, 1, 1, keys]."""
     bias = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(mask == 0, mask_value(ir.DataType.FLOAT))
     return bias[:, None, None, :]
-
-
-def _bind(bind: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Bind tensors, which must be contiguous, by address; whoever calls keeps them alive while the binding lives."""
-    for name, tensor in tensors.items():
-        bind(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_session import CudaSession
 from t5_trt.runtime.forks import check_cuda_after_fork
-from t5_trt.runtime.int8_weights import load_int8_weights, weights_digest
+from t5_trt.runtime.int8_weights import load_int8_weights, round_anew, weights_digest
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.onnxruntime_session import OrtSession
 from t5_trt.runtime.select import Placement
@@ -79,6 +80,8 @@ def open_session(
     seen: Callable[[], Ranges],
     *,
     calibrated: bool = False,
+    changing: Collection[str] = (),
+    base: Weights | None = None,
 ) -> Session:
     """Open the session of a model on this machine.
 
@@ -90,15 +93,21 @@ def open_session(
         build: settings of the engine builder.
         seen: measures the largest activations, where half precision needs them.
         calibrated: `seen` measures texts of the user's, which go before bounds from the weights.
+        changing: keys of weights that `Session.update_weights` will change.
+        base: what `weights` are without what adapters add, whose 8-bit matrices are stored.
 
     Raises:
         BackendError: this process was forked from one that had used the GPU.
     """
     store = EngineStore(config.cache_dir, config.engine_cache_bytes)
     if placement.backend == "onnxruntime":
-        quantized = load_int8_weights(arch, weights, store) if placement.precision == "int8" else None
+        quantized = None
+        if placement.precision == "int8":
+            quantized = load_int8_weights(arch, weights if base is None else base, store)
+            round_anew(arch, weights, quantized, changing, own=True)
         threads, prepack = config.num_threads, config.prepack_weights
-        return OrtSession(arch, weights, num_threads=threads, prepack_weights=prepack, quantized=quantized)
+        options: dict[str, Any] = {"num_threads": threads, "prepack_weights": prepack, "quantized": quantized}
+        return OrtSession(arch, weights, changing=changing, **options)
     check_cuda_after_fork()
     scaling = choose_fp16_scaling(arch, weights, placement.precision, seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):
@@ -128,18 +137,13 @@ def _open_tensorrt(
         show_progress=config.show_progress,
         **int8_provider_options(arch, weights, scaling, placement.precision),
     )
-    kernels = None
+    kernels = update_step = None
     if placement.decode == "kernels" and arch.decoder_layers:
-        step_weights = StepWeightsMaker(arch, weights, placement.dtype, placement.device, scaling).make()
-        kernels = KernelDecoder(
-            arch,
-            step_weights,
-            placement.dtype,
-            placement.device,
-            placement.precision,
-            scaling.embedding,
-            store,
-        )
+        dtype, device, precision = placement.dtype, placement.device, placement.precision
+        maker = StepWeightsMaker(arch, weights, dtype, device, scaling)
+        step_weights = maker.make()
+        update_step = partial(maker.update, step_weights)
+        kernels = KernelDecoder(arch, step_weights, dtype, device, precision, scaling.embedding, store)
     return TrtSession(
         provider,
         weights,
@@ -149,4 +153,5 @@ def _open_tensorrt(
         reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
         scaling=scaling,
         kernels=kernels,
+        update_step=update_step,
     )

@@ -11,6 +11,7 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
+from t5_trt.graph.parameters import Weights
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
 
@@ -187,6 +188,7 @@ class Session(Protocol):
     Attributes:
         selector_tokens: least number of tokens that a `TokenSelector` should have room for; more than it needs where it is captured, so
             that requests of other lengths can use it again.
+        updates: calls of `update_weights` so far; what was computed before the last one has other weights in it.
         steps_by: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
         scaling: factors in the weights that keep half precision in range; None where the weights are the model's.
         engines: built ones, which can be stored beside a checkpoint; None where nothing is built.
@@ -199,6 +201,18 @@ class Session(Protocol):
     dtype: torch.dtype
     selector_tokens: int
     steps_by: str
+    updates: int
+
+    def update_weights(self, changed: Weights) -> bool:
+        """Go on with other values of some weights, without another graph or engine.
+
+        Args:
+            changed: state-dict key -> tensor on the session's device, which is made when it is asked for and good until the next one.
+
+        Returns:
+            Whether the session could; if not it must be opened anew.
+        """
+        ...
 
     @property
     def scaling(self) -> Fp16Scaling | None: ...  # noqa: D102 - see above

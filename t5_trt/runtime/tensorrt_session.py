@@ -48,6 +48,7 @@ class TrtSession:
         reference: what new engines are compared with before they are used; None trusts TensorRT.
         scaling: factors in the weights; the provider's architecture names those that its graphs undo.
         kernels: do the one-token step; None leaves it to an engine.
+        update_step: writes another value of a checkpoint tensor into the kernels' weights.
     """
 
     backend = "tensorrt"
@@ -64,12 +65,15 @@ class TrtSession:
         reference: Session | None = None,
         scaling: Fp16Scaling | None = None,
         kernels: KernelDecoder | None = None,
+        update_step: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
+        self.updates = 0
         self.arch: Architecture = provider.arch
         self.precision = provider.precision
         self.device = device
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
+        self._reference, self._update_step = reference, update_step
         # by a weak reference: the GPU memory of a model is free when the last name of it goes, not at the next garbage collection
         check = None if reference is None else partial(TrtSession._deviation_of_engine, weakref.proxy(self), reference)
         self.scaling = scaling or Fp16Scaling()
@@ -183,6 +187,21 @@ class TrtSession:
     def loaded_graphs(self) -> tuple[str, ...]:
         """See `t5_trt.runtime.session.Session.loaded_graphs`."""
         return self.engines.graphs() + (() if self._engine_step else (BY_KERNELS,))
+
+    def update_weights(self, changed: Weights) -> bool:
+        """See `t5_trt.runtime.session.Session.update_weights`: in place, where engines and captured steps read; 8-bit engines hold weights."""
+        if self.precision == "int8":
+            return False
+        with self._at_work():
+            self.updates += 1
+            for key in changed:
+                tensor = changed[key]
+                self.engines.weights.update(key, tensor)
+                if self._update_step is not None:
+                    self._update_step(key, tensor)
+            if self._reference is not None:
+                self._reference.update_weights(changed)
+        return True
 
     @property
     def weight_bytes(self) -> int:

@@ -20,7 +20,7 @@ FOLDER = ROOT / "examples"
 DATA = FOLDER / "data"
 NEW = (
     "quickstart", "japanese_titles", "streaming", "transliterate_file", "prebuild_engines", "fine_tuned",
-    "seq2seq_evaluation", "array_interfaces",
+    "seq2seq_evaluation", "array_interfaces", "adapters",
 )  # fmt: skip
 
 
@@ -116,6 +116,16 @@ def test_prebuild_for_rtx(tmp_path: Path) -> None:
     shown = run("prebuild_engines", SHIPPED, tmp_path / "store", *arguments).stdout
     assert "2 engines in" in shown and "decoder_queries B1 S32 T128 Q8 fp16" in shown
     assert len(list((tmp_path / "store").glob("*/engine.plan"))) == 2
+
+
+def test_adapters(tmp_path: Path) -> None:
+    shown = run("adapters", "--steps", "10", "--out", tmp_path).stdout
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
+    assert losses[1] < losses[0] / 10 and losses[3] < losses[2] / 10
+    assert shown.count("tokens equal to peft's: True") == 4 and "False" not in shown
+    lines = dict(re.findall(r"^(kunrei|plain|base model): (.*)$", shown, re.MULTILINE))
+    assert len(set(lines.values())) == 3  # each writes something else
+    assert {path.name for path in tmp_path.iterdir()} == {"kunrei", "plain"}
 
 
 def test_fine_tuned(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt import InputError, TRTT5ForConditionalGeneration, UnsupportedModelError
-from t5_trt.checkpoint.load import load_checked
+from t5_trt import InputError, TRTT5ForConditionalGeneration
 from tests.tiny_models import batch, make_stock
 
 
@@ -80,15 +79,6 @@ def test_arguments_that_are_not_used_are_said(
     assert torch.equal(
         model.generate(**batch(), max_new_tokens=4), make_stock("t5-v1.1").generate(**batch(), max_new_tokens=4)
     )
-
-
-def test_checkpoints_with_an_adapter_are_refused() -> None:
-    """Transformers marks a model that it added an adapter to; what peft it takes differs by version, so the mark is set here."""
-    stock = make_stock("t5-v1.1")
-    stock._hf_peft_config_loaded = True
-    info = {"mismatched_keys": [], "missing_keys": []}
-    with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
-        load_checked(lambda *args, **kwargs: (stock, info), "folder", stock.config)
 
 
 def test_loading_on_the_meta_device_is_refused_in_hugging_face_s_words(tmp_path: Path) -> None:

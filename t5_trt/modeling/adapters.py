@@ -1,0 +1,198 @@
+"""The weights that engines read of a model with adapters of peft, and how an open session follows them.
+
+    parameters ──> base weight of each adapted layer ─┐
+                                                      ├─> effective weight ──> engines, kernels
+    peft's layers ──> update of the active adapters ──┘
+
+All other weights are the parameters themselves. On a CPU an effective weight has memory of its own, which ONNX Runtime reads and a change
+writes anew. On a GPU it is computed there, from a copy of the base weight, and written where engines and kernels read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from t5_trt.errors import UnsupportedModelError
+from t5_trt.graph.fp16_scaling import Fp16Scaling
+from t5_trt.graph.parameters import EMBEDDING
+from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settle
+from t5_trt.modeling.weight_tracker import WeightWatch
+
+#: where the stacks look tokens up
+_TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+#: states of adapters whose fp16 factors are kept
+_SCALINGS_KEPT = 64
+
+
+class AdaptedWeights(Mapping[str, torch.Tensor]):
+    """State-dict key -> tensor of a model with adapters, as its Hugging Face class would have it after merging.
+
+    Args:
+        model: on engines.
+
+    Attributes:
+        layers: of peft, by name.
+        base: the same without adapters.
+        changing: keys of the adapted weights.
+
+    Raises:
+        UnsupportedModelError: an adapted layer is no linear layer, embedding or norm.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = adapter_layers(model)
+        settle(self.layers)
+        self.base = _base_weights(model, self.layers)
+        self._adapted = _adapted_keys(self.layers)
+        self.changing = frozenset(self._adapted)
+        self._watch = WeightWatch(model, _outside(model, self.layers))
+        self._bases = {name: base_layer(layer).weight for name, layer in self.layers.items()}
+        self._merged = self._merged_adapters()
+        self._own: dict[str, torch.Tensor] = {}
+        self._on_device: dict[str, torch.Tensor] = {}
+        self._scalings: dict[Hashable, Fp16Scaling] = {}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self._adapted:
+            return self.base[key]
+        return self._own[key] if key in self._own else self._computed(key, self.base[key].detach().float())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def keep(self) -> None:
+        """Give the adapted weights memory of their own, float32, which stays at its address."""
+        for key in self._adapted:
+            self._own.setdefault(key, torch.empty(self.base[key].shape))
+        self._write()
+
+    def check(self) -> None:
+        """Refuse adapters of the embedding that differ from stack to stack.
+
+        Raises:
+            UnsupportedModelError: they do.
+        """
+        tables = [key for key in _TABLES if key in self.base]
+        if not self.changing.isdisjoint(tables) and not torch.equal(self[tables[0]], self[tables[-1]]):
+            raise UnsupportedModelError(
+                "encoder.embed_tokens and decoder.embed_tokens got adapters that make different embeddings of them; expected one for "
+                "both: engines look tokens up in a single one. Use the Hugging Face class for this adapter."
+            )
+
+    def base_changed(self) -> bool:
+        """Whether anything but adapters has changed."""
+        settle(self.layers)
+        same = all(base_layer(layer).weight is self._bases[name] for name, layer in self.layers.items())
+        return not same or self._merged_adapters() != self._merged or self._watch.changed()
+
+    def follow(self, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """The adapted weights as they are now, on a device: for `t5_trt.runtime.session.Session.update_weights`."""
+        self._write()
+        self.check()
+        return _OnDevice(self, device, self.changing)
+
+    def on(self, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """All weights on a device, each put there when it is asked for."""
+        return _OnDevice(self, device, self.base.keys())
+
+    def fp16_scaling(self, state: Hashable, choose: Callable[[], Fp16Scaling]) -> Fp16Scaling:
+        """The fp16 factors of a state of the weights, chosen once for each.
+
+        Args:
+            state: of `WeightWatch`.
+            choose: called where the state is a new one.
+        """
+        if state not in self._scalings:
+            if len(self._scalings) >= _SCALINGS_KEPT:
+                self._scalings.clear()
+            self._scalings[state] = choose()
+        return self._scalings[state]
+
+    def forget_scalings(self) -> None:
+        """Take no weights for known ones: an optimizer has changed them, and fused ones count no versions."""
+        self._scalings.clear()
+
+    def computed_on(self, device: torch.device, key: str) -> torch.Tensor:
+        """An effective weight, or one that no adapter changes, on a device; float32 if it is adapted."""
+        if key not in self._adapted or key in self._own:
+            return self[key].to(device)
+        if key not in self._on_device:
+            self._on_device[key] = self.base[key].detach().to(device, torch.float32)
+        return self._computed(key, self._on_device[key])
+
+    def _computed(self, key: str, base: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return effective_weight(key.removesuffix(".weight"), self._adapted[key], base, out)
+
+    def _write(self) -> None:
+        for key, own in self._own.items():
+            made = self._computed(key, self.base[key].detach().float(), own)
+            if made is not own:
+                own.copy_(made)
+
+    def _merged_adapters(self) -> list[tuple[str, ...]]:
+        return [tuple(layer.merged_adapters) for layer in self.layers.values()]
+
+
+class _OnDevice(Mapping[str, torch.Tensor]):
+    """Some of `AdaptedWeights` on a device, each made when it is asked for."""
+
+    def __init__(self, weights: AdaptedWeights, device: torch.device, keys: Any) -> None:
+        self._weights, self._device, self._keys = weights, device, keys
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._weights.computed_on(self._device, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def base_weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    """State-dict key -> tensor of a model's Hugging Face class, without what adapters add; and the keys that adapters change.
+
+    Raises:
+        UnsupportedModelError: an adapted layer is no linear layer, embedding or norm.
+    """
+    layers = adapter_layers(model)
+    return _base_weights(model, layers), frozenset(_adapted_keys(layers))
+
+
+def _adapted_keys(layers: dict[str, Any]) -> dict[str, Any]:
+    """Adapted layers by the keys of their effective weights."""
+    found = {f"{name}.weight": layer for name, layer in layers.items()}
+    found.pop(EMBEDDING, None)  # the stacks look tokens up in embeddings of their own
+    if _TABLES[0] in found:
+        found[EMBEDDING] = found[_TABLES[0]]
+    return found
+
+
+def _base_weights(model: nn.Module, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    if not layers:
+        return model.state_dict()
+    inside = tuple(f"{name}." for name in layers)
+    found = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
+    for name, layer in layers.items():
+        base = base_layer(layer)
+        if any(True for _ in base.children()):
+            raise UnsupportedModelError(
+                f"{name} got an adapter ({type(layer).__name__}) around {type(base).__name__}, which has modules inside; expected "
+                "adapters of linear layers, embeddings and norms. Use the Hugging Face class for this one."
+            )
+        found.update({f"{name}.{key}": tensor.detach() for key, tensor in base.named_parameters()})
+    return found
+
+
+def _outside(model: nn.Module, layers: dict[str, Any]) -> list[nn.Module]:
+    """The modules of a model without those that adapters have brought; base layers are left."""
+    inner = {id(module) for layer in layers.values() for module in layer.modules()}
+    bases = [base_layer(layer) for layer in layers.values()]
+    return [module for module in model.modules() if id(module) not in inner] + bases

@@ -14,6 +14,7 @@ import torch
 
 from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.errors import BackendError, InputError
+from t5_trt.modeling.adapter_layers import base_layer
 from t5_trt.modeling.encoder import attach_encoder
 from t5_trt.runtime.select import Placement, refusal_of_device, resolve
 from t5_trt.runtime.session import Session
@@ -32,16 +33,22 @@ class PlacedModel:
     shared: Any
 
     @property
+    def _table(self) -> torch.Tensor:
+        """The embedding, which stands for all parameters; without its adapters, which would compute another one."""
+        table: torch.Tensor = base_layer(self.shared).weight
+        return table
+
+    @property
     def device(self) -> torch.device:
         """Where inputs are expected and outputs appear."""
-        return torch.device("meta") if self.shared.weight.is_meta else self._placement.device
+        return torch.device("meta") if self._table.is_meta else self._placement.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states; on a CPU of logits, too, which on a GPU are float32."""
         if self._placement.backend != "onnxruntime":
             return self._placement.dtype
-        dtype: torch.dtype = self.shared.weight.dtype
+        dtype: torch.dtype = self._table.dtype
         return dtype
 
     @property
@@ -89,7 +96,7 @@ class PlacedModel:
         Raises:
             BackendError, InputError: see `to`.
         """
-        before = torch.empty(1, dtype=self.dtype, device=self.shared.weight.device)
+        before = torch.empty(1, dtype=self.dtype, device=self._table.device)
         after = fn(before)
         moves, converts = after.device != before.device, after.dtype is not before.dtype
         if converts:
@@ -120,7 +127,7 @@ class PlacedModel:
         return result.to(self.dtype) if self._placement.backend == "onnxruntime" else result
 
     def _check_values(self) -> None:
-        if self.shared.weight.is_meta:
+        if self._table.is_meta:
             raise InputError(
                 "the model's parameters are on the device meta and hold no values. Load it with from_pretrained(), or load "
                 "weights into it: load_state_dict(..., assign=True)."

@@ -152,7 +152,10 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             UnsupportedModelError: the model is not of the T5 family, or has other modules than its class.
         """
         if not isinstance(model, PreTrainedModel):
-            raise InputError(f"from_model got {type(model).__name__}; expected a Transformers model, uncompiled.")
+            raise InputError(
+                f"from_model got {type(model).__name__}; expected a Transformers model, uncompiled, or of a PeftModel "
+                "its get_base_model()."
+            )
         chosen = cls._class_for(model.config)
         kinds = {(p.dtype, p.device.type) for p in model.parameters()}
         wrong = sorted(

@@ -24,7 +24,6 @@ class PlacedModel:
 
     if TYPE_CHECKING:  # Transformers evaluates annotations
         _runner: ModelRunner
-        shared: Any
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +64,7 @@ class PlacedModel:
         Raises:
             BackendError, InputError: see `to`.
         """
-        before = torch.empty(1, dtype=self.dtype, device=self.shared.weight.device)
+        before = torch.empty(1, dtype=self.dtype, device=self._runner.table.device)
         after = fn(before)
         moves, converts = after.device != before.device, after.dtype is not before.dtype
         if converts:

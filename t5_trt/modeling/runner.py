@@ -29,7 +29,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges
 from t5_trt.graph.parameters import EMBEDDING, HEAD
 from t5_trt.modeling.adapted_model import engine_weights, hugging_face_twin
-from t5_trt.modeling.adapter_layers import adapter_layers, has_own_rows
+from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, has_own_rows
 from t5_trt.modeling.adapters import AdaptedWeights, base_weights
 from t5_trt.modeling.calibration import observe, random_batches
 from t5_trt.modeling.fallback import why_beyond_engines
@@ -107,6 +107,12 @@ class ModelRunner:
         return self._model()
 
     @property
+    def table(self) -> torch.Tensor:
+        """The embedding, which stands for all parameters; without its adapters, which would compute another one."""
+        table: torch.Tensor = base_layer(self.model.shared).weight
+        return table
+
+    @property
     def placement(self) -> Placement:
         """Backend, precision and device."""
         if self.settings.placement is None:
@@ -126,13 +132,13 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         """Where inputs are expected and outputs appear."""
-        return torch.device("meta") if self.model.shared.weight.is_meta else self.placement.device
+        return torch.device("meta") if self.table.is_meta else self.placement.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states; on a CPU of logits, too, which on a GPU are float32."""
         placement = self.placement
-        dtype: torch.dtype = placement.dtype if placement.backend != "onnxruntime" else self.model.shared.weight.dtype
+        dtype: torch.dtype = placement.dtype if placement.backend != "onnxruntime" else self.table.dtype
         return dtype
 
     @property
@@ -162,7 +168,7 @@ class ModelRunner:
         if generation_of(self) is not None:
             return
         if self.session is None:
-            if self.model.shared.weight.is_meta:
+            if self.table.is_meta:
                 raise InputError(
                     "the model's parameters are on the device meta and hold no values. Load it with from_pretrained(), or load "
                     "weights into it: load_state_dict(..., assign=True)."

@@ -119,6 +119,19 @@ def test_changes_of_adapters_are_followed(optimizer: dict[str, Any]) -> None:
     assert ours.session is session
 
 
+def test_engines_that_were_opened_in_inference_mode_follow_outside_of_it() -> None:
+    theirs, mine, ours = peft_pair(make_stock("t5-v1.0"), TWO)
+    with torch.inference_mode():
+        tokens(mine)
+    session = ours.session
+    theirs.set_adapter("two"), mine.set_adapter("two")
+    compare(theirs, mine)
+    with torch.inference_mode():
+        theirs.set_adapter("default"), mine.set_adapter("default")
+        assert tokens(theirs) == tokens(mine)
+    assert ours.session is session
+
+
 def test_merged_adapters_are_followed() -> None:
     theirs, mine, _ = peft_pair(make_stock("t5-v1.0"), TWO)
     both = (theirs, mine)

@@ -30,8 +30,18 @@ RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
 CASE = (
     "part", "python", "backend", "model", "precision", "batch", "num_beams", "source_tokens", "new_tokens", "tool", "stage",
 )  # fmt: skip
-BARE_TESTS = ("test_kernels.py", "test_kernel_shapes.py", "test_cuda_backend.py", "test_parity_cuda.py")
-ENGINE_TESTS = ("test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
+BARE_TESTS = (
+    "test_kernels.py",
+    "test_kernel_shapes.py",
+    "test_encoder_kernels.py",
+    "test_cuda_backend.py",
+    "test_parity_cuda.py",
+)
+ENGINE_TESTS = ("test_background_builds.py", "test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
+#: building engines keeps one core busy each; more processes than this wait for the GPU
+SIDE_BY_SIDE = (
+    "T5_TRT_TEST_STORE={store}/tests {python} -m pytest -q -n 8 --dist worksteal -rf --durations=12 -W default"
+)
 
 
 def tests(names: Sequence[str]) -> list[list[str]]:
@@ -42,11 +52,17 @@ def tests(names: Sequence[str]) -> list[list[str]]:
 #: part -> lanes side by side -> commands one after the other; {python}, {store} and {out} are filled in, {small} with --small
 PARTS: dict[str, list[list[str]]] = {
     "tests": tests(BARE_TESTS),
-    "engines": tests(ENGINE_TESTS),
+    "engines": [
+        [
+            f"{SIDE_BY_SIDE} -m 'gpu and not whole_gpu' {' '.join(f'tests/gpu/{name}' for name in ENGINE_TESTS)}",
+            f"{TESTS} -m whole_gpu tests/gpu",
+        ]
+    ],
     "speed": [
         [
             "{python} -m benchmarks.decode --out {out} {layers}",
             "{python} -m benchmarks.decode_first --out {out} {layers}",
+            "{python} -m benchmarks.encoder --out {out} {layers}",
         ]
     ],
     "tokens": [

@@ -3,6 +3,7 @@
     python -m benchmarks.sanitize --out FOLDER
 
 steps   decoder steps launched one by one, of 3 and 18 rows, with beams and with caches and sources of several chunks
+encoder the encoder's kernels, on sources of one to three tiles of keys, with holes and without any shown token
 model   generate() of a model of one layer on backend="cuda", greedy and with beams, whose steps are CUDA graphs with the token selection
 
 Each tool looks at each of them in a process of its own, all side by side. FOLDER gets sanitize.json and, from each log, the last lines.
@@ -28,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-STAGES, TOOLS = ("steps", "model"), ("memcheck", "racecheck")
+STAGES, TOOLS = ("steps", "encoder", "model"), ("memcheck", "racecheck")
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/compute-sanitizer")
 #: what a tool says at its end, with the number of what it found
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
@@ -50,9 +51,29 @@ def steps() -> None:
                 assert run(case).isfinite().all()
 
 
+def encoder() -> None:
+    """The encoder's kernels without CUDA graphs."""
+    import random
+    from dataclasses import replace
+
+    import torch
+
+    from tests.gpu.test_encoder_kernels import check, random_mask, test_heads_are_split, test_residual_sum_and_norm
+    from tests.gpu.test_kernels import SMALL
+
+    for width, length in ((64, 1), (64, 150), (40, 70), (128, 65)):
+        arch = replace(SMALL, d_kv=width, num_heads=2)
+        check(arch, torch.float16, random_mask(3, length, random.Random(length)), length)
+    for size in (72, 1536):
+        test_residual_sum_and_norm(size)
+    test_heads_are_split()
+
+
 def model() -> None:
     """Whole calls, with CUDA graphs."""
     import torch
+
+    torch.cuda.init()  # now, before the imports below take their time: the tool waits for it
 
     from t5_trt import TRTT5ForConditionalGeneration
     from tests.tiny_models import batch, make_stock
@@ -81,10 +102,14 @@ def sanitizer() -> str:
 def check(tool: str, stage: str, program: str, limit_s: float) -> dict[str, Any]:
     """Run a stage under a tool: a record, with the log's end under "log"."""
     command = [program, "--tool", tool, "--print-limit", "5", "--target-processes", "application-only"]
+    command += [
+        "--launch-timeout",
+        "120",
+    ]  # how long the program may import before it uses the GPU; then the tool never sees it
     if tool == "memcheck":  # torch asks CUDA for functions that it does without if they are missing
         command += ["--report-api-errors", "no"]
     # every tensor of its own, so that reading beyond one is seen; captures need torch's allocator
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if stage == "steps" else {}
+    alone = {} if stage == "model" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as file:
         process = subprocess.Popen(
@@ -126,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.stage:
-        return {"steps": steps, "model": model}[given.stage]()
+        return {"steps": steps, "encoder": encoder, "model": model}[given.stage]()
     if given.out is None:
         parser.error("--out is missing")
     program = sanitizer()

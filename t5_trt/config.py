@@ -16,6 +16,7 @@ from t5_trt.errors import InputError
 BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
 DECODE = ("auto", "kernels", "engine")
+BUILDING = ("wait", "background")
 
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> str:
@@ -57,6 +58,8 @@ class RuntimeConfig:
         engine_cache_bytes: above this size the engines used least recently are removed; None keeps all.
         flavor: "tensorrt" or "rtx"; None takes ``T5_TRT_FLAVOR``, else the one that is installed.
         show_progress: draw a bar while engines are built; None does so on a terminal only.
+        building: what a request does whose encoder engine TensorRT must build first: "wait" for it, or "background": it is encoded as by the
+            backend "cuda" at once, and later ones by the engine if it is faster. Other backends build no engines.
         check_engines: compare every engine that is built with ONNX Runtime once, on random inputs, before it is used.
         bundled_engines: folder of engines that came with the checkpoint and are trusted.
     """
@@ -74,6 +77,7 @@ class RuntimeConfig:
     engine_cache_bytes: int | None = None
     flavor: str | None = None
     show_progress: bool | None = None
+    building: str = "wait"
     check_engines: bool = True
     bundled_engines: Path | None = None
 
@@ -83,6 +87,7 @@ class RuntimeConfig:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("decode", self.decode, DECODE)
+        check_choice("building", self.building, BUILDING)
         for name in ("num_threads", "max_source_tokens", "max_target_tokens", "engine_cache_bytes"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

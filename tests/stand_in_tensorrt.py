@@ -23,7 +23,7 @@ from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.precision import real_type
-from t5_trt.runtime import engine_step, tensorrt_encoder
+from t5_trt.runtime import captured_encoder, engine_step, tensorrt_encoder
 from t5_trt.runtime.tensorrt_session import TrtSession
 from tests.torch_graph import TorchGraph
 
@@ -137,6 +137,7 @@ class StandInProvider:
         self.settings = settings
         self.asked: list[tuple[str, Shapes]] = []
         self.discarded: list[tuple[str, Shapes]] = []
+        self.kept: dict[tuple[str, Shapes], dict[str, float]] = {}
 
     def plan(self, graph: str, shapes: Shapes) -> bytes:
         self.asked.append((graph, shapes.for_graph(graph)))
@@ -159,6 +160,12 @@ class StandInProvider:
     def discard(self, graph: str, shapes: Shapes) -> None:
         self.discarded.append((graph, shapes))
 
+    def times(self, graph: str, shapes: Shapes) -> dict[str, float] | None:
+        return self.kept.get((graph, shapes))
+
+    def keep_times(self, graph: str, shapes: Shapes, times: dict[str, float]) -> None:
+        self.kept[graph, shapes] = times
+
     def plans(self, wanted: Any) -> list[bytes]:
         return [self.plan(graph, shapes) for graph, shapes in wanted]
 
@@ -178,6 +185,8 @@ def stand_in_session(
     precision: str = "fp32",
     scaling: Fp16Scaling | None = None,
     kernels: Any = None,
+    own_encoder: Any = None,
+    background: bool = False,
 ) -> Any:
     """A `TrtSession` on the CPU for a model; arguments as of that class."""
 
@@ -187,7 +196,7 @@ def stand_in_session(
                 work()
         return _Graph(work)
 
-    for module in (engine_step, tensorrt_encoder):
+    for module in (captured_encoder, engine_step, tensorrt_encoder):
         monkeypatch.setattr(module, "capture", capture)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),
@@ -204,7 +213,16 @@ def stand_in_session(
     provider: Any = StandInProvider(arch, settings or BuildConfig(), precision, quantized)
     device: Any = torch.device("cpu")
     session: Any = TrtSession(
-        provider, weights, api, device, strict=strict, reference=reference, scaling=scaling, kernels=kernels
-    )  # type: ignore[arg-type]
+        provider,
+        weights,
+        api,  # type: ignore[arg-type]
+        device,
+        strict=strict,
+        reference=reference,
+        scaling=scaling,
+        kernels=kernels,
+        own_encoder=own_encoder,
+        background=background,
+    )
     session.engines.enqueue = lambda context: context.run()
     return session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -50,8 +51,22 @@ def find_facts() -> dict[str, Any]:
         "why_not_tensorrt": why_not_tensorrt(),
         "why_no_kernels": why_no_kernels(),
         "chosen": chosen,
+        "encoders_by_kernels": _encoders_by_kernels(default_engine_cache_dir()),
         "engine_cache": str(default_engine_cache_dir()),
     }
+
+
+def _encoders_by_kernels(cache: Path) -> list[dict[str, Any]]:
+    """Stored encoder engines that our own kernels were measured to beat, so that "auto" does not use them."""
+    from t5_trt.engine.store import TIMES, EngineStore
+
+    found = []
+    for entry in EngineStore(cache).entries():
+        facts, times = entry.manifest, entry.manifest.get(TIMES)
+        if isinstance(times, dict) and times.get("kernels", 0.0) < times.get("engine", 0.0):
+            names = ("graph", "shapes", "precision", "gpu", "tensorrt")
+            found.append({name: facts.get(name) for name in names} | {f"{name}_ms": ms for name, ms in times.items()})
+    return found
 
 
 def _choice() -> tuple[dict[str, str | None], str | None]:
@@ -112,5 +127,9 @@ def _print_table(facts: dict[str, Any]) -> None:
         table.add_row(
             "decoder steps by", {"kernels": "our CUDA kernels", "engine": "the backend's engine"}[chosen["decode"]]
         )
+    for found in facts["encoders_by_kernels"]:
+        size = " ".join(f"{axis}{count}" for axis, count in found["shapes"].items() if axis in "BS")
+        words = f"{found['kernels_ms']:.2f} ms, by TensorRT {found['tensorrt']} {found['engine_ms']:.2f} ms"
+        table.add_row(f"{found['graph']} {size} {found['precision']} by our kernels", words)
     table.add_row("engine cache", facts["engine_cache"])
     console().print(table)

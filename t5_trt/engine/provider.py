@@ -13,7 +13,7 @@ from t5_trt.config import BuildConfig
 from t5_trt.engine.builder import EngineRequest, build_engine
 from t5_trt.engine.bundle import read_bundled, write_bundle
 from t5_trt.engine.cache_key import engine_key
-from t5_trt.engine.store import EngineStore
+from t5_trt.engine.store import TIMES, EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import Weights
@@ -151,6 +151,16 @@ class EngineProvider:
     def discard(self, graph: str, shapes: Any) -> None:
         """Delete an engine that turned out to be wrong."""
         self.store.remove(engine_key(self.facts(self.request(graph, shapes))))
+
+    def times(self, graph: str, shapes: Any) -> dict[str, float] | None:
+        """What `keep_times` kept of an engine, by any process."""
+        found = self.store.manifest(engine_key(self.facts(self.request(graph, shapes)))).get(TIMES)
+        numbers = isinstance(found, dict) and all(isinstance(found.get(name), float) for name in ("engine", "kernels"))
+        return found if numbers else None
+
+    def keep_times(self, graph: str, shapes: Any, times: dict[str, float]) -> None:
+        """Note how long an encoder takes in milliseconds, by the "engine" and by our own "kernels", with an engine of the store."""
+        self.store.add_to_manifest(engine_key(self.facts(self.request(graph, shapes))), {TIMES: times})
 
     def plans(self, wanted: Sequence[tuple[str, Any]]) -> list[bytes]:
         """Several plans; those that must be built are built side by side."""

@@ -27,6 +27,8 @@ from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
 PLAN, MANIFEST = "engine.plan", "manifest.json"
+#: in the manifest of an encoder engine: milliseconds by "engine" and by our own "kernels", measured side by side
+TIMES = "encoder_ms"
 STAGING, LOCKS = ".building-", ".locks"
 
 
@@ -148,6 +150,30 @@ class EngineStore:
                 continue
             found.append(StoredEngine(folder.name, folder, manifest, size, used_at))
         return sorted(found, key=lambda entry: -entry.used_at)
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        """What is known of an engine; empty if it is not there."""
+        try:
+            found = json.loads((self.root / key / MANIFEST).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def add_to_manifest(self, key: str, facts: dict[str, Any]) -> None:
+        """Note more about an engine; nothing happens where it is not there, or the folder cannot be written."""
+        target = self.root / key / MANIFEST
+        if not self.manifest(key):
+            return
+        try:
+            with self._lock(key):
+                found = self.manifest(key)
+                if found:
+                    new = target.with_name(f"{MANIFEST}.new")
+                    new.write_text(json.dumps(found | facts, indent=2) + "\n")
+                    new.chmod(0o600)
+                    os.replace(new, target)
+        except OSError as error:
+            logger.warning("what was found out about the engine %s is not kept: %s.", key, error)
 
     def remove(self, key: str) -> None:
         """Delete one engine."""

@@ -1,232 +1,256 @@
 // Attention of one new token of every row over cached keys and values.
 //
-// A CTA takes CHUNK keys of one head of one row; grid (H, rows, chunks). Where a row has more keys, every CTA leaves its part, and the
-// last one to finish adds the parts up in the order of the chunks. Chunks begin at fixed keys, so a result does not depend on how much
-// room the cache has, nor on other rows.
+// A CTA of ATTENTION_WARPS warps takes CHUNK keys of one head of one row; grid (H, rows, chunks). Where a row has more keys, every CTA
+// leaves its part, and the last one to finish adds the parts up in the order of the chunks. Chunks begin at fixed keys, so a result does
+// not depend on how much room the cache has, nor on other rows.
+//
+// The keys of a chunk are dealt to shares of up to PASSES * GROUPS keys. A group of lanes sums its keys of a share, relative to their
+// largest score, and leaves that in shared memory; then the sums of all shares are added up in the order of the shares. A warp takes one
+// share after the other, so a result does not depend on the number of warps either: few rows want many warps, for many rows each warp
+// should do as much as it can.
 #pragma once
-#include "common.cuh"
+#include "attention_sums.cuh"
 
-constexpr int ATTENTION_WARPS = 8;
-// CTAs that an SM must have room for: as many as registers allow without spilling.
-#define ATTENTION_CTAS (__CUDA_ARCH__ >= 900 ? 4 : 3)
-constexpr int CHUNK = 128;
-__host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;      // 16-byte loads of a key
-constexpr int KEY_LANES = power_of_two(VECTORS);        // lanes that share a key
-constexpr int KEYS_A_PASS = ATTENTION_WARPS * (32 / KEY_LANES);
-constexpr int PASSES = CHUNK / KEYS_A_PASS;
-constexpr int AHEAD = PASSES < 4 ? PASSES : 4;          // passes whose keys and values are loaded before the wait
-constexpr float HIDDEN = -3.0e38f;                      // a score below all others
-static_assert(D % VECTOR == 0 && VECTORS <= 32, "d_kv");
+// CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
+#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 2) : ATTENTION_WARPS == 4 ? 5 : ATTENTION_WARPS == 2 ? 10 : 12)
 
-// What a chunk knows: the largest score, the sum of exponentials, the weighted sum of values [D].
-constexpr int PART = D + 2;
-
-// Attention of one warp of a chunk over its keys: every pass takes 32 / KEY_LANES of them. The warp leaves its largest score, its sum of
-// exponentials and its weighted sum of values [D] in shared memory. `key_of(pass)` and `value_of(pass)` give what this lane has of a key.
-struct WarpPart { float largest, sum, values[D]; };
-
-template <class KeyOf, class ValueOf, class BiasOf>
-__device__ __forceinline__ void attend_warp(const float* q, int share, int start, int end, KeyOf key_of, ValueOf value_of, BiasOf bias_of,
-                                            WarpPart& result)
+// `base` and `count` times `size` bytes, by a product of 32 bits each: the compiler takes 64.
+__device__ __forceinline__ const char* further(const char* base, unsigned count, unsigned size)
 {
-    const int lane = threadIdx.x & 31, group = lane / KEY_LANES, part = lane % KEY_LANES;
-    const bool mine = part < VECTORS;
-    float scores[PASSES], largest = HIDDEN, sum = 0.f, total[VECTOR] = {};
+    const char* there;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(there) : "r"(count), "r"(size), "l"(base));
+    return there;
+}
+
+constexpr unsigned KEY_BYTES = D * sizeof(stored);
+
+// First key of a share in its chunk. Eight shares take the keys in turns.
+__device__ __forceinline__ int share_start(unsigned share) { return share / 8 * (KEYS_A_PASS * PASSES) + share % 8 * GROUPS; }
+
+// How many shares `keys` keys of a chunk make, some of which may have none: those of whole turns, and of at least one.
+__device__ __forceinline__ unsigned shares_of(int keys) { return 8 * ((max(keys, 1) - 1) / (KEYS_A_PASS * PASSES) + 1); }
+
+// Where the keys and values of a row and head lie for one lane, and which keys count.
+struct Place {
+    const char *keys, *values;
+    const float* bias;
+    const unsigned char* beam_of;  // in MOVED
+    int start, count, end, width;  // `start` to `end` is this chunk's part of `count` keys
+    int group, of_bias;            // of this lane; how many keys into a share that key lies whose bias it loads
+    unsigned row_bytes;
+};
+
+// What a lane holds of a share.
+struct Share {
+    int left;                            // keys of the chunk from the first one of the share on
+    int own;                             // this lane's key of the first pass
+    unsigned beam[PASSES];               // where they lie
+    float bias;                          // of pass `part`, of those passes that there are
+    uint4 key[PASSES], value[PASSES];    // zeros in place of keys that do not count
+};
+
+// For each pass of a share that has keys: call of(pass).
+template <class Of>
+__device__ __forceinline__ void each_pass(int left, Of of)
+{
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-        scores[i] = HIDDEN;
-        if (start + i * KEYS_A_PASS >= end)
-            continue;
-        const int key = start + i * KEYS_A_PASS + share * (32 / KEY_LANES) + group;
-        float score = 0.f;
-        if (key < end && mine) {
-            float x[VECTOR];
-            unpack(key_of(i, key), x);
+        if (left <= i * KEYS_A_PASS)
+            break;
+        of(i);
+    }
+}
+
+// What is known of a share before its keys.
+template <bool SELF, bool MOVED>
+__device__ __forceinline__ void load_places(const Place& at, Share& held)
+{
+    if (MOVED) {
+        const unsigned char* beam_of = at.beam_of + held.own;
+        each_pass(held.left, [&](int i) {
+            held.beam[i] = 0;
+            if (at.group + i * KEYS_A_PASS < held.left)
+                held.beam[i] = beam_of[i * KEYS_A_PASS];
+        });
+    }
+    held.bias = 0.f;
+    if (at.of_bias < held.left) {
+        const int key = at.end - held.left + at.of_bias;
+        held.bias = at.bias[SELF ? min(at.count - 1 - key, at.width - 1) : key];
+    }
+}
+
+// A lane's vectors of a share's keys (or values), of the first `there` keys from the share's first one on.
+template <bool MOVED>
+__device__ __forceinline__ void load_vectors(const Place& at, const char* from, const Share& held, int there, uint4* vectors)
+{
+    const char* own = further(from, held.own, KEY_BYTES);
+    there = threadIdx.x % KEY_LANES < VECTORS ? there - at.group : 0;
+    each_pass(held.left, [&](int i) {
+        vectors[i] = uint4{};
+        const char* vector = (MOVED ? further(own, held.beam[i], at.row_bytes) : own) + i * (int)(KEYS_A_PASS * KEY_BYTES);
+        if (i * KEYS_A_PASS < there)
+            vectors[i] = __ldcg((const uint4*)vector);
+    });
+}
+
+// The key and the value that the kernel before wrote, `newest` keys from the share's first one on.
+template <bool MOVED>
+__device__ __forceinline__ void load_newest(const Place& at, int newest, Share& held)
+{
+    if (newest < 0 || newest % KEYS_A_PASS >= GROUPS)  // another share's
+        return;
+    each_pass(held.left, [&](int i) {
+        if (newest != at.group + i * KEYS_A_PASS || threadIdx.x % KEY_LANES >= VECTORS)
+            return;
+        const auto load = [&](const char* from) {
+            const char* key = further(from, held.own + i * KEYS_A_PASS, KEY_BYTES);
+            return __ldcg((const uint4*)(MOVED ? further(key, held.beam[i], at.row_bytes) : key));
+        };
+        held.key[i] = load(at.keys), held.value[i] = load(at.values);
+    });
+}
+
+// The scores of a share's keys, times LOG2E, where `q` has that factor. Returns the largest one of this lane's group.
+__device__ __forceinline__ float score(const Place& at, const float* q, int left, float bias, const uint4* keys, float* scores)
+{
+    float largest = HIDDEN;
+    bias *= LOG2E;
+    each_pass(left, [&](int i) {
+        float x[VECTOR], sum = threadIdx.x % KEY_LANES == i ? bias : 0.f;
+        unpack(keys[i], x);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j)
-                score = fmaf(q[j], x[j], score);
-            if (part == 0)
-                score += bias_of(i, key);
-        }
-        score = sum_lanes(score, 1, KEY_LANES);
-        if (key < end)
-            scores[i] = score;
+        for (int j = 0; j < VECTOR; ++j)
+            sum = fmaf(q[j], x[j], sum);
+        sum = sum_lanes(sum, 1, KEY_LANES);
+        scores[i] = at.group + i * KEYS_A_PASS < left ? sum : -INFINITY;
         largest = fmaxf(largest, scores[i]);
+    });
+    return largest;
+}
+
+// The weighted sum of a share's values, left with what the weights are relative to.
+__device__ __forceinline__ void leave_sums(unsigned share, int left, const uint4* values, const float* scores, float largest, SharedSums& all)
+{
+    const int lane = threadIdx.x & 31;
+    float sum = 0.f, total[VECTOR] = {};
+    each_pass(left, [&](int i) {
+        const float weight = exp2_fast(scores[i] - largest);
+        sum += weight;
+        float x[VECTOR];
+        unpack(values[i], x);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j)
+            total[j] = fmaf(weight, x[j], total[j]);
+    });
+#pragma unroll
+    for (int s = 0; s < SLICES; ++s) {
+        Slice slice;
+#pragma unroll
+        for (int j = 0; j < SLICE; ++j)
+            slice.value[j] = total[s * SLICE + j];
+        all.values[share][s][lane] = slice;
     }
+    if (lane % KEY_LANES == 0)
+        all.of[share * GROUPS + lane / KEY_LANES] = {largest, sum};
+}
+
+// Every ATTENTION_WARPS-th of a chunk's shares, from share `warp` on; `query` is this lane's part.
+template <bool SELF, bool MOVED>
+__device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, unsigned shares, const float* query, SharedSums& all)
+{
+    const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
+    Share held;
+    held.left = at.end - at.start - share_start(warp);
+    held.own = at.start + share_start(warp) + at.group;
+    load_places<SELF, MOVED>(at, held);
+    const int there = held.left + min(old - at.end, 0);
+    load_vectors<MOVED>(at, at.keys, held, there, held.key);
+    load_vectors<MOVED>(at, at.values, held, there, held.value);
+    let_next_start();
+    wait_for_inputs();
+    if (SELF && old < at.end)
+        load_newest<MOVED>(at, there, held);
+    float q[VECTOR];
 #pragma unroll
-    for (int step = KEY_LANES; step < 32; step <<= 1)
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-#pragma unroll
-    for (int i = 0; i < PASSES; ++i) {
-        const int key = start + i * KEYS_A_PASS + share * (32 / KEY_LANES) + group;
-        if (key < end && mine) {
-            const float weight = __expf(scores[i] - largest);
-            sum += weight;
-            float x[VECTOR];
-            unpack(value_of(i, key), x);
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j)
-                total[j] = fmaf(weight, x[j], total[j]);
+    for (int i = 0; i < VECTOR; i += 4) {
+        const float4 four = threadIdx.x % KEY_LANES < VECTORS ? __ldcg((const float4*)(query + i)) : float4{};
+        q[i] = LOG2E * four.x, q[i + 1] = LOG2E * four.y, q[i + 2] = LOG2E * four.z, q[i + 3] = LOG2E * four.w;
+    }
+#pragma unroll 1
+    for (unsigned share = warp; share < shares; share += ATTENTION_WARPS) {
+        const unsigned next = share + ATTENTION_WARPS;
+        const bool more = ATTENTION_WARPS < SHARES && next < shares;
+        const int left = held.left;
+        const float own_bias = held.bias;
+        float scores[PASSES];
+        if (more) {
+            const int step = SHARES == 8 ? ATTENTION_WARPS * GROUPS : share_start(next) - share_start(share);
+            held.left -= step, held.own += step;
+            load_places<SELF, MOVED>(at, held);
         }
+        const float largest = score(at, q, left, own_bias, held.key, scores);
+        if (more)
+            load_vectors<MOVED>(at, at.keys, held, held.left, held.key);
+        leave_sums(share, left, held.value, scores, largest, all);
+        if (more)
+            load_vectors<MOVED>(at, at.values, held, held.left, held.value);
+        if (ATTENTION_WARPS >= SHARES)  // no loop, out of which the compiler would take what need not be done
+            break;
     }
-    sum = sum_lanes(sum, KEY_LANES, 32);
-#pragma unroll
-    for (int j = 0; j < VECTOR; ++j) {
-        total[j] = sum_lanes(total[j], KEY_LANES, 32);
-        if (group == 0 && mine)
-            result.values[part * VECTOR + j] = total[j];
-    }
-    if (lane == 0)
-        result.largest = largest, result.sum = sum;
 }
 
-// The parts of a chunk's warps added up in their order: the largest score, the sum, and how each warp's part counts.
-struct Merged { float largest, sum, scale[ATTENTION_WARPS]; };
-
-__device__ __forceinline__ Merged merge(const WarpPart* parts)
-{
-    Merged all;
-    all.largest = HIDDEN, all.sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w)
-        all.largest = fmaxf(all.largest, parts[w].largest);
-#pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w) {
-        all.scale[w] = __expf(parts[w].largest - all.largest);
-        all.sum = fmaf(all.scale[w], parts[w].sum, all.sum);
-    }
-    return all;
-}
-
-__device__ __forceinline__ float merged_value(const WarpPart* parts, const Merged& all, int i)
-{
-    float value = 0.f;
-#pragma unroll
-    for (int w = 0; w < ATTENTION_WARPS; ++w)
-        value = fmaf(all.scale[w], parts[w].values[i], value);
-    return value;
-}
-
-struct Chunk { uint4 key[AHEAD], value[AHEAD]; float bias[AHEAD]; };
-
-// `ancestors` [rows][stride] (or null) says for each token of a row in which row of its `beams` neighbours the key and the value lie.
+// MOVED: `ancestors` [rows][stride] says for each token of a row in which row of its `beams` neighbours the key and the value lie.
 // SELF: keys up to and with the row's position, of which the last is written by the kernel before; the relative bias goes by the
 // distance, bias [H][distances], the last entry serving all larger ones. Otherwise the keys of a source, which `beams` rows share, with
 // bias [sources][width] (the additive mask) and lengths [sources].
 //   query float32 [rows][HD_PAD]; keys, values [rows or sources][H][capacity][D]; attended as `activation_index` describes
 //   parts float32 [rows][H][chunks][PART]; arrived int32 [rows][H], zeros before and after
-template <bool SELF>
+template <bool SELF, bool MOVED>
 __device__ __forceinline__ void attend(const float* query, const stored* keys, const stored* values, const float* bias,
                                        const int* lengths, const unsigned char* ancestors, stored* attended, float* parts, int* arrived,
-                                       int capacity, int width, int beams, int stride)
+                                       int capacity, int width, int beams, int stride, SharedSums& all)
 {
-    __shared__ WarpPart warp_parts[ATTENTION_WARPS];
-    __shared__ int is_last;
-    const int head = blockIdx.x, row = blockIdx.y, start = blockIdx.z * CHUNK;
-    const int source = SELF ? row : row / beams;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = lane / KEY_LANES, part = lane % KEY_LANES;
-    const int count = SELF ? lengths[row] + 1 : lengths[source];     // keys in all
-    const int old = SELF ? count - 1 : count;                        // that are there before the wait
-    const int end = min(count, start + CHUNK);
-    const bool mine = part < VECTORS;
-    const bool moved = SELF && ancestors;
-    const unsigned char* beam_of = ancestors + (long long)row * stride;
-    const long long row_size = (long long)H * capacity * D;
-    const long long at = (moved ? row / beams * beams : source) * row_size + (long long)head * capacity * D + part * VECTOR;
-    const stored *k = keys + at, *v = values + at;
-    const auto offset = [&](int key) { return key * (long long)D + (moved ? beam_of[key] * row_size : 0); };
-    const auto place = [&](int pass) { return start + pass * KEYS_A_PASS + warp * (32 / KEY_LANES) + group; };
-    const auto bias_of = [&](int key) {
-        return SELF ? bias[(long long)head * width + min(count - 1 - key, width - 1)] : bias[(long long)source * width + key];
-    };
-    if (start >= count && start > 0)  // not the first chunk of a row that has no keys
+    const unsigned head = blockIdx.x, row = blockIdx.y, part = threadIdx.x % KEY_LANES;
+    const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // the compiler does not know that a warp's lanes have the same
+    const unsigned source = SELF ? row : row / (unsigned)beams;
+    Place at;
+    at.start = blockIdx.z * CHUNK;
+    at.count = SELF ? lengths[row] + 1 : lengths[source];
+    at.end = min(at.count, at.start + CHUNK);
+    at.width = width;
+    at.group = (threadIdx.x & 31) / KEY_LANES;
+    at.of_bias = part < PASSES ? part * KEYS_A_PASS + at.group : CHUNK;
+    at.bias = bias + (SELF ? head : source) * (unsigned long long)(unsigned)width;
+    at.beam_of = ancestors + row * (unsigned long long)(unsigned)stride;
+    at.row_bytes = H * capacity * KEY_BYTES;
+    const unsigned holder = MOVED ? row - row % (unsigned)beams : source;
+    const unsigned lane_bytes = head * capacity * KEY_BYTES + part * 16;
+    at.keys = further((const char*)keys + lane_bytes, holder, at.row_bytes);
+    at.values = further((const char*)values + lane_bytes, holder, at.row_bytes);
+    if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
         return let_next_start();
-    Chunk ahead;
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        const int key = place(i);
-        ahead.bias[i] = key < end && part == 0 ? bias_of(key) : 0.f;
-        if (key < min(old, end) && mine) {
-            const long long there = offset(key);
-            ahead.key[i] = __ldcg((const uint4*)(k + there));
-            ahead.value[i] = __ldcg((const uint4*)(v + there));
-        }
-    }
-    let_next_start();
-    wait_for_inputs();
-    float q[VECTOR];
-#pragma unroll
-    for (int i = 0; i < VECTOR; i += 4) {
-        const float4 four = mine ? __ldcg((const float4*)(query + (long long)row * HD_PAD + head * D + part * VECTOR + i)) : float4{};
-        q[i] = four.x, q[i + 1] = four.y, q[i + 2] = four.z, q[i + 3] = four.w;
-    }
-    if (SELF)
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            if (place(i) == old && old < end && mine) {
-                const long long there = offset(old);
-                ahead.key[i] = __ldcg((const uint4*)(k + there));
-                ahead.value[i] = __ldcg((const uint4*)(v + there));
-            }
-    const auto loaded = [&](const uint4* held, int pass, int key, const stored* from) {
-        return pass < AHEAD ? held[pass < AHEAD ? pass : 0] : __ldcg((const uint4*)(from + offset(key)));
-    };
-    attend_warp(q, warp, start, end, [&](int pass, int key) { return loaded(ahead.key, pass, key, k); },
-                [&](int pass, int key) { return loaded(ahead.value, pass, key, v); },
-                [&](int pass, int key) { return pass < AHEAD ? ahead.bias[pass < AHEAD ? pass : 0] : bias_of(key); }, warp_parts[warp]);
+    const unsigned shares = shares_of(at.end - at.start);
+    attend_shares<SELF, MOVED>(at, warp, shares, query + row * HD_PAD + head * D + part * VECTOR, all);
     __syncthreads();
-    const Merged all_warps = merge(warp_parts);
-    const int chunks = (count + CHUNK - 1) / CHUNK;
-    if (chunks <= 1) {
-        for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-            const float value = merged_value(warp_parts, all_warps, i);
-            attended[activation_index(row, head * D + i, HD_PAD)] = narrow(count ? value / all_warps.sum : 0.f);
-        }
-        return;
-    }
-    float* all = parts + ((long long)row * H + head) * gridDim.z * PART;
-    float* mine_of_all = all + blockIdx.z * PART;
-    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        mine_of_all[2 + i] = merged_value(warp_parts, all_warps, i);
-    }
-    if (threadIdx.x == 0)
-        mine_of_all[0] = all_warps.largest, mine_of_all[1] = all_warps.sum;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(arrived + row * H + head, 1) == chunks - 1;
-        if (is_last)
-            arrived[row * H + head] = 0;
-    }
-    __syncthreads();
-    if (!is_last)
-        return;
-    __threadfence();
-    float most = HIDDEN;
-    for (int c = 0; c < chunks; ++c)
-        most = fmaxf(most, __ldcg(all + c * PART));
-    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        float value = 0.f, weights = 0.f;
-        for (int c = 0; c < chunks; ++c) {
-            const float factor = __expf(__ldcg(all + c * PART) - most);
-            weights = fmaf(__ldcg(all + c * PART + 1), factor, weights);
-            value = fmaf(__ldcg(all + c * PART + 2 + i), factor, value);
-        }
-        attended[activation_index(row, head * D + i, HD_PAD)] = narrow(value / weights);
-    }
+    leave_result(merge(all, shares), at.count, attended, parts, arrived);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position,
             const unsigned char* ancestors, stored* attended, float* parts, int* arrived, int capacity, int distances, int beams, int stride)
 {
-    attend<true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride);
+    __shared__ SharedSums all;
+    if (ancestors)
+        attend<true, true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride, all);
+    else
+        attend<true, false>(query, keys, values, bias, position, nullptr, attended, parts, arrived, capacity, distances, beams, stride, all);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
 attend_cross(const float* query, const stored* keys, const stored* values, const float* mask, const int* lengths, stored* attended,
              float* parts, int* arrived, int capacity, int width, int beams)
 {
-    attend<false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0);
+    __shared__ SharedSums all;
+    attend<false, false>(query, keys, values, mask, lengths, nullptr, attended, parts, arrived, capacity, width, beams, 0, all);
 }

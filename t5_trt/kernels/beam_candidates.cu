@@ -9,23 +9,36 @@
 
 constexpr int WARP_SPAN = SPAN / WARPS, PER_LANE = WARP_SPAN / LANES;
 
-// The best keys of a warp's lanes, PER_LANE each, go to lists in shared memory; the token of key i of a lane is first + i * LANES + lane.
-__device__ inline void best_of_warp(unsigned (&keys)[PER_LANE], int first, int lane, unsigned* found, unsigned* tokens)
+// The best two keys of a lane that come behind a limit: a smaller key, or an equal one at a later place.
+struct Two { unsigned best, second; int at, second_at; };
+
+__device__ inline Two best_two(const unsigned (&keys)[PER_LANE], unsigned limit, int limit_at)
 {
+    Two found = {};
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        const unsigned key = keys[i] < limit || (keys[i] == limit && i > limit_at) ? keys[i] : 0;
+        if (key > found.best)
+            found.second = found.best, found.second_at = found.at, found.best = key, found.at = i;
+        else if (key > found.second)
+            found.second = key, found.second_at = i;
+    }
+    return found;
+}
+
+// The best keys of a warp's lanes, PER_LANE each, go to lists in shared memory; the token of key i of a lane is first + i * LANES + lane.
+// A lane looks through its keys again only when both of its best ones are taken, which is rare.
+__device__ inline void best_of_warp(const unsigned (&keys)[PER_LANE], int first, int lane, unsigned* found, unsigned* tokens)
+{
+    Two own = best_two(keys, 0xffffffffu, -1);
     for (int rank = 0; rank < CANDIDATES; ++rank) {
-        unsigned own = 0;
-        int at = 0;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i)
-            if (keys[i] > own)
-                own = keys[i], at = i;
-        const unsigned top = lanes_max(own), token = first + at * LANES + lane, chosen = lowest_with(top, own, token);
-        if (own == top && token == chosen) {
+        const unsigned top = lanes_max(own.best), token = first + own.at * LANES + lane, chosen = lowest_with(top, own.best, token);
+        if (own.best == top && token == chosen) {
             found[rank] = top, tokens[rank] = token;
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i)
-                if (i == at)
-                    keys[i] = 0;
+            const int at = own.at;
+            own.best = own.second, own.at = own.second_at, own.second = 0;
+            if (!own.best)
+                own = best_two(keys, top, at);
         }
     }
 }

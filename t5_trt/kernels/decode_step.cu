@@ -4,10 +4,10 @@
 #include "layers.cuh"
 
 // Of project_qkv, add_attention, project_query, feed_forward_in, feed_forward_out and output_head: tiles of outputs of a CTA (gate and up
-// count as one), bytes of dynamic shared memory.
+// count as one), its rows, bytes of dynamic shared memory.
 extern "C" {
 __device__ int geometry[] = {
-    QKV_WIDE, QkvProduct::SHARED, 1, AddProduct::SHARED, 1, QueryProduct::SHARED,
-    IN_WIDE, InProduct::SHARED, 1, OutProduct::SHARED, HEAD_WIDE, HEAD_SHARED,
+    QKV_WIDE, QkvProduct::OWN_ROWS, QkvProduct::SHARED, 1, ROWS, AddProduct::SHARED, 1, ROWS, QueryProduct::SHARED,
+    IN_WIDE, InProduct::OWN_ROWS, InProduct::SHARED, 1, ROWS, OutProduct::SHARED, HEAD_WIDE, HEAD_ROWS, HEAD_SHARED,
 };
 }

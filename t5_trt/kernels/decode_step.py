@@ -24,6 +24,12 @@ STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 CHUNK = 128
 #: shared memory that a CTA of ``output_head`` may take for its rows; every GPU from compute capability 8.0 on has 99 KB
 SHARED_BYTES = 64 * 1024
+#: and where a GPU has 227 KB
+LARGE_SHARED_BYTES = 200 * 1024
+#: major compute capabilities whose GPUs have it
+LARGE_SHARED = (9, 10)
+#: from how many rows on such a GPU takes that much, and makes the widest products of a layer by ``tiled_product.cuh``
+TILED_ROWS = 33
 KERNELS = (
     "embed", "project_qkv", "attend_self", "add_attention", "project_query", "attend_cross", "feed_forward_in",
     "feed_forward_out", "output_head",
@@ -45,12 +51,21 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
     return None
 
 
-def constants(arch: Architecture, dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """What the kernels for a model and a number of rows are compiled with."""
+def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int = 8) -> dict[str, int]:
+    """What the kernels for a model and a number of rows are compiled with.
+
+    Args:
+        arch: of the model.
+        dtype: of weights and caches.
+        rows: of a step.
+        capability: the GPU's compute capability, its major number.
+    """
     # where one load of the weights pays for more rows than CTAs side by side (measured on an H200, docs/performance.md)
+    large = capability in LARGE_SHARED and dtype != torch.float32
     row_tiles = 1 if rows <= 8 else 2 if rows <= 64 or dtype == torch.float32 else 4
-    head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > SHARED_BYTES:
+    head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
+    room = LARGE_SHARED_BYTES if large and rows >= TILED_ROWS else SHARED_BYTES
+    while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > room:
         head_row_tiles //= 2
     return {
         "STORAGE": STORAGE[dtype],
@@ -60,10 +75,18 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int) -> dict[str, in
         "FF": arch.d_ff,
         "V": arch.vocab_size,
         "ROW_TILES": row_tiles,
+        "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
         "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
+        "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 else 8,
         "GATED": int(arch.gated),
         "ACTIVATION": ACTIVATION_NUMBERS[arch.activation],
+        "ATTENTION_WARPS": attention_warps(rows),
     }
+
+
+def attention_warps(rows: int) -> int:
+    """Warps that attend to the keys of one head of one row. Results do not depend on it."""
+    return 8 if rows <= 16 else 4 if rows <= 64 else 2
 
 
 ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for name in ACTIVATIONS}
@@ -75,10 +98,12 @@ class Geometry:
 
     Attributes:
         wide: tiles of outputs of a CTA.
+        rows: of a CTA.
         shared: bytes of dynamic shared memory.
     """
 
     wide: int
+    rows: int
     shared: int
 
 
@@ -216,7 +241,7 @@ class DecodeKernels:
         address, size = checked(driver.cuModuleGetGlobal(self._module, b"geometry"), 2)
         numbers = (ctypes.c_int * (size // 4))()
         checked(driver.cuMemcpyDtoH(ctypes.addressof(numbers), address, size))
-        return {name: Geometry(*numbers[2 * i : 2 * i + 2]) for i, name in enumerate(PRODUCTS)}
+        return {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
         """Start a kernel, see `t5_trt.kernels.launching.launch`."""
@@ -242,7 +267,7 @@ class DecodeStep:
     epsilon: float
     embedding_scale: float = 1.0
     _chunks: tuple[int, int] = field(init=False)
-    _ctas: dict[str, int] = field(init=False)
+    _grids: dict[str, tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._chunks = tuple(-(-memory.shape[4] // CHUNK) for memory in (self.inputs.kv, self.inputs.cross))  # type: ignore[assignment]
@@ -252,7 +277,10 @@ class DecodeStep:
             tiles, (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff, arch.vocab_size)
         )
         out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, vocabulary), strict=True)
-        self._ctas = {name: -(-count // self.kernels.geometry[name].wide) for name, count in out_tiles}
+        rows, geometry = len(self.inputs.tokens), self.kernels.geometry
+        self._grids = {
+            name: (-(-count // geometry[name].wide), -(-rows // geometry[name].rows)) for name, count in out_tiles
+        }
 
     def enqueue(
         self,
@@ -271,16 +299,15 @@ class DecodeStep:
             until: float64 [1], from how many tokens on a row is no short one.
         """
         given, b, weights, start = self.inputs, self.buffers, self.weights, self.kernels.launch
-        rows, constants = len(given.tokens), self.kernels.constants
-        groups, head_groups = (-(-rows // (constants[name] * 8)) for name in ("ROW_TILES", "HEAD_ROW_TILES"))
+        rows = len(given.tokens)
         scales, next_scales = b.scales
         start("embed", (rows,), stream, weights.embedding, given.tokens, b.stream, b.copy, b.squares, scales,
                self.embedding_scale)  # fmt: skip
         for layer, own in enumerate(weights.layers):
-            self._layer(layer, own, rows, groups, stream, scales, next_scales)
+            self._layer(layer, own, rows, stream, scales, next_scales)
             scales, next_scales = next_scales, scales  # three kernels of a layer norm
         logits, best = (None, b.best) if wants_best else (given.logits, None)
-        start("output_head", (self._ctas["output_head"], head_groups), stream, weights.head, b.copy, b.squares, scales, logits, best, hidden,
+        start("output_head", self._grids["output_head"], stream, weights.head, b.copy, b.squares, scales, logits, best, hidden,
               until, given.position, rows, self.epsilon, weights.head_scale)  # fmt: skip
 
     def _layer(
@@ -288,29 +315,28 @@ class DecodeStep:
         layer: int,
         own: LayerWeights,
         rows: int,
-        groups: int,
         stream: int,
         scales: torch.Tensor,
         other: torch.Tensor,
     ) -> None:
-        given, b, ctas, start, epsilon = self.inputs, self.buffers, self._ctas, self.kernels.launch, self.epsilon
+        given, b, grids, start, epsilon = self.inputs, self.buffers, self._grids, self.kernels.launch, self.epsilon
         keys, values = given.kv[layer]
         cross_keys, cross_values = given.cross[layer]
         heads, room, width = self.arch.num_heads, keys.shape[2], cross_keys.shape[2]
         stride = 0 if given.ancestors is None else given.ancestors.shape[1]
-        start("project_qkv", (ctas["project_qkv"], groups), stream, own.qkv, b.copy, b.squares, scales, other, b.query, keys, values,
+        start("project_qkv", grids["project_qkv"], stream, own.qkv, b.copy, b.squares, scales, other, b.query, keys, values,
                given.position, rows, room, epsilon)  # fmt: skip
         start("attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position, given.ancestors, b.attended,
                b.parts, b.arrived, room, own.bias.shape[1], given.beams, stride)  # fmt: skip
-        start("add_attention", (ctas["add_attention"], groups), stream, own.self_out, b.attended, b.stream, b.copy, b.squares, other, rows,
+        start("add_attention", grids["add_attention"], stream, own.self_out, b.attended, b.stream, b.copy, b.squares, other, rows,
                own.self_scale)  # fmt: skip
-        start("project_query", (ctas["project_query"], groups), stream, own.query, b.copy, b.squares, other, scales, b.query, rows,
+        start("project_query", grids["project_query"], stream, own.query, b.copy, b.squares, other, scales, b.query, rows,
                epsilon)  # fmt: skip
         start("attend_cross", (heads, rows, self._chunks[1]), stream, b.query, cross_keys, cross_values, given.mask, given.lengths,
                b.attended, b.parts, b.arrived, width, given.mask.shape[1], given.beams)  # fmt: skip
-        start("add_attention", (ctas["add_attention"], groups), stream, own.cross_out, b.attended, b.stream, b.copy, b.squares, scales, rows,
+        start("add_attention", grids["add_attention"], stream, own.cross_out, b.attended, b.stream, b.copy, b.squares, scales, rows,
                own.cross_scale)  # fmt: skip
-        start("feed_forward_in", (ctas["feed_forward_in"], groups), stream, own.wi, b.copy, b.squares, scales, other, b.inner, rows,
+        start("feed_forward_in", grids["feed_forward_in"], stream, own.wi, b.copy, b.squares, scales, other, b.inner, rows,
                epsilon)  # fmt: skip
-        start("feed_forward_out", (ctas["feed_forward_out"], groups), stream, own.wo, b.inner, b.stream, b.copy, b.squares, other, rows,
+        start("feed_forward_out", grids["feed_forward_out"], stream, own.wo, b.inner, b.stream, b.copy, b.squares, other, rows,
                own.wo_scale)  # fmt: skip

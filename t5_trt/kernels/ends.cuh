@@ -50,8 +50,6 @@ embed(const stored* table, const int* tokens, float* stream, stored* copy, float
     }
 }
 
-constexpr int HEAD_WARPS = 8;
-
 // What `best` holds for a token.
 __device__ __forceinline__ unsigned long long ranked(float logit, int token, const unsigned char* hidden, bool hides)
 {
@@ -68,7 +66,7 @@ __device__ __forceinline__ bool hides_at(const unsigned char* hidden, const doub
 // its token at `position`, has fewer than `until` tokens.
 //   weights [V][E]; logits float32 [rows][V] or null; best uint64 [rows] or null; position int32 [rows]
 #if STORAGE == FLOAT32
-constexpr int HEAD_WIDE = 2;
+constexpr int HEAD_WIDE = 2, HEAD_ROWS = ROWS;
 typedef Product<(V_TILES + 1) / 2 * 2, HEAD_WIDE, E_TILES, HEAD_WARPS, true> HeadProduct;
 constexpr int HEAD_SHARED = HeadProduct::SHARED;
 
@@ -100,11 +98,24 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     });
 }
 #else
-constexpr int HEAD_HELD = 16;  // k tiles whose weights are in registers
+constexpr int HEAD_HELD = HEAD_WARPS > 8 ? 8 : 16;  // k tiles whose weights are in registers
 constexpr int HEAD_WIDE = HEAD_WARPS, HEAD_ROWS = HEAD_ROW_TILES * 8;
 constexpr int HEAD_SHARED = HEAD_ROW_TILES * E_TILES * 256;
 
-// A warp makes a tile of 16 outputs with all of k, from a copy of the stream in shared memory. Grid (8 output tiles, groups of HEAD_ROWS).
+// Start to copy the k tiles from FIRST to END of the CTA's rows into shared memory, as one group.
+template <int FIRST, int END> __device__ __forceinline__ void copy_head_rows(const stored* copy, int row0, int rows)
+{
+    constexpr int A_TILE = (END - FIRST) * 16, PIECES = HEAD_ROW_TILES * A_TILE;  // of 16 bytes
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    const uint4* from = (const uint4*)copy + (long long)(row0 >> 3) * E_TILES * 16;
+    for (int i = threadIdx.x; i < PIECES; i += HEAD_WARPS * 32) {
+        const int tile = i / most(A_TILE, 1), piece = tile * E_TILES * 16 + FIRST * 16 + i % most(A_TILE, 1);
+        copy_async(to + piece * 16, from + piece, row0 + tile * 8 < rows);
+    }
+    end_group();
+}
+
+// A warp makes a tile of 16 outputs with all of k, from a copy of the stream in shared memory. Grid (HEAD_WARPS output tiles, groups of HEAD_ROWS).
 extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32)
 output_head(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* logits, unsigned long long* best,
             const unsigned char* hidden, const double* until, const int* position, int rows, float epsilon, float scale)
@@ -120,17 +131,17 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
             held[i] = load_weights(weights, (long long)tile * E_TILES + i, lane);
     let_next_start();
     wait_for_inputs();
-    const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    const uint4* from = (const uint4*)copy + (long long)(row0 >> 3) * E_TILES * 16;
-    for (int i = threadIdx.x; i < HEAD_ROW_TILES * E_TILES * 16; i += HEAD_WARPS * 32)
-        copy_async(to + i * 16, from + i, row0 + i / (E_TILES * 16) * 8 < rows);
-    end_group();
+    copy_head_rows<0, least(HEAD_HELD, E_TILES)>(copy, row0, rows);
+    copy_head_rows<least(HEAD_HELD, E_TILES), E_TILES>(copy, row0, rows);
     norm_factors<HEAD_WARPS * 32, HEAD_ROWS>({squares, scales, nullptr, epsilon}, row0, rows, factors);
-    wait_for_group<0>();
-    __syncthreads();
     float sums[HEAD_ROW_TILES][4] = {};
 #pragma unroll 1
-    for (int base = 0; base < E_TILES; base += HEAD_HELD)
+    for (int base = 0; base < E_TILES; base += HEAD_HELD) {
+        if (base == 0)
+            wait_for_group<1>();
+        else
+            wait_for_group<0>();
+        __syncthreads();
 #pragma unroll
         for (int i = 0; i < HEAD_HELD; ++i) {
             if (base + i < E_TILES)
@@ -140,6 +151,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
             if (has && base + i + HEAD_HELD < E_TILES)
                 held[i] = load_weights(weights, (long long)tile * E_TILES + base + i + HEAD_HELD, lane);
         }
+    }
 #pragma unroll
     for (int t = 0; t < HEAD_ROW_TILES; ++t)
 #pragma unroll

@@ -1,38 +1,53 @@
-// The products of a decoder layer, each with what follows it. Grid of all: (output tiles / WIDE of it, groups of ROWS rows); the host takes
-// WIDE, the tiles of outputs of a CTA, and shared memory from `geometry` (decode_step.cu).
+// The products of a decoder layer, each with what follows it. Grid of all: (output tiles / tiles of a CTA, rows / rows of a CTA); the host
+// takes both and shared memory from `geometry` (decode_step.cu).
 #pragma once
-#include "product.cuh"
-constexpr int PRODUCT_WARPS = 16;  // that share the columns of a product
+#include "tiled_product.cuh"
+
+template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED> using NarrowProduct = Product<TOTAL, OUT_TILES, K_TILES, PRODUCT_WARPS, NORMED>;
+#if TILED
+constexpr int WIDE = TILED;
+template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = TiledProduct<TOTAL, OUT_TILES, K_TILES, true>;
+#else
 // Fewer CTAs than SMs, and the stream read as seldom as registers allow (measured on an H200, docs/performance.md).
 constexpr int WIDE = STORAGE == FLOAT32 ? 1 : ROW_TILES == 2 ? 4 : 2;  // sums of four row tiles would not fit into shared memory
+template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, K_TILES, true>;
+#endif
 constexpr int QKV_WIDE = WIDE, IN_WIDE = GATED && STORAGE != FLOAT32 ? WIDE / 2 : WIDE;
-typedef Product<3 * HD_TILES, QKV_WIDE, E_TILES, PRODUCT_WARPS, true> QkvProduct;
-typedef Product<E_TILES, 1, HD_TILES, PRODUCT_WARPS, false> AddProduct;
-typedef Product<HD_TILES, 1, E_TILES, PRODUCT_WARPS, true> QueryProduct;
-typedef Product<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES, PRODUCT_WARPS, true> InProduct;
-typedef Product<E_TILES, 1, FF_TILES, PRODUCT_WARPS, false> OutProduct;
+typedef WideProduct<3 * HD_TILES, QKV_WIDE, E_TILES> QkvProduct;
+typedef NarrowProduct<E_TILES, 1, HD_TILES, false> AddProduct;
+typedef NarrowProduct<HD_TILES, 1, E_TILES, true> QueryProduct;
+typedef WideProduct<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES> InProduct;
+typedef NarrowProduct<E_TILES, 1, FF_TILES, false> OutProduct;
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
 //   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];
 //   keys, values [rows][H][capacity][D]; position int32 [rows]
-extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, 1)
+extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, QkvProduct::CTAS)
 project_qkv(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query,
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
+    // where a thread's outputs go: its column is the same for all rows. Each of the three has HD_TILES tiles of its own.
+    int columns[QKV_WIDE], which[QKV_WIDE];
+    stored* cache[QKV_WIDE];
+#pragma unroll
+    for (int i = 0; i < QKV_WIDE; ++i) {
+        const int tile = blockIdx.x * QKV_WIDE + i;
+        which[i] = tile / HD_TILES, columns[i] = (tile % HD_TILES) * 16 + (threadIdx.x & 15);
+        cache[i] = (which[i] == 1 ? keys : values) + (long long)(columns[i] / D) * capacity * D + columns[i] % D;
+    }
     product<QkvProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
-        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int output, int row, const float* y, int place) {
+        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int, int row, const float* y, int place) {
         if (row >= rows)
             return;
+        const long long at = ((long long)row * H * capacity + place) * D;
 #pragma unroll
         for (int i = 0; i < QKV_WIDE; ++i) {
-            // each of the three has HD_TILES tiles of its own
-            const int tile = blockIdx.x * QKV_WIDE + i, which = tile / HD_TILES, column = (tile % HD_TILES) * 16 + output;
-            if (column >= HD || which > 2)
+            if (columns[i] >= HD || which[i] > 2)
                 continue;
-            if (which == 0)
-                query[(long long)row * HD_PAD + column] = y[i];
+            if (which[i] == 0)
+                query[(long long)row * HD_PAD + columns[i]] = y[i];
             else
-                (which == 1 ? keys : values)[(((long long)row * H + column / D) * capacity + place) * D + column % D] = narrow(y[i]);
+                cache[i][at] = narrow(y[i]);
         }
     });
 }
@@ -88,7 +103,7 @@ add_attention(const uint4* weights, const stored* attended, float* stream, store
 }
 
 // inner = activation(wi * norm(stream)), or activation(wi_0 * ..) * (wi_1 * ..), whose tiles alternate in `weights` [FF or 2 FF][E].
-extern "C" __global__ void __launch_bounds__(InProduct::THREADS, 1)
+extern "C" __global__ void __launch_bounds__(InProduct::THREADS, InProduct::CTAS)
 feed_forward_in(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, stored* inner,
                 int rows, float epsilon)
 {

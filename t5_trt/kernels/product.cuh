@@ -1,7 +1,7 @@
 // Products of a weight matrix with the rows of a request: y[row][out] = sum over k of W[out][k] x[row][k].
 //
-// A CTA makes 16 * OUT_TILES outputs for ROWS rows. Its warps share k, each with a fixed range of k tiles (16 columns), and their
-// sums are added in the order of the warps: a result depends on neither the number of rows nor what the others hold.
+// A CTA makes 16 * OUT_TILES outputs for ROWS rows. Its warps share k, each with a fixed range of k tiles (16 columns). The sums of
+// each half of the warps are added in their order, then both: a result depends on neither the number of rows nor what the others hold.
 // Weights are stored tile by tile: [out tile][k tile][lane], 16 bytes a lane in the order of mma.m16n8k16's A fragments (float32:
 // two times 16 bytes; lane l has row l % 16 and 8 columns from l / 16 * 8). x is what `activation_index` describes.
 //
@@ -9,6 +9,9 @@
 // [row][PARTIALS], of the float32 stream that x is a rounded copy of, and from the power of two that this copy was multiplied by.
 #pragma once
 #include "common.cuh"
+#include "tensor_cores.cuh"
+
+constexpr int PRODUCT_WARPS = 16, HALVES = 2;  // parts of k of a layer's product, and the sums that they are first added to
 
 #if STORAGE == FLOAT32
 struct Weights { uint4 low, high; };
@@ -24,28 +27,6 @@ __device__ __forceinline__ Weights load_weights(const uint4* matrix, long long t
     return load_streaming(matrix + tile * 32 + lane);
 #endif
 }
-
-#if STORAGE != FLOAT32
-// c[16 outputs][8 rows] += a[16 outputs][16 k] b[16 k][8 rows], on the tensor cores.
-__device__ __forceinline__ void multiply_tiles(float* c, const uint4& a, const uint2& b)
-{
-#if STORAGE == BFLOAT16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-#endif
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-}
-#endif
-
-// Copy 16 bytes into shared memory without waiting for them; zeros where `there` is false.
-__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool there)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATER> __device__ __forceinline__ void wait_for_group() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
 
 // Shared memory that a CTA may take: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on.
 constexpr int SHARED_BYTES = 98 * 1024;
@@ -93,7 +74,7 @@ __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int TILES = OUT_TILES, THREADS = WARPS * 32;
+    static constexpr int TILES = OUT_TILES, THREADS = WARPS * 32, CTAS = 1, OWN_ROWS = ROWS;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
@@ -117,6 +98,9 @@ struct Product {
 
     Weights held[OUT_TILES][HELD];
     float sums[OUT_TILES][SUMS];
+#if STORAGE != FLOAT32
+    uint2 read[STAGED ? 1 : HELD];
+#endif
     const uint4* matrix;
     char* region;
     int tile0, first, last, lane;
@@ -149,12 +133,20 @@ struct Product {
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
 
-    // Multiply by the rows from `row0` on; with NORMED, `factors` get what the sums must be multiplied by.
-    __device__ __forceinline__ void run(const void* x, const Norm& norm, int row0, int rows, float* factors)
+    // Start to read the rows from `row0` on.
+    __device__ __forceinline__ void begin(const void* x, int row0, int rows)
+    {
+#if STORAGE != FLOAT32
+#pragma unroll
+        for (int i = 0; i < HELD; ++i)
+            fetch(read, i, x, row0, rows, first + i, has(first + i));
+#endif
+    }
+
+    // Multiply by them.
+    __device__ __forceinline__ void run(const void* x, int row0, int rows)
     {
 #if STORAGE == FLOAT32
-        if constexpr (NORMED)
-            norm_factors<THREADS, ROWS>(norm, row0, rows, factors);
 #pragma unroll 1
         for (int base = first; base < last; base += HELD)
 #pragma unroll
@@ -165,12 +157,6 @@ struct Product {
                     load(i, base + i + HELD);
             }
 #else
-        uint2 read[STAGED ? 1 : HELD];
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            fetch(read, i, x, row0, rows, first + i, has(first + i));
-        if constexpr (NORMED)
-            norm_factors<THREADS, ROWS>(norm, row0, rows, factors);
 #pragma unroll 1
         for (int base = first; base < last; base += HELD)
             if constexpr (STAGED)
@@ -256,7 +242,7 @@ struct Product {
     }
 #endif
 
-    // Leave this warp's sums for `total`; a barrier must follow.
+    // Leave the sums for `total`.
     __device__ __forceinline__ void leave()
     {
         if (STAGED)
@@ -278,16 +264,18 @@ struct Product {
                 own[((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[tile][i];
 #endif
         }
+        __syncthreads();
     }
 
     // One output of a tile for one row, both counted from the first.
     static __device__ __forceinline__ float total(int tile, int output, int row)
     {
-        float sum = 0.f;
+        static_assert(WARPS % HALVES == 0, "warps");
+        float sums[HALVES] = {};
 #pragma unroll
         for (int i = 0; i < WARPS; ++i)
-            sum += ((const float*)(shared + i * REGION))[(tile * ROWS + row) * STRIDE + output];
-        return sum;
+            sums[i / (WARPS / HALVES)] += ((const float*)(shared + i * REGION))[(tile * ROWS + row) * STRIDE + output];
+        return sums[0] + sums[1];
     }
 };
 
@@ -297,9 +285,9 @@ struct Product {
 template <class P, class Before, class Finish>
 __device__ __forceinline__ void product(const uint4* weights, const void* x, const Norm& norm, int rows, Before before, Finish finish)
 {
-    constexpr int ROUNDS = (16 * ROWS + P::THREADS - 1) / P::THREADS;
-    __shared__ float factors[ROWS];
-    const int row0 = blockIdx.y * ROWS;
+    constexpr int COUNT = 16 * P::OWN_ROWS, ROUNDS = (COUNT + P::THREADS - 1) / P::THREADS;
+    __shared__ float factors[P::OWN_ROWS];
+    const int row0 = blockIdx.y * P::OWN_ROWS;
     P work(weights, blockIdx.x * P::TILES);
     let_next_start();
     wait_for_inputs();
@@ -307,16 +295,18 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
         const int i = round * P::THREADS + threadIdx.x;
-        if (i < 16 * ROWS)
+        if (i < COUNT)
             early[round] = before(i & 15, row0 + (i >> 4));
     }
-    work.run(x, norm, row0, rows, factors);
+    work.begin(x, row0, rows);
+    if constexpr (P::IS_NORMED)
+        norm_factors<P::THREADS, P::OWN_ROWS>(norm, row0, rows, factors);
+    work.run(x, row0, rows);
     work.leave();
-    __syncthreads();
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
         const int i = round * P::THREADS + threadIdx.x, output = i & 15, row = i >> 4;
-        if (i >= 16 * ROWS)
+        if (i >= COUNT)
             break;
         float values[P::TILES];
 #pragma unroll

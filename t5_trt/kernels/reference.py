@@ -77,11 +77,7 @@ def feed_forward_in(
     weights: torch.Tensor, stream: torch.Tensor, epsilon: float, activation: str, *, gated: bool
 ) -> torch.Tensor:
     """The inside of a feed-forward layer [R, FF], by weights [FF or 2 * FF, E]."""
-    made, act = normed(stream, epsilon) @ weights.t(), ACTIVATIONS[activation]
-    if not gated:
-        return act(made)
-    gate, up = made.chunk(2, -1)
-    return act(gate) * up
+    return activate_inner(normed(stream, epsilon) @ weights.t(), activation, gated=gated)
 
 
 def feed_forward_out(weights: torch.Tensor, inner: torch.Tensor, stream: torch.Tensor, scale: float) -> torch.Tensor:
@@ -92,3 +88,53 @@ def feed_forward_out(weights: torch.Tensor, inner: torch.Tensor, stream: torch.T
 def output_head(weights: torch.Tensor, stream: torch.Tensor, epsilon: float, scale: float) -> torch.Tensor:
     """Logits [R, V]."""
     return normed(stream, epsilon) @ weights.t() * scale
+
+
+def attend_encoder(qkv: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention of all tokens of a row to those that its mask shows, or to all of them, equally, where it shows none.
+
+    Args:
+        qkv: [B, S, 3 * H * D].
+        mask: int64 [B, S], 0 hides a token; negative: there is none.
+        bias: [H, 2 * n + 1], of key - query from -n to n, and of those beyond likewise.
+        heads: H.
+
+    Returns:
+        [B, S, H * D].
+    """
+    batch, length, columns = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, heads, columns // (3 * heads)).permute(2, 0, 3, 1, 4)
+    steps, limit = torch.arange(length, device=qkv.device), bias.shape[1] // 2
+    offsets = (steps[None] - steps[:, None]).clamp(-limit, limit) + limit
+    made = []
+    for row in range(batch):
+        shown = mask[row] > 0
+        scores = q[row] @ k[row].mT + bias[:, offsets]
+        if not shown.any():
+            shown, scores = mask[row] == 0, torch.zeros_like(scores)
+        weights = scores.masked_fill(~shown, -torch.inf).softmax(-1)
+        made.append((weights @ v[row]).transpose(0, 1).flatten(1))
+    return torch.stack(made)
+
+
+def add_and_norm(
+    stream: torch.Tensor, branch: torch.Tensor, scale: float, epsilon: float, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream [R, E] with `scale` times a branch, and its RMSNorm with a weight [E], if it is not in the matrix behind."""
+    summed = stream + scale * branch
+    return summed, normed(summed, epsilon) * (1.0 if weight is None else weight)
+
+
+def activate_inner(inner: torch.Tensor, activation: str, *, gated: bool) -> torch.Tensor:
+    """The inside of a feed-forward layer [R, FF] of what its matrices made, [R, FF or 2 * FF]."""
+    act = ACTIVATIONS[activation]
+    if not gated:
+        return act(inner)
+    gate, up = inner.chunk(2, -1)
+    return act(gate) * up
+
+
+def split_heads(made: torch.Tensor, matrices: int, heads: int) -> torch.Tensor:
+    """[B, S, matrices * H * D] as [matrices, B, H, S, D]."""
+    batch, length, columns = made.shape
+    return made.view(batch, length, matrices, heads, columns // (matrices * heads)).permute(2, 0, 3, 1, 4)

@@ -67,6 +67,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
         engine_cache_bytes: int | None = None,
         flavor: str | None = None,
         show_progress: bool | None = None,
+        building: str = "wait",
         check_engines: bool = True,
         trust_engines: bool | None = None,
         build: BuildConfig | None = None,
@@ -93,9 +94,9 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             engine_cache_bytes: above this size the engines used least recently are removed.
             flavor: "tensorrt" or "rtx"; default ``T5_TRT_FLAVOR``, else the one that is installed.
             show_progress: draw a bar while engines are built; None does so on a terminal only.
+            building: "wait" for the engine of an encoder, or build it in the "background" and encode as the backend "cuda" does until then.
             check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
-            trust_engines: use engines that come with the checkpoint; by default those of a folder that is no download from a
-                hub. An engine is code: whoever wrote it can do what you can.
+            trust_engines: use engines that come with the checkpoint; by default not those of a download. Who wrote an engine can do what you can.
             build: settings of the engine builder.
             calibration: texts whose largest activations set the range of half precision; None goes by the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
@@ -128,6 +129,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             engine_cache_bytes=engine_cache_bytes,
             flavor=flavor,
             show_progress=show_progress,
+            building=building,
             check_engines=check_engines,
         )
         options = LoadOptions(runtime, build or BuildConfig(), config, trust_engines, calibration)

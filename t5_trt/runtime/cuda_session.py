@@ -1,4 +1,4 @@
-"""The backend for an NVIDIA GPU without TensorRT: the decoder step by our own kernels, everything else by torch on the GPU."""
+"""The backend for an NVIDIA GPU without TensorRT: the encoder and the decoder step by our own kernels, everything else by torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.cuda_graph import StreamOrder, taking_turns
 from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
+from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.session import GenerationStep, TokenSelector
 from t5_trt.runtime.step_decoder import StepDecoder
-from t5_trt.runtime.torch_layers import TorchDecoder, TorchEncoder
+from t5_trt.runtime.torch_layers import TorchDecoder
 
 
 class CudaSession:
@@ -56,8 +57,7 @@ class CudaSession:
         self.dtype = TORCH_TYPES[real_type(precision)]
         self.updates = 0
         self._weights = DeviceWeights(arch, weights, self.dtype, device, scaling)
-        self._encoder = TorchEncoder(arch, self._weights, scaling, precision)
-        self._captured = CapturedEncoder(self._encode, device)
+        self._encoder = GpuEncoder(open_encoder(arch, self._weights, scaling, precision, self.dtype, store), device)
         self._order = StreamOrder(device)
         self._lock = threading.RLock()
         self._hidden = mask_value(real_type(precision))
@@ -81,16 +81,12 @@ class CudaSession:
     ) -> tuple[torch.Tensor, CrossStates]:
         """See `t5_trt.runtime.session.Session.encode`."""
         with self._at_work():
-            if input_ids is not None:
-                hidden, cross = self._captured.run(input_ids, attention_mask)
-                return hidden, CrossStates(cross, used=(hidden.shape[0], hidden.shape[1]))
-            hidden = self._encoder.run(None, inputs_embeds, attention_mask)
-            return hidden, self._cross(hidden)
+            return self._encoder.encode(input_ids, inputs_embeds, attention_mask)
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
         """See `t5_trt.runtime.session.Session.project_cross`."""
         with self._at_work():
-            return self._cross(hidden.to(self.dtype))
+            return self._encoder.project(hidden.to(self.dtype))
 
     def start(
         self, cross: CrossStates, capacity_tokens: int, attention_mask: torch.Tensor | None = None
@@ -133,7 +129,8 @@ class CudaSession:
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """What computes, by name."""
-        return ("encoder (torch)", BY_KERNELS, "decoder queries (torch)") if self._steps else ("encoder (torch)",)
+        encoder = self._encoder.form.name
+        return (encoder, BY_KERNELS, "decoder queries (torch)") if self._steps else (encoder,)
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""
@@ -167,19 +164,12 @@ class CudaSession:
         with self._at_work():
             return self._steps.generation_step(state, make, key)
 
-    def _encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self._encoder.run(input_ids, None, attention_mask)
-        return hidden, self._encoder.cross(hidden)
-
-    def _cross(self, hidden: torch.Tensor) -> CrossStates:
-        return CrossStates(self._encoder.cross(hidden), used=(hidden.shape[0], hidden.shape[1]))
-
     def _at_work(self) -> AbstractContextManager[None]:
         """See `t5_trt.runtime.cuda_graph.taking_turns`."""
         return taking_turns(self._lock, self._order, self._forget)
 
     def _forget(self) -> None:
         """Let go of idle buffers and of all that was captured over them."""
-        self._captured.clear()
+        self._encoder.clear()
         if self._steps is not None:
             self._steps.forget()

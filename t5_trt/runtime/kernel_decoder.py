@@ -88,7 +88,7 @@ class KernelDecoder:
         self._hidden = mask_value(real_type(precision))
         self._embedding_scale = 1.0 / embedding_factor
         self._store = store
-        self._kernels: dict[tuple[int, int], DecodeKernels] = {}  # by rows that a CTA serves
+        self._kernels: dict[tuple[int, ...], DecodeKernels] = {}  # by what they are compiled with
         self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
         self._memory = GraphMemory()
         self._not_captured: set[Hashable] = set()
@@ -142,10 +142,10 @@ class KernelDecoder:
 
     def kernels(self, rows: int) -> DecodeKernels:
         """The loaded kernels for a number of rows, compiled when they are first wanted and nobody stored them."""
-        wanted = constants(self._arch, self._dtype, rows)
-        key = wanted["ROW_TILES"], wanted["HEAD_ROW_TILES"]
+        major, minor = torch.cuda.get_device_capability(self._device)
+        wanted = constants(self._arch, self._dtype, rows, major)
+        key = tuple(wanted.values())
         if key not in self._kernels:
-            major, minor = torch.cuda.get_device_capability(self._device)
             cubin = stored_cubin("decode_step.cu", wanted, f"sm_{major}{minor}", self._store)
             torch.cuda.current_stream(self._device).synchronize()  # makes torch's context current
             self._kernels[key] = DecodeKernels(cubin, wanted, early=major >= 9)

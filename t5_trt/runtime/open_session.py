@@ -17,11 +17,13 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges, find_scaling
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.parameters import Weights
+from t5_trt.kernels.encoder import refusal
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_session import CudaSession
 from t5_trt.runtime.forks import check_cuda_after_fork
 from t5_trt.runtime.int8_weights import load_int8_weights, round_anew, weights_digest
 from t5_trt.runtime.kernel_decoder import KernelDecoder
+from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.onnxruntime_session import OrtSession
 from t5_trt.runtime.select import Placement
 from t5_trt.runtime.session import Session
@@ -126,32 +128,38 @@ def _open_tensorrt(
     store: EngineStore,
 ) -> TrtSession:
     assert placement.flavor is not None
+    precision, dtype, device = placement.precision, placement.dtype, placement.device
+    background = config.building == "background"
     provider = EngineProvider(
         scaling.architecture(arch),
         store,
         build,
-        precision=placement.precision,
+        precision=precision,
         flavor=placement.flavor,
-        gpu=gpu_facts(placement.device),
+        gpu=gpu_facts(device),
         bundle=config.bundled_engines,
-        show_progress=config.show_progress,
-        **int8_provider_options(arch, weights, scaling, placement.precision),
+        show_progress=False if background and config.show_progress is None else config.show_progress,
+        **int8_provider_options(arch, weights, scaling, precision),
     )
     kernels = update_step = None
     if placement.decode == "kernels" and arch.decoder_layers:
-        dtype, device, precision = placement.dtype, placement.device, placement.precision
         maker = StepWeightsMaker(arch, weights, dtype, device, scaling)
         step_weights = maker.make()
         update_step = partial(maker.update, step_weights)
         kernels = KernelDecoder(arch, step_weights, dtype, device, precision, scaling.embedding, store)
+    # with "auto" the faster encoder serves; who asked for TensorRT gets its engines
+    compares = config.backend == "auto" and placement.decode == "kernels" and not refusal(arch, dtype)
+    own = partial(open_encoder, arch, scaling=scaling, precision=precision, dtype=dtype, store=store)
     return TrtSession(
         provider,
         weights,
         load_tensorrt(placement.flavor),
-        placement.device,
+        device,
         strict=config.strict,
         reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
         scaling=scaling,
         kernels=kernels,
         update_step=update_step,
+        own_encoder=own if background or compares else None,
+        background=background,
     )

@@ -117,7 +117,7 @@ def resolve(config: RuntimeConfig, model: Any = None) -> Placement:
     if placement.no_tensorrt is not None:
         _log_once(
             logging.INFO,
-            f"models run on the GPU without TensorRT, the encoder by PyTorch: {placement.no_tensorrt}.",
+            f"models run on the GPU without TensorRT, by our own kernels and PyTorch: {placement.no_tensorrt}.",
         )
     return placement
 
@@ -202,6 +202,11 @@ def _on_tensorrt(config: RuntimeConfig, model: Any) -> Placement:
     api = load_tensorrt(config.flavor)
     precision = "fp16" if config.precision == "auto" else config.precision
     api.check_precision(precision)
+    if config.building == "background" and precision not in KERNEL_PRECISIONS:
+        raise InputError(
+            f"building got 'background' with precision {precision!r}; what serves until an engine is built computes in 'fp32', 'fp16' or "
+            "'bf16'. Use one of them, or 'wait'."
+        )
     device = _gpu_of(config.device)
     reason = f"TensorRT {api.version} and a GPU are there"
     placement = Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason)

@@ -18,6 +18,7 @@ from t5_trt.engine.profiles import Shapes
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import ENCODER_EMBEDS
 from t5_trt.runtime.cuda_graph import CaptureError, capture
+from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.tensorrt_engines import TrtEngines
 
 logger = logging.getLogger("t5_trt")
@@ -88,6 +89,27 @@ class Encoders:
         self._captured: OrderedDict[tuple[str, Shapes], GraphOfEncoder] = OrderedDict()
         self._not_capturable: set[tuple[str, Shapes]] = set()
 
+    def encode(
+        self,
+        graph: str,
+        shapes: Shapes,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, CrossStates]:
+        """See `t5_trt.runtime.session.Session.encode`; by the engine of a graph and a bucket."""
+        batch, length = attention_mask.shape
+        given = {"attention_mask": attention_mask}
+        if inputs_embeds is None:
+            assert input_ids is not None
+            given["input_ids"] = input_ids
+        else:
+            factor = self._arch.stream_factor
+            given["inputs_embeds"] = inputs_embeds if factor == 1.0 else inputs_embeds * factor
+        made = self.run(graph, shapes, given)
+        hidden, cross = made["encoder_hidden_states"], CrossStates(made["cross_kv"], used=(batch, length))
+        return hidden[:batch, :length].contiguous(), cross
+
     def run(self, graph: str, shapes: Shapes, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs by name, padded to a bucket, for inputs [B, S, ..] that are not padded.
 
@@ -107,6 +129,10 @@ class Encoders:
         self._engines.bind(context, buffers.inputs | buffers.outputs)
         self._engines.enqueue(context)
         return buffers.outputs
+
+    def drop(self, graph: str, shapes: Shapes) -> None:
+        """Let go of what was captured for a bucket."""
+        self._captured.pop((graph, shapes), None)
 
     def clear(self) -> None:
         """Let go of what was captured."""

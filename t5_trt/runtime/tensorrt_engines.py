@@ -52,11 +52,17 @@ class TrtEngines:
         self._engines: dict[Key, Any] = {}
         self._contexts: dict[Key, Any] = {}
         self._stored: dict[Key, bool] = {}
+        self.built: set[Key] = set()  # by this process
         self._warned: set[tuple[str, int]] = set()  # axes and sizes beyond the configured ones
+
+    @property
+    def provider(self) -> EngineProvider:
+        """Of the plans."""
+        return self._provider
 
     def graphs(self) -> tuple[str, ...]:
         """Names of the graphs that engines are loaded for."""
-        return tuple(dict.fromkeys(graph for graph, _ in self._engines))
+        return tuple(dict.fromkeys(graph for graph, _ in list(self._engines)))  # another thread may add one
 
     def bucket(self, **sizes: int) -> Shapes:
         """The bucket of a request, with the axes that were configured as dynamic; one beyond the limits is logged once.
@@ -79,7 +85,7 @@ class TrtEngines:
 
     def prefetch(self, wanted: Sequence[Key]) -> None:
         """Load engines that will be needed; those that must be built are built side by side."""
-        missing = [key for key in (self._key(*want) for want in wanted) if key not in self._engines]
+        missing = [key for key in (self.key(*want) for want in wanted) if key not in self._engines]
         if len(missing) > 1:
             plans = self._provider.plans(missing)
             for key, plan in zip(missing, plans, strict=True):
@@ -93,19 +99,33 @@ class TrtEngines:
         Raises:
             BackendError: the engine cannot be built, is wrong, or there is too little GPU memory.
         """
-        key = self._key(graph, shapes)
-        if key not in self._engines:
-            self._engines[key] = self.api.load_engine(self._provider.plan(*key))
-            self._verify(key)
+        key = self.load(graph, shapes)
         if own:
             return self.api.new_context(self._engines[key])
         if key not in self._contexts:
             self._contexts[key] = self.api.new_context(self._engines[key])
         return self._contexts[key]
 
+    def load(self, graph: str, shapes: Shapes) -> Key:
+        """Load the engine that serves a bucket, built and checked if need be.
+
+        Raises:
+            BackendError: it cannot be built, or is wrong.
+        """
+        key = self.key(graph, shapes)
+        if key not in self._engines:
+            self._engines[key] = self.api.load_engine(self._provider.plan(*key))
+            self._verify(key)
+        return key
+
+    def drop(self, key: Key) -> None:
+        """Give back the memory of an engine that is not used for now."""
+        self._contexts.pop(key, None)
+        self._engines.pop(key, None)
+
     def is_ready(self, graph: str, shapes: Shapes) -> bool:
         """Whether the engine of a bucket is there without a build: loaded, or in the store when this was first asked."""
-        key = self._key(graph, shapes)
+        key = self.key(graph, shapes)
         if key not in self._engines and key not in self._stored:
             self._stored[key] = self._provider.has(*key)
         return key in self._engines or self._stored[key]
@@ -163,7 +183,7 @@ class TrtEngines:
     def _limits(self) -> dict[str, int]:
         return {axis: getattr(self._provider.settings, setting) for axis, setting in _SETTINGS.items()}
 
-    def _key(self, graph: str, shapes: Shapes) -> Key:
+    def key(self, graph: str, shapes: Shapes) -> Key:
         """The engine that serves a bucket: its own, or along dynamic axes the one that reaches up to the limit."""
         limits = self._limits
         sizes = {axis: bucket(axis, max(limits.get(axis, 1), getattr(shapes, axis))) for axis in shapes.dynamic}
@@ -171,15 +191,17 @@ class TrtEngines:
 
     def _verify(self, key: Key) -> None:
         """Compare an engine that was just built with the reference; a wrong one is deleted."""
-        if self._check is None or not self._provider.pop_unchecked(*key):
+        if not self._provider.pop_unchecked(*key):
+            return
+        self.built.add(key)
+        if self._check is None:
             return
         (error, output), precision = self._check(*key), self._provider.precision
         limit = LIMITS[precision]
         logger.debug("the new engine %s %s is off by %.1e in %s", key[0], key[1].describe(), error, output)
         if error <= limit:
             return
-        self._engines.pop(key, None)
-        self._contexts.pop(key, None)
+        self.drop(key)
         self._provider.discard(*key)
         raise BackendError(
             f"TensorRT {self.api.version} built an engine that computes wrong values: {key[0]} {key[1].describe()} "

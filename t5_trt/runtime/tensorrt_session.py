@@ -25,6 +25,7 @@ from t5_trt.graph.precision import TORCH_TYPES, empty_slot_value, mask_value, re
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES
 from t5_trt.runtime.cuda_graph import StreamOrder, taking_turns
 from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.encoder_forms import EncoderForms
 from t5_trt.runtime.engine_check import Deviation, worst_deviation
 from t5_trt.runtime.engine_step import EngineSlots, EngineStep, undo_head_factor
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
@@ -34,6 +35,7 @@ from t5_trt.runtime.step_buffers import Slot, cache_rows, made_rows
 from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.tensorrt_encoder import Encoders
 from t5_trt.runtime.tensorrt_engines import TrtEngines
+from t5_trt.runtime.torch_layers import TorchEncoder
 
 
 class TrtSession:
@@ -49,6 +51,8 @@ class TrtSession:
         scaling: factors in the weights; the provider's architecture names those that its graphs undo.
         kernels: do the one-token step; None leaves it to an engine.
         update_step: writes another value of a checkpoint tensor into the kernels' weights.
+        own_encoder: makes the encoder of the backend "cuda" over the engines' weights; it serves sizes at which it is faster. None: engines do.
+        background: have it serve sizes without an engine, while that is built.
     """
 
     backend = "tensorrt"
@@ -66,6 +70,8 @@ class TrtSession:
         scaling: Fp16Scaling | None = None,
         kernels: KernelDecoder | None = None,
         update_step: Callable[[str, torch.Tensor], None] | None = None,
+        own_encoder: Callable[[DeviceWeights], TorchEncoder] | None = None,
+        background: bool = False,
     ) -> None:
         self.updates = 0
         self.arch: Architecture = provider.arch
@@ -90,6 +96,11 @@ class TrtSession:
         self._encoders = Encoders(self.engines, self.arch, self.dtype, device)
         self._order = StreamOrder(device)
         self._lock = threading.RLock()
+        self._forms: EncoderForms | None = None
+        if own_encoder is not None:
+            turn = partial(TrtSession._at_work, weakref.proxy(self))
+            make = partial(own_encoder, device_weights)
+            self._forms = EncoderForms(self.engines, self._encoders, make, turn, background=background)
 
     def encode(
         self,
@@ -101,23 +112,21 @@ class TrtSession:
         """See `t5_trt.runtime.session.Session.encode`."""
         batch, length = attention_mask.shape
         shapes = self.engines.bucket(B=batch, S=length)
-        given = {"attention_mask": attention_mask}
-        if inputs_embeds is None:
-            assert input_ids is not None
-            graph, given["input_ids"] = ENCODER, input_ids
-        else:
-            factor = self.arch.stream_factor
-            graph, given["inputs_embeds"] = ENCODER_EMBEDS, inputs_embeds if factor == 1.0 else inputs_embeds * factor
+        graph = ENCODER if inputs_embeds is None else ENCODER_EMBEDS
+        if self._forms is not None and self._forms.own_serves(graph, shapes):
+            with self._at_work():
+                return self._forms.own.encode(input_ids, inputs_embeds, attention_mask)
         if beams is not None and self._engine_step is not None:
             with self._lock:
                 self.engines.prefetch([(graph, shapes), self._engine_step.wanted(batch, beams, length)])
         with self._at_work():
-            made = self._encoders.run(graph, shapes, given)
-        hidden, cross = made["encoder_hidden_states"], CrossStates(made["cross_kv"], used=(batch, length))
-        return hidden[:batch, :length].contiguous(), cross
+            return self._encoders.encode(graph, shapes, input_ids, inputs_embeds, attention_mask)
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
         """See `t5_trt.runtime.session.Session.project_cross`."""
+        if self._forms is not None and self._forms.background:
+            with self._at_work():  # one product: no engine is worth a build
+                return self._forms.own.project(hidden.to(self.dtype))
         batch, length = hidden.shape[:2]
         shapes = self.engines.bucket(B=batch, S=length)
         cross = self._new_cross(shapes, (batch, length))
@@ -186,7 +195,8 @@ class TrtSession:
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """See `t5_trt.runtime.session.Session.loaded_graphs`."""
-        return self.engines.graphs() + (() if self._engine_step else (BY_KERNELS,))
+        own = () if self._forms is None else self._forms.opened()
+        return self.engines.graphs() + own + (() if self._engine_step else (BY_KERNELS,))
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where engines and captured steps read; 8-bit engines hold weights."""
@@ -225,8 +235,9 @@ class TrtSession:
         try:
             return worst_deviation(self, reference, graph, shapes)
         finally:  # what the check captured, it did with an engine not yet trusted
-            self._slots.forget()
-            self._encoders.clear()
+            with self._lock:
+                self._slots.forget()
+                self._encoders.clear()
 
     def _queries(
         self, slot: Slot, state: DecoderState, input_ids: torch.Tensor, key_mask: torch.Tensor | None
@@ -261,6 +272,8 @@ class TrtSession:
         self._slots.forget()
         self._steps.forget()
         self._encoders.clear()
+        if self._forms is not None:
+            self._forms.clear()
 
     def _let_go(self) -> None:
         self._forget()

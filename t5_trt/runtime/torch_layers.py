@@ -34,6 +34,8 @@ class TorchEncoder:
         precision: of the session.
     """
 
+    name = "encoder (torch)"
+
     def __init__(self, arch: Architecture, weights: DeviceWeights, scaling: Fp16Scaling, precision: str) -> None:
         self._arch, self._weights, self._scaling = arch, weights, scaling
         self._hidden, self._empty = mask_value(real_type(precision)), empty_slot_value(real_type(precision))
@@ -48,13 +50,7 @@ class TorchEncoder:
         Where the mask is `NO_KEY` is no token at all: a row whose tokens are all hidden attends equally to those, and not to this.
         """
         arch, weights = self._arch, self._weights
-        if inputs_embeds is None:
-            assert input_ids is not None
-            stream = weights[EMBEDDING][input_ids].float()
-            if self._scaling.embedding != 1.0:
-                stream = stream / self._scaling.embedding
-        else:
-            stream = inputs_embeds.float()
+        stream = self._embed(input_ids, inputs_embeds)
         dtype = weights[EMBEDDING].dtype
         steps = torch.arange(mask.shape[1], device=mask.device)
         limit = len(self._buckets) // 2
@@ -88,9 +84,21 @@ class TorchEncoder:
         split = made.view(*made.shape[:2], arch.decoder_layers, 2, arch.num_heads, arch.d_kv)
         return split.permute(2, 3, 0, 4, 1, 5).contiguous()
 
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """The residual stream float32 [B, S, E] before the first layer; given embeddings may be it themselves."""
+        if inputs_embeds is not None:
+            return inputs_embeds.float()
+        assert input_ids is not None
+        stream = self._weights[EMBEDDING][input_ids].float()
+        return stream if self._scaling.embedding == 1.0 else stream / self._scaling.embedding
+
+    def _scale(self, name: str) -> float:
+        """What the product with a matrix that is added to the stream is multiplied by."""
+        return 1.0 / self._scaling.branches.get(name, 1.0)
+
     def _add(self, stream: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
         # the sum of the two types is float32, in one kernel
-        return torch.add(stream, value @ self._weights[name], alpha=1.0 / self._scaling.branches.get(name, 1.0))
+        return torch.add(stream, value @ self._weights[name], alpha=self._scale(name))
 
 
 class TorchDecoder:

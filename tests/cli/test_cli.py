@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from t5_trt import InputError, cli, prebuild
 from t5_trt.cli import bench, build
 from t5_trt.cli.arguments import spread_lists
-from t5_trt.engine.store import EngineStore
+from t5_trt.engine.cache_key import engine_key
+from t5_trt.engine.store import PLAN, EngineStore
 from tests.conftest import ROOT, SHIPPED
 
 Run = Callable[..., tuple[int, str, str]]
@@ -95,6 +96,24 @@ def test_info_tells_what_is_chosen_and_why(run: Run) -> None:
     assert status == 0 and facts["chosen"]["backend"] == "onnxruntime" and facts["gpu"] is None
     assert facts["chosen"]["decode"] == "engine" and "GPU" in facts["why_no_kernels"]
     assert "t5-trt[cu13]" in facts["tensorrt"]["tensorrt"]["missing"]
+
+
+def test_info_lists_encoders_that_our_kernels_run_faster(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("T5_TRT_CACHE", str(tmp_path / "store"))
+    store = EngineStore(tmp_path / "store")
+    for batch, kernels_ms in ((1, 9.0), (16, 4.5)):
+        facts = {
+            "graph": "encoder", "shapes": {"B": batch, "N": 1, "S": 512}, "precision": "fp16", "tensorrt": "8.5", "gpu": {"name": "H200"},
+            "encoder_ms": {"engine": 8.75, "kernels": kernels_ms},
+        }  # fmt: skip
+        store.get_or_build(engine_key(facts), facts, lambda folder: (folder / PLAN).write_text("plan") and None)
+    status, out, _ = run("info", "--json")
+    (found,) = json.loads(out)["encoders_by_kernels"]
+    assert status == 0 and found["shapes"]["B"] == 16 and (found["engine_ms"], found["kernels_ms"]) == (8.75, 4.5)
+    shown = " ".join(run("info")[1].split())
+    assert "encoder B16 S512 fp16 by our kernels" in shown and "4.50 ms, by TensorRT 8.5 8.75 ms" in shown
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "cuda"])

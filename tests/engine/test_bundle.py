@@ -175,3 +175,15 @@ def test_full_disk(model: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BackendError, match=r"cannot write engines to .*No space left"):
         used.write_bundle(tmp_path / "full")
     assert not list((tmp_path / "full" / FOLDER).iterdir())
+
+
+def test_times_of_an_encoder_are_kept_for_other_processes(model: Any, tmp_path: Path) -> None:
+    first, second = (provider(model, tmp_path / "store") for _ in range(2))
+    assert first.times(*WANTED) is None
+    first.plan(*WANTED)
+    first.keep_times(*WANTED, {"engine": 2.5, "kernels": 1.5})
+    assert second.times(*WANTED) == {"engine": 2.5, "kernels": 1.5}
+    assert second.times("encoder", Shapes(B=2)) is None
+    assert provider(model, tmp_path / "store", gpu="another GPU").times(*WANTED) is None
+    first.keep_times(*WANTED, {"engine": "damaged"})  # type: ignore[dict-item]
+    assert second.times(*WANTED) is None

@@ -226,3 +226,32 @@ def test_the_key_follows_everything_that_the_engine_depends_on() -> None:
     changes = {"graph": "cross", "architecture": {"d_model": 65}, "shapes": {"B": 2}, "precision": "fp32", "gpu": "b"}
     keys = {engine_key(facts), *(engine_key({**facts, name: value}) for name, value in changes.items())}
     assert len(keys) == 6 and engine_key(dict(reversed(facts.items()))) == engine_key(facts)
+
+
+def test_facts_are_added_to_a_manifest(tmp_path: Path) -> None:
+    store = EngineStore(tmp_path / "store")
+    store.add_to_manifest(KEY, {"encoder_ms": 1.0})
+    assert store.manifest(KEY) == {} and not store.root.exists(), "there is no such engine"
+    store.get_or_build(KEY, {"graph": "encoder"}, writing())
+    before = store.manifest(KEY)
+    store.add_to_manifest(KEY, {"encoder_ms": 1.0})
+    assert store.manifest(KEY) == before | {"encoder_ms": 1.0}
+    assert store.get(KEY) == b"plan" and check_store(store) == []
+    assert sorted(path.name for path in (store.root / KEY).iterdir()) == sorted((PLAN, MANIFEST))
+    (store.root / KEY / MANIFEST).write_text("no JSON")
+    store.add_to_manifest(KEY, {"encoder_ms": 1.0})
+    assert store.manifest(KEY) == {}
+
+
+def test_manifest_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = EngineStore(tmp_path / "store")
+    store.get_or_build(KEY, {"graph": "encoder"}, writing())
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("t5_trt.engine.store.os.replace", full)
+    store.add_to_manifest(KEY, {"encoder_ms": 1.0})
+    assert "is not kept: no space left" in caplog.text and store.get(KEY) == b"plan"

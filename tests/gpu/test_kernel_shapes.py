@@ -1,4 +1,4 @@
-"""The decoder kernels on shapes drawn at random: odd sizes, one head, long caches, single keys, hidden sources, 1 to 40 rows.
+"""The decoder kernels on shapes drawn at random: odd sizes, one head, long caches, single keys, hidden sources, 1 to 150 rows.
 
 As in `tests/gpu/test_kernels.py`, against the references in float64 with poisoned buffers. T5_TRT_TEST_SEED draws other shapes.
 """
@@ -51,8 +51,8 @@ def draw(number: int) -> Drawn:
         gated=chance.random() < 0.5,
         max_distance=chance.choice((20, 128)),
     )
-    beams, sources = chance.choice((1, 1, 1, 2, 3, 4, 8)), chance.choice((1, 1, 2, 3, 5, 8, 13, 33, 40))
-    sources = max(1, min(sources, 40 // beams))
+    beams, sources = chance.choice((1, 1, 1, 2, 3, 4, 8)), chance.choice((1, 1, 2, 3, 5, 8, 13, 33, 40, 70, 150))
+    sources = max(1, min(sources, 150 // beams))
     ends = (0, 1, 63, 64, 255, 256, 257, LARGEST_POSITION)
     return Drawn(
         arch=arch,

@@ -43,10 +43,11 @@ class Case:
     head: torch.Tensor
 
 
-def kernels(arch: Architecture, dtype: torch.dtype, rows: int, *, early: bool = True) -> DecodeKernels:
-    wanted = constants(arch, dtype, rows)
-    key = tuple(sorted(wanted.items()))
+def kernels(arch: Architecture, dtype: torch.dtype, rows: int, *, early: bool = True, **other: int) -> DecodeKernels:
+    """With `other` constants in place of those that are chosen."""
     major, minor = torch.cuda.get_device_capability()
+    wanted = constants(arch, dtype, rows, major) | other
+    key = tuple(sorted(wanted.items()))
     if key not in _cubins:
         _cubins[key] = compile_cubin("decode_step.cu", wanted, f"sm_{major}{minor}")[0]
     return DecodeKernels(_cubins[key], wanted, early=early and major >= 9)
@@ -220,9 +221,9 @@ def test_same_bits_in_every_run_and_without_early_start() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_row_does_not_depend_on_other_rows(dtype: torch.dtype) -> None:
-    case = make(SMALL, dtype, [(i * 37) % 600 for i in range(40)], [1 + (i * 29) % 500 for i in range(40)], 1)
+    case = make(SMALL, dtype, [(i * 37) % 600 for i in range(130)], [1 + (i * 29) % 500 for i in range(130)], 1)
     whole = run(case)
-    for rows in (1, 2, 8, 9, 17, 33):
+    for rows in (1, 2, 8, 9, 17, 32, 33, 64, 65):
         given = case.step.inputs
         given = replace(
             given, tokens=given.tokens[:rows].clone(), position=given.position[:rows].clone(),
@@ -233,3 +234,17 @@ def test_row_does_not_depend_on_other_rows(dtype: torch.dtype) -> None:
         buffers = StepBuffers.allocate(SMALL, dtype, rows, chunks, torch.device("cuda"))
         few = DecodeStep(SMALL, kernels(SMALL, dtype, rows), case.step.weights, buffers, given, SMALL.epsilon, 0.5)
         assert torch.equal(run(Case(few, case.matrices, case.head)), whole[:rows])
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_bits_do_not_depend_on_the_warps_of_attention(dtype: torch.dtype, beams: int) -> None:
+    positions = [0, 1, 3, 4, 31, 32, 33, 49, 126, 127, 128, 129, 300, 301, 302, 303]
+    case = make(
+        SMALL, dtype, positions, [1, 2, 32, 33, 50, 128, 129, 300] * 2 if beams == 1 else [1, 33, 50, 300], beams
+    )
+    results = []
+    for warps in (1, 2, 4, 8):
+        case.step = replace(case.step, kernels=kernels(SMALL, dtype, len(positions), ATTENTION_WARPS=warps))
+        results.append(run(case))
+    assert results[0].isfinite().all() and all(torch.equal(result, results[0]) for result in results)

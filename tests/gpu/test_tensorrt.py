@@ -302,8 +302,8 @@ def test_too_little_memory_then_smaller(gpu_pair: Any, monkeypatch: pytest.Monke
     assert ours(**on_gpu(batch()), decoder_input_ids=one).logits.isfinite().all()
 
 
+@pytest.mark.whole_gpu
 def test_too_little_memory_while_building(tmp_path: Path) -> None:
-    """Run alone: it takes the whole GPU."""
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": "engine"}
     model = TRTT5ForConditionalGeneration.from_model(
         make_stock("t5-v1.0"), **options, engine_cache_dir=tmp_path / "store"

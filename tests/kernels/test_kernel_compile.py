@@ -15,7 +15,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
-from t5_trt.kernels.decode_step import KERNELS, constants, refusal
+from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, refusal
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 
 BASE = Architecture(
@@ -40,13 +40,23 @@ def usage(log: str) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("rows", [1, 32, 128])
+@pytest.mark.parametrize("rows", [1, 32, 64, 128])
 def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
-    cubin, log = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows), architecture)
+    major = int(architecture.removeprefix("sm_")) // 10
+    cubin, log = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows, major), architecture)
     assert cubin[:4] == b"\x7fELF"
     used = usage(log)
     assert set(used) == set(KERNELS)
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_attention_by_one_warp_compiles_without_spills(architecture: str) -> None:
+    """The other numbers of warps are those of 1, 32 and 128 rows."""
+    assert [attention_warps(rows) for rows in (1, 32, 128)] == [8, 4, 2]
+    wanted = constants(BASE, torch.float16, 1) | {"ATTENTION_WARPS": 1}
+    used = usage(compile_cubin("decode_step.cu", wanted, architecture)[1])
+    assert used["attend_self"][1] == used["attend_cross"][1] == 0
 
 
 @pytest.mark.parametrize(
@@ -56,14 +66,19 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
         (WIDE, torch.float16, 8),
         (LARGE, torch.bfloat16, 128),
         (replace(LARGE, d_model=1280, gated=False), torch.float16, 32),
+        (GATED, torch.bfloat16, 64),
+        (WIDE, torch.float16, 128),
         (ODD, torch.float16, 9),
+        (ODD, torch.float16, 40),
         (ODD, torch.float32, 16),
         (BASE, torch.float32, 1),
+        (replace(BASE, d_kv=8), torch.float16, 128),
+        (replace(BASE, d_kv=128), torch.float32, 128),
     ],
 )
 def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int) -> None:
     assert refusal(arch, dtype) is None
-    _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows), "sm_90")
+    _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows, 9), "sm_90")
     assert set(usage(log)) == set(KERNELS)
 
 
@@ -90,6 +105,8 @@ def test_kernels_of_choices_compile(name: str, options: dict[str, int], architec
 def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
     for size, tiles in ((768, 4), (1024, 4), (1280, 2), (2048, 2), (4096, 1)):
         assert constants(replace(BASE, d_model=size), torch.float16, 32)["HEAD_ROW_TILES"] == tiles
+    for size, tiles in ((768, 16), (1024, 8), (2048, 4), (4096, 2)):
+        assert constants(replace(BASE, d_model=size), torch.float16, 128, 9)["HEAD_ROW_TILES"] == tiles
 
 
 def test_size_without_kernels_is_named() -> None:

@@ -165,7 +165,7 @@ def test_gpu_is_used_without_tensorrt(kernels: None, caplog: pytest.LogCaptureFi
             ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED)
     assert ours.device == torch.device("cuda:0") and "backend=cuda, precision=fp16, decode=kernels" in repr(ours)
     ((level, message),) = messages_about_tensorrt(caplog)
-    assert level == "INFO" and "models run on the GPU without TensorRT, the encoder by PyTorch" in message
+    assert level == "INFO" and "models run on the GPU without TensorRT, by our own kernels and PyTorch" in message
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class TorchSteps(kernel_decoder.KernelDecoder):
 
     def kernels(self, rows: int) -> Any:
         """None are needed."""
-        return SimpleNamespace(geometry={name: Geometry(1, 0) for name in PRODUCTS})
+        return SimpleNamespace(geometry={name: Geometry(1, 8, 0) for name in PRODUCTS})
 
     def _run(self, slot: Any, selector: Any) -> None:
         length = int(slot.position)

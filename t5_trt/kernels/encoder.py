@@ -1,0 +1,169 @@
+"""The encoder between its matrix products as our own kernels: attention, residual sums with their norms, activations, K/V by heads.
+
+    stream -> norm -> [ (q, k, v) -> attend -> (o) -> add and norm -> (wi) -> activate -> (wo) -> add and norm ] x layers -> (cross K/V) -> split
+
+What is in round brackets are products, which cuBLAS does. Nothing here waits for the GPU, so that an encoder can be captured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from t5_trt.graph.architecture import Architecture
+from t5_trt.kernels.compile import bindings, checked
+from t5_trt.kernels.decode_step import ACTIVATION_NUMBERS, STORAGE
+from t5_trt.kernels.launching import launch
+
+SOURCE = "encoder.cu"
+KERNELS = ("attend_encoder", "attend_encoder_wide", "list_keys", "add_and_norm", "activate_inner", "split_heads")
+#: keys of a tile (``KEYS`` in ``encoder_attention.cuh``)
+KEYS = 64
+#: columns of the residual stream that a CTA can hold
+MOST_COLUMNS = 8192
+#: CTAs of an axis of a grid but the first
+MOST_CTAS = 65535
+
+
+def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run a model's encoder, or None."""
+    if dtype == torch.float32:
+        return "the tensor cores' attention has half precision only"
+    if arch.d_kv > 128 or any(size % 8 for size in (arch.d_kv, arch.d_model, arch.d_ff)):
+        return f"d_kv is {arch.d_kv}, d_model {arch.d_model}, d_ff {arch.d_ff}; the kernels take multiples of 8, d_kv up to 128"
+    if arch.d_model > MOST_COLUMNS:
+        return f"d_model is {arch.d_model}; the kernels take up to {MOST_COLUMNS}"
+    return None
+
+
+def constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
+    """What the kernels for a model are compiled with."""
+    return {
+        "STORAGE": STORAGE[dtype],
+        "E": arch.d_model,
+        "H": arch.num_heads,
+        "D": arch.d_kv,
+        "FF": arch.d_ff,
+        "GATED": int(arch.gated),
+        "ACTIVATION": ACTIVATION_NUMBERS[arch.activation],
+    }
+
+
+class EncoderKernels:
+    """The loaded kernels of one cubin, on torch's current stream of one GPU.
+
+    Args:
+        cubin: compiled from `SOURCE`.
+        constants: as given to the compiler.
+        device: the GPU, whose context is the current one.
+    """
+
+    def __init__(self, cubin: bytes, constants: Mapping[str, int], device: torch.device) -> None:
+        driver = bindings("driver")
+        self._module = checked(driver.cuModuleLoadData(cubin))
+        self._functions = {name: checked(driver.cuModuleGetFunction(self._module, name.encode())) for name in KERNELS}
+        address, size = checked(driver.cuModuleGetGlobal(self._module, b"geometry"), 2)
+        numbers = (ctypes.c_int * (size // 4))()
+        checked(driver.cuMemcpyDtoH(ctypes.addressof(numbers), address, size))
+        self._device = device
+        self._take_sizes(constants, list(numbers), torch.cuda.get_device_properties(device).multi_processor_count)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for name, (_, shared) in self._attention.items():
+            checked(driver.cuFuncSetAttribute(self._functions[name], attribute, shared))
+
+    def _take_sizes(self, constants: Mapping[str, int], geometry: list[int], processors: int) -> None:
+        narrow, wide, self._rows_of_cta = geometry[:2], geometry[2:4], geometry[4]
+        self._attention = {"attend_encoder": narrow, "attend_encoder_wide": wide}  # queries of a CTA, bytes
+        self._heads, self._width, self._inner = constants["H"], constants["D"], constants["FF"]
+        self._gated, self._processors = bool(constants["GATED"]), processors
+
+    def list_keys(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `attend` reads of a mask, int64 [B, S] and contiguous: 0 hides a token, where it is `NO_KEY` there is none."""
+        batch, length = mask.shape
+        tiles = -(-length // KEYS)
+        hide = torch.empty((batch, tiles * KEYS), device=mask.device)
+        lists = torch.empty((batch, tiles + 2), dtype=torch.int32, device=mask.device)
+        self._launch("list_keys", (batch,), 256, mask, hide, lists, length, tiles)
+        return hide, lists
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        keys: tuple[torch.Tensor, torch.Tensor],
+        bias: torch.Tensor,
+        *,
+        wide: bool | None = None,
+    ) -> torch.Tensor:
+        """Attention of every token to the tokens of its row.
+
+        Args:
+            qkv: [B, S, 3 * H * D], contiguous.
+            keys: of `list_keys`.
+            bias: float32 [H, 2 * n + 1] of `relative_bias`.
+            wide: whether a CTA takes as many queries as fit; None: where that keeps the GPU busy. Results are the same.
+
+        Returns:
+            [B, S, H * D].
+        """
+        batch, length = qkv.shape[:2]
+        out = qkv.new_empty((batch, length, self._heads * self._width))
+        if wide is None:
+            queries = self._attention["attend_encoder_wide"][0]
+            wide = -(-length // queries) * self._heads * batch >= 2 * self._processors
+        name = "attend_encoder_wide" if wide else "attend_encoder"
+        queries, shared = self._attention[name]
+        grid = (-(-length // queries), self._heads, batch)
+        sizes = (length, keys[0].shape[1] // KEYS, bias.shape[1] // 2)
+        self._launch(name, grid, 128, qkv, *keys, bias, out, *sizes, shared=shared)
+        return out
+
+    def add_and_norm(
+        self,
+        stream: torch.Tensor,
+        branch: torch.Tensor | None,
+        scale: float,
+        epsilon: float,
+        weight: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Add `scale` times a branch [rows, E] to the stream, float32 [rows, E], in place; return its RMSNorm in a type.
+
+        Args:
+            stream: contiguous.
+            branch: contiguous; None adds nothing.
+            scale: of the branch.
+            epsilon: of the norm.
+            weight: of the norm [E]; None where it is in the matrix behind.
+            dtype: of the result.
+        """
+        made = torch.empty_like(stream, dtype=dtype)
+        grid = (-(-len(stream) // self._rows_of_cta),)
+        self._launch("add_and_norm", grid, 128, stream, branch, weight, made, len(stream), scale, epsilon)
+        return made
+
+    def activate(self, inner: torch.Tensor) -> torch.Tensor:
+        """The activation of [rows, FF], in place, or of [rows, 2 * FF] with its gate."""
+        out = inner.new_empty((len(inner), self._inner)) if self._gated else inner
+        self._launch("activate_inner", (len(inner), -(-self._inner // 1024)), 128, inner, out)
+        return out
+
+    def split_heads(self, made: torch.Tensor, matrices: int) -> torch.Tensor:
+        """[B, S, matrices * H * D] as [matrices, B, H, S, D]."""
+        batch, length = made.shape[:2]
+        out = made.new_empty((matrices, batch, self._heads, length, self._width))
+        grid = (-(-length * self._width // 2048), matrices * self._heads, batch)
+        self._launch("split_heads", grid, 256, made, out, length)
+        return out
+
+    def _launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0) -> None:
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        launch(self._functions[name], grid, threads, stream, arguments, shared=shared)
+
+
+def relative_bias(table: torch.Tensor, buckets: torch.Tensor) -> torch.Tensor:
+    """What `EncoderKernels.attend` reads: a table [buckets, H] by the bucket of each distance [2 * n + 1], times log2(e), float32."""
+    return (table.float()[buckets] * math.log2(math.e)).t().contiguous()

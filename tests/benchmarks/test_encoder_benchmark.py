@@ -1,0 +1,52 @@
+"""`benchmarks/encoder.py` measures every part, on the CPU with emulated kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import encoder as benchmark
+from t5_trt.graph.fp16_scaling import Fp16Scaling
+from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.gpu_encoder import GpuEncoder
+from t5_trt.runtime.kernel_encoder import KernelEncoder
+from tests.benchmarks.test_kernel_session import on_cpu  # noqa: F401 - a fixture
+from tests.kernels.emulation import EmulatedKernels
+from tests.runtime.test_kernel_decoder import Recording
+
+
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small requests, and each measured work runs once."""
+    monkeypatch.setattr(benchmark, "capture", Recording)
+    monkeypatch.setattr(benchmark, "random_source", lambda rows, tokens: torch.randint(2, 90, (rows, tokens)))
+    monkeypatch.setattr(benchmark, "events_ms", lambda work, times: (work(), 1.0)[1])
+    monkeypatch.setattr(benchmark, "timed_ms", lambda work, runs: (work(), 1.0)[1:])
+    monkeypatch.setattr(benchmark, "GENERATED", {(2, 5): 1})
+    monkeypatch.setattr(benchmark, "NEW_TOKENS", 3)
+
+
+@torch.no_grad()
+def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path: Path) -> None:  # noqa: F811
+    session = on_cpu.session
+    found: dict[str, Any] = {}
+    benchmark.measure(found, on_cpu, 2, 5, 1)
+    assert "failed" not in found and found["generate_ms"] == 0.5 and found["difference_from_torch_form"] == 0.0
+    session._weights = DeviceWeights(session.arch, session._weights._weights, torch.float16, session.device)
+    session.dtype = torch.float16
+    kernels = EmulatedKernels(session.arch, torch.float16, tmp_path)
+    form = KernelEncoder(kernels, session.arch, session._weights, Fp16Scaling(), "fp16")
+    session._encoder = GpuEncoder(form, session.device)
+    found = {}
+    benchmark.measure(found, on_cpu, 1, 4, 1)
+    assert "failed" not in found and found["form"] == "encoder (kernels)"
+    assert found["difference_from_torch_form"] < 5e-3 and all(value == 1.0 for value in found["parts_ms"].values())
+    benchmark.measure_peer(found, on_cpu.reference.encoder, 1, 4, 1, compiled=False)
+    assert found["hf_eager_ms"] == 1.0 and "1x4 encoder (kernels): 1.0 ms" in benchmark.summary(found)
+
+
+def test_cases_are_read() -> None:
+    assert benchmark.sizes("16x512,1x32") == [(16, 512), (1, 32)] and benchmark.sizes("") == []

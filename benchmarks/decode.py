@@ -1,6 +1,6 @@
 """Time decoding on an NVIDIA GPU, by the library's kernels and by TensorRT's step, in one process.
 
-Measured are the decoder step alone and with its choice of tokens, generate() as a whole, the host's part of a call, and the capture of
+Measured are the decoder step alone and with its token selection, generate() as a whole, the host's part of a call, and the capture of
 a new size.
 
     python -m benchmarks.decode --out FOLDER [--backends cuda,tensorrt-kernels,tensorrt-engine] [--cases 1x1,8x4] [--layers 2]
@@ -195,7 +195,7 @@ def idle_slots(session: Any, batch: int, beams: int) -> list[Any]:
 
 
 def with_choice_us(ours: Any, batch: int, beams: int) -> float:
-    """The GPU's time for a step with its choice of tokens, positions from 0 to 98."""
+    """The GPU's time for a step with its token selection, positions from 0 to 98."""
     slot = idle_slots(ours.session, batch, beams)[-1]
     key = next(key for key in reversed(slot.steps) if key is not None)
     return round(replay_us(slot, key), 1)
@@ -207,7 +207,7 @@ def alone_us(ours: Any, arguments: dict[str, Any]) -> float:
     _, cross = ours.session.encode(ids, None, arguments["attention_mask"])
     state = ours.session.start(cross.for_beams(beams), NEW_TOKENS + 1)
     ours.session.decode(state, torch.zeros((len(ids) * beams, 1), dtype=torch.long, device=ids.device))
-    return round(replay_us(state.bindings["lease"].slot), 1)
+    return round(replay_us(state.binding.slot), 1)
 
 
 def peer_ms(peer: Any, arguments: dict[str, Any], runs: int = 2) -> float:

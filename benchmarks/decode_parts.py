@@ -22,20 +22,20 @@ class Launches:
     """
 
     def __init__(self, session: Any) -> None:
-        self._session, self._make = session, session.program
+        self._session, self._make = session, session.generation_step
         self._watched: list[Any] = []
         #: of every launch: before and after it, by the host's clock
         self.host: list[tuple[float, float]] = []
         self._events: list[Any] = []
 
     def __enter__(self) -> Launches:
-        self._session.program = self._program
+        self._session.generation_step = self._program
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self._session.program  # the class's own shows again
+        del self._session.generation_step  # the class's own shows again
         for program in self._watched:
             program.__dict__.pop("launch", None)
 
@@ -49,7 +49,7 @@ class Launches:
         self._mark()
         torch.cuda.synchronize()
         if not self.host:
-            raise RuntimeError("no step was launched through Session.program")
+            raise RuntimeError("no step was launched through Session.generation_step")
 
     def parts(self) -> dict[str, float]:
         """Milliseconds of the call's parts. "Before": from the call on; "launch": of one step; "after": until the call returns."""
@@ -101,23 +101,23 @@ class Captures:
 
     def __enter__(self) -> Captures:
         for name, module in list(sys.modules.items()):
-            if name.startswith("t5_trt.") and getattr(module, "record", None) is cuda_graph.record:
+            if name.startswith("t5_trt.") and getattr(module, "capture", None) is cuda_graph.capture:
                 self._patched.append(module)
-        self._record = cuda_graph.record
+        self._capture = cuda_graph.capture
         for module in self._patched:
-            module.record = self._timed
+            module.capture = self._timed
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for module in self._patched:
-            module.record = self._record
+            module.capture = self._capture
 
     def _timed(self, *arguments: Any, **named: Any) -> Any:
         torch.cuda.synchronize()
         start = time.perf_counter()
         try:
-            return self._record(*arguments, **named)
+            return self._capture(*arguments, **named)
         finally:
             self.times_ms.append(round((time.perf_counter() - start) * 1e3, 3))

@@ -85,7 +85,7 @@ def measure(found: Record, ours: Any, batch: int, length: int, rounds: int) -> N
     found["batch"], found["source_tokens"] = batch, length
     session = ours.session
     by_kernels = session._encoder.form
-    by_torch = TorchEncoder(session.arch, session._weights, session.folding, "fp16")
+    by_torch = TorchEncoder(session.arch, session._weights, session.scaling, "fp16")
     found["form"] = by_kernels.name
 
     def work(encoder: Any) -> Callable[[], Any]:

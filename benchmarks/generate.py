@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from t5_trt.tools.benchmark import Case, load_contest, measure
+from t5_trt.tools.benchmark import Case, load_benchmark, measure
 from t5_trt.tools.random_models import RANDOM, SHAPES
 from t5_trt.tools.records import append_records
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
     parser.add_argument("--json", type=Path, help="file to append the record to")
     args = parser.parse_args()
-    contest = load_contest(
+    benchmark = load_benchmark(
         RANDOM + args.shape,
         threads=args.threads,
         backend="onnxruntime",
@@ -41,12 +41,12 @@ def main() -> None:
     case = Case(
         batch=args.batch, source_tokens=args.source_tokens, new_tokens=args.new_tokens, num_beams=args.num_beams
     )
-    record = measure(contest, case, args.runs)
+    record = measure(benchmark, case, args.runs)
     print(json.dumps(record, indent=2))
     if args.json:
         append_records(args.json, [record])
     if args.precision == "fp32" and not record["tokens_equal"]:
-        sys.exit("tokens differ from the stock class")
+        sys.exit("tokens differ from the Hugging Face class")
 
 
 if __name__ == "__main__":

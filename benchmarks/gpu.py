@@ -40,7 +40,7 @@ def request(rows: int = 1, new: int = NEW_TOKENS, **options: Any) -> dict[str, A
 
 
 def our_model(store: Path, precision: str, stock: Any = None, **options: Any) -> Any:
-    """A stock model, T5-base shapes unless one is given, on TensorRT, its decoder step too; options as of ``from_model``."""
+    """A Hugging Face model, T5-base shapes unless one is given, on TensorRT, its decoder step too; options as of ``from_model``."""
     from t5_trt import TRTT5ForConditionalGeneration
 
     return TRTT5ForConditionalGeneration.from_model(
@@ -86,32 +86,32 @@ def events_ms(work: Callable[[], Any], times: int = 20) -> float:
 
 
 def replay_us(slot: Any, key: Any = None, steps: int = NEW_TOKENS) -> float:
-    """The GPU's time for one replay of a slot's recorded step in microseconds, positions running up from 0."""
+    """The GPU's time for one replay of a slot's captured step in microseconds, positions running up from 0."""
     start_over(slot, key)
     return events_ms(slot.steps[key].graph.replay, steps) * 1e3
 
 
 def start_over(slot: Any, key: Any) -> None:
-    """Bring a recorded step back to position 0, and its search for tokens, which may be over, to its beginning."""
+    """Bring a captured step back to position 0, and its search for tokens, which may be over, to its beginning."""
     for position in (slot.position, getattr(slot, "positions", None)):  # what the host and the kernels go by
         if position is not None:
             position.zero_()
     slot.position_host = -1
-    choice = slot.steps[key].choice
-    if choice is not None:
-        prompt = torch.zeros((choice.rows, 1), dtype=torch.long, device=slot.position.device)
+    selector = slot.steps[key].selector
+    if selector is not None:
+        prompt = torch.zeros((selector.rows, 1), dtype=torch.long, device=slot.position.device)
         beams = slot.shapes.N
-        choice.begin(prompt) if beams == 1 else choice.begin(prompt, slot.shapes.T, slot.shapes.T)
+        selector.begin(prompt) if beams == 1 else selector.begin(prompt, slot.shapes.T, slot.shapes.T)
 
 
 def slot_alone(ours: Any, arguments: dict[str, Any]) -> Any:
-    """The slot of a request, with a step recorded in it that has no choice of tokens."""
+    """The slot of a request, with a step captured in it that has no token selection."""
     gc.collect()  # requests that are over give their slots back
     ids, mask, beams = arguments["input_ids"], arguments["attention_mask"], arguments.get("num_beams", 1)
     _, cross = ours.session.encode(ids, None, mask)
     state = ours.session.start(cross.for_beams(beams), 1)
     ours.session.decode(state, torch.zeros((len(ids) * beams, 1), dtype=torch.long, device="cuda"))
-    return state.bindings["lease"].slot
+    return state.binding.slot
 
 
 def load_seconds(store: Path, precision: str, arguments: dict[str, Any], stock: Any = None) -> float:
@@ -139,7 +139,7 @@ def build_seconds(store: Path, ours: Any, slot: Any) -> dict[str, float]:
 
 
 def call_times(ours: Any, stock: Any, arguments: dict[str, Any], runs: int = 3) -> dict[str, float]:
-    """Whole calls in milliseconds: ours, and the stock class in float32 and in half precision."""
+    """Whole calls in milliseconds: ours, and the Hugging Face class in float32 and in half precision."""
     half = copy.deepcopy(stock).half()
     models = {"ours_ms": ours, "hf_eager_fp32_ms": stock, "hf_eager_fp16_ms": half}
     return {name: round(timed_ms(partial(model.generate, **arguments), runs)[0], 2) for name, model in models.items()}
@@ -157,7 +157,7 @@ def engine_times(store: Path, ours: Any, arguments: dict[str, Any]) -> dict[str,
 
 
 def kernels(slot: Any, key: Any = None, most: int = 14) -> dict[str, Any]:
-    """Kernels of a slot's recorded step: how many, their summed time, and the most expensive names."""
+    """Kernels of a slot's captured step: how many, their summed time, and the most expensive names."""
     start_over(slot, key)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(10):

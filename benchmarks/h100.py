@@ -79,7 +79,7 @@ SEEDS = {"t5-v1.1": 5, "mt5": 5, "umt5": 4}
 
 
 def family(kind: str) -> Any:
-    """A stock model of two layers whose activations stay moderate at these widths."""
+    """A Hugging Face model of two layers whose activations stay moderate at these widths."""
     model = make_stock(kind, seed=SEEDS[kind], **FAMILIES[kind])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,7 +89,7 @@ def family(kind: str) -> Any:
 
 
 def stage_families(store: Path, precision: str) -> Records:
-    """Two-layer models of every kind: 40 greedy tokens of batches with padding, against the stock class."""
+    """Two-layer models of every kind: 40 greedy tokens of batches with padding, against the Hugging Face class."""
     for kind, sizes in FAMILIES.items():
         ours = our_model(store, precision, family(kind))
         stock = family(kind).cuda()

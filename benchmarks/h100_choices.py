@@ -33,7 +33,7 @@ from benchmarks.gpu import (
     request,
 )
 from t5_trt.engine.profiles import SMALLEST
-from t5_trt.graph.builders import DeviceForm
+from t5_trt.graph.builders import DeviceGraphBuilder
 from t5_trt.tools.environment import environment
 from t5_trt.tools.random_models import SHAPES, random_t5
 
@@ -102,7 +102,7 @@ def sentence_graph(step: int, report: torch.Tensor, position: torch.Tensor, end:
 
 
 def stage_launch(store: Path, precision: str) -> Records:
-    """99 steps with their choice of tokens: launched one by one, and as one graph with a WHILE node."""
+    """99 steps with their token selection: launched one by one, and as one graph with a WHILE node."""
     from cuda.bindings import driver
 
     from t5_trt.runtime.step_buffers import run_step
@@ -115,16 +115,16 @@ def stage_launch(store: Path, precision: str) -> Records:
         session = ours.session
         shapes = session.engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS + 1)
         slot = session._slots.idle[shapes][-1]
-        choice = next(step.choice for key, step in reversed(slot.steps.items()) if key is not None)
+        selector = next(step.selector for key, step in reversed(slot.steps.items()) if key is not None)
         prompt = torch.zeros((rows * beams, 1), dtype=torch.long, device="cuda")
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, pool=session._steps.memory.take()):
-            run_step(slot, choice, session._steps.enqueue)
+            run_step(slot, selector, session._steps.enqueue)
         graph.instantiate()
-        whole = sentence_graph(graph.raw_cuda_graph(), choice.report, slot.position, NEW_TOKENS)
+        whole = sentence_graph(graph.raw_cuda_graph(), selector.report, slot.position, NEW_TOKENS)
 
-        def begin(choice: Any = choice, slot: Any = slot, prompt: Any = prompt, beams: int = beams) -> None:
-            choice.begin(prompt) if beams == 1 else choice.begin(prompt, NEW_TOKENS + 1, NEW_TOKENS + 1)
+        def begin(selector: Any = selector, slot: Any = slot, prompt: Any = prompt, beams: int = beams) -> None:
+            selector.begin(prompt) if beams == 1 else selector.begin(prompt, NEW_TOKENS + 1, NEW_TOKENS + 1)
             slot.tokens.zero_()
             slot.position.zero_()
             torch.cuda.synchronize()
@@ -148,7 +148,7 @@ def stage_launch(store: Path, precision: str) -> Records:
                 times.append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
             total, host = sorted(times[2:])[2]
             found |= {f"{name}_ms": round(total, 3), f"{name}_host_ms": round(host, 3)}
-            tokens.append(choice.tokens.clone())
+            tokens.append(selector.tokens.clone())
         slot.position_host = -1
         yield {
             "model": BASE,
@@ -156,7 +156,7 @@ def stage_launch(store: Path, precision: str) -> Records:
             "batch": rows,
             "num_beams": beams,
             "new_tokens": NEW_TOKENS,
-            "compared": "launches of 99 steps with their choice of tokens",
+            "compared": "launches of 99 steps with their token selection",
             **found,
             "tokens_equal": bool(torch.equal(*tokens)),
             **gpu_environment(),
@@ -195,7 +195,7 @@ def stage_reorder(store: Path, precision: str) -> Records:
 
 
 def ways(kv: torch.Tensor, spare: torch.Tensor, parents: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Name -> what is recorded. "copy" leaves the rows in their new places; "index" is a read in order before every step."""
+    """Name -> what is captured. "copy" leaves the rows in their new places; "index" is a read in order before every step."""
 
     def by(count: int, of: torch.Tensor) -> Callable[[], None]:
         pieces = of.flatten(0, 1)
@@ -229,7 +229,7 @@ SCORE_LAYERS = 3
 
 
 def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
-    """Name -> how a step multiplies its queries with the cached keys; `DeviceForm.key_product` is "keys times query"."""
+    """Name -> how a step multiplies its queries with the cached keys; `DeviceGraphBuilder.key_product` is "keys times query"."""
 
     def several_rows(count: int) -> Callable[[Any, Any, Any], Any]:
         def product(graph: Any, query: Any, keys: Any) -> Any:
@@ -247,7 +247,7 @@ def score_forms() -> dict[str, Callable[[Any, Any, Any], Any]]:
 
     return {
         "query times keys": query_first,
-        "keys times query": DeviceForm.key_product,
+        "keys times query": DeviceGraphBuilder.key_product,
         "2 equal queries": several_rows(2),
         "8 equal queries": several_rows(8),
         "product and sum": as_a_sum,
@@ -264,7 +264,7 @@ def stage_scores(store: Path, precision: str) -> Records:
     SMALLEST["T"] = min(tokens for _, _, tokens in SCORE_CASES)
     first: dict[Any, torch.Tensor] = {}
     for name, form in score_forms().items():
-        DeviceForm.key_product = form  # type: ignore[method-assign]
+        DeviceGraphBuilder.key_product = form  # type: ignore[method-assign]
         ours = TRTT5ForConditionalGeneration.from_model(
             random_t5("t5-base"),
             backend="tensorrt",
@@ -290,7 +290,7 @@ def stage_scores(store: Path, precision: str) -> Records:
             ids = torch.randint(2, 32000, (entries * beams, 1), generator=generator)
             logits = session.decode(state, ids.to(session.device)).float()
             expected = first.setdefault((entries, beams), logits)
-            slot = state.bindings["lease"].slot
+            slot = state.binding.slot
             found = kernels(slot)
             yield {
                 "compared": f"a step of {SCORE_LAYERS} layers of T5-base: how queries meet the cached keys",

@@ -78,7 +78,7 @@ def stage_loops(
         }
         loop = str(ours.last_generation_path)
         got, expected = ours.generate(**arguments), baselines["fp32"].generate(**arguments)
-        slot, key = recorded(ours, rows, beams, arguments)
+        slot, key = captured(ours, rows, beams, arguments)
         step_us = {"with choice": replay_us(slot, key), "alone": replay_us(slot)}  # alone: the engine and the K/V write
         ids, mask = arguments["input_ids"], arguments["attention_mask"]
         encode = ours.session.encode
@@ -119,9 +119,9 @@ def _rows_equal(got: torch.Tensor, expected: torch.Tensor) -> int:
 
 def parts_ms(ours: Any, arguments: dict[str, Any], runs: int = 5) -> dict[str, float]:
     """Medians of a call's parts on the GPU's clock in milliseconds, its waiting for the host included."""
-    from t5_trt.runtime.step_buffers import RecordedStep
+    from t5_trt.runtime.step_buffers import CapturedStep
 
-    replay, found = RecordedStep.replay, []
+    replay, found = CapturedStep.replay, []
     for _ in range(runs):
         events = {name: torch.cuda.Event(enable_timing=True) for name in ("start", "first step", "last step", "end")}
         steps = 0
@@ -135,7 +135,7 @@ def parts_ms(ours: Any, arguments: dict[str, Any], runs: int = 5) -> dict[str, f
             if steps == NEW_TOKENS:
                 events["last step"].record()
 
-        RecordedStep.replay = timed  # type: ignore[method-assign]
+        CapturedStep.replay = timed  # type: ignore[method-assign]
         try:
             torch.cuda.synchronize()
             events["start"].record()
@@ -143,7 +143,7 @@ def parts_ms(ours: Any, arguments: dict[str, Any], runs: int = 5) -> dict[str, f
             events["end"].record()
             torch.cuda.synchronize()
         finally:
-            RecordedStep.replay = replay  # type: ignore[method-assign]
+            CapturedStep.replay = replay  # type: ignore[method-assign]
         start, first, last, end = events.values()
         found.append((start.elapsed_time(first), first.elapsed_time(last), last.elapsed_time(end)))
     names = ("before the steps", "steps", "after the steps")
@@ -179,8 +179,8 @@ def unreported_steps_ms(ours: Any, arguments: dict[str, Any]) -> float:
         decode_loop.Watcher = watcher  # type: ignore[misc]
 
 
-def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """The slot that the last request used, with a step without a choice recorded too, and the key of the one with."""
+def captured(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The slot that the last request used, with a step without a token selector captured too, and the key of the one with."""
     gc.collect()  # requests that are over give their slots back
     session = ours.session
     shapes = session.engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS + 1)
@@ -191,8 +191,8 @@ def recorded(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tup
 
 
 def recording_cost(ours: Any, slot: Any, key: Any, times: int = 8) -> dict[str, float]:
-    """Milliseconds that a recording takes, and GPU memory in 10**6 bytes that each recorded step holds."""
-    choice, state, found = slot.steps[key].choice, SimpleNamespace(length=0), []
+    """Milliseconds that a recording takes, and GPU memory in 10**6 bytes that each captured step holds."""
+    selector, state, found = slot.steps[key].selector, SimpleNamespace(length=0), []
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # as a recording does
@@ -201,19 +201,19 @@ def recording_cost(ours: Any, slot: Any, key: Any, times: int = 8) -> dict[str, 
     for number in range(times):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        kept.append(ours.session._steps.recorded(slot, state, ("again", number), choice))
+        kept.append(ours.session._steps.captured(slot, state, ("again", number), selector))
         found.append((time.perf_counter() - start) * 1e3)
     held = (free - torch.cuda.mem_get_info()[0]) / times
     return {"recording_ms": round(statistics.median(found), 2), "recorded_step_mb": round(held / 1e6, 2)}
 
 
 def stage_kernels(store: Path, precision: str) -> Records:
-    """The kernels of a step of every case, the choice of tokens included; for reading, not for the records."""
+    """The kernels of a step of every case, the token selection included; for reading, not for the records."""
     ours = our_model(store, precision)
     for rows, beams in CASES:
         arguments = request(rows, num_beams=beams)
         ours.generate(**arguments)
-        slot, key = recorded(ours, rows, beams, arguments)
+        slot, key = captured(ours, rows, beams, arguments)
         for name, which in (("alone", None), ("with choice", key)):
             found = kernels(slot, which, 40)
             times = (
@@ -252,15 +252,15 @@ def stage_long(store: Path, precision: str) -> Records:
 
 def stage_curves(store: Path, precision: str) -> Records:
     """Latency against batch and against new tokens, as ``t5-trt bench`` measures it."""
-    from t5_trt.tools.benchmark import Case, load_contest, measure
+    from t5_trt.tools.benchmark import Case, load_benchmark, measure
 
-    contest = load_contest(
+    benchmark = load_benchmark(
         RANDOM + "t5-base", backend="tensorrt", decode="engine", precision=precision, engine_cache_dir=store
     )
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = dict.fromkeys([(rows, 64) for rows in BATCHES] + [(1, tokens) for tokens in LENGTHS])
     for rows, tokens in cases:
-        yield measure(contest, Case(batch=rows, source_tokens=SOURCE_TOKENS, new_tokens=tokens), runs=3)
+        yield measure(benchmark, Case(batch=rows, source_tokens=SOURCE_TOKENS, new_tokens=tokens), runs=3)
 
 
 def stage_compiled(store: Path, precision: str) -> Records:

@@ -1,6 +1,6 @@
 """Run all measurements of one H100 with TensorRT, in calls of at most ten minutes, and keep their records.
 
-    python benchmarks/h100_session.py smoke --out FOLDER     is all recorded that ought to be? A minute before the rest
+    python benchmarks/h100_session.py smoke --out FOLDER     is all captured that ought to be? A minute before the rest
     python benchmarks/h100_session.py soak --out FOLDER      soak and GPU tests side by side
     python benchmarks/h100_session.py builds --out FOLDER    engines of the next part side by side, and T5-base that overflows
     python benchmarks/h100_session.py measure --out FOLDER   whole calls, parts of a call and equal text, one after the other

@@ -123,7 +123,7 @@ SEEDS = {
 
 
 def small_overflowing() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (a stock model of two layers that overflows float16, a request for it)."""
+    """Name -> (a Hugging Face model of two layers that overflows float16, a request for it)."""
     small = {**batch(), "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     return {
         f"{kind}, 2 layers, feed-forward times {FACTORS[index]}": (
@@ -135,7 +135,7 @@ def small_overflowing() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def base_overflowing(**factors: float) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (a stock model of T5-base shapes, `larger` by these factors, a request for it)."""
+    """Name -> (a Hugging Face model of T5-base shapes, `larger` by these factors, a request for it)."""
     words = ", ".join(f"{name} times {factor:g}" for name, factor in factors.items())
     return {f"{BASE}, {words}": (larger(random_t5("t5-base"), **factors), request(1))}
 

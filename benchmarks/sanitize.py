@@ -4,7 +4,7 @@
 
 steps   decoder steps launched one by one, of 3 and 18 rows, with beams and with caches and sources of several chunks
 encoder the encoder's kernels, on sources of one to three tiles of keys, with holes and without any shown token
-model   generate() of a model of one layer on backend="cuda", greedy and with beams, whose steps are CUDA graphs with the choice of tokens
+model   generate() of a model of one layer on backend="cuda", greedy and with beams, whose steps are CUDA graphs with the token selection
 
 Each tool looks at each of them in a process of its own, all side by side. FOLDER gets sanitize.json and, from each log, the last lines.
 The status is 1 unless all of them are clean.

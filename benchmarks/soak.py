@@ -42,7 +42,7 @@ from t5_trt.tools.environment import environment
 LIMIT_MB = 1.0
 #: growth over a whole run that is not told from noise: free memory in malloc's heaps and in arenas comes and goes in pieces of it
 NOISE_MB = 8.0
-#: of results that are compared with the stock class
+#: of results that are compared with the Hugging Face class
 SHARE = 0.05
 SAMPLE_EVERY = 20  # requests
 #: kinds that between them need every step that is recorded
@@ -125,7 +125,7 @@ class Soak:
     compared: int = 0
     different: list[dict[str, Any]] = field(default_factory=list)
     unexplained: list[tuple[Request, list[list[int]], dict[str, Any]]] = field(default_factory=list)
-    rounding: float = 0.0  # largest difference of logits from the stock class's
+    rounding: float = 0.0  # largest difference of logits from the Hugging Face class's
     usage: list[Usage] = field(default_factory=list)
     warm: int = 0  # of `usage`, how many belong to the warm-up
 
@@ -212,7 +212,7 @@ def soak(
 
 
 def load(model: str, backend: str, precision: str, threads: int, store: Path | None) -> tuple[Any, Any]:
-    """(model on engines, stock model on the same device)."""
+    """(model on engines, Hugging Face model on the same device)."""
     options: dict[str, Any] = {"backend": backend, "precision": precision, "num_threads": threads}
     options["engine_cache_dir"] = store
     if model == "tiny":
@@ -264,7 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "examples" / "kana_romaji"), help='a folder, or "tiny"')
     parser.add_argument("--backend", choices=("auto", "onnxruntime", "tensorrt"), default="auto")
-    parser.add_argument("--precision", default="fp32", help="results are equal to the stock class's in fp32 only")
+    parser.add_argument(
+        "--precision", default="fp32", help="results are equal to the Hugging Face class's in fp32 only"
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Whether a result that differs from the stock class's is a tie: the stock class answers so too when its scores are rounded
+"""Whether a result that differs from the Hugging Face class's is a tie: the Hugging Face class answers so too when its scores are rounded
 differently.
 
 Two tokens, beams or ends of a draw's intervals may be closer to each other than two correct programs' results are. Such a
@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 
 from benchmarks.soak_requests import Request, answer
 
-#: how often the stock class is asked again, each time with other disturbances of its scores
+#: how often the Hugging Face class is asked again, each time with other disturbances of its scores
 ATTEMPTS = 12
 
 
@@ -35,7 +35,7 @@ def rounding(ours: Any, stock: Any, request: Request) -> float:
 
 
 def is_tie(stock: Any, request: Request, rows: list[list[int]], size: float, end: float) -> bool:
-    """Whether the stock class gives these rows when uniform noise of that size is added to its scores.
+    """Whether the Hugging Face class gives these rows when uniform noise of that size is added to its scores.
 
     Args:
         stock: Hugging Face's class.

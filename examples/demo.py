@@ -1,4 +1,4 @@
-"""Japanese kana through the shipped model with `generate()`, on engines and on the stock class: lines, tokens, times."""
+"""Japanese kana through the shipped model with `generate()`, on engines and on the Hugging Face class: lines, tokens, times."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main() -> None:
     for line, romaji in zip(lines, outputs["t5_trt"], strict=True):
         print(f"{line}\n    {romaji}")
     same = sum(a == b for a, b in zip(outputs["t5_trt"], outputs["transformers"], strict=True))
-    print(f"\n{len(lines)} lines, one at a time: {same} of {len(lines)} equal to the stock class")
+    print(f"\n{len(lines)} lines, one at a time: {same} of {len(lines)} equal to the Hugging Face class")
     for name, seconds in times_s.items():
         print(f"{name:>12}: {seconds:6.2f} s, {seconds / len(lines) * 1e3:6.1f} ms a line")
     print(

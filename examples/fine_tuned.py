@@ -2,9 +2,9 @@
 
     python examples/fine_tuned.py --steps 40 --out fine-tuned
 
-The stock class learns, for some seconds, to write Kunrei romaji (si, tya) where the shipped model writes Hepburn ones
+The Hugging Face class learns, for some seconds, to write Kunrei romaji (si, tya) where the shipped model writes Hepburn ones
 (shi, cha). TRTT5ForConditionalGeneration.from_model wraps it without a copy or a file: the engines read its weights.
-Tokens of the stock class, the wrapped model and the loaded one are compared; they are equal where both compute in
+Tokens of the Hugging Face class, the wrapped model and the loaded one are compared; they are equal where both compute in
 float32: on a CPU by default, on a GPU with --precision fp32.
 """
 
@@ -75,13 +75,13 @@ def main() -> None:
         expected = generate(stock, tokenizer, sources[unseen])
         wrapped = TRTT5ForConditionalGeneration.from_model(stock, precision=options.precision)
         print(
-            f"from_model: tokens equal to the stock class: {generate(wrapped, tokenizer, sources[unseen]) == expected}"
+            f"from_model: tokens equal to the Hugging Face class: {generate(wrapped, tokenizer, sources[unseen]) == expected}"
         )
         wrapped.save_pretrained(out)
         tokenizer.save_pretrained(out)
         loaded = TRTT5ForConditionalGeneration.from_pretrained(out, precision=options.precision)
         tokens = generate(loaded, tokenizer, sources[unseen])
-        print(f"from_pretrained: tokens equal to the stock class: {tokens == expected}")
+        print(f"from_pretrained: tokens equal to the Hugging Face class: {tokens == expected}")
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     right = sum(text == kunrei(line) for text, line in zip(texts, hepburn[unseen], strict=True))
     for source, text in zip(sources[unseen], texts, strict=True):

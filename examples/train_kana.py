@@ -128,7 +128,7 @@ def build_tokenizer(folder: Path) -> T5Tokenizer:
     Returns:
         The tokenizer, without sentinel tokens.
     """
-    # Training on one line only yields SentencePiece's own normalisation tables (NFKC with case folding) in a valid
+    # Training on one line only yields SentencePiece's own normalisation tables (NFKC with case scaling) in a valid
     # model; the pieces are then replaced. The iterator keeps file names out of the model.
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

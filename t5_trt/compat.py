@@ -7,7 +7,7 @@
 
 The name is the same for an argument of ``forward`` and ``generate``, in the model kwargs inside ``generate`` and for a field
 of the outputs. Our own code says ``cache`` and uses `CACHE` where Transformers or its user reads or writes the name. What
-is the case here is read off the stock classes, not off a version number. No request runs through this file.
+is the case here is read off the Hugging Face classes, not off a version number. No request runs through this file.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forwa
 
 
 def takes_old_cache_names(**removed_in: str) -> Callable[[F], F]:
-    """Make a function take the old names of the cache, with the stock function's warning, where the stock one does.
+    """Make a function take the old names of the cache, with Hugging Face's function's warning, where that one does.
 
     Args:
-        removed_in: old name -> version of Transformers in which its stock function stops to take it.
+        removed_in: old name -> version of Transformers in which Hugging Face's function stops to take it.
     """
 
     def decorate(function: F) -> F:
         if CACHE == "cache":
-            for name, version in reversed(removed_in.items()):  # the first becomes the outermost, as in the stock class
+            for name, version in reversed(
+                removed_in.items()
+            ):  # the first becomes the outermost, as in the Hugging Face class
                 function = deprecate_kwarg(name, version, new_name=CACHE)(function)
         return function
 
     return decorate
 
 
-def names_cache_as_stock(function: F) -> F:
+def names_cache_as_hugging_face(function: F) -> F:
     """Make a function whose parameter is `cache` call it `CACHE`, for callers and in its signature.
 
     ``generate`` and ``Trainer`` read signatures to tell arguments from typos; it is kept, as ``generate`` reads it six times a call.
@@ -55,7 +57,7 @@ def names_cache_as_stock(function: F) -> F:
 
     @functools.wraps(function)
     def renamed(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("cache", None)  # a name that means nothing here: the stock class ignores it too
+        kwargs.pop("cache", None)  # a name that means nothing here: the Hugging Face class ignores it too
         if CACHE in kwargs:
             kwargs["cache"] = kwargs.pop(CACHE)
         return function(*args, **kwargs)
@@ -67,7 +69,7 @@ def names_cache_as_stock(function: F) -> F:
 
 @functools.cache
 def orders_drawn_beams() -> bool:
-    """Whether the stock beam search sorts the continuations that it has drawn, best first (5.24 and newer).
+    """Whether Hugging Face's beam search sorts the continuations that it has drawn, best first (5.24 and newer).
 
     Only the first ones can end a row, so the order decides results. A draw of all of 64 tokens tells: unsorted, it comes
     out in order once in 64! times. The random state is left as it was.

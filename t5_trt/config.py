@@ -47,7 +47,7 @@ class RuntimeConfig:
         decode: who does the one-token decoder step: "kernels" (the library's own CUDA kernels), "engine" (the backend's) or "auto"
             (kernels where they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
-        strict: raise `StrictModeError` instead of using the stock PyTorch model where an engine cannot serve.
+        strict: raise `StrictModeError` instead of using the Hugging Face model where an engine cannot serve.
         num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
         prepack_weights: let ONNX Runtime copy the matrices into its own layout, which is up to twice as fast with 2 or more
             rows (beams, batches) and holds them twice in memory. None does so for decoder steps of several rows, once

@@ -30,7 +30,7 @@ class BackendError(T5TRTError, RuntimeError):
 
 
 class StrictModeError(T5TRTError, RuntimeError):
-    """``strict=True`` and the request would have needed the stock PyTorch model or a new engine."""
+    """``strict=True`` and the request would have needed the Hugging Face model or a new engine."""
 
 
 class QueueFullError(T5TRTError, RuntimeError):

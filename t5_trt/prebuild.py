@@ -19,7 +19,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import ENCODER, QUERIES, STEP
 from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
-from t5_trt.runtime.open_session import eight_bits, gpu_facts
+from t5_trt.runtime.open_session import gpu_facts, int8_provider_options
 from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
 
 
@@ -75,23 +75,20 @@ def build_engines(
     """
     check_choice("precision", precision, tuple(name for name in PRECISIONS if name != "auto"))
     check_choice("decode", decode, DECODE)
-    sizes = {"batch": batch, "beams": beams, "source_tokens": source_tokens, "target_tokens": target_tokens}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise InputError(f"{name} got {size!r}; expected an integer of at least 1.")
+    _check_sizes(batch=batch, beams=beams, source_tokens=source_tokens, target_tokens=target_tokens)
     api = load_tensorrt(flavor)
     gpu = _gpu(api.flavor, tuple(compute_capabilities))
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=calibration)
-    folding = loaded.folding(precision)
+    scaling = loaded.fp16_scaling(precision)
     provider = EngineProvider(
-        folding.architecture(loaded.architecture),
+        scaling.architecture(loaded.architecture),
         EngineStore(cache_dir or default_engine_cache_dir()),
         BuildConfig(),
         precision=precision,
         flavor=api.flavor,
         gpu=gpu,
         compute_capabilities=tuple(compute_capabilities),
-        **eight_bits(loaded.architecture, loaded.state_dict(), folding, precision),
+        **int8_provider_options(loaded.architecture, loaded.state_dict(), scaling, precision),
     )
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)
@@ -101,6 +98,12 @@ def build_engines(
     plans = provider.plans(wanted)
     labels = [provider.request(graph, shapes).label for graph, shapes in wanted]
     return [BuiltEngine(label, len(plan)) for label, plan in zip(labels, plans, strict=True)]
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(f"{name} got {size!r}; expected an integer of at least 1.")
 
 
 def _step_by_engine(decode: str, capabilities: Sequence[str], precision: str, arch: Architecture) -> bool:

@@ -116,7 +116,7 @@ def check_decoder_mask(mask: Any, rows: int, tokens: int, device: torch.device) 
 def check_reference_mask(
     name: str, mask: Any, heads: int, queries: list[torch.Tensor], keys: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Return a mask that the stock model can broadcast: one of two axes as `check_mask`, one of four axes to be added.
+    """Return a mask that the Hugging Face model can broadcast: one of two axes as `check_mask`, one of four axes to be added.
 
     Eager attention would add a boolean one of four axes as zeros and ones.
 
@@ -144,7 +144,7 @@ def check_reference_mask(
         places = "queries" if not queries else " and ".join(str(ids.shape[1]) for ids in queries)
         raise InputError(
             f"{name} got shape {tuple(mask.shape)}; expected [{rows}, {'tokens' if keys is None else keys.shape[1]}], one value "
-            f"per token, 0 for padding; or for the stock model four axes, [{rows}, {heads}, {places}, tokens], with 1 in place "
+            f"per token, 0 for padding; or for the Hugging Face model four axes, [{rows}, {heads}, {places}, tokens], with 1 in place "
             "of what is the same for all."
         )
     if mask.dtype != torch.bool:

@@ -48,7 +48,7 @@ def randomize(model: Any, seed: int) -> Any:
 
 
 def peft_pair(stock: Any, configs: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
-    """A stock model with adapters, ours with the same, and the model on engines in ours.
+    """A Hugging Face model with adapters, ours with the same, and the model on engines in ours.
 
     Args:
         stock: is left as it is.

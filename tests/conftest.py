@@ -1,7 +1,8 @@
-"""Fixtures: a stock model and the same model on engines, for every kind; the shipped model."""
+"""Fixtures: a Hugging Face model and the same model on engines, for every kind; the shipped model."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -27,7 +28,7 @@ SHIPPED = ROOT / "examples" / "kana_romaji"
 
 @cache
 def pair_of(kind: str) -> tuple[Any, Any]:
-    """(stock model, the same weights on engines); made once per process."""
+    """(Hugging Face model, the same weights on engines); made once per process."""
     stock = make_stock(kind)
     return stock, TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
 
@@ -50,6 +51,13 @@ def _transformers_verbosity() -> Iterator[None]:
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """Every kind in turn."""
     return pair_of(request.param)
+
+
+@pytest.fixture
+def own_pair() -> tuple[Any, Any]:
+    """(Hugging Face model, model on engines) of T5 v1.1 with equal weights of their own, which a test may change."""
+    stock = make_stock("t5-v1.1")
+    return stock, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def shipped_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def shipped(shipped_folder: Path) -> tuple[Any, Any, Any]:
-    """(tokenizer, stock model, model on engines) of the shipped checkpoint."""
+    """(tokenizer, Hugging Face model, model on engines) of the shipped checkpoint."""
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(shipped_folder)

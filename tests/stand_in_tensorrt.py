@@ -20,7 +20,7 @@ from t5_trt.config import BuildConfig
 from t5_trt.engine.profiles import Shapes, fixed_axes
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.build_graph import build_device_graph
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.precision import real_type
 from t5_trt.runtime import captured_encoder, engine_step, tensorrt_encoder
@@ -145,16 +145,16 @@ class StandInProvider:
         model = build_device_graph(graph, self.arch, real_type(self.precision), fixed=fixed, quantized=self.quantized)
         return ir.to_proto(model).SerializeToString()
 
-    def tapped_plan(self, graph: str, shapes: Shapes) -> bytes:
+    def debug_plan(self, graph: str, shapes: Shapes) -> bytes:
         fixed = fixed_axes(shapes.for_graph(graph))
         return ir.to_proto(
-            build_device_graph(graph, self.arch, real_type(self.precision), fixed=fixed, taps=True)
+            build_device_graph(graph, self.arch, real_type(self.precision), fixed=fixed, debug_outputs=True)
         ).SerializeToString()
 
     def has(self, graph: str, shapes: Shapes) -> bool:
         return (graph, shapes) in self.asked
 
-    def take_fresh(self, graph: str, shapes: Shapes) -> bool:
+    def pop_unchecked(self, graph: str, shapes: Shapes) -> bool:
         return True
 
     def discard(self, graph: str, shapes: Shapes) -> None:
@@ -183,21 +183,21 @@ def stand_in_session(
     strict: bool = False,
     reference: Any = None,
     precision: str = "fp32",
-    folding: Folding | None = None,
+    scaling: Fp16Scaling | None = None,
     kernels: Any = None,
     own_encoder: Any = None,
     background: bool = False,
 ) -> Any:
     """A `TrtSession` on the CPU for a model; arguments as of that class."""
 
-    def record(work: Any, device: torch.device, memory: Any = None) -> _Graph:
+    def capture(work: Any, device: torch.device, memory: Any = None) -> _Graph:
         with torch.random.fork_rng([]):
             for _ in range(3):
                 work()
         return _Graph(work)
 
     for module in (captured_encoder, engine_step, tensorrt_encoder):
-        monkeypatch.setattr(module, "record", record)
+        monkeypatch.setattr(module, "capture", capture)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),
         load_engine=StandInEngine if precision == "fp32" else HalfEngine,
@@ -206,9 +206,9 @@ def stand_in_session(
         version="0.0",
     )
     arch = model.architecture
-    arch = (folding or Folding()).architecture(arch)
-    folded = folding or Folding()
-    weights = model._adapted or model.state_dict()
+    arch = (scaling or Fp16Scaling()).architecture(arch)
+    folded = scaling or Fp16Scaling()
+    weights = model._runner._adapted or model.state_dict()
     quantized = dict(quantize_for_device(arch, weights, folded)) if precision == "int8" else None
     provider: Any = StandInProvider(arch, settings or BuildConfig(), precision, quantized)
     device: Any = torch.device("cpu")
@@ -219,7 +219,7 @@ def stand_in_session(
         device,
         strict=strict,
         reference=reference,
-        folding=folding,
+        scaling=scaling,
         kernels=kernels,
         own_encoder=own_encoder,
         background=background,

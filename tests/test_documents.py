@@ -17,8 +17,8 @@ import typer
 from benchmarks import report
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration, cli
 from t5_trt.config import BuildConfig, RuntimeConfig
+from tests import cases
 from tests.conftest import ROOT
-from tests.generation import test_generate_parity
 
 READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
 DOCUMENTS = sorted(
@@ -28,7 +28,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 #: what a first part of a path in backquotes must be, so that it is one of this repository
 FOLDERS = ("t5_trt", "tests", "docs", "examples", "benchmarks", "audit", ".ci", ".github")
 #: code of others, in "before" blocks
-FOREIGN = ("transformers", "optimum", "ctranslate2", "T5.", "tritonclient", "numpy")
+FOREIGN = ("transformers", "peft", "optimum", "ctranslate2", "T5.", "tritonclient", "numpy")
 MADE = "examples/triton_server/t5_text/checkpoint"  # by the command that names it
 WIDTH = 78  # characters of a line of code that the site shows at 1280 pixels; GitHub shows some more
 
@@ -176,7 +176,7 @@ def test_table_of_arguments_is_that_of_from_pretrained() -> None:
 
 
 def test_number_of_compared_sets_of_arguments() -> None:
-    count = len(test_generate_parity.CORE) + len(test_generate_parity.MORE)
+    count = len(cases.CORE) + len(cases.MORE)
     assert f"\n  {count} sets of arguments" in text_of("README.md") and f" {count} 通り" in text_of("README.ja.md")
 
 

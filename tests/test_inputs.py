@@ -149,7 +149,7 @@ def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.Mo
     ],
 )
 def test_the_stock_model_gets_what_it_can_broadcast(pair: tuple[Any, Any], changes: Any, named: str) -> None:
-    """Beside a mask of four axes, which the stock model serves; these used to end in errors of torch."""
+    """Beside a mask of four axes, which the Hugging Face model serves; these used to end in errors of torch."""
     _, ours = pair
     right = {
         "input_ids": torch.ones(3, 4, dtype=torch.long),

@@ -9,24 +9,18 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "t5_trt"
 LONGEST_FILE = 400
-LONGEST_FUNCTION = 60
-#: functions that are longer -> the lines they may have; entries may shrink and go, none may be added
-STILL_LONG = {
-    "EngineForward.forward": 118,
-    "EngineModel.from_pretrained": 115,
-    "build_engines": 65,
-    "compare": 64,
-    "generate_many": 68,
-    "load_checked": 61,
-    "measure": 62,
-}
+#: lines of code, with the signature and without the docstring: one line for each argument of a public function is no reason to split it
+LONGEST_FUNCTION = 50
 
 
 def functions(node: ast.AST, owner: str = "") -> Iterator[tuple[str, int]]:
-    """(qualified name, lines with signature and docstring) of every function inside a node."""
+    """(qualified name, lines without the docstring) of every function inside a node."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield owner + child.name, (child.end_lineno or 0) - child.lineno + 1
+            lines = (child.end_lineno or 0) - child.lineno + 1
+            if ast.get_docstring(child) is not None:
+                lines -= (child.body[0].end_lineno or 0) - child.body[0].lineno + 1
+            yield owner + child.name, lines
         named = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         yield from functions(child, f"{owner}{child.name}." if named else owner)
 
@@ -38,13 +32,11 @@ def test_files_have_at_most_400_lines() -> None:
     assert not {name: count for name, count in lines.items() if count > LONGEST_FILE}
 
 
-def test_functions_have_at_most_60_lines() -> None:
+def test_functions_have_at_most_50_lines_of_code() -> None:
     found = {
         (str(path.relative_to(ROOT)), name): lines
         for path in PACKAGE.rglob("*.py")
         for name, lines in functions(ast.parse(path.read_text(encoding="utf-8")))
     }
-    long = {key: lines for key, lines in found.items() if lines > LONGEST_FUNCTION}
-    assert not {key: lines for key, lines in long.items() if lines > STILL_LONG.get(key[1], 0)}
-    outdated = sorted(set(STILL_LONG) - {name for _, name in long})
-    assert not outdated, f"take these out of STILL_LONG: {outdated}"
+    assert len(found) > 500
+    assert not {key: lines for key, lines in found.items() if lines > LONGEST_FUNCTION}

@@ -1,4 +1,4 @@
-"""Small stock models of every supported kind, with random weights whose logits are spread out."""
+"""Small Hugging Face models of every supported kind, with random weights whose logits are spread out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A stock class, its config and the options that make this kind of T5."""
+    """A Hugging Face class, its config and the options that make this kind of T5."""
 
     model: Callable[[Any], Any]
     config: Callable[..., Any]
@@ -62,7 +62,7 @@ KINDS = {
 
 
 def make_stock(kind: str, seed: int = 0, attention: str | None = None, **changes: Any) -> Any:
-    """A stock float32 model in evaluation mode.
+    """A Hugging Face float32 model in evaluation mode.
 
     UMT5 gets eager attention: the sdpa path of its decoder is not causal in Transformers 5.17 (later versions mend it).
     """
@@ -89,7 +89,7 @@ def make_stock(kind: str, seed: int = 0, attention: str | None = None, **changes
 
 
 #: by what the matrices of the feed-forward layers are multiplied, inner and output, until float16 overflows: in the stream, which
-#: the stock class cuts off at 65504, or inside a layer, where it gets NaN
+#: the Hugging Face class cuts off at 65504, or inside a layer, where it gets NaN
 FACTORS = ((30.0, 1e3), (100.0, 1e4), (3e4, 1.0), (3e4, 0.01))
 
 

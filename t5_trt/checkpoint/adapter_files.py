@@ -28,31 +28,34 @@ class Adapter:
     base: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def load_into(self, model: Any) -> None:
-        """Load it into its base model, which becomes one with an active adapter.
 
-        Raises:
-            CheckpointError: tensors are missing, it does not fit the model, its files are damaged, or peft does not fit Transformers.
-        """
-        try:
-            info = model.load_adapter(self.name, **self.options)
-        except T5TRTError:
-            raise
-        except Exception as error:  # of Transformers, peft, safetensors and the hub
-            raise CheckpointError(
-                f"cannot load the adapter {self.name!r} into {self.base!r}: {type(error).__name__}: {error} Expected what "
-                "save_pretrained() of peft writes for this model."
-            ) from error
-        missing = sorted(info.missing_keys)
-        if missing:
-            raise CheckpointError(
-                f"the adapter {self.name!r} lacks {len(missing)} tensors (first {missing[0]!r}); expected one for each layer that its "
-                "config names. Save it again; with peft 0.19 and older, whose names Transformers does not find, use a newer peft."
-            )
+def load_adapter(adapter: Adapter | None, model: Any) -> None:
+    """Load an adapter, if there is one, into its base model.
+
+    Raises:
+        CheckpointError: tensors are missing, it does not fit the model, its files are damaged, or peft does not fit Transformers.
+    """
+    if adapter is None:
+        return
+    try:
+        info = model.load_adapter(adapter.name, **adapter.options)
+    except T5TRTError:
+        raise
+    except Exception as error:  # of Transformers, peft, safetensors and the hub
+        raise CheckpointError(
+            f"cannot load the adapter {adapter.name!r} into {adapter.base!r}: {type(error).__name__}: {error} Expected what "
+            "save_pretrained() of peft writes for this model."
+        ) from error
+    missing = sorted(info.missing_keys)
+    if missing:
+        raise CheckpointError(
+            f"the adapter {adapter.name!r} lacks {len(missing)} tensors (first {missing[0]!r}); expected one for each layer that its "
+            "config names. Save it again; with peft 0.19 and older, whose names Transformers does not find, use a newer peft."
+        )
 
 
-def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str, ...]) -> Adapter | None:
-    """The adapter that a folder or hub id holds; None if it holds a model.
+def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str, ...]) -> tuple[str, Adapter | None]:
+    """The name of the model to load, and the adapter that was given in its place; None if a model was.
 
     Args:
         name: folder or hub id.
@@ -63,21 +66,9 @@ def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str,
         CheckpointError: the adapter's config cannot be read, or names no model.
         InputError: peft is not installed.
     """
-    where = {key: arguments[key] for key in hub_arguments if key in arguments}
-    folder = Path(name) / where.get("subfolder", "")
-    if Path(name).exists():
-        found = folder / ADAPTER_CONFIG
-        if not found.is_file() or (folder / CONFIG_NAME).is_file():  # a whole model may lie beside its adapter
-            return None
-        if not is_peft_available():
-            raise InputError(
-                f"{name!r} is an adapter, which needs peft; it is not installed: `pip install t5-trt[peft]`."
-            )
-    else:
-        path = find_adapter_config_file(name, **where) if is_peft_available() else None
-        if path is None:
-            return None
-        found = Path(path)
+    found = _find_config(name, {key: arguments[key] for key in hub_arguments if key in arguments})
+    if found is None:
+        return name, None
     try:
         stored = json.loads(found.read_text(encoding="utf-8"))
         base = stored["base_model_name_or_path"]
@@ -98,4 +89,18 @@ def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str,
     options: dict[str, Any] = {"adapter_kwargs": {**shared, **own, **(arguments.pop("adapter_kwargs", None) or {})}}
     if "adapter_name" in arguments:
         options["adapter_name"] = arguments.pop("adapter_name")
-    return Adapter(name, base, options)
+    return base, Adapter(name, base, options)
+
+
+def _find_config(name: str, where: dict[str, Any]) -> Path | None:
+    """The config of an adapter; None if there is none, or a whole model lies beside it."""
+    if not Path(name).exists():
+        path = find_adapter_config_file(name, **where) if is_peft_available() else None
+        return None if path is None else Path(path)
+    folder: Path = Path(name) / where.get("subfolder", "")
+    found = folder / ADAPTER_CONFIG
+    if not found.is_file() or (folder / CONFIG_NAME).is_file():
+        return None
+    if not is_peft_available():
+        raise InputError(f"{name!r} is an adapter; expected peft, which is not installed: `pip install t5-trt[peft]`.")
+    return found

@@ -130,7 +130,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
     """Load a model and make sure that every weight came from the checkpoint.
 
     Args:
-        load: a stock ``from_pretrained``.
+        load: a Hugging Face ``from_pretrained``.
         name_or_path: hub id or folder.
         config: of the model.
         model_args: for `load`.
@@ -163,12 +163,16 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
                 f"from_pretrained got an argument that is not known: {error}. Expected those of this class, of Transformers' "
                 "from_pretrained, or settings of the config."
             ) from error
-        if isinstance(error, RuntimeError) and "meta device" in str(
-            error
-        ):  # of the caller's, and nothing is wrong with the files
+        if isinstance(error, RuntimeError) and "meta device" in str(error):  # the caller's, and the files are good
             raise
         raise CheckpointError(weights_message(name_or_path, error)) from error
-    mismatched, missing = sorted(info["mismatched_keys"]), sorted(info["missing_keys"])
+    _check_complete(model, info, name_or_path)
+    return model
+
+
+def _check_complete(model: Any, report: Mapping[str, Any], name_or_path: str) -> None:
+    """Refuse a loaded model whose weights did not all come from the checkpoint; raises as `load_checked`."""
+    mismatched, missing = sorted(report["mismatched_keys"]), sorted(report["missing_keys"])
     if mismatched:
         key, found, expected = mismatched[0]
         raise CheckpointError(
@@ -178,11 +182,10 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
     if missing:
         raise CheckpointError(
             f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected all weights of "
-            f"{type(model)._stock_class.__name__}. Load a complete checkpoint."
+            f"{type(model)._hf_class.__name__}. Load a complete checkpoint."
         )
     if not getattr(model, "_hf_peft_config_loaded", False):  # else the tensors have other names
         check_tables(model.state_dict())
-    return model
 
 
 def share_weights(

@@ -48,7 +48,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def program(
+def generation_step(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -13,11 +13,14 @@ from t5_trt.cli.arguments import Backend, Decode, ListCommand, Precision, read_l
 from t5_trt.errors import InputError
 
 if TYPE_CHECKING:
-    from t5_trt.tools.benchmark import Case
+    from t5_trt.tools.benchmark import Benchmark, Case
 
 # Optional, because typer reads these at run time
 _Numbers = Optional[list[int]]  # noqa: UP045
 _DoSample = Annotated[bool, typer.Option("--do-sample", help="draw tokens, with the same seed in all calls")]
+_OursOnly = Annotated[
+    bool, typer.Option("--ours-only", "--no-stock", help="leave Hugging Face's class out; tokens are not compared")
+]
 _Texts = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="file of texts, one a line, to take instead of random tokens"),
@@ -57,7 +60,7 @@ def bench(
     decode: Decode = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default torch's")] = None,  # noqa: UP045
     texts: _Texts = None,
-    no_stock: Annotated[bool, typer.Option("--no-stock", help="time ours only; tokens are not compared")] = False,
+    ours_only: _OursOnly = False,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="file to append the records to")] = None,  # noqa: UP045
     plot: _Picture = None,
 ) -> None:
@@ -68,7 +71,7 @@ def bench(
     from rich.console import Console
 
     from t5_trt.tools.plot import draw_records
-    from t5_trt.tools.records import append_records, print_records
+    from t5_trt.tools.records import print_records
 
     if texts is not None and source_tokens:
         raise InputError("--source-tokens got values beside --texts; the texts decide. Leave one of the two out.")
@@ -77,7 +80,7 @@ def bench(
 
     import transformers
 
-    from t5_trt.tools.benchmark import Case, load_contest, measure
+    from t5_trt.tools.benchmark import Case, load_benchmark
 
     sizes = itertools.product(source_tokens or [32], new_tokens or [64], num_beams or [1], batch or [1])
     cases = [
@@ -86,13 +89,8 @@ def bench(
     ]
     transformers.logging.set_verbosity_error()  # it warns in every call about max_length
     chosen = {"backend": backend, "precision": precision, "decode": decode}
-    contest = load_contest(model, stock=not no_stock, texts=lines is not None, threads=threads, **chosen)
-    records = []
-    for number, case in enumerate(cases, 1):
-        typer.echo(f"case {number} of {len(cases)}: {_describe(case, texts=lines is not None)}", err=True)
-        records.append(measure(contest, case, runs, lines))
-        if json_file is not None:
-            append_records(json_file, records[-1:])
+    benchmark = load_benchmark(model, hugging_face=not ours_only, texts=lines is not None, threads=threads, **chosen)
+    records = _measured(benchmark, cases, runs, lines, json_file)
     # a pipe gets whole lines
     print_records(records, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))
     if plot is not None:
@@ -112,6 +110,22 @@ def _check_before_measuring(model: str, json_file: Path | None, plot: Path | Non
         check_picture(plot)
     if not model.startswith("random:"):
         check_model_name(model)
+
+
+def _measured(
+    benchmark: Benchmark, cases: list[Case], runs: int, lines: list[str] | None, json_file: Path | None
+) -> list[dict[str, Any]]:
+    """The records of all cases; each is also appended to a file, if there is one."""
+    from t5_trt.tools.benchmark import measure
+    from t5_trt.tools.records import append_records
+
+    records = []
+    for number, case in enumerate(cases, 1):
+        typer.echo(f"case {number} of {len(cases)}: {_describe(case, texts=lines is not None)}", err=True)
+        records.append(measure(benchmark, case, runs, lines))
+        if json_file is not None:
+            append_records(json_file, records[-1:])
+    return records
 
 
 def _describe(case: Case, *, texts: bool) -> str:

@@ -84,11 +84,7 @@ def verify(
     batches, sources = _batches(loaded, model, texts, lines, batch_size)
     found = _searches(loaded, batches, num_beams, max_new_tokens, activations=activations)
     facts = {
-        "model": model,
-        "backend": loaded.session.backend,
-        "precision": loaded.session.precision,
-        "reference_dtype": str(loaded.reference.dtype).removeprefix("torch."),
-        "sources": sources,
+        **_facts(model, loaded, sources),
         **_judged(found, _limits(loaded.session.precision, at_least, max_relative_error)),
         "layers": [asdict(block) for block in _block_errors(loaded, batches[0])] if layers else [],
     }
@@ -98,6 +94,16 @@ def verify(
         _print_report(facts, layers=layers, activations=activations)
     if not facts["passed"]:
         raise typer.Exit(1)
+
+
+def _facts(model: str, loaded: Any, sources: str) -> dict[str, str]:
+    return {
+        "model": model,
+        "backend": loaded.session.backend,
+        "precision": loaded.session.precision,
+        "reference_dtype": str(loaded.reference.dtype).removeprefix("torch."),
+        "sources": sources,
+    }
 
 
 def _batches(

@@ -38,7 +38,7 @@ class EngineRequest:
         precision: "fp32", "tf32", "fp16" or "bf16".
         flavor: "tensorrt" or "rtx".
         compute_capabilities: to build for without a GPU; empty builds for the GPU that is there.
-        taps: also put out the residual stream after every block.
+        debug_outputs: also put out the residual stream after every block.
     """
 
     graph: str
@@ -46,7 +46,7 @@ class EngineRequest:
     precision: str
     flavor: str
     compute_capabilities: tuple[str, ...] = ()
-    taps: bool = False
+    debug_outputs: bool = False
 
     @property
     def label(self) -> str:
@@ -58,7 +58,9 @@ def write_onnx(request: EngineRequest, arch: Architecture, path: Path, quantized
     """Write the graph of a request; it holds no weights but those in 8 bits, which lie in a file beside it."""
     real = real_type(request.precision)
     fixed = fixed_axes(request.shapes)
-    model = build_device_graph(request.graph, arch, real, fixed=fixed, quantized=quantized, taps=request.taps)
+    model = build_device_graph(
+        request.graph, arch, real, fixed=fixed, quantized=quantized, debug_outputs=request.debug_outputs
+    )
     ir.save(model, path, external_data=None if quantized is None else "weights")
 
 

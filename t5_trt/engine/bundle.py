@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from t5_trt.engine.ownership import user_id, who_else_may_write
+from t5_trt.engine.ownership import user_id, writable_by_others
 from t5_trt.engine.store import MANIFEST, PLAN, read_engine
 from t5_trt.errors import BackendError
 
@@ -70,7 +70,7 @@ def read_bundled(bundle: Path, key: str) -> bytes | None:
     if not folder.is_dir():
         return None
     owners = (user_id(), 0)
-    if who_else_may_write(bundle, owners):
+    if writable_by_others(bundle, owners):
         logger.warning("the engines in %s are not used: others may write to that folder. chmod go-w it.", bundle)
         return None
     problem, plan = read_engine(folder, key, owners)

@@ -13,7 +13,7 @@ def user_id() -> int | None:
     return os.getuid() if hasattr(os, "getuid") else None
 
 
-def who_else_may_write(path: Path, owners: Collection[int | None]) -> str | None:
+def writable_by_others(path: Path, owners: Collection[int | None]) -> str | None:
     """Why others may change a file or folder (what it leads to, if it is a link), or None.
 
     On a system without ids of users it is None: owner and mode mean nothing there.

@@ -18,9 +18,14 @@ SMALLEST = {"B": 1, "N": 1, "S": 32, "T": 128, "Q": 8}
 AXES = tuple(SMALLEST)
 
 
+def power_of_two(size: int, smallest: int) -> int:
+    """The next power of two, at least `smallest`: the rule by which all sizes are rounded up."""
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
 def bucket(axis: str, size: int) -> int:
     """The bucket of a size: the next power of two, at least the axis's smallest; beams are taken exactly."""
-    return size if axis == "N" else max(SMALLEST[axis], 1 << max(size - 1, 0).bit_length())
+    return size if axis == "N" else power_of_two(size, SMALLEST[axis])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,9 +126,9 @@ class EngineProvider:
         self._handed_out[key] = self.store.root / key
         return plan
 
-    def tapped_plan(self, graph: str, shapes: Any) -> bytes:
+    def debug_plan(self, graph: str, shapes: Any) -> bytes:
         """A plan that also puts out the residual stream after every block; it is not kept."""
-        request = replace(self.request(graph, shapes), taps=True)
+        request = replace(self.request(graph, shapes), debug_outputs=True)
         with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
             quantized = self._quantized() if self._quantized else None
             build_engine(
@@ -140,7 +140,7 @@ class EngineProvider:
         """Copy all engines that were handed out beside a checkpoint, see `t5_trt.engine.bundle`."""
         return write_bundle(self._handed_out.values(), checkpoint)
 
-    def take_fresh(self, graph: str, shapes: Any) -> bool:
+    def pop_unchecked(self, graph: str, shapes: Any) -> bool:
         """Whether this process built the engine and asks for the first time."""
         key = engine_key(self.facts(self.request(graph, shapes)))
         if key not in self._fresh:

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from t5_trt.engine.ownership import user_id, who_else_may_write
+from t5_trt.engine.ownership import user_id, writable_by_others
 from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
@@ -47,7 +47,7 @@ def read_engine(folder: Path, key: str, owners: Collection[int | None]) -> tuple
     """(what is wrong with an engine's folder or None, its plan); only `owners` may be able to write to any of it."""
     try:
         for path in (folder, folder / MANIFEST, folder / PLAN):
-            if problem := who_else_may_write(path, owners):
+            if problem := writable_by_others(path, owners):
                 return f"{problem}: {path.name}", b""
         manifest = json.loads((folder / MANIFEST).read_text())
         plan = (folder / PLAN).read_bytes()
@@ -229,7 +229,7 @@ class EngineStore:
 
     def problem_of_permissions(self) -> str | None:
         """Why others may write to the folder, or None."""
-        return who_else_may_write(self.root, (user_id(),))
+        return writable_by_others(self.root, (user_id(),))
 
     def _check_private(self) -> None:
         problem = self.problem_of_permissions()

@@ -7,12 +7,14 @@ takes it from a tensor, and nothing changes any more once the search has ended, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from t5_trt.generation.processors import Recordable
-from t5_trt.generation.sampling import draw, filled_up
+from t5_trt.generation.processors import CapturableProcessors
+from t5_trt.generation.sampling import draw, pad_rows
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import NextStep
 
@@ -49,7 +51,7 @@ class BeamRules:
         return self.early_stopping == "never" and self.length_penalty > 0.0
 
 
-class BeamChoice:
+class BeamSelector:
     """Keeps the N best unfinished and the N best finished rows of every batch entry.
 
     Args:
@@ -68,7 +70,7 @@ class BeamChoice:
         expired: bool [1]; set from outside when time is up.
     """
 
-    recordable = True
+    capturable = True
     takes_best = False
     moves_rows = True
     hiding = None
@@ -77,7 +79,7 @@ class BeamChoice:
         self,
         batch: int,
         capacity: int,
-        process: Recordable,
+        process: CapturableProcessors,
         rules: BeamRules,
         *,
         device: torch.device,
@@ -109,16 +111,14 @@ class BeamChoice:
         self._lists: tuple[torch.Tensor, ...] | None = None
         self.mailbox = cuda_kernels.mailbox(self.report)
 
-    def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
-        """Start with a prompt.
+    def load(self, processors: Sequence[Any]) -> None:
+        """See `t5_trt.runtime.session.TokenSelector.load`."""
+        self.process.load(processors)
 
-        Args:
-            prompt: int64 [at most B * N, tokens].
-            limit: tokens at which a row is over.
-            longest: ``max_length`` of the generation config, which the estimate of "never" goes by.
-        """
+    def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
+        """See `t5_trt.runtime.session.TokenSelector.begin`; the prompt is int64 [at most B * N, tokens]."""
         self.tokens.fill_(self._rules.fill)
-        self.tokens.flatten(0, 1)[:, : prompt.shape[1]] = filled_up(prompt, self.rows)
+        self.tokens.flatten(0, 1)[:, : prompt.shape[1]] = pad_rows(prompt, self.rows)
         self.sequences.copy_(self.tokens)
         for indices in (self.beam_indices, self._running_indices):
             indices.fill_(-1)
@@ -134,10 +134,10 @@ class BeamChoice:
             self.mailbox.start_anew()
         self._end_behind(len(prompt) // self._rules.num_beams)
 
-    def take_over(self, other: BeamChoice, rows: torch.Tensor | None = None) -> None:
+    def take_over(self, other: BeamSelector, rows: torch.Tensor | None = None) -> None:
         """Go on where another one stands, with all of its batch entries or those that `rows` names."""
         for mine, theirs in zip(self._entries(), other._entries(), strict=True):
-            mine.copy_(theirs if rows is None else theirs[filled_up(rows, len(self.tokens))])
+            mine.copy_(theirs if rows is None else theirs[pad_rows(rows, len(self.tokens))])
         self.report[:1].copy_(other.report[:1])
         self.expired.copy_(other.expired)
         self._limits.copy_(other._limits)
@@ -152,7 +152,7 @@ class BeamChoice:
         self._improvable[entries:] = False
 
     def _entries(self) -> tuple[torch.Tensor, ...]:
-        """What the choice knows of every batch entry."""
+        """What the selector knows of every batch entry."""
         finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
         return (self.tokens, self._running_indices, self._running_scores, *finished)
 
@@ -164,19 +164,19 @@ class BeamChoice:
         Args:
             logits: float32 [B * N, V].
             position: int64 [1], of the tokens that the logits follow.
-            following: see `t5_trt.runtime.session.Choice.advance`.
+            following: see `t5_trt.runtime.session.TokenSelector.advance`.
 
         Returns:
             The tokens, int64 [B * N], and the rows that they continue, int64 [B * N]. None if `following` is all written.
         """
         vocabulary = logits.shape[-1]
-        choice = self._candidates_of_kernel(logits, position)
-        if choice is None:
+        found = self._candidates_of_kernel(logits, position)
+        if found is None:
             log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
-            choice = self._candidates(self.process(self.tokens.flatten(0, 1), position, log_probs))
-        if self._step_of_kernel(choice, position, vocabulary, following):
+            found = self._candidates(self.process(self.tokens.flatten(0, 1), position, log_probs))
+        if self._step_of_kernel(found, position, vocabulary, following):
             return None if following is not None else (self._chosen, self._parents)
-        best, places = choice[:2]
+        best, places = found[:2]
         assert best is not None and places is not None
         return self._step(best, places // vocabulary, places % vocabulary, position)
 
@@ -229,7 +229,7 @@ class BeamChoice:
 
     def _step_of_kernel(
         self,
-        choice: tuple[torch.Tensor | None, ...],
+        found: tuple[torch.Tensor | None, ...],
         position: torch.Tensor,
         vocabulary: int,
         following: NextStep | None,
@@ -240,7 +240,7 @@ class BeamChoice:
         finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
         inputs = (self.expired, self._limits, self._penalties, self._eos, position)
         return cuda_kernels.beam_step(
-            (*choice, *(None,) * (5 - len(choice))),
+            (*found, *(None,) * (5 - len(found))),
             (*running, *finished, self.report, *inputs, self._chosen, self._parents, self._counters),
             vocabulary,
             stops_early=rules.early_stopping is True,
@@ -259,7 +259,7 @@ class BeamChoice:
         vocabulary = log_probs.shape[-1]
         summed = (log_probs.reshape(batch, beams, vocabulary) + self._running_scores[..., None]).view(batch, -1)
         if self._rules.do_sample:
-            places = draw(summed, self._rules.candidates, recordable=self.recordable)
+            places = draw(summed, self._rules.candidates, capturable=self.capturable)
             scores = summed.gather(1, places)
             if self._rules.orders_draws:
                 scores, order = scores.sort(dim=-1, descending=True)
@@ -320,7 +320,7 @@ class BeamChoice:
 def finished_beams(
     sequences: torch.Tensor, scores: torch.Tensor, indices: torch.Tensor, *, given: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best `count` finished rows of every batch entry out of the attributes of `BeamChoice`.
+    """The best `count` finished rows of every batch entry out of the attributes of `BeamSelector`.
 
     Args:
         sequences: int64 [B, N, M].

@@ -1,7 +1,7 @@
 """The decode loop: launches step after step, looks at their reports a few steps late, and stops.
 
-It knows neither engines nor Transformers' loop: a session gives it a `Program` (one decoder step and a choice of tokens,
-recorded as one CUDA graph where there is a GPU), a choice says what its report means.
+It knows neither engines nor Transformers' loop: a session gives it a `GenerationStep` (one decoder step and a token selection,
+captured as one CUDA graph where there is a GPU), a token selector says what its report means.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any
 import torch
 
 from t5_trt.compat import orders_drawn_beams
-from t5_trt.generation.beam_search import BeamChoice, BeamRules, finished_beams
-from t5_trt.generation.eager import EagerBeamChoice, EagerCalls, EagerTokenChoice
-from t5_trt.generation.processors import Recordable, device_forms
+from t5_trt.generation.beam_search import BeamRules, BeamSelector, finished_beams
+from t5_trt.generation.eager import EagerBeamSelector, EagerCallbacks, EagerTokenSelector
+from t5_trt.generation.processors import CapturableProcessors, capturable_processors
 from t5_trt.generation.report_reader import STEPS_AHEAD, Watcher
 from t5_trt.generation.request import Request
-from t5_trt.generation.sampling import Ending, GpuDraws, TokenChoice
-from t5_trt.runtime.exits import pause_at_exit
+from t5_trt.generation.sampling import GpuDraws, RowTokenSelector, StopTokens
 from t5_trt.runtime.kv_buffers import DecoderState, bucket_length
-from t5_trt.runtime.session import Program, Session
+from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 
 
 @dataclass
@@ -68,38 +67,38 @@ class DecodeLoop(ABC):
         self._given = request.prompt.shape[1]
         self._steps = max(request.limit - self._given, 1)
         longest = max(request.limit, math.ceil(request.config.max_length or 0), self._given + 1)
-        self.capacity = bucket_length(longest, session.choice_tokens)
+        self.capacity = bucket_length(longest, session.selector_tokens)
         scores: list[torch.Tensor] | None = [] if request.wants_scores else None
         logits: list[torch.Tensor] | None = [] if request.wants_logits else None
-        self.eager = None if request.recordable else EagerCalls(request.processors, request.criteria, scores, logits)
+        self.eager = (
+            None if request.capturable else EagerCallbacks(request.processors, request.criteria, scores, logits)
+        )
         self._entries = torch.arange(len(request.prompt) // self.beams)  # those still decoded
         self._kept: list[torch.Tensor] | None = None  # results of all entries, once some were dropped
 
     @abstractmethod
-    def make(self, entries: int) -> Any:
-        """A new choice."""
+    def make(self, entries: int) -> TokenSelector:
+        """A new selector."""
 
     @abstractmethod
     def settings(self) -> tuple[Hashable, ...]:
-        """What a choice does, besides its processors."""
-
-    @abstractmethod
-    def begin(self, choice: Any) -> None:
-        """Give the prompt to a choice."""
+        """What a token selector does, besides its processors."""
 
     def run(self) -> Outcome:
         """Decode to the end."""
-        program = self._program()
-        self.begin(program.choice)
+        step = self._step()
+        limit = self.request.limit
+        assert limit is not None
+        step.selector.begin(self.request.prompt, limit, self.request.config.max_length or limit)
         if self._given > 1:
             self._check_length(self._given - 1)
             self.session.decode(self.state, self.request.prompt[:, :-1])
-        program.feed(self.request.prompt[:, -1:])
+        step.feed(self.request.prompt[:, -1:])
         draws = GpuDraws(self.session.device)
-        program, made = self._drive(program)
+        step, made = self._drive(step)
         draws.rewind(self.state.length + 1 - self._given, made)
         self.state.crop(self._given + made - 1)
-        self._keep(program.choice, made)
+        self._keep(step.selector, made)
         assert self._kept is not None
         outcome = self.outcome(self._kept, made)
         if self.eager is not None:
@@ -112,60 +111,59 @@ class DecodeLoop(ABC):
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
         """The result from what the choices left for each entry, after `made` new tokens."""
 
-    def processing(self) -> Recordable:
-        """The request's processors as device forms: anew for each choice, which keeps their numbers."""
+    def processing(self) -> CapturableProcessors:
+        """The request's processors as device forms: anew for each selector, which keeps their numbers."""
         device = self.session.device
-        forms = device_forms(self.request.processors, self.session.arch.vocab_size, self.capacity, device)
+        forms = capturable_processors(self.request.processors, self.session.arch.vocab_size, self.capacity, device)
         assert forms is not None
-        return Recordable(forms)
+        return CapturableProcessors(forms)
 
-    def _program(self) -> Program:
+    def _step(self) -> GenerationStep:
         entries, key = len(self._entries), None
-        if self.eager is None:  # the same key for all requests that one recorded step can serve
+        if self.eager is None:  # the same key for all requests that one captured step can serve
             if not self.request.config.do_sample:  # of more rows others would be drawn
                 entries = self.session.decoded_rows(self.state) // self.beams
             key = (entries, self.capacity, *self.settings(), *self.request.fingerprints)
-        program = self.session.program(self.state, lambda: self.make(entries), key)
-        if key is not None:  # the choice may be another request's
-            program.choice.process.load(self.request.processors)
-        return program
+        step = self.session.generation_step(self.state, lambda: self.make(entries), key)
+        if key is not None:  # the selector may be another request's
+            step.selector.load(self.request.processors)
+        return step
 
-    def _drive(self, program: Program) -> tuple[Program, int]:
-        """Launch steps until a report says that all is over; the last program and the number of steps that count."""
+    def _drive(self, step: GenerationStep) -> tuple[GenerationStep, int]:
+        """Launch steps until a report says that all is over; the last step and the number of steps that count."""
         request = self.request
         # code of the user's in every step must not be called in vain: no step ahead then
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
-        watcher, made, deadline = Watcher(program.choice, ahead), 0, request.deadline
-        for step in range(1, self._steps + 1):
-            pause_at_exit()
+        watcher, made, deadline = Watcher(step.selector, ahead), 0, request.deadline
+        for number in range(1, self._steps + 1):
             self._check_length(self.state.length + 1)
             if self.state.length == self.state.capacity:
                 self.state.reserve(1)
-                program = self._moved(program)
+                step = self._moved(step)
             if deadline is not None and time.time() > deadline:
-                program.choice.expired.fill_(True)
-            program.launch()
-            watcher.post(program.choice, self.state.length)
-            reports = watcher.take(all_of_them=step == self._steps)
+                step.selector.expired.fill_(True)
+            step.launch()
+            watcher.post(step.selector, self.state.length)
+            reports = watcher.take(all_of_them=number == self._steps)
             shrinks = bool(reports) and self._should_shrink(reports[-1])
             if shrinks:
                 reports += watcher.take(all_of_them=True)
             for report in reports:
                 made += 1
                 if request.streamer is not None:
-                    request.streamer.put(report[1 + program.choice.rows :][: len(self._entries)].clone())
+                    request.streamer.put(report[1 + step.selector.rows :][: len(self._entries)].clone())
                 if bool(report[0]):
-                    return program, made
+                    return step, made
             if shrinks and self._should_shrink(reports[-1]):  # the newest may tell of fewer entries still
-                program = self._shrunk(program, reports[-1], made)
-                watcher = Watcher(program.choice, ahead)
-        return program, made
+                step = self._shrunk(step, reports[-1], made)
+                watcher = Watcher(step.selector, ahead)
+        return step, made
 
-    def _moved(self, program: Program, rows: torch.Tensor | None = None) -> Program:
-        """A program over the state as it is now, standing where another one stands, with all entries or with `rows`."""
-        moved = self._program()
-        moved.choice.take_over(program.choice, rows)
-        tokens = program.tokens.view(-1, self.beams)
+    def _moved(self, step: GenerationStep, rows: torch.Tensor | None = None) -> GenerationStep:
+        """A step over the state as it is now, standing where another one stands, with all entries or with `rows`."""
+        moved = self._step()
+        moved.selector.take_over(step.selector, rows)
+        tokens = step.tokens.view(-1, self.beams)
         moved.feed((tokens if rows is None else tokens[rows]).reshape(-1, 1))
         return moved
 
@@ -186,19 +184,19 @@ class DecodeLoop(ABC):
         if entries == 1 or not self._may_shrink:
             return False
         going = entries - int(report[1 : 1 + entries].sum())
-        return 0 < going <= entries // 2 and self.session.gains_by_shrinking(self.state, going)
+        return 0 < going <= entries // 2 and self.session.can_compact_batch(self.state, going)
 
-    def _shrunk(self, program: Program, report: torch.Tensor, made: int) -> Program:
-        self._keep(program.choice, made)
+    def _shrunk(self, step: GenerationStep, report: torch.Tensor, made: int) -> GenerationStep:
+        self._keep(step.selector, made)
         going = (report[1 : 1 + len(self._entries)] == 0).nonzero()[:, 0]
         device = self.session.device
         self.state = self.state.select_entries(going.to(device))
         self._entries = self._entries[going]
-        return self._moved(program, going.to(device))
+        return self._moved(step, going.to(device))
 
-    def _keep(self, choice: Any, made: int) -> None:
+    def _keep(self, selector: TokenSelector, made: int) -> None:
         """Copy the results of the entries that are being decoded to their places among all."""
-        results = [result[: len(self._entries)] for result in choice.results(self._given + made)]
+        results = [result[: len(self._entries)] for result in selector.results(self._given + made)]
         if self._kept is None:
             self._kept = [result.clone() for result in results]
             return
@@ -211,23 +209,21 @@ class TokenLoop(DecodeLoop):
     """Greedy search and sampling."""
 
     @cached_property
-    def _ending(self) -> Ending:
-        return Ending(self.request.eos, self.request.pad)
+    def _ending(self) -> StopTokens:
+        return StopTokens(self.request.eos, self.request.pad)
 
-    def make(self, entries: int) -> TokenChoice | EagerTokenChoice:
+    def make(self, entries: int) -> RowTokenSelector | EagerTokenSelector:
         """See `DecodeLoop.make`."""
         sample, device = bool(self.request.config.do_sample), self.session.device
         if self.eager is not None:
-            return EagerTokenChoice(entries, self.eager, self.request.pad, do_sample=sample, device=device)
-        return TokenChoice(entries, self.capacity, self.processing(), self._ending, do_sample=sample, device=device)
+            return EagerTokenSelector(entries, self.eager, self.request.pad, do_sample=sample, device=device)
+        return RowTokenSelector(
+            entries, self.capacity, self.processing(), self._ending, do_sample=sample, device=device
+        )
 
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""
         return "tokens", bool(self.request.config.do_sample), self._ending
-
-    def begin(self, choice: TokenChoice | EagerTokenChoice) -> None:
-        """See `DecodeLoop.begin`."""
-        choice.begin(self.request.prompt)
 
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
         """See `DecodeLoop.outcome`."""
@@ -237,27 +233,23 @@ class TokenLoop(DecodeLoop):
 class BeamLoop(DecodeLoop):
     """Beam search and beam sampling."""
 
-    def __init__(self, session: Session, state: DecoderState, request: Request, check_length: Any) -> None:
+    def __init__(
+        self, session: Session, state: DecoderState, request: Request, check_length: Callable[[int], None]
+    ) -> None:
         self.rules = beam_rules(request.config, request.eos)
         self.beams = self.rules.num_beams
         super().__init__(session, state, request, check_length)
 
-    def make(self, entries: int) -> BeamChoice:
+    def make(self, entries: int) -> BeamSelector:
         """See `DecodeLoop.make`."""
         device = self.session.device
         if self.eager is not None:
-            return EagerBeamChoice(entries, self.capacity, self.eager, self.rules, device=device)
-        return BeamChoice(entries, self.capacity, self.processing(), self.rules, device=device)
+            return EagerBeamSelector(entries, self.capacity, self.eager, self.rules, device=device)
+        return BeamSelector(entries, self.capacity, self.processing(), self.rules, device=device)
 
     def settings(self) -> tuple[Hashable, ...]:
         """See `DecodeLoop.settings`."""
         return "beams", self.rules
-
-    def begin(self, choice: BeamChoice) -> None:
-        """See `DecodeLoop.begin`."""
-        limit = self.request.limit
-        assert limit is not None
-        choice.begin(self.request.prompt, limit, self.request.config.max_length or limit)
 
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
         """See `DecodeLoop.outcome`."""
@@ -274,13 +266,13 @@ def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
         eos: tokens that end a row by a stopping criterion.
     """
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
-    # what stands behind the end of a row: the stock loop's `pad or eos`, by which a pad token 0 is not used
+    # what stands behind the end of a row: Transformers' loop's `pad or eos`, by which a pad token 0 is not used
     fill = -1 if ends is None else int(pad) if pad is not None and int(pad) else int(ends[0])
     return BeamRules(
         num_beams=config.num_beams,
         candidates=max(2, 1 + (0 if ends is None else len(ends))) * config.num_beams,
         length_penalty=float(config.length_penalty),
-        # what equals True without being it counts as False, as in the stock loop
+        # what equals True without being it counts as False, as in Transformers' loop
         early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
         do_sample=bool(config.do_sample),
         orders_draws=bool(config.do_sample) and orders_drawn_beams(),

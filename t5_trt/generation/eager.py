@@ -6,20 +6,21 @@ nothing here writes into it later, and what user code writes into it has the eff
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from t5_trt.generation.beam_search import BeamChoice, BeamRules
-from t5_trt.generation.processors import Recordable
+from t5_trt.generation.beam_search import BeamRules, BeamSelector
+from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.generation.sampling import draw
 from t5_trt.runtime.session import NextStep
 
 
 @dataclass(frozen=True)
-class EagerCalls:
+class EagerCallbacks:
     """What a step does besides choosing.
 
     Attributes:
@@ -45,12 +46,12 @@ class EagerCalls:
         return self.criteria(rows, None if self.scores is None else tuple(self.scores))  # type: ignore[arg-type]
 
 
-class EagerTokenChoice:
-    """Chooses one token for every row; see `t5_trt.generation.sampling.TokenChoice` for what is not said here.
+class EagerTokenSelector:
+    """Chooses one token for every row; see `t5_trt.generation.sampling.RowTokenSelector` for what is not said here.
 
     Args:
         rows: R.
-        calls: see `EagerCalls`.
+        calls: see `EagerCallbacks`.
         pad: the token behind the end of a row; None where Transformers goes on writing tokens.
         do_sample: draw instead of taking the best.
         device: of the tensors.
@@ -59,13 +60,15 @@ class EagerTokenChoice:
         input_ids: int64 [R, tokens so far], a new tensor in every step.
     """
 
-    recordable = False
+    capturable = False
     takes_best = False
     moves_rows = False
     hiding = None
     mailbox = None
 
-    def __init__(self, rows: int, calls: EagerCalls, pad: int | None, *, do_sample: bool, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, calls: EagerCallbacks, pad: int | None, *, do_sample: bool, device: torch.device
+    ) -> None:
         self.rows, self.draws = rows, do_sample
         self.input_ids = torch.zeros((rows, 0), dtype=torch.int64, device=device)
         self.report = torch.zeros(1 + 2 * rows, dtype=torch.int64, device=device)
@@ -73,11 +76,14 @@ class EagerTokenChoice:
         self._unfinished = torch.ones(rows, dtype=torch.int64, device=device)
         self._calls, self._pad = calls, pad
 
-    def begin(self, prompt: torch.Tensor) -> None:
-        """Start with a prompt, int64 [R, tokens]."""
+    def load(self, processors: Sequence[Any]) -> None:
+        """Nothing to do: it was made for its request."""
+
+    def begin(self, prompt: torch.Tensor, limit: int = 0, longest: int = 0) -> None:
+        """Start with a prompt, int64 [R, tokens]; the other numbers are for beams."""
         self.input_ids = prompt
 
-    def take_over(self, other: EagerTokenChoice, rows: torch.Tensor | None = None) -> None:
+    def take_over(self, other: EagerTokenSelector, rows: torch.Tensor | None = None) -> None:
         """Go on where another one stands; its rows are never dropped."""
         assert rows is None
         self.input_ids, self._unfinished = other.input_ids, other._unfinished
@@ -89,11 +95,11 @@ class EagerTokenChoice:
     def advance(
         self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
     ) -> tuple[torch.Tensor, None]:
-        """See `t5_trt.generation.sampling.TokenChoice.advance`."""
+        """See `t5_trt.generation.sampling.RowTokenSelector.advance`."""
         logits = logits.clone()
         scores = self._calls.process(self.input_ids, logits)  # type: ignore[arg-type]
         self._calls.keep(scores, logits)
-        chosen = draw(scores, 1, recordable=False).squeeze(1) if self.draws else scores.argmax(-1)
+        chosen = draw(scores, 1, capturable=False).squeeze(1) if self.draws else scores.argmax(-1)
         if self._pad is not None:
             chosen = chosen.masked_fill(self._unfinished == 0, self._pad)
         self.input_ids = torch.cat((self.input_ids, chosen[:, None]), dim=-1)
@@ -104,33 +110,38 @@ class EagerTokenChoice:
         return self.input_ids[:, -1], None
 
 
-class EagerBeamChoice(BeamChoice):
-    """See `BeamChoice`; between its steps come the calls of `EagerCalls`."""
+class EagerBeamSelector(BeamSelector):
+    """See `BeamSelector`; between its steps come the calls of `EagerCallbacks`."""
 
-    recordable = False
+    capturable = False
 
-    def __init__(self, batch: int, capacity: int, calls: EagerCalls, rules: BeamRules, *, device: torch.device) -> None:
-        super().__init__(batch, capacity, Recordable(()), rules, device=device)
+    def __init__(
+        self, batch: int, capacity: int, calls: EagerCallbacks, rules: BeamRules, *, device: torch.device
+    ) -> None:
+        super().__init__(batch, capacity, CapturableProcessors(()), rules, device=device)
         self.mailbox = None
         self._calls = calls
         self._prompt: torch.Tensor | None = None  # until the first step
         self._length = 0
 
+    def load(self, processors: Sequence[Any]) -> None:
+        """Nothing to do: it was made for its request."""
+
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
-        """See `BeamChoice.begin`."""
+        """See `BeamSelector.begin`."""
         super().begin(prompt, limit, longest)
         self._prompt, self._length = prompt, prompt.shape[1]
 
-    def take_over(self, other: BeamChoice, rows: torch.Tensor | None = None) -> None:
-        """See `BeamChoice.take_over`."""
-        assert isinstance(other, EagerBeamChoice)
+    def take_over(self, other: BeamSelector, rows: torch.Tensor | None = None) -> None:
+        """See `BeamSelector.take_over`."""
+        assert isinstance(other, EagerBeamSelector)
         super().take_over(other, rows)
         self._prompt, self._length = other._prompt, other._length
 
     def advance(
         self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `BeamChoice.advance`."""
+        """See `BeamSelector.advance`."""
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
         if self._prompt is not None:  # what is written into it changes no beam: they are copies
             log_probs, self._prompt = self._calls.process(self._prompt, log_probs), None  # type: ignore[arg-type]

@@ -21,11 +21,21 @@ from t5_trt.runtime.session import Session
 class EngineEncoderOutput(BaseModelOutput):
     """`BaseModelOutput` (last_hidden_state [B, S, E]) with the K/V of those states attached."""
 
-    def remember(self, cross: CrossStates, session: Session) -> EngineEncoderOutput:
-        """Attach K/V that a session computed from the current `last_hidden_state`."""
+    def remember(
+        self, cross: CrossStates, session: Session, given_mask: Any = None, mask: torch.Tensor | None = None
+    ) -> EngineEncoderOutput:
+        """Attach what a session computed from the current `last_hidden_state`.
+
+        Args:
+            cross: K/V.
+            session: that made them.
+            given_mask: the caller's attention mask.
+            mask: the same, checked: int64 [B, S].
+        """
         hidden = self["last_hidden_state"]
         # plain attributes are not ModelOutput fields: tuple(), ** and copies leave them behind, which is what we want
         self._cross, self._source, self._version, self._maker = cross, hidden, hidden._version, weakref.ref(session)
+        self._given_mask, self._mask = version_of(given_mask), mask
         self._updates = session.updates
         return self
 
@@ -39,3 +49,18 @@ def recall(encoder_outputs: Any, session: Session) -> CrossStates | None:
     same = hidden is encoder_outputs._source and hidden._version == encoder_outputs._version
     same = same and encoder_outputs._maker() is session and encoder_outputs._updates == session.updates
     return cross if same else None
+
+
+def recall_mask(encoder_outputs: Any, given_mask: Any) -> torch.Tensor | None:
+    """The checked form of a mask that the encoder ran with, int64 [B, S]; None if it is another or was written to since."""
+    if not isinstance(encoder_outputs, EngineEncoderOutput):
+        return None
+    then, now = getattr(encoder_outputs, "_given_mask", None), version_of(given_mask)
+    same = then is not None and now is not None and then[0] is now[0] and then[1] == now[1]
+    return encoder_outputs._mask if same else None
+
+
+def version_of(mask: Any) -> tuple[Any, int] | None:
+    """What tells whether a mask is the same and unchanged; None for inference tensors, which count no versions."""
+    tracked = not (isinstance(mask, torch.Tensor) and mask.is_inference())
+    return (mask, getattr(mask, "_version", 0)) if tracked else None

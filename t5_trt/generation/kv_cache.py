@@ -1,4 +1,4 @@
-"""The engines' K/V cache behind Hugging Face's cache interface, and the bridge to and from the stock cache classes."""
+"""The engines' K/V cache behind Hugging Face's cache interface, and the bridge to and from its cache classes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EngineCache(EncoderDecoderCache):
     def __getattr__(self, name: str) -> Any:
         if name not in _CONTENTS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        contents = self.stock()
+        contents = self.as_hugging_face()
         for own in ("layers_count", "capacity_tokens", "state", "dtype", "mask_source"):
             self.__dict__.pop(own, None)
         self.__class__ = EncoderDecoderCache  # type: ignore[assignment]
@@ -57,7 +57,7 @@ class EngineCache(EncoderDecoderCache):
         """Copied and pickled as an ordinary cache."""
         return EncoderDecoderCache, (self.self_attention_cache, self.cross_attention_cache)
 
-    def stock(self) -> EncoderDecoderCache:
+    def as_hugging_face(self) -> EncoderDecoderCache:
         """An ordinary `EncoderDecoderCache` of `DynamicCache`s that holds copies of the K/V, with R rows throughout."""
         own, cross = DynamicCache(), DynamicCache()
         if self.state is not None:
@@ -102,7 +102,7 @@ class EngineCache(EncoderDecoderCache):
                 self.mask_source = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end (a negative count), or keep that many (a positive one), as the stock cache does."""
+        """Remove tokens from the end (a negative count), or keep that many (a positive one), as Hugging Face's cache does."""
         if self.state is None or tokens_to_remove == 0:
             return
         length = self.state.length
@@ -152,8 +152,10 @@ class EngineCache(EncoderDecoderCache):
         """Nothing to do: the past is always kept."""
 
 
-def read_stock(cache: Cache, layers: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, CrossStates | None]:
-    """Copy the contents of a stock cache.
+def read_hugging_face(
+    cache: Cache, layers: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, CrossStates | None]:
+    """Copy the contents of a Hugging Face cache.
 
     Args:
         cache: an `EncoderDecoderCache`, or a plain self-attention cache.
@@ -179,7 +181,7 @@ def read_stock(cache: Cache, layers: int, dtype: torch.dtype, device: torch.devi
     return states, cross
 
 
-def write_stock(cache: Cache, source: EngineCache, tokens: int) -> None:
+def append_to_hugging_face(cache: Cache, source: EngineCache, tokens: int) -> None:
     """Append the last tokens of an engine's cache to a Hugging Face one, and the cross-attention K/V where it has none yet."""
     state, dtype = source.state, source.dtype
     assert state is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,27 +61,38 @@ def generate_many(
     if sort_by_length:
         order.sort(key=lambda place: -len(sources[place]))  # stable: equal lengths stay in order
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    bar = tqdm(
-        total=len(sources), unit="text", disable=not (sys.stderr.isatty() if show_progress is None else show_progress)
-    )
+    shown = sys.stderr.isatty() if show_progress is None else show_progress
+    bar = tqdm(total=len(sources), unit="text", disable=not shown)
 
-    def results() -> Iterator[Any]:
-        done: dict[int, Any] = {}
-        upcoming = 0
-        with bar:
-            for places in batches:
-                made = _generate(model, tokenizer, [sources[place] for place in places], batch_size, generate_arguments)
-                decoded = tokenizer.batch_decode(made, skip_special_tokens=skip_special_tokens)
-                each = len(decoded) // len(places)
-                for row, place in enumerate(places):
-                    found = decoded[row * each : (row + 1) * each]
-                    done[place] = found[0] if each == 1 else found
-                bar.update(len(places))
-                while upcoming in done:
-                    yield done.pop(upcoming)
-                    upcoming += 1
+    def decoded(places: list[int]) -> list[str]:
+        rows = _generate(model, tokenizer, [sources[place] for place in places], batch_size, generate_arguments)
+        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)
+        return texts
 
-    return results()
+    return _in_order(batches, decoded, bar)
+
+
+def _in_order(batches: list[list[int]], decoded: Callable[[list[int]], list[str]], bar: Any) -> Iterator[Any]:
+    """The results of all batches in the order of their places, each as soon as all earlier ones are there.
+
+    Args:
+        batches: places of the texts in each batch.
+        decoded: gives the results of a batch, the same number for each place.
+        bar: shows progress.
+    """
+    done: dict[int, Any] = {}
+    upcoming = 0
+    with bar:
+        for places in batches:
+            results = decoded(places)
+            each = len(results) // len(places)
+            for row, place in enumerate(places):
+                found = results[row * each : (row + 1) * each]
+                done[place] = found[0] if each == 1 else found
+            bar.update(len(places))
+            while upcoming in done:
+                yield done.pop(upcoming)
+                upcoming += 1
 
 
 def _generate(

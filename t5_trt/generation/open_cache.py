@@ -8,8 +8,8 @@ import torch
 
 from t5_trt.compat import CACHE
 from t5_trt.errors import InputError
-from t5_trt.generation.encoder_output import recall
-from t5_trt.generation.kv_cache import EngineCache, read_stock
+from t5_trt.generation.encoder_output import recall, recall_mask, version_of
+from t5_trt.generation.kv_cache import EngineCache, read_hugging_face
 from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.session import Session
 from t5_trt.validation import check_decoder_mask, check_embeds, check_length, check_mask
@@ -33,13 +33,15 @@ def open_cache(session: Session, past: Any, encoder_outputs: Any, attention_mask
     if cache.state is None:
         own = cross = None
         if past is not None and past is not cache:
-            own, cross = read_stock(past, layers, session.dtype, session.device)
+            own, cross = read_hugging_face(past, layers, session.dtype, session.device)
         cross = cross or _cross_states(session, encoder_outputs, rows)
         capacity = max(cache.capacity_tokens, 0 if own is None else own.shape[4])
-        mask = _source_mask(session, attention_mask, cross)
+        mask = recall_mask(encoder_outputs, attention_mask)  # the encoder has checked it
+        if mask is None or mask.shape != (cross.batch, cross.source_length):
+            mask = _source_mask(session, attention_mask, cross)
         cache.state = session.start(cross, capacity, mask)
         if mask is not None:
-            cache.mask_source = _version_of(attention_mask)
+            cache.mask_source = version_of(attention_mask)
         if own is not None:
             cache.state.append(own)
     if cache.state.rows != rows:
@@ -105,7 +107,7 @@ def _source_mask(session: Session, mask: Any, cross: CrossStates) -> torch.Tenso
 
 def _apply_mask(session: Session, cache: EngineCache, mask: Any) -> None:
     """Bring the state's cross bias in line with `attention_mask`, doing nothing while it is the same tensor."""
-    source, known = _version_of(mask), cache.mask_source
+    source, known = version_of(mask), cache.mask_source
     if known is not None and source is not None and known[0] is mask and known[1] == source[1]:
         return
     state = cache.state
@@ -119,9 +121,3 @@ def _apply_mask(session: Session, cache: EngineCache, mask: Any) -> None:
     if bias.shape != state.cross_bias.shape or not torch.equal(bias, state.cross_bias):
         state.hide_keys(bias)
     cache.mask_source = source
-
-
-def _version_of(mask: Any) -> tuple[Any, int] | None:
-    """What tells whether a mask is the same and unchanged; None for inference tensors, which count no versions."""
-    tracked = not (isinstance(mask, torch.Tensor) and mask.is_inference())
-    return (mask, getattr(mask, "_version", 0)) if tracked else None

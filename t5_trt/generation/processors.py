@@ -1,9 +1,9 @@
 """Logits processors for the decode loop: device forms of Transformers' own.
 
-A device form has fixed shapes and takes the length from a tensor, so that it can be part of a recorded CUDA graph: it
+A device form has fixed shapes and takes the length from a tensor, so that it can be part of a captured CUDA graph: it
 neither waits for the GPU nor looks at a value on the host. Each computes what the class of the same name in
 `transformers.generation.logits_process` computes, value for value. Numbers such as a temperature are read from memory, so
-that a recorded step serves requests with other ones.
+that a captured step serves requests with other ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from transformers.generation import logits_process as stock
+from transformers.generation import logits_process
 
 from t5_trt.runtime.session import Hiding
 
@@ -27,7 +27,7 @@ _HIDDEN = float("-inf")
 
 
 @dataclass(frozen=True)
-class Form:
+class CapturableProcessor:
     """A processor in device form.
 
     Attributes:
@@ -46,17 +46,17 @@ class Form:
             number.fill_(read(processor, number.device).item())
 
 
-class Recordable:
+class CapturableProcessors:
     """Processors in device form, in order.
 
     Args:
-        forms: see `Form`.
+        forms: see `CapturableProcessor`.
 
     Attributes:
         hiding: all that they do, where they only hide the same tokens up to some length; None where they do more.
     """
 
-    def __init__(self, forms: Sequence[Form]) -> None:
+    def __init__(self, forms: Sequence[CapturableProcessor]) -> None:
         self._forms = forms
         self._loaded: Sequence[Any] | None = None
         hides = [form.hides for form in forms if form.hides is not None]
@@ -96,8 +96,10 @@ class Recordable:
         self._loaded = processors
 
 
-def device_forms(processors: Sequence[Any], vocab_size: int, capacity: int, device: torch.device) -> list[Form] | None:
-    """Device forms of processors, or None if one of them has none (it is not in `DEVICE_FORMS`).
+def capturable_processors(
+    processors: Sequence[Any], vocab_size: int, capacity: int, device: torch.device
+) -> list[CapturableProcessor] | None:
+    """Device forms of processors, or None if one of them has none (it is not in `CAPTURABLE`).
 
     Args:
         processors: instances of Transformers' classes.
@@ -105,31 +107,31 @@ def device_forms(processors: Sequence[Any], vocab_size: int, capacity: int, devi
         capacity: M, the width of the token buffer.
         device: where scores will be.
     """
-    if not all(has_device_form(processor) for processor in processors):
+    if not all(is_capturable(processor) for processor in processors):
         return None
     forms = []
     for processor in processors:
-        kind, mine, numbers = DEVICE_FORMS[type(processor)], copy.copy(processor), []
+        kind, mine, numbers = CAPTURABLE[type(processor)], copy.copy(processor), []
         for name, read in kind.numbers.items():
             numbers.append((read(processor, device).to(device), read))
             setattr(mine, name, numbers[-1][0])
         hides = None
         if kind.hides_ends_below is not None:
             hides = _marked(processor.eos_token_id, vocab_size, device), getattr(mine, kind.hides_ends_below)
-        forms.append(Form(kind.make(mine, vocab_size, capacity, device), numbers, hides))
+        forms.append(CapturableProcessor(kind.make(mine, vocab_size, capacity, device), numbers, hides))
     return forms
 
 
-def has_device_form(processor: Any) -> bool:
-    """Whether a processor can be part of a recorded step; subclasses are taken for something else."""
-    if isinstance(processor, stock.RepetitionPenaltyLogitsProcessor):
-        return type(processor) in DEVICE_FORMS and getattr(processor, "prompt_ignore_length", None) is None
-    return type(processor) in DEVICE_FORMS
+def is_capturable(processor: Any) -> bool:
+    """Whether a processor can be part of a captured step; subclasses are taken for something else."""
+    if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
+        return type(processor) in CAPTURABLE and getattr(processor, "prompt_ignore_length", None) is None
+    return type(processor) in CAPTURABLE
 
 
 def fingerprint(processor: Any) -> Hashable:
     """Equal for processors that one device form can do: the class and its settings, but for numbers in memory."""
-    numbers = DEVICE_FORMS[type(processor)].numbers
+    numbers = CAPTURABLE[type(processor)].numbers
     settings = ((name, _frozen(value)) for name, value in sorted(vars(processor).items()) if name not in numbers)
     return type(processor).__name__, tuple(settings)
 
@@ -145,7 +147,7 @@ def _frozen(value: Any) -> Hashable:
 def _real(name: str, *, more: Callable[[Any], float] = lambda processor: 0) -> Read:
     """A number, and something added to it, in double precision as Python has it.
 
-    Torch rounds it where the stock class has it rounded; lengths, too, may be fractions.
+    Torch rounds it where the Hugging Face class has it rounded; lengths, too, may be fractions.
     """
     return lambda processor, device: torch.tensor(getattr(processor, name) + more(processor), dtype=torch.float64)
 
@@ -181,7 +183,7 @@ def _multiplies(device: torch.device) -> bool:
 
 
 def _as_is(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
-    """A stock processor that looks at scores only and has fixed shapes already."""
+    """A Hugging Face processor that looks at scores only and has fixed shapes already."""
     return lambda tokens, length, scores: processor(tokens, scores)
 
 
@@ -190,7 +192,7 @@ def _temperature(processor: Any, vocab_size: int, capacity: int, device: torch.d
 
 
 def _marked(ids: Any, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Bool [V], true at the ids; those beyond the vocabulary mark nothing, as in the stock processors."""
+    """Bool [V], true at the ids; those beyond the vocabulary mark nothing, as in Transformers' processors."""
     return torch.isin(torch.arange(vocab_size), torch.as_tensor(ids).cpu().flatten().long()).to(device)
 
 
@@ -201,7 +203,7 @@ def _min_length(processor: Any, vocab_size: int, capacity: int, device: torch.de
 
 def _min_new_tokens(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends = _marked(processor.eos_token_id, vocab_size, device)
-    minimum = processor.min_new_tokens  # with the prompt, see `DEVICE_FORMS`
+    minimum = processor.min_new_tokens  # with the prompt, see `CAPTURABLE`
     return lambda tokens, length, scores: scores.masked_fill(ends & (length < minimum), _HIDDEN)
 
 
@@ -225,7 +227,7 @@ def _forced_bos(processor: Any, vocab_size: int, capacity: int, device: torch.de
 
 
 def _forced_eos(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
-    last = processor.max_length  # less one, see `DEVICE_FORMS`
+    last = processor.max_length  # less one, see `CAPTURABLE`
     return _forced(processor.eos_token_id, last, vocab_size, device)
 
 
@@ -303,12 +305,12 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
 @cache
 def _whole_contexts_count() -> bool:
     """Whether a sequence counts whose beginning is all there is so far: not in Transformers 5.17, and in 5.20 and newer."""
-    stock_form = stock.SequenceBiasLogitsProcessor([[[1, 1], 1.0]])
-    return bool(stock_form(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
+    processor = logits_process.SequenceBiasLogitsProcessor([[[1, 1], 1.0]])
+    return bool(processor(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
 
 
 def _growth(factor: float, steps: int) -> float:
-    """What the penalty has grown to; lengths for which the stock class would fail are hardly reached."""
+    """What the penalty has grown to; lengths for which the Hugging Face class would fail are hardly reached."""
     try:
         return float(factor**steps - 1)
     except OverflowError:
@@ -317,7 +319,7 @@ def _growth(factor: float, steps: int) -> float:
 
 def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends, start = _marked(processor.eos_token_id, vocab_size, device), processor.regulation_start
-    # a power on the host and in double precision, as the stock class has it
+    # a power on the host and in double precision, as the Hugging Face class has it
     growths = [_growth(processor.regulation_factor, max(at - start, 0)) for at in range(capacity + 1)]
     growth = torch.tensor(growths, dtype=torch.float32, device=device)
 
@@ -343,31 +345,33 @@ class Kind:
     hides_ends_below: str | None = None
 
 
-#: the processors that can be part of a recorded step
-DEVICE_FORMS: dict[type, Kind] = {
-    stock.TemperatureLogitsWarper: Kind(_temperature, {"temperature": _divisor("temperature")}),
-    stock.TopKLogitsWarper: Kind(_as_is),
-    stock.TopPLogitsWarper: Kind(_as_is, {"top_p": _real("top_p")}),
-    stock.MinPLogitsWarper: Kind(_as_is, {"min_p": _real("min_p")}),
-    stock.TypicalLogitsWarper: Kind(_as_is, {"mass": _real("mass")}),
-    stock.EpsilonLogitsWarper: Kind(_as_is, {"epsilon": _real("epsilon")}),
-    stock.InfNanRemoveLogitsProcessor: Kind(_as_is),
-    stock.LogitNormalization: Kind(_as_is),
-    stock.MinLengthLogitsProcessor: Kind(_min_length, {"min_length": _real("min_length")}, "min_length"),
-    stock.MinNewTokensLengthLogitsProcessor: Kind(
+#: the processors that can be part of a captured step
+CAPTURABLE: dict[type, Kind] = {
+    logits_process.TemperatureLogitsWarper: Kind(_temperature, {"temperature": _divisor("temperature")}),
+    logits_process.TopKLogitsWarper: Kind(_as_is),
+    logits_process.TopPLogitsWarper: Kind(_as_is, {"top_p": _real("top_p")}),
+    logits_process.MinPLogitsWarper: Kind(_as_is, {"min_p": _real("min_p")}),
+    logits_process.TypicalLogitsWarper: Kind(_as_is, {"mass": _real("mass")}),
+    logits_process.EpsilonLogitsWarper: Kind(_as_is, {"epsilon": _real("epsilon")}),
+    logits_process.InfNanRemoveLogitsProcessor: Kind(_as_is),
+    logits_process.LogitNormalization: Kind(_as_is),
+    logits_process.MinLengthLogitsProcessor: Kind(_min_length, {"min_length": _real("min_length")}, "min_length"),
+    logits_process.MinNewTokensLengthLogitsProcessor: Kind(
         _min_new_tokens,
         {"min_new_tokens": _real("min_new_tokens", more=lambda p: p.prompt_length_to_skip)},
         "min_new_tokens",
     ),
-    stock.SuppressTokensLogitsProcessor: Kind(_suppress),
-    stock.SuppressTokensAtBeginLogitsProcessor: Kind(_suppress_at_begin),
-    stock.ForcedBOSTokenLogitsProcessor: Kind(_forced_bos),
-    stock.ForcedEOSTokenLogitsProcessor: Kind(_forced_eos, {"max_length": _real("max_length", more=lambda p: -1)}),
-    stock.RepetitionPenaltyLogitsProcessor: Kind(
+    logits_process.SuppressTokensLogitsProcessor: Kind(_suppress),
+    logits_process.SuppressTokensAtBeginLogitsProcessor: Kind(_suppress_at_begin),
+    logits_process.ForcedBOSTokenLogitsProcessor: Kind(_forced_bos),
+    logits_process.ForcedEOSTokenLogitsProcessor: Kind(
+        _forced_eos, {"max_length": _real("max_length", more=lambda p: -1)}
+    ),
+    logits_process.RepetitionPenaltyLogitsProcessor: Kind(
         _repetition_penalty, {"penalty": _real("penalty"), "divisor": _divisor("penalty")}
     ),
-    stock.NoRepeatNGramLogitsProcessor: Kind(_no_repeat_ngram),
-    stock.SequenceBiasLogitsProcessor: Kind(_sequence_bias),
-    stock.NoBadWordsLogitsProcessor: Kind(_sequence_bias),
-    stock.ExponentialDecayLengthPenalty: Kind(_decaying_length),
+    logits_process.NoRepeatNGramLogitsProcessor: Kind(_no_repeat_ngram),
+    logits_process.SequenceBiasLogitsProcessor: Kind(_sequence_bias),
+    logits_process.NoBadWordsLogitsProcessor: Kind(_sequence_bias),
+    logits_process.ExponentialDecayLengthPenalty: Kind(_decaying_length),
 }

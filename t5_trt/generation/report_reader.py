@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from t5_trt.errors import BackendError
-from t5_trt.runtime.session import Mailbox
+from t5_trt.runtime.session import Mailbox, TokenSelector
 
 #: steps that the host may be ahead of the newest report that it has seen: enough to hide its own work on a step, few
 #: enough that little is computed in vain after the end
@@ -22,27 +22,27 @@ PATIENCE = 1.0
 class Watcher:
     """Brings a small tensor to the host after every step and hands it out in order, some steps late.
 
-    Where the kernels of a choice write into its mailbox, the host looks into that; else it has the report copied. On the CPU, and with
+    Where the kernels of a token selector write into its mailbox, the host looks into that; else it has the report copied. On the CPU, and with
     ``ahead=0``, each report is handed out at once.
 
     Args:
-        choice: with a ``report``, int64, written by every step.
+        selector: with a ``report``, int64, written by every step.
         ahead: steps that may be launched before a report is waited for.
     """
 
-    def __init__(self, choice: Any, ahead: int = STEPS_AHEAD) -> None:
-        report = choice.report
+    def __init__(self, selector: TokenSelector, ahead: int = STEPS_AHEAD) -> None:
+        report = selector.report
         self._ahead = ahead if report.is_cuda else 0
         self._posted: deque[_Letter | _Copy] = deque()
         self._copies = _Copies(self._ahead + 2, report)
 
-    def post(self, choice: Any, position: int) -> None:
-        """Expect the report of the step by which a choice has chosen the tokens at a position; does not wait."""
-        mailbox: Mailbox | None = choice.mailbox
+    def post(self, selector: TokenSelector, position: int) -> None:
+        """Expect the report of the step by which a token selector has chosen the tokens at a position; does not wait."""
+        mailbox = selector.mailbox
         if mailbox is not None and mailbox.in_use:
             self._posted.append(_Letter(mailbox, position))
         else:
-            self._posted.append(self._copies.copy(choice.report))
+            self._posted.append(self._copies.copy(selector.report))
 
     def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
         """Reports that have arrived; waits only where more than `ahead` are outstanding, or for all if asked to.

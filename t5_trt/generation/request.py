@@ -1,9 +1,9 @@
 """Which requests the device loop takes, as one table; all others run in Transformers' own loop over our forward pass.
 
-| part of a request | device loop | recorded with the step |
+| part of a request | device loop | captured with the step |
 |---|---|---|
 | greedy, sampling, beam search, beam sampling | yes | yes |
-| processors in `t5_trt.generation.processors.DEVICE_FORMS` | yes | yes |
+| processors in `t5_trt.generation.processors.CAPTURABLE` | yes | yes |
 | any other processor (custom, prefix constraints, watermark, ...) | yes | no: called after each step |
 | criteria: length, end tokens, time | yes | yes |
 | any other criterion (custom, stop strings) | yes | no: called after each step |
@@ -27,7 +27,7 @@ from transformers.generation import logits_process, stopping_criteria
 
 from t5_trt.compat import CACHE
 from t5_trt.generation.kv_cache import EngineCache
-from t5_trt.generation.processors import fingerprint, has_device_form
+from t5_trt.generation.processors import fingerprint, is_capturable
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GenerationPath:
     """How the last ``generate()`` ran.
 
     Attributes:
-        loop: "device", "transformers" or "reference" (the stock PyTorch model).
+        loop: "device", "transformers" or "reference" (the Hugging Face model).
         reason: why not "device"; empty if it was.
     """
 
@@ -127,11 +127,11 @@ class Request:
     @property
     def known_processors(self) -> bool:
         """Whether all processors have a device form."""
-        return all(has_device_form(processor) for processor in self.processors)
+        return all(is_capturable(processor) for processor in self.processors)
 
     @property
-    def recordable(self) -> bool:
-        """Whether the choice of tokens can be one CUDA graph with the step; see the table above."""
+    def capturable(self) -> bool:
+        """Whether the token selection can be one CUDA graph with the step; see the table above."""
         return self.known_processors and not (self.custom_criteria or self.wants_scores or self.wants_logits)
 
 

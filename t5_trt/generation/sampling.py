@@ -1,25 +1,27 @@
-"""Greedy choice and sampling after each decoder step, with Transformers' rules for rows that have ended.
+"""Greedy search and sampling after each decoder step, with Transformers' rules for rows that have ended.
 
 All of it is torch operations on buffers of fixed size, so that a session may record it as part of a CUDA graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from t5_trt.generation.processors import Recordable
+from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.runtime import cuda_kernels
-from t5_trt.runtime.cuda_graph import undisturbed
+from t5_trt.runtime.cuda_graph import outside_capture
 from t5_trt.runtime.session import NextStep
 
 _STEP = 4  # offsets of a GPU's generator are multiples of it
 
 
 @dataclass(frozen=True)
-class Ending:
+class StopTokens:
     """When a row is over and what stands behind its end.
 
     Attributes:
@@ -31,14 +33,14 @@ class Ending:
     pad: int | None = None
 
 
-class TokenChoice:
+class RowTokenSelector:
     """Chooses one token for every row: the best, or a random one.
 
     Args:
         rows: R, of which a request may use the first ones only; the others are over from the beginning.
         capacity: M, tokens that a row can have, with the prompt.
         process: of the logits.
-        ending: see `Ending`.
+        ending: see `StopTokens`.
         do_sample: draw instead of taking the best.
         device: of the buffers.
 
@@ -49,15 +51,15 @@ class TokenChoice:
         expired: bool [1]; set from outside when time is up.
     """
 
-    recordable = True
+    capturable = True
     moves_rows = False
 
     def __init__(
         self,
         rows: int,
         capacity: int,
-        process: Recordable,
-        ending: Ending,
+        process: CapturableProcessors,
+        ending: StopTokens,
         *,
         do_sample: bool,
         device: torch.device,
@@ -76,9 +78,13 @@ class TokenChoice:
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
         self.mailbox = cuda_kernels.mailbox(self.report)
 
-    def begin(self, prompt: torch.Tensor) -> None:
-        """Start with a prompt, int64 [at most R, tokens]."""
-        self.tokens[:, : prompt.shape[1]] = filled_up(prompt, self.rows)
+    def load(self, processors: Sequence[Any]) -> None:
+        """See `t5_trt.runtime.session.TokenSelector.load`."""
+        self.process.load(processors)
+
+    def begin(self, prompt: torch.Tensor, limit: int = 0, longest: int = 0) -> None:
+        """Start with a prompt, int64 [at most R, tokens]; the other numbers are for beams."""
+        self.tokens[:, : prompt.shape[1]] = pad_rows(prompt, self.rows)
         self.finished.zero_()
         self.finished[len(prompt) :] = True
         self.report.zero_()
@@ -86,10 +92,10 @@ class TokenChoice:
         if self.mailbox is not None:
             self.mailbox.start_anew()
 
-    def take_over(self, other: TokenChoice, rows: torch.Tensor | None = None) -> None:
+    def take_over(self, other: RowTokenSelector, rows: torch.Tensor | None = None) -> None:
         """Go on where another one stands, with all of its rows or those that `rows` names."""
         for mine, theirs in ((self.tokens, other.tokens), (self.finished, other.finished)):
-            mine.copy_(theirs if rows is None else theirs[filled_up(rows, self.rows)])
+            mine.copy_(theirs if rows is None else theirs[pad_rows(rows, self.rows)])
         if rows is not None:
             self.finished[len(rows) :] = True
         self.expired.copy_(other.expired)
@@ -110,7 +116,7 @@ class TokenChoice:
         Args:
             logits: float32 [R, V].
             position: int64 [1], of the tokens that the logits follow.
-            following: see `t5_trt.runtime.session.Choice.advance`.
+            following: see `t5_trt.runtime.session.TokenSelector.advance`.
 
         Returns:
             The tokens, int64 [R]; no rows change places. None if `following` is all written.
@@ -119,7 +125,7 @@ class TokenChoice:
             chosen = self._chosen
         else:
             scores = self.process(self.tokens, position, logits)
-            chosen = draw(scores, 1, recordable=self.recordable).flatten() if self.draws else scores.argmax(-1)
+            chosen = draw(scores, 1, capturable=self.capturable).flatten() if self.draws else scores.argmax(-1)
         buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos)
         if cuda_kernels.token_step(buffers, position, self._pad, following, self.mailbox):
             return None if following is not None else (chosen, None)
@@ -137,7 +143,7 @@ class TokenChoice:
         return chosen, None
 
 
-def filled_up(rows: torch.Tensor, count: int) -> torch.Tensor:
+def pad_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """So many rows: those there are, and behind them the first one again and again."""
     return rows if len(rows) == count else torch.cat((rows, rows[:1].expand(count - len(rows), *rows.shape[1:])))
 
@@ -151,33 +157,33 @@ class GpuDraws:
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._generator = torch.cuda.default_generators[device.index or 0] if on_gpu else None
-        with undisturbed() if on_gpu else nullcontext():
+        with outside_capture() if on_gpu else nullcontext():
             self._start = int(self._generator.get_offset()) if self._generator else 0
 
     def rewind(self, launched: int, counted: int) -> None:
         """Keep the draws of the first `counted` of `launched` steps, all of which drew the same number."""
         if self._generator is None or launched <= counted:
             return
-        with undisturbed():
+        with outside_capture():
             each, rest = divmod(int(self._generator.get_offset()) - self._start, launched)
             if each > 0 and not rest and each % _STEP == 0:  # or another thread drew or seeded meanwhile
                 self._generator.set_offset(self._start + each * counted)
 
 
-def draw(scores: torch.Tensor, count: int, *, recordable: bool) -> torch.Tensor:
+def draw(scores: torch.Tensor, count: int, *, capturable: bool) -> torch.Tensor:
     """Draw without replacement: the indices that ``torch.multinomial`` gives for the same state of the generator.
 
     Args:
         scores: float32 [rows, V], logarithms of the probabilities up to a constant for each row.
         count: indices for each row.
-        recordable: leave out ``torch.multinomial``'s check of its input, which waits for the device.
+        capturable: leave out ``torch.multinomial``'s check of its input, which waits for the device.
 
     Returns:
         int64 [rows, count].
     """
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
-    with undisturbed() if scores.is_cuda else nullcontext():
-        if not recordable:
+    with outside_capture() if scores.is_cuda else nullcontext():
+        if not capturable:
             return torch.multinomial(probabilities, count)
         variates = torch.empty_like(probabilities).exponential_()
     # dividing by exponential variates turns drawing into taking the largest: the way torch.multinomial does it

@@ -6,7 +6,7 @@ import math
 
 import onnx_ir as ir
 
-from t5_trt.graph.builders import FLOAT, Form
+from t5_trt.graph.builders import FLOAT, T5GraphBuilder
 from t5_trt.graph.ops import GraphBuilder
 
 
@@ -30,7 +30,7 @@ def activation(graph: GraphBuilder, name: str, value: ir.Value) -> ir.Value:
     return graph.op("Mul", half, graph.op("Add", inner, graph.scalar(1.0)))
 
 
-def feed_forward(graph: Form, stream: ir.Value, layer: str) -> ir.Value:
+def feed_forward(graph: T5GraphBuilder, stream: ir.Value, layer: str) -> ir.Value:
     """One feed-forward layer with its norm and residual; `layer` is its state-dict prefix."""
     dense = f"{layer}.DenseReluDense"
     first, *linear = graph.project(stream, f"{dense}.wi").parts

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.builders import DeviceForm, Form, HostForm
+from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, T5GraphBuilder
 from t5_trt.graph.decoder import build_decoder
 from t5_trt.graph.encoder import build_cross, build_encoder
-from t5_trt.graph.int8 import Int8DeviceForm, Int8HostForm
+from t5_trt.graph.int8 import Int8DeviceGraphBuilder, Int8HostGraphBuilder
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 
@@ -30,7 +30,7 @@ def build_host_graph(
     *,
     quantized: Weights | None = None,
     inputs: Collection[str] = (),
-    taps: bool = False,
+    debug_outputs: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as initializers.
 
@@ -43,11 +43,11 @@ def build_host_graph(
         fixed: axis letter of `t5_trt.graph.signature` -> size, for axes that are known.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of all else is float32 then.
         inputs: names of weights that are inputs instead, of those that the graph reads.
-        taps: also put out the residual stream after every block, named "encoder.block.0" and so on.
+        debug_outputs: also put out the residual stream after every block, named "encoder.block.0" and so on.
     """
     if quantized is not None:
-        return _build(graph, Int8HostForm(graph, arch, weights, quantized, inputs), taps)
-    return _build(graph, HostForm(graph, arch, weights, real, index, fixed, inputs), taps)
+        return _build(graph, Int8HostGraphBuilder(graph, arch, weights, quantized, inputs), debug_outputs)
+    return _build(graph, HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs), debug_outputs)
 
 
 def build_device_graph(
@@ -58,7 +58,7 @@ def build_device_graph(
     fixed: Mapping[str, int] | None = None,
     *,
     quantized: Weights | None = None,
-    taps: bool = False,
+    debug_outputs: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as inputs, named as in `t5_trt.graph.parameters`.
 
@@ -66,13 +66,13 @@ def build_device_graph(
     graph.
     """
     if quantized is not None:
-        return _build(graph, Int8DeviceForm(graph, arch, real, quantized, fixed), taps)
-    return _build(graph, DeviceForm(graph, arch, real, index, fixed), taps)
+        return _build(graph, Int8DeviceGraphBuilder(graph, arch, real, quantized, fixed), debug_outputs)
+    return _build(graph, DeviceGraphBuilder(graph, arch, real, index, fixed), debug_outputs)
 
 
-def _build(graph: str, form: Form, taps: bool) -> ir.Model:
-    if taps:
-        form.tap_layers()
+def _build(graph: str, form: T5GraphBuilder, debug_outputs: bool) -> ir.Model:
+    if debug_outputs:
+        form.add_debug_outputs()
     if graph in (ENCODER, ENCODER_EMBEDS):
         return build_encoder(form, embeds=graph == ENCODER_EMBEDS)
     if graph == CROSS:

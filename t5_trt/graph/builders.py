@@ -39,7 +39,7 @@ class Projection:
     packed: ir.Value | None
 
 
-class Form(GraphBuilder):
+class T5GraphBuilder(GraphBuilder):
     """A graph of one architecture, with T5's vocabulary on top of ONNX's; see the two subclasses."""
 
     packed: bool
@@ -145,7 +145,7 @@ class Form(GraphBuilder):
         return self.cast(normed, FLOAT, self.real)
 
 
-class HostForm(Form):
+class HostGraphBuilder(T5GraphBuilder):
     """Weights as initializers.
 
     Args:
@@ -174,11 +174,11 @@ class HostForm(Form):
         self._weights, self._changing = weights, inputs
 
     def parameter(self, name: str) -> ir.Value:
-        """See `Form.parameter`."""
+        """See `T5GraphBuilder.parameter`."""
         return self._weight(name)
 
     def project(self, stream: ir.Value, group: str) -> Projection:
-        """See `Form.project`: ``[rows, in] @ [out, in]^T`` for each matrix, in the checkpoint's own layout."""
+        """See `T5GraphBuilder.project`: ``[rows, in] @ [out, in]^T`` for each matrix, in the checkpoint's own layout."""
         parameter = self.groups[group]
         if parameter.norm is not None:
             stream = self.rms_norm(stream, self._weight(parameter.norm))
@@ -187,38 +187,38 @@ class HostForm(Form):
         return Projection([self.op("Gemm", stream, self._weight(key), transB=1) for key in parameter.parts], None)
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
-        """See `Form.flat`: [rows, width], as Gemm wants it."""
+        """See `T5GraphBuilder.flat`: [rows, width], as Gemm wants it."""
         return self.reshape(value, -1, width)
 
     def by_heads(self, value: ir.Value, streams: Sequence[Dim]) -> ir.Value:
-        """See `Form.by_heads`."""
+        """See `T5GraphBuilder.by_heads`."""
         return self.reshape(value, -1, self.arch.num_heads, 1, self.arch.d_kv)
 
     def by_rows(self, position: ir.Value) -> ir.Value:
-        """See `Form.by_rows`."""
+        """See `T5GraphBuilder.by_rows`."""
         return self.op("Unsqueeze", position, self.ints(1))
 
     def slots_of_rows(self, slots: ir.Value) -> ir.Value:
-        """See `Form.slots_of_rows`: [P, T] as [P, 1, 1, T]."""
+        """See `T5GraphBuilder.slots_of_rows`: [P, T] as [P, 1, 1, T]."""
         return self.op("Unsqueeze", slots, self.ints(1, 2))
 
     def bias_of_rows(self, bias: ir.Value, mask: ir.Value) -> ir.Value:
-        """See `Form.bias_of_rows`: [P, T, H] as [P, H, 1, T]."""
+        """See `T5GraphBuilder.bias_of_rows`: [P, T, H] as [P, H, 1, T]."""
         by_heads = self.op("Unsqueeze", self.transpose(bias, 0, 2, 1), self.ints(2))
         return self.op("Add", by_heads, self.slots_of_rows(mask))
 
     def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
-        """See `Form.row_scores`."""
+        """See `T5GraphBuilder.row_scores`."""
         return self.op("MatMul", query, self.transpose(keys, 0, 1, 3, 2))
 
     def row_mixture(self, weights: ir.Value, values: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
-        """See `Form.row_mixture`."""
+        """See `T5GraphBuilder.row_mixture`."""
         return self.op("MatMul", weights, values)
 
     def product(
         self, left: ir.Value, right: ir.Value, sizes: Sequence[Dim], inner: Dim, width: Dim, *, transposed: bool = False
     ) -> ir.Value:
-        """See `Form.product`."""
+        """See `T5GraphBuilder.product`."""
         return self.op("MatMul", left, self.transpose(right, 0, 1, 3, 2) if transposed else right)
 
     def _weight(self, key: str) -> ir.Value:
@@ -233,8 +233,8 @@ class HostForm(Form):
         return self.initializer(key, ir.LazyTensor(read, dtype=self.real, shape=ir.Shape(source.shape), name=key))
 
 
-class DeviceForm(Form):
-    """Weights as inputs, known shapes, flat inputs and outputs. Arguments as for `HostForm`."""
+class DeviceGraphBuilder(T5GraphBuilder):
+    """Weights as inputs, known shapes, flat inputs and outputs. Arguments as for `HostGraphBuilder`."""
 
     packed = True
 
@@ -250,14 +250,14 @@ class DeviceForm(Form):
         self._read: dict[str, ir.Value] = {}
 
     def parameter(self, name: str) -> ir.Value:
-        """See `Form.parameter`."""
+        """See `T5GraphBuilder.parameter`."""
         if name not in self._read:
             shape = ir.Shape(self.groups[name].shape)
             self._read[name] = ir.Value(name=name, type=ir.TensorType(self.real), shape=shape)
         return self._read[name]
 
     def project(self, stream: ir.Value, group: str) -> Projection:
-        """See `Form.project`: one product for the whole group, with the norm's weight and the scale already in the matrix."""
+        """See `T5GraphBuilder.project`: one product for the whole group, with the norm's weight and the scale already in the matrix."""
         parameter: Parameter = self.groups[group]
         if parameter.norm is not None:
             stream = self.rms_norm(stream, None)
@@ -278,30 +278,30 @@ class DeviceForm(Form):
         return self.parameter(group)
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
-        """See `Form.flat`: the leading axes are kept apart.
+        """See `T5GraphBuilder.flat`: the leading axes are kept apart.
 
         Merging them makes TensorRT 8.5 mix up rows where a transposed product follows (docs/performance.md).
         """
         return self.reshape(value, *outer, width)
 
     def by_heads(self, value: ir.Value, streams: Sequence[Dim]) -> ir.Value:
-        """See `Form.by_heads`."""
+        """See `T5GraphBuilder.by_heads`."""
         return self.reshape(value, *streams, self.arch.num_heads, self.arch.d_kv)
 
     def by_rows(self, position: ir.Value) -> ir.Value:
-        """See `Form.by_rows`."""
+        """See `T5GraphBuilder.by_rows`."""
         return position
 
     def slots_of_rows(self, slots: ir.Value) -> ir.Value:
-        """See `Form.slots_of_rows`."""
+        """See `T5GraphBuilder.slots_of_rows`."""
         return slots
 
     def bias_of_rows(self, bias: ir.Value, mask: ir.Value) -> ir.Value:
-        """See `Form.bias_of_rows`: [T, H] as [H, T]."""
+        """See `T5GraphBuilder.bias_of_rows`: [T, H] as [H, T]."""
         return self.op("Add", self.transpose(bias, 1, 0), mask)
 
     def row_scores(self, query: ir.Value, keys: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
-        """See `Form.row_scores`."""
+        """See `T5GraphBuilder.row_scores`."""
         single, of_heads = (self.reshape(part, -1, rows, self.arch.d_kv) for part, rows in ((query, 1), (keys, cached)))
         return self.reshape(self.key_product(single, of_heads), *streams, self.arch.num_heads, cached)
 
@@ -314,7 +314,7 @@ class DeviceForm(Form):
         return self.op("MatMul", keys, self.reshape(query, -1, self.arch.d_kv, 1))
 
     def row_mixture(self, weights: ir.Value, values: ir.Value, streams: Sequence[Dim], cached: Dim) -> ir.Value:
-        """See `Form.row_mixture`."""
+        """See `T5GraphBuilder.row_mixture`."""
         width = self.arch.d_kv
         mixed = self.op("MatMul", self.reshape(weights, -1, 1, cached), self.reshape(values, -1, cached, width))
         return self.reshape(mixed, *streams, self.arch.num_heads, width)
@@ -322,7 +322,7 @@ class DeviceForm(Form):
     def product(
         self, left: ir.Value, right: ir.Value, sizes: Sequence[Dim], inner: Dim, width: Dim, *, transposed: bool = False
     ) -> ir.Value:
-        """See `Form.product`: over three axes, which TensorRT 8.5 does without reformats."""
+        """See `T5GraphBuilder.product`: over three axes, which TensorRT 8.5 does without reformats."""
         left = self.reshape(left, -1, sizes[-1], inner)
         if transposed:
             right = self.transpose(self.reshape(right, -1, width, inner), 0, 2, 1)

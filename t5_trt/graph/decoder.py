@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from t5_trt.graph.blocks import feed_forward, softmax
-from t5_trt.graph.builders import FLOAT, Form, Projection
+from t5_trt.graph.builders import FLOAT, Projection, T5GraphBuilder
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.precision import empty_slot_value, mask_value
@@ -46,7 +46,7 @@ class _Frame:
         return self.batch, self.beams
 
 
-def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
+def build_decoder(graph: T5GraphBuilder, *, queries: bool = False) -> ir.Model:
     """Write the decoder: see `t5_trt.graph.signature.signature` for inputs and outputs.
 
     Args:
@@ -86,7 +86,7 @@ def build_decoder(graph: Form, *, queries: bool = False) -> ir.Model:
     return graph.finish(outputs, declared.outputs)
 
 
-def _sizes(graph: Form, inputs: dict[str, ir.Value]) -> dict[str, Dim]:
+def _sizes(graph: T5GraphBuilder, inputs: dict[str, ir.Value]) -> dict[str, Dim]:
     tokens, past, cross = inputs["decoder_input_ids"], inputs["past_k_0"], inputs["cross_k_0"]
     rows, queries, batch = graph.size(tokens, 0), graph.size(tokens, 1), graph.size(cross, 0)
     beams = graph.divide(graph.multiply(rows, queries), batch)
@@ -94,7 +94,7 @@ def _sizes(graph: Form, inputs: dict[str, ir.Value]) -> dict[str, Dim]:
     return sizes | {"cached": graph.size(past, 2), "source": graph.size(cross, 2)}
 
 
-def _step_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Frame:
+def _step_frame(graph: T5GraphBuilder, inputs: dict[str, ir.Value], limit: int) -> _Frame:
     sizes = _sizes(graph, inputs)
     slots = graph.arange(sizes["cached"])  # [T]
     position = graph.by_rows(graph.cast(inputs["position"], graph.index, INT64))  # [P, 1] (device form: (1,))
@@ -110,7 +110,7 @@ def _step_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Frame:
     )
 
 
-def _queries_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Frame:
+def _queries_frame(graph: T5GraphBuilder, inputs: dict[str, ir.Value], limit: int) -> _Frame:
     sizes = _sizes(graph, inputs)
     slots, queries = graph.arange(sizes["cached"]), graph.arange(sizes["queries"])  # [T], [Q]
     position = graph.cast(inputs["position"], graph.index, INT64)  # (1,)
@@ -135,7 +135,7 @@ def _queries_frame(graph: Form, inputs: dict[str, ir.Value], limit: int) -> _Fra
     )
 
 
-def _masked_biases(graph: Form, relative: RelativeBias, table: str, frame: _Frame) -> list[ir.Value]:
+def _masked_biases(graph: T5GraphBuilder, relative: RelativeBias, table: str, frame: _Frame) -> list[ir.Value]:
     """Relative bias plus mask. A step: [P, H, 1, T] (device form: [H, T]). Several: over cached keys [R, H, Q, T], new [R, H, Q, Q]."""
     if frame.single:
         return [graph.bias_of_rows(relative.rows(table, frame.past_index), frame.past_mask)]
@@ -148,9 +148,9 @@ def _masked_biases(graph: Form, relative: RelativeBias, table: str, frame: _Fram
 
 
 def _step_attention(
-    graph: Form, frame: _Frame, made: Projection, past: tuple[ir.Value, ir.Value], biases: list[ir.Value]
+    graph: T5GraphBuilder, frame: _Frame, made: Projection, past: tuple[ir.Value, ir.Value], biases: list[ir.Value]
 ) -> ir.Value:
-    """Self-attention of one new token for each row. Shapes are the host form's; for the device form's see `Form.by_heads`."""
+    """Self-attention of one new token for each row. Shapes are the host form's; for the device form's see `T5GraphBuilder.by_heads`."""
     assert frame.here is not None
     query, key, value = (graph.by_heads(part, frame.streams) for part in made.parts)  # [R, H, 1, D]
     cached = graph.row_scores(query, past[0], frame.streams, frame.cached)  # [R, H, 1, T]
@@ -165,7 +165,7 @@ def _step_attention(
 
 
 def _queries_attention(
-    graph: Form, frame: _Frame, made: Projection, past: tuple[ir.Value, ir.Value], biases: list[ir.Value]
+    graph: T5GraphBuilder, frame: _Frame, made: Projection, past: tuple[ir.Value, ir.Value], biases: list[ir.Value]
 ) -> ir.Value:
     """Self-attention of Q new tokens for each row."""
     arch = graph.arch
@@ -182,7 +182,7 @@ def _queries_attention(
     return graph.flat(graph.transpose(mixed, 0, 2, 1, 3), frame.streams, heads * width)
 
 
-def _new_rows(graph: Form, frame: _Frame, made: Projection, layer: int) -> dict[str, ir.Value]:
+def _new_rows(graph: T5GraphBuilder, frame: _Frame, made: Projection, layer: int) -> dict[str, ir.Value]:
     """K and V of the new tokens: as they come out of the product, or in the host form [R, H, Q, D] each."""
     arch = graph.arch
     if made.packed is not None:
@@ -199,7 +199,7 @@ def _new_rows(graph: Form, frame: _Frame, made: Projection, layer: int) -> dict[
 
 
 def _cross_attention(
-    graph: Form, frame: _Frame, stream: ir.Value, layer: str, cross: tuple[ir.Value, ir.Value], bias: ir.Value
+    graph: T5GraphBuilder, frame: _Frame, stream: ir.Value, layer: str, cross: tuple[ir.Value, ir.Value], bias: ir.Value
 ) -> ir.Value:
     """Cross-attention with residual; all beams and query positions of a batch entry are queries of one product."""
     arch = graph.arch

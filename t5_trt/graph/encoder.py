@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from t5_trt.graph.blocks import feed_forward, softmax
-from t5_trt.graph.builders import FLOAT, Form
+from t5_trt.graph.builders import FLOAT, T5GraphBuilder
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import CROSS_KV
 from t5_trt.graph.precision import mask_value
@@ -16,7 +16,7 @@ from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, layered, sign
 INT64 = ir.DataType.INT64
 
 
-def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
+def build_encoder(graph: T5GraphBuilder, *, embeds: bool = False) -> ir.Model:
     """Write the encoder: see `t5_trt.graph.signature.signature` for inputs and outputs.
 
     Args:
@@ -54,7 +54,7 @@ def build_encoder(graph: Form, *, embeds: bool = False) -> ir.Model:
     return graph.finish(outputs, declared.outputs)
 
 
-def build_cross(graph: Form) -> ir.Model:
+def build_cross(graph: T5GraphBuilder) -> ir.Model:
     """Write the graph that turns precomputed encoder states into cross-attention K/V."""
     declared = signature(CROSS, graph.arch, packed=graph.packed)
     (states,) = (graph.input(tensor) for tensor in declared.inputs)
@@ -63,7 +63,7 @@ def build_cross(graph: Form) -> ir.Model:
     return graph.finish(_cross_projections(graph, flat, outer), declared.outputs)
 
 
-def _cross_projections(graph: Form, states: ir.Value, outer: tuple[Dim, Dim]) -> dict[str, ir.Value]:
+def _cross_projections(graph: T5GraphBuilder, states: ir.Value, outer: tuple[Dim, Dim]) -> dict[str, ir.Value]:
     """Cross-attention K and V of every decoder layer: one [L, 2, B, H, S, D], or in the host form 2 * L of [B, H, S, D]."""
     arch = graph.arch
     heads = (arch.num_heads, arch.d_kv)
@@ -77,7 +77,7 @@ def _cross_projections(graph: Form, states: ir.Value, outer: tuple[Dim, Dim]) ->
         return dict(zip(names, parts, strict=True))
 
 
-def _clipped_offsets(graph: Form, length: Dim, limit: int) -> ir.Value:
+def _clipped_offsets(graph: T5GraphBuilder, length: Dim, limit: int) -> ir.Value:
     """Key - query, clipped to +-limit and shifted to start at 0, for all pairs: [S, S]."""
     if isinstance(length, int):
         steps_known = np.arange(length)
@@ -87,7 +87,9 @@ def _clipped_offsets(graph: Form, length: Dim, limit: int) -> ir.Value:
     return graph.op("Add", graph.clip(offset, -limit, limit), graph.scalar(limit, INT64))
 
 
-def _self_attention(graph: Form, stream: ir.Value, layer: str, outer: tuple[Dim, Dim], bias: ir.Value) -> ir.Value:
+def _self_attention(
+    graph: T5GraphBuilder, stream: ir.Value, layer: str, outer: tuple[Dim, Dim], bias: ir.Value
+) -> ir.Value:
     arch = graph.arch
     attention = f"{layer}.SelfAttention"
     query, key, value = (

@@ -44,7 +44,7 @@ class Ranges:
 
 
 @dataclass(frozen=True)
-class Folding:
+class Fp16Scaling:
     """What keeps a checkpoint in range: powers of two to write into the weights, 1 where none is named.
 
     Attributes:
@@ -82,7 +82,7 @@ class Folding:
         return self.inner.get(owner, 1.0) if name in ("wi", "wi_1") else 1.0
 
 
-def fold(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Folding:
+def find_scaling(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Fp16Scaling:
     """Choose the factors for half precision.
 
     Args:
@@ -108,7 +108,7 @@ def fold(arch: Architecture, weights: Weights, seen: Ranges | None = None) -> Fo
     room = LIMIT if seen is None else LIMIT / HEADROOM
     embedding = float(weights[EMBEDDING].detach().float().abs().max())
     wide = bool(branches.keys() - {LM_HEAD}) or embedding + _largest_sum(bounds) > room
-    return Folding(wide, _power(embedding, 0.0, seen=False)[0], branches, inner, certain)
+    return Fp16Scaling(wide, _power(embedding, 0.0, seen=False)[0], branches, inner, certain)
 
 
 def _size(arch: Architecture, weights: Weights, module: str) -> float:

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.builders import DeviceForm, HostForm, Projection
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, Projection
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD, Parameter, Weights, materialize, parameters
 
@@ -62,7 +62,9 @@ def quantize_group(name: str, parameter: Parameter, weights: Weights) -> Iterato
     yield SCALE.format(name), scales
 
 
-def quantize_for_device(arch: Architecture, weights: Weights, folding: Folding) -> Iterator[tuple[str, torch.Tensor]]:
+def quantize_for_device(
+    arch: Architecture, weights: Weights, scaling: Fp16Scaling
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Round the matrices as device graphs read them, with norm weights and range factors in them.
 
     Yields:
@@ -70,7 +72,7 @@ def quantize_for_device(arch: Architecture, weights: Weights, folding: Folding) 
     """
     for name, parameter in parameters(arch).items():
         if parameter.is_matrix:
-            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), partial(folding.factor, name))
+            matrix = materialize(parameter, weights, torch.float32, torch.device("cpu"), partial(scaling.factor, name))
             rounded, scales = round_columns(matrix)
             yield MATRIX.format(name), rounded
             yield SCALE.format(name), scales
@@ -82,7 +84,7 @@ def round_columns(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (matrix / scales).round_().to(torch.int8), scales
 
 
-class Int8HostForm(HostForm):
+class Int8HostGraphBuilder(HostGraphBuilder):
     """Products with matrices in 8 bits by ONNX Runtime's DynamicQuantizeMatMul.
 
     Args:
@@ -91,7 +93,7 @@ class Int8HostForm(HostForm):
         weights: state-dict key -> CPU tensor, for what is not quantized.
         quantized: what `quantize` made, as int8 or, for processors whose 8-bit products of mixed sign saturate, shifted
             by 128 as uint8.
-        inputs: see `HostForm`; names of `quantized` too.
+        inputs: see `HostGraphBuilder`; names of `quantized` too.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Int8HostForm(HostForm):
         self._quantized = quantized
 
     def project(self, stream: ir.Value, group: str) -> Projection:
-        """See `Form.project`: one product for the whole group."""
+        """See `T5GraphBuilder.project`: one product for the whole group."""
         if MATRIX.format(group) not in self._quantized:
             return super().project(stream, group)
         parameter = self.groups[group]
@@ -142,7 +144,7 @@ def _byte_type(tensor: torch.Tensor) -> ir.DataType:
     return ir.DataType.UINT8 if tensor.dtype == torch.uint8 else ir.DataType.INT8
 
 
-class Int8DeviceForm(DeviceForm):
+class Int8DeviceGraphBuilder(DeviceGraphBuilder):
     """Products with matrices that are kept in 8 bits and widened where they are used (weight-only quantization).
 
     Args:
@@ -166,7 +168,7 @@ class Int8DeviceForm(DeviceForm):
         self._quantized = quantized
 
     def matrix(self, group: str) -> ir.Value:
-        """See `DeviceForm.matrix`."""
+        """See `DeviceGraphBuilder.matrix`."""
         stored, scales = (self._quantized[name.format(group)] for name in (MATRIX, SCALE))
         name = MATRIX.format(group)
         matrix = self.initializer(name, ir.tensor_adapters.TorchTensor(stored, name=name))

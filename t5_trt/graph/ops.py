@@ -48,16 +48,16 @@ class GraphBuilder:
         self._domains: dict[str, int] = {"": OPSET}
         self._scope = ""
         self._serial = 0
-        self._taps: dict[str, ir.Value] | None = None
+        self._debug_outputs: dict[str, ir.Value] | None = None
 
-    def tap_layers(self) -> None:
+    def add_debug_outputs(self) -> None:
         """Make every value that `tap` names an output of the graph."""
-        self._taps = {}
+        self._debug_outputs = {}
 
     def tap(self, name: str, value: ir.Value) -> None:
         """Name a value that is worth looking at when results are wrong."""
-        if self._taps is not None:
-            self._taps[name] = value
+        if self._debug_outputs is not None:
+            self._debug_outputs[name] = value
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -217,7 +217,7 @@ class GraphBuilder:
             value.name, value.type = tensor.name, ir.TensorType(self._dtype(tensor.kind))
             value.shape = ir.Shape(self.shape_of(tensor))
             results.append(value)
-        for name, source in (self._taps or {}).items():
+        for name, source in (self._debug_outputs or {}).items():
             value = self.op("Identity", source)
             value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
             results.append(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from t5_trt.graph.builders import Form
+from t5_trt.graph.builders import T5GraphBuilder
 from t5_trt.graph.relative_positions import distance_buckets
 
 
@@ -23,7 +23,7 @@ class RelativeBias:
         limit: the longest distance in the bucket list.
     """
 
-    def __init__(self, graph: Form, *, bidirectional: bool) -> None:
+    def __init__(self, graph: T5GraphBuilder, *, bidirectional: bool) -> None:
         self._graph, arch = graph, graph.arch
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=bidirectional)
         self.limit = len(buckets) // 2 if bidirectional else len(buckets) - 1

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING, LM_HEAD, Weights, folded_part, materialize, parameters
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels.decode_step import LayerWeights, StepWeights
@@ -22,20 +22,20 @@ class StepWeightsMaker:
         weights: state-dict key -> tensor, anywhere.
         dtype: in which matrices are stored: float16, bfloat16 or float32.
         device: where the result lies and the work is done.
-        folding: the fp16 factors to write into the matrices.
+        scaling: the fp16 factors to write into the matrices.
     """
 
     def __init__(
-        self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device, folding: Folding
+        self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device, scaling: Fp16Scaling
     ) -> None:
-        self._arch, self._weights, self._dtype, self._device, self._folding = arch, weights, dtype, device, folding
+        self._arch, self._weights, self._dtype, self._device, self._scaling = arch, weights, dtype, device, scaling
         self._parameters = parameters(arch)
 
     def make(self) -> StepWeights:
         """All of a step's weights."""
         layers = tuple(self._layer(layer) for layer in range(self._arch.decoder_layers))
         head = pack_head(self._matrix(LM_HEAD), self._dtype)
-        head_scale = 1.0 / self._folding.branches.get(LM_HEAD, 1.0)
+        head_scale = 1.0 / self._scaling.branches.get(LM_HEAD, 1.0)
         return StepWeights(self._made(EMBEDDING), layers, head, head_scale)
 
     def update(self, made: StepWeights, key: str, tensor: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ class StepWeightsMaker:
             tensor: on the device.
         """
         if key == EMBEDDING:
-            made.embedding.copy_(tensor.float() * self._folding.factor(EMBEDDING, EMBEDDING))
+            made.embedding.copy_(tensor.float() * self._scaling.factor(EMBEDDING, EMBEDDING))
         elif key == self._arch.head_weight:
             made.head.copy_(pack_head(self._part(key, tensor), self._dtype))
         elif key == "decoder.final_layer_norm.weight":
@@ -82,14 +82,14 @@ class StepWeightsMaker:
         """One matrix of a group as it is packed, [outputs, inputs]."""
         name, parameter = next(entry for entry in self._parameters.items() if key in entry[1].parts)
         norm = None if parameter.norm is None else self._weights[parameter.norm].detach().to(self._device).float()
-        return folded_part(parameter, tensor.float(), norm, self._folding.factor(name, key)).to(self._dtype)
+        return folded_part(parameter, tensor.float(), norm, self._scaling.factor(name, key)).to(self._dtype)
 
     def _layer(self, layer: int) -> LayerWeights:
         arch, block = self._arch, f"decoder.block.{layer}.layer"
         dense = f"{block}.2.DenseReluDense"
         wi = self._matrix(f"{dense}.wi")
         gate, up = wi[: arch.d_ff], wi[arch.d_ff :]
-        undo = {name: 1.0 / self._folding.branches.get(name, 1.0) for name in branch_names(layer)}
+        undo = {name: 1.0 / self._scaling.branches.get(name, 1.0) for name in branch_names(layer)}
         table = self._weights[arch.bias_weight("decoder", layer)].detach().to(self._device, torch.float32)
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(self._device)
         return LayerWeights(
@@ -110,7 +110,7 @@ class StepWeightsMaker:
         return self._made(name).t()
 
     def _made(self, name: str) -> torch.Tensor:
-        factor = partial(self._folding.factor, name)
+        factor = partial(self._scaling.factor, name)
         return materialize(self._parameters[name], self._weights, self._dtype, self._device, factor)
 
 

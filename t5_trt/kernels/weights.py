@@ -20,12 +20,14 @@ def pack_matrix(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     outputs, inputs = matrix.shape
     rows, columns = -(-outputs // 16), -(-inputs // 16)
-    padded = matrix.new_zeros((rows * 16, columns * 16), dtype=dtype)
-    padded[:outputs, :inputs] = matrix
+    padded = matrix.to(dtype)
+    if matrix.shape != (rows * 16, columns * 16):
+        padded = matrix.new_zeros((rows * 16, columns * 16), dtype=dtype)
+        padded[:outputs, :inputs] = matrix
     if dtype == torch.float32:
-        parts = padded.view(rows, 16, columns, 2, 2, 4).permute(0, 2, 4, 3, 1, 5)
+        parts = padded.reshape(rows, 16, columns, 2, 2, 4).permute(0, 2, 4, 3, 1, 5)
     else:
-        parts = padded.view(rows, 2, 8, columns, 4, 2, 2).permute(0, 3, 2, 4, 5, 1, 6)
+        parts = padded.reshape(rows, 2, 8, columns, 4, 2, 2).permute(0, 3, 2, 4, 5, 1, 6)
     return parts.reshape(rows, columns, 256).contiguous()
 
 

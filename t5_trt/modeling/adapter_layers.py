@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def settings(layer: Any) -> tuple[Any, ...]:
     scales = tuple(scaling.values()) if scaling else ()
     merged = tuple(layer.merged_adapters)
     return (layer._disable_adapters, tuple(layer.active_adapters), merged, held, scales)
+
+
+def held_adapters(found: tuple[Any, ...]) -> Any:
+    """Numbers of adapters in a layer, of its `settings`."""
+    return found[3]
 
 
 def has_own_rows(layers: dict[str, Any]) -> bool:
@@ -93,8 +99,11 @@ def effective_weight(name: str, layer: Any, base: torch.Tensor, out: torch.Tenso
 
 def _kinds() -> tuple[Any, ...]:
     """Layers that change what a base layer gives, and wrappers that exchange it; none where peft is not imported."""
-    if "peft" not in sys.modules:
-        return ()
+    return _kinds_of_peft() if "peft" in sys.modules else ()
+
+
+@cache
+def _kinds_of_peft() -> tuple[Any, ...]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -131,14 +140,19 @@ def _replaced_weight(name: str, wrapper: Any, base: torch.Tensor, out: torch.Ten
 
 def _low_rank_factors(layer: Any, active: list[str]) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
     """(B [outputs, r], A [r, inputs], scale) of each adapter of a linear layer with plain LoRA or rsLoRA; None for others."""
-    from peft.tuners.lora.layer import Linear
-
-    if type(layer) is not Linear or layer.fan_in_fan_out or any(name in layer.lora_variant for name in active):
+    if type(layer) is not _lora_linear() or layer.fan_in_fan_out or any(name in layer.lora_variant for name in active):
         return None
     pairs: Any = [(layer.lora_B[name], layer.lora_A[name], float(layer.scaling[name])) for name in active]
     if any(up.bias is not None for up, _, _ in pairs):
         return None
     return [(up.weight, down.weight, scale) for up, down, scale in pairs]
+
+
+@cache
+def _lora_linear() -> Any:
+    from peft.tuners.lora.layer import Linear
+
+    return Linear
 
 
 def _merged_copy(name: str, layer: Any, base: torch.Tensor, active: list[str]) -> torch.Tensor:

@@ -10,22 +10,22 @@ writes anew. On a GPU it is computed there, from a copy of the base weight, and 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from t5_trt.errors import UnsupportedModelError
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import EMBEDDING
-from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settings, settle
+from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settle
 from t5_trt.modeling.weight_tracker import WeightWatch
 
 #: where the stacks look tokens up
 _TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 #: states of adapters whose fp16 factors are kept
-_FOLDINGS_KEPT = 64
+_SCALINGS_KEPT = 64
 
 
 class AdaptedWeights(Mapping[str, torch.Tensor]):
@@ -54,7 +54,7 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         self._merged = self._merged_adapters()
         self._own: dict[str, torch.Tensor] = {}
         self._on_device: dict[str, torch.Tensor] = {}
-        self._foldings: dict[Hashable, Folding] = {}
+        self._scalings: dict[Hashable, Fp16Scaling] = {}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key not in self._adapted:
@@ -102,22 +102,22 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         """All weights on a device, each put there when it is asked for."""
         return _OnDevice(self, device, self.base.keys())
 
-    def folding(self, choose: Any) -> Folding:
-        """The fp16 factors of the adapters' present state, chosen once for each state.
+    def fp16_scaling(self, state: Hashable, choose: Callable[[], Fp16Scaling]) -> Fp16Scaling:
+        """The fp16 factors of a state of the weights, chosen once for each.
 
         Args:
-            choose: () -> `Folding`.
+            state: of `WeightWatch`.
+            choose: called where the state is a new one.
         """
-        state = tuple((*settings(layer), *_versions(layer)) for layer in self.layers.values())
-        if state not in self._foldings:
-            if len(self._foldings) >= _FOLDINGS_KEPT:
-                self._foldings.clear()
-            self._foldings[state] = choose()
-        return self._foldings[state]
+        if state not in self._scalings:
+            if len(self._scalings) >= _SCALINGS_KEPT:
+                self._scalings.clear()
+            self._scalings[state] = choose()
+        return self._scalings[state]
 
-    def forget_foldings(self) -> None:
+    def forget_scalings(self) -> None:
         """Take no weights for known ones: an optimizer has changed them, and fused ones count no versions."""
-        self._foldings.clear()
+        self._scalings.clear()
 
     def computed_on(self, device: torch.device, key: str) -> torch.Tensor:
         """An effective weight, or one that no adapter changes, on a device; float32 if it is adapted."""
@@ -196,7 +196,3 @@ def _outside(model: nn.Module, layers: dict[str, Any]) -> list[nn.Module]:
     inner = {id(module) for layer in layers.values() for module in layer.modules()}
     bases = [base_layer(layer) for layer in layers.values()]
     return [module for module in model.modules() if id(module) not in inner] + bases
-
-
-def _versions(layer: Any) -> list[tuple[int, int]]:
-    return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in layer.parameters()]

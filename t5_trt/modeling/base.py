@@ -1,89 +1,52 @@
-"""What every model on engines has: loading, its session, its stock twin, saving, pickling.
+"""What every model on engines has: loading, saving, pickling, and its runner.
 
-The model *is* a stock module tree whose parameters are loaded by Transformers; the engines read the same memory. So
-``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy of the weights. The
-forward pass is not here: see `modeling/forward.py` and `modeling/encoder.py`; nor devices and dtypes, `modeling/placement.py`, nor
-which class an instance has, `modeling/family_class.py`.
+The model *is* a Hugging Face module tree whose parameters are loaded by Transformers; the engines read the same memory. So
+``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy of the weights. What
+computes is the runner's (`modeling/runner.py`); devices and dtypes are in `modeling/placement.py`, and which class an instance has in
+`modeling/families.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-import threading
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from t5_trt.checkpoint.adapter_files import take_adapter
-from t5_trt.checkpoint.families import read_architecture
-from t5_trt.checkpoint.files import check_indexes, correct_vocabulary
-from t5_trt.checkpoint.load import (
-    HUB_ARGUMENTS,
-    check_tensors,
-    load_checked,
-    load_config,
-    load_tokenizer,
-    scales_decoder_output,
-    share_weights,
-    without_data,
-)
-from t5_trt.checkpoint.loading_report import Loading
-from t5_trt.checkpoint.tokenizing import text_batches
+from t5_trt.checkpoint.load import share_weights
 from t5_trt.config import BuildConfig, RuntimeConfig, backend_from_environment
-from t5_trt.engine.bundle import find_bundle
-from t5_trt.errors import InputError, StrictModeError
-from t5_trt.generation.repeats import Repeats
-from t5_trt.generation.request import GenerationPath
+from t5_trt.errors import InputError
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.parameters import EMBEDDING, HEAD
-from t5_trt.modeling.adapted_model import AdaptedModel
+from t5_trt.graph.fp16_scaling import Fp16Scaling
+from t5_trt.modeling.adapted_model import AdapterLoading, hugging_face_twin
 from t5_trt.modeling.adapter_layers import adapter_layers
-from t5_trt.modeling.adapters import AdaptedWeights, base_weights
 from t5_trt.modeling.encoder import attach_encoder, engine_encoder
-from t5_trt.modeling.family_class import FamilyClass
-from t5_trt.modeling.forward import EngineForward
-from t5_trt.modeling.layer_checks import check_layers
-from t5_trt.modeling.loading_arguments import check_arguments
-from t5_trt.modeling.placement import PlacedModel, in_float32
-from t5_trt.modeling.reference import follow, make_reference, share_layers
-from t5_trt.modeling.weight_tracker import WeightWatch
-from t5_trt.runtime.forks import abandon, watch_forks
-from t5_trt.runtime.open_session import open_session
-from t5_trt.runtime.select import best_precision, choose, resolve
+from t5_trt.modeling.families import FamilyClass
+from t5_trt.modeling.loading import LoadOptions, load_model
+from t5_trt.modeling.loading_arguments import check_arguments, chosen_device
+from t5_trt.modeling.placement import PlacedModel
+from t5_trt.modeling.reference import share_layers
+from t5_trt.modeling.runner import ModelRunner, ModelSettings
+from t5_trt.runtime.forks import watch_forks
+from t5_trt.runtime.select import resolve
 from t5_trt.runtime.session import Session
-from t5_trt.validation import PRECISION_OF, as_device, as_dtype, device_of_map
+from t5_trt.validation import PRECISION_OF
 
-logger = logging.getLogger("t5_trt")
 Self = TypeVar("Self", bound="EngineModel")
-_DERIVED = ("_session", "_session_weights", "_adapted", "_reference", "_reference_weights", "_architecture")
 
 
-class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrainedModel):
-    """Base of the models on engines; a subclass of it is mixed in before the stock class of each family.
+class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
+    """Base of the models on engines; a subclass of it is combined with the Hugging Face class of each family.
 
     Args:
-        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the stock classes.
+        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the Hugging Face classes.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._runtime_config = RuntimeConfig()
-        self._build_config = BuildConfig()
-        self._placement_ = None
-        self._session = None
-        self._session_weights: WeightWatch | None = None
-        self._adapted: AdaptedWeights | None = None
-        self._reference: PreTrainedModel | None = None
-        self._reference_weights: WeightWatch | None = None
-        self._architecture: Architecture | None = None
-        self._last_path: GenerationPath | None = None
-        self._calibration: list[Any] | None = None
-        self._attach()
+        self._attach(ModelSettings())
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -122,7 +85,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices; on GPUs experimental).
             decode: who does the one-token decoder step on a GPU: "auto", "kernels" (the library's own CUDA kernels) or "engine".
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
-            strict: raise instead of using the stock PyTorch model where engines cannot serve a request.
+            strict: raise instead of using the Hugging Face model where engines cannot serve a request.
             num_threads: CPU threads of ONNX Runtime; None takes torch's number.
             prepack_weights: faster beams and batches on CPU for more memory; None packs the decoder once it has several rows.
             max_source_tokens: refuse longer sources.
@@ -151,19 +114,12 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         """
         if pretrained_model_name_or_path is None:
             raise InputError("got None; expected a hub id or a folder. For a model in memory use from_model(model).")
-        name = str(pretrained_model_name_or_path)
         check_arguments(kwargs)
-        adapter = take_adapter(name, kwargs, HUB_ARGUMENTS)
-        name = name if adapter is None else adapter.base
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        mapped = device_of_map(kwargs.pop("device_map", None))
-        device = mapped if device is None else device
-        reports, ignores = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
         runtime = RuntimeConfig(
             backend=backend_from_environment(backend),
             precision=precision,
             decode=decode,
-            device=as_device("device", device),
+            device=chosen_device(device, kwargs),
             strict=strict,
             num_threads=num_threads,
             prepack_weights=prepack_weights,
@@ -176,40 +132,17 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             building=building,
             check_engines=check_engines,
         )
-        choose(runtime)  # what cannot run here is said before anything is fetched
-        asked = None if dtype in (None, "auto") else as_dtype(dtype)
-        where, settings = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}, dict(kwargs)
-        if config is None or isinstance(config, str | Path):
-            config = load_config(str(config or name), encoder_only=cls._encoder_only, changes=kwargs, **where)
-        chosen, decoder = cls._class_for(config), None if cls._encoder_only else config
-        if asked is None:
-            runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None), decoder))
-        elif precision == "auto" and choose(runtime, decoder).backend != "onnxruntime":
-            runtime = replace(runtime, precision=PRECISION_OF[asked])
-        placement = resolve(runtime, decoder)
-        if placement.backend == "tensorrt":
-            runtime = replace(runtime, bundled_engines=find_bundle(name, trust_engines, **where))
-        check_indexes(name, config, kwargs.get("variant"), **where)
-        if not ignores:
-            correct_vocabulary(name, config, kwargs.get("variant"), encoder_only=cls._encoder_only, **where)
-        load = Loading(super(EngineModel, chosen).from_pretrained, ignore_mismatched_sizes=ignores, reports=reports)
-        # ONNX Runtime reads the memory of float32 parameters, and copies of others; plans hold converted copies
-        stored = (asked or dtype or torch.float32) if placement.backend == "onnxruntime" else "auto"
-        model = load_checked(load, name, config, *model_args, dtype=stored, **kwargs)
-        if adapter is not None:
-            adapter.load_into(model)
-        taken = {key: value for key, value in settings.items() if key not in kwargs}  # by the config
-        if taken and getattr(model, "generation_config", None) is not None:
-            model.generation_config.update(**taken)
-        model._configure(runtime, build or BuildConfig(), placement)
-        if calibration is not None:
-            batches = text_batches(load_tokenizer(name, **where), calibration, pad_token_id=config.pad_token_id)
-            model._calibration = list(batches)
-        return cast("Self", (model, load.info) if reports else model)
+        options = LoadOptions(runtime, build or BuildConfig(), config, trust_engines, calibration)
+        return cast("Self", load_model(cls, str(pretrained_model_name_or_path), options, *model_args, **kwargs))
+
+    @classmethod
+    def _load_by_transformers(cls, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' ``from_pretrained`` of this class."""
+        return super().from_pretrained(*args, **kwargs)
 
     @classmethod
     def from_model(cls: type[Self], model: PreTrainedModel, **options: Any) -> Self:
-        """Wrap a stock model that is in memory, for example one that was just fine-tuned. Its weights are shared.
+        """Wrap a Hugging Face model that is in memory, for example one that was just fine-tuned. Its weights are shared.
 
         Args:
             model: a Hugging Face model of the same kind, in float32, float16 or bfloat16, on the CPU.
@@ -221,7 +154,10 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
             UnsupportedModelError: the model is not of the T5 family, or has other modules than its class.
         """
         if not isinstance(model, PreTrainedModel):
-            raise InputError(f"from_model got {type(model).__name__}; expected a Transformers model, uncompiled.")
+            raise InputError(
+                f"from_model got {type(model).__name__}; expected a Transformers model, uncompiled, or of a PeftModel "
+                "its get_base_model()."
+            )
         chosen = cls._class_for(model.config)
         kinds = {(p.dtype, p.device.type) for p in model.parameters()}
         wrong = sorted(
@@ -236,8 +172,8 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         runtime = RuntimeConfig(**{**options, "backend": backend_from_environment(options.get("backend"))})
         placement = resolve(runtime, None if cls._encoder_only else model.config)
         wrapped = share_layers(chosen, model) if adapter_layers(model) else share_weights(chosen, model)
-        wrapped._configure(runtime, build or BuildConfig(), placement)
-        wrapped._calibration = None if calibration is None else list(calibration)
+        batches = None if calibration is None else list(calibration)
+        wrapped._configure(ModelSettings(runtime, build or BuildConfig(), placement, batches))
         if hasattr(model, "generation_config"):
             wrapped.generation_config = model.generation_config
         return cast("Self", wrapped)
@@ -246,90 +182,42 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
     def session(self) -> Session:
         """The opened engines over the weights as they are now; opening happens at the first use.
 
+        Assigning a session makes the model run on that one.
+
         Raises:
             UnsupportedModelError: modules of the model were exchanged.
         """
-        self._notice_changes()
-        return self._opened()
+        self._runner.notice_changes()
+        return self._runner.opened()
 
-    def _notice_changes(self) -> None:
-        """Drop engines over weights that have changed since they were opened; not within a ``generate()`` that has looked."""
-        if self._beams_ahead is not None:
-            return
-        if self._session is None:
-            self._check_values()
-        elif self._session_weights is not None and self._session_weights.changed() and not self._follow_adapters():
-            logger.info("the model's weights have changed: its engines are opened anew")
-            self._session = self._architecture = None
+    @session.setter
+    def session(self, session: Session | None) -> None:
+        self._runner.session = session
 
-    def _opened(self) -> Session:
-        """`session` within a call."""
-        if self._session is None:
-            self._architecture = None
-            architecture = self.architecture  # refuses tensors that are others
-            weights = self._engine_weights()
-            self._session_weights, self._adapted = (
-                WeightWatch(self),
-                weights if isinstance(weights, AdaptedWeights) else None,
-            )
-            options: dict[str, Any] = {"calibrated": self._calibration is not None}
-            if isinstance(weights, AdaptedWeights):
-                options |= {"changing": weights.changing, "base": weights.base}
-                weights.check()
-            if self._placement.backend == "onnxruntime":
-                if isinstance(weights, AdaptedWeights):
-                    weights.keep()
-                weights = in_float32(weights)
-            settings = (self._runtime_config, self._placement, self._build_config)
-            self._session = open_session(architecture, weights, *settings, self._observe, **options)
-        return self._session
+    def fp16_scaling(self, precision: str) -> Fp16Scaling:
+        """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
+        return self._runner.fp16_scaling(precision)
 
     @property
     def architecture(self) -> Architecture:
         """Sizes and switches of the model, read from its config and tensors once."""
-        if self._architecture is not None:
-            return self._architecture
-        state, changing = base_weights(self)
-        expected = without_data(self._stock_class, copy.deepcopy(self.config))
-        check_tensors(state, expected.state_dict(), self._stock_class)
-        check_layers(self, expected)
-        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        head: Any = getattr(self, "lm_head", self.shared)
-        tied = head.weight.data_ptr() == self.shared.weight.data_ptr() and changing.isdisjoint((EMBEDDING, HEAD))
-        scaled = not self._encoder_only and scales_decoder_output(self._stock_class, self.config)
-        facts = {"tied_head": tied, "scaled_head": scaled, "encoder_only": self._encoder_only}
-        self._architecture = read_architecture(self.config, shapes, **facts)
-        return self._architecture
+        return self._runner.architecture
 
     @property
     def runtime_config(self) -> RuntimeConfig:
         """The settings that the model was loaded with."""
-        return self._runtime_config
+        return self._runner.settings.runtime
 
     @property
     def reference(self) -> PreTrainedModel:
-        """The stock PyTorch model over the same weights, with eager attention, for what engines cannot give.
+        """The Hugging Face model over the same weights, with eager attention, for what engines cannot give.
 
         It is made at the first use.
 
         Raises:
             StrictModeError: the model was loaded with ``strict=True``.
         """
-        if self._runtime_config.strict:
-            raise StrictModeError(
-                "strict=True: the stock PyTorch model is not used. Load with strict=False to have it."
-            )
-        stock, weights = self._reference, self._reference_weights
-        if weights is not None and (weights.replaced() if self.device.type == "cpu" else weights.changed()):
-            stock = None
-        if stock is None:
-            self._reference_weights = WeightWatch(self)
-            stock = make_reference(self, self._stock_class, self.device)
-            self.__dict__["_reference"] = stock  # as an attribute it would become a part of this module and its state
-        if hasattr(self, "generation_config"):
-            stock.generation_config = self.generation_config
-        follow(stock, self)
-        return stock
+        return self._runner.reference()
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder module; calling it runs the encoder engine of this model, and not of a copy that shares the module."""
@@ -339,7 +227,7 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, include_engines: bool = False, **kwargs: Any
     ) -> Any:
-        """Write an ordinary checkpoint that the stock class and this one load.
+        """Write an ordinary checkpoint that the Hugging Face class and this one load.
 
         Args:
             save_directory: the folder.
@@ -351,50 +239,54 @@ class EngineModel(FamilyClass, PlacedModel, AdaptedModel, EngineForward, PreTrai
         Raises:
             InputError: there are no engines, because the backend is not TensorRT or nothing was run yet.
         """
-        engines = getattr(self._session, "engines", None)
+        session = self._runner.session
+        engines = None if session is None else session.engines
         if include_engines and engines is None:
             raise InputError(
-                f"include_engines=True needs engines; the backend is {self._placement.backend!r} and "
-                f"{'nothing was run yet' if self._session is None else 'has none'}. Run generate() on TensorRT first."
+                f"include_engines=True needs engines; the backend is {self._runner.placement.backend!r} and "
+                f"{'nothing was run yet' if session is None else 'has none'}. Run generate() on TensorRT first."
             )
-        stock = self._hugging_face_twin()
+        plain: Any = hugging_face_twin(self, self._hf_class)
         if hasattr(self, "generation_config"):
-            stock.generation_config = self.generation_config
-        result = stock.save_pretrained(save_directory, *args, **kwargs)
+            plain.generation_config = self.generation_config
+        result = plain.save_pretrained(save_directory, *args, **kwargs)
         if include_engines and engines is not None:
             engines.write_bundle(Path(save_directory))
         return result
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights; engines over the old ones are dropped."""
-        self._session = self._reference = self._architecture = None
+        self._runner.drop()
         return super().load_state_dict(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Change the vocabulary size; engines over the old matrix are dropped."""
-        self._session = self._reference = self._architecture = None
+        self._runner.drop()
         return super().resize_token_embeddings(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the engines: the copy opens its own at its first use."""
+        """Everything but what was made over the weights: the copy opens engines of its own at its first use."""
         state: dict[str, Any] = super().__getstate__()
-        return {
-            key: None if key in _DERIVED else value
-            for key, value in state.items()
-            if key not in ("_generation_lock", "_calls", "_repeats")
-        }
+        kept = {key: value for key, value in state.items() if key != "_runner"}
+        return {**kept, "_settings": self._runner.settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        settings = state.pop("_settings")
         super().__setstate__(state)
-        self._attach()
+        self._attach(settings)
 
-    def _attach(self) -> None:
-        self._generation_lock, self._calls, self._repeats = threading.RLock(), threading.local(), Repeats()
+    def _attach(self, settings: ModelSettings) -> None:
+        """Make what is not part of the model's state."""
         engine_encoder(self.encoder)
+        self._runner = ModelRunner(self, self._hf_class, settings)
         attach_encoder(self)
         watch_forks(self)
 
+    def _configure(self, settings: ModelSettings) -> None:
+        """Set how the model runs."""
+        self._runner.settings = settings
+        attach_encoder(self)
+
     def after_fork(self) -> None:
         """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
-        abandon(self._session)
-        self._session, self._generation_lock, self._repeats = None, threading.RLock(), Repeats()
+        self._runner.leave_to_parent()

@@ -1,4 +1,4 @@
-"""The largest activations that some inputs cause, measured on the stock PyTorch model in float32."""
+"""The largest activations that some inputs cause, measured on the Hugging Face model in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def observe(model: Any, batches: Iterable[Batch], max_new_tokens: int = _NEW_TOK
     """Generate for some batches and record how large activations become.
 
     Args:
-        model: a stock T5, MT5 or UMT5, float32.
+        model: a Hugging Face T5, MT5 or UMT5, float32.
         batches: of ``input_ids`` and ``attention_mask``, int64 [B, S].
         max_new_tokens: greedy tokens for each source.
     """

@@ -12,26 +12,24 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.models.umt5.modeling_umt5 import UMT5Stack
 
 from t5_trt.checkpoint.load import without_data
+from t5_trt.modeling.families import encoder_class
+from t5_trt.modeling.generation_context import generation_of
+from t5_trt.modeling.inputs import ForwardInputs
 from t5_trt.modeling.reference import follow, take_layers
+from t5_trt.modeling.runner import ModelRunner, ModelSettings
 from t5_trt.modeling.weight_tracker import WeightWatch
-from t5_trt.runtime.exits import at_work
 
 #: what belongs to one encoder and not to its copies
-_OWN = ("_owner", "_lone_model", "_lone_watch")
+_OWN = ("_runner", "_lone_model", "_lone_runner", "_lone_watch")
 
 
 class EngineEncoder:
     """The encoder module of a model on engines: its parameters are the Hugging Face stack's, its forward pass is an engine.
 
-    An encoder that has no model (it was copied out of it, or the model was deleted) makes one of its own over the same layers.
+    An encoder that has no model (it was copied out of it, or the model was deleted) makes a runner of its own over the same layers.
     """
 
-    # Transformers evaluates these annotations, so they name no class of ours
-    _owner: Any  # a weak reference to the model
-    _lone_kind: Any  # the class and the settings of a model of its own
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @at_work()
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -42,44 +40,63 @@ class EngineEncoder:
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """See `EngineForward.encode`; attention maps, inner states and gradients come from the Hugging Face model."""
-        owner = self._model()
-        owner._notice_changes()
-        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        reason = owner._beyond_engines(wanted, attention_mask, None, None, inputs_embeds)
-        if reason is None and self.__dict__["training"] and owner._beams_ahead is None:
+        """Run the encoder engine; attention maps, inner states and gradients come from the Hugging Face model.
+
+        Args:
+            input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
+            attention_mask: [B, S], 0 for padding; None attends to everything.
+            inputs_embeds: see `input_ids`.
+            output_attentions: served by the Hugging Face model.
+            output_hidden_states: served by the Hugging Face model.
+            return_dict: False returns a tuple.
+            kwargs: ignored, as by the Hugging Face class.
+        """
+        runner = self._find_runner()
+        model = runner.model  # which another thread may delete
+        runner.notice_changes()
+        inputs = ForwardInputs(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            more=kwargs,
+        )
+        reason = runner.why_not_engines(inputs)
+        if reason is None and self.__dict__["training"] and generation_of(runner) is None:
             reason = "training mode"  # of this module alone
-        if reason:
-            follow(owner.encoder, self)  # type: ignore[arg-type]
-            input_ids, _, attention_mask, _ = owner._checked_for_reference(input_ids, None, attention_mask)
-            encoder = owner._use_reference(reason).get_encoder()
-            return encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
-                return_dict=return_dict, **wanted, **kwargs,
-            )  # fmt: skip
-        result = owner.encode(input_ids, attention_mask, inputs_embeds)
+        if reason is not None:
+            follow(model.encoder, self)  # type: ignore[arg-type]
+            checked = inputs.for_hugging_face(runner.architecture, runner.device)
+            return runner.fall_back(reason).get_encoder()(**checked.encoder_arguments())
+        result = runner.encode(inputs)
         return result.to_tuple() if return_dict is False else result
 
     def __getstate__(self) -> dict[str, Any]:
         state = cast("dict[str, Any]", super().__getstate__())  # type: ignore[misc]
         return {key: value for key, value in state.items() if key not in _OWN}
 
-    def _model(self) -> Any:
-        """The model whose engines run this encoder."""
+    def _find_runner(self) -> ModelRunner:
+        """The runner of the model that this encoder is part of, else its own."""
         own = self.__dict__
-        owner = own["_owner"]() if "_owner" in own else None
-        if owner is not None and owner._modules.get("encoder") is self:
-            return owner
-        if "_lone_model" not in own or own["_lone_watch"].replaced():
-            kind, runtime, build = own["_lone_kind"]
-            made = without_data(kind, copy.deepcopy(own["config"]))
-            take_layers(made.encoder, self)  # type: ignore[arg-type]
-            made.shared = made.encoder.embed_tokens
-            made._configure(runtime, build)
-            own["_lone_model"], own["_lone_watch"] = made, WeightWatch(self)  # type: ignore[arg-type]
-        made = own["_lone_model"]
-        made.training = own["training"]
-        return made
+        runner: ModelRunner | None = own["_runner"]() if "_runner" in own else None
+        if runner is not None and runner.model._modules.get("encoder") is self:
+            return runner
+        if "_lone_runner" not in own or own["_lone_watch"].replaced():
+            self._make_lone_runner()
+        own["_lone_model"].training = own["training"]
+        lone: ModelRunner = own["_lone_runner"]
+        return lone
+
+    def _make_lone_runner(self) -> None:
+        own = self.__dict__
+        kind, settings = encoder_class(own["config"]), own.get("_lone_settings", ModelSettings())
+        model = without_data(kind, copy.deepcopy(own["config"]))
+        take_layers(model.encoder, self)  # type: ignore[arg-type]
+        model.shared = model.encoder.embed_tokens
+        own["_lone_model"], own["_lone_runner"] = model, ModelRunner(model, kind, settings)
+        own["_lone_watch"] = WeightWatch(self)  # type: ignore[arg-type]
 
 
 class EngineT5Stack(EngineEncoder, T5Stack):
@@ -105,10 +122,10 @@ def engine_encoder(encoder: Any) -> None:
 def attach_encoder(model: Any) -> None:
     """Have ``model.encoder`` run on the engines of this model, if it is a module that can.
 
-    The way back is a weak reference in ``__dict__``, where nn.Module does not take it for a submodule: no cycle keeps a model that
-    was deleted.
+    The way to the model's runner is a weak reference in ``__dict__``, where nn.Module does not take it for a submodule: no cycle keeps
+    a model that was deleted.
     """
-    encoder = model.encoder
+    encoder, runner = model.encoder, model._runner
     if isinstance(encoder, EngineEncoder):
-        encoder.__dict__["_owner"] = weakref.ref(model)
-        encoder.__dict__["_lone_kind"] = (model._encoder_class, model._runtime_config, model._build_config)
+        encoder.__dict__["_runner"] = weakref.ref(runner)
+        encoder.__dict__["_lone_settings"] = ModelSettings(runner.settings.runtime, runner.settings.build)

@@ -1,18 +1,17 @@
-"""Hugging Face's ``generate`` with our decode loops in the places of its own, as a mixin over a stock T5 class.
+"""Hugging Face's ``generate`` with our decode loops in the places of its own.
 
-Everything before and after the loop (defaults, checks, processors, criteria, encoder) stays Transformers'. A request
-that `t5_trt.generation.request` does not list runs in Transformers' loop over our forward pass.
+Everything before and after the loop (defaults, checks, processors, criteria, encoder) stays Transformers'. A request that
+`t5_trt.generation.request` refuses runs in Transformers' loop over our forward pass.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import threading
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationMixin
@@ -22,16 +21,15 @@ from t5_trt.compat import CACHE, takes_old_cache_names
 from t5_trt.generation.decode_loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.kv_cache import EngineCache
-from t5_trt.generation.open_cache import open_cache
-from t5_trt.generation.repeats import Prepared, Repeats, likeness
+from t5_trt.generation.prepared import Prepared, PreparedRequests, request_key
 from t5_trt.generation.request import GenerationPath, Request, refusal
-from t5_trt.modeling.forward import EngineForward, ordinary_tensors
-from t5_trt.runtime.exits import at_work
+from t5_trt.modeling.forward import EngineForward
+from t5_trt.modeling.generation_context import generating, generation_of
+from t5_trt.modeling.inputs import INNER_VALUES
+from t5_trt.modeling.runner import ModelRunner, ordinary_tensors
 from t5_trt.validation import check_length, check_token_ids
 
 logger = logging.getLogger("t5_trt")
-_said: set[str] = set()  # what was logged
-_INNER_VALUES = ("output_attentions", "output_hidden_states")
 #: what ``generate`` is made of
 _STEPS = frozenset(name for name, value in vars(GenerationMixin).items() if callable(value)) - {"generate"} | {
     "get_encoder"
@@ -40,20 +38,37 @@ _of_class = attrgetter(*sorted(_STEPS))
 _TRAINING = "generate() in training mode runs on engines, without dropout; call model.eval() first"
 
 
-class EngineGeneration(EngineForward):
-    """`generate` on engines; mixed in before a stock ForConditionalGeneration class."""
+class EngineGeneration:
+    """`generate` of a model with a runner, over ``GenerationMixin``, whose steps it overrides."""
 
     if TYPE_CHECKING:
-        _generation_lock: threading.RLock
+        _runner: ModelRunner
+        _hf_class: Any
         _last_path: GenerationPath | None
-        _repeats: Repeats
-        _families: dict[str, Any]
-        _stock_class: Any
         _forward_hooks: Any
         _forward_pre_hooks: Any
+        config: Any
+        generation_config: Any
+        training: bool
         prepare_inputs_for_generation: Any
 
+        @property
+        def device(self) -> torch.device: ...  # noqa: D102 - see modeling/placement.py
         def get_encoder(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102 - see modeling/base.py
+
+    def _attach(self, settings: Any) -> None:
+        super()._attach(settings)  # type: ignore[misc]
+        self._prepared = PreparedRequests()
+        self.__dict__.setdefault("_last_path", None)
+
+    def after_fork(self) -> None:
+        """Forget what another thread of the parent process may have been writing; see `EngineModel.after_fork`."""
+        super().after_fork()  # type: ignore[misc]
+        self._prepared = PreparedRequests()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = cast("dict[str, Any]", super().__getstate__())
+        return {key: value for key, value in state.items() if key != "_prepared"}
 
     @property
     def last_generation_path(self) -> GenerationPath | None:
@@ -68,39 +83,30 @@ class EngineGeneration(EngineForward):
         Raises:
             InputError, StrictModeError, BackendError: as `forward`.
         """
-        self._notice_changes()
-        configs = [each for each in (generation_config, self.generation_config) if each is not None]
+        self._runner.notice_changes()
         given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         home = getattr(given, "device", self.device)
         if home != self.device:  # inputs from elsewhere: results go back there
             inputs = _moved(inputs, self.device)
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
-        like = likeness(inputs, kwargs) if self._prepares_as_stock(generation_config, args) else None
-        settings = {}
-        for name in (*_INNER_VALUES, "num_beams", "num_return_sequences"):
-            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-            settings[name] = next((value for value in values if value is not None), None)
-        if self.training and _TRAINING not in _said:
-            _said.add(_TRAINING)
-            logger.warning("%s", _TRAINING)
-        with self._generation_lock, at_work():
-            outer = self._beams_ahead
-            self._calls.beams = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
-            try:
-                settings["adapter_names"] = self._rows_have_adapters()
-                for name in (*_INNER_VALUES, "adapter_names"):
-                    if settings[name]:
-                        self._last_path = GenerationPath("reference", name)
-                        stock: Any = self._use_reference(name)
-                        return _moved(stock.generate(inputs, generation_config, *args, **kwargs), home)
-                known = self._repeats.find(like, *self._preparation)
-                if known is not None:
-                    ids = kwargs.get("input_ids")
-                    return _moved(self._repeat(known, inputs if ids is None else ids, kwargs["attention_mask"]), home)
-                self._last_path = GenerationPath("transformers", "this decoding method")
-                return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
-            finally:
-                self._calls.beams, self._repeats.pending = outer, None
+        key = request_key(inputs, kwargs) if self._prepares_as_hugging_face(generation_config, args) else None
+        if self.training:
+            _log_once(logging.WARNING, _TRAINING)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        rows_per_source = max(_setting(name, kwargs, configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        with self._runner.lock, generating(self._runner, rows_per_source, key):
+            wanted = [name for name in INNER_VALUES if _setting(name, kwargs, configs)]
+            wanted += ["adapter_names"] if self._runner.rows_have_adapters() else []
+            if wanted:
+                self._last_path = GenerationPath("reference", wanted[0])
+                reference: Any = self._runner.fall_back(wanted[0])
+                return _moved(reference.generate(inputs, generation_config, *args, **kwargs), home)
+            known = self._prepared.find(key, *self._preparation)
+            if known is not None:
+                ids = kwargs.get("input_ids")
+                return _moved(self._repeat(known, inputs if ids is None else ids, kwargs["attention_mask"]), home)
+            self._last_path = GenerationPath("transformers", "this decoding method")
+            return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
 
     def _sample(
         self,
@@ -116,8 +122,8 @@ class EngineGeneration(EngineForward):
             input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer, bool(synced_gpus)
         )
         if not self._takes(request):
-            stock = super()._sample  # type: ignore[misc]
-            return stock(
+            hugging_face = super()._sample  # type: ignore[misc]
+            return hugging_face(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
         outcome = self._first_run(TokenLoop, request)
@@ -138,8 +144,10 @@ class EngineGeneration(EngineForward):
             input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, None, bool(synced_gpus)
         )
         if not self._takes(request):
-            stock = super()._beam_search  # type: ignore[misc]
-            return stock(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs)
+            hugging_face = super()._beam_search  # type: ignore[misc]
+            return hugging_face(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
+            )
         outcome = self._first_run(BeamLoop, request)
         beams = {"beam_indices": outcome.beam_indices}
         if request.config.output_scores:
@@ -155,11 +163,11 @@ class EngineGeneration(EngineForward):
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         else:  # whatever cache_implementation says: the engines' cache is static and grows
-            model_kwargs[CACHE] = EngineCache(self.architecture.decoder_layers, 0)
+            model_kwargs[CACHE] = EngineCache(self._runner.architecture.decoder_layers, 0)
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.prefill_chunk_size is not None:
-            # the stock loop would cut the *encoder's* mask to the chunk, and then fail; a prompt fits in one pass
+            # Transformers' loop would cut the *encoder's* mask to the chunk, and then fail; a prompt fits in one pass
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
@@ -168,8 +176,8 @@ class EngineGeneration(EngineForward):
         self, expand_size: int = 1, is_encoder_decoder: bool = True, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         given = model_kwargs.get("encoder_outputs")
-        cross = recall(given, self._opened())
-        if given is not None and expand_size > 1:  # the stock method writes into the caller's object
+        cross = recall(given, self._runner.opened())
+        if given is not None and expand_size > 1:  # Transformers' method writes into the caller's object
             model_kwargs["encoder_outputs"] = copy.copy(given)
         with ordinary_tensors():
             input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
@@ -177,16 +185,15 @@ class EngineGeneration(EngineForward):
             )
         if cross is not None and expand_size > 1:
             expanded = EngineEncoderOutput(**model_kwargs["encoder_outputs"])
-            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size), self._opened())
+            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size), self._runner.opened())
         return input_ids, model_kwargs
 
     def _takes(self, request: Request) -> bool:
         """Whether the device loop takes a request; what it does not take is logged, each reason once."""
         reason = self._own_code() or refusal(request)
         self._last_path = GenerationPath("device" if reason is None else "transformers", reason or "")
-        if reason is not None and reason not in _said:
-            _said.add(reason)
-            logger.info("generate() runs in Transformers' own loop, which is slower: %s.", reason)
+        if reason is not None:
+            _log_once(logging.INFO, f"generate() runs in Transformers' own loop, which is slower: {reason}.")
         return reason is None
 
     def _own_code(self) -> str | None:
@@ -195,14 +202,14 @@ class EngineGeneration(EngineForward):
         if kind.forward is not EngineForward.forward or "forward" in self.__dict__:
             return "forward() is not this library's"
         prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)  # of the instance: peft sets its own
-        if prepare is not self._stock_class.prepare_inputs_for_generation:
+        if prepare is not self._hf_class.prepare_inputs_for_generation:
             return "prepare_inputs_for_generation() is not Transformers'"
         hooked = self._forward_hooks or self._forward_pre_hooks
         return "the model has forward hooks" if hooked else None
 
-    def _prepares_as_stock(self, generation_config: Any, args: tuple[Any, ...]) -> bool:
+    def _prepares_as_hugging_face(self, generation_config: Any, args: tuple[Any, ...]) -> bool:
         """Whether a call is prepared by Transformers' code alone, and from the model's settings and named arguments."""
-        own = type(self) in self._families.values() and self.__dict__.keys().isdisjoint(_STEPS)
+        own = "_is_public" in vars(type(self)) and self.__dict__.keys().isdisjoint(_STEPS)
         return own and generation_config is None and not args and not self._own_code()
 
     @property
@@ -214,28 +221,29 @@ class EngineGeneration(EngineForward):
     def _repeat(self, known: Prepared, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A request like an earlier one: what Transformers does with the encoder and its output, and the loop."""
         self._last_path = GenerationPath("device")
-        wanted = {name: getattr(known.request.config, name) for name in _INNER_VALUES}
+        wanted = {name: getattr(known.request.config, name) for name in INNER_VALUES}
         encoded = self.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True, **wanted)
         inputs = {"encoder_outputs": encoded, "attention_mask": mask}
         if known.expand > 1:
             _, inputs = self._expand_inputs_for_generation(known.expand, **inputs)
-        inputs[CACHE] = EngineCache(self.architecture.decoder_layers, 0)
+        inputs[CACHE] = EngineCache(self._runner.architecture.decoder_layers, 0)
         return self._run_loop(known.loop, known.request.for_inputs(inputs)).sequences
 
     def _first_run(self, loop: type[DecodeLoop], request: Request) -> Outcome:
-        prompt = check_token_ids("decoder_input_ids", request.prompt, self.architecture.vocab_size, self.device)
+        prompt = check_token_ids("decoder_input_ids", request.prompt, self._runner.architecture.vocab_size, self.device)
         request = replace(request, prompt=prompt)
         outcome = self._run_loop(loop, request)
-        self._repeats.keep(loop, request, *self._preparation)
+        generation = generation_of(self._runner)
+        if generation is not None:
+            self._prepared.keep(generation.key, loop, request, *self._preparation)
         return outcome
 
     def _run_loop(self, loop: type[DecodeLoop], request: Request) -> Outcome:
-        cache, prompt = request.cache, request.prompt
-        cache.capacity_tokens, cache.dtype = prompt.shape[1], self.dtype
+        runner, cache, inputs = self._runner, request.cache, request.model_kwargs
         with ordinary_tensors():
-            session, inputs = self._opened(), request.model_kwargs
-            open_cache(session, cache, inputs["encoder_outputs"], inputs.get("attention_mask"), len(prompt))
-            limit, positions = self.runtime_config.max_target_tokens, self.architecture.longest_target
+            encoded, mask = inputs["encoder_outputs"], inputs.get("attention_mask")
+            session = runner.open_cache(cache, encoded, mask, request.prompt)
+            limit, positions = runner.settings.runtime.max_target_tokens, runner.architecture.longest_target
             fits = partial(check_length, "target", limit=limit, positions=positions)
             return loop(session, cache.state, request, fits).run()
 
@@ -249,6 +257,17 @@ class EngineGeneration(EngineForward):
             **{CACHE: request.cache},
             **more,
         )
+
+
+@cache
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)
+
+
+def _setting(name: str, arguments: dict[str, Any], configs: list[Any]) -> Any:
+    """A setting as an argument says, else the first config that has one."""
+    values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
 
 
 def _moved(value: Any, device: Any) -> Any:

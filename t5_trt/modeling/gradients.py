@@ -31,12 +31,14 @@ class Replay:
 
     Attributes:
         model: on engines.
+        runner: of the model.
         part: "encoder", whose result are its last hidden states, or "decoder", whose result are logits.
         weights: as they were when the engines ran.
         cached: earlier tokens of the decoder came out of a cache.
     """
 
     model: Any
+    runner: Any
     part: str
     weights: WeightWatch
     cached: bool = False
@@ -66,9 +68,9 @@ class Replay:
                 "backward() got logits whose decoder tokens are partly in a cache, which holds no graph; expected all of them in one "
                 "call of forward(). Pass the whole decoder_input_ids and no cache, or use torch.no_grad()."
             )
-        if self.model.device.type != "cpu":
+        if self.runner.device.type != "cpu":
             raise InputError(
-                f"backward() got results of a model on {self.model.device}, whose gradients would not reach its parameters, which are "
+                f"backward() got results of a model on {self.runner.device}, whose gradients would not reach its parameters, which are "
                 "on the CPU. Train the Hugging Face class, or use torch.no_grad() or model.requires_grad_(False) for inference."
             )
         if self.weights.changed():
@@ -76,7 +78,7 @@ class Replay:
                 "backward() got results of weights that have changed since; expected backward() before optimizer.step() and other "
                 "changes, as in the Hugging Face class. Run forward() again."
             )
-        return self.model._use_reference("backward()")
+        return self.runner.fall_back("backward()")
 
 
 def with_gradients(

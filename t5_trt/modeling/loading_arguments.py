@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from t5_trt.errors import InputError
+from t5_trt.validation import as_device, device_of_map
 
 logger = logging.getLogger("t5_trt")
 #: arguments that let a checkpoint or a hub run code, and the values with which they cannot
@@ -59,3 +62,13 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     if attention is not None and attention not in _ATTENTION:
         del arguments["attn_implementation"]
         logger.warning("attn_implementation=%r is not used: engines have attention of their own.", attention)
+
+
+def chosen_device(device: str | torch.device | int | None, arguments: dict[str, Any]) -> str | None:
+    """The device that ``device``, or else ``device_map``, names; ``device_map`` is taken out of the arguments.
+
+    Raises:
+        InputError: it is none that engines run on, or there are several.
+    """
+    mapped = device_of_map(arguments.pop("device_map", None))
+    return as_device("device", mapped if device is None else device)

@@ -6,59 +6,34 @@ float32 from the parameters as they are, and results are returned in their dtype
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from t5_trt.config import BuildConfig, RuntimeConfig
-from t5_trt.errors import BackendError, InputError
-from t5_trt.modeling.encoder import attach_encoder
-from t5_trt.runtime.select import Placement, refusal_of_device, resolve
-from t5_trt.runtime.session import Session
+from t5_trt.errors import BackendError
+from t5_trt.runtime.select import refusal_of_device
 from t5_trt.validation import PRECISION_OF, as_dtype
+
+if TYPE_CHECKING:
+    from t5_trt.modeling.runner import ModelRunner
 
 
 class PlacedModel:
-    """The part of `t5_trt.modeling.base.EngineModel` that stands for nn.Module's moves."""
+    """The part of `t5_trt.modeling.base.EngineModel` that stands for nn.Module's moves and conversions."""
 
-    _runtime_config: RuntimeConfig
-    _build_config: BuildConfig
-    _placement_: Placement | None
-    _session: Session | None
-    _encoder_only: bool
-    config: Any
-    shared: Any
+    if TYPE_CHECKING:  # Transformers evaluates annotations
+        _runner: ModelRunner
 
     @property
     def device(self) -> torch.device:
         """Where inputs are expected and outputs appear."""
-        return torch.device("meta") if self.shared.weight.is_meta else self._placement.device
+        return self._runner.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states; on a CPU of logits, too, which on a GPU are float32."""
-        if self._placement.backend != "onnxruntime":
-            return self._placement.dtype
-        dtype: torch.dtype = self.shared.weight.dtype
-        return dtype
-
-    @property
-    def _placement(self) -> Placement:
-        if self._placement_ is None:
-            self._placement_ = resolve(self._runtime_config, self._decoder_config)
-        return self._placement_
-
-    @property
-    def _decoder_config(self) -> Any:
-        """The config of a model with a decoder, else None."""
-        return None if self._encoder_only else self.config
-
-    def _configure(self, runtime: RuntimeConfig, build: BuildConfig, placement: Placement | None = None) -> None:
-        """Set how the model runs."""
-        self._runtime_config, self._build_config, self._placement_ = runtime, build, placement
-        attach_encoder(self)
+        return self._runner.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Convert as ``nn.Module.to`` does. A device that the backend cannot use is refused.
@@ -89,7 +64,7 @@ class PlacedModel:
         Raises:
             BackendError, InputError: see `to`.
         """
-        before = torch.empty(1, dtype=self.dtype, device=self.shared.weight.device)
+        before = torch.empty(1, dtype=self.dtype, device=self._runner.table.device)
         after = fn(before)
         moves, converts = after.device != before.device, after.dtype is not before.dtype
         if converts:
@@ -97,46 +72,24 @@ class PlacedModel:
         if moves and not (after.is_meta or before.is_meta):
             self._check_device(after.device)
         if moves or converts:
-            self._session = None  # frees what it holds at once; other changes are noticed by the next call
-        if self._placement.backend == "onnxruntime" or after.is_meta or not (moves or converts):
+            self._runner.session = None  # frees what it holds at once; other changes are noticed by the next call
+        if self._runner.placement.backend == "onnxruntime" or after.is_meta or not (moves or converts):
             return super()._apply(fn, recurse)  # type: ignore[misc]
         if converts:  # the parameters, which engines are made from, stay on the host as they are
-            runtime = replace(self._runtime_config, precision=PRECISION_OF[after.dtype])
-            self._configure(runtime, self._build_config, resolve(runtime, self._decoder_config))
+            self._runner.choose_precision(PRECISION_OF[after.dtype])
         return self
 
     def extra_repr(self) -> str:
         """Backend, precision, who decodes, loaded engines and memory of their weights, at the head of the model's repr."""
-        placement, session = self._placement, self._session
+        placement, session = self._runner.placement, self._runner.session
         graphs = "none opened yet" if session is None else ", ".join(session.loaded_graphs()) or "none loaded yet"
         read = "the parameters' memory" if self.dtype is torch.float32 else "copies of the parameters in float32"
         own = f"{session.weight_bytes / 1e6:.1f} MB on {placement.device}" if session and session.weight_bytes else read
         what = f"backend={placement.backend}, precision={placement.precision}"
-        decode = "" if self._encoder_only else f", decode={placement.decode}"
+        decode = "" if self._runner.encoder_only else f", decode={placement.decode}"
         return f"{what}{decode}, engines=({graphs}), weights=({own})"
 
-    def _in_own_dtype(self, result: torch.Tensor) -> torch.Tensor:
-        """A result of engines, which is float32 on a CPU, in the dtype that the model reports."""
-        return result.to(self.dtype) if self._placement.backend == "onnxruntime" else result
-
-    def _check_values(self) -> None:
-        if self.shared.weight.is_meta:
-            raise InputError(
-                "the model's parameters are on the device meta and hold no values. Load it with from_pretrained(), or load "
-                "weights into it: load_state_dict(..., assign=True)."
-            )
-
     def _check_device(self, device: torch.device) -> None:
-        own = self._placement.device
-        if device.type != own.type or device.index not in (None, own.index):
-            raise BackendError(refusal_of_device(device, self._placement, self._runtime_config.flavor))
-
-
-def in_float32(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What ONNX Runtime computes from: the tensors' own memory where they are float32, else one copy of each."""
-    copies: dict[Any, torch.Tensor] = {}
-    places = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in weights.items()}
-    for key, place in places.items():
-        if place not in copies:
-            copies[place] = weights[key].detach().float()
-    return {key: copies[place] for key, place in places.items()}
+        placement = self._runner.placement
+        if device.type != placement.device.type or device.index not in (None, placement.device.index):
+            raise BackendError(refusal_of_device(device, placement, self._runner.settings.runtime.flavor))

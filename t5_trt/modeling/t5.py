@@ -7,59 +7,35 @@ from typing import Any
 import torch
 from transformers import (
     GenerationMixin,
-    MT5EncoderModel,
-    MT5ForConditionalGeneration,
     PreTrainedModel,  # noqa: F401 - diffusers looks for it beside a class to know how that is loaded
-    T5EncoderModel,
-    T5ForConditionalGeneration,
-    UMT5EncoderModel,
-    UMT5ForConditionalGeneration,
 )
 
 from t5_trt.modeling.base import EngineModel
+from t5_trt.modeling.families import FAMILIES, named_family_class
+from t5_trt.modeling.forward import EngineForward
 from t5_trt.modeling.generate import EngineGeneration
+from t5_trt.modeling.inputs import ForwardInputs
 
 
-class TRTT5ForConditionalGeneration(EngineGeneration, EngineModel, GenerationMixin):
+class TRTT5ForConditionalGeneration(EngineGeneration, EngineForward, EngineModel, GenerationMixin):
     """Drop-in replacement of ``T5ForConditionalGeneration`` for inference.
 
     ``TRTT5ForConditionalGeneration.from_pretrained(...)`` returns an instance of this class and, at the same time, of
-    the checkpoint's stock class. Engines are opened by the first ``forward`` or ``generate``.
+    the checkpoint's Hugging Face class. Engines are opened by the first ``forward`` or ``generate``.
 
     Args:
-        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the stock classes.
+        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the Hugging Face classes.
     """
-
-
-class TRTT5(TRTT5ForConditionalGeneration, T5ForConditionalGeneration):
-    """`TRTT5ForConditionalGeneration` of a T5Config; also an instance of `T5ForConditionalGeneration`."""
-
-    _stock_class = T5ForConditionalGeneration
-
-
-class TRTMT5(TRTT5ForConditionalGeneration, MT5ForConditionalGeneration):
-    """`TRTT5ForConditionalGeneration` of an MT5Config; also an instance of `MT5ForConditionalGeneration`."""
-
-    _stock_class = MT5ForConditionalGeneration
-
-
-class TRTUMT5(TRTT5ForConditionalGeneration, UMT5ForConditionalGeneration):
-    """`TRTT5ForConditionalGeneration` of a UMT5Config; also an instance of `UMT5ForConditionalGeneration`."""
-
-    _stock_class = UMT5ForConditionalGeneration
-
-
-TRTT5ForConditionalGeneration._families = {"t5": TRTT5, "mt5": TRTMT5, "umt5": TRTUMT5}
 
 
 class TRTT5EncoderModel(EngineModel):
     """Drop-in replacement of ``T5EncoderModel`` (and the mT5 and UMT5 ones): text encoders, sentence encoders.
 
     It loads encoder-only checkpoints and the encoder of complete ones. ``model(input_ids, attention_mask)`` gives
-    ``last_hidden_state`` [B, S, E]; attention maps, inner states and gradients come from the stock model.
+    ``last_hidden_state`` [B, S, E]; attention maps, inner states and gradients come from the Hugging Face model.
 
     Args:
-        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the stock classes.
+        config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the Hugging Face classes.
     """
 
     _encoder_only = True
@@ -81,10 +57,10 @@ class TRTT5EncoderModel(EngineModel):
             input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
             attention_mask: [B, S], 0 for padding; None attends to everything.
             inputs_embeds: see `input_ids`.
-            output_attentions: served by the stock model.
-            output_hidden_states: served by the stock model.
+            output_attentions: served by the Hugging Face model.
+            output_hidden_states: served by the Hugging Face model.
             return_dict: False returns a tuple.
-            kwargs: ignored, as by the stock class.
+            kwargs: ignored, as by the Hugging Face class.
 
         Returns:
             BaseModelOutput: last_hidden_state [B, S, E].
@@ -92,36 +68,23 @@ class TRTT5EncoderModel(EngineModel):
         Raises:
             InputError, StrictModeError, BackendError: as `TRTT5ForConditionalGeneration.forward`.
         """
-        wanted = self._wanted_outputs(output_attentions, output_hidden_states)
-        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        switches = ForwardInputs(
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
+        ).with_defaults(self.config)
         return self.get_encoder()(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            return_dict=as_dict,
-            **wanted,
+            output_attentions=switches.output_attentions,
+            output_hidden_states=switches.output_hidden_states,
+            return_dict=switches.return_dict,
             **kwargs,
         )
 
 
-class TRTT5Encoder(TRTT5EncoderModel, T5EncoderModel):
-    """`TRTT5EncoderModel` of a T5Config; also an instance of `T5EncoderModel`."""
-
-    _stock_class = T5EncoderModel
-
-
-class TRTMT5Encoder(TRTT5EncoderModel, MT5EncoderModel):
-    """`TRTT5EncoderModel` of an MT5Config; also an instance of `MT5EncoderModel`."""
-
-    _stock_class = MT5EncoderModel
-
-
-class TRTUMT5Encoder(TRTT5EncoderModel, UMT5EncoderModel):
-    """`TRTT5EncoderModel` of a UMT5Config; also an instance of `UMT5EncoderModel`."""
-
-    _stock_class = UMT5EncoderModel
-
-
-TRTT5EncoderModel._families = {"t5": TRTT5Encoder, "mt5": TRTMT5Encoder, "umt5": TRTUMT5Encoder}
-for _whole, _alone in ((TRTT5, TRTT5Encoder), (TRTMT5, TRTMT5Encoder), (TRTUMT5, TRTUMT5Encoder)):
-    _whole._encoder_class = _alone._encoder_class = _alone
+TRTT5 = named_family_class(TRTT5ForConditionalGeneration, FAMILIES["t5"].whole, "TRTT5")
+TRTMT5 = named_family_class(TRTT5ForConditionalGeneration, FAMILIES["mt5"].whole, "TRTMT5")
+TRTUMT5 = named_family_class(TRTT5ForConditionalGeneration, FAMILIES["umt5"].whole, "TRTUMT5")
+TRTT5Encoder = named_family_class(TRTT5EncoderModel, FAMILIES["t5"].encoder, "TRTT5Encoder")
+TRTMT5Encoder = named_family_class(TRTT5EncoderModel, FAMILIES["mt5"].encoder, "TRTMT5Encoder")
+TRTUMT5Encoder = named_family_class(TRTT5EncoderModel, FAMILIES["umt5"].encoder, "TRTUMT5Encoder")

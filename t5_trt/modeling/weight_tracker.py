@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from functools import cache
 from operator import attrgetter, is_
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from t5_trt.modeling.adapter_layers import adapter_layers, settings
+from t5_trt.modeling.adapter_layers import adapter_layers, held_adapters, settings
 
 _address, _version = torch.Tensor.data_ptr, attrgetter("_version")
 _watches: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
@@ -52,6 +53,22 @@ class WeightWatch:
         self.stepped = False
         _listen()
         _watches.add(self)
+
+    def renewed(self) -> WeightWatch | None:
+        """A watch of the same modules and parameters as they are now; None if adapters have brought others."""
+        made = copy.copy(self)
+        made._state, made._settings, made.stepped = self._look(), list(map(settings, self._adapters)), False
+        _watches.add(made)
+        same = [
+            held_adapters(one) == held_adapters(other)
+            for one, other in zip(made._settings, self._settings, strict=True)
+        ]
+        return made if all(same) else None
+
+    @property
+    def state(self) -> Hashable:
+        """Equal for equal weights, as far as torch counts changes."""
+        return tuple(map(tuple, self._state)), tuple(self._settings)
 
     def after_step(self, optimizer: Any) -> None:
         """Take note of an optimizer's step."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, record
+from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture
 from t5_trt.runtime.torch_layers import NO_KEY
 
 logger = logging.getLogger("t5_trt")
@@ -93,8 +93,8 @@ class CapturedEncoder:
             size.cross.copy_(cross)
 
         try:
-            size.graph = record(work, self._device, self._memory)
-        except NotRecordableError as error:
+            size.graph = capture(work, self._device, self._memory)
+        except CaptureError as error:
             logger.warning("the encoder is not captured (%s); it runs kernel by kernel.", str(error))
             return False
         return True

@@ -17,12 +17,12 @@ from t5_trt.errors import BackendError, causes, raise_hidden_interrupt
 WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
 #: torch's allocator cannot serve two recordings at once, nor give back its memory during one, nor can its generator draw
 _alone = threading.Lock()
-_recorder: int | None = None  # the thread that records
+_capturing_thread: int | None = None  # the thread that records
 #: graphs whose capture failed: the allocator keeps a pointer to each
 _failed: list[torch.cuda.CUDAGraph] = []
 
 
-class NotRecordableError(RuntimeError):
+class CaptureError(RuntimeError):
     """Work ran, but cannot be part of a CUDA graph: it waits for the GPU, say."""
 
 
@@ -49,8 +49,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def record(work: Callable[[], None], device: torch.device, memory: GraphMemory | None = None) -> torch.cuda.CUDAGraph:
-    """Run `work` a few times on a side stream, then record it.
+def capture(work: Callable[[], None], device: torch.device, memory: GraphMemory | None = None) -> torch.cuda.CUDAGraph:
+    """Run `work` a few times on a side stream, then capture it.
 
     Args:
         work: enqueues on torch's current stream, reads and writes fixed addresses, and does not wait. What torch allocates in it
@@ -59,14 +59,14 @@ def record(work: Callable[[], None], device: torch.device, memory: GraphMemory |
         memory: shared with other graphs; None gives the graph its own.
 
     Returns:
-        The graph. Replaying it runs what was recorded with whatever the buffers then hold.
+        The graph. Replaying it runs what was captured with whatever the buffers then hold.
 
     Raises:
-        NotRecordableError: the work ran, but could not be recorded.
+        CaptureError: the work ran, but could not be captured.
         torch.cuda.OutOfMemoryError: GPU memory ran out.
     """
     memory = memory or GraphMemory()
-    with _recording():
+    with _capturing():
         side, before = _side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(before)
         with (
@@ -94,7 +94,7 @@ def record(work: Callable[[], None], device: torch.device, memory: GraphMemory |
                 raise torch.cuda.OutOfMemoryError(str(error)) from error
             if not isinstance(error, Exception):
                 raise
-            raise NotRecordableError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
+            raise CaptureError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
     return graph
 
 
@@ -116,7 +116,7 @@ def _clean_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stre
 
 
 @dataclass
-class Unrecorded:
+class NotCaptured:
     """In place of a CUDA graph: it runs its work kernel by kernel."""
 
     replay: Callable[[], None]
@@ -144,9 +144,9 @@ class StreamOrder:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def outside_capture() -> Iterator[None]:
     """While no other thread records, which the GPU's generator does not allow draws beside."""
-    if _recorder == threading.get_ident():
+    if _capturing_thread == threading.get_ident():
         yield
         return
     with _alone:
@@ -154,14 +154,14 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
-    global _recorder
+def _capturing() -> Iterator[None]:
+    global _capturing_thread
     with _alone:
-        _recorder = threading.get_ident()
+        _capturing_thread = threading.get_ident()
         try:
             yield
         finally:
-            _recorder = None
+            _capturing_thread = None
 
 
 @contextmanager
@@ -206,6 +206,6 @@ def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[],
 
 
 def free_unused() -> None:
-    """Give memory that torch holds and nobody uses back to the GPU, not while something is recorded."""
+    """Give memory that torch holds and nobody uses back to the GPU, not while something is captured."""
     with _alone:
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Our CUDA kernels around the decoder step: the choice of tokens and the moves of beams, launched on torch's stream.
+"""Our CUDA kernels around the decoder step: the token selection and the moves of beams, launched on torch's stream.
 
 They replace chains of small torch operations. cuda.bindings and NVRTC come with the extras for GPUs and with some of PyTorch's CUDA
 builds; where one is missing, and on a CPU, callers use torch operations that compute the same.
@@ -65,11 +65,11 @@ def token_step(
     following: NextStep | None,
     mailbox: Mailbox | None = None,
 ) -> bool:
-    """What follows the choice of tokens, see ``kernels/token_step.cu``.
+    """What follows the token selection, see ``kernels/token_step.cu``.
 
     Args:
         buffers: on a GPU, contiguous: the tokens chosen, int64 [R], which become those that count; then as
-            `t5_trt.generation.sampling.TokenChoice` has them: tokens, finished, report, expired, eos.
+            `t5_trt.generation.sampling.RowTokenSelector` has them: tokens, finished, report, expired, eos.
         position: int64 [1].
         pad: what stands behind the end of a row, or None.
         following: what the next step reads; with ``best``, that says what is chosen.
@@ -132,7 +132,7 @@ def beam_candidates(
 
 
 def beam_step(
-    choice: tuple[torch.Tensor | None, ...],
+    made: tuple[torch.Tensor | None, ...],
     buffers: tuple[torch.Tensor, ...],
     vocabulary: int,
     *,
@@ -141,10 +141,10 @@ def beam_step(
     following: NextStep | None,
     mailbox: Mailbox | None = None,
 ) -> bool:
-    """What follows the choice of candidates in a step of beam search, see ``kernels/beam_step.cu``.
+    """What follows the selection of candidates in a step of beam search, see ``kernels/beam_step.cu``.
 
     Args:
-        choice: on a GPU, contiguous: scores float32 and places int64 [B, K], or None twice and then what `beam_candidates` left,
+        made: candidates; on a GPU, contiguous: scores float32 and places int64 [B, K], or None twice and then what `beam_candidates` left,
             with None for the statistics where its scores were normalized.
         buffers: the next arguments of the kernel, from its ``tokens`` to its ``counters``.
         vocabulary: V.
@@ -156,7 +156,7 @@ def beam_step(
     Returns:
         As `reorder_rows`.
     """
-    scores, _, found, *_ = choice
+    scores, _, found, *_ = made
     tokens, eos = buffers[0], buffers[12]
     batch, beams, capacity = tokens.shape
     spans, candidates = (0, scores.shape[1]) if found is None else found.shape[1:]  # type: ignore[union-attr]
@@ -169,13 +169,13 @@ def beam_step(
     following = following or NextStep()
     stride = 0 if following.ancestors is None else following.ancestors.shape[1]
     numbers = (vocabulary, capacity, len(eos), int(stops_early), int(hopeful), following.position_count, stride, MAILS)
-    pointers = (*choice, *buffers, following.tokens, following.positions, following.ancestors, *_mail(mailbox))
+    pointers = (*made, *buffers, following.tokens, following.positions, following.ancestors, *_mail(mailbox))
     _launch(function, (batch, 1, 1), THREADS, tokens.device, pointers, numbers)
     return True
 
 
 def mailbox(report: torch.Tensor) -> Mailbox | None:
-    """Where the kernels of a choice may leave its report; None where there are none."""
+    """Where the kernels of a token selector may leave its report; None where there are none."""
     return Mailbox(len(report), report.device) if _runs_kernels(report) else None
 
 

@@ -12,7 +12,7 @@ import torch
 from t5_trt.engine.store import EngineStore
 from t5_trt.errors import InputError
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, mask_value, real_type
 from t5_trt.kernels.step_weights import StepWeightsMaker
@@ -22,7 +22,7 @@ from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
 from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
-from t5_trt.runtime.session import Choice, Program
+from t5_trt.runtime.session import GenerationStep, TokenSelector
 from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.torch_layers import TorchDecoder
 
@@ -35,13 +35,14 @@ class CudaSession:
         weights: state-dict key -> CPU tensor; kept.
         device: the GPU.
         precision: "fp32", "fp16" or "bf16".
-        folding: what keeps float16 in range.
+        scaling: what keeps float16 in range.
         store: of compiled kernels.
     """
 
     backend = "cuda"
-    choice_tokens = 512  # the kernels of a choice read no further than there are tokens
+    selector_tokens = 512  # the kernels of a token selector read no further than there are tokens
     steps_by = "kernels"
+    engines = None
 
     def __init__(
         self,
@@ -49,14 +50,14 @@ class CudaSession:
         weights: Weights,
         device: torch.device,
         precision: str,
-        folding: Folding,
+        scaling: Fp16Scaling,
         store: EngineStore,
     ) -> None:
-        self.arch, self.device, self.precision, self.folding = arch, device, precision, folding
+        self.arch, self.device, self.precision, self.scaling = arch, device, precision, scaling
         self.dtype = TORCH_TYPES[real_type(precision)]
         self.updates = 0
-        self._weights = DeviceWeights(arch, weights, self.dtype, device, folding)
-        self._encoder = GpuEncoder(open_encoder(arch, self._weights, folding, precision, self.dtype, store), device)
+        self._weights = DeviceWeights(arch, weights, self.dtype, device, scaling)
+        self._encoder = GpuEncoder(open_encoder(arch, self._weights, scaling, precision, self.dtype, store), device)
         self._order = StreamOrder(device)
         self._lock = threading.RLock()
         self._hidden = mask_value(real_type(precision))
@@ -64,12 +65,12 @@ class CudaSession:
         self._steps: StepDecoder | None = None
         self._update_step: Callable[[str, torch.Tensor], None] | None = None
         if arch.decoder_layers:
-            maker = StepWeightsMaker(arch, weights, self.dtype, device, folding)
+            maker = StepWeightsMaker(arch, weights, self.dtype, device, scaling)
             step_weights = maker.make()
             self._update_step = partial(maker.update, step_weights)
             self._weights.share(EMBEDDING, step_weights.embedding)
-            self._queries = TorchDecoder(arch, step_weights, folding, precision)
-            self._steps = KernelDecoder(arch, step_weights, self.dtype, device, precision, folding.embedding, store)
+            self._queries = TorchDecoder(arch, step_weights, scaling, precision)
+            self._steps = KernelDecoder(arch, step_weights, self.dtype, device, precision, scaling.embedding, store)
 
     def encode(
         self,
@@ -120,7 +121,7 @@ class CudaSession:
             state.append(made)
             return logits
 
-    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Not offered: there are no graphs to look into."""
         raise InputError(
             f"the backend 'cuda' has no graph {graph!r} to look into; compare layers with backend='onnxruntime'."
@@ -147,28 +148,28 @@ class CudaSession:
         """See `t5_trt.runtime.session.Session.weight_bytes`."""
         return self._weights.nbytes + (self._steps.weight_bytes if self._steps else 0)
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.can_compact_batch`."""
         assert self._steps is not None
-        return self._steps.gains_by_shrinking(state, batch)
+        return self._steps.can_compact_batch(state, batch)
 
     def decoded_rows(self, state: DecoderState) -> int:
         """See `t5_trt.runtime.session.Session.decoded_rows`."""
         assert self._steps is not None
         return self._steps.decoded_rows(state)
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
-        """See `t5_trt.runtime.session.Session.program`."""
+    def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
+        """See `t5_trt.runtime.session.Session.generation_step`."""
         assert self._steps is not None
         with self._at_work():
-            return self._steps.program(state, make, key)
+            return self._steps.generation_step(state, make, key)
 
     def _at_work(self) -> AbstractContextManager[None]:
         """See `t5_trt.runtime.cuda_graph.taking_turns`."""
         return taking_turns(self._lock, self._order, self._forget)
 
     def _forget(self) -> None:
-        """Let go of idle buffers and of all that was recorded over them."""
+        """Let go of idle buffers and of all that was captured over them."""
         self._encoder.clear()
         if self._steps is not None:
             self._steps.forget()

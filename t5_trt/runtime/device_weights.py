@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import Weights, folded_part, materialize, parameters
 
 
@@ -21,7 +21,7 @@ class DeviceWeights:
         weights: state-dict key -> CPU tensor; kept.
         dtype: compute type of the engines.
         device: the GPU.
-        folding: factors to write into the weights.
+        scaling: factors to write into the weights.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class DeviceWeights:
         weights: Weights,
         dtype: torch.dtype,
         device: torch.device,
-        folding: Folding | None = None,
+        scaling: Fp16Scaling | None = None,
     ) -> None:
-        self._folding = folding or Folding()
+        self._scaling = scaling or Fp16Scaling()
         self._parameters = parameters(arch)
         self._weights = weights
         self._dtype = dtype
@@ -54,7 +54,7 @@ class DeviceWeights:
         """
         if name not in self._made:
             try:
-                parameter, factor = self._parameters[name], partial(self._folding.factor, name)
+                parameter, factor = self._parameters[name], partial(self._scaling.factor, name)
                 self._made[name] = materialize(parameter, self._weights, self._dtype, self.device, factor)
             except torch.cuda.OutOfMemoryError as error:
                 needed = sum(self._bytes(parameter) for parameter in self._parameters)
@@ -66,7 +66,7 @@ class DeviceWeights:
         return self._made[name]
 
     def update(self, key: str, tensor: torch.Tensor) -> None:
-        """Write another value of a checkpoint tensor into what was made, in place: recorded graphs and bound engines read it there.
+        """Write another value of a checkpoint tensor into what was made, in place: captured graphs and bound engines read it there.
 
         Args:
             key: of the state dict; what it maps to has changed, too.
@@ -75,7 +75,7 @@ class DeviceWeights:
         for name in self._readers[key]:
             if name not in self._made:
                 continue
-            made, parameter, factor = self._made[name], self._parameters[name], partial(self._folding.factor, name)
+            made, parameter, factor = self._made[name], self._parameters[name], partial(self._scaling.factor, name)
             if not parameter.is_matrix:
                 made.copy_(tensor * factor(key))
             elif key in parameter.parts:

@@ -5,6 +5,7 @@ Both read the same weights, so that the second form costs no memory but for its 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -17,7 +18,6 @@ import torch
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.graph.signature import ENCODER
-from t5_trt.runtime.exits import at_work
 from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.tensorrt_encoder import Encoders
 from t5_trt.runtime.tensorrt_engines import Key, TrtEngines
@@ -29,6 +29,16 @@ logger = logging.getLogger("t5_trt")
 ROUNDS, CALLS = 3, 5
 #: calls before that: the second one captures a graph, the third one replays it
 WARM_UPS = 3
+
+
+#: held by a thread that checks or times an engine: Python aborts a process that exits while a daemon thread is inside of torch
+_judging = threading.Lock()
+_EXIT_S = 5.0
+
+
+@atexit.register
+def _wait_for_judgement() -> None:
+    _judging.acquire(timeout=_EXIT_S)  # and keep the next one from beginning
 
 
 class EncoderForms:
@@ -219,6 +229,6 @@ def _build(reference: weakref.ref[EncoderForms], provider: EngineProvider) -> No
         forms = reference()
         if forms is None:
             return
-        with at_work():
+        with _judging:
             forms._settle(key, failure)
         del forms

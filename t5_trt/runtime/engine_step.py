@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -14,10 +13,10 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.precision import mask_value, real_type
 from t5_trt.graph.signature import STEP
-from t5_trt.runtime.cuda_graph import GraphMemory, record
+from t5_trt.runtime.cuda_graph import GraphMemory, capture
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
-from t5_trt.runtime.session import Choice
-from t5_trt.runtime.step_buffers import Lease, RecordedStep, Slot, TrtProgram, program_of, recorded_step, run_step
+from t5_trt.runtime.session import TokenSelector
+from t5_trt.runtime.step_buffers import CapturedStep, Lease, Slot, SlotStep, captured_step, generation_step_of, run_step
 from t5_trt.runtime.tensorrt_engines import Key, TrtEngines
 
 
@@ -41,18 +40,28 @@ class EngineSlots:
 
     def home(self, state: DecoderState) -> Lease:
         """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
-        lease: Lease | None = state.bindings.get("lease")
-        if lease is None or not lease.of(self):  # a state may outlive the session that lent it a slot
+        lease = state.binding
+        if not isinstance(lease, Lease) or not lease.of(self):  # a state may outlive the session that lent it a slot
             lease = self._lend(self.shapes(state))
             lease.slot.take_in(state, self._hidden)
-            state.bindings["lease"] = lease
+            state.binding = lease
         return lease
+
+    def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
+        """An empty cache that lives in a slot; arguments as of `EngineStep.start`."""
+        shapes = self._engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=capacity_tokens)
+        lease = self._lend(shapes)
+        kv = lease.slot.kv
+        new = kv.new_empty((*kv.shape[:4], 1, kv.shape[5]))
+        state = DecoderState(kv, new, cross, cross_bias, smallest_bucket=SMALLEST["T"], binding=lease)
+        lease.slot.take_in(state, self._hidden)
+        return state
 
     def copied(self, state: DecoderState) -> Lease:
         """A slot with copies of a state that lives elsewhere, and stays there."""
         state.materialize()
         lease = self._lend(self.shapes(state))
-        lease.slot.take_in(replace(state, bindings={}), self._hidden)
+        lease.slot.take_in(replace(state, binding=None), self._hidden)
         return lease
 
     def shapes(self, state: DecoderState) -> Shapes:
@@ -61,7 +70,7 @@ class EngineSlots:
         return self._engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
 
     def forget(self) -> None:
-        """Let go of idle slots and of all that was recorded over them."""
+        """Let go of idle slots and of all that was captured over them."""
         self.idle.clear()
 
     def _lend(self, shapes: Shapes) -> Lease:
@@ -71,7 +80,7 @@ class EngineSlots:
 
 
 class EngineStep:
-    """A `t5_trt.runtime.step_decoder.StepDecoder`: one engine for each bucket, recorded as a CUDA graph with what follows it.
+    """A `t5_trt.runtime.step_decoder.StepDecoder`: one engine for each bucket, captured as a CUDA graph with what follows it.
 
     Args:
         engines: of the session.
@@ -84,9 +93,9 @@ class EngineStep:
 
     def __init__(self, engines: TrtEngines, slots: EngineSlots, arch: Architecture, device: torch.device) -> None:
         self._engines, self._slots, self._arch, self._device = engines, slots, arch, device
-        # one memory for all recorded steps: they run one after the other, and keep nothing in it
+        # one memory for all captured steps: they run one after the other, and keep nothing in it
         self.memory = GraphMemory()
-        self._unrecordable: set[Hashable] = set()
+        self._not_capturable: set[Hashable] = set()
 
     def wanted(self, batch: int, beams: int, source_tokens: int) -> Key:
         """The engine that a request's first step needs."""
@@ -94,25 +103,23 @@ class EngineStep:
 
     def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
         """See `t5_trt.runtime.step_decoder.StepDecoder.start`."""
-        state = DecoderState.allocate(self._arch, cross, cross_bias, capacity_tokens)
-        state.smallest_bucket = SMALLEST["T"]
-        return state
+        return self._slots.start(cross, cross_bias, capacity_tokens)
 
     def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
         """See `t5_trt.runtime.step_decoder.StepDecoder.step`."""
         slot = self._slots.home(state).slot
         slot.tokens[: state.rows].copy_(input_ids)
-        self.recorded(slot, state, None, None).replay(slot, state)
+        self.captured(slot, state, None, None).replay(slot, state)
         return slot.logits[: state.rows].clone()
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
-        """See `t5_trt.runtime.session.Session.program`."""
+    def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> SlotStep:
+        """See `t5_trt.runtime.session.Session.generation_step`."""
         state.reserve(1)
         slot = self._slots.home(state).slot
-        return program_of(slot, state, make, key, self.recorded, self._unrecordable)
+        return generation_step_of(slot, state, make, key, self.captured, self._not_capturable)
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`: where the engine of a smaller bucket is there."""
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.can_compact_batch`: where the engine of a smaller bucket is there."""
         cross, sizes = state.cross, {"N": state.cross.beams, "S": state.cross.source_length, "T": state.capacity}
         smaller, present = (self._engines.bucket(B=size, **sizes) for size in (batch, cross.batch))
         return smaller.B < present.B and self._engines.is_ready(STEP, smaller)
@@ -126,14 +133,14 @@ class EngineStep:
         """See `t5_trt.runtime.step_decoder.StepDecoder.forget`."""
         self._slots.forget()
 
-    def recorded(self, slot: Slot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
-        """The step of a slot with a choice (None: without), recorded when it is first wanted."""
+    def captured(self, slot: Slot, state: DecoderState, key: Hashable, selector: TokenSelector | None) -> CapturedStep:
+        """The step of a slot with a token selector (None: without), captured when it is first wanted."""
         if slot.context is None:
             context = self._engines.context(STEP, slot.shapes, own=True)
             slot.weights = self._engines.bind(context, slot.step_tensors())
             slot.context = context  # now that all of it is bound
-        work = partial(run_step, slot, choice, self.enqueue)
-        return recorded_step(slot, state, key, choice, work, lambda work: record(work, self._device, self.memory))
+        work = partial(run_step, slot, selector, self.enqueue)
+        return captured_step(slot, state, key, selector, work, lambda work: capture(work, self._device, self.memory))
 
     def enqueue(self, slot: Slot) -> None:
         """Start the step of a slot."""
@@ -142,7 +149,7 @@ class EngineStep:
 
 
 def undo_head_factor(arch: Architecture, logits: torch.Tensor) -> None:
-    """Undo, in place, the factor that range folding put into the head.
+    """Undo, in place, the factor that range scaling put into the head.
 
     Not in the engine: TensorRT 8.5 multiplies in half precision there, whatever type the graph names, and large logits
     become infinite (docs/performance.md).

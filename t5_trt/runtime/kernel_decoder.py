@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -29,17 +28,17 @@ from t5_trt.kernels.decode_step import (
     StepWeights,
     constants,
 )
-from t5_trt.runtime.cuda_graph import GraphMemory, record
+from t5_trt.runtime.cuda_graph import GraphMemory, capture
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
-from t5_trt.runtime.session import Choice
+from t5_trt.runtime.session import TokenSelector
 from t5_trt.runtime.step_buffers import (
+    CapturedStep,
     Lease,
-    RecordedStep,
     Slot,
-    TrtProgram,
-    apply_choice,
-    program_of,
-    recorded_step,
+    SlotStep,
+    captured_step,
+    generation_step_of,
+    select_tokens,
 )
 
 logger = logging.getLogger("t5_trt")
@@ -111,19 +110,19 @@ class KernelDecoder:
         self._captured(slot, state, None, None).replay(slot, state)
         return slot.logits[: state.rows].clone()
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> TrtProgram:
-        """See `t5_trt.runtime.session.Session.program`."""
+    def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> SlotStep:
+        """See `t5_trt.runtime.session.Session.generation_step`."""
         state.reserve(1)
         state.materialize()
         slot = self._slot(state)
-        return program_of(slot, state, make, key, self._captured, self._not_captured)
+        return generation_step_of(slot, state, make, key, self._captured, self._not_captured)
 
     def forget(self) -> None:
         """Let go of idle buffers and of what was captured over them."""
         self._idle.clear()
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`: where fewer groups of 8 rows are left."""
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.can_compact_batch`: where fewer groups of 8 rows are left."""
         beams = state.cross.beams
         return -(-batch * beams // 8) < -(-state.rows // 8)
 
@@ -152,29 +151,31 @@ class KernelDecoder:
             self._kernels[key] = DecodeKernels(cubin, wanted, early=major >= 9)
         return self._kernels[key]
 
-    def _captured(self, slot: KernelSlot, state: DecoderState, key: Hashable, choice: Any) -> RecordedStep:
-        """The step of a slot with a choice (None: without), captured when it is first wanted."""
-        work = partial(self._run, slot, choice)
-        return recorded_step(slot, state, key, choice, work, lambda work: record(work, self._device, self._memory))
+    def _captured(
+        self, slot: KernelSlot, state: DecoderState, key: Hashable, selector: TokenSelector | None
+    ) -> CapturedStep:
+        """The step of a slot with a token selector (None: without), captured when it is first wanted."""
+        work = partial(self._run, slot, selector)
+        return captured_step(slot, state, key, selector, work, lambda work: capture(work, self._device, self._memory))
 
-    def _run(self, slot: KernelSlot, choice: Any) -> None:
-        """What is captured: the step, the choice, the next position."""
+    def _run(self, slot: KernelSlot, selector: TokenSelector | None) -> None:
+        """What is captured: the step, the selector, the next position."""
         assert slot.step is not None
-        wants_best = choice is not None and choice.takes_best
-        hiding = choice.hiding if wants_best else None
+        wants_best = selector is not None and selector.takes_best
+        hiding = selector.hiding if selector is not None and wants_best else None
         hidden, until = (None, None) if hiding is None else (hiding.tokens, hiding.until)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         slot.step.enqueue(stream, wants_best=wants_best, hidden=hidden, until=until)
-        if choice is None:
+        if selector is None:
             slot.move_on(slot.position)
         else:
-            apply_choice(slot, choice, slot.position, slot.step.buffers.best if wants_best else None)
+            select_tokens(slot, selector, slot.position, slot.step.buffers.best if wants_best else None)
 
     def _slot(self, state: DecoderState) -> KernelSlot:
         """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
-        lease = state.bindings.get("lease")
-        if lease is not None and lease.of(self):
-            return lease.slot  # type: ignore[no-any-return]
+        lease = state.binding
+        if isinstance(lease, Lease) and lease.of(self):
+            return lease.slot  # type: ignore[return-value]
         slot, idle = self._lend(state.cross, state.capacity)
         self._move_in(slot, idle, state)
         return slot
@@ -190,7 +191,7 @@ class KernelDecoder:
         return (idle.pop() if idle else self._allocate(shapes)), idle  # type: ignore[return-value]
 
     def _move_in(self, slot: KernelSlot, idle: list[Slot], state: DecoderState) -> None:
-        state.bindings["lease"] = Lease(slot, idle, self)
+        state.binding = Lease(slot, idle, self)
         length = state.cross.source_length
         slot.take_in(state, self._hidden)
         assert slot.lengths is not None

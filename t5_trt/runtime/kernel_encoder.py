@@ -9,7 +9,7 @@ import torch
 from t5_trt.engine.store import EngineStore
 from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.kernels.compile import LEAST_CAPABILITY, stored_cubin
 from t5_trt.kernels.encoder import MOST_CTAS, SOURCE, EncoderKernels, constants, refusal, relative_bias
@@ -27,15 +27,15 @@ class KernelEncoder(TorchEncoder):
 
     Args:
         kernels: compiled for the model.
-        arch, weights, folding, precision: see `TorchEncoder`.
+        arch, weights, scaling, precision: see `TorchEncoder`.
     """
 
     name = "encoder (kernels)"
 
     def __init__(
-        self, kernels: EncoderKernels, arch: Architecture, weights: DeviceWeights, folding: Folding, precision: str
+        self, kernels: EncoderKernels, arch: Architecture, weights: DeviceWeights, scaling: Fp16Scaling, precision: str
     ) -> None:
-        super().__init__(arch, weights, folding, precision)
+        super().__init__(arch, weights, scaling, precision)
         self._kernels = kernels
 
     def run(
@@ -81,14 +81,19 @@ class KernelEncoder(TorchEncoder):
 
 
 def open_encoder(
-    arch: Architecture, weights: DeviceWeights, folding: Folding, precision: str, dtype: torch.dtype, store: EngineStore
+    arch: Architecture,
+    weights: DeviceWeights,
+    scaling: Fp16Scaling,
+    precision: str,
+    dtype: torch.dtype,
+    store: EngineStore,
 ) -> TorchEncoder:
     """The encoder by kernels, or by torch where they do not take the model or cannot be compiled (which costs a warning).
 
     Args:
         arch: see `TorchEncoder`, as of all but the last two.
         weights: on any device.
-        folding: of the weights.
+        scaling: of the weights.
         precision: of the session.
         dtype: of the weights.
         store: of compiled kernels.
@@ -96,7 +101,7 @@ def open_encoder(
     device = weights.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < LEAST_CAPABILITY or refusal(arch, dtype):
-        return TorchEncoder(arch, weights, folding, precision)
+        return TorchEncoder(arch, weights, scaling, precision)
     wanted, (major, minor) = constants(arch, dtype), capability
     try:
         cubin = stored_cubin(SOURCE, wanted, f"sm_{major}{minor}", store)
@@ -105,5 +110,5 @@ def open_encoder(
             kernels = EncoderKernels(cubin, wanted, device)
     except (BackendError, OSError) as error:
         logger.warning("the encoder runs by torch operations, not by our kernels: %s", error)
-        return TorchEncoder(arch, weights, folding, precision)
-    return KernelEncoder(kernels, arch, weights, folding, precision)
+        return TorchEncoder(arch, weights, scaling, precision)
+    return KernelEncoder(kernels, arch, weights, scaling, precision)

@@ -5,11 +5,12 @@ Only torch is used here; which engine reads the buffers is the session's busines
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
+from t5_trt.engine.profiles import power_of_two
 from t5_trt.errors import InputError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import layered
@@ -18,8 +19,8 @@ SMALLEST_BUCKET = 64
 
 
 def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """Cache length that is allocated for a number of tokens: the next power of two, at least `smallest`."""
-    return max(smallest, 1 << max(tokens - 1, 0).bit_length())
+    """Cache length that is allocated for a number of tokens, see `t5_trt.engine.profiles.power_of_two`."""
+    return power_of_two(tokens, smallest)
 
 
 def layer_views(prefix: str, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,6 +71,14 @@ class CrossStates:
         return CrossStates(self.kv.index_select(2, rows // self.beams), used=(len(rows), self.source_length))
 
 
+class Binding(Protocol):
+    """What a session prepared for the buffers of one `DecoderState`: addresses that it bound, or the buffers themselves."""
+
+    def of(self, owner: object) -> bool:
+        """Whether it is this session's; a state may outlive the session that it was made by."""
+        ...
+
+
 @dataclass
 class DecoderState:
     """The self-attention cache of R decoder rows and what else their next step reads.
@@ -84,7 +93,7 @@ class DecoderState:
         smallest_bucket: the least T that is allocated.
         ancestors: uint8 [R, T + 1], where a session's beams have moved in it and not in `kv`: token t of row i lies in row
             ``ancestors[i, t]`` of i's batch entry. None where every row has its own; see `materialize`.
-        bindings: what a session prepared for these buffers; it is dropped whenever an address or a shape changes.
+        binding: what a session prepared for these buffers; None again whenever an address or a shape changes.
     """
 
     kv: torch.Tensor
@@ -93,7 +102,7 @@ class DecoderState:
     cross_bias: torch.Tensor
     length: int = 0
     smallest_bucket: int = SMALLEST_BUCKET
-    bindings: dict[str, Any] = field(default_factory=dict)
+    binding: Binding | None = None
     ancestors: torch.Tensor | None = None
     _scratch: torch.Tensor | None = None
 
@@ -127,7 +136,7 @@ class DecoderState:
         )
         grown[..., : self.length, :] = self.kv[..., : self.length, :]
         self.kv, self.ancestors, self._scratch = grown, None, None
-        self.bindings.clear()
+        self.binding = None
 
     def materialize(self) -> None:
         """Put every token's K and V into its own row; whoever reads `kv` in another way than by `ancestors` does this first."""
@@ -202,12 +211,12 @@ class DecoderState:
         return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket)
 
     def hide_keys(self, cross_bias: torch.Tensor) -> None:
-        """Replace the cross bias; in place where the shape allows it, so that bindings stay good."""
+        """Replace the cross bias; in place where the shape allows it, so that the binding stays good."""
         if cross_bias.shape == self.cross_bias.shape:
             self.cross_bias.copy_(cross_bias)
         else:
             self.cross_bias = cross_bias
-            self.bindings.clear()
+            self.binding = None
 
     def separate_sources(self) -> None:
         """Give every row its own copy of its source's K/V, so that rows of one source may have different masks."""
@@ -218,10 +227,10 @@ class DecoderState:
         own = self.select(rows)
         self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
         self.ancestors = self._scratch = None
-        self.bindings.clear()
+        self.binding = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:
-        """An independent copy, without the bindings: they point at this object's memory."""
+        """An independent copy, without the binding, which points at this object's memory."""
         return self.select(torch.arange(self.rows, device=self.kv.device))
 
 

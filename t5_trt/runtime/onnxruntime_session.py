@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -25,12 +24,12 @@ from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
+from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, bind
 from t5_trt.runtime.row_buffers import RowBuffers
-from t5_trt.runtime.session import Choice
+from t5_trt.runtime.session import TokenSelector
 
 #: smaller tensors go into the model itself, where graph optimizers may read their values
 SHARED_FROM_BYTES = 1 << 16
-_NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.int8: np.int8, torch.uint8: np.uint8}
 
 
 class OrtSession:
@@ -52,8 +51,10 @@ class OrtSession:
     backend = "onnxruntime"
     device = torch.device("cpu")
     dtype = torch.float32
-    choice_tokens = SMALLEST_BUCKET
+    selector_tokens = SMALLEST_BUCKET
     steps_by = "engine"
+    scaling = None
+    engines = None
 
     def __init__(
         self,
@@ -145,17 +146,19 @@ class OrtSession:
         state.append(new)
         return logits
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.can_compact_batch`."""
         return batch < state.cross.batch
 
     def decoded_rows(self, state: DecoderState) -> int:
         """See `t5_trt.runtime.session.Session.decoded_rows`."""
         return state.rows
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> OrtProgram:
-        """See `t5_trt.runtime.session.Session.program`; nothing is recorded on a CPU."""
-        return OrtProgram(self, state, make())
+    def generation_step(
+        self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable
+    ) -> OrtGenerationStep:
+        """See `t5_trt.runtime.session.Session.generation_step`; nothing is captured on a CPU."""
+        return OrtGenerationStep(self, state, make())
 
     def row_buffers(self, rows: int) -> RowBuffers:
         """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
@@ -165,24 +168,24 @@ class OrtSession:
     def step_rows(self, rows: RowBuffers) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
         count = rows.count
-        if count not in rows.bindings:
+        bound = rows.bindings.get(count)
+        if not isinstance(bound, BoundRows):
             session = self._session(STEP, several_rows=True)
             binding = session.io_binding()
             logits = torch.empty((count, 1, self.arch.vocab_size), dtype=torch.float32)
             inputs = layer_views("past", rows.kv[:, :, :count]) | layer_views("cross", rows.cross[:, :, :count])
             inputs["cross_bias"] = rows.cross_bias[:count]
             inputs["decoder_input_ids"], inputs["position"] = rows.tokens[:count], rows.positions[:count]
-            _bind(binding.bind_input, inputs | self._inputs[session])
-            _bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
-            rows.bindings[count] = (session, binding, logits)
-        session, binding, logits = rows.bindings[count]
-        self._call(session, binding)
+            bind(binding.bind_input, inputs | self._inputs[session])
+            bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
+            bound = rows.bindings[count] = BoundRows(session, binding, logits)
+        self._call(bound.session, bound.io)
         rows.append()
-        return logits[:, 0]  # type: ignore[no-any-return]
+        return bound.logits[:, 0]
 
-    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `t5_trt.runtime.session.Session.streams`."""
-        session = self._load(graph, bool(self._prepack), taps=True)
+    def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `t5_trt.runtime.session.Session.layer_outputs`."""
+        session = self._load(graph, bool(self._prepack), debug_outputs=True)
         names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
         given = inputs | self._inputs.pop(session)
         found = session.run(names, {name: tensor.numpy() for name, tensor in given.items()})
@@ -209,19 +212,20 @@ class OrtSession:
         return tuple(dict.fromkeys(graph for graph, _ in self._sessions))
 
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
-        if STEP not in state.bindings or state.bindings[STEP][0] is not self:  # a cache may outlive its engines
+        bound = state.binding
+        if not isinstance(bound, BoundStep) or not bound.of(self):  # a cache may outlive its engines
             session = self._session(STEP, several_rows=state.rows > 1)
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             binding = session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
-            _bind(binding.bind_input, inputs | self._inputs[session])
-            _bind(binding.bind_output, layer_views("new", state.new))
-            state.bindings[STEP] = (self, session, binding, tokens, position, inputs)
-        _, session, binding, tokens, position, _ = state.bindings[STEP]
-        tokens.copy_(input_ids)
-        position.fill_(state.length)
-        _bind(binding.bind_output, {"logits": logits})
-        self._call(session, binding)
+            bind(binding.bind_input, inputs | self._inputs[session])
+            bind(binding.bind_output, layer_views("new", state.new))
+            bound = BoundStep(self, session, binding, tokens, position, inputs, state.binding)
+            state.binding = bound
+        bound.tokens.copy_(input_ids)
+        bound.position.fill_(state.length)
+        bind(bound.io.bind_output, {"logits": logits})
+        self._call(bound.session, bound.io)
 
     def _decoder_inputs(self, state: DecoderState) -> dict[str, torch.Tensor]:
         buffers = layer_views("past", state.kv) | layer_views("cross", state.cross.kv)
@@ -236,8 +240,8 @@ class OrtSession:
     def _run(self, graph: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
         session = self._session(graph)
         binding = session.io_binding()
-        _bind(binding.bind_input, inputs | self._inputs[session])
-        _bind(binding.bind_output, outputs)
+        bind(binding.bind_input, inputs | self._inputs[session])
+        bind(binding.bind_output, outputs)
         self._call(session, binding)
 
     def _call(self, session: Any, binding: Any) -> None:
@@ -258,12 +262,7 @@ class OrtSession:
                 self._sessions[graph, packed] = self._load(graph, packed)
             return self._sessions[graph, packed]
 
-    def _load(self, graph: str, packed: bool, *, taps: bool = False) -> Any:
-        real = ir.DataType.FLOAT
-        changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
-        model = build_host_graph(
-            graph, self.arch, self._weights, real, quantized=self._quantized, inputs=changing, taps=taps
-        )
+    def _session_options(self, graph: str, packed: bool) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3
@@ -273,6 +272,21 @@ class OrtSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
         # a spinning pool steals cycles from torch's threads, which run between two steps
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> Any:
+        real = ir.DataType.FLOAT
+        changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
+        model = build_host_graph(
+            graph,
+            self.arch,
+            self._weights,
+            real,
+            quantized=self._quantized,
+            inputs=changing,
+            debug_outputs=debug_outputs,
+        )
+        options = self._session_options(graph, packed)
         for value in list(model.graph.initializers.values()):
             assert value.name is not None and value.const_value is not None
             if value.const_value.nbytes >= SHARED_FROM_BYTES:
@@ -310,27 +324,29 @@ class OrtSession:
                 value.const_value = None
 
 
-class OrtProgram:
-    """A step and a choice, one after the other; see `t5_trt.runtime.session.Program`."""
+class OrtGenerationStep:
+    """A step and a token selector, one after the other; see `t5_trt.runtime.session.GenerationStep`."""
 
-    def __init__(self, session: OrtSession, state: DecoderState, choice: Any) -> None:
-        self.choice = choice
+    def __init__(self, session: OrtSession, state: DecoderState, selector: TokenSelector) -> None:
+        self.selector = selector
         self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
         self._session, self._state = session, state
         self._logits = torch.empty((state.rows, 1, session.arch.vocab_size), dtype=torch.float32)
         self._position = torch.zeros(1, dtype=torch.int64)
 
     def feed(self, tokens: torch.Tensor) -> None:
-        """See `t5_trt.runtime.session.Program.feed`."""
+        """See `t5_trt.runtime.session.GenerationStep.feed`."""
         self.tokens.copy_(tokens)
 
     def launch(self) -> None:
-        """See `t5_trt.runtime.session.Program.launch`."""
+        """See `t5_trt.runtime.session.GenerationStep.launch`."""
         state = self._state
         self._position.fill_(state.length)
         self._session._step(state, self.tokens, self._logits)
         state.append(state.new)
-        chosen, parents = self.choice.advance(self._logits[:, 0], self._position)
+        made = self.selector.advance(self._logits[:, 0], self._position)
+        assert made is not None
+        chosen, parents = made
         self.tokens.copy_(chosen[:, None])
         if parents is not None:
             state.reorder(parents)
@@ -356,9 +372,3 @@ def _additive(mask: torch.Tensor) -> torch.Tensor:
     """0 where a mask [rows, keys] is non-zero, else the mask value: [rows, 1, 1, keys]."""
     bias = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(mask == 0, mask_value(ir.DataType.FLOAT))
     return bias[:, None, None, :]
-
-
-def _bind(bind: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Bind tensors, which must be contiguous, by address; whoever calls keeps them alive while the binding lives."""
-    for name, tensor in tensors.items():
-        bind(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

@@ -14,7 +14,7 @@ from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding, Ranges, fold
+from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges, find_scaling
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.parameters import Weights
 from t5_trt.kernels.encoder import refusal
@@ -38,39 +38,39 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
     return {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
 
 
-def choose_folding(
+def choose_fp16_scaling(
     arch: Architecture, weights: Weights, precision: str, seen: Callable[[], Ranges], *, calibrated: bool = False
-) -> Folding:
+) -> Fp16Scaling:
     """The factors that keep engines of a precision in range; none but in half precision. Arguments as of `open_session`."""
     if precision not in ("fp16", "int8"):
-        return Folding()
-    folding = fold(arch, weights, seen() if calibrated else None)
-    if not folding.certain:
+        return Fp16Scaling()
+    scaling = find_scaling(arch, weights, seen() if calibrated else None)
+    if not scaling.certain:
         logger.info("the weights alone set no useful bound to half precision: a few inputs are tried in float32")
-        folding = fold(arch, weights, seen())
-    if folding != Folding():
+        scaling = find_scaling(arch, weights, seen())
+    if scaling != Fp16Scaling():
         inner, branches = (
             ", ".join(f"{factor:g}" for factor in sorted(set(factors.values()))) or "1"
-            for factors in (folding.inner, folding.branches)
+            for factors in (scaling.inner, scaling.branches)
         )
-        stream = "float32" if folding.wide_stream else "half precision too"
+        stream = "float32" if scaling.wide_stream else "half precision too"
         logger.info(
             "half precision: feed-forward layers are kept at %s of their value, what layers add to the stream at %s, the "
             "embedding at %g; streams are %s",
             inner,
             branches,
-            folding.embedding,
+            scaling.embedding,
             stream,
         )
-    return folding
+    return scaling
 
 
-def eight_bits(arch: Architecture, weights: Weights, folding: Folding, precision: str) -> dict[str, Any]:
+def int8_provider_options(arch: Architecture, weights: Weights, scaling: Fp16Scaling, precision: str) -> dict[str, Any]:
     """What an `EngineProvider` of a precision needs to know of 8-bit weights; empty but for "int8"."""
     if precision != "int8":
         return {}
-    digest = f"{weights_digest(arch, weights)} {sorted(folding.branches.items())} {sorted(folding.inner.items())}"
-    return {"quantized": lambda: dict(quantize_for_device(arch, weights, folding)), "weights": digest}
+    digest = f"{weights_digest(arch, weights)} {sorted(scaling.branches.items())} {sorted(scaling.inner.items())}"
+    return {"quantized": lambda: dict(quantize_for_device(arch, weights, scaling)), "weights": digest}
 
 
 def open_session(
@@ -111,11 +111,11 @@ def open_session(
         options: dict[str, Any] = {"num_threads": threads, "prepack_weights": prepack, "quantized": quantized}
         return OrtSession(arch, weights, changing=changing, **options)
     check_cuda_after_fork()
-    folding = choose_folding(arch, weights, placement.precision, seen, calibrated=calibrated)
+    scaling = choose_fp16_scaling(arch, weights, placement.precision, seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):
         if placement.backend == "cuda":
-            return CudaSession(arch, weights, placement.device, placement.precision, folding, store)
-        return _open_tensorrt(arch, weights, config, placement, build, folding, store)
+            return CudaSession(arch, weights, placement.device, placement.precision, scaling, store)
+        return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
 
 
 def _open_tensorrt(
@@ -124,14 +124,14 @@ def _open_tensorrt(
     config: RuntimeConfig,
     placement: Placement,
     build: BuildConfig,
-    folding: Folding,
+    scaling: Fp16Scaling,
     store: EngineStore,
 ) -> TrtSession:
     assert placement.flavor is not None
     precision, dtype, device = placement.precision, placement.dtype, placement.device
     background = config.building == "background"
     provider = EngineProvider(
-        folding.architecture(arch),
+        scaling.architecture(arch),
         store,
         build,
         precision=precision,
@@ -139,17 +139,17 @@ def _open_tensorrt(
         gpu=gpu_facts(device),
         bundle=config.bundled_engines,
         show_progress=False if background and config.show_progress is None else config.show_progress,
-        **eight_bits(arch, weights, folding, precision),
+        **int8_provider_options(arch, weights, scaling, precision),
     )
     kernels = update_step = None
     if placement.decode == "kernels" and arch.decoder_layers:
-        maker = StepWeightsMaker(arch, weights, dtype, device, folding)
+        maker = StepWeightsMaker(arch, weights, dtype, device, scaling)
         step_weights = maker.make()
         update_step = partial(maker.update, step_weights)
-        kernels = KernelDecoder(arch, step_weights, dtype, device, precision, folding.embedding, store)
+        kernels = KernelDecoder(arch, step_weights, dtype, device, precision, scaling.embedding, store)
     # with "auto" the faster encoder serves; who asked for TensorRT gets its engines
     compares = config.backend == "auto" and placement.decode == "kernels" and not refusal(arch, dtype)
-    own = partial(open_encoder, arch, folding=folding, precision=precision, dtype=dtype, store=store)
+    own = partial(open_encoder, arch, scaling=scaling, precision=precision, dtype=dtype, store=store)
     return TrtSession(
         provider,
         weights,
@@ -157,7 +157,7 @@ def _open_tensorrt(
         device,
         strict=config.strict,
         reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
-        folding=folding,
+        scaling=scaling,
         kernels=kernels,
         update_step=update_step,
         own_encoder=own if background or compares else None,

@@ -5,7 +5,7 @@ Rows in use are the first ones: a step runs over a prefix of every buffer. Only 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -56,7 +56,7 @@ class RowBuffers:
         self.cross_bias = torch.full((rows, 1, 1, SMALLEST_SOURCE), hidden, dtype=bias_dtype, device=device)
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.bindings: dict[int, Any] = {}
+        self.bindings: dict[int, object] = {}
         self._lengths = [0] * rows  # positions, on the host
         self._sources = [0] * rows
         heads = torch.arange(arch.decoder_layers * 2 * rows * arch.num_heads, device=device)

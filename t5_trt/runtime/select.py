@@ -107,15 +107,15 @@ def resolve(config: RuntimeConfig, model: Any = None) -> Placement:
     """`choose`, and once in a process a message where something that is missing keeps a GPU idle, or kernels or TensorRT unused."""
     placement = choose(config, model)
     if placement.idle_gpu is not None:
-        _say_once(logging.WARNING, placement.idle_gpu)
+        _log_once(logging.WARNING, placement.idle_gpu)
     if placement.no_kernels is not None and model is not None:
-        _say_once(
+        _log_once(
             logging.WARNING,
             f"decoder steps are run by a TensorRT engine and not by the library's own kernels: {placement.no_kernels}. "
             "decode='engine' chooses that without this warning.",
         )
     if placement.no_tensorrt is not None:
-        _say_once(
+        _log_once(
             logging.INFO,
             f"models run on the GPU without TensorRT, by our own kernels and PyTorch: {placement.no_tensorrt}.",
         )
@@ -123,7 +123,7 @@ def resolve(config: RuntimeConfig, model: Any = None) -> Placement:
 
 
 @cache
-def _say_once(level: int, message: str) -> None:
+def _log_once(level: int, message: str) -> None:
     logger.log(level, "%s", message)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import Weights
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """What the next step of a slot reads; on a GPU the kernel of a choice writes it, and moves the position on.
+    """What the next step of a slot reads; on a GPU the kernel of a token selector writes it, and moves the position on.
 
     Attributes:
         tokens: int32 [R, 1].
@@ -53,7 +55,7 @@ MAILS = 8
 
 
 class Mailbox:
-    """Page-locked memory of the host into which the kernel of a choice writes the report of each step, so that nobody waits for a copy.
+    """Page-locked memory of the host into which the kernel of a token selector writes the report of each step, so that nobody waits for a copy.
 
     Args:
         width: entries of a report.
@@ -83,13 +85,14 @@ class Mailbox:
         return self.memory[place, 1:] if self._stamps[place] == (self._epoch << 32) + position else None
 
 
-class Choice(Protocol):
+class TokenSelector(Protocol):
     """What follows a decoder step: from its logits it decides how every row goes on.
 
     Attributes:
         rows: R.
-        recordable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
-            host, so that a session may record them together with the step.
+        expired: bool [1]; set from outside when time is up.
+        capturable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
+            host, so that a session may capture them together with the step.
         draws: `advance` draws random numbers on the device.
         takes_best: `advance` reads no more of the logits than which one is the largest, but for those that `hiding` hides.
         hiding: what the step leaves out then; None for nothing.
@@ -99,13 +102,40 @@ class Choice(Protocol):
     """
 
     rows: int
-    recordable: bool
+    expired: torch.Tensor
+    capturable: bool
     draws: bool
     takes_best: bool
-    hiding: Hiding | None
     moves_rows: bool
     report: torch.Tensor
-    mailbox: Mailbox | None
+
+    @property
+    def hiding(self) -> Hiding | None: ...  # noqa: D102 - see above
+
+    @property
+    def mailbox(self) -> Mailbox | None: ...  # noqa: D102
+
+    def load(self, processors: Sequence[Any]) -> None:
+        """Take over the numbers of a request's logits processors; the selector may have been made for another request."""
+        ...
+
+    def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
+        """Start a request.
+
+        Args:
+            prompt: int64 [at most R, tokens].
+            limit: tokens at which a row is over.
+            longest: ``max_length`` of the generation config, which estimates of beam search go by.
+        """
+        ...
+
+    def take_over(self, other: Any, rows: torch.Tensor | None = None) -> None:
+        """Go on where another selector of this class stands, with all of its batch entries or those that `rows` names."""
+        ...
+
+    def results(self, length: int) -> tuple[torch.Tensor, ...]:
+        """What the loop's outcome is made of, a row for each batch entry, after `length` tokens."""
+        ...
 
     def advance(
         self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
@@ -124,15 +154,15 @@ class Choice(Protocol):
         ...
 
 
-class Program(Protocol):
-    """A decoder step and a choice, to be launched over and over; it holds the tokens that the next step reads.
+class GenerationStep(Protocol):
+    """A decoder step and a token selector, to be launched over and over; it holds the tokens that the next step reads.
 
     Attributes:
-        choice: with the buffers that belong to this program.
+        selector: with the buffers that belong to this step.
         tokens: [R, 1], the next step's input.
     """
 
-    choice: Any
+    selector: TokenSelector
     tokens: torch.Tensor
 
     def feed(self, tokens: torch.Tensor) -> None:
@@ -144,14 +174,24 @@ class Program(Protocol):
         ...
 
 
+class BuiltEngines(Protocol):
+    """Engines that a session has used."""
+
+    def write_bundle(self, checkpoint: Path) -> Path:
+        """Copy them beside a checkpoint, see `t5_trt.engine.bundle`."""
+        ...
+
+
 class Session(Protocol):
     """Engines of one model on one device. Calls are thread-safe as long as each thread has its own `DecoderState`.
 
     Attributes:
-        choice_tokens: least number of tokens that a `Choice` should have room for; more than it needs where it is recorded, so
+        selector_tokens: least number of tokens that a `TokenSelector` should have room for; more than it needs where it is captured, so
             that requests of other lengths can use it again.
         updates: calls of `update_weights` so far; what was computed before the last one has other weights in it.
         steps_by: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
+        scaling: factors in the weights that keep half precision in range; None where the weights are the model's.
+        engines: built ones, which can be stored beside a checkpoint; None where nothing is built.
     """
 
     arch: Architecture
@@ -159,7 +199,7 @@ class Session(Protocol):
     precision: str
     device: torch.device
     dtype: torch.dtype
-    choice_tokens: int
+    selector_tokens: int
     steps_by: str
     updates: int
 
@@ -173,6 +213,12 @@ class Session(Protocol):
             Whether the session could; if not it must be opened anew.
         """
         ...
+
+    @property
+    def scaling(self) -> Fp16Scaling | None: ...  # noqa: D102 - see above
+
+    @property
+    def engines(self) -> BuiltEngines | None: ...  # noqa: D102
 
     def encode(
         self,
@@ -209,7 +255,7 @@ class Session(Protocol):
         """Additive form of a mask [B, S], shaped [B, 1, 1, S] as the buffers of `cross` are."""
         ...
 
-    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the encoder or the many-query decoder once on full buffers, for finding where a result goes wrong.
 
         Args:
@@ -246,7 +292,7 @@ class Session(Protocol):
         """
         ...
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
         """Whether a step of this state is cheaper with `batch` of its entries, without anything being built for that."""
         ...
 
@@ -254,13 +300,13 @@ class Session(Protocol):
         """Rows that are decoded for a state: its own R, and behind them those that fill up the engines' shape."""
         ...
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
-        """A program over the buffers of a state with room for one more token.
+    def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
+        """A step over the buffers of a state with room for one more token.
 
         Args:
             state: of R rows.
-            make: a new choice for R rows, or for more, up to `decoded_rows`.
-            key: equal for choices that do the same; the session may then hand out a program that it has recorded
-                before, whose choice holds old contents. None: always a new choice.
+            make: a new selector for R rows, or for more, up to `decoded_rows`.
+            key: equal for choices that do the same; the session may then hand out a step that it has captured
+                before, whose selector holds old contents. None: always a new selector.
         """
         ...

@@ -1,7 +1,7 @@
-"""A slot of a session on a GPU: the buffers of one shape and the decoder steps that were recorded over them.
+"""A slot of a session on a GPU: the buffers of one shape and the decoder steps that were captured over them.
 
 A slot is lent to one `DecoderState` at a time and used again for the next request of the same shape, so that only the
-first one records. A step may have a choice of tokens recorded with it: engine or kernels, K/V write, choice and the next step's
+first one records. A step may have a token selection captured with it: engine or kernels, K/V write, selector and the next step's
 input are then one CUDA graph.
 """
 
@@ -22,22 +22,22 @@ import torch
 from t5_trt.engine.profiles import Shapes
 from t5_trt.graph.architecture import Architecture
 from t5_trt.runtime import cuda_kernels
-from t5_trt.runtime.cuda_graph import NotRecordableError, Unrecorded, undisturbed
+from t5_trt.runtime.cuda_graph import CaptureError, NotCaptured, outside_capture
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, layer_views, move_ancestors, own_beams
-from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.session import NextStep, TokenSelector
 
 logger = logging.getLogger("t5_trt")
 
-#: recorded steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
+#: captured steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
 STEPS_KEPT = 8
 
 
 @dataclass
-class RecordedStep:
-    """A CUDA graph of one decoder step and the choice that is part of it (None: the step alone)."""
+class CapturedStep:
+    """A CUDA graph of one decoder step and the selector that is part of it (None: the step alone)."""
 
     graph: Any
-    choice: Any
+    selector: TokenSelector | None
 
     def replay(self, slot: Slot, state: DecoderState) -> None:
         """Run the step for a state that lives in the slot, without waiting for it."""
@@ -50,7 +50,7 @@ class RecordedStep:
 
 @dataclass
 class Slot:
-    """Fixed buffers of one shape with the context and the recorded steps that were bound to them."""
+    """Fixed buffers of one shape with the context and the captured steps that were bound to them."""
 
     shapes: Shapes
     kv: torch.Tensor  # [L, 2, R, H, T, D]
@@ -63,7 +63,7 @@ class Slot:
     logits: torch.Tensor  # float32 [R, 1, V]
     context: Any = None
     weights: Sequence[torch.Tensor] = ()  # that the context reads
-    steps: OrderedDict[Hashable, RecordedStep] = field(default_factory=OrderedDict)
+    steps: OrderedDict[Hashable, CapturedStep] = field(default_factory=OrderedDict)
     position_host: int = -1  # what `position` holds
     reads_empty_places: bool = True  # the step reads the whole cache, and hides what is not there yet
     ancestors: torch.Tensor | None = None  # uint8 [R, T + 1], see `DecoderState`; None where the cache's rows move
@@ -149,53 +149,60 @@ class Lease:
         self._idle.append(self.slot)
 
 
-class TrtProgram:
-    """See `t5_trt.runtime.session.Program`.
+class SlotStep:
+    """See `t5_trt.runtime.session.GenerationStep`.
 
     Args:
         slot: that `state` lives in.
         state: of the request.
-        step: recorded, with its choice or without.
-        choice: what to do after a step that was recorded without one.
+        step: captured, with its selector or without.
+        selector: what to do after a step that was captured without one.
     """
 
-    def __init__(self, slot: Slot, state: DecoderState, step: RecordedStep, choice: Any) -> None:
+    def __init__(self, slot: Slot, state: DecoderState, step: CapturedStep, selector: TokenSelector | None) -> None:
         self._slot, self._state, self._step = slot, state, step
         # what is read of the slot while the state moves on to a larger one stays its own
-        self._lease = state.bindings.get("lease")
-        self._apart = choice is not None
-        self.choice = step.choice if choice is None else choice
-        self._draws = self.choice.draws and not self._apart
+        self._lease = state.binding
+        self._apart = selector is not None
+        chosen = step.selector if selector is None else selector
+        assert chosen is not None
+        self.selector = chosen
+        self._draws = self.selector.draws and not self._apart
         self.tokens = slot.tokens[: state.rows]
 
     def feed(self, tokens: torch.Tensor) -> None:
-        """See `t5_trt.runtime.session.Program.feed`."""
+        """See `t5_trt.runtime.session.GenerationStep.feed`."""
         self.tokens.copy_(tokens)
 
     def launch(self) -> None:
-        """See `t5_trt.runtime.session.Program.launch`."""
-        with undisturbed() if self._draws else nullcontext():
+        """See `t5_trt.runtime.session.GenerationStep.launch`."""
+        with outside_capture() if self._draws else nullcontext():
             self._step.replay(self._slot, self._state)
         self._state.ancestors = self._slot.ancestors
         if self._apart:
-            apply_choice(self._slot, self.choice, self._slot.position - 1)
+            select_tokens(self._slot, self.selector, self._slot.position - 1)
 
 
-def recorded_step(
-    slot: Slot, state: DecoderState, key: Hashable, choice: Any, work: Callable[[], None], record: Callable[..., Any]
-) -> RecordedStep:
-    """The step of a slot with a choice (None: without), recorded when it is first wanted.
+def captured_step(
+    slot: Slot,
+    state: DecoderState,
+    key: Hashable,
+    selector: TokenSelector | None,
+    work: Callable[[], None],
+    capture: Callable[[Callable[[], None]], Any],
+) -> CapturedStep:
+    """The step of a slot with a token selector (None: without), captured when it is first wanted.
 
     Args:
         slot: that `state` lives in.
         state: of the request.
-        key: of the choice; None for the step alone.
-        choice: with the buffers that the recording keeps.
-        work: what is recorded: the step and, if there is one, the choice.
-        record: makes a CUDA graph of work.
+        key: of the selector; None for the step alone.
+        selector: with the buffers that the recording keeps.
+        work: what is captured: the step and, if there is one, the selector.
+        capture: makes a CUDA graph of work.
 
     Raises:
-        NotRecordableError: the choice cannot be recorded.
+        CaptureError: the selector cannot be captured.
     """
     if key in slot.steps:
         slot.steps.move_to_end(key)
@@ -204,81 +211,83 @@ def recorded_step(
     kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
     slot.set_position(0)
     try:
-        graph: Any = record(work)
-    except NotRecordableError as error:
-        if choice is not None:
+        graph: Any = capture(work)
+    except CaptureError as error:
+        if selector is not None:
             raise
-        logger.warning("the decoder step is not recorded (%s); it runs kernel by kernel.", str(error))
-        graph = Unrecorded(work)
+        logger.warning("the decoder step is not captured (%s); it runs kernel by kernel.", str(error))
+        graph = NotCaptured(work)
     finally:
         slot.kv[..., : state.length, :].copy_(kept)
         if slot.ancestors is not None:
             own_beams(slot.ancestors, slot.shapes.N)
         slot.position_host = -1
-    slot.steps[key] = RecordedStep(graph, choice)
+    slot.steps[key] = CapturedStep(graph, selector)
     logger.debug("captured a decoder step for %s in %.1f ms", slot.shapes, (time.perf_counter() - started) * 1e3)
     while len(slot.steps) > STEPS_KEPT:
         slot.steps.popitem(last=False)
     return slot.steps[key]
 
 
-def program_of(
+def generation_step_of(
     slot: Slot,
     state: DecoderState,
-    make: Callable[[], Any],
+    make: Callable[[], TokenSelector],
     key: Hashable,
-    recorded: Callable[[Any, DecoderState, Hashable, Any], RecordedStep],
-    unrecordable: set[Hashable],
-) -> TrtProgram:
-    """A program over a slot: its choice is recorded with the step, or runs after it.
+    captured: Callable[[Any, DecoderState, Hashable, TokenSelector | None], CapturedStep],
+    not_capturable: set[Hashable],
+) -> SlotStep:
+    """A program over a slot: its selector is captured with the step, or runs after it.
 
     Args:
         slot: that `state` lives in.
-        state: as of `t5_trt.runtime.session.Session.program`, like `make` and `key`.
-        make: a new choice.
+        state: as of `t5_trt.runtime.session.Session.generation_step`, like `make` and `key`.
+        make: a new selector.
         key: equal for choices that do the same; None always makes a new one.
-        recorded: gives the step of a slot, see `recorded_step`.
-        unrecordable: keys of choices that could not be recorded; another one is added.
+        captured: gives the step of a slot, see `captured_step`.
+        not_capturable: keys of choices that could not be captured; another one is added.
     """
-    if key is not None and key not in unrecordable:
+    if key is not None and key not in not_capturable:
         found = slot.steps.get(key)
-        choice = make() if found is None else found.choice
+        selector = make() if found is None else found.selector
         try:
-            return TrtProgram(slot, state, recorded(slot, state, key, choice), None)
-        except NotRecordableError as error:  # an operation that waits for the GPU, say
-            unrecordable.add(key)
+            return SlotStep(slot, state, captured(slot, state, key, selector), None)
+        except CaptureError as error:  # an operation that waits for the GPU, say
+            not_capturable.add(key)
             logger.warning(
-                "the choice of tokens is not recorded with the decoder step (%s); it runs after it.",
+                "the token selection is not captured with the decoder step (%s); it runs after it.",
                 str(error),  # a log that keeps its arguments would keep the buffers, too
             )
-    return TrtProgram(slot, state, recorded(slot, state, None, None), make())
+    return SlotStep(slot, state, captured(slot, state, None, None), make())
 
 
-def run_step(slot: Slot, choice: Any, enqueue: Callable[[Slot], None]) -> None:
-    """What is recorded: engine, K/V write, choice, next position."""
+def run_step(slot: Slot, selector: TokenSelector | None, enqueue: Callable[[Slot], None]) -> None:
+    """What is captured: engine, K/V write, selector, next position."""
     enqueue(slot)
     slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
-    if choice is None:
+    if selector is None:
         slot.move_on(slot.position)
     else:
-        apply_choice(slot, choice, slot.position)
+        select_tokens(slot, selector, slot.position)
 
 
-def apply_choice(slot: Slot, choice: Any, position: torch.Tensor, best: torch.Tensor | None = None) -> None:
+def select_tokens(
+    slot: Slot, selector: TokenSelector, position: torch.Tensor, best: torch.Tensor | None = None
+) -> None:
     """Choose tokens after a step, make them the next input, let rows change places, and move the position on.
 
     Args:
         slot: with the step's logits.
-        choice: see `t5_trt.runtime.session.Choice`.
+        selector: see `t5_trt.runtime.session.TokenSelector`.
         position: int64 [1], of the step.
         best: what the step left in place of logits, see `NextStep`.
     """
-    rows = choice.rows
+    rows = selector.rows
     following = None  # where rows of the cache move, torch does what is left
-    if slot.ancestors is not None or not choice.moves_rows:
+    if slot.ancestors is not None or not selector.moves_rows:
         ancestors = None if slot.ancestors is None else slot.ancestors[:rows]
         following = NextStep(slot.tokens[:rows], slot.positions, best, ancestors)
-    made = choice.advance(slot.logits[:rows, 0], position, following)
+    made = selector.advance(slot.logits[:rows, 0], position, following)
     if made is None:
         return
     chosen, parents = made

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
-from t5_trt.runtime.session import Choice, Program
+from t5_trt.runtime.session import GenerationStep, TokenSelector
 
 
 class StepDecoder(Protocol):
@@ -28,12 +28,12 @@ class StepDecoder(Protocol):
         """Decode one token of every row, int64 [R, 1], of a state with room for it; logits [R, 1, V] in memory of their own."""
         ...
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
-        """See `t5_trt.runtime.session.Session.program`."""
+    def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
+        """See `t5_trt.runtime.session.Session.generation_step`."""
         ...
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.can_compact_batch`."""
         ...
 
     def decoded_rows(self, state: DecoderState) -> int:
@@ -41,7 +41,7 @@ class StepDecoder(Protocol):
         ...
 
     def forget(self) -> None:
-        """Let go of idle buffers and of what was recorded over them."""
+        """Let go of idle buffers and of what was captured over them."""
         ...
 
     @property

@@ -17,17 +17,17 @@ import torch
 from t5_trt.engine.profiles import Shapes
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import ENCODER_EMBEDS
-from t5_trt.runtime.cuda_graph import NotRecordableError, record
+from t5_trt.runtime.cuda_graph import CaptureError, capture
 from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.tensorrt_engines import TrtEngines
 
 logger = logging.getLogger("t5_trt")
 
-#: source tokens of a batch, padding counted, up to which an encoder is recorded: with more the GPU is the slower one, and the
+#: source tokens of a batch, padding counted, up to which an encoder is captured: with more the GPU is the slower one, and the
 #: buffers, 37 kB for a token of T5-base in half precision, would be kept for nothing
-RECORDED_TOKENS = 1024
-#: source tokens of all recorded encoders, those used last: 300 MB of buffers for T5-base in half precision. Nearly all shapes of mixed
-#: requests fit: to record one takes longer than a dozen runs of it save
+CAPTURED_TOKENS = 1024
+#: source tokens of all captured encoders, those used last: 300 MB of buffers for T5-base in half precision. Nearly all shapes of mixed
+#: requests fit: to capture one takes longer than a dozen runs of it save
 TOKENS_KEPT = 8192
 
 
@@ -53,7 +53,7 @@ class EncoderBuffers:
 
 
 @dataclass
-class RecordedEncoder:
+class GraphOfEncoder:
     """A CUDA graph of an encoder engine over buffers of its own, with the context that was bound to them."""
 
     buffers: EncoderBuffers
@@ -86,8 +86,8 @@ class Encoders:
         device: torch.device,
     ) -> None:
         self._engines, self._arch, self._dtype, self._device = engines, arch, dtype, device
-        self._recorded: OrderedDict[tuple[str, Shapes], RecordedEncoder] = OrderedDict()
-        self._unrecordable: set[tuple[str, Shapes]] = set()
+        self._captured: OrderedDict[tuple[str, Shapes], GraphOfEncoder] = OrderedDict()
+        self._not_capturable: set[tuple[str, Shapes]] = set()
 
     def encode(
         self,
@@ -118,12 +118,12 @@ class Encoders:
             torch.cuda.OutOfMemoryError: GPU memory ran out.
         """
         key = graph, shapes
-        if shapes.B * shapes.S <= RECORDED_TOKENS and key not in self._unrecordable:
+        if shapes.B * shapes.S <= CAPTURED_TOKENS and key not in self._not_capturable:
             try:
-                return self._recorded_one(graph, shapes).run(given)
-            except NotRecordableError as error:
-                self._unrecordable.add(key)
-                logger.warning("the encoder is not recorded (%s); it runs kernel by kernel.", str(error))
+                return self._captured_one(graph, shapes).run(given)
+            except CaptureError as error:
+                self._not_capturable.add(key)
+                logger.warning("the encoder is not captured (%s); it runs kernel by kernel.", str(error))
         context, buffers = self._engines.context(graph, shapes), self._buffers(graph, shapes)
         buffers.fill(given)
         self._engines.bind(context, buffers.inputs | buffers.outputs)
@@ -131,26 +131,26 @@ class Encoders:
         return buffers.outputs
 
     def drop(self, graph: str, shapes: Shapes) -> None:
-        """Let go of what was recorded for a bucket."""
-        self._recorded.pop((graph, shapes), None)
+        """Let go of what was captured for a bucket."""
+        self._captured.pop((graph, shapes), None)
 
     def clear(self) -> None:
-        """Let go of what was recorded."""
-        self._recorded.clear()
+        """Let go of what was captured."""
+        self._captured.clear()
 
-    def _recorded_one(self, graph: str, shapes: Shapes) -> RecordedEncoder:
-        """The encoder of a bucket, recorded when it is first wanted."""
+    def _captured_one(self, graph: str, shapes: Shapes) -> GraphOfEncoder:
+        """The encoder of a bucket, captured when it is first wanted."""
         key = graph, shapes
-        if key not in self._recorded:
+        if key not in self._captured:
             context, buffers = self._engines.context(graph, shapes, own=True), self._buffers(graph, shapes)
             weights = self._engines.bind(context, buffers.inputs | buffers.outputs)
             # a memory of its own, so that a failure cannot spoil that of the decoder's steps; torch allocates nothing in it
-            recorded = record(partial(self._engines.enqueue, context), self._device)
-            self._recorded[key] = RecordedEncoder(buffers, context, weights, recorded)
-            while sum(shapes.B * shapes.S for _, shapes in self._recorded) > TOKENS_KEPT:
-                self._recorded.popitem(last=False)
-        self._recorded.move_to_end(key)
-        return self._recorded[key]
+            captured = capture(partial(self._engines.enqueue, context), self._device)
+            self._captured[key] = GraphOfEncoder(buffers, context, weights, captured)
+            while sum(shapes.B * shapes.S for _, shapes in self._captured) > TOKENS_KEPT:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(key)
+        return self._captured[key]
 
     def _buffers(self, graph: str, shapes: Shapes) -> EncoderBuffers:
         arch, rows, tokens = self._arch, shapes.B, shapes.S

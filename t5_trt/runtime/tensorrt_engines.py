@@ -130,9 +130,9 @@ class TrtEngines:
             self._stored[key] = self._provider.has(*key)
         return key in self._engines or self._stored[key]
 
-    def tapped_context(self, graph: str, shapes: Shapes) -> Any:
+    def debug_context(self, graph: str, shapes: Shapes) -> Any:
         """A context of an engine that also puts out the residual stream after every block."""
-        return self.api.new_context(self.api.load_engine(self._provider.tapped_plan(graph, shapes)))
+        return self.api.new_context(self.api.load_engine(self._provider.debug_plan(graph, shapes)))
 
     def write_bundle(self, checkpoint: Path) -> Path:
         """Copy the engines that were used beside a checkpoint."""
@@ -191,7 +191,7 @@ class TrtEngines:
 
     def _verify(self, key: Key) -> None:
         """Compare an engine that was just built with the reference; a wrong one is deleted."""
-        if not self._provider.take_fresh(*key):
+        if not self._provider.pop_unchecked(*key):
             return
         self.built.add(key)
         if self._check is None:

@@ -19,7 +19,7 @@ from t5_trt.engine.profiles import Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.tensorrt_api import TensorRT
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import EMBEDDING, Weights
 from t5_trt.graph.precision import TORCH_TYPES, empty_slot_value, mask_value, real_type
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES
@@ -30,7 +30,7 @@ from t5_trt.runtime.engine_check import Deviation, worst_deviation
 from t5_trt.runtime.engine_step import EngineSlots, EngineStep, undo_head_factor
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
-from t5_trt.runtime.session import Choice, Program, Session
+from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 from t5_trt.runtime.step_buffers import Slot, cache_rows, made_rows
 from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.tensorrt_encoder import Encoders
@@ -48,7 +48,7 @@ class TrtSession:
         device: the GPU.
         strict: raise instead of building beyond the configured maxima.
         reference: what new engines are compared with before they are used; None trusts TensorRT.
-        folding: factors in the weights; the provider's architecture names those that its graphs undo.
+        scaling: factors in the weights; the provider's architecture names those that its graphs undo.
         kernels: do the one-token step; None leaves it to an engine.
         update_step: writes another value of a checkpoint tensor into the kernels' weights.
         own_encoder: makes the encoder of the backend "cuda" over the engines' weights; it serves sizes at which it is faster. None: engines do.
@@ -56,7 +56,7 @@ class TrtSession:
     """
 
     backend = "tensorrt"
-    choice_tokens = 512  # the kernels of a choice read no further than there are tokens
+    selector_tokens = 512  # the kernels of a token selector read no further than there are tokens
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class TrtSession:
         *,
         strict: bool = False,
         reference: Session | None = None,
-        folding: Folding | None = None,
+        scaling: Fp16Scaling | None = None,
         kernels: KernelDecoder | None = None,
         update_step: Callable[[str, torch.Tensor], None] | None = None,
         own_encoder: Callable[[DeviceWeights], TorchEncoder] | None = None,
@@ -82,8 +82,8 @@ class TrtSession:
         self._reference, self._update_step = reference, update_step
         # by a weak reference: the GPU memory of a model is free when the last name of it goes, not at the next garbage collection
         check = None if reference is None else partial(TrtSession._deviation_of_engine, weakref.proxy(self), reference)
-        self.folding = folding or Folding()
-        device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.folding)
+        self.scaling = scaling or Fp16Scaling()
+        device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.scaling)
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         if kernels is not None:
             device_weights.share(EMBEDDING, kernels.embedding)
@@ -163,13 +163,13 @@ class TrtSession:
             lease = self._slots.copied(state) if self._engine_step is None else self._slots.home(state)
             return self._queries(lease.slot, state, input_ids, key_mask)[:rows, :queries]
 
-    def streams(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `t5_trt.runtime.session.Session.streams`; an engine is built for this and not kept."""
+    def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `t5_trt.runtime.session.Session.layer_outputs`; an engine is built for this and not kept."""
         shapes = _shapes_of(graph, inputs)
         arch, rows = self.arch, shapes.B * shapes.N
         found: dict[str, torch.Tensor] = {}
         with self._at_work():
-            context = self.engines.tapped_context(graph, shapes)
+            context = self.engines.debug_context(graph, shapes)
             if graph == ENCODER:
                 found["encoder_hidden_states"] = self._new(shapes.B, shapes.S, arch.d_model)
                 rest = {"cross_kv": self._new_cross(shapes, (shapes.B, shapes.S)).kv}
@@ -199,7 +199,7 @@ class TrtSession:
         return self.engines.graphs() + own + (() if self._engine_step else (BY_KERNELS,))
 
     def update_weights(self, changed: Weights) -> bool:
-        """See `t5_trt.runtime.session.Session.update_weights`: in place, where engines and recorded steps read; 8-bit engines hold weights."""
+        """See `t5_trt.runtime.session.Session.update_weights`: in place, where engines and captured steps read; 8-bit engines hold weights."""
         if self.precision == "int8":
             return False
         with self._at_work():
@@ -218,23 +218,23 @@ class TrtSession:
         """See `t5_trt.runtime.session.Session.weight_bytes`."""
         return self.engines.weights.nbytes + self._steps.weight_bytes
 
-    def gains_by_shrinking(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.gains_by_shrinking`."""
-        return self._steps.gains_by_shrinking(state, batch)
+    def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
+        """See `t5_trt.runtime.session.Session.can_compact_batch`."""
+        return self._steps.can_compact_batch(state, batch)
 
     def decoded_rows(self, state: DecoderState) -> int:
         """See `t5_trt.runtime.session.Session.decoded_rows`."""
         return self._steps.decoded_rows(state)
 
-    def program(self, state: DecoderState, make: Callable[[], Choice], key: Hashable) -> Program:
-        """See `t5_trt.runtime.session.Session.program`."""
+    def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
+        """See `t5_trt.runtime.session.Session.generation_step`."""
         with self._at_work():
-            return self._steps.program(state, make, key)
+            return self._steps.generation_step(state, make, key)
 
     def _deviation_of_engine(self, reference: Session, graph: str, shapes: Shapes) -> Deviation:
         try:
             return worst_deviation(self, reference, graph, shapes)
-        finally:  # what the check recorded, it did with an engine not yet trusted
+        finally:  # what the check captured, it did with an engine not yet trusted
             with self._lock:
                 self._slots.forget()
                 self._encoders.clear()
@@ -268,7 +268,7 @@ class TrtSession:
         return taking_turns(self._lock, self._order, self._let_go)
 
     def _forget(self) -> None:
-        """Let go of idle buffers and of all that was recorded over them."""
+        """Let go of idle buffers and of all that was captured over them."""
         self._slots.forget()
         self._steps.forget()
         self._encoders.clear()

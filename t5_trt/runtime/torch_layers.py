@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.graph.precision import empty_slot_value, mask_value, real_type
 from t5_trt.graph.relative_positions import distance_buckets
@@ -30,14 +30,14 @@ class TorchEncoder:
     Args:
         arch: of the model.
         weights: in the session's type, with the norms' weights and the fp16 factors in the matrices, [inputs, outputs].
-        folding: those factors.
+        scaling: those factors.
         precision: of the session.
     """
 
     name = "encoder (torch)"
 
-    def __init__(self, arch: Architecture, weights: DeviceWeights, folding: Folding, precision: str) -> None:
-        self._arch, self._weights, self._folding = arch, weights, folding
+    def __init__(self, arch: Architecture, weights: DeviceWeights, scaling: Fp16Scaling, precision: str) -> None:
+        self._arch, self._weights, self._scaling = arch, weights, scaling
         self._hidden, self._empty = mask_value(real_type(precision)), empty_slot_value(real_type(precision))
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True)
         self._buckets = buckets.to(weights.device)  # here, as a copy from the host cannot be captured
@@ -90,11 +90,11 @@ class TorchEncoder:
             return inputs_embeds.float()
         assert input_ids is not None
         stream = self._weights[EMBEDDING][input_ids].float()
-        return stream if self._folding.embedding == 1.0 else stream / self._folding.embedding
+        return stream if self._scaling.embedding == 1.0 else stream / self._scaling.embedding
 
     def _scale(self, name: str) -> float:
         """What the product with a matrix that is added to the stream is multiplied by."""
-        return 1.0 / self._folding.branches.get(name, 1.0)
+        return 1.0 / self._scaling.branches.get(name, 1.0)
 
     def _add(self, stream: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
         # the sum of the two types is float32, in one kernel
@@ -107,12 +107,12 @@ class TorchDecoder:
     Args:
         arch: of the model.
         weights: of the step.
-        folding: the fp16 factors in them.
+        scaling: the fp16 factors in them.
         precision: of the session.
     """
 
-    def __init__(self, arch: Architecture, weights: StepWeights, folding: Folding, precision: str) -> None:
-        self._arch, self._weights, self._embedding = arch, weights, folding.embedding
+    def __init__(self, arch: Architecture, weights: StepWeights, scaling: Fp16Scaling, precision: str) -> None:
+        self._arch, self._weights, self._embedding = arch, weights, scaling.embedding
         self._hidden = mask_value(real_type(precision))
 
     def run(

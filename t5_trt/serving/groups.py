@@ -48,10 +48,10 @@ class GroupRunner:
         self._stopped = True
         self._calls.put(None)
 
-    def join(self) -> None:
-        """Wait for the end of the thread."""
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end of the thread, or at most so many seconds."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -13,7 +15,6 @@ from typing import Any
 import torch
 
 from t5_trt.errors import EngineClosedError, QueueFullError
-from t5_trt.runtime.exits import at_work
 from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
 from t5_trt.serving.groups import GroupRunner, closed
@@ -28,6 +29,18 @@ logger = logging.getLogger("t5_trt")
 ENCODED_TOKENS = 1024
 #: how often waiting groups are looked through for cancelled ones while no row is in use
 _LOOK_S = 0.05
+#: seconds that the exit of the interpreter waits for threads: Python aborts a process whose daemon threads are inside of torch
+_EXIT_S = 5.0
+_running: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    schedulers = list(_running)
+    for scheduler in schedulers:
+        scheduler.stop()
+    for scheduler in schedulers:
+        scheduler.join(_EXIT_S)
 
 
 class Scheduler:
@@ -55,6 +68,7 @@ class Scheduler:
         self._closing = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="t5_trt rows", daemon=True)
         self._thread.start()
+        _running.add(self)
 
     def check_open(self) -> None:
         """Refuse a request that could not wait.
@@ -94,8 +108,12 @@ class Scheduler:
                 break
             time.sleep(0.005)
         self.stop()
-        self._thread.join()
-        self._groups.join()
+        self.join()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the ends of the threads, or at most about so many seconds."""
+        self._thread.join(timeout)
+        self._groups.join(timeout)
 
     def stop(self) -> None:
         """End the threads after the step that is running. It takes no lock."""
@@ -121,8 +139,7 @@ class Scheduler:
         try:
             with torch.no_grad():
                 while self._has_work():
-                    with at_work():
-                        self._turn_or_fail()
+                    self._turn_or_fail()
         finally:  # nobody may wait for ever
             self.stop()
             self._fail_rows(closed())

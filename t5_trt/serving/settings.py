@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from t5_trt.errors import InputError
-from t5_trt.generation.repeats import Settings
+from t5_trt.generation.prepared import SettingsSnapshot
 from t5_trt.generation.request import Request, refusal
 
 #: prepared settings that are kept, the ones used last
@@ -89,7 +89,7 @@ class SettingsReader:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._kept: OrderedDict[str, Prepared] = OrderedDict()
-        self._known = Settings((), ())
+        self._known = SettingsSnapshot((), ())
 
     def read(self, config: Any, settings: Mapping[str, Any]) -> Prepared:
         """Check and prepare. Not thread-safe.
@@ -125,7 +125,7 @@ class SettingsReader:
         objects = (self._model.generation_config, self._model.config)
         if not self._known.same(objects, ()):
             self._kept.clear()
-            self._known = Settings(objects, ())
+            self._known = SettingsSnapshot(objects, ())
         try:
             return json.dumps(settings, sort_keys=True) if self._known.comparable else None
         except TypeError:

@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass
-class Contestant:
+class Baseline:
     """A model, and what its ``generate()`` gets besides the request."""
 
     model: Any
@@ -62,27 +62,27 @@ class Contestant:
 
 
 @dataclass
-class Contest:
-    """What `load_contest` loaded.
+class Benchmark:
+    """What `load_benchmark` loaded.
 
     Attributes:
         name: of the model, for records.
         ours: the model on engines.
-        rivals: name in records, such as "hf_eager_fp32", -> Hugging Face's model on the same device.
+        baselines: name in records, such as "hf_eager_fp32", -> Hugging Face's model on the same device.
         left_out: name in records -> why that one is not measured.
         tokenizer: of the checkpoint, or None where its weights are random.
     """
 
     name: str
     ours: TRTT5ForConditionalGeneration
-    rivals: dict[str, Contestant]
+    baselines: dict[str, Baseline]
     left_out: dict[str, str]
     tokenizer: Any = None
 
 
-def load_contest(
-    model: str, *, stock: bool = True, texts: bool = False, threads: int | None = None, **options: Any
-) -> Contest:
+def load_benchmark(
+    model: str, *, hugging_face: bool = True, texts: bool = False, threads: int | None = None, **options: Any
+) -> Benchmark:
     """Load a model on engines, and Hugging Face's class with the same weights on the same device.
 
     On a GPU Hugging Face runs in float32, in float16, and in float16 with a static cache and torch.compile; on a CPU in
@@ -90,7 +90,7 @@ def load_contest(
 
     Args:
         model: a folder, a hub id, or "random:" and a key of `SHAPES`.
-        stock: also load Hugging Face's class.
+        hugging_face: also load Hugging Face's class.
         texts: also load the tokenizer.
         threads: CPU threads of both; None leaves torch's number.
         options: as of ``from_pretrained``, such as ``backend`` and ``precision``.
@@ -114,32 +114,34 @@ def load_contest(
         ours = TRTT5ForConditionalGeneration.from_pretrained(model, num_threads=threads, **options)
         name = Path(model).resolve().name if Path(model).is_dir() else model
         safe: dict[str, Any] = {"config": load_config(model), "trust_remote_code": False}
-        first = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval() if stock else None
-    contest = Contest(name, ours, {}, {}, load_tokenizer(model) if texts else None)
-    if stock and ours.device.type == "cpu":
-        contest.rivals["hf_eager_fp32"] = Contestant(first)
-        contest.left_out = {
+        first = (
+            AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval() if hugging_face else None
+        )
+    benchmark = Benchmark(name, ours, {}, {}, load_tokenizer(model) if texts else None)
+    if hugging_face and ours.device.type == "cpu":
+        benchmark.baselines["hf_eager_fp32"] = Baseline(first)
+        benchmark.left_out = {
             "hf_eager_fp16": "float16 is measured on GPUs only",
             "hf_compiled_fp16": "Transformers compiles generate() on GPUs only",
         }
-    elif stock:  # copies: from_model shares the memory of `first`
+    elif hugging_face:  # copies: from_model shares the memory of `first`
         half = copy.deepcopy(first).half().to(ours.device)
-        contest.rivals["hf_eager_fp32"] = Contestant(copy.deepcopy(first).to(ours.device))
-        contest.rivals["hf_eager_fp16"] = Contestant(half)
+        benchmark.baselines["hf_eager_fp32"] = Baseline(copy.deepcopy(first).to(ours.device))
+        benchmark.baselines["hf_eager_fp16"] = Baseline(half)
         if find_spec("triton"):
-            contest.rivals["hf_compiled_fp16"] = Contestant(half, {"cache_implementation": "static"})
+            benchmark.baselines["hf_compiled_fp16"] = Baseline(half, {"cache_implementation": "static"})
         else:  # torch finds out after half a minute, and in every case anew
-            contest.left_out["hf_compiled_fp16"] = "torch.compile needs the package triton, which is not installed"
-    return contest
+            benchmark.left_out["hf_compiled_fp16"] = "torch.compile needs the package triton, which is not installed"
+    return benchmark
 
 
-def measure(contest: Contest, case: Case, runs: int = 5, texts: Sequence[str] | None = None) -> dict[str, Any]:
-    """Time one request on all models of a contest.
+def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Time one request on all models of a benchmark.
 
     The first call of each model, which builds and opens engines or compiles, and a second one are not among the runs.
 
     Args:
-        contest: the models.
+        benchmark: the models.
         case: the request.
         runs: timed calls of each model, in turns.
         texts: sources, repeated until there are `case.batch` of them; None takes random tokens.
@@ -154,39 +156,22 @@ def measure(contest: Contest, case: Case, runs: int = 5, texts: Sequence[str] | 
     """
     if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
         raise InputError(f"runs got {runs!r}; expected an integer of at least 1.")
-    ours, request = contest.ours, _request(contest, case, texts)
-    running, tokens, first_call_s, left_out = _warm_up(contest, request)
+    ours, request = benchmark.ours, _request(benchmark, case, texts)
+    running, tokens, first_call_s, left_out = _warm_up(benchmark, request)
     loop = str(ours.last_generation_path)
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(runs):
-        for name, contestant in running.items():
-            times[name].append(_call(contestant, request, ours.device)[1] * 1e3)
+        for name, baseline in running.items():
+            times[name].append(_call(baseline, request, ours.device)[1] * 1e3)
     medians = {name: statistics.median(found) for name, found in times.items()}
-    record: dict[str, Any] = {
-        "model": contest.name,
-        "backend": ours.session.backend,
-        "precision": ours.session.precision,
-        "decode": ours.session.steps_by,
-        "prepack_weights": ours.runtime_config.prepack_weights,
-        "batch": case.batch,
-        "source_tokens": request["input_ids"].shape[1],
-        "new_tokens": case.new_tokens,
-        "num_beams": case.num_beams,
-        "do_sample": case.do_sample,
-        "source": "random tokens" if texts is None else "texts",
-        "threads": torch.get_num_threads(),
-        "runs": runs,
-    }
-    for name, found in times.items():
-        record[f"{name}_ms"] = round(medians[name], 2)
-        record[f"{name}_p90_ms"] = round(sorted(found)[int(0.9 * (runs - 1) + 0.5)], 2)
-        per_s = round(case.batch * case.new_tokens / medians[name] * 1e3, 1)
-        record["tokens_per_s" if name == "ours" else f"{name}_tokens_per_s"] = per_s
-        record["first_call_s" if name == "ours" else f"{name}_first_call_s"] = round(first_call_s[name], 2)
     share = equal_share(tokens["ours"], tokens["hf_eager_fp32"]) if "hf_eager_fp32" in running else None
     tensorrt = load_tensorrt(ours.runtime_config.flavor).version if ours.session.backend == "tensorrt" else None
     return {
-        **record,
+        **_settings(benchmark, case, request),
+        "source": "random tokens" if texts is None else "texts",
+        "threads": torch.get_num_threads(),
+        "runs": runs,
+        **_speeds(case, times, first_call_s),
         "speedup": None if share is None else round(medians["hf_eager_fp32"] / medians["ours"], 2),
         "tokens_equal": None if share is None else share == 1.0,
         "tokens_equal_share": None if share is None else round(share, 4),
@@ -197,6 +182,36 @@ def measure(contest: Contest, case: Case, runs: int = 5, texts: Sequence[str] | 
     }
 
 
+def _settings(benchmark: Benchmark, case: Case, request: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the model and the request."""
+    ours = benchmark.ours
+    return {
+        "model": benchmark.name,
+        "backend": ours.session.backend,
+        "precision": ours.session.precision,
+        "decode": ours.session.steps_by,
+        "prepack_weights": ours.runtime_config.prepack_weights,
+        "batch": case.batch,
+        "source_tokens": request["input_ids"].shape[1],
+        "new_tokens": case.new_tokens,
+        "num_beams": case.num_beams,
+        "do_sample": case.do_sample,
+    }
+
+
+def _speeds(case: Case, times: dict[str, list[float]], first_call_s: dict[str, float]) -> dict[str, float]:
+    """What a record says of each model's times, which are in milliseconds."""
+    record: dict[str, float] = {}
+    for name, found in times.items():
+        median = statistics.median(found)
+        record[f"{name}_ms"] = round(median, 2)
+        record[f"{name}_p90_ms"] = round(sorted(found)[int(0.9 * (len(found) - 1) + 0.5)], 2)
+        per_s = round(case.batch * case.new_tokens / median * 1e3, 1)
+        record["tokens_per_s" if name == "ours" else f"{name}_tokens_per_s"] = per_s
+        record["first_call_s" if name == "ours" else f"{name}_first_call_s"] = round(first_call_s[name], 2)
+    return record
+
+
 def equal_share(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Share of positions with the same token, int64 [B, T] each; positions that one of them lacks count as different."""
     width = min(got.shape[1], expected.shape[1])
@@ -204,58 +219,58 @@ def equal_share(got: torch.Tensor, expected: torch.Tensor) -> float:
     return int((got[:, :width] == expected[:, :width]).sum()) / (len(expected) * longest)
 
 
-def _warm_up(contest: Contest, request: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, str]]:
+def _warm_up(benchmark: Benchmark, request: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, str]]:
     """Two calls of each model: those that work, ours last; their tokens; seconds of the first call; who is left out."""
-    device, compiled = contest.ours.device, "hf_compiled_fp16"
-    working, tokens, seconds, left_out = {}, {}, {}, dict(contest.left_out)
-    for name, contestant in {**contest.rivals, "ours": Contestant(contest.ours)}.items():
+    device, compiled = benchmark.ours.device, "hf_compiled_fp16"
+    working, tokens, seconds, left_out = {}, {}, {}, dict(benchmark.left_out)
+    for name, baseline in {**benchmark.baselines, "ours": Baseline(benchmark.ours)}.items():
         if name == compiled:
             torch.compiler.reset()  # after some shapes torch would stop compiling and say nothing
-            contestant.model.__dict__.pop("_compiled_call", None)
+            baseline.model.__dict__.pop("_compiled_call", None)
         try:
-            tokens[name], seconds[name] = _call(contestant, request, device)
-            _call(contestant, request, device)
+            tokens[name], seconds[name] = _call(baseline, request, device)
+            _call(baseline, request, device)
         except Exception as error:
             if name == "ours":
                 raise
             left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             continue
-        if name == compiled and "_compiled_call" not in contestant.model.__dict__:
+        if name == compiled and "_compiled_call" not in baseline.model.__dict__:
             left_out[name] = "Transformers did not compile this request"
             continue
-        working[name] = contestant
+        working[name] = baseline
     return working, tokens, seconds, left_out
 
 
-def _request(contest: Contest, case: Case, texts: Sequence[str] | None) -> dict[str, Any]:
-    config = contest.ours.generation_config
+def _request(benchmark: Benchmark, case: Case, texts: Sequence[str] | None) -> dict[str, Any]:
+    config = benchmark.ours.generation_config
     if texts is None:
-        ids = random_source(case.batch, case.source_tokens, contest.ours.config.vocab_size)
+        ids = random_source(case.batch, case.source_tokens, benchmark.ours.config.vocab_size)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif not texts:
         raise InputError("texts got none; expected at least one line that is not empty.")
-    elif contest.tokenizer is None:
+    elif benchmark.tokenizer is None:
         raise InputError(
-            "texts got lines for a contest without a tokenizer. Load it with load_contest(..., texts=True)."
+            "texts got lines for a benchmark without a tokenizer. Load it with load_benchmark(..., texts=True)."
         )
     else:
-        rows = token_rows(contest.tokenizer, [texts[row % len(texts)] for row in range(case.batch)])
-        inputs = padded(contest.tokenizer, rows, contest.ours.config.pad_token_id)
+        rows = token_rows(benchmark.tokenizer, [texts[row % len(texts)] for row in range(case.batch)])
+        inputs = padded(benchmark.tokenizer, rows, benchmark.ours.config.pad_token_id)
     return {
-        **{name: tensor.to(contest.ours.device) for name, tensor in inputs.items()},
+        **{name: tensor.to(benchmark.ours.device) for name, tensor in inputs.items()},
         **one_search(config, num_beams=case.num_beams, do_sample=case.do_sample),
         **length_limit(config, case.new_tokens),
         "min_new_tokens": case.new_tokens,
     }
 
 
-def _call(contestant: Contestant, request: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, float]:
+def _call(baseline: Baseline, request: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, float]:
     """The tokens of one call, and its seconds, the GPU's work included."""
     if request["do_sample"]:
         torch.manual_seed(0)
     _wait(device)
     start = time.perf_counter()
-    tokens = contestant.model.generate(**request, **contestant.options)
+    tokens = baseline.model.generate(**request, **baseline.options)
     _wait(device)
     return tokens, time.perf_counter() - start
 

@@ -20,12 +20,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 RANDOM = "random:"
 
 #: seed of `random_source`: of 49 sources the one whose 99 greedy tokens through T5-base shapes keep the largest distance
-#: between the two best logits (0.59 at least; stock T5 in half precision is off by 0.27 at most), 81 kinds of token among 99
+#: between the two best logits (0.59 at least; Hugging Face T5 in half precision is off by 0.27 at most), 81 kinds of token among 99
 SOURCE_SEED = 33
 
 
 def random_t5(shape: str, seed: int = 0) -> T5ForConditionalGeneration:
-    """A stock float32 model of a published shape whose greedy tokens vary, with margins that half precision keeps.
+    """A Hugging Face float32 model of a published shape whose greedy tokens vary, with margins that half precision keeps.
 
     A fresh T5 repeats one token: the tied head finds the input embedding again in the residual stream, and attention is
     nearly even. Random signs in the last norm's weight break the first; large relative biases and queries and small

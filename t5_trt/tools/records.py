@@ -105,7 +105,7 @@ def record_table(records: Sequence[Record], *, roomy: bool = False) -> Table:
 
 def _cells(record: Record, name: str) -> list[str | Text]:
     prefix = "" if name == OURS else f"{name}_"
-    median, stock = record[f"{name}_ms"], record.get("hf_eager_fp32_ms")
+    median, hugging_face = record[f"{name}_ms"], record.get("hf_eager_fp32_ms")
     equal: str | Text = ""
     if name == OURS and record["tokens_equal"] is not None:
         share = int(record["tokens_equal_share"] * 1000) / 10  # cut: 100% means all
@@ -114,7 +114,7 @@ def _cells(record: Record, name: str) -> list[str | Text]:
         _short(median),
         _short(record[f"{name}_p90_ms"]),
         _short(record[f"{prefix}tokens_per_s"]),
-        "" if stock is None or name == "hf_eager_fp32" else f"{stock / median:.2f}",
+        "" if hugging_face is None or name == "hf_eager_fp32" else f"{hugging_face / median:.2f}",
         equal,
         _short(record[f"{prefix}first_call_s"]),
     ]

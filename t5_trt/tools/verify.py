@@ -16,7 +16,7 @@ from t5_trt.checkpoint.tokenizing import Batch, text_batches
 from t5_trt.engine.profiles import SMALLEST, bucket
 from t5_trt.errors import BackendError
 from t5_trt.generation.search_settings import only_tokens
-from t5_trt.graph.fp16_scaling import fold
+from t5_trt.graph.fp16_scaling import find_scaling
 from t5_trt.graph.signature import ENCODER, QUERIES
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.modeling.calibration import observe
@@ -78,7 +78,7 @@ class BlockError:
         name: such as "decoder.block.3".
         max_error: largest absolute difference.
         mean_error: mean absolute difference.
-        relative_error: L2 of the difference over L2 of the stock class's values.
+        relative_error: L2 of the difference over L2 of the Hugging Face class's values.
     """
 
     name: str
@@ -107,7 +107,7 @@ def compare(
         texts: strings, or batches of ``input_ids`` and ``attention_mask``, int64 [B, S], anywhere.
         tokenizer: for strings, and for ``stop_strings``; None takes the checkpoint's.
         batch_size: strings in a batch.
-        activations: also look for values near the limit of half precision, on the stock model.
+        activations: also look for values near the limit of half precision, on the Hugging Face model.
         generate: arguments of ``generate()``, such as ``max_new_tokens`` or ``num_beams``.
 
     Raises:
@@ -120,37 +120,63 @@ def compare(
         tokenizer = load_tokenizer(model.name_or_path)
     settings = only_tokens(config, generate, tokenizer)
     filler = next((token for token in (config.pad_token_id, model.config.pad_token_id) if token is not None), 0)
-    sequences = equal = tokens = values = 0
-    first: tuple[int, int] | None = None
-    largest = absolute = squared = total = divergence = 0.0
+    sums = _Sums()
     for batch in batches:
         with torch.no_grad():
             expected, got = (_generated(each, batch, settings) for each in (reference, model))
             width = max(expected.shape[1], got.shape[1])
             expected, got = (_padded(rows, width, filler) for rows in (expected, got))
-            same = (expected == got).all(dim=1)
-            if first is None and not same.all():
-                row = int((~same).nonzero()[0])
-                first = (sequences + row, int((expected[row] != got[row]).nonzero()[0]))
-            sequences, equal = sequences + len(same), equal + int(same.sum())
-            wanted, found = (_logits(each, batch, expected[:, :-1]) for each in (reference, model))
+            sums.add_tokens(expected, got)
+            sums.add_logits(*(_logits(each, batch, expected[:, :-1]) for each in (reference, model)))
+    return sums.comparison(_activations(model, batches) if activations else ())
+
+
+@dataclass
+class _Sums:
+    """What `compare` adds up over batches."""
+
+    sequences: int = 0
+    equal: int = 0
+    first_difference: tuple[int, int] | None = None
+    tokens: int = 0
+    values: int = 0
+    largest: float = 0.0
+    absolute: float = 0.0
+    squared: float = 0.0
+    total: float = 0.0
+    divergence: float = 0.0
+
+    def add_tokens(self, expected: torch.Tensor, got: torch.Tensor) -> None:
+        """Compare sequences, int64 [rows, tokens] each."""
+        same = (expected == got).all(dim=1)
+        if self.first_difference is None and not same.all():
+            row = int((~same).nonzero()[0])
+            self.first_difference = (self.sequences + row, int((expected[row] != got[row]).nonzero()[0]))
+        self.sequences, self.equal = self.sequences + len(same), self.equal + int(same.sum())
+
+    def add_logits(self, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        """Compare logits, float32 [rows, tokens, V] each."""
         difference = (found - wanted).abs().nan_to_num(nan=torch.inf)
-        largest = max(largest, float(difference.max()))
-        absolute, values = absolute + float(difference.sum()), values + difference.numel()
-        squared, total = squared + float(difference.square().sum()), total + float(wanted.square().sum())
+        self.largest = max(self.largest, float(difference.max()))
+        self.absolute, self.values = self.absolute + float(difference.sum()), self.values + difference.numel()
+        self.squared += float(difference.square().sum())
+        self.total += float(wanted.square().sum())
         odds, other = (torch.log_softmax(logits, -1) for logits in (wanted, found))
-        divergence += float((odds.exp() * (odds - other)).sum().nan_to_num(nan=torch.inf))
-        tokens += wanted.shape[0] * wanted.shape[1]
-    return Comparison(
-        sequences,
-        equal,
-        first,
-        largest,
-        absolute / values,
-        (squared / max(total, 1e-30)) ** 0.5,
-        divergence / tokens,
-        _activations(model, batches) if activations else (),
-    )
+        self.divergence += float((odds.exp() * (odds - other)).sum().nan_to_num(nan=torch.inf))
+        self.tokens += wanted.shape[0] * wanted.shape[1]
+
+    def comparison(self, activations: tuple[Activation, ...]) -> Comparison:
+        """The means of all batches."""
+        return Comparison(
+            self.sequences,
+            self.equal,
+            self.first_difference,
+            self.largest,
+            self.absolute / self.values,
+            (self.squared / max(self.total, 1e-30)) ** 0.5,
+            self.divergence / self.tokens,
+            activations,
+        )
 
 
 def verify(model: TRTT5ForConditionalGeneration, batches: Iterable[Batch], **generate: Any) -> Comparison:
@@ -188,12 +214,12 @@ def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> 
     """Largest values in float32, and what engines in half precision make of them."""
     arch, reference = model.architecture, model.reference
     on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
-    folding = getattr(model.session, "folding", None) or fold(arch, model.state_dict())
+    scaling = model.session.scaling or find_scaling(arch, model.state_dict())
     seen = observe(reference, on_device)
     found = [
-        (f"{layer}.DenseReluDense.wo, input", most, folding.inner.get(layer, 1.0)) for layer, most in seen.inner.items()
+        (f"{layer}.DenseReluDense.wo, input", most, scaling.inner.get(layer, 1.0)) for layer, most in seen.inner.items()
     ]
-    found += [(f"{name}, output", most, folding.branches.get(name, 1.0)) for name, most in seen.branches.items()]
+    found += [(f"{name}, output", most, scaling.branches.get(name, 1.0)) for name, most in seen.branches.items()]
     limit = torch.finfo(torch.float16).max
     rows = [Activation(name, most, most * factor / limit) for name, most, factor in found]
     return tuple(sorted(rows, key=lambda row: -row.half_share))
@@ -220,13 +246,13 @@ def block_errors(
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
     tokens = decoder_input_ids.to(device)
     with torch.no_grad():
-        stock = reference(
+        expected = reference(
             input_ids=ids, attention_mask=mask, decoder_input_ids=tokens, output_hidden_states=True, use_cache=False
         )
     rows, source = bucket("B", len(ids)), bucket("S", ids.shape[1])
     count, cached = bucket("Q", tokens.shape[1]), SMALLEST["T"]
     wide_ids, wide_mask = _grown(ids, rows, source), _grown(mask, rows, source)
-    encoder = session.streams(ENCODER, {"input_ids": wide_ids, "attention_mask": wide_mask})
+    encoder = session.layer_outputs(ENCODER, {"input_ids": wide_ids, "attention_mask": wide_mask})
     _, cross = session.encode(wide_ids, None, wide_mask)
     heads, width = arch.num_heads, arch.d_kv
     zeros = {"device": device, "dtype": session.dtype}
@@ -237,21 +263,21 @@ def block_errors(
         "cross_bias": session.cross_bias(wide_mask, cross),
         "key_bias": torch.zeros((rows, 1, 1, cached + count), **zeros),  # type: ignore[call-overload]
     }
-    decoder = session.streams(QUERIES, inputs | layer_views("past", past) | layer_views("cross", cross.kv))
+    decoder = session.layer_outputs(QUERIES, inputs | layer_views("past", past) | layer_views("cross", cross.kv))
     keep = mask.bool()
     found, wanted = {}, {}
-    for layer in range(arch.encoder_layers - 1):  # the stock class hands out its last state behind the last norm only
+    for layer in range(arch.encoder_layers - 1):  # Hugging Face's last state comes behind the last norm only
         name = f"encoder.block.{layer}"
         found[name] = encoder[name].view(rows, source, -1)[: len(ids), : ids.shape[1]][keep]
-        wanted[name] = stock.encoder_hidden_states[layer + 1][keep]
+        wanted[name] = expected.encoder_hidden_states[layer + 1][keep]
     found["encoder output"] = encoder["encoder_hidden_states"].view(rows, source, -1)[: len(ids), : ids.shape[1]][keep]
-    wanted["encoder output"] = stock.encoder_last_hidden_state[keep]
+    wanted["encoder output"] = expected.encoder_last_hidden_state[keep]
     for layer in range(arch.decoder_layers - 1):
         name = f"decoder.block.{layer}"
         found[name] = decoder[name].view(rows, count, -1)[: len(ids), : tokens.shape[1]]
-        wanted[name] = stock.decoder_hidden_states[layer + 1]
+        wanted[name] = expected.decoder_hidden_states[layer + 1]
     found["logits"] = decoder["logits"].view(rows, count, -1)[: len(ids), : tokens.shape[1]]
-    wanted["logits"] = stock.logits
+    wanted["logits"] = expected.logits
     return _compare(found, wanted)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import encoder as benchmark
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.kernel_encoder import KernelEncoder
@@ -21,7 +21,7 @@ from tests.runtime.test_kernel_decoder import Recording
 @pytest.fixture
 def once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small requests, and each measured work runs once."""
-    monkeypatch.setattr(benchmark, "record", Recording)
+    monkeypatch.setattr(benchmark, "capture", Recording)
     monkeypatch.setattr(benchmark, "random_source", lambda rows, tokens: torch.randint(2, 90, (rows, tokens)))
     monkeypatch.setattr(benchmark, "events_ms", lambda work, times: (work(), 1.0)[1])
     monkeypatch.setattr(benchmark, "timed_ms", lambda work, runs: (work(), 1.0)[1:])
@@ -38,7 +38,7 @@ def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path:
     session._weights = DeviceWeights(session.arch, session._weights._weights, torch.float16, session.device)
     session.dtype = torch.float16
     kernels = EmulatedKernels(session.arch, torch.float16, tmp_path)
-    form = KernelEncoder(kernels, session.arch, session._weights, Folding(), "fp16")
+    form = KernelEncoder(kernels, session.arch, session._weights, Fp16Scaling(), "fp16")
     session._encoder = GpuEncoder(form, session.device)
     found = {}
     benchmark.measure(found, on_cpu, 1, 4, 1)

@@ -172,7 +172,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(kernel_models, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda_graph, "record", stand_in.Recording)
+    monkeypatch.setattr(cuda_graph, "capture", stand_in.Recording)
     return stand_in.pair.__wrapped__(monkeypatch, tmp_path)[1]
 
 
@@ -187,7 +187,7 @@ def test_parts_of_a_call_add_up(on_cpu: Any) -> None:
         assert all(value >= 0 for value in parts.values())
         on_gpu = sum(value for name, value in parts.items() if name.startswith("GPU"))
         assert 0.5 * whole < on_gpu < 2 * whole and parts["host before the steps"] < whole
-    assert "program" not in vars(on_cpu.session)
+    assert "generation_step" not in vars(on_cpu.session)
 
 
 def test_captures_of_a_new_size_are_timed(on_cpu: Any) -> None:
@@ -197,7 +197,7 @@ def test_captures_of_a_new_size_are_timed(on_cpu: Any) -> None:
             on_cpu.generate(**batch(), max_new_tokens=tokens, min_new_tokens=tokens)
         counts.append(len(captures.times_ms))
     assert counts[0] >= 1 and counts[2] >= 1, "a step of a size, and one of a larger cache"
-    assert kernel_decoder.record is cuda_graph.record
+    assert kernel_decoder.capture is cuda_graph.capture
 
 
 def test_all_of_a_case_is_measured(on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

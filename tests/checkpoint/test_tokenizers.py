@@ -69,7 +69,9 @@ def test_texts_give_what_hugging_face_gives_for_each_alone(kept: tuple[Any, Any,
     found = compare(ours, stock, TEXTS, max_new_tokens=8)
     assert found.equal == found.sequences == len(TEXTS) and found.relative_logit_error < 1e-5
     calibrated = TRTT5ForConditionalGeneration.from_pretrained(folder, calibration=TEXTS)
-    assert calibrated.folding("fp16") is not None and len(calibrated._calibration[0]["input_ids"]) == len(TEXTS)
+    assert calibrated.fp16_scaling("fp16") is not None and len(
+        calibrated._runner.settings.calibration[0]["input_ids"]
+    ) == len(TEXTS)
 
 
 def test_commands_take_them(kept: tuple[Any, Any, Any, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def saved(model: Any, tmp_path: Path) -> Path:
     """A checkpoint's folder with an engine that was used."""
     used = provider(model, tmp_path / "store")
     used.plan(*WANTED)
-    model._session = SimpleNamespace(engines=used)
+    model.session = SimpleNamespace(engines=used)
     model.save_pretrained(tmp_path / "model", include_engines=True)
     return tmp_path / "model"
 
@@ -64,7 +64,7 @@ def test_saved_engines_are_used(model: Any, saved: Path, tmp_path: Path, monkeyp
     no_building(monkeypatch)
     fresh = provider(model, tmp_path / "empty", find_bundle(str(saved), None))
     assert fresh.plan(*WANTED) == b"encoder B1 S32 fp32 built"
-    assert not (tmp_path / "empty").exists() and not fresh.take_fresh(*WANTED)
+    assert not (tmp_path / "empty").exists() and not fresh.pop_unchecked(*WANTED)
     fresh.write_bundle(tmp_path / "again")
     assert [path.name for path in (tmp_path / "again" / FOLDER).iterdir()] == [
         path.name for path in (saved / FOLDER).iterdir()

@@ -22,7 +22,7 @@ from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.graph.signature import GRAPHS
 from t5_trt.runtime import select
-from t5_trt.runtime.open_session import eight_bits
+from t5_trt.runtime.open_session import int8_provider_options
 from tests.conftest import SHIPPED, pair_of
 from tests.tiny_models import make_stock
 
@@ -85,7 +85,7 @@ def test_weights_in_8_bits(tmp_path: Path) -> None:
     keys, matrices = set(), 0
     for seed in (0, 1):
         model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", seed=seed, **sizes), num_threads=1)
-        options = eight_bits(model.architecture, model.state_dict(), model.folding("int8"), "int8")
+        options = int8_provider_options(model.architecture, model.state_dict(), model.fp16_scaling("int8"), "int8")
         plans = provider(model, tmp_path, "int8", **options)
         plan = plans.plan("decoder_step", Shapes(B=1, S=32, T=128))
         keys = {entry.key for entry in plans.store.entries()}

@@ -20,7 +20,7 @@ FOLDER = ROOT / "examples"
 DATA = FOLDER / "data"
 NEW = (
     "quickstart", "japanese_titles", "streaming", "transliterate_file", "prebuild_engines", "fine_tuned",
-    "seq2seq_evaluation", "array_interfaces",
+    "seq2seq_evaluation", "array_interfaces", "adapters",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_summary_of_a_file(tmp_path: Path) -> None:
 
 
 def test_streaming(shipped: tuple[Any, Any, Any]) -> None:
-    """The streamers are Transformers' own, which cut text finer since 5.24: the pieces are those of the stock model."""
+    """The streamers are Transformers' own, which cut text finer since 5.24: the pieces are those of the Hugging Face model."""
     text = "わたしは コーヒーを のみます。"
     shown = run("streaming", "--text", text).stdout.splitlines()
     assert shown[1] == "watashiha kōhīwo nomimasu."
@@ -118,10 +118,20 @@ def test_prebuild_for_rtx(tmp_path: Path) -> None:
     assert len(list((tmp_path / "store").glob("*/engine.plan"))) == 2
 
 
+def test_adapters(tmp_path: Path) -> None:
+    shown = run("adapters", "--steps", "10", "--out", tmp_path).stdout
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
+    assert losses[1] < losses[0] / 10 and losses[3] < losses[2] / 10
+    assert shown.count("tokens equal to peft's: True") == 4 and "False" not in shown
+    lines = dict(re.findall(r"^(kunrei|plain|base model): (.*)$", shown, re.MULTILINE))
+    assert len(set(lines.values())) == 3  # each writes something else
+    assert {path.name for path in tmp_path.iterdir()} == {"kunrei", "plain"}
+
+
 def test_fine_tuned(tmp_path: Path) -> None:
     shown = run("fine_tuned", "--out", tmp_path / "tuned").stdout
-    assert "from_model: tokens equal to the stock class: True" in shown
-    assert "from_pretrained: tokens equal to the stock class: True" in shown
+    assert "from_model: tokens equal to the Hugging Face class: True" in shown
+    assert "from_pretrained: tokens equal to the Hugging Face class: True" in shown
     losses = [float(found) for found in re.findall(r"loss ([\d.]+)", shown)]
     assert losses[1] < losses[0] / 10
     right = re.search(r"(\d) of 8 lines that were not trained on are right", shown)

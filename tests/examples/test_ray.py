@@ -67,7 +67,7 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def expected(shipped: tuple[Any, Any, Any]) -> list[str]:
-    """What the stock class makes of LINES."""
+    """What the Hugging Face class makes of LINES."""
     tokenizer, stock, _ = shipped
     inputs = tokenizer(LINES, return_tensors="pt", padding=True)
     return tokenizer.batch_decode(stock.generate(**inputs, max_new_tokens=90), skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The shipped kana-to-romaji model: real text, the same tokens as the stock class, and as accurate as recorded."""
+"""The shipped kana-to-romaji model: real text, the same tokens as the Hugging Face class, and as accurate as recorded."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,87 +14,46 @@ from transformers.generation import logits_process as stock_processors
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation import decode_loop
-from t5_trt.generation.processors import DEVICE_FORMS, Recordable, device_forms, fingerprint, has_device_form
+from t5_trt.generation.processors import (
+    CAPTURABLE,
+    CapturableProcessors,
+    capturable_processors,
+    fingerprint,
+    is_capturable,
+)
 from t5_trt.generation.request import GenerationPath
 from t5_trt.generation.sampling import draw
 from t5_trt.modeling import generate as generate_module
 from t5_trt.runtime import engine_step, step_buffers
-from t5_trt.runtime.cuda_graph import NotRecordableError
+from t5_trt.runtime.cuda_graph import CaptureError
 from t5_trt.runtime.kv_buffers import DecoderState
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same, run
+from tests.cases import (
+    CORE,
+    ENDS,
+    MORE,
+    OTHER_LOOP,
+    OTHER_NUMBERS,
+    PROCESSORS,
+    LateWatcher,
+    assert_same,
+    run,
+    same_values,
+)
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import VOCAB, batch, make_stock
 
-#: end tokens by which twelve rows end at very different times
-ENDS = [1, 8, 27, 34, 67, 69, 82, 88, 107, 122, 184, 189, 192, 199, 205]
-
-PROCESSORS: list[LogitsProcessor] = [
-    stock_processors.TemperatureLogitsWarper(0.7),
-    stock_processors.TopKLogitsWarper(7),
-    stock_processors.TopPLogitsWarper(0.6),
-    stock_processors.MinPLogitsWarper(0.1),
-    stock_processors.TypicalLogitsWarper(0.5),
-    stock_processors.EpsilonLogitsWarper(0.01),
-    stock_processors.InfNanRemoveLogitsProcessor(),
-    stock_processors.LogitNormalization(),
-    stock_processors.MinLengthLogitsProcessor(5, [1, 4]),
-    stock_processors.MinNewTokensLengthLogitsProcessor(3, 4, 1),
-    stock_processors.SuppressTokensLogitsProcessor([3, 50, 7]),
-    stock_processors.SuppressTokensAtBeginLogitsProcessor([3, 50, 7], 4),
-    stock_processors.ForcedBOSTokenLogitsProcessor(17),
-    stock_processors.ForcedEOSTokenLogitsProcessor(12, [1, 4]),
-    stock_processors.RepetitionPenaltyLogitsProcessor(1.7),
-    *(stock_processors.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3, 40)),
-    stock_processors.SequenceBiasLogitsProcessor([[[9], 4.0], [[2, 3], -6.0], [[3, 2], 1.5], [[2, 3, 2], 2.0]]),
-    stock_processors.NoBadWordsLogitsProcessor([[2], [3, 2], [2, 2, 3], [0, 2]], 1),
-    stock_processors.ExponentialDecayLengthPenalty((2, 1.3), 1, 1),
-]
-
-
-#: the same classes with other numbers, which a recorded step reads from memory
-OTHER_NUMBERS: list[LogitsProcessor] = [
-    stock_processors.TemperatureLogitsWarper(1.3),
-    stock_processors.TopPLogitsWarper(0.9),
-    stock_processors.MinPLogitsWarper(0.03),
-    stock_processors.TypicalLogitsWarper(0.8),
-    stock_processors.EpsilonLogitsWarper(0.003),
-    stock_processors.MinLengthLogitsProcessor(9, [1, 4]),
-    stock_processors.MinNewTokensLengthLogitsProcessor(3, 7, 1),
-    stock_processors.ForcedEOSTokenLogitsProcessor(7, [1, 4]),
-    stock_processors.RepetitionPenaltyLogitsProcessor(0.6),
-]
-
-
-def same_values(process: Recordable, processor: Any, device: str) -> bool:
-    """Compare with the stock class at every length of a buffer whose later part holds tokens that must not count.
-
-    Returns:
-        Whether any score was changed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 4, (6, 32), generator=generator).to(device)  # few kinds: n-grams repeat
-    scores = 3 * torch.randn(6, VOCAB, generator=generator)
-    scores[2, 30:60] = -torch.inf
-    scores, changed = scores.to(device), False
-    for length in range(1, 20):
-        expected = processor(tokens[:, :length], scores.clone())
-        got = process(tokens, torch.tensor([length - 1], device=device), scores.clone())
-        assert torch.equal(got, expected), length
-        changed |= not torch.equal(got, scores)
-    return changed
-
 
 def test_every_device_form_is_compared() -> None:
-    assert {type(processor) for processor in PROCESSORS} == set(DEVICE_FORMS)
-    assert {type(p) for p in OTHER_NUMBERS} == {type_ for type_, kind in DEVICE_FORMS.items() if kind.numbers}
+    assert {type(processor) for processor in PROCESSORS} == set(CAPTURABLE)
+    assert {type(p) for p in OTHER_NUMBERS} == {type_ for type_, kind in CAPTURABLE.items() if kind.numbers}
 
 
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
 def test_device_form_equals_stock_processor(processor: Any) -> None:
-    forms = device_forms([processor], VOCAB, 32, torch.device("cpu"))
+    forms = capturable_processors([processor], VOCAB, 32, torch.device("cpu"))
     assert forms is not None
     no_change = getattr(processor, "ngram_size", 0) == 40
-    assert same_values(Recordable(forms), processor, "cpu") != no_change
+    assert same_values(CapturableProcessors(forms), processor, "cpu") != no_change
 
 
 @pytest.mark.parametrize("other", OTHER_NUMBERS, ids=lambda p: type(p).__name__)
@@ -103,9 +61,9 @@ def test_device_form_takes_other_numbers(other: Any) -> None:
     """And its own again; the processor that it was made from stays as it was."""
     first = next(p for p in PROCESSORS if type(p) is type(other))
     before = dict(vars(first))
-    forms = device_forms([first], VOCAB, 32, torch.device("cpu"))
+    forms = capturable_processors([first], VOCAB, 32, torch.device("cpu"))
     assert forms is not None and fingerprint(first) == fingerprint(other)
-    process = Recordable(forms)
+    process = CapturableProcessors(forms)
     for processor in (other, first):
         process.load([processor])
         assert same_values(process, processor, "cpu")
@@ -115,9 +73,9 @@ def test_device_form_takes_other_numbers(other: Any) -> None:
 def test_numbers_of_one_list_are_written_once() -> None:
     """Also after another list, and after one whose writing did not end."""
     first, other = [stock_processors.TemperatureLogitsWarper(0.7)], [stock_processors.TemperatureLogitsWarper(1.3)]
-    forms = device_forms(first, VOCAB, 32, torch.device("cpu"))
+    forms = capturable_processors(first, VOCAB, 32, torch.device("cpu"))
     assert forms is not None
-    process, number = Recordable(forms), forms[0].numbers[0][0]
+    process, number = CapturableProcessors(forms), forms[0].numbers[0][0]
     for processors in (first, other, first):
         process.load(processors)
         written = number._version
@@ -134,8 +92,8 @@ def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
     class Hotter(stock_processors.TemperatureLogitsWarper):
         pass
 
-    assert not has_device_form(Hotter(0.5)) and has_device_form(stock_processors.TemperatureLogitsWarper(0.5))
-    assert not has_device_form(stock_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
+    assert not is_capturable(Hotter(0.5)) and is_capturable(stock_processors.TemperatureLogitsWarper(0.5))
+    assert not is_capturable(stock_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
 
 
 def test_fingerprints() -> None:
@@ -148,9 +106,9 @@ def test_fingerprints() -> None:
 def test_draws_are_those_of_multinomial(count: int) -> None:
     scores = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
     results = []
-    for recordable in (True, False):
+    for capturable in (True, False):
         torch.manual_seed(8)
-        results.append([draw(scores, count, recordable=recordable) for _ in range(20)])
+        results.append([draw(scores, count, capturable=capturable) for _ in range(20)])
     assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))
 
 
@@ -158,24 +116,9 @@ def test_draws_follow_the_probabilities() -> None:
     """Chi-square of 20,000 draws over 12 tokens: below the 99.9% quantile of 11 degrees of freedom."""
     torch.manual_seed(0)
     scores = torch.linspace(-2, 2, 12)
-    counts = draw(scores.expand(20_000, -1), 1, recordable=True).flatten().bincount(minlength=12)
+    counts = draw(scores.expand(20_000, -1), 1, capturable=True).flatten().bincount(minlength=12)
     expected = 20_000 * scores.softmax(-1)
     assert ((counts - expected) ** 2 / expected).sum() < 31.3
-
-
-class LateWatcher:
-    """Hands out reports four steps late, as on a GPU."""
-
-    def __init__(self, choice: Any, ahead: int) -> None:
-        self.waiting: deque[torch.Tensor] = deque()
-        self.ahead = ahead
-
-    def post(self, choice: Any, position: int) -> None:
-        self.waiting.append(choice.report.clone())
-
-    def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
-        keep = 0 if all_of_them else self.ahead
-        return [self.waiting.popleft() for _ in range(len(self.waiting) - keep)]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +127,7 @@ def on_stand_in() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_loop, "Watcher", LateWatcher)
         ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-        ours._session = stand_in_session(ours, patch)
+        ours.session = stand_in_session(ours, patch)
         yield ours
 
 
@@ -210,9 +153,9 @@ def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
 
 def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch)
-    recorded, record = [], engine_step.record
-    monkeypatch.setattr(engine_step, "record", lambda *args: recorded.append(1) or record(*args))
+    ours.session = stand_in_session(ours, monkeypatch)
+    captured, capture = [], engine_step.capture
+    monkeypatch.setattr(engine_step, "capture", lambda *args: captured.append(1) or capture(*args))
     counts = []
     requests: list[dict[str, Any]] = [
         {},
@@ -230,29 +173,29 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for request in requests:
         inputs = batch(request.pop("rows", 3), seed=len(counts))
         ours.generate(**inputs, **{"do_sample": "temperature" in request, "max_new_tokens": 7, **request})
-        counts.append(len(recorded))
+        counts.append(len(captured))
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
 
 
 def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """It runs after the recorded step then, and is not tried again."""
+    """It runs after the captured step then, and is not tried again."""
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch)
-    record, tries = engine_step.record, []
+    ours.session = stand_in_session(ours, monkeypatch)
+    capture, tries = engine_step.capture, []
 
     def refuse(work: Any, device: torch.device, memory: Any) -> Any:
         if work.args[1] is not None:
             tries.append(1)
             work()
-            raise NotRecordableError("operation not permitted when stream is capturing")
-        return record(work, device, memory)
+            raise CaptureError("operation not permitted when stream is capturing")
+        return capture(work, device, memory)
 
-    monkeypatch.setattr(engine_step, "record", refuse)
+    monkeypatch.setattr(engine_step, "capture", refuse)
     for arguments in ({}, {}, {"num_beams": 2}):
         request = {**batch(), "max_new_tokens": 9, **arguments}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    assert len(tries) == 2 and caplog.text.count("is not recorded") == 2
+    assert len(tries) == 2 and caplog.text.count("is not captured") == 2
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -276,7 +219,7 @@ def test_rows_that_are_over_are_dropped(
     if late:
         monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
     if engine == "stand-in":
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
         for rows in (1, 2, 4, 8):  # only engines that are there are used
             ours.generate(**batch(rows, 11), max_new_tokens=3, **arguments)
     sizes = []
@@ -310,7 +253,7 @@ def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, b
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     ours.generation_config.eos_token_id = None
     monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     fed, run = [], step_buffers.run_step
 
     def watched(slot: Any, *arguments: Any) -> None:
@@ -392,7 +335,7 @@ def test_custom_code_is_called_once_a_step(on_stand_in: Any) -> None:
 def test_other_loops_are_named_and_logged_once(
     v11: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate_module, "_said", set())
+    generate_module._log_once.cache_clear()
     ours = TRTT5ForConditionalGeneration.from_model(v11[0], num_threads=1)
     assert ours.last_generation_path is None
     with caplog.at_level(logging.INFO, "t5_trt"):

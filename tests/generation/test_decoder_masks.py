@@ -10,8 +10,8 @@ import torch
 from t5_trt import InputError
 from t5_trt.compat import CACHE
 from t5_trt.generation.request import GenerationPath
+from tests.cases import prompt
 from tests.conftest import pair_of
-from tests.generation.test_generate_parity import prompt
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch
 from tests.tolerances import LOGITS_ATOL
@@ -78,7 +78,7 @@ def test_forward_takes_masks_of_any_width(
 ) -> None:
     """At once and in pieces; queries that may attend to nothing attend to all keys equally."""
     if engine == "stand-in":
-        fresh._session = stand_in_session(fresh, monkeypatch)
+        fresh.session = stand_in_session(fresh, monkeypatch)
     stock, inputs, ids, mask = fresh.reference, batch(), prompt(3, 3), mask_of(fill, width)
     with torch.no_grad():
         expected = stock(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask).logits

@@ -8,28 +8,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
+from tests.cases import Recorder
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import HIDDEN_ATOL
-
-
-class Recorder(BaseStreamer):
-    """Keeps what it is handed."""
-
-    def __init__(self) -> None:
-        self.pieces: list[list[int]] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.pieces.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        self.ended = True
 
 
 def test_streamer_sees_every_token(v11: tuple[Any, Any]) -> None:
@@ -230,7 +216,7 @@ def test_interrupted_request_leaves_a_usable_model(engine: str, monkeypatch: pyt
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     if engine == "stand-in":
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
     expected = stock.generate(**batch(), max_new_tokens=12).tolist()
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

@@ -176,7 +176,7 @@ def _saved(cache: Any) -> bytes:
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_of_a_cache_are_independent(fresh: Any, monkeypatch: pytest.MonkeyPatch, engine: str, name: str) -> None:
     if engine == "stand-in":
-        fresh._session = stand_in_session(fresh, monkeypatch)
+        fresh.session = stand_in_session(fresh, monkeypatch)
     cache = step(fresh, None, 0, 3)[CACHE]
     step(fresh, cache, 3, 4)  # a step of one token leaves bindings behind
     other = COPIES[name](cache)

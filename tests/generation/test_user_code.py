@@ -21,9 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.generation import decode_loop
+from tests.cases import ENDS, LateWatcher, prompt
 from tests.conftest import pair_of
-from tests.generation.test_decode_loop import ENDS, LateWatcher
-from tests.generation.test_generate_parity import prompt
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch, make_stock
 from tests.tolerances import LOGITS_ATOL
@@ -160,7 +159,7 @@ def on_stand_in() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_loop, "Watcher", LateWatcher)
         ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-        ours._session = stand_in_session(ours, patch)
+        ours.session = stand_in_session(ours, patch)
         yield ours
 
 
@@ -339,8 +338,8 @@ def test_results_stay_as_they_were(v11: tuple[Any, Any], on_stand_in: Any, engin
         for tensor in (out.sequences, *out.scores, *out.logits, encoded[0], step.logits, step[-1]):
             kept.keep(f"call {call}", tensor)
         for cache in (out[-1], step["cache" if "cache" in step else "past_key_values"]):
-            caches.append((cache, cache.stock()))
+            caches.append((cache, cache.as_hugging_face()))
     assert all(torch.equal(tensor, then) for _, tensor, then in kept.kept)
     for cache, then in caches:
-        for now, before in zip(cache.stock(), then, strict=True):
+        for now, before in zip(cache.as_hugging_face(), then, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True) if a is not None)

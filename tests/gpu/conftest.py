@@ -42,7 +42,7 @@ def decode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", params=["kernels", "engine"])
 def gpu_pair(store: Path, request: pytest.FixtureRequest) -> Any:
-    """(stock model on the GPU, the same weights on TensorRT) for a kind; made once for either kind of decoder step."""
+    """(Hugging Face model on the GPU, the same weights on TensorRT) for a kind; made once for either kind of decoder step."""
 
     @cache
     def make(kind: str, precision: str = "fp32") -> tuple[Any, Any]:

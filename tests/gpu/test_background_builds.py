@@ -1,4 +1,4 @@
-"""Encoder engines that TensorRT builds while our own form serves, and the choice between both."""
+"""Encoder engines that TensorRT builds while our own form serves, and the selector between both."""
 
 from __future__ import annotations
 

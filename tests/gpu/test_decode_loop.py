@@ -1,4 +1,4 @@
-"""The recorded decode loop on a real GPU: the CPU suite's argument sets, draws, and no waiting for the GPU."""
+"""The captured decode loop on a real GPU: the CPU suite's argument sets, draws, and no waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt.generation.processors import Recordable, device_forms, fingerprint
+from t5_trt.generation.processors import CapturableProcessors, capturable_processors, fingerprint
 from t5_trt.generation.request import GenerationPath
 from t5_trt.generation.sampling import draw
-from tests.generation.test_decode_loop import OTHER_NUMBERS, PROCESSORS, same_values
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, OTHER_NUMBERS, PROCESSORS, assert_same, same_values
 from tests.gpu.conftest import idle_slots
 from tests.tiny_models import VOCAB, batch
 
@@ -21,7 +20,7 @@ LOGITS_ATOL = 1e-3  # as in test_tensorrt.py
 
 
 def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments with tensors, and those inside of processors, on the GPU, where the stock class wants them."""
+    """The same arguments with tensors, and those inside of processors, on the GPU, where the Hugging Face class wants them."""
     moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     if "logits_processor" in moved:
         moved["logits_processor"] = copy.deepcopy(moved["logits_processor"])
@@ -34,7 +33,7 @@ def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [*CORE, *MORE])
 def test_generates_as_stock(gpu_pair: Any, name: str) -> None:
-    """Draws too: the recorded step draws what torch.multinomial does for the same seed."""
+    """Draws too: the captured step draws what torch.multinomial does for the same seed."""
     stock, ours = gpu_pair("t5-v1.1")
     results = []
     for model in (ours, stock):
@@ -62,27 +61,27 @@ def test_recorded_draws_are_those_of_multinomial() -> None:
     scores = torch.randn(5, 1000, device="cuda")
     for count in (1, 4):
         torch.manual_seed(8)
-        expected = draw(scores, count, recordable=False)
+        expected = draw(scores, count, capturable=False)
         torch.manual_seed(8)
-        assert torch.equal(draw(scores, count, recordable=True), expected)
+        assert torch.equal(draw(scores, count, capturable=True), expected)
 
 
 @pytest.mark.parametrize("processor", [*PROCESSORS, *OTHER_NUMBERS], ids=lambda p: type(p).__name__)
 def test_device_form_equals_stock_processor(processor: Any) -> None:
     """Also after it was made from one with other numbers."""
     first = next(p for p in PROCESSORS if fingerprint(p) == fingerprint(processor))
-    forms = device_forms([first], VOCAB, 32, torch.device("cuda"))
+    forms = capturable_processors([first], VOCAB, 32, torch.device("cuda"))
     assert forms is not None
-    process = Recordable(forms)
+    process = CapturableProcessors(forms)
     process.load([processor])
     (moved,) = on_gpu({"logits_processor": [processor]})["logits_processor"]
     same_values(process, moved, "cuda")
 
 
 def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
-    """Nothing is recorded anew for them, and what is drawn is what the stock class draws."""
+    """Nothing is captured anew for them, and what is drawn is what the Hugging Face class draws."""
     stock, ours = gpu_pair("t5-v1.1")
-    recorded = set()
+    captured = set()
     for numbers in ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_p": 0.5}):
         request = {**on_gpu(batch()), **numbers, "do_sample": True, "repetition_penalty": numbers["temperature"]}
         results = []
@@ -91,8 +90,8 @@ def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
             results.append(model.generate(**request, max_new_tokens=20).tolist())
         assert results[0] == results[1]
         gc.collect()
-        recorded.add(frozenset(id(step) for slot in idle_slots(ours.session) for step in slot.steps.values()))
-    assert len(recorded) == 1
+        captured.add(frozenset(id(step) for slot in idle_slots(ours.session) for step in slot.steps.values()))
+    assert len(captured) == 1
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampling", "sampling, several", "beams", "beam sampling", "temperature"])
@@ -106,7 +105,7 @@ def test_request_like_an_earlier_one(gpu_pair: Any, name: str) -> None:
             request = {**batch(seed=seed), "max_new_tokens": 12, **{**CORE, **MORE}[name]}
             results.append(model.generate(**on_gpu(request)).tolist())
         assert results[0] == results[1]
-    assert ours._repeats._kept
+    assert ours._prepared._kept
 
 
 def test_steps_do_not_wait_for_the_gpu(gpu_pair: Any) -> None:
@@ -116,12 +115,12 @@ def test_steps_do_not_wait_for_the_gpu(gpu_pair: Any) -> None:
     session = ours.session
     for arguments in ({}, {"num_beams": 3}, {"do_sample": True, "top_p": 0.9}):
         ours.generate(**inputs, max_new_tokens=9, **arguments)
-        programs, make = [], session.program
-        session.program = lambda *args, make=make, kept=programs: kept.append(make(*args)) or kept[-1]
+        programs, make = [], session.generation_step
+        session.generation_step = lambda *args, make=make, kept=programs: kept.append(make(*args)) or kept[-1]
         try:
             ours.generate(**inputs, max_new_tokens=9, return_dict_in_generate=True, **arguments)
         finally:
-            session.program = make
+            session.generation_step = make
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(5):

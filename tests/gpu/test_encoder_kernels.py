@@ -166,7 +166,7 @@ def test_encoder_is_as_near_to_hugging_face_as_that_of_torch(kind: str, precisio
     expected = make_stock(kind).cuda().encoder(**inputs).last_hidden_state.double()
     session = ours.session
     assert "encoder (kernels)" in session.loaded_graphs()
-    by_torch = TorchEncoder(session.arch, session._weights, session.folding, precision)
+    by_torch = TorchEncoder(session.arch, session._weights, session.scaling, precision)
     given = inputs["input_ids"], None, inputs["attention_mask"]
     distances = [float((each.run(*given).double() - expected).norm()) for each in (session._encoder.form, by_torch)]
     assert distances[0] < 1.2 * distances[1]
@@ -197,5 +197,5 @@ def test_tokens_equal_those_of_the_torch_form(store: Path) -> None:
     got = ours.generate(**inputs, num_beams=3, max_new_tokens=64)
     session = ours.session
     assert session.loaded_graphs()[0] == "encoder (kernels)"
-    session._encoder = GpuEncoder(TorchEncoder(session.arch, session._weights, session.folding, "fp16"), session.device)
+    session._encoder = GpuEncoder(TorchEncoder(session.arch, session._weights, session.scaling, "fp16"), session.device)
     assert torch.equal(ours.generate(**inputs, num_beams=3, max_new_tokens=64), got)

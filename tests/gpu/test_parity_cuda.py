@@ -15,11 +15,21 @@ from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation.request import GenerationPath
 from t5_trt.runtime.kv_buffers import CrossStates
-from tests.generation.test_generate_interfaces import Recorder
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import (
+    CORE,
+    MORE,
+    OTHER_LOOP,
+    Recorder,
+    assert_same,
+    exchange_head,
+    load_decoder,
+    scale_row,
+    scale_weights,
+    training_step,
+    write_data_of_head,
+)
 from tests.gpu.test_decode_loop import LOGITS_ATOL, on_gpu
 from tests.gpu.test_tensorrt import OVERFLOWING
-from tests.modeling.test_changed_models import _block, _data, _head, _row, _scale, _step
 from tests.tiny_models import KINDS, batch, make_stock
 
 ALL = {**CORE, **MORE}
@@ -155,7 +165,11 @@ def test_steps_of_overflowing_checkpoints_in_float16(store: Path, kind: str, enl
     assert got.isfinite().all() and float((got - expected).norm() / expected.norm()) < 0.02
 
 
-@pytest.mark.parametrize("change", [_scale, _head, _data, _row, _block, _step], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [scale_weights, exchange_head, write_data_of_head, scale_row, load_decoder, training_step],
+    ids=lambda change: change.__name__,
+)
 def test_changed_weights_are_followed(store: Path, change: Any) -> None:
     stock, ours = make_stock("t5-v1.1"), on_kernels(make_stock("t5-v1.1"), store)
     texts = []
@@ -165,7 +179,7 @@ def test_changed_weights_are_followed(store: Path, change: Any) -> None:
         assert got.tolist() == expected.tolist() and beams[1].tolist() == beams[0].tolist()
         texts.append((got.tolist(), beams[1].tolist()))
         change(stock)
-        ours.load_state_dict(stock.state_dict()) if change is _step else change(ours)
+        ours.load_state_dict(stock.state_dict()) if change is training_step else change(ours)
     assert texts[0] != texts[1]
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs on a real GPU: all that ought to be recorded is, and a recording that fails costs speed only.
+"""CUDA graphs on a real GPU: all that ought to be captured is, and a recording that fails costs speed only.
 
 The first thing to run on a new GPU or TensorRT: nearly everything else depends on it.
 """
@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.generation.sampling import TokenChoice
-from t5_trt.runtime.cuda_graph import GraphMemory, NotRecordableError, record
+from t5_trt.generation.sampling import RowTokenSelector
+from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture
 from tests.gpu.conftest import idle_slots
 from tests.tiny_models import batch, make_stock
 
@@ -34,9 +34,9 @@ def test_everything_is_recorded(store: Path, decode: str, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING, "t5_trt"):
         for arguments in 2 * ({}, {"num_beams": 4}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}):
             ours.generate(**on_gpu(), max_new_tokens=9, **arguments)
-    assert "recorded" not in caplog.text
+    assert "captured" not in caplog.text
     steps = [step for slot in idle_slots(ours.session) for step in slot.steps.values()]
-    graphs = [step.graph for step in steps] + [kept.graph for kept in ours.session._encoders._recorded.values()]
+    graphs = [step.graph for step in steps] + [kept.graph for kept in ours.session._encoders._captured.values()]
     assert len(graphs) == 4 and all(isinstance(graph, torch.cuda.CUDAGraph) for graph in graphs)
 
 
@@ -55,12 +55,12 @@ def test_capture_that_fails(shared: bool) -> None:
         counter.sum().item()
 
     for _ in range(2):
-        with pytest.raises(NotRecordableError):
-            record(wait, device, memory)
+        with pytest.raises(CaptureError):
+            capture(wait, device, memory)
         assert torch.cuda.current_stream() == before
         torch.manual_seed(0)
         first = torch.rand(5, device=device)
-        graph = record(count, device, memory)
+        graph = capture(count, device, memory)
         counter.zero_()
         for _ in range(3):
             graph.replay()
@@ -77,13 +77,13 @@ def test_capture_that_fails(shared: bool) -> None:
 def test_choice_that_cannot_be_recorded(
     store: Path, decode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours, advance = model(store, make_stock("t5-v1.1"), decode), TokenChoice.advance
+    ours, advance = model(store, make_stock("t5-v1.1"), decode), RowTokenSelector.advance
 
-    def wait(choice: TokenChoice, logits: torch.Tensor, *others: Any) -> Any:
+    def wait(selector: RowTokenSelector, logits: torch.Tensor, *others: Any) -> Any:
         logits.sum().item()
-        return advance(choice, logits, *others)
+        return advance(selector, logits, *others)
 
-    monkeypatch.setattr(TokenChoice, "advance", wait)
+    monkeypatch.setattr(RowTokenSelector, "advance", wait)
     stock = make_stock("t5-v1.1").cuda()  # of its own: ours shares the parameters that it was made from
     for arguments in ({}, {"num_beams": 4}, {}, {"do_sample": True}):
         results = []
@@ -91,7 +91,7 @@ def test_choice_that_cannot_be_recorded(
             torch.manual_seed(3)
             results.append(each.generate(**on_gpu(), max_new_tokens=12, **arguments).tolist())
         assert results[0] == results[1]
-    assert caplog.text.count("the choice of tokens is not recorded") == 2  # greedy and drawn; beams are recorded
+    assert caplog.text.count("the token selection is not captured") == 2  # greedy and drawn; beams are captured
 
 
 def test_draws_beside_recordings(store: Path, decode: str) -> None:
@@ -108,6 +108,6 @@ def test_draws_beside_recordings(store: Path, decode: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         drawn = pool.submit(draw, 30)
         for _ in range(10):
-            recording.session._forget()  # all of it is recorded anew
+            recording.session._forget()  # all of it is captured anew
             recording.generate(**inputs, max_new_tokens=5)
         assert set(drawn.result()) == {torch.Size([3, 21])}

@@ -1,4 +1,4 @@
-"""TensorRT on a real GPU: tokens of the stock class, engines from the store, buffers that grow, failures that end well."""
+"""TensorRT on a real GPU: tokens of the Hugging Face class, engines from the store, buffers that grow, failures that end well."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_fp16_of_given_embeddings_out_of_range(store: Path) -> None:
 
 
 def test_two_models_in_two_threads(store: Path) -> None:
-    """Both record their steps while the other one runs."""
+    """Both capture their steps while the other one runs."""
     kinds = ("t5-v1.0", "t5-v1.1")
     requests: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"max_new_tokens": 150, "min_new_tokens": 150}]
     fixed = {**on_gpu(batch()), "max_new_tokens": 12}

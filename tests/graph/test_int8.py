@@ -11,7 +11,7 @@ import torch
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration, generate_many
 from t5_trt.engine.store import PLAN, EngineStore
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.int8 import quantize
 from t5_trt.runtime import int8_weights
 from t5_trt.runtime.int8_weights import products_saturate, weights_digest
@@ -146,18 +146,20 @@ def test_digest_follows_the_weights() -> None:
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize(
-    "folding",
+    "scaling",
     [
-        Folding(),
-        Folding(True, 0.5, {"decoder.block.0.layer.2.DenseReluDense.wo": 2**-5}, {"decoder.block.0.layer.2": 2**-3}),
+        Fp16Scaling(),
+        Fp16Scaling(
+            True, 0.5, {"decoder.block.0.layer.2.DenseReluDense.wo": 2**-5}, {"decoder.block.0.layer.2": 2**-3}
+        ),
     ],
     ids=["plain", "folded"],
 )
-def test_weight_only_graphs(kind: str, folding: Folding, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_only_graphs(kind: str, scaling: Fp16Scaling, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs of GPU engines with 8-bit weights, computed by torch: activations stay in half precision."""
     stock = make_stock(kind)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="int8", folding=folding)
+    ours.session = stand_in_session(ours, monkeypatch, precision="int8", scaling=scaling)
     ids = torch.randint(2, 200, (3, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = stock(**batch(), decoder_input_ids=ids).logits

@@ -16,7 +16,7 @@ from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
 from t5_trt.checkpoint.tokenizing import text_batches
 from t5_trt.graph import fp16_scaling
 from t5_trt.graph.build_graph import build_device_graph
-from t5_trt.graph.fp16_scaling import LIMIT, Folding, Ranges, bound, fold
+from t5_trt.graph.fp16_scaling import LIMIT, Fp16Scaling, Ranges, bound, find_scaling
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
 from t5_trt.graph.signature import ENCODER, STEP
 from t5_trt.modeling.calibration import observe, random_batches
@@ -53,10 +53,10 @@ def encoded_embeds(model: Any) -> torch.Tensor:
     return states[inputs["attention_mask"].bool()]
 
 
-def folding_of(ours: Any) -> Folding:
+def scaling_of(ours: Any) -> Fp16Scaling:
     """What opening a session in half precision would take."""
-    folding = fold(ours.architecture, ours.state_dict())
-    return folding if folding.certain else fold(ours.architecture, ours.state_dict(), ours._observe())
+    scaling = find_scaling(ours.architecture, ours.state_dict())
+    return scaling if scaling.certain else find_scaling(ours.architecture, ours.state_dict(), ours._runner.observe())
 
 
 @pytest.mark.parametrize("factors", FACTORS, ids=str)
@@ -72,14 +72,14 @@ def test_overflowing_checkpoints(kind: str, factors: Any, monkeypatch: pytest.Mo
     if factors[0] == 3e4:  # inside a layer
         assert half.isnan().any()
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16")
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16")
     with pytest.raises(NotFiniteError):
         logits(ours)
-    folding = folding_of(ours)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
+    scaling = scaling_of(ours)
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling)
     assert relative(logits(ours), expected) < HALF_RELATIVE
-    ours._session = stand_in_session(ours, monkeypatch, folding=folding)
-    assert folding != Folding() and relative(logits(ours), expected) < FOLDED_RELATIVE
+    ours.session = stand_in_session(ours, monkeypatch, scaling=scaling)
+    assert scaling != Fp16Scaling() and relative(logits(ours), expected) < FOLDED_RELATIVE
 
 
 @pytest.mark.parametrize("least", [None, 8.0], ids=["by bounds", "observed"])
@@ -89,8 +89,8 @@ def test_extreme_values(least: float | None, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(fp16_scaling, "_LEAST", least)
     stock = swollen(make_stock("mt5"), *EXTREME)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    assert fold(ours.architecture, ours.state_dict()).certain == (least is None)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    assert find_scaling(ours.architecture, ours.state_dict()).certain == (least is None)
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling_of(ours))
     assert relative(logits(ours), logits(stock)) < HALF_RELATIVE
 
 
@@ -99,7 +99,7 @@ def test_tokens_and_given_embeddings(kind: str, monkeypatch: pytest.MonkeyPatch)
     """Greedy steps over a half precision cache, and embeddings that come from outside."""
     stock = swollen(make_stock(kind), 100.0, 1e4)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling_of(ours))
     request = {**batch(), "max_new_tokens": 6, "min_new_tokens": 6}
     got = ours.generate(**request, output_scores=True, return_dict_in_generate=True)
     scores = stock.generate(**request, output_scores=True, return_dict_in_generate=True).scores
@@ -115,7 +115,7 @@ def test_t5_base_shapes(factors: dict[str, float], monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         expected = stock(input_ids=ids, decoder_input_ids=tokens).logits
     ours = TRTT5ForConditionalGeneration.from_model(stock)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding_of(ours))
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling_of(ours))
     got = ours(input_ids=ids, decoder_input_ids=tokens).logits
     assert relative(got, expected) < HALF_RELATIVE
 
@@ -128,15 +128,15 @@ def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pyte
     expected = logits(stock)
     assert not logits(copy.deepcopy(stock).half()).isfinite().all()
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16")
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16")
     with pytest.raises(NotFiniteError):
         logits(ours)
-    folding = folding_of(ours)
-    assert folding.branches["lm_head"] < 1 and (folding.embedding < 1) == (factor == 2**18)
-    ours._session = stand_in_session(ours, monkeypatch, precision="fp16", folding=folding)
+    scaling = scaling_of(ours)
+    assert scaling.branches["lm_head"] < 1 and (scaling.embedding < 1) == (factor == 2**18)
+    ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling)
     assert relative(logits(ours), expected) < HALF_RELATIVE
     assert relative(encoded_embeds(ours).float(), encoded_embeds(stock)) < HALF_RELATIVE
-    ours._session = stand_in_session(ours, monkeypatch, folding=folding)
+    ours.session = stand_in_session(ours, monkeypatch, scaling=scaling)
     assert relative(logits(ours), expected) < FOLDED_RELATIVE
 
 
@@ -145,8 +145,8 @@ def test_streams_have_their_own_units(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = large_logits(make_stock("t5-v1.1"), 2.0**18)
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     plain, folded = (
-        stand_in_session(ours, monkeypatch, folding=folding).streams(ENCODER, batch())
-        for folding in (Folding(), folding_of(ours))
+        stand_in_session(ours, monkeypatch, scaling=scaling).layer_outputs(ENCODER, batch())
+        for scaling in (Fp16Scaling(), scaling_of(ours))
     )
     assert len(plain) == 3 and all(relative(folded[name], plain[name]) < FOLDED_RELATIVE for name in plain)
 
@@ -178,22 +178,24 @@ def test_bounds_hold(kind: str) -> None:
 def test_ordinary_checkpoints_are_left_alone() -> None:
     for stock in (make_stock("t5-v1.1"), random_t5("t5-base")):
         ours = TRTT5ForConditionalGeneration.from_model(stock)
-        assert fold(ours.architecture, ours.state_dict()) == Folding()
+        assert find_scaling(ours.architecture, ours.state_dict()) == Fp16Scaling()
 
 
 def test_factors() -> None:
     dense, attention = "encoder.block.0.layer.1.DenseReluDense", "decoder.block.3.layer.1.EncDecAttention"
-    folding = Folding(True, 1.0, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3})
+    scaling = Fp16Scaling(
+        True, 1.0, {f"{dense}.wo": 2**-4, f"{attention}.o": 2**-5}, {"encoder.block.0.layer.1": 2**-3}
+    )
 
     def factor(key: str, group: str = "a matrix") -> float:
-        return folding.factor(group, key)
+        return scaling.factor(group, key)
 
     assert factor(f"{attention}.o.weight") == 2**-5 and factor(f"{attention}.q.weight") == 1.0
     assert [factor(f"{dense}.{name}.weight") for name in ("wi", "wi_0", "wi_1", "wo")] == [2**-3, 1, 2**-3, 0.5]
     assert factor("encoder.block.1.layer.1.DenseReluDense.wo.weight") == 1.0
     assert factor("encoder.final_layer_norm.weight") == 1.0
     assert factor("shared.weight", EMBEDDING) == factor("shared.weight", LM_HEAD) == 1.0
-    tied = Folding(True, 2**-3, {"lm_head": 2**-7})
+    tied = Fp16Scaling(True, 2**-3, {"lm_head": 2**-7})
     assert tied.factor(EMBEDDING, "shared.weight") == 2**-3 and tied.factor(LM_HEAD, "shared.weight") == 2**-7
 
 
@@ -201,24 +203,27 @@ def test_seen_ranges_get_headroom() -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"))
     bounds = bound(ours.architecture, ours.state_dict())
     seen = Ranges(dict.fromkeys(bounds.branches, 1e6), dict.fromkeys(bounds.inner, 1e5))
-    folding = fold(ours.architecture, ours.state_dict(), seen)
-    assert all(factor * 1e6 * 4 < LIMIT <= factor * 1e6 * 16 for factor in folding.branches.values())
-    assert all(factor * 1e5 * 4 < LIMIT for factor in folding.inner.values())
-    assert len(folding.inner) == len(bounds.inner) and len(folding.branches) == len(bounds.branches)
+    scaling = find_scaling(ours.architecture, ours.state_dict(), seen)
+    assert all(factor * 1e6 * 4 < LIMIT <= factor * 1e6 * 16 for factor in scaling.branches.values())
+    assert all(factor * 1e5 * 4 < LIMIT for factor in scaling.inner.values())
+    assert len(scaling.inner) == len(bounds.inner) and len(scaling.branches) == len(bounds.branches)
 
 
 def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Texts of the user's decide, and are looked at when the session opens, not when the model is loaded."""
     asked = []
-    monkeypatch.setattr(opening, "fold", lambda arch, weights, seen=None: asked.append(seen) or Folding())
+    monkeypatch.setattr(opening, "find_scaling", lambda arch, weights, seen=None: asked.append(seen) or Fp16Scaling())
     monkeypatch.setattr(opening, "gpu_facts", lambda device: {})
     monkeypatch.setattr(opening, "load_tensorrt", lambda flavor: None)
     monkeypatch.setattr(opening, "EngineProvider", lambda *args, **kwargs: None)
     monkeypatch.setattr(opening, "TrtSession", lambda *args, **kwargs: "session")
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
     ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, calibration=["さくら", "とうきょう"])
-    assert len(ours._calibration) == 1 and ours._calibration[0]["input_ids"].shape[0] == 2
-    ours._placement_ = replace(ours._placement, backend="tensorrt", precision="fp16", flavor="tensorrt")
+    runner = ours._runner
+    calibration = runner.settings.calibration
+    assert calibration is not None and len(calibration) == 1 and calibration[0]["input_ids"].shape[0] == 2
+    placement = replace(runner.placement, backend="tensorrt", precision="fp16", flavor="tensorrt")
+    runner.settings = replace(runner.settings, placement=placement)
     assert ours.session == "session"  # type: ignore[comparison-overlap]
     assert len(asked) == 1 and isinstance(asked[0], Ranges) and 0.0 < max(asked[0].branches.values()) < 1e5
 

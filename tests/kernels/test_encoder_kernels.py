@@ -13,7 +13,7 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding, fold
+from t5_trt.graph.fp16_scaling import Fp16Scaling, find_scaling
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
@@ -167,9 +167,9 @@ class Encoders:
     def __init__(self, stock: Any, emulated: Callable[..., EmulatedKernels]) -> None:
         self.arch: Architecture = TRTT5ForConditionalGeneration.from_model(stock).architecture
         weights = stock.state_dict()
-        parts = self.arch, DeviceWeights(self.arch, weights, torch.float16, CPU, fold(self.arch, weights))
-        self.kernels = KernelEncoder(emulated(self.arch), *parts, fold(self.arch, weights), "fp16")
-        self.torch = TorchEncoder(*parts, fold(self.arch, weights), "fp16")
+        parts = self.arch, DeviceWeights(self.arch, weights, torch.float16, CPU, find_scaling(self.arch, weights))
+        self.kernels = KernelEncoder(emulated(self.arch), *parts, find_scaling(self.arch, weights), "fp16")
+        self.torch = TorchEncoder(*parts, find_scaling(self.arch, weights), "fp16")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,4 +219,6 @@ def test_what_the_kernels_do_not_take_goes_to_torch(tmp_path: Path) -> None:
     stock = make_stock("t5-v1.0")
     arch: Architecture = TRTT5ForConditionalGeneration.from_model(stock).architecture
     weights = DeviceWeights(arch, stock.state_dict(), torch.float16, CPU)
-    assert type(open_encoder(arch, weights, Folding(), "fp16", torch.float16, EngineStore(tmp_path))) is TorchEncoder
+    assert (
+        type(open_encoder(arch, weights, Fp16Scaling(), "fp16", torch.float16, EngineStore(tmp_path))) is TorchEncoder
+    )

@@ -119,6 +119,19 @@ def test_changes_of_adapters_are_followed(optimizer: dict[str, Any]) -> None:
     assert ours.session is session
 
 
+def test_engines_that_were_opened_in_inference_mode_follow_outside_of_it() -> None:
+    theirs, mine, ours = peft_pair(make_stock("t5-v1.0"), TWO)
+    with torch.inference_mode():
+        tokens(mine)
+    session = ours.session
+    theirs.set_adapter("two"), mine.set_adapter("two")
+    compare(theirs, mine)
+    with torch.inference_mode():
+        theirs.set_adapter("default"), mine.set_adapter("default")
+        assert tokens(theirs) == tokens(mine)
+    assert ours.session is session
+
+
 def test_merged_adapters_are_followed() -> None:
     theirs, mine, _ = peft_pair(make_stock("t5-v1.0"), TWO)
     both = (theirs, mine)
@@ -197,8 +210,8 @@ def test_fp16_factors_go_by_the_active_adapter() -> None:
     for name in ("default", "two"):
         theirs.set_adapter(name), mine.set_adapter(name)
         merged = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(theirs).merge_and_unload())
-        found.append(ours.folding("fp16"))
-        assert found[-1] == merged.folding("fp16")
+        found.append(ours.fp16_scaling("fp16"))
+        assert found[-1] == merged.fp16_scaling("fp16")
     assert found[0] != found[1]
 
 

@@ -18,7 +18,7 @@ from peft import (
 from transformers import T5EncoderModel
 
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration
-from t5_trt.errors import StrictModeError, UnsupportedModelError
+from t5_trt.errors import InputError, StrictModeError, UnsupportedModelError
 from tests.adapters import CONFIGS, QUIET, lora, peft_pair, randomize
 from tests.tiny_models import KINDS, VOCAB, batch, make_stock
 from tests.tolerances import LOGITS_ATOL
@@ -135,6 +135,8 @@ def test_a_model_that_has_adapters_can_be_wrapped() -> None:
     inner = theirs.get_base_model()
     ours = TRTT5ForConditionalGeneration.from_model(inner, num_threads=1)
     compare(theirs, ours)
+    with pytest.raises(InputError, match="get_base_model"):
+        TRTT5ForConditionalGeneration.from_model(theirs)
     theirs.set_adapter("two")  # the layers are shared
     compare(theirs, ours)
 

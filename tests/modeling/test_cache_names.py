@@ -44,7 +44,7 @@ def call_preparation(model: Any, **caches: Any) -> list[str]:
 
 
 def outcome(call: Callable[..., Any], model: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """What a call with a stock cache under each of the names does."""
+    """What a call with a Hugging Face cache under each of the names does."""
     caches = {name: EncoderDecoderCache(DynamicCache(), DynamicCache()) for name in names}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -75,7 +75,7 @@ def test_every_name_does_what_it_does_in_the_stock_class(
 
 
 def test_warnings_show_the_line_that_used_an_old_name(v11: tuple[Any, Any]) -> None:
-    """As with the stock class, and not a line of this library."""
+    """As with the Hugging Face class, and not a line of this library."""
     files = []
     for model in v11:
         with warnings.catch_warnings(record=True) as seen:
@@ -88,7 +88,7 @@ def test_warnings_show_the_line_that_used_an_old_name(v11: tuple[Any, Any]) -> N
 
 @pytest.mark.parametrize("name", ["forward", "prepare_inputs_for_generation"])
 def test_signatures(pair: tuple[Any, Any], name: str) -> None:
-    """Ours has the stock one's parameters in its order; those that the stock class takes as kwargs come behind them."""
+    """Ours has that one's parameters in its order; those that the Hugging Face class takes as kwargs come behind them."""
     stock, ours = (list(inspect.signature(getattr(model, name)).parameters) for model in pair)
     assert ours[: len(stock) - 1] == stock[:-1] and ours[-1] == stock[-1] == "kwargs"
     assert CACHE in ours and sum(known in ours for known in NAMES) == 1

@@ -53,7 +53,7 @@ def test_weights_are_not_held_twice() -> None:
 
 
 def test_engines_are_opened_lazily(fresh: Any) -> None:
-    assert fresh._session is None
+    assert fresh._runner.session is None
     fresh.generate(**REQUEST)
     assert fresh.session.loaded_graphs() == ("encoder", "decoder_step")
     fresh(**batch(), decoder_input_ids=torch.zeros(3, 4, dtype=torch.long))
@@ -96,7 +96,7 @@ def test_copies(fresh: Any) -> None:
     expected = fresh.generate(**REQUEST).tolist()
     fresh.reference.eval()
     for twin in (copy.deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
-        assert twin._session is None and twin.encoder is not fresh.encoder
+        assert twin._runner.session is None and twin.encoder is not fresh.encoder
         assert twin.generate(**REQUEST).tolist() == expected
         assert twin.shared.weight.data_ptr() != fresh.shared.weight.data_ptr()
 
@@ -193,13 +193,13 @@ def test_buffers_stay_where_they_are(fresh: Any) -> None:
             decoder_input_ids=torch.ones(3, 1, dtype=torch.long),
             **{CACHE: cache},
         )
-        seen.add((cache.state.kv.data_ptr(), cache.state.new.data_ptr(), id(cache.state.bindings.get("decoder_step"))))
+        seen.add((cache.state.kv.data_ptr(), cache.state.new.data_ptr(), id(cache.state.binding)))
     assert cache.state.length == cache.state.capacity == 64
     assert len(seen) <= 2  # the second mask object may renew the binding once
 
 
 def test_seq2seq_trainer(tmp_path: Path) -> None:
-    """`Seq2SeqTrainer.predict` with predict_with_generate: the loss and the tokens of the stock class."""
+    """`Seq2SeqTrainer.predict` with predict_with_generate: the loss and the tokens of the Hugging Face class."""
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     class NoTokenizer:

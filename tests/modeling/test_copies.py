@@ -134,7 +134,7 @@ def test_shallow_copies_do_not_depend_on_each_other(make: Callable[..., Any], go
         torch.testing.assert_close(
             model.get_encoder()(**batch())[0], stock.encoder(**batch())[0], atol=HIDDEN_ATOL, rtol=1e-4
         )
-        assert model.get_encoder()._model() is model
+        assert model.get_encoder()._find_runner().model is model
     left = ours if gone == "copy" else twin
     del model, ours, twin
     if make is whole_model:
@@ -200,10 +200,10 @@ def test_encoder_frees_its_memory_at_once(copied: bool) -> None:
         del ours
         assert not any(kept() is not None for kept in gone)
         encoder(**batch()), encoder(**batch(), output_hidden_states=True)
-        lone = encoder._model()
+        lone = encoder._find_runner()
         gone = [
             weakref.ref(encoder),
-            weakref.ref(lone),
+            weakref.ref(lone.model),
             weakref.ref(lone.session),
             weakref.ref(encoder.embed_tokens.weight),
         ]

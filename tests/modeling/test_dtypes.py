@@ -64,7 +64,7 @@ def check_pair(stock: Any, ours: Any) -> None:
         close(left.logits, best.logits, dtype), close(left.encoder_last_hidden_state, states, dtype)
         close(ours.get_encoder()(**batch())[0], states, dtype)
         embeds = stock.shared(batch()["input_ids"])
-        close(ours.encode(None, batch()["attention_mask"], embeds)[0], states, dtype)
+        close(ours.encoder(inputs_embeds=embeds, attention_mask=batch()["attention_mask"])[0], states, dtype)
         inner = [model(**request, output_hidden_states=True).decoder_hidden_states for model in (ours, stock)]
     torch.testing.assert_close(*inner)  # both are the Hugging Face model's
 
@@ -158,11 +158,11 @@ def test_caches_go_on_in_half_precision(dtype: torch.dtype) -> None:
         exact = copy.deepcopy(stock).float()(**batch(), decoder_input_ids=LABELS).logits[:, -1:]
         for maker, user in ((ours, ours), (stock, ours), (ours, stock), (ours, ours.reference)):
             out = maker(**batch(), decoder_input_ids=first, use_cache=True)
-            cache = out[CACHE] if user is ours else out[CACHE].stock()
+            cache = out[CACHE] if user is ours else out[CACHE].as_hugging_face()
             rest = {"encoder_outputs": (out.encoder_last_hidden_state,), "attention_mask": batch()["attention_mask"]}
             logits = user(**rest, decoder_input_ids=second, **{CACHE: cache}).logits
             assert logits.dtype is dtype and (logits.float() - exact).norm() < 0.1 * exact.norm()
-            keys = (cache.stock() if maker is user is ours else cache).self_attention_cache.layers[0].keys
+            keys = (cache.as_hugging_face() if maker is user is ours else cache).self_attention_cache.layers[0].keys
             assert keys.dtype is dtype and keys.shape[2] == 3
 
 
@@ -171,7 +171,7 @@ def test_meta_and_back() -> None:
     expected = ours.generate(**batch(), max_new_tokens=6).tolist()
     whole = Sentence(ours)
     whole.to("meta")
-    assert ours.device.type == "meta" and ours._session is None
+    assert ours.device.type == "meta" and ours._runner.session is None
     for call in (
         lambda: ours.generate(**batch()),
         lambda: ours(**batch(), labels=LABELS),
@@ -215,8 +215,11 @@ def test_on_a_gpu_the_engines_are_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
         return Placement("tensorrt", precision, torch.device("cuda", 0), dtype, "tensorrt", "")
 
     _, ours = pair_of("t5-v1.1")
-    monkeypatch.setattr("t5_trt.modeling.placement.resolve", placed)
-    ours._runtime_config, ours._placement_ = replace(ours._runtime_config, precision="auto"), None
+    monkeypatch.setattr("t5_trt.modeling.runner.resolve", placed)
+    runner = ours._runner
+    runner.settings = replace(
+        runner.settings, runtime=replace(runner.settings.runtime, precision="auto"), placement=None
+    )
     assert ours.dtype is torch.float16
     for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp16")):
         Sentence(ours).to(dtype)

@@ -51,7 +51,7 @@ def test_on_the_tensorrt_session(precision: str, tmp_path: Path, monkeypatch: py
     """Padded buffers, half precision, embeddings from outside; no decoder engine is asked for."""
     stock, folder = saved("t5-v1.1", tmp_path, complete=False)
     ours = TRTT5EncoderModel.from_pretrained(folder, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, precision=precision, folding=ours.folding(precision))
+    ours.session = stand_in_session(ours, monkeypatch, precision=precision, scaling=ours.fp16_scaling(precision))
     inputs = batch()
     keep = inputs["attention_mask"].bool()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`forward()` on engines returns the stock class's logits, loss and states, for one and for many decoder tokens."""
+"""`forward()` on engines returns the Hugging Face class's logits, loss and states, for one and for many decoder tokens."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_what_engines_cannot_give(
     v11: tuple[Any, Any], extra: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     stock, ours = make_stock("t5-v1.1", attention="eager"), v11[1]
-    ours._reference = None
+    ours._runner._reference = None
     if "decoder_attention_mask" in extra:
         extra = {"decoder_attention_mask": (1 - extra["decoder_attention_mask"]) * torch.finfo(torch.float32).min}
     request = {**batch(), "decoder_input_ids": tokens(3, 4), **extra}
@@ -155,7 +155,7 @@ def test_what_engines_cannot_give(
         expected = stock(**request)
         got = ours(**request)
         ours(**request)
-    assert len([record for record in caplog.records if "stock PyTorch model" in record.message]) == 1
+    assert len([record for record in caplog.records if "Hugging Face model" in record.message]) == 1
     torch.testing.assert_close(got.logits, expected.logits, atol=LOGITS_ATOL, rtol=1e-5)
     if "output_attentions" in extra:
         assert len(got.cross_attentions) == 2
@@ -203,7 +203,7 @@ def test_inference_mode_then_ordinary_use(fresh: Any) -> None:
 
 
 def test_cache_is_described_as_the_stock_one(v11: tuple[Any, Any]) -> None:
-    """All properties of the stock class, without copying the contents for an answer."""
+    """All properties of the Hugging Face class, without copying the contents for an answer."""
     names = [name for name, value in vars(EncoderDecoderCache).items() if isinstance(value, property)]
     assert {"is_sliding", "is_croppable", "is_compileable"} <= set(names)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_cache_is_described_as_the_stock_one(v11: tuple[Any, Any]) -> None:
 
 
 def test_cache_operations(v11: tuple[Any, Any]) -> None:
-    """reorder, crop, repeat and select act on the engine cache as on the stock one."""
+    """reorder, crop, repeat and select act on the engine cache as on that one."""
     import copy
 
     stock, ours = v11

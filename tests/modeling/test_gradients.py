@@ -13,6 +13,7 @@ from transformers import T5EncoderModel
 
 from t5_trt import InputError, StrictModeError, TRTT5EncoderModel, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
+from t5_trt.modeling.runner import ModelRunner
 from tests.tiny_models import batch, make_stock
 
 TARGET = batch(tokens=7, seed=8, padding="none")["input_ids"]
@@ -206,7 +207,7 @@ def test_inference_without_no_grad_stays_on_engines(caplog: pytest.LogCaptureFix
             ours.generate(encoder_outputs=encoded, attention_mask=batch()["attention_mask"], max_new_tokens=4),
             generated,
         )
-    assert ours._reference is None and not caplog.records
+    assert ours._runner._reference is None and not caplog.records
 
 
 def test_inference_tensors_as_inputs() -> None:
@@ -258,6 +259,6 @@ def test_models_on_a_gpu_refuse_backward(monkeypatch: pytest.MonkeyPatch) -> Non
     """Their parameters stay on the CPU."""
     _, ours = pair_with_own_weights()
     logits = ours(**batch(), decoder_input_ids=TARGET).logits
-    monkeypatch.setattr(type(ours), "device", property(lambda self: torch.device("cuda:0")))
+    monkeypatch.setattr(ModelRunner, "device", property(lambda self: torch.device("cuda:0")))
     with pytest.raises(InputError, match="on cuda:0, whose gradients would not reach its parameters"):
         logits.mean().backward()

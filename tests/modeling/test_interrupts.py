@@ -184,7 +184,7 @@ def test_ctrl_c_that_makes_clean_up_fail(shipped: Any, tmp_path: Path, monkeypat
     call()
 
 
-@pytest.mark.parametrize("method", ["encode", "decode", "program"])
+@pytest.mark.parametrize("method", ["encode", "decode", "generation_step"])
 @pytest.mark.parametrize("name", ["forward", "greedy", "beams", "generate_many"])
 def test_session_that_fails_once(
     shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str

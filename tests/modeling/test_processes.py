@@ -1,6 +1,6 @@
-"""Threads and processes: many threads on one model, forks, DataLoader workers, a cold store, an exit in the middle of work.
+"""Threads and processes: many threads on one model, forks, DataLoader workers, a cold store.
 
-Scripts run in interpreters of their own, so that a deadlock is a timeout of one test and an exit is a real one.
+Scripts run in interpreters of their own, so that a deadlock is a timeout of one test.
 """
 
 from __future__ import annotations
@@ -142,32 +142,6 @@ def test_cold_store_of_8_processes(tmp_path: Path) -> None:
     assert lines == ["8 True [0, 0, 0, 0, 0, 0, 0, 0]"]
     entries = [path for path in (tmp_path / "store").iterdir() if (path / "manifest.json").is_file()]
     assert len(entries) == 1
-
-
-def test_exit_with_work_in_flight() -> None:
-    """Threads that generate, stream and read a half-done iterator do not keep the interpreter from ending, nor crash it."""
-    lines = run_script(
-        """
-        from transformers import AutoTokenizer, TextIteratorStreamer
-        import t5_trt
-        model = load()
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        def work():
-            while True:
-                answer(model, num_beams=4)
-        for _ in range(2):
-            threading.Thread(target=work, daemon=True).start()
-        streamer = TextIteratorStreamer(tokenizer)
-        kept = dict(streamer=streamer, max_new_tokens=200, min_new_tokens=200)
-        threading.Thread(target=model.generate, args=(SOURCES[:1],), kwargs=kept, daemon=True).start()
-        print(next(iter(streamer)) is not None)
-        results = t5_trt.generate_many(model, tokenizer, ["a", "b"] * 40, batch_size=2, max_new_tokens=8)
-        next(iter(results))
-        print("leaving", flush=True)
-        """,
-        timeout_s=60,
-    )
-    assert lines == ["True", "leaving"]
 
 
 def test_moved_to_shared_memory() -> None:

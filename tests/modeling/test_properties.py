@@ -1,4 +1,4 @@
-"""Random input of every kind: the stock class's result, or a documented error; never another result and never a crash."""
+"""Random input of every kind: the Hugging Face class's result, or a documented error; never another result and never a crash."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     options=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in OPTIONS.items()}),
 )
 def test_generate(models: tuple[Any, Any], ids: torch.Tensor, options: dict[str, Any]) -> None:
-    """What the stock class refuses is refused, what it does is done."""
+    """What the Hugging Face class refuses is refused, what it does is done."""
     stock, ours = models
     if len(options) > 5:  # most large sets are refused for the same few reasons
         options = dict(list(options.items())[:5])
@@ -168,7 +168,7 @@ def load_ours(folder: Path) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Our class gives what the stock class gives, or a documented error."""
+    """Our class gives what the Hugging Face class gives, or a documented error."""
     try:
         got = logits_of(load_ours, folder)
     except (CheckpointError, UnsupportedModelError, InputError):

@@ -31,18 +31,19 @@ CONFIGS = {
 
 def open_cuda(ours: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> Any:
     """Give a model the session of a GPU, with torch in the kernels' place."""
-    monkeypatch.setattr(kernel_decoder, "record", Recording)
-    monkeypatch.setattr(captured_encoder, "record", Recording)
+    monkeypatch.setattr(kernel_decoder, "capture", Recording)
+    monkeypatch.setattr(captured_encoder, "capture", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
     ours.session  # noqa: B018 - takes note of the weights
-    ours._placement_ = replace(ours._placement, precision=precision)
-    ours._adapted = AdaptedWeights(ours)
-    folding = ours._adapted.folding(lambda: ours.folding(precision))
+    runner = ours._runner
+    runner.settings = replace(runner.settings, placement=replace(runner.placement, precision=precision))
+    runner._adapted = AdaptedWeights(ours)
+    scaling = runner._adapted.fp16_scaling(runner._session_weights.state, lambda: ours.fp16_scaling(precision))
     session: Any = cuda_session.CudaSession(
-        ours.architecture, ours._adapted, CPU, precision, folding, EngineStore(folder)
+        ours.architecture, runner._adapted, CPU, precision, scaling, EngineStore(folder)
     )
     session._steps.decoder = session._queries
-    ours._session = session
+    ours.session = session
     return session
 
 
@@ -66,7 +67,7 @@ def test_half_precision_is_opened_anew_where_an_adapter_needs_other_factors(
     _, mine, ours = peft_pair(make_stock("t5-v1.1"), {"default": lora(), "two": lora(target_modules=["wo"])})
     session = open_cuda(ours, tmp_path, monkeypatch, "fp16")
     opened: list[Any] = []
-    monkeypatch.setattr("t5_trt.modeling.base.open_session", lambda *args, **options: opened.append(args) or session)
+    monkeypatch.setattr("t5_trt.modeling.runner.open_session", lambda *args, **options: opened.append(args) or session)
     mine.set_adapter("two")
     assert ours.session is session and not opened
     with torch.no_grad():
@@ -79,8 +80,8 @@ def test_half_precision_is_opened_anew_where_an_adapter_needs_other_factors(
 def test_tensorrt_session_follows_adapters_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, mine, ours = peft_pair(make_stock("t5-v1.1"), CONFIGS)
     ours.session  # noqa: B018 - takes note of the weights
-    ours._adapted = AdaptedWeights(ours)
-    session = ours._session = stand_in_session(ours, monkeypatch)
+    ours._runner._adapted = AdaptedWeights(ours)
+    session = ours.session = stand_in_session(ours, monkeypatch)
     compare(theirs, mine)
     asked = len(session.engines._provider.asked)
     for name in ("two", "default"):
@@ -93,12 +94,12 @@ def test_tensorrt_session_follows_adapters_in_place(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_each_weight_written_in_place_is_what_it_is_made_into(kind: str, dtype: torch.dtype) -> None:
     _, _, ours = peft_pair(make_stock(kind), {"default": lora()})
-    folding, arch = ours.folding("fp16"), ours.architecture
+    scaling, arch = ours.fp16_scaling("fp16"), ours.architecture
     weights = {key: tensor.clone() for key, tensor in AdaptedWeights(ours).items()}
     keys = {key for parameter in parameters(arch).values() for key in (*parameter.parts, parameter.norm) if key}
     maker, device = (
-        StepWeightsMaker(arch, weights, dtype, CPU, folding),
-        DeviceWeights(arch, weights, dtype, CPU, folding),
+        StepWeightsMaker(arch, weights, dtype, CPU, scaling),
+        DeviceWeights(arch, weights, dtype, CPU, scaling),
     )
     step, names = maker.make(), list(parameters(arch))
     for name in names:
@@ -110,8 +111,8 @@ def test_each_weight_written_in_place_is_what_it_is_made_into(kind: str, dtype: 
         weights[key] = torch.rand(weights[key].shape, generator=generator)
         maker.update(step, key, weights[key])
         device.update(key, weights[key])
-    made = StepWeightsMaker(arch, weights, dtype, CPU, folding).make()
-    fresh = DeviceWeights(arch, weights, dtype, CPU, folding)
+    made = StepWeightsMaker(arch, weights, dtype, CPU, scaling).make()
+    fresh = DeviceWeights(arch, weights, dtype, CPU, scaling)
     assert all(torch.equal(device[name], fresh[name]) for name in names)
     assert torch.equal(step.embedding, made.embedding) and torch.equal(step.head, made.head)
     for found, wanted in zip(step.layers, made.layers, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,11 +28,11 @@ def test_buckets_double(tokens: int, length: int) -> None:
 def test_growth_keeps_contents(v11: tuple[Any, Any]) -> None:
     state = make_state(v11[1].architecture, tokens=60)
     before = state.kv[..., :60, :].clone()
-    state.bindings["step"] = "bound"
+    state.binding = SimpleNamespace(of=bool)
     state.reserve(4)
-    assert state.capacity == 64 and state.bindings
+    assert state.capacity == 64 and state.binding is not None
     state.reserve(5)
-    assert state.capacity == 128 and not state.bindings
+    assert state.capacity == 128 and state.binding is None
     assert torch.equal(state.kv[..., :60, :], before) and not state.kv[..., 60:, :].any()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from t5_trt.runtime import cuda_graph
-from t5_trt.runtime.cuda_graph import WARM_UPS, GraphMemory, NotRecordableError, record, undisturbed
+from t5_trt.runtime.cuda_graph import WARM_UPS, CaptureError, GraphMemory, capture, outside_capture
 
 DEVICE = torch.device("cpu")  # where a probe may lie; no call of CUDA's is made
 
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     home, pools = Stream(), iter(range(1, 99))
 
     @contextmanager
-    def graph(recorded: Any, pool: Any = None, **options: Any) -> Iterator[None]:
+    def graph(captured: Any, pool: Any = None, **options: Any) -> Iterator[None]:
         assert options["capture_error_mode"] == "thread_local"
         noted.append(("capture", pool))
         yield
@@ -67,22 +67,22 @@ def test_warm_ups_then_a_capture(calls: list[Any]) -> None:
 
     def work() -> None:
         collects.append(gc.isenabled())
-        with undisturbed():  # the recording thread is not kept waiting by itself
+        with outside_capture():  # the recording thread is not kept waiting by itself
             calls.append("work")
 
-    record(work, DEVICE, memory)
-    record(work, DEVICE, memory)
+    capture(work, DEVICE, memory)
+    capture(work, DEVICE, memory)
     once = ["wait", *["work"] * WARM_UPS, "wait", ("capture", 1), "work", "end"]
     assert calls == 2 * once and not cuda_graph._failed
     assert collects == 2 * [*[True] * WARM_UPS, False] and gc.isenabled()
-    record(work, DEVICE)
+    capture(work, DEVICE)
     assert ("capture", 2) in calls  # a memory of its own
 
 
 @pytest.mark.parametrize(
     ("raised", "seen"),
     [
-        (RuntimeError("operation not permitted when stream is capturing\nmore"), NotRecordableError),
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), CaptureError),
         (torch.cuda.OutOfMemoryError("CUDA out of memory"), torch.cuda.OutOfMemoryError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
@@ -98,20 +98,20 @@ def test_capture_that_fails(calls: list[Any], raised: BaseException, seen: type[
             raise raised
 
     with pytest.raises(seen) as error:
-        record(work, DEVICE, memory)
-    if seen is NotRecordableError:
+        capture(work, DEVICE, memory)
+    if seen is CaptureError:
         assert str(error.value) == "RuntimeError: operation not permitted when stream is capturing"
     assert calls == ["wait", "wait", ("capture", 1), "home", "released", "released", ("capture", None), "end"]
     assert len(cuda_graph._failed) == 1 and gc.isenabled() and not cuda_graph._alone.locked()
     del calls[:], error
-    record(lambda: None, DEVICE, memory)
+    capture(lambda: None, DEVICE, memory)
     assert ("capture", 2) in calls
 
 
 def test_warm_up_that_fails(calls: list[Any]) -> None:
     """That is the work's own error."""
     with pytest.raises(ZeroDivisionError):
-        record(lambda: 1 // 0, DEVICE)  # type: ignore[arg-type,return-value]
+        capture(lambda: 1 // 0, DEVICE)  # type: ignore[arg-type,return-value]
     assert calls == ["wait"] and not cuda_graph._alone.locked()
 
 
@@ -119,7 +119,7 @@ def test_draws_wait_for_a_recording_of_another_thread(calls: list[Any]) -> None:
     drawn = []
 
     def draw() -> None:
-        with undisturbed():
+        with outside_capture():
             drawn.append(len(runs))
 
     runs: list[int] = []
@@ -131,7 +131,7 @@ def test_draws_wait_for_a_recording_of_another_thread(calls: list[Any]) -> None:
             other.start()
             other.join(0.2)
 
-    record(work, DEVICE)
+    capture(work, DEVICE)
     other.join(10)
     assert drawn == [WARM_UPS + 1]
 
@@ -147,8 +147,8 @@ def test_nothing_is_kept_by_a_failure(calls: list[Any]) -> None:
             if len(runs) == WARM_UPS + 1:
                 raise RuntimeError("operation not permitted")
 
-        with pytest.raises(NotRecordableError):
-            record(work, DEVICE)
+        with pytest.raises(CaptureError):
+            capture(work, DEVICE)
 
     gone = weakref.ref(held[0])
     gc.collect()

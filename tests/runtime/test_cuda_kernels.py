@@ -21,14 +21,14 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration, kernels
 from t5_trt.errors import BackendError
 from t5_trt.generation import report_reader
-from t5_trt.generation.beam_search import BeamChoice, BeamRules
-from t5_trt.generation.processors import Recordable
+from t5_trt.generation.beam_search import BeamRules, BeamSelector
+from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.generation.report_reader import Watcher
-from t5_trt.generation.sampling import Ending, TokenChoice
+from t5_trt.generation.sampling import RowTokenSelector, StopTokens
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import Mailbox
 from t5_trt.runtime.step_buffers import reorder_rows
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import batch
 
@@ -172,7 +172,7 @@ def test_choices_of_more_rows_than_the_request(
     """Three batch entries on engines of four."""
     stock, _ = v11
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch)
+    ours.session = stand_in_session(ours, monkeypatch)
     assert_generates_as_stock(stock, ours, name)
     assert all(steps)
 
@@ -184,15 +184,17 @@ def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, e
     if by_kernel:
         request.getfixturevalue("steps")
     rules = BeamRules(2, 4, 1.0, early_stopping, False, False, (1,), 0)
-    exact, more = (BeamChoice(entries, 64, Recordable([]), rules, device=torch.device("cpu")) for entries in (3, 5))
-    for choice in (exact, more):
-        choice.begin(torch.zeros((6, 1), dtype=torch.int64), 40, 40)
+    exact, more = (
+        BeamSelector(entries, 64, CapturableProcessors([]), rules, device=torch.device("cpu")) for entries in (3, 5)
+    )
+    for selector in (exact, more):
+        selector.begin(torch.zeros((6, 1), dtype=torch.int64), 40, 40)
     generator = torch.Generator().manual_seed(0)
     for place in range(39):
         logits = torch.randn((10, 12), generator=generator)
         logits[:6, 1] += 0.5 * place
         logits[6:, 1] = -50.0
-        results = [choice.advance(logits[: choice.rows], torch.tensor([place])) for choice in (exact, more)]
+        results = [selector.advance(logits[: selector.rows], torch.tensor([place])) for selector in (exact, more)]
         assert all(torch.equal(a, b[:6]) for a, b in zip(*results, strict=True))
         assert torch.equal(exact.report, more.report[:4])
     assert exact.report[0] == 1 and exact.tokens.count_nonzero() < 6 * 39
@@ -203,45 +205,45 @@ def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, e
 def test_reports_come_by_mail(steps: list[bool], beams: int) -> None:
     """The newest ones, each by its position, and none of an earlier request."""
     cpu, rules = torch.device("cpu"), BeamRules(2, 4, 1.0, False, False, False, (1,), 0)
-    choice: Any = (
-        TokenChoice(3, 64, Recordable([]), Ending((1,), 0), do_sample=False, device=cpu)
+    selector: Any = (
+        RowTokenSelector(3, 64, CapturableProcessors([]), StopTokens((1,), 0), do_sample=False, device=cpu)
         if beams == 1
-        else BeamChoice(3, 64, Recordable([]), rules, device=cpu)
+        else BeamSelector(3, 64, CapturableProcessors([]), rules, device=cpu)
     )
     for _ in range(2):
-        choice.begin(torch.zeros((3 * beams, 1), dtype=torch.int64), *(() if beams == 1 else (60, 60)))
-        assert all(choice.mailbox.find(position) is None for position in range(64))
+        selector.begin(torch.zeros((3 * beams, 1), dtype=torch.int64), *(() if beams == 1 else (60, 60)))
+        assert all(selector.mailbox.find(position) is None for position in range(64))
         for place in range(20):
-            choice.advance(torch.randn(3 * beams, 12), torch.tensor([place]))
-            assert torch.equal(choice.mailbox.find(place + 1), choice.report)
-            assert choice.mailbox.find(place + 2) is None
-    assert choice.mailbox.in_use
+            selector.advance(torch.randn(3 * beams, 12), torch.tensor([place]))
+            assert torch.equal(selector.mailbox.find(place + 1), selector.report)
+            assert selector.mailbox.find(place + 2) is None
+    assert selector.mailbox.in_use
 
 
 def test_what_comes_by_mail_is_handed_out_in_order() -> None:
-    choice: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
-    choice.mailbox.in_use = True
-    choice.mailbox.start_anew()
-    watcher = Watcher(choice)
+    selector: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
+    selector.mailbox.in_use = True
+    selector.mailbox.start_anew()
+    watcher = Watcher(selector)
     watcher._ahead = 2
     for position in (1, 2, 3):
-        watcher.post(choice, position)
+        watcher.post(selector, position)
     for position in (2, 1):  # as if the second one had been seen first
-        choice.mailbox.memory[position, 1:] = position
-        choice.mailbox.memory[position, 0] = (1 << 32) + position
+        selector.mailbox.memory[position, 1:] = position
+        selector.mailbox.memory[position, 0] = (1 << 32) + position
     assert [report.tolist() for report in watcher.take()] == [[1, 1], [2, 2]]
     assert watcher.take() == []
 
 
 def test_report_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the GPU has nothing left to do; while it works, the host waits."""
-    choice: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
-    choice.mailbox.in_use = True
+    selector: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
+    selector.mailbox.in_use = True
     answers = [False, False, True]
     monkeypatch.setattr(report_reader, "PATIENCE", 0.0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: answers.pop(0)))
-    watcher = Watcher(choice)
-    watcher.post(choice, 7)
+    watcher = Watcher(selector)
+    watcher.post(selector, 7)
     with pytest.raises(BackendError, match="without the report of token 7"):
         watcher.take(all_of_them=True)
     assert answers == []

@@ -41,7 +41,7 @@ PROBLEMS: dict[str, tuple[Problem, Problem, type[T5TRTError], str]] = {
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A machine with TensorRT and a GPU of some capability, with or without what the kernels need."""
-    select._say_once.cache_clear()
+    select._log_once.cache_clear()
     api = SimpleNamespace(check_precision=lambda precision: None, version="10.0", flavor="tensorrt")
 
     def show(capability: tuple[int, int] = (9, 0), bindings: str | None = None, **_: Any) -> None:
@@ -52,7 +52,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(select, "missing_bindings", lambda: bindings)
 
     yield show
-    select._say_once.cache_clear()
+    select._log_once.cache_clear()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -82,7 +82,7 @@ def test_engine_where_kernels_cannot_run(
     assert not warnings_of(caplog)
     for _ in range(2):
         ours = TRTT5ForConditionalGeneration.from_model(stock, **settings)
-        assert ours._placement.backend == "tensorrt" and "decode=engine" in repr(ours)
+        assert ours._runner.placement.backend == "tensorrt" and "decode=engine" in repr(ours)
     (message,) = warnings_of(caplog)
     assert message.startswith("decoder steps are run by a TensorRT engine and not by the library's own kernels: ")
     assert message.endswith(". decode='engine' chooses that without this warning.") and ".." not in message

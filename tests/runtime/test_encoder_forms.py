@@ -1,4 +1,4 @@
-"""Engines that are built while requests are served, and the choice between an encoder engine and our own form, with TensorRT stood in for."""
+"""Engines that are built while requests are served, and the selector between an encoder engine and our own form, with TensorRT stood in for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.config import RuntimeConfig
 from t5_trt.errors import BackendError, InputError
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.runtime import encoder_forms, select
 from t5_trt.runtime.encoder_forms import EncoderForms
 from t5_trt.runtime.torch_layers import TorchEncoder
@@ -51,9 +51,9 @@ class Builds:
 
     def model(self, stock: Any, *, background: bool = True, checked: bool = False) -> Any:
         ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-        own = lambda weights: TorchEncoder(ours.architecture, weights, Folding(), "fp32")  # noqa: E731
+        own = lambda weights: TorchEncoder(ours.architecture, weights, Fp16Scaling(), "fp32")  # noqa: E731
         reference = ours.session if checked else None
-        ours._session = stand_in_session(ours, self.patch, own_encoder=own, background=background, reference=reference)
+        ours.session = stand_in_session(ours, self.patch, own_encoder=own, background=background, reference=reference)
         return ours
 
 
@@ -188,7 +188,7 @@ def test_waiting_request_gets_the_faster_form(builds: Builds, times: tuple[float
 
 def test_engine_of_another_process_is_used_as_it_is(builds: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
     builds.may_end.set()
-    monkeypatch.setattr(StandInProvider, "take_fresh", lambda *_: False)
+    monkeypatch.setattr(StandInProvider, "pop_unchecked", lambda *_: False)
     ours, builds.times = builds.model(make_stock("t5-v1.1"), background=False), OWN_WINS
     ours.generate(**batch(), **FIXED)
     assert "encoder" in ours.session.loaded_graphs() and not ours.session.engines.provider.kept
@@ -201,7 +201,7 @@ def test_model_is_freed_while_an_engine_is_built(builds: Builds) -> None:
     gc.collect()
     gc.disable()
     try:
-        ours._session = None
+        ours.session = None
         assert session() is None
     finally:
         gc.enable()
@@ -230,7 +230,7 @@ def test_both_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
     slow: Callable[..., Any] = TorchEncoder.run
-    made = partial(TorchEncoder, ours.architecture, folding=Folding(), precision="fp32")
+    made = partial(TorchEncoder, ours.architecture, scaling=Fp16Scaling(), precision="fp32")
 
     def sleepy(*given: Any) -> torch.Tensor:
         threading.Event().wait(0.05)
@@ -238,7 +238,7 @@ def test_both_forms_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TorchEncoder, "run", sleepy)
     monkeypatch.setattr(encoder_forms, "ROUNDS", 1)
-    ours._session = stand_in_session(ours, monkeypatch, own_encoder=made)
+    ours.session = stand_in_session(ours, monkeypatch, own_encoder=made)
     state = torch.random.get_rng_state()
     ours.generate(**batch(), **FIXED)
     assert torch.equal(torch.random.get_rng_state(), state), "no number of the user's generator is drawn"

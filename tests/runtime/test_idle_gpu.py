@@ -42,7 +42,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.fixture
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing was said or looked up yet, and no TensorRT is installed."""
-    select._say_once.cache_clear()
+    select._log_once.cache_clear()
     installation.gpu_is_here.cache_clear()
     monkeypatch.setattr(tensorrt_api, "_LOADED", {})
     for name in ("tensorrt", "tensorrt_rtx"):
@@ -50,7 +50,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("T5_TRT_BACKEND", "T5_TRT_FLAVOR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     yield
-    select._say_once.cache_clear()
+    select._log_once.cache_clear()
     installation.gpu_is_here.cache_clear()  # other tests are on the machine that is here
 
 

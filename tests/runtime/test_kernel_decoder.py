@@ -12,10 +12,10 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
-from t5_trt.graph.fp16_scaling import Folding
+from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.kernels.decode_step import PRODUCTS, Geometry
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
-from t5_trt.runtime.step_buffers import apply_choice
+from t5_trt.runtime.step_buffers import select_tokens
 from tests.runtime.test_cuda_kernels import on_cpu, steps  # noqa: F401 - fixtures
 from tests.tiny_models import batch, make_stock
 
@@ -38,7 +38,7 @@ class TorchSteps(kernel_decoder.KernelDecoder):
         """None are needed."""
         return SimpleNamespace(geometry={name: Geometry(1, 8, 0) for name in PRODUCTS})
 
-    def _run(self, slot: Any, choice: Any) -> None:
+    def _run(self, slot: Any, selector: Any) -> None:
         length = int(slot.position)
         assert (slot.positions == length).all()
         past, beams = slot.kv[..., :length, :], slot.shapes.N
@@ -48,15 +48,15 @@ class TorchSteps(kernel_decoder.KernelDecoder):
         logits, made = self.decoder.run(slot.tokens.long(), past, slot.cross, slot.cross_bias, beams, None)
         slot.kv[..., length : length + 1, :] = made
         slot.logits.copy_(logits)
-        if choice is None:
+        if selector is None:
             slot.move_on(slot.position)
-        elif choice.takes_best:
+        elif selector.takes_best:
             slot.logits.fill_(torch.nan)  # they are not there
-            if choice.hiding is not None and length + 1 < choice.hiding.until:
-                logits[..., choice.hiding.tokens.bool()] = -torch.inf
-            apply_choice(slot, choice, slot.position, best_of(logits[:, 0]))
+            if selector.hiding is not None and length + 1 < selector.hiding.until:
+                logits[..., selector.hiding.tokens.bool()] = -torch.inf
+            select_tokens(slot, selector, slot.position, best_of(logits[:, 0]))
         else:
-            apply_choice(slot, choice, slot.position)
+            select_tokens(slot, selector, slot.position)
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
@@ -66,17 +66,17 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
-    monkeypatch.setattr(kernel_decoder, "record", Recording)
-    monkeypatch.setattr(captured_encoder, "record", Recording)
+    monkeypatch.setattr(kernel_decoder, "capture", Recording)
+    monkeypatch.setattr(captured_encoder, "capture", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
     monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
     arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")
-    session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Folding(), EngineStore(tmp_path))
+    session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Fp16Scaling(), EngineStore(tmp_path))
     session._steps.decoder = session._queries
     ours.session  # noqa: B018 - takes note of the weights
-    ours._session = session
+    ours.session = session
     return stock, ours
 
 

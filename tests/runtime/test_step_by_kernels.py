@@ -31,20 +31,20 @@ HALF_RELATIVE = 0.02
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """(Hugging Face model, ours with a TrtSession on the stand-in whose steps torch does in the kernels' place)."""
-    monkeypatch.setattr(kernel_decoder, "record", Recording)
-    monkeypatch.setattr(captured_encoder, "record", Recording)
+    monkeypatch.setattr(kernel_decoder, "capture", Recording)
+    monkeypatch.setattr(captured_encoder, "capture", Recording)
 
     def of(stock: Any, precision: str = "fp32", **options: Any) -> tuple[Any, Any]:
         ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
         dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
-        arch, folding, cpu = ours.architecture, ours.folding(precision), torch.device("cpu")
-        weights = StepWeightsMaker(arch, ours.state_dict(), dtype, cpu, folding).make()
+        arch, scaling, cpu = ours.architecture, ours.fp16_scaling(precision), torch.device("cpu")
+        weights = StepWeightsMaker(arch, ours.state_dict(), dtype, cpu, scaling).make()
         store = EngineStore(tmp_path)
-        steps = TorchSteps(arch, weights, dtype, cpu, precision, folding.embedding, store)
-        steps.decoder = TorchDecoder(arch, weights, folding, precision)
+        steps = TorchSteps(arch, weights, dtype, cpu, precision, scaling.embedding, store)
+        steps.decoder = TorchDecoder(arch, weights, scaling, precision)
         ours.session  # noqa: B018 - takes note of the weights
-        ours._session = stand_in_session(
-            ours, monkeypatch, precision=precision, folding=folding, kernels=steps, **options
+        ours.session = stand_in_session(
+            ours, monkeypatch, precision=precision, scaling=scaling, kernels=steps, **options
         )
         return stock, ours
 
@@ -214,7 +214,7 @@ def test_cache_that_outlives_its_engines(make: Any, monkeypatch: pytest.MonkeyPa
                 parameter.mul_(0.5)
         if model is ours:
             _, again = make(stock)
-            ours._session, ours._session_weights = again.session, None
+            ours.session, ours._runner._session_weights = again.session, None
         with torch.no_grad():
             fed = {"decoder_input_ids": torch.tensor([[7], [8], [9]]), "attention_mask": batch()["attention_mask"]}
             results.append(model(encoder_outputs=(out.encoder_last_hidden_state,), **fed, **{CACHE: out[CACHE]}).logits)

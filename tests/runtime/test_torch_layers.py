@@ -9,7 +9,7 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.fp16_scaling import Folding, fold
+from t5_trt.graph.fp16_scaling import Fp16Scaling, find_scaling
 from t5_trt.kernels import reference
 from t5_trt.kernels.decode_step import StepWeights
 from t5_trt.kernels.step_weights import StepWeightsMaker, unpacked_layer
@@ -29,12 +29,12 @@ class Layers:
         self.stock = stock
         self.arch: Architecture = TRTT5ForConditionalGeneration.from_model(stock).architecture
         weights, self.precision = stock.state_dict(), "fp16" if dtype == torch.float16 else "fp32"
-        self.folding = fold(self.arch, weights) if dtype == torch.float16 else Folding()
-        self.step: StepWeights = StepWeightsMaker(self.arch, weights, dtype, CPU, self.folding).make()
+        self.scaling = find_scaling(self.arch, weights) if dtype == torch.float16 else Fp16Scaling()
+        self.step: StepWeights = StepWeightsMaker(self.arch, weights, dtype, CPU, self.scaling).make()
         self.encoder = TorchEncoder(
-            self.arch, DeviceWeights(self.arch, weights, dtype, CPU, self.folding), self.folding, self.precision
+            self.arch, DeviceWeights(self.arch, weights, dtype, CPU, self.scaling), self.scaling, self.precision
         )
-        self.decoder = TorchDecoder(self.arch, self.step, self.folding, self.precision)
+        self.decoder = TorchDecoder(self.arch, self.step, self.scaling, self.precision)
 
     def empty_cache(self, rows: int) -> torch.Tensor:
         shape = (self.arch.decoder_layers, 2, rows, self.arch.num_heads, 0, self.arch.d_kv)
@@ -90,7 +90,7 @@ def test_hidden_tokens_of_the_decoder() -> None:
 def test_overflowing_checkpoint_stays_finite_in_half_precision() -> None:
     stock, inputs = swollen(make_stock("t5-v1.1"), 30.0, 1e3), batch(3)
     layers, tokens = Layers(stock, torch.float16), torch.randint(2, VOCAB, (3, 5))
-    assert layers.folding != Folding()
+    assert layers.scaling != Fp16Scaling()
     hidden = layers.encoder.run(inputs["input_ids"], None, inputs["attention_mask"])
     logits, _ = layers.decoder.run(
         tokens, layers.empty_cache(3), layers.encoder.cross(hidden), additive(inputs["attention_mask"]), 1, None
@@ -139,11 +139,11 @@ def test_encoder_of_a_size_seen_once_runs_padded_as_its_graph_does(monkeypatch: 
         def __init__(self, work: Any) -> None:
             self.replay = work
 
-    def record(work: Any, *_: Any) -> Replayed:
+    def capture(work: Any, *_: Any) -> Replayed:
         work()
         return Replayed(work)
 
-    monkeypatch.setattr("t5_trt.runtime.captured_encoder.record", record)
+    monkeypatch.setattr("t5_trt.runtime.captured_encoder.capture", capture)
     encoder = CapturedEncoder(encode, CPU)
     for length in (5, 7, 16, 3):
         ids, mask = torch.randint(2, 9, (2, length)), torch.ones(2, length, dtype=torch.int64)

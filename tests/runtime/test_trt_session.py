@@ -20,7 +20,7 @@ from t5_trt.generation import request as requests
 from t5_trt.generation.processors import fingerprint
 from t5_trt.graph.signature import GRAPHS
 from t5_trt.runtime import cuda_graph, device_weights, engine_step, tensorrt_encoder, tensorrt_session
-from t5_trt.runtime.cuda_graph import NotRecordableError
+from t5_trt.runtime.cuda_graph import CaptureError
 from t5_trt.tools.verify import block_errors, verify
 from tests.stand_in_tensorrt import StandInContext, stand_in_session
 from tests.tiny_models import KINDS, batch, make_stock
@@ -29,12 +29,12 @@ from tests.tolerances import LOGITS_ATOL
 
 @pytest.fixture
 def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(stock model, model whose session is a TrtSession on the stand-in)."""
+    """(Hugging Face model, model whose session is a TrtSession on the stand-in)."""
 
     def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
         stock = make_stock(kind)
         ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-        ours._session = stand_in_session(ours, monkeypatch, settings, strict=strict)
+        ours.session = stand_in_session(ours, monkeypatch, settings, strict=strict)
         return stock, ours
 
     return make
@@ -94,7 +94,7 @@ def test_decoder_mask_precomputed_states_and_embeds(make_pair: Any) -> None:
 def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its GPU memory does not wait for the garbage collector."""
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-    session = ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    session = ours.session = stand_in_session(ours, monkeypatch, reference=ours.session)
     for beams in (1, 3):
         ours.generate(**batch(), max_new_tokens=5, num_beams=beams)
     ours.generate(**batch(), max_new_tokens=5, do_sample=True, temperature=0.7)
@@ -210,7 +210,7 @@ def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.Monke
         make_stock("t5-v1.1", seed=seed).save_pretrained(tmp_path)
         stock = T5ForConditionalGeneration.from_pretrained(tmp_path)
         ours = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)
-        ours._session = stand_in_session(ours, monkeypatch)
+        ours.session = stand_in_session(ours, monkeypatch)
         tokens.append(ours.generate(**batch(), max_new_tokens=20).tolist())
         assert tokens[-1] == stock.generate(**batch(), max_new_tokens=20).tolist()
         plans.append(ours.session.engines._provider.plan("decoder_step", Shapes(B=4)))
@@ -232,7 +232,7 @@ def test_engines_serve_every_checkpoint_and_share_weights(make_pair: Any) -> Non
 
 def checked_session(monkeypatch: pytest.MonkeyPatch) -> Any:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
-    ours._session = stand_in_session(ours, monkeypatch, reference=ours.session)
+    ours.session = stand_in_session(ours, monkeypatch, reference=ours.session)
     return ours
 
 
@@ -337,18 +337,18 @@ def test_step_that_cannot_be_recorded(
 
     def refuse(work: Any, device: torch.device, memory: Any) -> Any:
         work()
-        raise NotRecordableError("operation not permitted when stream is capturing")
+        raise CaptureError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(engine_step, "record", refuse)
+    monkeypatch.setattr(engine_step, "capture", refuse)
     for arguments in ({}, {"num_beams": 2}, {}):
         request = {**batch(), "max_new_tokens": 9, **arguments}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    assert caplog.text.count("the decoder step is not recorded") == 2
-    assert caplog.text.count("the choice of tokens is not recorded") == 2
+    assert caplog.text.count("the decoder step is not captured") == 2
+    assert caplog.text.count("the token selection is not captured") == 2
 
 
 def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was recorded before does not read weights that were given back; the next request works."""
+    """What was captured before does not read weights that were given back; the next request works."""
     stock, ours = make_pair("t5-v1.1")
     held = ours(**batch(1), decoder_input_ids=torch.zeros(1, 1, dtype=torch.long))
     real = device_weights.materialize
@@ -364,7 +364,7 @@ def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypat
     request = {**batch(), "max_new_tokens": 5}
     with pytest.raises(BackendError, match=r"GPU memory ran out \(the weights take 0.00 GB as float32"):
         ours.generate(**request)
-    assert not ours.session._encoders._recorded and not ours.session.engines.weights._made
+    assert not ours.session._encoders._captured and not ours.session.engines.weights._made
     monkeypatch.setattr(device_weights, "materialize", real)
     assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
     step = {"attention_mask": batch(1)["attention_mask"], "decoder_input_ids": torch.tensor([[7]])}
@@ -385,11 +385,11 @@ def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
     stock, ours = make_pair("t5-v1.1")
-    recorded, record = [], tensorrt_encoder.record
-    monkeypatch.setattr(tensorrt_encoder, "record", lambda *args: recorded.append(1) or record(*args))
+    captured, capture = [], tensorrt_encoder.capture
+    monkeypatch.setattr(tensorrt_encoder, "capture", lambda *args: captured.append(1) or capture(*args))
     sources = [batch(4, 30), batch(3, 11, padding="none"), batch(4, 17, seed=1), batch(1, 5), batch(4, 300)]
     results = [encoded(ours, inputs) for inputs in sources]
-    assert len(recorded) == 2  # [4, 32] and [1, 32]; [4, 512] is too long
+    assert len(captured) == 2  # [4, 32] and [1, 32]; [4, 512] is too long
     for inputs, result in zip(sources, results, strict=True):
         torch.testing.assert_close(result, encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
     embeds = {"inputs_embeds": torch.randn(2, 9, stock.config.d_model), "attention_mask": batch(2, 9)["attention_mask"]}
@@ -402,7 +402,7 @@ def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.Monk
     for rows in (1, 2, 3, 1):
         inputs = batch(rows)
         torch.testing.assert_close(encoded(ours, inputs), encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
-    assert [shapes.B for _, shapes in ours.session._encoders._recorded] == [4, 1]
+    assert [shapes.B for _, shapes in ours.session._encoders._captured] == [4, 1]
 
 
 def test_encoder_that_cannot_be_recorded(
@@ -414,17 +414,17 @@ def test_encoder_that_cannot_be_recorded(
 
     def refuse(*args: Any) -> Any:
         tries.append(1)
-        raise NotRecordableError("operation not permitted when stream is capturing")
+        raise CaptureError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(tensorrt_encoder, "record", refuse)
+    monkeypatch.setattr(tensorrt_encoder, "capture", refuse)
     for _ in range(2):
         torch.testing.assert_close(encoded(ours, batch()), encoded(stock, batch()), atol=LOGITS_ATOL, rtol=0)
-    assert len(tries) == 1 and caplog.text.count("the encoder is not recorded") == 1
+    assert len(tries) == 1 and caplog.text.count("the encoder is not captured") == 1
 
     def full(*args: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tensorrt_encoder, "record", full)
+    monkeypatch.setattr(tensorrt_encoder, "capture", full)
     monkeypatch.setattr(cuda_graph, "free_unused", lambda: None)
     with pytest.raises(BackendError, match="GPU memory ran out"):
         encoded(ours, batch(1))

@@ -21,7 +21,7 @@ from benchmarks import report
 from benchmarks.report import gpu_speed_table
 from t5_trt import BackendError, InputError, T5TRTError
 from t5_trt.cli import app
-from t5_trt.tools.benchmark import Case, Contestant, equal_share, load_contest, measure
+from t5_trt.tools.benchmark import Baseline, Case, equal_share, load_benchmark, measure
 from t5_trt.tools.plot import check_picture, draw_records
 from t5_trt.tools.random_models import SHAPES, random_source
 from t5_trt.tools.records import append_records, print_records, read_records
@@ -37,14 +37,14 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def contest() -> Any:
-    return load_contest(str(SHIPPED), threads=1, texts=True)
+def benchmark() -> Any:
+    return load_benchmark(str(SHIPPED), threads=1, texts=True)
 
 
 @pytest.fixture(scope="module")
-def records(contest: Any) -> list[dict[str, Any]]:
+def records(benchmark: Any) -> list[dict[str, Any]]:
     sizes = [(1, 2, 1), (3, 2, 1), (1, 5, 1), (1, 2, 3)]
-    return [measure(contest, Case(batch=b, source_tokens=6, new_tokens=n, num_beams=k), runs=1) for b, n, k in sizes]
+    return [measure(benchmark, Case(batch=b, source_tokens=6, new_tokens=n, num_beams=k), runs=1) for b, n, k in sizes]
 
 
 def swollen(record: dict[str, Any]) -> dict[str, Any]:
@@ -81,44 +81,47 @@ def test_records(records: list[dict[str, Any]]) -> None:
     assert json.loads(json.dumps(records)) == records
 
 
-def test_ours_alone_and_sampling(contest: Any) -> None:
-    alone = load_contest(str(SHIPPED), threads=1, stock=False)
+def test_ours_alone_and_sampling(benchmark: Any) -> None:
+    alone = load_benchmark(str(SHIPPED), threads=1, hugging_face=False)
     record = measure(alone, Case(new_tokens=2), runs=1)
     assert record["tokens_equal"] is record["speedup"] is None and "hf_eager_fp32_ms" not in record
     assert "HF" not in shown([record], 80)
-    drawn = measure(contest, Case(batch=2, new_tokens=6, do_sample=True), runs=2)
+    drawn = measure(benchmark, Case(batch=2, new_tokens=6, do_sample=True), runs=2)
     assert drawn["tokens_equal"] is True and drawn["do_sample"] is True
 
 
-def test_texts_fill_the_batch(contest: Any) -> None:
-    record = measure(contest, Case(batch=3, new_tokens=2), runs=1, texts=["さくら", "おはよう"])
+def test_texts_fill_the_batch(benchmark: Any) -> None:
+    record = measure(benchmark, Case(batch=3, new_tokens=2), runs=1, texts=["さくら", "おはよう"])
     assert record["source"] == "texts" and 2 < record["source_tokens"] < 32 and record["tokens_equal"]
     with pytest.raises(InputError, match="texts got none"):
-        measure(contest, Case(), runs=1, texts=[])
+        measure(benchmark, Case(), runs=1, texts=[])
 
 
-def test_a_rival_that_fails_is_left_out(contest: Any) -> None:
+def test_a_rival_that_fails_is_left_out(benchmark: Any) -> None:
     """Its failure is a result; ours is timed all the same."""
 
     class Broken:
         def generate(self, **request: Any) -> Any:
             raise RuntimeError("no\nkernel")
 
-    broken = copy.copy(contest)
-    broken.rivals = {"hf_eager_fp32": Contestant(Broken())}
+    broken = copy.copy(benchmark)
+    broken.baselines = {"hf_eager_fp32": Baseline(Broken())}
     record = measure(broken, Case(new_tokens=2), runs=1)
     assert record["left_out"]["hf_eager_fp32"] == "RuntimeError: no kernel" and record["tokens_equal"] is None
     assert "HF fp32: RuntimeError: no kernel" in shown([record], 80)
 
 
-def test_compiling_is_checked(contest: Any) -> None:
+def test_compiling_is_checked(benchmark: Any) -> None:
     """Transformers falls back to eager without a word, as here on a CPU; told to compile anywhere, it is timed."""
     asked = {"cache_implementation": "static"}
     anywhere = CompileConfig(backend="eager", mode=None, fullgraph=False)
     anywhere._compile_all_devices = True
     for options, compiled in ((asked, False), ({**asked, "compile_config": anywhere}, True), (asked, False)):
-        both = copy.copy(contest)
-        both.rivals = {**contest.rivals, "hf_compiled_fp16": Contestant(contest.rivals["hf_eager_fp32"].model, options)}
+        both = copy.copy(benchmark)
+        both.baselines = {
+            **benchmark.baselines,
+            "hf_compiled_fp16": Baseline(benchmark.baselines["hf_eager_fp32"].model, options),
+        }
         both.left_out = {}
         record = measure(both, Case(new_tokens=3), runs=1)
         assert ("hf_compiled_fp16_ms" in record) is compiled, record["left_out"]
@@ -129,7 +132,7 @@ def test_compiling_is_checked(contest: Any) -> None:
 
 def test_random_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", {"d_model": 32, "d_ff": 64, "num_heads": 2, "num_layers": 1})
-    record = measure(load_contest("random:tiny", threads=1, backend="onnxruntime"), Case(new_tokens=3), runs=1)
+    record = measure(load_benchmark("random:tiny", threads=1, backend="onnxruntime"), Case(new_tokens=3), runs=1)
     assert record["model"] == "tiny shapes, random weights, seed 0" and record["tokens_equal"]
     assert torch.equal(random_source(1, 4), random_source(1, 4)) and int(random_source(9, 9, 50).max()) < 50
 
@@ -255,9 +258,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("case", [Case(new_tokens=4), Case(batch=2, new_tokens=4, num_beams=3, do_sample=True)])
-def test_settings_of_a_checkpoint_leave_the_case_as_it_is(contest: Any, settings: dict[str, Any], case: Case) -> None:
-    configured = copy.copy(contest)
-    models = [contest.ours, contest.rivals["hf_eager_fp32"].model]
+def test_settings_of_a_checkpoint_leave_the_case_as_it_is(benchmark: Any, settings: dict[str, Any], case: Case) -> None:
+    configured = copy.copy(benchmark)
+    models = [benchmark.ours, benchmark.baselines["hf_eager_fp32"].model]
     kept = [model.generation_config for model in models]
     try:
         for model in models:
@@ -266,7 +269,7 @@ def test_settings_of_a_checkpoint_leave_the_case_as_it_is(contest: Any, settings
     finally:
         for model, config in zip(models, kept, strict=True):
             model.generation_config = config
-    assert record["tokens_equal"] is True and record["left_out"].keys() == contest.left_out.keys()
+    assert record["tokens_equal"] is True and record["left_out"].keys() == benchmark.left_out.keys()
 
 
 def test_help_needs_no_torch() -> None:

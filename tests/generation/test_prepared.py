@@ -1,4 +1,4 @@
-"""Requests like an earlier one: Transformers prepares them once, and results stay the stock class's."""
+"""Requests like an earlier one: Transformers prepares them once, and results stay the Hugging Face class's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
-from t5_trt.generation import repeats
-from t5_trt.generation.repeats import likeness
+from t5_trt.generation.prepared import request_key
 from t5_trt.generation.request import GenerationPath
-from tests.generation.test_generate_parity import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch, make_stock
 
 ALL = {**CORE, **MORE}
@@ -45,7 +44,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def both(pair: tuple[Any, Any], seed: int, rows: int = 3, tokens: int = 11, **arguments: Any) -> list[Any]:
-    """What stock model and ours make of one request."""
+    """What Hugging Face model and ours make of one request."""
     results = []
     for model in pair:
         torch.manual_seed(seed)
@@ -67,7 +66,7 @@ def test_every_request_again(v11: tuple[Any, Any], name: str, prepared: list[int
         assert_same(got, expected)
         reason = OTHER_LOOP.get(name, "")
         assert v11[1].last_generation_path == GenerationPath("transformers" if reason else "device", reason)
-    known = len(v11[1]._repeats._kept)
+    known = len(v11[1]._prepared._kept)
     del prepared[:]
     torch.manual_seed(8)
     v11[1].generate(**batch(3, 9, 8), **{"max_new_tokens": 12, **ALL[name]})
@@ -113,18 +112,18 @@ def test_changed_settings_are_followed(prepared: list[int]) -> None:
     assert len(prepared) == 1
 
 
-def test_likeness() -> None:
+def test_equal_calls_have_equal_keys() -> None:
     """1, 1.0 and True are one key of a dict, but not one setting; the order of arguments does not count."""
     inputs = batch()
-    kinds = {likeness(None, {**inputs, "early_stopping": value}) for value in (1, True, 1.0, 0, False, None)}
+    kinds = {request_key(None, {**inputs, "early_stopping": value}) for value in (1, True, 1.0, 0, False, None)}
     assert len(kinds) == 6 and None not in kinds
     first, second = {"top_k": 5, "do_sample": True}, {"do_sample": True, "top_k": 5}
-    assert likeness(None, {**inputs, **first}) == likeness(None, {**second, **batch(3, 20)})
-    assert likeness(None, inputs) != likeness(None, batch(4))
-    assert likeness(inputs["input_ids"], {"attention_mask": inputs["attention_mask"]}) == likeness(None, inputs)
+    assert request_key(None, {**inputs, **first}) == request_key(None, {**second, **batch(3, 20)})
+    assert request_key(None, inputs) != request_key(None, batch(4))
+    assert request_key(inputs["input_ids"], {"attention_mask": inputs["attention_mask"]}) == request_key(None, inputs)
     others = [{"attention_mask": None}, {"attention_mask": inputs["attention_mask"].bool()}, {"eos_token_id": [1]}]
     others += [{"input_ids": inputs["input_ids"].int()}, {"attention_mask": inputs["attention_mask"][:, 1:]}]
-    assert [likeness(None, {**inputs, **other}) for other in others] == [None] * 5
+    assert [request_key(None, {**inputs, **other}) for other in others] == [None] * 5
 
 
 def test_what_is_always_prepared(prepared: list[int]) -> None:
@@ -287,7 +286,7 @@ def test_settings_changed_while_a_request_runs(prepared: list[int]) -> None:
     _, ours = new_pair()
     ours.generation_config.max_new_tokens = 5
     hook = ours.get_encoder().register_forward_hook(lambda *args: setattr(ours.generation_config, "max_new_tokens", 9))
-    assert ours.generate(**batch(1)).shape[1] == 6 and not ours._repeats._kept
+    assert ours.generate(**batch(1)).shape[1] == 6 and not ours._prepared._kept
     hook.remove()
     assert ours.generate(**batch(1), min_new_tokens=9).shape[1] == 10
 
@@ -305,12 +304,12 @@ def test_errors_are_those_of_the_stock_class() -> None:
 
 
 def test_copies_begin_anew_and_kinds_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeats, "KEPT", 2)
+    monkeypatch.setattr("t5_trt.generation.prepared.KEPT", 2)
     _, ours = new_pair()
     results = [ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)]
-    assert len(ours._repeats._kept) == 2
+    assert len(ours._prepared._kept) == 2
     for other in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
-        assert not other._repeats._kept and other.generate(**batch(), max_new_tokens=5).tolist() == results[2]
+        assert not other._prepared._kept and other.generate(**batch(), max_new_tokens=5).tolist() == results[2]
     assert [ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)] == results
 
 

@@ -1,7 +1,11 @@
-"""Requests like an earlier one: what Transformers prepared for that one is used again.
+"""Calls of ``generate()`` that differ in the source's tokens only: what Transformers prepared for the first serves the others.
 
 Before the loop ``generate`` copies and merges settings, looks for typos in the names of arguments, and makes processors and criteria: half a
 millisecond on a fast host, two on a slow one, in which a GPU has nothing to do. None of it depends on the source's tokens.
+
+    key = request_key(inputs, kwargs)         None: this call is always prepared
+    prepared = requests.find(key, ...)        forgets everything if the model's settings or Transformers' code have changed
+    requests.keep(key, loop, request, ...)    after a call that was prepared, unless the preparation belongs to that call alone
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from transformers import GenerationConfig
 
 from t5_trt.generation.request import Request
 
-#: kinds of request that are kept, the ones used last
+#: prepared requests that are kept, the ones used last
 KEPT = 64
 #: arguments of numbers: all settings but those that mean something else in every call, and those that change what is returned
 _NAMES = frozenset(vars(GenerationConfig())) - {"max_time", "return_dict_in_generate"}
@@ -25,7 +29,7 @@ _TENSORS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a request left for those like it.
+    """What one request left for others with its key.
 
     Attributes:
         loop: the decode loop that ran it.
@@ -38,15 +42,15 @@ class Prepared:
     expand: int
 
 
-class Likeness(NamedTuple):
-    """What calls of one kind have in common: rows of the source, its device, and all other arguments with their types."""
+class RequestKey(NamedTuple):
+    """What such calls have in common: rows of the source, its device, and all other arguments with their types."""
 
     rows: int
     device: str
     arguments: tuple[tuple[str, type, Any], ...]
 
 
-def likeness(inputs: Any, kwargs: Mapping[str, Any]) -> Likeness | None:
+def request_key(inputs: Any, kwargs: Mapping[str, Any]) -> RequestKey | None:
     """Equal for calls of ``generate`` that differ in the source's tokens and length only; None for calls that are always prepared.
 
     Args:
@@ -62,15 +66,15 @@ def likeness(inputs: Any, kwargs: Mapping[str, Any]) -> Likeness | None:
     plain = [(name, type(value), value) for name, value in kwargs.items() if name not in _TENSORS]
     if not all(name in _NAMES and kind in (bool, int, float, type(None)) for name, kind, _ in plain):
         return None
-    return Likeness(len(ids), str(ids.device), tuple(sorted(plain, key=lambda entry: entry[0])))
+    return RequestKey(len(ids), str(ids.device), tuple(sorted(plain, key=lambda entry: entry[0])))
 
 
 def _is_ids(tensor: Any) -> TypeGuard[torch.Tensor]:
     return type(tensor) is torch.Tensor and tensor.dim() == 2 and tensor.dtype == torch.int64
 
 
-class Settings:
-    """Objects whose attributes preparation reads, and code that it runs, as they were once.
+class SettingsSnapshot:
+    """Objects whose attributes preparation reads, and code that it runs, as they are now.
 
     Args:
         objects: with attributes in ``__dict__``.
@@ -122,37 +126,47 @@ def _plain_copy(value: Any) -> Any:
     raise TypeError(f"{type(value)} is not plain")
 
 
-class Repeats:
-    """The kinds of request that one model had, as long as its settings stay as they are. Not thread-safe."""
+class PreparedRequests:
+    """The prepared requests of one model, as long as its settings stay as they are. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Likeness, Prepared] = OrderedDict()
-        self._settings = Settings((), ())
-        self.pending: Likeness | None = None  # of the call that is being prepared
+        self._kept: OrderedDict[RequestKey, Prepared] = OrderedDict()
+        self._settings = SettingsSnapshot((), ())
 
-    def find(self, like: Likeness | None, objects: tuple[Any, ...], code: tuple[Any, ...]) -> Prepared | None:
-        """What was prepared for a likeness, if all is as it was; else it becomes the pending one. Arguments as of `Settings`."""
-        self.pending = None
-        if like is None:
+    def find(self, key: RequestKey | None, objects: tuple[Any, ...], code: tuple[Any, ...]) -> Prepared | None:
+        """What was prepared under a key, if settings and code are as they were then.
+
+        Args:
+            key: None finds nothing.
+            objects: as of `SettingsSnapshot`.
+            code: as of `SettingsSnapshot`.
+        """
+        if key is None:
             return None
         if not self._settings.same(objects, code):
             self._kept.clear()
-            self._settings = Settings(objects, code)
-        if not self._settings.comparable:
-            return None
-        if like in self._kept:
-            self._kept.move_to_end(like)
-        else:
-            self.pending = like
-        return self._kept.get(like)
+            self._settings = SettingsSnapshot(objects, code)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
 
-    def keep(self, loop: Any, request: Request, objects: tuple[Any, ...], code: tuple[Any, ...]) -> None:
-        """Keep what was prepared for the pending call, if one call's code and clock are no part of it."""
-        like, config = self.pending, request.config
-        if like is None or request.streamer is not None or request.deadline is not None or not request.recordable:
+    def keep(
+        self, key: RequestKey | None, loop: Any, request: Request, objects: tuple[Any, ...], code: tuple[Any, ...]
+    ) -> None:
+        """Keep what was prepared, unless it has code or a clock of its call, or settings changed meanwhile.
+
+        Args:
+            key: None keeps nothing.
+            loop: the decode loop that ran the request.
+            request: as Transformers prepared it.
+            objects: as of `SettingsSnapshot`.
+            code: as of `SettingsSnapshot`.
+        """
+        own = request.streamer is not None or request.deadline is not None or not request.capturable
+        if key is None or own or request.config.return_dict_in_generate or request.prompt.shape[1] != 1:
             return
-        if config.return_dict_in_generate or request.prompt.shape[1] != 1 or not self._settings.same(objects, code):
+        if not self._settings.same(objects, code):
             return
-        self._kept[like] = Prepared(loop, request.for_inputs({}), len(request.prompt) // like.rows)
+        self._kept[key] = Prepared(loop, request.for_inputs({}), len(request.prompt) // key.rows)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)

@@ -19,6 +19,7 @@ _OF_ADAPTERS = ("lora_", "ia3_", "modules_to_save.", "trainable_tokens", "hada_"
 QUIET = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Both .past_key_values. and .cache. are set:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning"),
 ]
 EVERYWHERE = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "lm_head"]

@@ -87,6 +87,9 @@ def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str,
         arguments["revision"] = stored["revision"]
     shared = {key: arguments[key] for key in hub_arguments if key in arguments and key != "revision"}
     options: dict[str, Any] = {"adapter_kwargs": {**shared, **own, **(arguments.pop("adapter_kwargs", None) or {})}}
+    if Path(name).exists():  # Transformers 5.17 looks for a local config in no subfolder
+        name = str(found.parent)
+        options["adapter_kwargs"].pop("subfolder", None)
     if "adapter_name" in arguments:
         options["adapter_name"] = arguments.pop("adapter_name")
     return base, Adapter(name, base, options)

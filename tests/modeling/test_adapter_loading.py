@@ -52,6 +52,8 @@ def test_adapter_folder_is_loaded_into_its_base_model(folder: Path) -> None:
         assert not any(parameter.requires_grad for name, parameter in ours.named_parameters() if "lora" in name)
     named = TRTT5ForConditionalGeneration.from_pretrained(folder / "a", adapter_name="mine", num_threads=1)
     assert named.active_adapters() == ["mine"]
+    inside = TRTT5ForConditionalGeneration.from_pretrained(folder, subfolder="b", num_threads=1)
+    compare(T5ForConditionalGeneration.from_pretrained(folder / "b"), inside)
     model, info = TRTT5ForConditionalGeneration.from_pretrained(folder / "a", output_loading_info=True)
     assert model.active_adapters() == ["default"] and not info["missing_keys"]
 

@@ -47,8 +47,9 @@ sanitize: $(VENV)/installed
 # the suite on the oldest supported versions, in an environment of its own. Left out is what does not depend on the versions of
 # Transformers and ONNX Runtime: tools, packaging, documents, stores of files, servers around generate(), what is compiled or built for
 # GPUs (graphs are compared in tests that stay)
-NOT_FOR_OLDEST = audit bench benchmarks cuda_backend cuda_kernels dependencies documents faults gpu_records idle_gpu install \
-    kernel_compile kernel_weights other_systems package ray release rtx_build soak store structure triton
+NOT_FOR_OLDEST = attention_emulated audit bench benchmarks cuda_backend cuda_kernels dependencies documents \
+    encoder_benchmark encoder_kernels faults gpu_records idle_gpu install kernel_compile kernel_weights \
+    other_systems package ray release rtx_build soak store structure triton
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '*/test_%.py')
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from t5_trt.checkpoint.load import share_weights
 from t5_trt.config import BuildConfig, RuntimeConfig
-from t5_trt.generation.repeats import Repeats
 from t5_trt.graph.fp16_scaling import Folding, Ranges
 from t5_trt.modeling.adapter_layers import adapter_layers, has_own_rows
 from t5_trt.modeling.adapters import AdaptedWeights
@@ -40,7 +39,6 @@ class AdaptedModel:
 
     if TYPE_CHECKING:
         _generation_lock: threading.RLock
-        _repeats: Repeats
         _stock_class: Any
 
         @property

@@ -29,6 +29,7 @@ PERMISSIVE = {
 #: how packages without an SPDX expression write the same ones, in lower case: in a classifier or the field License
 NAMES = {
     "3-clause bsd license": "BSD-3-Clause",
+    "apache": "Apache-2.0",
     "apache 2.0": "Apache-2.0",
     "apache 2.0 license": "Apache-2.0",
     "apache license, version 2.0": "Apache-2.0",

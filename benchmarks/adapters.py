@@ -1,7 +1,8 @@
-"""Switching between two LoRA adapters (rank 16 on q and v) of T5-base shapes: time, memory, and whether tokens come back bit for bit.
+"""Switching between two LoRA adapters of T5-base shapes: time, memory, and whether tokens come back bit for bit.
 
-It needs peft, which may as well lie in a folder on PYTHONPATH. A switch is ``set_adapter()`` and all that it takes until the weights
-that engines and kernels read are those of the other adapter; on a GPU it is waited for. The first switch to an adapter is told apart.
+Rank 16 on q and v. It needs peft, which may as well lie in a folder on PYTHONPATH. A switch is ``set_adapter()`` and all that it takes
+until the weights that engines and kernels read are those of the other adapter; on a GPU it is waited for. The first switch to an adapter is
+told apart.
 """
 
 from __future__ import annotations

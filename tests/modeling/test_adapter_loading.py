@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import T5ForConditionalGeneration
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.errors import CheckpointError, InputError
 from tests.adapters import QUIET, lora, randomize, save_adapters
+from tests.hub_folders import put_into_cache
 from tests.modeling.test_adapters import compare
 from tests.tiny_models import make_stock
 
@@ -56,6 +59,23 @@ def test_adapter_folder_is_loaded_into_its_base_model(folder: Path) -> None:
     compare(T5ForConditionalGeneration.from_pretrained(folder / "b"), inside)
     model, info = TRTT5ForConditionalGeneration.from_pretrained(folder / "a", output_loading_info=True)
     assert model.active_adapters() == ["default"] and not info["missing_keys"]
+
+
+def test_adapter_and_base_model_are_found_by_their_names_on_the_hub(folder: Path, tmp_path: Path) -> None:
+    def write(name: str) -> Callable[[Path], None]:
+        def into(snapshot: Path) -> None:
+            shutil.copytree(folder / name, snapshot, dirs_exist_ok=True)
+            path = snapshot / "adapter_config.json"
+            if path.exists():
+                stored = json.loads(path.read_text())
+                path.write_text(json.dumps({**stored, "base_model_name_or_path": "somebody/base"}))
+
+        return into
+
+    for name in ("base", "a"):
+        put_into_cache(tmp_path, f"somebody/{name}", write(name))
+    ours = TRTT5ForConditionalGeneration.from_pretrained("somebody/a", cache_dir=str(tmp_path), num_threads=1)
+    compare(T5ForConditionalGeneration.from_pretrained(folder / "a"), ours)
 
 
 def test_a_model_with_its_adapter_beside_it_is_loaded_with_both(folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.gpu import events_ms, timed_ms
 from benchmarks.kernel_models import attempt, base_name, keep, open_model, t5_base
-from t5_trt.runtime.cuda_graph import record
+from t5_trt.kernels.encoder import relative_bias
+from t5_trt.runtime.cuda_graph import capture
 from t5_trt.runtime.torch_layers import TorchEncoder
 from t5_trt.tools.random_models import random_source
 from t5_trt.tools.records import Record
@@ -114,7 +115,8 @@ def parts_ms(session: Any, ids: torch.Tensor, mask: torch.Tensor, rounds: int) -
     first = "encoder.block.0.layer"
     qkv = (normed @ weights[f"{first}.0.SelfAttention.qkv"]).view(*ids.shape, -1)
     inner = normed @ weights[f"{first}.1.DenseReluDense.wi"]
-    bias, keys = encoder._bias(arch.bias_weight("encoder", 0)), own.list_keys(mask)
+    bias = relative_bias(encoder._weights[arch.bias_weight("encoder", 0)], encoder._buckets)
+    keys = own.list_keys(mask)
     mixed, acted = qkv[..., : qkv.shape[-1] // 3].reshape(rows, -1), inner[:, : arch.d_ff].contiguous()
     made = encoder.cross(normed.view(*ids.shape, -1))
     by_token = made.permute(2, 4, 0, 1, 3, 5).reshape(*ids.shape, -1)
@@ -185,7 +187,7 @@ def median_ms(work: Callable[[], Any], rounds: int) -> float:
 
 def graph_ms(work: Callable[[], Any], rounds: int) -> float:
     """As `median_ms`, of a CUDA graph of the work."""
-    graph = record(work, torch.device(kernel_models.DEVICE, 0))
+    graph = capture(work, torch.device(kernel_models.DEVICE, 0))
     return median_ms(graph.replay, rounds)
 
 

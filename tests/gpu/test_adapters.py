@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 
-from t5_trt import TRTT5ForConditionalGeneration
-from tests.adapters import CONFIGS, EVERYWHERE, QUIET, lora, peft_pair
-from tests.tiny_models import batch, make_stock, swollen
+peft = pytest.importorskip("peft")  # machines with a GPU may lack it, and the imports below need it
+
+from t5_trt import TRTT5ForConditionalGeneration  # noqa: E402
+from tests.adapters import CONFIGS, EVERYWHERE, QUIET, lora, peft_pair  # noqa: E402
+from tests.tiny_models import batch, make_stock, swollen  # noqa: E402
 
 pytestmark = QUIET
 TWO = {
@@ -58,7 +59,7 @@ def test_an_adapter_that_needs_other_factors_stays_in_range(store: Path) -> None
     base = TRTT5ForConditionalGeneration.from_model(
         swollen(make_stock("t5-v1.1"), 30.0, 1e3), backend="cuda", precision="fp16", engine_cache_dir=store
     )
-    mine = get_peft_model(base, lora(target_modules=["wo"])).eval()
+    mine = peft.get_peft_model(base, lora(target_modules=["wo"])).eval()
     with torch.no_grad():
         for name, parameter in mine.named_parameters():
             if "lora_B" in name:

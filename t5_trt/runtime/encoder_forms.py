@@ -29,16 +29,14 @@ logger = logging.getLogger("t5_trt")
 ROUNDS, CALLS = 3, 5
 #: calls before that: the second one captures a graph, the third one replays it
 WARM_UPS = 3
-
-
 #: held by a thread that checks or times an engine: Python aborts a process that exits while a daemon thread is inside of torch
-_judging = threading.Lock()
-_EXIT_S = 5.0
+_inside_torch = threading.Lock()
+EXIT_S = 5.0
 
 
 @atexit.register
-def _wait_for_judgement() -> None:
-    _judging.acquire(timeout=_EXIT_S)  # and keep the next one from beginning
+def _wait_for_builder() -> None:
+    _inside_torch.acquire(timeout=EXIT_S)  # and keep the next one from beginning
 
 
 class EncoderForms:
@@ -229,6 +227,6 @@ def _build(reference: weakref.ref[EncoderForms], provider: EngineProvider) -> No
         forms = reference()
         if forms is None:
             return
-        with _judging:
+        with _inside_torch:
             forms._settle(key, failure)
         del forms

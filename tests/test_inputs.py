@@ -130,7 +130,8 @@ def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.Mo
         def run_with_iobinding(self, binding: Any) -> None:
             raise RuntimeError("out of memory")
 
-    fresh.session._sessions["decoder_step", True] = Broken()
+    broken = fresh.session._sessions["decoder_step", True] = Broken()
+    fresh.session._inputs[broken] = fresh.session._inputs[session]
     with pytest.raises(BackendError, match="out of memory"):
         fresh.generate(IDS, max_new_tokens=4)
     fresh.session._sessions["decoder_step", True] = session

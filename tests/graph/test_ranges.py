@@ -216,7 +216,8 @@ def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(opening, "gpu_facts", lambda device: {})
     monkeypatch.setattr(opening, "load_tensorrt", lambda flavor: None)
     monkeypatch.setattr(opening, "EngineProvider", lambda *args, **kwargs: None)
-    monkeypatch.setattr(opening, "TrtSession", lambda *args, **kwargs: "session")
+    opened = SimpleNamespace(scaling=None)
+    monkeypatch.setattr(opening, "TrtSession", lambda *args, **kwargs: opened)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
     ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, calibration=["さくら", "とうきょう"])
     runner = ours._runner
@@ -224,7 +225,7 @@ def test_calibration_goes_before_bounds(monkeypatch: pytest.MonkeyPatch, caplog:
     assert calibration is not None and len(calibration) == 1 and calibration[0]["input_ids"].shape[0] == 2
     placement = replace(runner.placement, backend="tensorrt", precision="fp16", flavor="tensorrt")
     runner.settings = replace(runner.settings, placement=placement)
-    assert ours.session == "session"  # type: ignore[comparison-overlap]
+    assert ours.session is opened  # type: ignore[comparison-overlap]
     assert len(asked) == 1 and isinstance(asked[0], Ranges) and 0.0 < max(asked[0].branches.values()) < 1e5
 
 

@@ -84,7 +84,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype
         f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention_sums.cuh')}\n{source('attention.cuh')}\n}}\n#undef ATTENTION_CTAS"
         for warps in WARPS
     )
-    parts = [source("launch.cuh"), source("common.cuh"), *variants]
+    parts = [source("launch.cuh"), source("types.cuh"), source("common.cuh"), *variants]
     program = PROGRAM % (HEADS, "\n".join(parts), "".join(CALLS.replace("WARPS", str(warps)) for warps in WARPS))
     (folder / "attention.cpp").write_text(program)
 

@@ -50,11 +50,12 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 
+@pytest.mark.parametrize("warps", [1, 2])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
-def test_attention_by_one_warp_compiles_without_spills(architecture: str) -> None:
-    """The other numbers of warps are those of 1, 32 and 128 rows."""
-    assert [attention_warps(rows) for rows in (1, 32, 128)] == [8, 4, 2]
-    wanted = constants(BASE, torch.float16, 1) | {"ATTENTION_WARPS": 1}
+def test_attention_by_few_warps_compiles_without_spills(architecture: str, warps: int) -> None:
+    """The other numbers of warps are those of 1 and 128 rows."""
+    assert [attention_warps(rows) for rows in (1, 32, 64, 128)] == [8, 8, 4, 4]
+    wanted = constants(BASE, torch.float16, 1) | {"ATTENTION_WARPS": warps}
     used = usage(compile_cubin("decode_step.cu", wanted, architecture)[1])
     assert used["attend_self"][1] == used["attend_cross"][1] == 0
 

@@ -67,7 +67,9 @@ class EngineGeneration:
         self._prepared = PreparedRequests()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = cast("dict[str, Any]", super().__getstate__())
+        state: dict[str, Any] = cast(
+            "Any", super()
+        ).__getstate__()  # of the model; Python 3.10 does not know of every object's
         return {key: value for key, value in state.items() if key != "_prepared"}
 
     @property

@@ -19,6 +19,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import ENCODER, QUERIES, STEP
 from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
+from t5_trt.modeling.adapted_model import engine_weights
 from t5_trt.runtime.open_session import gpu_facts, int8_provider_options
 from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
 
@@ -88,7 +89,7 @@ def build_engines(
         flavor=api.flavor,
         gpu=gpu,
         compute_capabilities=tuple(compute_capabilities),
-        **int8_provider_options(loaded.architecture, loaded.state_dict(), scaling, precision),
+        **int8_provider_options(loaded.architecture, engine_weights(loaded), scaling, precision),
     )
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)

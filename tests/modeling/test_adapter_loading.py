@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import T5ForConditionalGeneration
 
-from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt import TRTT5ForConditionalGeneration, prebuild
 from t5_trt.errors import CheckpointError, InputError
 from tests.adapters import QUIET, lora, randomize, save_adapters
 from tests.hub_folders import put_into_cache
@@ -191,3 +192,22 @@ def test_an_adapter_without_peft_says_what_to_install(folder: Path, monkeypatch:
     monkeypatch.setattr("t5_trt.checkpoint.adapter_files.is_peft_available", lambda: False)
     with pytest.raises(InputError, match=r"pip install t5-trt\[peft\]"):
         TRTT5ForConditionalGeneration.from_pretrained(folder / "a")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_engines_are_built_ahead_for_an_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """8-bit engines hold weights: they are those of the base model with the adapter in them."""
+    given: dict[str, Any] = {}
+    provider = SimpleNamespace(
+        plans=lambda wanted: [b"plan"] * len(wanted), request=lambda graph, shapes: SimpleNamespace(label=graph)
+    )
+    monkeypatch.setattr(prebuild, "EngineProvider", lambda *args, **options: given.update(options) or provider)
+    monkeypatch.setattr(prebuild, "load_tensorrt", lambda flavor: SimpleNamespace(flavor="rtx"))
+    options: dict[str, Any] = {"precision": precision, "compute_capabilities": ("8.6",)}
+    digests = []
+    for name in ("base", "a"):
+        assert prebuild.build_engines(str(folder / name), **options)
+        digests.append(given.get("weights"))
+    assert (digests[0] != digests[1]) == (precision == "int8")
+    if precision == "int8":
+        assert given["quantized"]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,20 +122,19 @@ def test_onnxruntime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fresh.generate(IDS, max_new_tokens=4).tolist()
-    session = fresh.session._session("decoder_step", several_rows=True)
+    graph = fresh.session._session("decoder_step", several_rows=True)
 
     class Broken:
         def __getattr__(self, name: str) -> Any:
-            return getattr(session, name)
+            return getattr(graph.session, name)
 
         def run_with_iobinding(self, binding: Any) -> None:
             raise RuntimeError("out of memory")
 
-    broken = fresh.session._sessions["decoder_step", True] = Broken()
-    fresh.session._inputs[broken] = fresh.session._inputs[session]
+    fresh.session._sessions["decoder_step", True] = replace(graph, session=Broken())
     with pytest.raises(BackendError, match="out of memory"):
         fresh.generate(IDS, max_new_tokens=4)
-    fresh.session._sessions["decoder_step", True] = session
+    fresh.session._sessions["decoder_step", True] = graph
     assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected
 
 

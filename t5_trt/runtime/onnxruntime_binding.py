@@ -14,6 +14,14 @@ _NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.int8: np.int8,
 
 
 @dataclass(frozen=True)
+class LoadedGraph:
+    """ONNX Runtime's session of a graph, and the weights that the graph takes as inputs."""
+
+    session: Any
+    weights: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class BoundStep:
     """A `t5_trt.runtime.kv_buffers.Binding`: the one-token step over the addresses of a state.
 

@@ -24,7 +24,7 @@ from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
-from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, bind
+from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import TokenSelector
 
@@ -71,13 +71,11 @@ class OrtSession:
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
         self._weights, self._changing = weights, frozenset(changing)
-        # by the session of a graph: the weights that it takes as inputs
-        self._inputs: dict[Any, dict[str, torch.Tensor]] = {}
         self.updates = 0
         # packed 8-bit matrices take a quarter of float32 ones
         self._prepack = True if quantized is not None else prepack_weights
         self._ort = import_onnxruntime()
-        self._sessions: dict[tuple[str, bool], Any] = {}  # by graph, and whether its matrices are packed
+        self._sessions: dict[tuple[str, bool], LoadedGraph] = {}  # by graph, and whether its matrices are packed
         self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
         self._loading = threading.Lock()
 
@@ -170,25 +168,25 @@ class OrtSession:
         count = rows.count
         bound = rows.bindings.get(count)
         if not isinstance(bound, BoundRows):
-            session = self._session(STEP, several_rows=True)
-            binding = session.io_binding()
+            graph = self._session(STEP, several_rows=True)
+            binding = graph.session.io_binding()
             logits = torch.empty((count, 1, self.arch.vocab_size), dtype=torch.float32)
             inputs = layer_views("past", rows.kv[:, :, :count]) | layer_views("cross", rows.cross[:, :, :count])
             inputs["cross_bias"] = rows.cross_bias[:count]
             inputs["decoder_input_ids"], inputs["position"] = rows.tokens[:count], rows.positions[:count]
-            bind(binding.bind_input, inputs | self._inputs[session])
+            bind(binding.bind_input, inputs | graph.weights)
             bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
-            bound = rows.bindings[count] = BoundRows(session, binding, logits)
+            bound = rows.bindings[count] = BoundRows(graph.session, binding, logits)
         self._call(bound.session, bound.io)
         rows.append()
         return bound.logits[:, 0]
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""
-        session = self._load(graph, bool(self._prepack), debug_outputs=True)
-        names = [node.name for node in session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
-        given = inputs | self._inputs.pop(session)
-        found = session.run(names, {name: tensor.numpy() for name, tensor in given.items()})
+        loaded = self._load(graph, bool(self._prepack), debug_outputs=True)
+        names = [node.name for node in loaded.session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
+        given = inputs | loaded.weights
+        found = loaded.session.run(names, {name: tensor.numpy() for name, tensor in given.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
 
     def update_weights(self, changed: Weights) -> bool:
@@ -197,7 +195,6 @@ class OrtSession:
         if not set(changed) <= self._changing:  # in memory that graphs have copied
             self._sessions.clear()
             self._shared.clear()
-            self._inputs.clear()
         if self._quantized is not None:
             round_anew(self.arch, self._weights, self._quantized, set(changed))
         return True
@@ -214,13 +211,13 @@ class OrtSession:
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
         bound = state.binding
         if not isinstance(bound, BoundStep) or not bound.of(self):  # a cache may outlive its engines
-            session = self._session(STEP, several_rows=state.rows > 1)
+            graph = self._session(STEP, several_rows=state.rows > 1)
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-            binding = session.io_binding()
+            binding = graph.session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
-            bind(binding.bind_input, inputs | self._inputs[session])
+            bind(binding.bind_input, inputs | graph.weights)
             bind(binding.bind_output, layer_views("new", state.new))
-            bound = BoundStep(self, session, binding, tokens, position, inputs, state.binding)
+            bound = BoundStep(self, graph.session, binding, tokens, position, inputs, state.binding)
             state.binding = bound
         bound.tokens.copy_(input_ids)
         bound.position.fill_(state.length)
@@ -238,11 +235,11 @@ class OrtSession:
         )
 
     def _run(self, graph: str, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
-        session = self._session(graph)
-        binding = session.io_binding()
-        bind(binding.bind_input, inputs | self._inputs[session])
+        loaded = self._session(graph)
+        binding = loaded.session.io_binding()
+        bind(binding.bind_input, inputs | loaded.weights)
         bind(binding.bind_output, outputs)
-        self._call(session, binding)
+        self._call(loaded.session, binding)
 
     def _call(self, session: Any, binding: Any) -> None:
         try:
@@ -253,7 +250,7 @@ class OrtSession:
                 "smaller batch or fewer beams."
             ) from error
 
-    def _session(self, graph: str, *, several_rows: bool = False) -> Any:
+    def _session(self, graph: str, *, several_rows: bool = False) -> LoadedGraph:
         with self._loading:
             packed = bool(self._prepack) or (self._prepack is None and several_rows)
             if self._prepack is None and (graph, True) in self._sessions:
@@ -274,7 +271,7 @@ class OrtSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> Any:
+    def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> LoadedGraph:
         real = ir.DataType.FLOAT
         changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
         model = build_host_graph(
@@ -311,8 +308,7 @@ class OrtSession:
                 session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             names = [value.name for value in model.graph.inputs if value.name in changing]
             read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
-            self._inputs[session] = {name: read[name] for name in names}
-            return session
+            return LoadedGraph(session, {name: read[name] for name in names})
         except Exception as error:
             raise_hidden_interrupt(error)
             raise BackendError(

@@ -8,7 +8,6 @@ Nothing here waits for the GPU or allocates, so that a step can be captured in a
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.kernels.compile import bindings, checked
-from t5_trt.kernels.launching import launch
+from t5_trt.kernels.launching import LoadedModule, launch
 
 STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: keys of one head that a CTA of an attention kernel takes (``CHUNK`` in ``attention.cuh``)
@@ -67,20 +66,26 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
     room = LARGE_SHARED_BYTES if large and rows >= TILED_ROWS else SHARED_BYTES
     while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > room:
         head_row_tiles //= 2
+    return model_constants(arch, dtype) | {
+        "V": arch.vocab_size,
+        "ROW_TILES": row_tiles,
+        "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
+        "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
+        "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 else 8,
+        "ATTENTION_WARPS": attention_warps(rows),
+    }
+
+
+def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
+    """Those of them that the kernels of an encoder are compiled with, too."""
     return {
         "STORAGE": STORAGE[dtype],
         "E": arch.d_model,
         "H": arch.num_heads,
         "D": arch.d_kv,
         "FF": arch.d_ff,
-        "V": arch.vocab_size,
-        "ROW_TILES": row_tiles,
-        "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
-        "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
-        "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 else 8,
         "GATED": int(arch.gated),
         "ACTIVATION": ACTIVATION_NUMBERS[arch.activation],
-        "ATTENTION_WARPS": attention_warps(rows),
     }
 
 
@@ -221,8 +226,8 @@ class DecodeKernels:
 
     def __init__(self, cubin: bytes, constants: Mapping[str, int], *, early: bool) -> None:
         driver = bindings("driver")
-        self._module = checked(driver.cuModuleLoadData(cubin))
-        self._functions = {name: checked(driver.cuModuleGetFunction(self._module, name.encode())) for name in KERNELS}
+        self._module = LoadedModule(cubin, KERNELS)
+        self._functions = self._module.functions
         self.threads = {
             name: checked(
                 driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, function)
@@ -231,17 +236,10 @@ class DecodeKernels:
         }
         self.constants = dict(constants)
         self.early = early
-        self.geometry = self._read_geometry()
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        numbers = self._module.numbers("geometry")
+        self.geometry = {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
         for name, own in self.geometry.items():
-            checked(driver.cuFuncSetAttribute(self._functions[name], attribute, own.shared))
-
-    def _read_geometry(self) -> dict[str, Geometry]:
-        driver = bindings("driver")
-        address, size = checked(driver.cuModuleGetGlobal(self._module, b"geometry"), 2)
-        numbers = (ctypes.c_int * (size // 4))()
-        checked(driver.cuMemcpyDtoH(ctypes.addressof(numbers), address, size))
-        return {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
+            self._module.allow_shared(name, own.shared)
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
         """Start a kernel, see `t5_trt.kernels.launching.launch`."""

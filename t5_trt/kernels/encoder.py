@@ -7,7 +7,6 @@ What is in round brackets are products, which cuBLAS does. Nothing here waits fo
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.kernels.compile import bindings, checked
-from t5_trt.kernels.decode_step import ACTIVATION_NUMBERS, STORAGE
-from t5_trt.kernels.launching import launch
+from t5_trt.kernels.launching import LoadedModule, launch
 
 SOURCE = "encoder.cu"
 KERNELS = ("attend_encoder", "attend_encoder_wide", "list_keys", "add_and_norm", "activate_inner", "split_heads")
@@ -40,40 +37,23 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
     return None
 
 
-def constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
-    """What the kernels for a model are compiled with."""
-    return {
-        "STORAGE": STORAGE[dtype],
-        "E": arch.d_model,
-        "H": arch.num_heads,
-        "D": arch.d_kv,
-        "FF": arch.d_ff,
-        "GATED": int(arch.gated),
-        "ACTIVATION": ACTIVATION_NUMBERS[arch.activation],
-    }
-
-
 class EncoderKernels:
     """The loaded kernels of one cubin, on torch's current stream of one GPU.
 
     Args:
-        cubin: compiled from `SOURCE`.
+        cubin: compiled from `SOURCE` with `t5_trt.kernels.decode_step.model_constants`.
         constants: as given to the compiler.
         device: the GPU, whose context is the current one.
     """
 
     def __init__(self, cubin: bytes, constants: Mapping[str, int], device: torch.device) -> None:
-        driver = bindings("driver")
-        self._module = checked(driver.cuModuleLoadData(cubin))
-        self._functions = {name: checked(driver.cuModuleGetFunction(self._module, name.encode())) for name in KERNELS}
-        address, size = checked(driver.cuModuleGetGlobal(self._module, b"geometry"), 2)
-        numbers = (ctypes.c_int * (size // 4))()
-        checked(driver.cuMemcpyDtoH(ctypes.addressof(numbers), address, size))
-        self._device = device
-        self._take_sizes(constants, list(numbers), torch.cuda.get_device_properties(device).multi_processor_count)
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._module, self._device = LoadedModule(cubin, KERNELS), device
+        self._functions = self._module.functions
+        self._take_sizes(
+            constants, self._module.numbers("geometry"), torch.cuda.get_device_properties(device).multi_processor_count
+        )
         for name, (_, shared) in self._attention.items():
-            checked(driver.cuFuncSetAttribute(self._functions[name], attribute, shared))
+            self._module.allow_shared(name, shared)
 
     def _take_sizes(self, constants: Mapping[str, int], geometry: list[int], processors: int) -> None:
         narrow, wide, self._rows_of_cta = geometry[:2], geometry[2:4], geometry[4]

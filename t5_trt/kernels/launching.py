@@ -1,12 +1,43 @@
-"""Starting a kernel of cuda.bindings on a stream."""
+"""Loading compiled kernels by cuda.bindings, and starting them on a stream."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from t5_trt.kernels.compile import bindings, checked
+
+
+class LoadedModule:
+    """A cubin in the current context.
+
+    Args:
+        cubin: compiled.
+        names: of its kernels.
+
+    Attributes:
+        functions: CUfunctions by name.
+    """
+
+    def __init__(self, cubin: bytes, names: Iterable[str]) -> None:
+        driver = bindings("driver")
+        self._module = checked(driver.cuModuleLoadData(cubin))
+        self.functions = {name: checked(driver.cuModuleGetFunction(self._module, name.encode())) for name in names}
+
+    def numbers(self, name: str) -> list[int]:
+        """The int32 entries of a global array."""
+        driver = bindings("driver")
+        address, size = checked(driver.cuModuleGetGlobal(self._module, name.encode()), 2)
+        made = (ctypes.c_int * (size // 4))()
+        checked(driver.cuMemcpyDtoH(ctypes.addressof(made), address, size))
+        return list(made)
+
+    def allow_shared(self, name: str, size: int) -> None:
+        """Let a kernel be launched with that many bytes of dynamic shared memory."""
+        driver = bindings("driver")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(self.functions[name], attribute, size))
 
 
 def launch(

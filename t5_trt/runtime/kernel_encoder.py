@@ -12,7 +12,8 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.kernels.compile import LEAST_CAPABILITY, stored_cubin
-from t5_trt.kernels.encoder import MOST_CTAS, SOURCE, EncoderKernels, constants, refusal, relative_bias
+from t5_trt.kernels.decode_step import model_constants
+from t5_trt.kernels.encoder import MOST_CTAS, SOURCE, EncoderKernels, refusal, relative_bias
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.torch_layers import TorchEncoder
 
@@ -102,7 +103,7 @@ def open_encoder(
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if capability < LEAST_CAPABILITY or refusal(arch, dtype):
         return TorchEncoder(arch, weights, scaling, precision)
-    wanted, (major, minor) = constants(arch, dtype), capability
+    wanted, (major, minor) = model_constants(arch, dtype), capability
     try:
         cubin = stored_cubin(SOURCE, wanted, f"sm_{major}{minor}", store)
         with torch.cuda.device(device):

@@ -17,7 +17,8 @@ from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
-from t5_trt.kernels.encoder import SOURCE, EncoderKernels, constants, relative_bias
+from t5_trt.kernels.decode_step import model_constants
+from t5_trt.kernels.encoder import SOURCE, EncoderKernels, relative_bias
 from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.torch_layers import NO_KEY, TorchEncoder
 from tests.conftest import ROOT, SHIPPED
@@ -34,7 +35,7 @@ _cubins: dict[Any, bytes] = {}
 
 
 def kernels(arch: Architecture, dtype: torch.dtype) -> EncoderKernels:
-    wanted = constants(arch, dtype)
+    wanted = model_constants(arch, dtype)
     key = tuple(wanted.items())
     major, minor = torch.cuda.get_device_capability()
     if key not in _cubins:

@@ -13,7 +13,8 @@ import torch
 
 from t5_trt import kernels
 from t5_trt.graph.architecture import Architecture
-from t5_trt.kernels.encoder import KERNELS, SOURCE, EncoderKernels, constants
+from t5_trt.kernels.decode_step import model_constants
+from t5_trt.kernels.encoder import KERNELS, SOURCE, EncoderKernels
 
 #: what is written in PTX; ``emulated_warp.h`` has functions of the same names
 EMULATED = (
@@ -32,7 +33,7 @@ class EmulatedKernels(EncoderKernels):
     """
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, folder: Path) -> None:
-        wanted = constants(arch, dtype)
+        wanted = model_constants(arch, dtype)
         self._library = compile_for_host(wanted, folder)
         numbers = (ctypes.c_int * 5).in_dll(self._library, "geometry")
         self._take_sizes(wanted, list(numbers), processors=8)

@@ -17,7 +17,8 @@ from t5_trt.graph.fp16_scaling import Fp16Scaling, find_scaling
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
-from t5_trt.kernels.encoder import KERNELS, SOURCE, constants, refusal, relative_bias
+from t5_trt.kernels.decode_step import model_constants
+from t5_trt.kernels.encoder import KERNELS, SOURCE, refusal, relative_bias
 from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_encoder import KernelEncoder, open_encoder
@@ -46,7 +47,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
     made: dict[Any, EmulatedKernels] = {}
 
     def make(arch: Architecture, dtype: torch.dtype = torch.float16) -> EmulatedKernels:
-        key = tuple(constants(arch, dtype).items())
+        key = tuple(model_constants(arch, dtype).items())
         if key not in made:
             made[key] = EmulatedKernels(arch, dtype, tmp_path_factory.mktemp("emulated"))
         return made[key]
@@ -79,7 +80,7 @@ def masks(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize(("arch", "dtype"), [(BASE, torch.float16), (WIDE, torch.bfloat16)])
 def test_compile_without_spills(arch: Architecture, dtype: torch.dtype, architecture: str) -> None:
-    _, log = compile_cubin(SOURCE, constants(arch, dtype), architecture)
+    _, log = compile_cubin(SOURCE, model_constants(arch, dtype), architecture)
     used = usage(log)
     assert set(used) == set(KERNELS)
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}

@@ -7,12 +7,11 @@
 #endif
 constexpr int CHUNK = 128;
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;                   // 16-byte loads of a key
 constexpr int KEY_LANES = power_of_two(VECTORS < 2 ? 2 : VECTORS);   // lanes that share a key
 constexpr int GROUPS = 32 / KEY_LANES;                               // keys that a warp takes at once
 constexpr int KEYS_A_PASS = 8 * GROUPS;                              // of eight shares
-constexpr int PASSES = smaller(4, CHUNK / KEYS_A_PASS);              // keys of a lane in a share
+constexpr int PASSES = least(4, CHUNK / KEYS_A_PASS);              // keys of a lane in a share
 constexpr int SHARES = CHUNK / (PASSES * GROUPS);                    // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
 constexpr int STREAMS = SHARES * GROUPS;                             // what groups of lanes sum by themselves
 constexpr float HIDDEN = -3.0e38f;                                   // a score below all others
@@ -24,7 +23,7 @@ static_assert(ATTENTION_WARPS <= 8 && 8 % ATTENTION_WARPS == 0, "ATTENTION_WARPS
 constexpr int PART = D + 2;
 
 // After the barrier every warp adds up its slices of the values of each lane.
-constexpr int SLICE = smaller(4, ATTENTION_WARPS < VECTOR ? VECTOR / ATTENTION_WARPS : 1);
+constexpr int SLICE = least(4, ATTENTION_WARPS < VECTOR ? VECTOR / ATTENTION_WARPS : 1);
 constexpr int SLICES = VECTOR / SLICE;
 constexpr int SLICES_A_WARP = (SLICES + ATTENTION_WARPS - 1) / ATTENTION_WARPS;
 struct alignas(SLICE * 4) Slice { float value[SLICE]; };

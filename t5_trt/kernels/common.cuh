@@ -14,6 +14,8 @@
 #include "types.cuh"
 
 constexpr int HD = H * D;
+__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int tiles(int size) { return (size + 15) / 16; }
 constexpr int E_TILES = tiles(E), HD_TILES = tiles(HD), FF_TILES = tiles(FF), V_TILES = tiles(V);
 constexpr int E_PAD = E_TILES * 16, HD_PAD = HD_TILES * 16;

@@ -68,9 +68,6 @@ __device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int row
     }
 }
 
-__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
-__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
-
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {

@@ -34,7 +34,7 @@ struct TiledProduct {
     static constexpr int CTAS = SHARED <= 112 * 1024 ? 2 : 1;  // that an SM has shared memory for
     static_assert(SHARED <= TILED_SHARED && LEAD > 0 && OUT_TILES % WARP_TILES == 0, "tiles of a CTA");
 
-    float sums[WARP_TILES][WARP_ROW_TILES][4], part[WARP_TILES][WARP_ROW_TILES][4];
+    float sums[WARP_TILES][WARP_ROW_TILES][4] = {}, part[WARP_TILES][WARP_ROW_TILES][4] = {};
     const uint4* matrix;
     int tile0, lane, half, warp_tile, warp_row_tile;
 
@@ -50,13 +50,6 @@ struct TiledProduct {
 #pragma unroll
         for (int step = LEAD; step < STEPS; ++step)
             prefetch_weights(step);
-#pragma unroll
-        for (int t = 0; t < WARP_TILES; ++t)
-#pragma unroll
-            for (int r = 0; r < WARP_ROW_TILES; ++r)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    sums[t][r][i] = part[t][r][i] = 0.f;
     }
 
     // The threads of a half copy and multiply what is of this half.

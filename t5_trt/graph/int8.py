@@ -53,11 +53,9 @@ def quantize_group(name: str, parameter: Parameter, weights: Weights) -> Iterato
     columns_made = -(-parameter.shape[1] // COLUMNS) * COLUMNS
     rounded = torch.zeros((parameter.shape[0], columns_made), dtype=torch.int8)
     scales = torch.ones(columns_made)
-    start = 0
-    for key, columns in zip(parameter.parts, parameter.widths, strict=True):
-        place = slice(start, start + columns)
+    for key in parameter.parts:
+        place = parameter.place(key)
         rounded[:, place], scales[place] = round_columns(weights[key].detach().float().t())
-        start += columns
     yield MATRIX.format(name), rounded
     yield SCALE.format(name), scales
 

@@ -123,11 +123,16 @@ def materialize(
         made = (tensor if by == 1.0 else tensor.float() * by).to(dtype).contiguous()
         return made.clone() if made.data_ptr() == source.data_ptr() else made  # it may be written into
     stacked = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
-    norm = None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
+    norm = norm_before(parameter, weights, device)
     for key in parameter.parts:  # one part at a time: little extra memory
         part = weights[key].detach().to(device, torch.float32)
         stacked[:, parameter.place(key)] = folded_part(parameter, part, norm, factor(key)).t()
     return stacked
+
+
+def norm_before(parameter: Parameter, weights: Weights, device: torch.device) -> torch.Tensor | None:
+    """The weight of the norm before a group, float32 [inputs]; None if it has none."""
+    return None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
 
 
 def folded_part(parameter: Parameter, part: torch.Tensor, norm: torch.Tensor | None, factor: float) -> torch.Tensor:
@@ -136,7 +141,7 @@ def folded_part(parameter: Parameter, part: torch.Tensor, norm: torch.Tensor | N
     Args:
         parameter: the group.
         part: float32 [outputs, inputs].
-        norm: float32 [inputs], weight of the norm before the group, if it has one.
+        norm: of `norm_before`.
         factor: see `materialize`.
     """
     if (by := factor * parameter.scale) != 1.0:

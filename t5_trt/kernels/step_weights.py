@@ -8,7 +8,16 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import CROSS_KV, EMBEDDING, LM_HEAD, Weights, folded_part, materialize, parameters
+from t5_trt.graph.parameters import (
+    CROSS_KV,
+    EMBEDDING,
+    LM_HEAD,
+    Weights,
+    folded_part,
+    materialize,
+    norm_before,
+    parameters,
+)
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels.decode_step import LayerWeights, StepWeights
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
@@ -28,14 +37,14 @@ class StepWeightsMaker:
     def __init__(
         self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device, scaling: Fp16Scaling
     ) -> None:
-        self._arch, self._weights, self._dtype, self._device, self._scaling = arch, weights, dtype, device, scaling
+        self.arch, self._weights, self.dtype, self.device, self.scaling = arch, weights, dtype, device, scaling
         self._parameters = parameters(arch)
 
     def make(self) -> StepWeights:
         """All of a step's weights."""
-        layers = tuple(self._layer(layer) for layer in range(self._arch.decoder_layers))
-        head = pack_head(self._matrix(LM_HEAD), self._dtype)
-        head_scale = 1.0 / self._scaling.branches.get(LM_HEAD, 1.0)
+        layers = tuple(self._layer(layer) for layer in range(self.arch.decoder_layers))
+        head = pack_head(self._matrix(LM_HEAD), self.dtype)
+        head_scale = 1.0 / self.scaling.branches.get(LM_HEAD, 1.0)
         return StepWeights(self._made(EMBEDDING), layers, head, head_scale)
 
     def update(self, made: StepWeights, key: str, tensor: torch.Tensor) -> None:
@@ -47,17 +56,17 @@ class StepWeightsMaker:
             tensor: on the device.
         """
         if key == EMBEDDING:
-            made.embedding.copy_(tensor.float() * self._scaling.factor(EMBEDDING, EMBEDDING))
-        elif key == self._arch.head_weight:
-            made.head.copy_(pack_head(self._part(key, tensor), self._dtype))
+            made.embedding.copy_(tensor.float() * self.scaling.factor(EMBEDDING, EMBEDDING))
+        elif key == self.arch.head_weight:
+            made.head.copy_(pack_head(self._part(key, tensor), self.dtype))
         elif key == "decoder.final_layer_norm.weight":
-            made.head.copy_(pack_head(self._matrix(LM_HEAD), self._dtype))
+            made.head.copy_(pack_head(self._matrix(LM_HEAD), self.dtype))
         if not key.startswith("decoder.block.") or key in self._parameters[CROSS_KV].parts:
             return
         layer = int(key.split(".")[2])
         place = self._place(made.layers[layer], key)
         if place is not None:
-            place.copy_(pack_matrix(self._part(key, tensor), self._dtype))
+            place.copy_(pack_matrix(self._part(key, tensor), self.dtype))
             return
         for index, own in enumerate(made.layers):  # a norm of one layer, or a bias table of one or of all of them
             if index == layer or "relative_attention_bias" in key:
@@ -81,24 +90,24 @@ class StepWeightsMaker:
     def _part(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """One matrix of a group as it is packed, [outputs, inputs]."""
         name, parameter = next(entry for entry in self._parameters.items() if key in entry[1].parts)
-        norm = None if parameter.norm is None else self._weights[parameter.norm].detach().to(self._device).float()
-        return folded_part(parameter, tensor.float(), norm, self._scaling.factor(name, key)).to(self._dtype)
+        norm = norm_before(parameter, self._weights, self.device)
+        return folded_part(parameter, tensor.float(), norm, self.scaling.factor(name, key)).to(self.dtype)
 
     def _layer(self, layer: int) -> LayerWeights:
-        arch, block = self._arch, f"decoder.block.{layer}.layer"
+        arch, block = self.arch, f"decoder.block.{layer}.layer"
         dense = f"{block}.2.DenseReluDense"
         wi = self._matrix(f"{dense}.wi")
         gate, up = wi[: arch.d_ff], wi[arch.d_ff :]
-        undo = {name: 1.0 / self._scaling.branches.get(name, 1.0) for name in branch_names(layer)}
-        table = self._weights[arch.bias_weight("decoder", layer)].detach().to(self._device, torch.float32)
-        buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(self._device)
+        undo = {name: 1.0 / self.scaling.branches.get(name, 1.0) for name in branch_names(layer)}
+        table = self._weights[arch.bias_weight("decoder", layer)].detach().to(self.device, torch.float32)
+        buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(self.device)
         return LayerWeights(
-            qkv=pack_stack(list(self._matrix(f"{block}.0.SelfAttention.qkv").chunk(3)), self._dtype),
-            self_out=pack_matrix(self._matrix(f"{block}.0.SelfAttention.o"), self._dtype),
-            query=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.q"), self._dtype),
-            cross_out=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.o"), self._dtype),
-            wi=pack_gated(gate, up, self._dtype) if arch.gated else pack_matrix(wi, self._dtype),
-            wo=pack_matrix(self._matrix(f"{dense}.wo"), self._dtype),
+            qkv=pack_stack(list(self._matrix(f"{block}.0.SelfAttention.qkv").chunk(3)), self.dtype),
+            self_out=pack_matrix(self._matrix(f"{block}.0.SelfAttention.o"), self.dtype),
+            query=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.q"), self.dtype),
+            cross_out=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.o"), self.dtype),
+            wi=pack_gated(gate, up, self.dtype) if arch.gated else pack_matrix(wi, self.dtype),
+            wo=pack_matrix(self._matrix(f"{dense}.wo"), self.dtype),
             bias=table[buckets].t().contiguous(),
             self_scale=undo[f"{block}.0.SelfAttention.o"],
             cross_scale=undo[f"{block}.1.EncDecAttention.o"],
@@ -110,8 +119,8 @@ class StepWeightsMaker:
         return self._made(name).t()
 
     def _made(self, name: str) -> torch.Tensor:
-        factor = partial(self._scaling.factor, name)
-        return materialize(self._parameters[name], self._weights, self._dtype, self._device, factor)
+        factor = partial(self.scaling.factor, name)
+        return materialize(self._parameters[name], self._weights, self.dtype, self.device, factor)
 
 
 def branch_names(layer: int) -> tuple[str, str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from functools import partial
 
 import torch
 
@@ -63,14 +62,11 @@ class CudaSession:
         self._hidden = mask_value(real_type(precision))
         self._queries: TorchDecoder | None = None
         self._steps: StepDecoder | None = None
-        self._update_step: Callable[[str, torch.Tensor], None] | None = None
         if arch.decoder_layers:
-            maker = StepWeightsMaker(arch, weights, self.dtype, device, scaling)
-            step_weights = maker.make()
-            self._update_step = partial(maker.update, step_weights)
-            self._weights.share(EMBEDDING, step_weights.embedding)
-            self._queries = TorchDecoder(arch, step_weights, scaling, precision)
-            self._steps = KernelDecoder(arch, step_weights, self.dtype, device, precision, scaling.embedding, store)
+            steps = KernelDecoder(StepWeightsMaker(arch, weights, self.dtype, device, scaling), precision, store)
+            self._weights.share(EMBEDDING, steps.embedding)
+            self._queries = TorchDecoder(arch, steps.weights, scaling, precision)
+            self._steps = steps
 
     def encode(
         self,
@@ -139,8 +135,8 @@ class CudaSession:
             for key in changed:
                 tensor = changed[key]
                 self._weights.update(key, tensor)
-                if self._update_step is not None:
-                    self._update_step(key, tensor)
+                if self._steps is not None:
+                    self._steps.update_weight(key, tensor)
         return True
 
     @property

@@ -10,7 +10,7 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import Weights, folded_part, materialize, parameters
+from t5_trt.graph.parameters import Weights, folded_part, materialize, norm_before, parameters
 
 
 class DeviceWeights:
@@ -79,9 +79,7 @@ class DeviceWeights:
             if not parameter.is_matrix:
                 made.copy_(tensor * factor(key))
             elif key in parameter.parts:
-                norm = (
-                    None if parameter.norm is None else self._weights[parameter.norm].detach().to(self.device).float()
-                )
+                norm = norm_before(parameter, self._weights, self.device)
                 made[:, parameter.place(key)] = folded_part(parameter, tensor.float(), norm, factor(key)).t()
             else:  # the norm of all parts
                 made.copy_(materialize(parameter, self._weights, self._dtype, self.device, factor))

@@ -129,6 +129,9 @@ class EngineStep:
         shapes = self._slots.shapes(state)
         return shapes.B * shapes.N
 
+    def update_weight(self, key: str, tensor: torch.Tensor) -> None:
+        """See `t5_trt.runtime.step_decoder.StepDecoder.update_weight`: there is nothing to do, engines read the session's weights."""
+
     def forget(self) -> None:
         """See `t5_trt.runtime.step_decoder.StepDecoder.forget`."""
         self._slots.forget()

@@ -16,7 +16,6 @@ import torch
 
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.store import EngineStore
-from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.precision import mask_value, real_type
 from t5_trt.kernels.compile import stored_cubin
 from t5_trt.kernels.decode_step import (
@@ -25,9 +24,9 @@ from t5_trt.kernels.decode_step import (
     DecodeStep,
     StepBuffers,
     StepInputs,
-    StepWeights,
     constants,
 )
+from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_graph import GraphMemory, capture
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
 from t5_trt.runtime.session import TokenSelector
@@ -65,28 +64,19 @@ class KernelDecoder:
     """Runs the one-token step of one model on one GPU. Not thread-safe: its session takes turns.
 
     Args:
-        arch: of the model.
-        weights: in the kernels' order.
-        dtype: of the weights and caches.
-        device: the GPU.
+        maker: of the weights.
         precision: of the session.
-        embedding_factor: what the embedding was multiplied by to keep half precision in range.
         store: of compiled kernels.
+
+    Attributes:
+        weights: in the kernels' order.
     """
 
-    def __init__(
-        self,
-        arch: Architecture,
-        weights: StepWeights,
-        dtype: torch.dtype,
-        device: torch.device,
-        precision: str,
-        embedding_factor: float,
-        store: EngineStore,
-    ) -> None:
-        self._arch, self._weights, self._dtype, self._device = arch, weights, dtype, device
+    def __init__(self, maker: StepWeightsMaker, precision: str, store: EngineStore) -> None:
+        self._maker, self.weights = maker, maker.make()
+        self._arch, self._dtype, self._device = maker.arch, maker.dtype, maker.device
         self._hidden = mask_value(real_type(precision))
-        self._embedding_scale = 1.0 / embedding_factor
+        self._embedding_scale = 1.0 / maker.scaling.embedding
         self._store = store
         self._kernels: dict[tuple[int, ...], DecodeKernels] = {}  # by what they are compiled with
         self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
@@ -130,15 +120,19 @@ class KernelDecoder:
         """See `t5_trt.runtime.session.Session.decoded_rows`: no row is padding."""
         return state.rows
 
+    def update_weight(self, key: str, tensor: torch.Tensor) -> None:
+        """See `t5_trt.runtime.step_decoder.StepDecoder.update_weight`."""
+        self._maker.update(self.weights, key, tensor)
+
     @property
     def embedding(self) -> torch.Tensor:
         """[V, E], as engines read it, too."""
-        return self._weights.embedding
+        return self.weights.embedding
 
     @property
     def weight_bytes(self) -> int:
         """See `t5_trt.runtime.step_decoder.StepDecoder.weight_bytes`."""
-        return self._weights.nbytes
+        return self.weights.nbytes
 
     def kernels(self, rows: int) -> DecodeKernels:
         """The loaded kernels for a number of rows, compiled when they are first wanted and nobody stored them."""
@@ -230,6 +224,6 @@ class KernelDecoder:
         chunks = -(-max(shapes.T, shapes.S) // CHUNK)
         buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device)
         slot.step = DecodeStep(
-            arch, self.kernels(rows), self._weights, buffers, inputs, arch.epsilon, self._embedding_scale
+            arch, self.kernels(rows), self.weights, buffers, inputs, arch.epsilon, self._embedding_scale
         )
         return slot

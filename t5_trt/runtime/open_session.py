@@ -141,12 +141,9 @@ def _open_tensorrt(
         show_progress=False if background and config.show_progress is None else config.show_progress,
         **int8_provider_options(arch, weights, scaling, precision),
     )
-    kernels = update_step = None
+    kernels = None
     if placement.decode == "kernels" and arch.decoder_layers:
-        maker = StepWeightsMaker(arch, weights, dtype, device, scaling)
-        step_weights = maker.make()
-        update_step = partial(maker.update, step_weights)
-        kernels = KernelDecoder(arch, step_weights, dtype, device, precision, scaling.embedding, store)
+        kernels = KernelDecoder(StepWeightsMaker(arch, weights, dtype, device, scaling), precision, store)
     # with "auto" the faster encoder serves; who asked for TensorRT gets its engines
     compares = config.backend == "auto" and placement.decode == "kernels" and not refusal(arch, dtype)
     own = partial(open_encoder, arch, scaling=scaling, precision=precision, dtype=dtype, store=store)
@@ -159,7 +156,6 @@ def _open_tensorrt(
         reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
         scaling=scaling,
         kernels=kernels,
-        update_step=update_step,
         own_encoder=own if background or compares else None,
         background=background,
     )

@@ -40,6 +40,15 @@ class StepDecoder(Protocol):
         """See `t5_trt.runtime.session.Session.decoded_rows`."""
         ...
 
+    def update_weight(self, key: str, tensor: torch.Tensor) -> None:
+        """Write another value of a checkpoint tensor into weights that only this reads, in place: captured steps read it there.
+
+        Args:
+            key: of the state dict; what it maps to has changed, too.
+            tensor: on the device.
+        """
+        ...
+
     def forget(self) -> None:
         """Let go of idle buffers and of what was captured over them."""
         ...

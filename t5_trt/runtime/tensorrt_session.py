@@ -50,7 +50,6 @@ class TrtSession:
         reference: what new engines are compared with before they are used; None trusts TensorRT.
         scaling: factors in the weights; the provider's architecture names those that its graphs undo.
         kernels: do the one-token step; None leaves it to an engine.
-        update_step: writes another value of a checkpoint tensor into the kernels' weights.
         own_encoder: makes the encoder of the backend "cuda" over the engines' weights; it serves sizes at which it is faster. None: engines do.
         background: have it serve sizes without an engine, while that is built.
     """
@@ -69,7 +68,6 @@ class TrtSession:
         reference: Session | None = None,
         scaling: Fp16Scaling | None = None,
         kernels: KernelDecoder | None = None,
-        update_step: Callable[[str, torch.Tensor], None] | None = None,
         own_encoder: Callable[[DeviceWeights], TorchEncoder] | None = None,
         background: bool = False,
     ) -> None:
@@ -79,7 +77,7 @@ class TrtSession:
         self.device = device
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
-        self._reference, self._update_step = reference, update_step
+        self._reference = reference
         # by a weak reference: the GPU memory of a model is free when the last name of it goes, not at the next garbage collection
         check = None if reference is None else partial(TrtSession._deviation_of_engine, weakref.proxy(self), reference)
         self.scaling = scaling or Fp16Scaling()
@@ -207,8 +205,7 @@ class TrtSession:
             for key in changed:
                 tensor = changed[key]
                 self.engines.weights.update(key, tensor)
-                if self._update_step is not None:
-                    self._update_step(key, tensor)
+                self._steps.update_weight(key, tensor)
             if self._reference is not None:
                 self._reference.update_weights(changed)
         return True

@@ -38,10 +38,9 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
         dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
         arch, scaling, cpu = ours.architecture, ours.fp16_scaling(precision), torch.device("cpu")
-        weights = StepWeightsMaker(arch, ours.state_dict(), dtype, cpu, scaling).make()
-        store = EngineStore(tmp_path)
-        steps = TorchSteps(arch, weights, dtype, cpu, precision, scaling.embedding, store)
-        steps.decoder = TorchDecoder(arch, weights, scaling, precision)
+        maker = StepWeightsMaker(arch, ours.state_dict(), dtype, cpu, scaling)
+        steps = TorchSteps(maker, precision, EngineStore(tmp_path))
+        steps.decoder = TorchDecoder(arch, steps.weights, scaling, precision)
         ours.session  # noqa: B018 - takes note of the weights
         ours.session = stand_in_session(
             ours, monkeypatch, precision=precision, scaling=scaling, kernels=steps, **options

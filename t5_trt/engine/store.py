@@ -141,12 +141,12 @@ class EngineStore:
         """All engines with a readable manifest, most recently used first."""
         found = []
         for folder in sorted(self.root.glob("*")) if self.root.is_dir() else []:
-            try:
-                manifest = json.loads((folder / MANIFEST).read_text())
-                used_at, size = (folder / MANIFEST).stat().st_mtime, (folder / PLAN).stat().st_size
-            except (OSError, ValueError):
+            manifest = self.manifest(folder.name)
+            if not manifest:
                 continue
-            if not isinstance(manifest, dict):
+            try:
+                used_at, size = (folder / MANIFEST).stat().st_mtime, (folder / PLAN).stat().st_size
+            except OSError:
                 continue
             found.append(StoredEngine(folder.name, folder, manifest, size, used_at))
         return sorted(found, key=lambda entry: -entry.used_at)

@@ -33,7 +33,7 @@ class GraphMemory:
         self.pool: Any = None
 
     def take(self) -> Any:
-        """The pool for the next recording."""
+        """The pool for the next capture."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
         return self.pool
@@ -101,9 +101,9 @@ def capture(work: Callable[[], None], device: torch.device, memory: GraphMemory 
 def _clean_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
     """Put torch in order after a capture that failed.
 
-    ``CUDAGraph.capture_end`` throws before it has done so (torch 2.11): the allocators go on serving a recording, the generator
+    ``CUDAGraph.capture_end`` throws before it has done so (torch 2.11): the allocators go on serving a capture, the generator
     refuses to draw, and the side stream stays the current one. A capture that succeeds puts the generator right. The allocator of
-    page-locked memory cannot be told: it takes no further recording into that pool.
+    page-locked memory cannot be told: it takes no further capture into that pool.
     """
     _failed.append(graph)
     torch.cuda.set_stream(stream)

@@ -306,7 +306,7 @@ class Session(Protocol):
         Args:
             state: of R rows.
             make: a new selector for R rows, or for more, up to `decoded_rows`.
-            key: equal for choices that do the same; the session may then hand out a step that it has captured
+            key: equal for selectors that do the same; the session may then hand out a step that it has captured
                 before, whose selector holds old contents. None: always a new selector.
         """
         ...

@@ -197,7 +197,7 @@ def captured_step(
         slot: that `state` lives in.
         state: of the request.
         key: of the selector; None for the step alone.
-        selector: with the buffers that the recording keeps.
+        selector: with the buffers that the captured step keeps.
         work: what is captured: the step and, if there is one, the selector.
         capture: makes a CUDA graph of work.
 
@@ -237,15 +237,15 @@ def generation_step_of(
     captured: Callable[[Any, DecoderState, Hashable, TokenSelector | None], CapturedStep],
     not_capturable: set[Hashable],
 ) -> SlotStep:
-    """A program over a slot: its selector is captured with the step, or runs after it.
+    """The generation step over a slot: its selector is captured with the step, or runs after it.
 
     Args:
         slot: that `state` lives in.
         state: as of `t5_trt.runtime.session.Session.generation_step`, like `make` and `key`.
         make: a new selector.
-        key: equal for choices that do the same; None always makes a new one.
+        key: equal for selectors that do the same; None always makes a new one.
         captured: gives the step of a slot, see `captured_step`.
-        not_capturable: keys of choices that could not be captured; another one is added.
+        not_capturable: keys of selectors that could not be captured; another one is added.
     """
     if key is not None and key not in not_capturable:
         found = slot.steps.get(key)

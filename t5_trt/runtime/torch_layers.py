@@ -15,7 +15,7 @@ from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.graph.precision import empty_slot_value, mask_value, real_type
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels.decode_step import StepWeights
-from t5_trt.kernels.reference import ACTIVATIONS
+from t5_trt.kernels.reference import activate_inner
 from t5_trt.kernels.step_weights import unpacked_layer
 from t5_trt.kernels.weights import unpack_matrix
 from t5_trt.runtime.device_weights import DeviceWeights
@@ -183,8 +183,4 @@ def normed(stream: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Te
 
 def activated(arch: Architecture, inner: torch.Tensor) -> torch.Tensor:
     """The activation of a feed-forward layer, with its gate if it has one."""
-    act = ACTIVATIONS[arch.activation]
-    if not arch.gated:
-        return act(inner)
-    gate, up = inner.chunk(2, -1)
-    return act(gate) * up
+    return activate_inner(inner, arch.activation, gated=arch.gated)

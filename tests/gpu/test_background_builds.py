@@ -56,8 +56,7 @@ def test_auto_times_a_new_engine_against_the_kernels(tmp_path: Path) -> None:
     tokens = []
     for _ in range(2):  # the second model finds what the first one measured
         ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), **options)
-        if ours.session.backend != "tensorrt" or ours.session.steps_by != "kernels":
-            pytest.skip("backend='auto' does not choose TensorRT beside the kernels here")
+        assert (ours.session.backend, ours.session.steps_by) == ("tensorrt", "kernels")
         tokens.append(ours.generate(**on_gpu(), **FIXED))
     store = ours.session.engines.provider.store
     times = [entry.manifest["encoder_ms"] for entry in store.entries() if "encoder_ms" in entry.manifest]

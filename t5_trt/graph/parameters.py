@@ -135,32 +135,6 @@ def norm_before(parameter: Parameter, weights: Weights, device: torch.device) ->
     return None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
 
 
-class NormCopies:
-    """The norms' weights on a device, each copied when it is first asked for.
-
-    Args:
-        weights: state-dict key -> tensor, anywhere.
-        device: of the copies.
-    """
-
-    def __init__(self, weights: Weights, device: torch.device) -> None:
-        self._weights, self._device = weights, device
-        self._copies: dict[str, torch.Tensor] = {}
-
-    def before(self, parameter: Parameter) -> torch.Tensor | None:
-        """As `norm_before`."""
-        key = parameter.norm
-        if key is None:
-            return None
-        if key not in self._copies:
-            self._copies[key] = self._weights[key].detach().to(self._device, torch.float32)
-        return self._copies[key]
-
-    def forget(self, key: str) -> None:
-        """Copy a norm anew when it is next asked for: its values have changed."""
-        self._copies.pop(key, None)
-
-
 def folded_part(parameter: Parameter, part: torch.Tensor, norm: torch.Tensor | None, factor: float) -> torch.Tensor:
     """A checkpoint matrix of a group with all that is folded into it, [outputs, inputs].
 

@@ -7,9 +7,8 @@ unless somebody else has: without it there are no such layers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,40 +61,8 @@ def settle(layers: dict[str, Any]) -> None:
             layer.unmerge()
 
 
-def factors_on(device: torch.device, layers: Iterable[Any]) -> dict[torch.Tensor, torch.Tensor]:
-    """The matrices of the active adapters with plain LoRA, copied to a GPU in one transfer.
-
-    Args:
-        device: a GPU; for another device there is nothing to copy.
-        layers: of peft.
-
-    Returns:
-        Parameter -> its values on the device, float32.
-    """
-    tuner, _ = _kinds() or ((), ())
-    found: list[torch.Tensor] = []
-    for layer in layers if device.type == "cuda" else ():
-        if isinstance(layer, tuner) and not layer.disable_adapters and not layer.merged:
-            for up, down, _ in _low_rank_factors(layer, _active(layer)) or ():
-                found += [factor for factor in (up, down) if factor.device.type == "cpu"]
-    if not found:
-        return {}
-    sizes = [factor.numel() for factor in found]
-    pinned = torch.empty(sum(sizes), pin_memory=True)
-    for part, factor in zip(torch.split(pinned, sizes), found, strict=True):
-        part.copy_(factor.detach().flatten())
-    moved = torch.split(pinned.to(device, non_blocking=True), sizes)
-    return {factor: part.view(factor.shape) for factor, part in zip(found, moved, strict=True)}
-
-
 @torch.no_grad()
-def effective_weight(
-    name: str,
-    layer: Any,
-    base: torch.Tensor,
-    out: torch.Tensor | None = None,
-    moved: Mapping[torch.Tensor, torch.Tensor] = MappingProxyType({}),
-) -> torch.Tensor:
+def effective_weight(name: str, layer: Any, base: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The weight that a layer of peft amounts to in its present state.
 
     Args:
@@ -103,7 +70,6 @@ def effective_weight(
         layer: of peft.
         base: the weight of its base layer, float32, on the device where the work is to be done.
         out: like `base`; may be written into.
-        moved: of `factors_on`.
 
     Returns:
         float32, like `base`; it may be `base` or `out` itself.
@@ -118,7 +84,7 @@ def effective_weight(
         raise UnsupportedModelError(_refusal(name, layer, "its forward pass was exchanged"))
     if isinstance(layer.base_layer, tuner):
         base = effective_weight(name, layer.base_layer, base)
-    active = _active(layer)
+    active = [adapter for adapter in layer.active_adapters if _holds(layer, adapter)]
     if layer.disable_adapters or layer.merged or not active:
         return base
     factors = _low_rank_factors(layer, active)
@@ -126,7 +92,7 @@ def effective_weight(
         return _merged_copy(name, layer, base, active)
     made = base
     for up, down, scale in factors:
-        up, down = (moved.get(factor, factor).detach().to(base.device, torch.float32) for factor in (up, down))
+        up, down = (factor.detach().to(base.device, torch.float32) for factor in (up, down))
         made = torch.addmm(made, up, down, alpha=scale, out=out)
     return made
 
@@ -152,10 +118,9 @@ def _walk(module: nn.Module, prefix: str, kinds: tuple[Any, ...]) -> Iterator[tu
             yield from _walk(child, f"{prefix}{name}.", kinds)
 
 
-def _active(layer: Any) -> list[str]:
-    """The active adapters that a layer has weights of."""
-    held = [getattr(layer, name, ()) for name in layer.adapter_layer_names]
-    return [adapter for adapter in layer.active_adapters if any(adapter in names for names in held)]
+def _holds(layer: Any, adapter: str) -> bool:
+    """Whether a layer has weights of an adapter."""
+    return any(adapter in getattr(layer, name, ()) for name in layer.adapter_layer_names)
 
 
 def _replaced_weight(name: str, wrapper: Any, base: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

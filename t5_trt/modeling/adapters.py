@@ -19,7 +19,7 @@ from torch import nn
 from t5_trt.errors import UnsupportedModelError
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import EMBEDDING
-from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, factors_on, settle
+from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settle
 from t5_trt.modeling.weight_tracker import WeightWatch
 
 #: where the stacks look tokens up
@@ -119,26 +119,16 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         """Take no weights for known ones: an optimizer has changed them, and fused ones count no versions."""
         self._scalings.clear()
 
-    def factors_on(self, device: torch.device) -> Mapping[torch.Tensor, torch.Tensor]:
-        """See `t5_trt.modeling.adapter_layers.factors_on`."""
-        return factors_on(device, self.layers.values())
-
-    def computed_on(self, device: torch.device, key: str, factors: Mapping[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """An effective weight, or one that no adapter changes, on a device; float32 if it is adapted.
-
-        Args:
-            device: of the result.
-            key: of the state dict.
-            factors: of `factors_on`.
-        """
+    def computed_on(self, device: torch.device, key: str) -> torch.Tensor:
+        """An effective weight, or one that no adapter changes, on a device; float32 if it is adapted."""
         if key not in self._adapted or key in self._own:
             return self[key].to(device)
         if key not in self._on_device:
             self._on_device[key] = self.base[key].detach().to(device, torch.float32)
-        return effective_weight(_layer_name(key), self._adapted[key], self._on_device[key], moved=factors)
+        return self._computed(key, self._on_device[key])
 
     def _computed(self, key: str, base: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return effective_weight(_layer_name(key), self._adapted[key], base, out)
+        return effective_weight(key.removesuffix(".weight"), self._adapted[key], base, out)
 
     def _write(self) -> None:
         for key, own in self._own.items():
@@ -155,20 +145,15 @@ class _OnDevice(Mapping[str, torch.Tensor]):
 
     def __init__(self, weights: AdaptedWeights, device: torch.device, keys: Any) -> None:
         self._weights, self._device, self._keys = weights, device, keys
-        self._factors = weights.factors_on(device)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._weights.computed_on(self._device, key, self._factors)
+        return self._weights.computed_on(self._device, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
-
-
-def _layer_name(key: str) -> str:
-    return key.removesuffix(".weight")
 
 
 def base_weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], frozenset[str]]:

@@ -10,7 +10,7 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import NormCopies, Weights, folded_part, materialize, parameters
+from t5_trt.graph.parameters import Weights, folded_part, materialize, norm_before, parameters
 
 
 class DeviceWeights:
@@ -37,7 +37,6 @@ class DeviceWeights:
         self._weights = weights
         self._dtype = dtype
         self.device = device
-        self._norms = NormCopies(weights, device)
         self._made: dict[str, torch.Tensor] = {}
         self._readers: defaultdict[str, list[str]] = defaultdict(list)  # by key of the state dict
         for name, parameter in self._parameters.items():
@@ -73,7 +72,6 @@ class DeviceWeights:
             key: of the state dict; what it maps to has changed, too.
             tensor: on the device.
         """
-        self._norms.forget(key)
         for name in self._readers[key]:
             if name not in self._made:
                 continue
@@ -81,7 +79,7 @@ class DeviceWeights:
             if not parameter.is_matrix:
                 made.copy_(tensor * factor(key))
             elif key in parameter.parts:
-                norm = self._norms.before(parameter)
+                norm = norm_before(parameter, self._weights, self.device)
                 made[:, parameter.place(key)] = folded_part(parameter, tensor.float(), norm, factor(key)).t()
             else:  # the norm of all parts
                 made.copy_(materialize(parameter, self._weights, self._dtype, self.device, factor))

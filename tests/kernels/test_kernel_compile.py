@@ -25,6 +25,7 @@ BASE = Architecture(
 GATED = replace(BASE, d_model=1024, d_ff=2816, num_heads=16, activation="gelu_new", gated=True)
 WIDE = replace(BASE, d_model=1024, d_ff=16384, num_heads=32, d_kv=128)
 LARGE = replace(BASE, d_model=2048, d_ff=5120, num_heads=32, activation="gelu_new", gated=True)  # Flan-T5-XL
+HUGE = replace(LARGE, d_model=4096, d_ff=10240, num_heads=64)
 ODD = replace(BASE, d_model=72, d_ff=200, num_heads=1, d_kv=40, vocab_size=211, activation="silu", gated=True)
 
 
@@ -47,6 +48,15 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     assert cubin[:4] == b"\x7fELF"
     used = usage(log)
     assert set(used) == set(KERNELS)
+    assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("arch", [WIDE, LARGE, HUGE], ids=["t5-3b", "flan-t5-xl", "t5-v1.1-xxl"])
+def test_large_models_compile_without_spills(arch: Architecture, rows: int, architecture: str) -> None:
+    major = int(architecture.removeprefix("sm_")) // 10
+    used = usage(compile_cubin("decode_step.cu", constants(arch, torch.float16, rows, major), architecture)[1])
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 

@@ -154,7 +154,7 @@ class Handle:
             timeout: seconds to wait; the request goes on after them. None waits for the end.
 
         Returns:
-            int64 [results, tokens], with the decoder's prompt.
+            int64 [results, tokens] on the CPU, with the decoder's prompt.
 
         Raises:
             TimeoutError: it has not ended yet.

@@ -39,12 +39,12 @@ def step(session: RowSession, rows: RowBuffers, alone: list[Alone]) -> None:
     """One step of all rows, compared with each row's own."""
     rows.fit()
     tokens = torch.tensor([each.token() for each in alone])
-    rows.tokens[: rows.count, 0] = tokens
+    rows.feed(tokens.tolist())
     found = session.step_rows(rows)
     for row, each in enumerate(alone):
         expected = each.session.decode(each.state, tokens[row].view(1, 1))[0, 0]
         torch.testing.assert_close(found[row], expected, atol=LOGITS_ATOL, rtol=0)
-        assert rows.position(row) == each.state.length == int(rows.positions[row])
+        assert rows.position(row) == each.state.length
 
 
 def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: tuple[Any, Any]) -> None:

@@ -65,7 +65,8 @@ class Row:
         prompt = self._prepared.prompt
         if self._history is None or self._position is None:
             self._history = torch.zeros((1, history_room(self._prepared)), dtype=torch.int64, device=logits.device)
-            self._history[:, : len(prompt)] = torch.tensor(prompt)
+            for place, token in enumerate(prompt):
+                self._history[:, place] = token
             self._process = self._processors(self._prepared)
             self._position = torch.full((1,), len(prompt) - 1, device=logits.device)
         if self._process is not None:

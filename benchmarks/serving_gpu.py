@@ -205,11 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     continue
                 found: Record = {"model": base_name(given.layers), "precision": "fp16", "backend": backend}
                 found |= {"batch": clients, "stage": f"{lengths} lengths", "source_tokens": SOURCE, "new_tokens": NEW}
-                attempt(
-                    found,
-                    "serving",
-                    lambda now=(clients, lengths): measure(model, *now, given.rounds, given.per_client),
-                )
+                case = partial(measure, model, clients, lengths, given.rounds, given.per_client)
+                attempt(found, "serving", case)
                 keep(given.out, "serving", [found], backend)
                 print(summary(found), flush=True)
                 failed |= "failed" in found

@@ -62,6 +62,7 @@ class Scheduler:
         self._session = session
         self._max_rows, self._max_waiting = max_rows, max_waiting
         self._longest = (model.runtime_config.max_target_tokens, session.arch.longest_target)
+        self._limited = any(longest is not None for longest in self._longest)
         self._rows: list[Row] = []
         self._entering: list[list[Job]] = []  # batches that have left the queue and are being encoded
         self._ready: deque[EncodedSource] = deque()  # and have no rows yet
@@ -188,9 +189,11 @@ class Scheduler:
     def _turn(self) -> None:
         """Rows that are over leave, waiting requests take free rows, and all rows decode one token."""
         for place in reversed(range(len(self._rows))):
-            reason = self._rows[place].job.overdue() or self._too_long(place)
-            if reason is not None:
-                self._leave(place, error=reason)
+            job = self._rows[place].job
+            if job.cancelled or job.deadline is not None or self._limited:
+                reason = job.overdue() or self._too_long(place)
+                if reason is not None:
+                    self._leave(place, error=reason)
         with self._lock:
             self._leave_queues()
             self._entering = by_length(self._arrivals())
@@ -273,9 +276,10 @@ class Scheduler:
         failures: dict[int, Exception] = {}
         if not best_only:
             made = self._chosen(made, failures)
-        over: list[tuple[int, torch.Tensor | None]] = [(place, None) for place in failures]
+        over: list[tuple[int, torch.Tensor | None]] = []
         for place, (row, token) in enumerate(zip(rows, made.tolist(), strict=True)):  # the one wait for a GPU
-            if place in failures:
+            if failures and place in failures:
+                over.append((place, None))
                 continue
             self._outbox.put(row.job, token)
             result = row.take(token)
@@ -283,7 +287,7 @@ class Scheduler:
                 over.append((place, result))
         with self._lock:
             self._stats = self._stats.more(steps=1, tokens=len(rows))
-        for place, result in sorted(over, key=lambda each: -each[0]):
+        for place, result in reversed(over):
             self._leave(place, result, failures.get(place))
 
     def _chosen(self, logits: torch.Tensor, failures: dict[int, Exception]) -> torch.Tensor:
@@ -307,8 +311,6 @@ class Scheduler:
 
     def _too_long(self, place: int) -> BaseException | None:
         limit, positions = self._longest
-        if limit is None and positions is None:
-            return None
         try:
             check_length("target", self._buffers.position(place) + 1, limit, positions)
         except ValueError as error:

@@ -32,6 +32,8 @@ logger = logging.getLogger("t5_trt")
 ENCODED_TOKENS = 1024
 #: and on a GPU, which small batches leave idle; there as many requests beyond the free rows are encoded as are a quarter of the rows
 ENCODED_TOKENS_GPU = 4096
+#: requests of such a batch at most, as TensorRT's engines have by default; see `by_length`
+ENCODED_ROWS_GPU, LEAST_TOKENS_GPU = 32, 1024
 #: how often waiting groups are looked through for cancelled ones while no row is in use
 _LOOK_S = 0.05
 #: seconds that the exit of the interpreter waits for threads: Python aborts a process whose daemon threads are inside of torch
@@ -196,7 +198,7 @@ class Scheduler:
                     self._leave(place, error=reason)
         with self._lock:
             self._leave_queues()
-            self._entering = by_length(self._arrivals())
+            self._entering = by_length(self._arrivals(), LEAST_TOKENS_GPU if self._on_gpu else 0)
         while self._entering:
             self._encode(self._entering[0])
         self._take_rows()
@@ -213,7 +215,7 @@ class Scheduler:
             return jobs
         most, limit = free, ENCODED_TOKENS
         if self._on_gpu:
-            most, limit = free + self._max_rows // 4, ENCODED_TOKENS_GPU
+            most, limit = min(free + self._max_rows // 4, ENCODED_ROWS_GPU), ENCODED_TOKENS_GPU
         while self._waiting and len(jobs) < most:
             tokens += self._waiting[0].input_ids.shape[1]
             if jobs and tokens > limit:

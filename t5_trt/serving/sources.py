@@ -53,12 +53,26 @@ def encode(session: RowSession, jobs: Sequence[Job], *, in_common_sizes: bool) -
     ]
 
 
-def by_length(jobs: list[Job]) -> list[list[Job]]:
-    """Requests in batches whose sources differ in length by less than a factor of two, the earliest first."""
-    batches: dict[int, list[Job]] = {}
+def by_length(jobs: Sequence[Job], least_tokens: int = 0) -> list[list[Job]]:
+    """Requests in batches whose sources differ in length by less than a factor of two, short ones first.
+
+    Args:
+        jobs: requests.
+        least_tokens: as many, padding counted, take no longer than fewer do: short sources that come to less beside the next longer ones
+            are put to those.
+    """
+    buckets: dict[int, list[Job]] = {}
     for job in jobs:
-        batches.setdefault(bucket_length(job.input_ids.shape[1], SMALLEST_SOURCE), []).append(job)
-    return list(batches.values())
+        buckets.setdefault(bucket_length(job.input_ids.shape[1], SMALLEST_SOURCE), []).append(job)
+    batches: list[list[Job]] = []
+    carried: list[Job] = []
+    lengths = sorted(buckets)
+    for length, following in zip(lengths, [*lengths[1:], None], strict=True):
+        carried = carried + buckets[length]
+        if following is None or len(carried) * following > least_tokens:
+            batches.append(carried)
+            carried = []
+    return batches
 
 
 def _common_size(rows: int, tokens: int) -> tuple[int, int]:

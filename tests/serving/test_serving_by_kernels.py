@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from t5_trt.errors import BackendError, RequestCancelledError
 from t5_trt.serving import Engine, scheduler
+from t5_trt.serving.sources import by_length
 from tests.runtime.test_kernel_decoder import pair  # noqa: F401 - a fixture
 from tests.serving.test_serving import drawn_settings
 from tests.serving_requests import LONG, PATIENCE_S, alone, source, until
@@ -60,6 +62,19 @@ def test_more_sources_are_encoded_than_there_are_free_rows(ours: Any, monkeypatc
     assert sizes == [(4, 16), (4, 16)]
     for seed, job in enumerate(made):
         assert torch.equal(job.sequences, alone(ours, source(seed, 9), max_new_tokens=6))
+
+
+def test_small_batches_are_encoded_with_longer_ones() -> None:
+    jobs: Any = [SimpleNamespace(input_ids=torch.zeros(1, length)) for length in (500, 9, 40, 33, 10, 200, 300)]
+
+    def lengths(least: int) -> list[list[int]]:
+        return [[job.input_ids.shape[1] for job in batch] for batch in by_length(jobs, least)]
+
+    assert lengths(0) == [[9, 10], [40, 33], [200], [500, 300]]
+    assert lengths(200) == [[9, 10, 40, 33], [200], [500, 300]]
+    assert lengths(10**6) == [[9, 10, 40, 33, 200, 500, 300]]
+    assert lengths(1024) == [[9, 10, 40, 33, 200], [500, 300]]
+    assert by_length([], 5) == []
 
 
 def engine_job(engine: Engine, ids: list[int]) -> Any:

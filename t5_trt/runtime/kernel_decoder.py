@@ -83,7 +83,7 @@ class KernelDecoder:
         self._store = store
         self._kernels: dict[tuple[int, ...], DecodeKernels] = {}  # by what they are compiled with
         self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
-        self._memory, self._row_memory = GraphMemory(), GraphMemory()  # rows step beside a call of another thread
+        self._memory = GraphMemory()
         self._not_captured: set[Hashable] = set()
 
     def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
@@ -179,7 +179,8 @@ class KernelDecoder:
         work = partial(self._run_rows, rows, step, best_only)
         started = time.perf_counter()
         try:
-            graph: Any = capture(work, self._device, self._row_memory)
+            # without shared memory: it allocates nothing, and all such graphs go at once, with which torch would give the memory up
+            graph: Any = capture(work, self._device)
         except CaptureError as error:
             logger.warning("the step of rows is not captured (%s); it runs kernel by kernel.", str(error))
             graph = NotCaptured(work)

@@ -33,7 +33,8 @@ class Engine:
 
     Args:
         model: on ONNX Runtime, or on a GPU where the library's kernels do the decoder step: with ``backend="cuda"``, or
-            ``backend="tensorrt"`` and ``decode="kernels"``. There the first engine of a model waits until kernels are compiled.
+            ``backend="tensorrt"`` and ``decode="kernels"``. The first `Engine` of a model waits there until kernels are compiled. With
+            TensorRT, requests may wait for encoder engines of new sizes; ``building="background"`` avoids that.
         max_rows: requests that decode at a time.
         max_waiting: requests that may wait for a row; more are refused.
 

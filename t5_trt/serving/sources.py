@@ -67,9 +67,9 @@ def by_length(jobs: Sequence[Job], least_tokens: int = 0) -> list[list[Job]]:
     batches: list[list[Job]] = []
     carried: list[Job] = []
     lengths = sorted(buckets)
-    for length, following in zip(lengths, [*lengths[1:], None], strict=True):
+    for number, length in enumerate(lengths, 1):
         carried = carried + buckets[length]
-        if following is None or len(carried) * following > least_tokens:
+        if number == len(lengths) or len(carried) * lengths[number] > least_tokens:
             batches.append(carried)
             carried = []
     return batches

@@ -39,12 +39,12 @@ def step(session: RowSession, rows: RowBuffers, alone: list[Alone]) -> None:
     """One step of all rows, compared with each row's own."""
     rows.fit()
     tokens = torch.tensor([each.token() for each in alone])
-    rows.tokens[: rows.count, 0] = tokens
+    rows.feed(tokens.tolist())
     found = session.step_rows(rows)
     for row, each in enumerate(alone):
         expected = each.session.decode(each.state, tokens[row].view(1, 1))[0, 0]
         torch.testing.assert_close(found[row], expected, atol=LOGITS_ATOL, rtol=0)
-        assert rows.position(row) == each.state.length == int(rows.positions[row])
+        assert rows.position(row) == each.state.length
 
 
 def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: tuple[Any, Any]) -> None:
@@ -61,7 +61,7 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: t
         inside[place] = inside[-1]
         inside.pop()
         step(session, rows, inside)
-    assert rows.source_capacity == 32
+    assert rows.source_capacity == 32 and rows.positions[:2].tolist() == [rows.position(0), rows.position(1)]
     late = Alone(session, 30, 9)
     late.enter(rows)
     step(session, rows, [*inside, late])

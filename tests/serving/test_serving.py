@@ -155,7 +155,7 @@ def test_rows_do_not_wait_for_many_sources_at_once(fresh: Any, monkeypatch: pyte
     session, calls = fresh.session, []
     encode, step = session.encode, session.step_rows
     monkeypatch.setattr(session, "encode", lambda ids, *rest: calls.append(tuple(ids.shape)) or encode(ids, *rest))
-    monkeypatch.setattr(session, "step_rows", lambda rows: calls.append("step") or step(rows))
+    monkeypatch.setattr(session, "step_rows", lambda rows, **how: calls.append("step") or step(rows, **how))
     monkeypatch.setattr("t5_trt.serving.scheduler.ENCODED_TOKENS", 40)
     with Engine(fresh, max_rows=8) as engine:
         first = engine.submit(source(), **LONG)

@@ -56,7 +56,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(torch.cuda, name, value)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, refuse, raising=False)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices, enabled: noted.append(("fork", enabled)) or nullcontext()
+    )
     monkeypatch.setattr(cuda_graph, "_failed", [])
     cuda_graph._side_stream.cache_clear()
     return noted
@@ -72,11 +74,12 @@ def test_warm_ups_then_a_capture(calls: list[Any]) -> None:
 
     capture(work, DEVICE, memory)
     capture(work, DEVICE, memory)
-    once = ["wait", *["work"] * WARM_UPS, "wait", ("capture", 1), "work", "end"]
+    once = ["wait", ("fork", True), *["work"] * WARM_UPS, "wait", ("capture", 1), "work", "end"]
     assert calls == 2 * once and not cuda_graph._failed
     assert collects == 2 * [*[True] * WARM_UPS, False] and gc.isenabled()
-    capture(work, DEVICE)
+    capture(work, DEVICE, draws=False)
     assert ("capture", 2) in calls  # a memory of its own
+    assert ("fork", False) in calls  # another thread may be seeding
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ class KernelDecoder:
         started = time.perf_counter()
         try:
             # without shared memory: it allocates nothing, and all such graphs go at once, with which torch would give the memory up
-            graph: Any = capture(work, self._device)
+            graph: Any = capture(work, self._device, draws=False)
         except CaptureError as error:
             logger.warning("the step of rows is not captured (%s); it runs kernel by kernel.", str(error))
             graph = NotCaptured(work)

@@ -21,10 +21,10 @@ from tests.tiny_models import batch, make_stock
 
 
 class Recording:
-    """In place of a CUDA graph, after a warm-up that draws nothing."""
+    """In place of a CUDA graph, after a warm-up that draws nothing from the user's generator."""
 
-    def __init__(self, work: Any, *_: Any) -> None:
-        with torch.random.fork_rng(devices=[]):
+    def __init__(self, work: Any, *_: Any, draws: bool = True) -> None:
+        with torch.random.fork_rng(devices=[], enabled=draws):
             work()
         self.replay = work
 

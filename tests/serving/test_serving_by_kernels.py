@@ -32,8 +32,6 @@ def engine_as_on_a_gpu(ours: Any, **options: Any) -> Engine:
 def test_random_requests_get_the_tokens_of_generate_alone(ours: Any) -> None:
     chance = random.Random(3)
     requests = [(source(place, chance.randint(1, 40)), drawn_settings(chance)) for place in range(40)]
-    for _, settings in requests:  # in rows: the recordings of these tests put back the generator that groups draw from
-        settings["num_return_sequences"] = 1
     with engine_as_on_a_gpu(ours, max_rows=8) as engine:
         handles = [engine.submit(ids, **settings) for ids, settings in requests]
         results = [handle.result(PATIENCE_S) for handle in handles]

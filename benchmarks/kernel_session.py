@@ -129,7 +129,7 @@ def digest(log: str) -> list[str]:
 
 def merged(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
     """Old records with new ones in the places of those of the same `CASE`, and the others behind them."""
-    return list({tuple(map(record.get, CASE)): record for record in [*old, *new]}.values())
+    return list({tuple(str(record.get(name)) for name in CASE): record for record in [*old, *new]}.values())
 
 
 def keep(folders: Sequence[Path], results: Path = RESULTS) -> int:

@@ -153,10 +153,10 @@ class Completion:
         self._answers: list[Answer] = []
         body.check(service)
         settings = service.limited(body.settings())
-        for prompt in body.prompts:
+        for ids in [service.read(record, prompt, "prompt") for prompt in body.prompts]:
             for number in range(body.n or 1):
                 seed = None if body.seed is None else body.seed + number
-                handle = service.ask(record, prompt, settings, seed, "prompt")
+                handle = service.submit(record, ids, settings, seed)
                 self._answers.append(Answer(handle, service.decoder, body.stops))
 
     async def whole(self) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def add_handlers(app: FastAPI) -> None:
 def _about_body(error: RequestValidationError) -> RequestError:
     problems, first = [], None
     for found in error.errors()[:_PROBLEMS]:
-        name = ".".join(str(part)[:_NAME] for part in found["loc"][1:])
+        place = found["loc"][1:]  # of JSON that cannot be read, a number
+        name = ".".join(str(part)[:_NAME] for part in place) if isinstance(next(iter(place), 0), str) else ""
         first = first or name or None
         message = found["msg"].removeprefix("Value error, ")
         problems.append(f"{name}: {message}" if name else f"the body: {message}")

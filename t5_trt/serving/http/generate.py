@@ -111,9 +111,10 @@ def routes(service: Service) -> APIRouter:
         record: Record = request.state.record
         body.check(service)
         texts = [body.text] if body.text is not None else body.texts or []
+        sources = [service.read(record, text, "text") for text in texts]
         with settings_at_fault():
             settings = service.limited(body.settings)
-            handles = [service.ask(record, text, settings, body.seed, "text") for text in texts]
+            handles = [service.submit(record, ids, settings, body.seed) for ids in sources]
         if body.stream:
             return await streamed(_events(handles[0], service, record), record)
         return JSONResponse(await _whole(body, handles, service, record))

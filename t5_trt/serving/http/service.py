@@ -54,36 +54,34 @@ class Service:
         self._tokenizer = tokenizer
         self._warm_rows = min(max_rows, max_waiting)
 
-    def ask(
-        self,
-        record: Record,
-        source: str | list[int],
-        settings: Mapping[str, Any],
-        seed: int | None,
-        param: str,
-    ) -> Handle:
-        """Submit one text.
+    def read(self, record: Record, source: str | list[int], param: str) -> list[int]:
+        """The token ids of one text.
 
         Args:
             record: of the HTTP request.
-            source: text or token ids.
-            settings: of ``generate()``.
-            seed: of its draws.
-            param: the field that has the text.
+            source: text, or token ids as they are.
+            param: the field that has it.
 
         Raises:
-            RequestError: it has too many tokens.
-            T5TRTError: see `t5_trt.serving.engine.Engine.submit`.
+            RequestError: there are too many.
         """
-        inputs = self._tokenizer(source, verbose=False)["input_ids"] if isinstance(source, str) else source
-        if len(inputs) > self.limits.source_tokens:
-            raise RequestError(
-                400,
-                "context_length_exceeded",
-                f"{param} got {len(inputs)} tokens; expected at most {self.limits.source_tokens}.",
-                param,
-            )
-        handle = self.engine.submit(inputs, seed=seed, timeout=self.limits.seconds, **settings)
+        ids = self._tokenizer(source, verbose=False)["input_ids"] if isinstance(source, str) else source
+        if len(ids) > self.limits.source_tokens:
+            message = f"{param} got {len(ids)} tokens; expected at most {self.limits.source_tokens}."
+            raise RequestError(400, "context_length_exceeded", message, param)
+        record.prompt_tokens += len(ids)
+        return ids
+
+    def submit(self, record: Record, ids: list[int], settings: Mapping[str, Any], seed: int | None) -> Handle:
+        """Give the engine one text, with the time that a request has.
+
+        Args:
+            record: of the HTTP request.
+            ids: of the text.
+            settings: of ``generate()``.
+            seed: of its draws.
+        """
+        handle = self.engine.submit(ids, seed=seed, timeout=self.limits.seconds, **settings)
         record.handles.append(handle)
         return handle
 

@@ -21,7 +21,9 @@ class Decoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.byte_tokens = frozenset(token for name, token in tokenizer.get_vocab().items() if _BYTE.fullmatch(name))
+        bytes_ = [token for name, token in tokenizer.get_vocab().items() if _BYTE.fullmatch(name)]
+        #: after which bytes may go on: special ones are left out of the text
+        self.open_tokens = frozenset([*bytes_, *tokenizer.all_special_ids])
         #: Transformers then takes spaces out before some characters, which come later
         self.cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
 
@@ -53,7 +55,7 @@ class TextStream:
         """
         self._tokens += tokens
         count = len(self._tokens)
-        while count > self._start and self._tokens[count - 1] in self._decoder.byte_tokens:
+        while count > self._start and self._tokens[count - 1] in self._decoder.open_tokens:
             count -= 1
         text = self._decoder.text(self._tokens[self._start : count])
         end = len(text.rstrip(_UNFINISHED))

@@ -235,16 +235,16 @@ def test_what_runs_longer_than_the_grace_ends_with_503(small: Service) -> None:
         small.engine.submit([5])
 
 
-def test_ready_only_after_a_request_went_through(
-    shipped: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ready_after_all_rows_were_filled_once(shipped: tuple[Any, Any, Any]) -> None:
     tokenizer, _, ours = shipped
-    service = Service(ours, tokenizer, "kana", Limits())
+    service = Service(ours, tokenizer, "kana", Limits(), max_rows=5)
+    assert not service.ready
     with serving(service) as (client, _):
-        assert service.engine.stats().completed == 16
+        until(lambda: service.engine.stats().completed == 5)
         assert client.ask("/health/ready") == (200, {"status": "ready"})
         service.ready = False
-        assert client.ask("/health/ready")[0] == 503
+        status, answer = client.ask("/health/ready")
+        assert (status, answer["error"]["code"]) == (503, "not_ready")
 
 
 def test_metrics_count_tokens_and_times(few: Client) -> None:

@@ -41,8 +41,7 @@ class Process:
 
     def lines(self) -> list[dict[str, Any]]:
         """The log."""
-        found = [line for line in self.log.splitlines() if not line.startswith("Loading weights")]
-        return [json.loads(line) for line in found]
+        return [json.loads(line) for line in self.log.splitlines()]
 
     @property
     def log(self) -> str:

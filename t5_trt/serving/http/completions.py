@@ -21,6 +21,8 @@ from t5_trt.serving.http.service import Service
 #: temperatures below it are greedy search, as 0 is: divided by them, logits overflow
 _COLDEST = 0.01
 _SEED = 2**63
+#: stops of a request, and characters of each
+_STOPS, _STOP = 16, 1000
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((None, 1), "the server returns all n results."),
     "echo": ((None, False), "T5 does not continue its prompt."),
@@ -52,10 +54,15 @@ def _check_prompt(prompt: Any) -> Any:
 
 
 def _check_stop(stop: Any) -> Any:
+    """A text or several; each new piece of text is compared with all of them."""
     stops = [stop] if isinstance(stop, str) else stop
-    if stops is None or (isinstance(stops, list) and all(isinstance(each, str) and each for each in stops)):
+    if stops is None or (
+        isinstance(stops, list)
+        and len(stops) <= _STOPS
+        and all(isinstance(each, str) and 0 < len(each) <= _STOP for each in stops)
+    ):
         return stop
-    raise ValueError("expected a text or a list of texts that are not empty")
+    raise ValueError(f"expected a text or up to {_STOPS} texts, each of 1 to {_STOP} characters")
 
 
 class StreamOptions(BaseModel):
@@ -75,7 +82,7 @@ class CompletionBody(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
-    stop: Annotated[str | list[str] | None, BeforeValidator(_check_stop), Field(max_length=1000)] = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_check_stop)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -14,7 +14,7 @@ class Limits:
         source_tokens: of each text, as the tokenizer counts.
         new_tokens: of each result.
         results: of a completion: texts times ``n``; of ``/generate``: texts, and beams or results of a text.
-        seconds: from its arrival to its end; the body has as many to arrive.
+        seconds: for its body to arrive, and as many again for its answer, waiting included.
     """
 
     body_bytes: int = 256_000

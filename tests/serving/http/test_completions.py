@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.http_server import Client
 from tests.serving.http.conftest import Alone
+from tests.serving_requests import until
 
 LINES = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
 PATH = "/v1/completions"
@@ -114,18 +115,15 @@ def test_text_ends_before_a_stop(client: Client, alone: Alone, stop: Any) -> Non
     assert joined(events) == {0: wanted} and events[-2]["usage"] == answer["usage"]
 
 
-def test_a_stop_frees_its_row(client: Client) -> None:
-    body = {"prompt": "さくら", "stop": "ku", "max_tokens": 4000, "temperature": 0}
-    client.service.model.generation_config.eos_token_id, kept = (
-        None,
-        client.service.model.generation_config.eos_token_id,
-    )
-    try:
-        before = client.service.engine.stats()
-        assert client.ask(PATH, body)[0] == 200
-        assert client.service.engine.stats().steps - before.steps < 200
-    finally:
-        client.service.model.generation_config.eos_token_id = kept
+def test_a_stop_frees_its_row(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = client.service.engine
+    monkeypatch.setattr(client.service.model.generation_config, "eos_token_id", None)
+    for stream in (False, True):
+        steps = engine.stats().steps
+        body = {"prompt": "さくら", "stop": "ku", "max_tokens": 4000, "temperature": 0, "stream": stream}
+        assert client.raw(PATH, body)[0] == 200
+        until(lambda: engine.stats().running == 0)
+        assert engine.stats().steps - steps < 200
 
 
 def test_32_clients_in_parallel_get_the_texts_of_generate(client: Client, alone: Alone) -> None:

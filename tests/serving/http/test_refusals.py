@@ -63,6 +63,8 @@ def received(sent: socket.socket) -> bytes:
         ({"prompt": "a", "seed": 2**63}, "seed"),
         ({"prompt": "a", "stop": ""}, "stop"),
         ({"prompt": "a", "stop": ["b", ""]}, "stop"),
+        ({"prompt": "a", "stop": ["b"] * 17}, "stop"),
+        ({"prompt": "a", "stop": "b" * 1001}, "stop"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "logprobs": 0}, "logprobs"),
         ({"prompt": "a", "logprobs": False}, "logprobs"),
@@ -225,10 +227,12 @@ def test_end_lets_running_requests_end_and_refuses_new_ones(small: Service) -> N
 
 def test_what_runs_longer_than_the_grace_ends_with_503(small: Service) -> None:
     with serving(small, grace=0.1) as (client, server):
-        running, streaming = client.open("/generate", LONG), client.open("/generate", {**LONG, "stream": True})
-        until(lambda: small.engine.stats().running == 1 == small.engine.stats().waiting)
+        running = client.open("/generate", LONG)
+        until(lambda: small.engine.stats().running == 1)
+        waiting = client.open("/generate", {**LONG, "stream": True})
+        until(lambda: small.engine.stats().waiting == 1)
         end(server, small)
-        for connection in (running, streaming):
+        for connection in (running, waiting):
             answer = connection.getresponse()
             assert answer.status == 503 and json.loads(answer.read())["error"]["code"] == "shutting_down"
     with pytest.raises(EngineClosedError):

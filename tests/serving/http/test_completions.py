@@ -115,15 +115,18 @@ def test_text_ends_before_a_stop(client: Client, alone: Alone, stop: Any) -> Non
     assert joined(events) == {0: wanted} and events[-2]["usage"] == answer["usage"]
 
 
-def test_a_stop_frees_its_row(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_frees_its_row(client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """While another result of the request goes on."""
     engine = client.service.engine
     monkeypatch.setattr(client.service.model.generation_config, "eos_token_id", None)
-    for stream in (False, True):
-        steps = engine.stats().steps
-        body = {"prompt": "さくら", "stop": "ku", "max_tokens": 4000, "temperature": 0, "stream": stream}
-        assert client.raw(PATH, body)[0] == 200
-        until(lambda: engine.stats().running == 0)
-        assert engine.stats().steps - steps < 200
+    body = {"prompt": ["さくら", "がっこう"], "stop": "sak", "max_tokens": 2000, "temperature": 0, "stream": stream}
+    before = engine.stats()
+    connection = client.open(PATH, body)
+    until(lambda: engine.stats().cancelled == before.cancelled + 1)
+    assert engine.stats().running == 1 and engine.stats().steps - before.steps < 1000
+    connection.close()
+    until(lambda: engine.stats().running == 0)
 
 
 def test_32_clients_in_parallel_get_the_texts_of_generate(client: Client, alone: Alone) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers.generation import logits_process
 
+from t5_trt.errors import InputError
 from t5_trt.runtime.session import Hiding
 
 #: (tokens int64 [rows, M], their number int64 [1], scores float32 [rows, V]) -> scores
@@ -218,7 +219,14 @@ def _suppress_at_begin(processor: Any, vocab_size: int, capacity: int, device: t
 
 
 def _forced(ids: Any, when: Any, vocab_size: int, device: torch.device) -> Apply:
-    only = torch.where(_marked(ids, vocab_size, device), 0.0, _HIDDEN)  # [V]
+    named = torch.as_tensor(ids).cpu().flatten().long()
+    if not bool(((named >= -vocab_size) & (named < vocab_size)).all()):
+        raise InputError(
+            f"a forced token got {named.tolist()}; expected ids below {vocab_size}, the size of the vocabulary."
+        )
+    only = torch.where(
+        _marked(named % vocab_size, vocab_size, device), 0.0, _HIDDEN
+    )  # negative ids count from the end; [V]
     return lambda tokens, length, scores: torch.where(length == when, only, scores)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.errors import InputError
 from tests.tiny_models import batch, make_stock
 
 IDS = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
@@ -58,3 +59,15 @@ def test_special_tokens_are_found_where_the_hugging_face_class_finds_them(place:
         assert results[1] == pytest.approx(results[0], abs=1e-4)
     else:
         assert "decoder_start_token_id" in results[0] and "config" in results[1], results
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
+def test_forced_tokens_beyond_the_vocabulary_are_refused_and_negative_ones_count_from_its_end(name: str) -> None:
+    stock = make_stock("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    assert outcome(ours, **{name: -3}) == outcome(stock, **{name: -3})
+    beyond = stock.config.vocab_size
+    with pytest.raises(IndexError):
+        stock.generate(**batch(), max_new_tokens=5, **{name: beyond})
+    with pytest.raises(InputError, match=rf"got \[{beyond}\]; expected ids below {beyond}"):
+        ours.generate(**batch(), max_new_tokens=5, **{name: beyond})

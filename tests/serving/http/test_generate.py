@@ -63,7 +63,7 @@ def test_several_results_of_a_text(client: Client, alone: Alone) -> None:
         ({"text": "a", "num_beams": 10**9}, "at most 16"),
         ({"text": "a", "num_return_sequences": 17, "do_sample": True}, "at most 16"),
         ({"text": "a", "num_beams": 2, "length_penalty": "x"}, "settings cannot be run"),
-        ({"text": "a", "forced_bos_token_id": 10**6}, "settings cannot be run"),
+        ({"text": "a", "forced_bos_token_id": 10**6}, "expected ids below"),
         ({"text": "a", "decoder_start_token_id": 10**6}, "expected ids from 0"),
         ({"text": "a", "max_new_tokens": 5001}, "at most 5000"),
         ({"text": "a", "max_new_tokens": 0}, "max_new_tokens"),

@@ -309,7 +309,7 @@ class DeviceGraphBuilder(T5GraphBuilder):
         """Queries [R*H, 1, D] times keys [R*H, T, D], as [R*H, T, 1].
 
         In this order TensorRT 8.5 calls a matrix-vector kernel. With the query first it multiplies and sums by itself,
-        which takes 560 us against 498 in three layers of T5-base with 128 rows (``benchmarks/h100_choices.py scores``).
+        which takes 560 us against 498 in three layers of T5-base with 128 rows (``benchmarks/experiments/key_product.py``).
         """
         return self.op("MatMul", keys, self.reshape(query, -1, self.arch.d_kv, 1))
 

@@ -1,7 +1,7 @@
 """How long does ``generate()`` take, on engines and in Hugging Face's own class, and are the tokens the same?
 
 Both run in this process, on the same device, in turns. What comes out are plain records (dicts that JSON can hold);
-`t5_trt.tools.records` keeps and shows them. Parts of a call are not timed here: see ``benchmarks/h100.py``.
+`t5_trt.tools.records` keeps and shows them. Parts of a call are not timed here: see ``benchmarks/engines.py``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, h100_session, kernel_models, kernel_session, report, sanitize
+from benchmarks import decode, kernel_models, kernel_session, lanes, report, sanitize
 from benchmarks.decode_parts import Captures, Launches
 from benchmarks.token_differences import Difference, differences, equal_rows, greedy_gaps, stripped
 from t5_trt import TRTT5ForConditionalGeneration
@@ -52,11 +52,11 @@ def test_all_gpu_tests_are_in_a_part() -> None:
 def test_part_ends_badly_with_one_of_its_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(h100_session, "STORE", tmp_path / "store")
+    monkeypatch.setattr(lanes, "STORE", tmp_path / "store")
     monkeypatch.setattr(kernel_session, "STORE", tmp_path / "store")
     good = "{python} -c 'print(\"3 passed\")'"
-    for lanes, expected in (([[good], [good]], True), ([[good], ["exit 3"]], False), ([["sleep 60"]], False)):
-        monkeypatch.setattr(kernel_session, "PARTS", {"part": lanes})
+    for part, expected in (([[good], [good]], True), ([[good], ["exit 3"]], False), ([["sleep 60"]], False)):
+        monkeypatch.setattr(kernel_session, "PARTS", {"part": part})
         start = time.monotonic()
         assert kernel_session.run_part("part", tmp_path / "out", 0.03) is expected
         assert time.monotonic() - start < 20

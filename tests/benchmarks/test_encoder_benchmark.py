@@ -13,9 +13,8 @@ from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_encoder import KernelEncoder
 from t5_trt.runtime.torch_layers import TorchEncoder
-from tests.benchmarks.test_kernel_session import on_cpu  # noqa: F401 - a fixture
 from tests.kernels.emulation import EmulatedKernels
-from tests.runtime.test_kernel_decoder import Recording
+from tests.stand_in_kernels import Recording
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path: Path) -> None:  # noqa: F811
+def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path: Path) -> None:
     arch, weights = on_cpu.session.arch, on_cpu.reference.state_dict()
     plain = benchmark.open_forms(on_cpu, tmp_path)
     assert plain.kernels is None, "the model is in float32"

@@ -151,31 +151,6 @@ def test_rows_are_compared_without_what_stands_behind_their_end() -> None:
     assert equal_rows(torch.tensor([[0, 7], [0, 8]]), torch.tensor([[0, 7], [0, 9]])) == 1
 
 
-class Clock:
-    """In place of a CUDA event."""
-
-    def __init__(self, **_: Any) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, other: Clock) -> float:
-        return (other.at - self.at) * 1e3
-
-
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The backend "cuda" with torch's operations as its kernels, see `tests/runtime/test_kernel_decoder.py`."""
-    from tests.runtime import test_kernel_decoder as stand_in
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
-    monkeypatch.setattr(kernel_models, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda_graph, "capture", stand_in.Recording)
-    return stand_in.pair.__wrapped__(monkeypatch, tmp_path)[1]
-
-
 def test_parts_of_a_call_add_up(on_cpu: Any) -> None:
     for beams in (1, 3):
         with Launches(on_cpu.session) as launches:

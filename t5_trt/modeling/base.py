@@ -95,7 +95,8 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             show_progress: draw a bar while engines are built; None does so on a terminal only.
             building: "wait" for the engine of an encoder, or build it in the "background" and encode as the backend "cuda" does until then.
             check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
-            trust_engines: use engines that come with the checkpoint; default: only those of a folder that is not a download. An engine can run arbitrary code.
+            trust_engines: use engines that come with the checkpoint; default: only those of a folder that is not a download. An engine can
+                run arbitrary code.
             build: settings of the engine builder.
             calibration: texts whose largest activations set the range of half precision; None derives it from the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...

@@ -180,7 +180,7 @@ def mailbox(report: torch.Tensor) -> Mailbox | None:
 
 
 def _mail(mailbox: Mailbox | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The addresses of the mailbox and of the request's number, which a kernel takes; marks the mailbox as in use."""
+    """A mailbox's memory and request number as kernel arguments; marks the mailbox as in use."""
     if mailbox is None:
         return None, None
     mailbox.in_use = True

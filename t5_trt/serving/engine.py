@@ -33,12 +33,12 @@ class Engine:
 
     Args:
         model: on ONNX Runtime.
-        max_rows: requests that decode at a time.
-        max_waiting: requests that may wait for a row; more are refused.
+        max_rows: most requests that decode at the same time.
+        max_waiting: most requests that wait for a row; more are refused.
 
     Raises:
         BackendError: the model's backend has no rows at positions of their own yet.
-        InputError: an argument has no meaning.
+        InputError: an argument has a wrong type or value.
     """
 
     def __init__(self, model: TRTT5ForConditionalGeneration, *, max_rows: int = 16, max_waiting: int = 256) -> None:
@@ -82,7 +82,7 @@ class Engine:
             The request; dropping it cancels the request.
 
         Raises:
-            QueueFullError: as many requests wait as may.
+            QueueFullError: the queue is full.
             EngineClosedError: after `close`.
             InputError: the inputs or a setting cannot be served.
             ValueError: Transformers refuses a setting.
@@ -103,14 +103,14 @@ class Engine:
         return handle
 
     def stats(self) -> Stats:
-        """What waits, runs and has ended."""
+        """Counts of waiting, running and ended requests."""
         return self._scheduler.stats()
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more requests, let those that are there go on for a while, and end the rest with `EngineClosedError`.
+        """Accept no more requests, let the accepted ones run for a while, and end the rest with `EngineClosedError`.
 
         Args:
-            grace: seconds.
+            grace: time in seconds for accepted requests.
         """
         self._scheduler.close(grace)
 

@@ -1,4 +1,4 @@
-"""One request between whoever submitted it and the threads that run it."""
+"""One request, shared by its submitter and the threads that run it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from t5_trt.serving.settings import Prepared
 
 
 class Job:
-    """What is known of a request. The engine writes tokens and the end; anybody may cancel.
+    """The state of a request. The engine writes tokens and the end; any thread may cancel.
 
     Args:
         input_ids: int64 [1, S].
@@ -36,17 +36,17 @@ class Job:
         self.input_ids, self.attention_mask, self.prepared, self.seed = input_ids, attention_mask, prepared, seed
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.timeout = timeout
-        self.cancelled = False  # set without a lock: finalizers run in any thread, wherever it stands
+        self.cancelled = False  # set without a lock: finalizers run in any thread at any point
         self.tokens: list[int] = []
         self.sequences: torch.Tensor | None = None
         self.error: BaseException | None = None
         self.done = False
         self._changed = threading.Condition()
         self._readers = 0  # threads that wait for a token; others sleep until the end
-        self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether a token is enough
+        self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether they wait for a token or for the end
 
     def overdue(self) -> BaseException | None:
-        """Why it must not go on, if it must not."""
+        """The error if the request must stop, else None."""
         if self.cancelled:
             return RequestCancelledError("the request was cancelled.")
         if self.deadline is not None and time.monotonic() > self.deadline:
@@ -60,14 +60,14 @@ class Job:
             self._tell()
 
     def finish(self, sequences: torch.Tensor | None = None, error: BaseException | None = None) -> None:
-        """End it with a result, int64 [results, tokens], or an error."""
+        """End the request with a result, int64 [results, tokens], or an error."""
         with self._changed:
             if not self.done:
                 self.sequences, self.error, self.done = sequences, error, True
                 self._tell()
 
     def wait(self, count: int | None, timeout: float | None) -> bool:
-        """Wait until more than `count` tokens are there or it has ended; None: until it has ended. False if time was up."""
+        """Wait for more than `count` tokens or the end; None waits for the end. Return False after the timeout."""
         reads = count is not None
         with self._changed:
             self._readers += reads
@@ -77,7 +77,7 @@ class Job:
                 self._readers -= reads
 
     async def wait_async(self, count: int | None, timeout: float | None) -> bool:
-        """`wait` for a coroutine; one that is cancelled while it waits has lost its client, and cancels the request."""
+        """`wait` in a coroutine; cancelling the coroutine cancels the request, because its client is gone."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._changed:
@@ -121,7 +121,7 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 
 class Handle:
-    """A submitted request: its tokens as they come, and its result. A handle that nobody holds any more cancels its request.
+    """A submitted request: its tokens as they come, and its result. Deleting the handle cancels the request.
 
     Iteration (``for`` or ``async for``) gives the new tokens as ints, from the first one on. A request of several rows (beams, several
     results) gives those of its first result after its end.
@@ -137,11 +137,11 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, with a result or an error."""
+        """Whether the request has ended, with a result or an error."""
         return self._job.done
 
     def cancel(self) -> None:
-        """End the request within two decoder steps; one that has ended stays as it is."""
+        """End the request within two decoder steps; no effect after its end."""
         self._job.cancelled = True
 
     def result(self, timeout: float | None = None) -> Any:
@@ -151,15 +151,15 @@ class Handle:
         it waits.
 
         Args:
-            timeout: seconds to wait; the request goes on after them. None waits for the end.
+            timeout: seconds to wait; the request continues after them. None waits for the end.
 
         Returns:
             int64 [results, tokens], with the decoder's prompt.
 
         Raises:
-            TimeoutError: it has not ended yet.
-            RequestCancelledError, RequestTimeoutError, EngineClosedError: it ended so.
-            T5TRTError: it failed.
+            TimeoutError: the request has not ended yet.
+            RequestCancelledError, RequestTimeoutError, EngineClosedError: the request ended with this error.
+            T5TRTError: the request failed.
         """
         try:
             asyncio.get_running_loop()

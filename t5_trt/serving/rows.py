@@ -1,4 +1,4 @@
-"""What one row of the batch knows: its request, how its next token is chosen, and when it is over."""
+"""One row of the batch: its request, the choice of its next token, and its end."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Row:
     """A request in a row. Its tokens are chosen by Transformers' own processors, one row at a time, as ``generate()`` alone chooses them.
 
     Args:
-        job: the request, of which no token has been made.
+        job: the request, without tokens so far.
 
     Attributes:
-        plain: it takes the token of the largest logit, whatever came before.
-        token: that the next step decodes.
+        plain: it always takes the token of the largest logit.
+        token: the one that the next step decodes.
     """
 
     def __init__(self, job: Job) -> None:
@@ -38,12 +38,12 @@ class Row:
                 scores = processor(tokens, scores)
         if not self._prepared.do_sample:
             return int(scores.argmax(-1))
-        # a generator of its own draws what the global one would with the same seed, if nobody else drew from it
+        # its own generator draws as the global one with the same seed, without draws by others
         probabilities = torch.nn.functional.softmax(scores, dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._draws(logits.device)))
 
     def take(self, token: int) -> bool:
-        """Add a token; whether the request is over, which it then knows."""
+        """Add a token; return whether the request has ended."""
         job, prepared = self.job, self._prepared
         self.token = token
         job.put(token)

@@ -1,4 +1,4 @@
-"""The loop: between two decoder steps requests leave their rows, and waiting ones take them."""
+"""The scheduling loop: between decoder steps, ended requests leave their rows and waiting ones take them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from t5_trt.validation import check_length
 
 logger = logging.getLogger("t5_trt")
 
-#: source tokens that are encoded between two steps, unless one source alone has more: rows in use wait for them
+#: most source tokens that are encoded between two steps (more only for a single longer source): rows in use wait meanwhile
 ENCODED_TOKENS = 1024
-#: how often waiting groups are looked through for cancelled ones while no row is in use
+#: interval in seconds at which waiting groups are checked for cancelled ones while no row is in use
 _LOOK_S = 0.05
 #: seconds that the exit of the interpreter waits for threads: Python aborts a process whose daemon threads are inside of torch
 _EXIT_S = 5.0
@@ -44,13 +44,13 @@ def _end_threads() -> None:
 
 
 class Scheduler:
-    """Runs requests of one model in a thread of its own.
+    """Runs requests of one model in its own thread.
 
     Args:
         model: a `TRTT5ForConditionalGeneration`.
-        session: of the model; its decoder takes rows at positions of their own.
-        max_rows: requests that decode at a time.
-        max_waiting: requests that may wait.
+        session: of the model; its decoder supports rows at different positions.
+        max_rows: most requests that decode at the same time.
+        max_waiting: most requests that wait.
     """
 
     def __init__(self, model: Any, session: RowSession, max_rows: int, max_waiting: int) -> None:
@@ -64,24 +64,24 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._groups = GroupRunner(model, self._lock, self._count)
         self._stats = Stats()
-        self._calls: SimpleQueue[None] = SimpleQueue()  # takes no lock that a finalizer could meet
+        self._calls: SimpleQueue[None] = SimpleQueue()  # no lock, because a finalizer may run this
         self._closing = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="t5_trt rows", daemon=True)
         self._thread.start()
         _running.add(self)
 
     def check_open(self) -> None:
-        """Refuse a request that could not wait.
+        """Check that a request can be queued.
 
         Raises:
-            QueueFullError: too many wait.
+            QueueFullError: the queue is full.
             EngineClosedError: after `close`.
         """
         with self._lock:
             self._check_open()
 
     def submit(self, job: Job) -> None:
-        """Let a request wait for a row. Raises as `check_open`."""
+        """Queue a request. Raises as `check_open`."""
         with self._lock:
             self._check_open()
             if job.prepared.in_group:
@@ -92,13 +92,13 @@ class Scheduler:
         self._calls.put(None)
 
     def stats(self) -> Stats:
-        """The counts as they are."""
+        """The current counts."""
         with self._lock:
             running = len(self._rows) + sum(map(len, self._entering)) + (self._groups.running is not None)
             return replace(self._stats, waiting=len(self._waiting) + len(self._groups.waiting), running=running)
 
     def close(self, grace: float) -> None:
-        """Take no more requests; let those that are there go on for `grace` seconds, and end the rest."""
+        """Accept no more requests; let the accepted ones run for `grace` seconds, and end the rest."""
         with self._lock:
             self._closing = True
         end = time.monotonic() + grace
@@ -111,12 +111,12 @@ class Scheduler:
         self.join()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the ends of the threads, or at most about so many seconds."""
+        """Wait for the end of the threads, at most about a number of seconds."""
         self._thread.join(timeout)
         self._groups.join(timeout)
 
     def stop(self) -> None:
-        """End the threads after the step that is running. It takes no lock."""
+        """End the threads after the running step. Takes no lock."""
         self._closing = self._stopped = True
         self._groups.stop()
         self._calls.put(None)
@@ -140,7 +140,7 @@ class Scheduler:
             with torch.no_grad():
                 while self._has_work():
                     self._turn_or_fail()
-        finally:  # nobody may wait for ever
+        finally:  # nobody may wait forever
             self.stop()
             self._fail_rows(closed())
             with self._lock:
@@ -156,7 +156,7 @@ class Scheduler:
         except Exception as error:
             logger.exception("decoder steps failed; their requests end with the error")
             self._fail_rows(error)
-            self._buffers = self._session.row_buffers(self._max_rows)  # nobody knows what is in the old ones
+            self._buffers = self._session.row_buffers(self._max_rows)  # the contents of the old buffers are undefined
 
     def _has_work(self) -> bool:
         """Wait until there is something to do; False after `stop`."""
@@ -170,7 +170,7 @@ class Scheduler:
         return not self._stopped
 
     def _turn(self) -> None:
-        """Rows that are over leave, waiting requests take free rows, and all rows decode one token."""
+        """Free rows that have ended, give rows to waiting requests, and decode one token of all rows."""
         for place in reversed(range(len(self._rows))):
             reason = self._rows[place].job.overdue() or self._too_long(place)
             if reason is not None:
@@ -185,7 +185,7 @@ class Scheduler:
             self._step()
 
     def _arrivals(self) -> list[Job]:
-        """Take waiting requests for the free rows. The lock is held."""
+        """Take waiting requests for the free rows. The caller holds the lock."""
         jobs: list[Job] = []
         tokens = 0
         while self._waiting and len(self._rows) + len(jobs) < self._max_rows:
@@ -196,7 +196,7 @@ class Scheduler:
         return jobs
 
     def _leave_queues(self) -> None:
-        """Take out waiting requests that must not go on. The lock is held."""
+        """Remove waiting requests that must stop. The caller holds the lock."""
         for queue in (self._waiting, self._groups.waiting):
             for job in [job for job in queue if job.overdue() is not None]:
                 queue.remove(job)
@@ -204,7 +204,7 @@ class Scheduler:
                 self._stats = self._stats.ended(job.error)
 
     def _enter(self, jobs: list[Job]) -> None:
-        """Encode sources together and give each a row."""
+        """Encode sources as one batch and give each a row."""
         lengths = [job.input_ids.shape[1] for job in jobs]
         ids = torch.zeros((len(jobs), max(lengths)), dtype=torch.int64, device=self._session.device)
         mask = torch.zeros_like(ids)
@@ -232,7 +232,7 @@ class Scheduler:
             try:
                 if row.take(best[place] if row.plain else row.choose(logits[place : place + 1])):
                     over.append((place, None))
-            except Exception as error:  # of this request alone
+            except Exception as error:  # an error of this request only
                 over.append((place, error))
         with self._lock:
             self._stats = self._stats.more(steps=1, tokens=len(rows))
@@ -240,7 +240,7 @@ class Scheduler:
             self._leave(place, failure)
 
     def _leave(self, place: int, error: BaseException | None) -> None:
-        """Free a row, whose place the last one takes."""
+        """Free a row; the last row takes its place."""
         job = self._rows[place].job
         self._buffers.remove(place)
         self._rows[place] = self._rows[-1]
@@ -264,7 +264,7 @@ class Scheduler:
             self._end(job, error)
 
     def _end(self, job: Job, error: BaseException | None) -> None:
-        self._count(error)  # first: whoever gets the error finds it counted
+        self._count(error)  # first, so that a caller who gets the error finds it counted
         if error is not None:
             job.finish(error=error)
 
@@ -274,7 +274,7 @@ class Scheduler:
 
 
 def by_length(jobs: list[Job]) -> list[list[Job]]:
-    """Requests in batches whose sources differ in length by less than a factor of two, the earliest first."""
+    """Batches of requests whose source lengths differ by less than a factor of two, the earliest first."""
     batches: dict[int, list[Job]] = {}
     for job in jobs:
         batches.setdefault(bucket_length(job.input_ids.shape[1], SMALLEST_SOURCE), []).append(job)

@@ -37,6 +37,7 @@ BARE_TESTS = (
     "test_cuda_backend.py",
     "test_parity_cuda.py",
     "test_adapters.py",
+    "test_serving.py",
 )
 ENGINE_TESTS = ("test_background_builds.py", "test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
 #: building engines keeps one core busy each; more processes than this wait for the GPU
@@ -128,7 +129,7 @@ def digest(log: str) -> list[str]:
 
 def merged(old: Sequence[Record], new: Sequence[Record]) -> list[Record]:
     """Old records with new ones in the places of those of the same `CASE`, and the others behind them."""
-    return list({tuple(map(record.get, CASE)): record for record in [*old, *new]}.values())
+    return list({tuple(str(record.get(name)) for name in CASE): record for record in [*old, *new]}.values())
 
 
 def keep(folders: Sequence[Path], results: Path = RESULTS) -> int:

@@ -20,10 +20,10 @@ from tests.tiny_models import make_stock
 
 
 class Recording:
-    """In place of a CUDA graph, after a warm-up that draws nothing."""
+    """In place of a CUDA graph, after a warm-up that draws nothing from the user's generator."""
 
-    def __init__(self, work: Any, *_: Any) -> None:
-        with torch.random.fork_rng(devices=[]):
+    def __init__(self, work: Any, *_: Any, draws: bool = True) -> None:
+        with torch.random.fork_rng(devices=[], enabled=draws):
             work()
         self.replay = work
 
@@ -56,6 +56,25 @@ class TorchSteps(kernel_decoder.KernelDecoder):
             select_tokens(slot, selector, slot.position, best_of(logits[:, 0]))
         else:
             select_tokens(slot, selector, slot.position)
+
+    def _run_rows(self, rows: Any, step: Any, best_only: bool) -> None:
+        """Row by row, from what the kernels get; rows of padding have a source without tokens."""
+        given = step.inputs
+        for row, token in enumerate(given.tokens):
+            length, source, own = int(given.position[row]), int(given.lengths[row]), slice(row, row + 1)
+            if source == 0:
+                assert int(token) == length == 0
+                continue
+            past, bias = given.kv[:, :, own, :, :length], given.mask[own, None, None, :source]
+            logits, made = self.decoder.run(
+                token.long().view(1, 1), past, given.cross[:, :, own, :, :source], bias, 1, None
+            )
+            given.kv[:, :, own, :, length : length + 1] = made
+            given.logits[row] = torch.nan if best_only else logits[0, 0]
+            if best_only:
+                step.buffers.best[own] = best_of(logits[:, 0])
+        if best_only:
+            rows.name_best(step.buffers.best[: len(given.tokens)])
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:

@@ -190,7 +190,7 @@ def stand_in_session(
 ) -> Any:
     """A `TrtSession` on the CPU for a model; arguments as of that class."""
 
-    def capture(work: Any, device: torch.device, memory: Any = None) -> _Graph:
+    def capture(work: Any, device: torch.device, memory: Any = None, *, draws: bool = True) -> _Graph:
         with torch.random.fork_rng([]):
             for _ in range(3):
                 work()

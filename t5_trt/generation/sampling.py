@@ -170,13 +170,16 @@ class GpuDraws:
                 self._generator.set_offset(self._start + each * counted)
 
 
-def draw(scores: torch.Tensor, count: int, *, capturable: bool) -> torch.Tensor:
+def draw(
+    scores: torch.Tensor, count: int, *, capturable: bool, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Draw without replacement: the indices that ``torch.multinomial`` gives for the same state of the generator.
 
     Args:
         scores: float32 [rows, V], logarithms of the probabilities up to a constant for each row.
         count: indices for each row.
         capturable: leave out ``torch.multinomial``'s check of its input, which waits for the device.
+        generator: on the device; None is the global one.
 
     Returns:
         int64 [rows, count].
@@ -184,9 +187,9 @@ def draw(scores: torch.Tensor, count: int, *, capturable: bool) -> torch.Tensor:
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
     with outside_capture() if scores.is_cuda else nullcontext():
         if not capturable:
-            return torch.multinomial(probabilities, count)
-        variates = torch.empty_like(probabilities).exponential_()
-    # the largest quotient by exponential variates is a draw: torch.multinomial does the same
+            return torch.multinomial(probabilities, count, generator=generator)
+        variates = torch.empty_like(probabilities).exponential_(generator=generator)
+    # dividing by exponential variates turns drawing into taking the largest: the way torch.multinomial does it
     # (aten/src/ATen/native/Distributions.cpp; https://github.com/pytorch/pytorch/issues/11931)
     keys = probabilities / variates
     return keys.argmax(-1, keepdim=True) if count == 1 else keys.topk(count).indices

@@ -12,7 +12,7 @@
 #include "attention_sums.cuh"
 
 // CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
-#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 ? 4 : 2) : ATTENTION_WARPS == 4 ? 5 : ATTENTION_WARPS == 2 ? 10 : 12)
+#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 && STORAGE != FLOAT32 && D <= 64 ? 4 : 2) : ATTENTION_WARPS == 4 ? 5 : ATTENTION_WARPS == 2 ? 10 : 12)
 
 // `base` and `count` times `size` bytes, by a product of 32 bits each: the compiler takes 64.
 __device__ __forceinline__ const char* further(const char* base, unsigned count, unsigned size)

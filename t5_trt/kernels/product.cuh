@@ -75,11 +75,12 @@ struct Product {
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
-    static constexpr int MOST = 6 / OUT_TILES;
+    static constexpr int MOST = (PER_WARP * OUT_TILES > 6 ? 4 : 6) / OUT_TILES;  // fewer where a loop holds on to addresses
     static constexpr int SUMS = ROWS;           // of a lane: its output for every row
     static constexpr bool STAGED = false;
 #else
-    static constexpr int MOST = least(12, 24 / OUT_TILES);  // more would not fit beside the sums
+    // more would not fit beside the sums; fewer where a loop holds on to the addresses of several tiles
+    static constexpr int MOST = least(12, (PER_WARP * OUT_TILES > 24 && OUT_TILES > 1 ? 16 : 24) / OUT_TILES);
     static constexpr int SUMS = ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
     static constexpr bool STAGED = ROW_TILES > 1;  // rows go through shared memory, so that all loads are under way at once
 #endif

@@ -95,7 +95,7 @@ class CapturedEncoder:
             size.cross.copy_(cross)
 
         try:
-            size.graph = capture(work, self._device, self._memory)
+            size.graph = capture(work, self._device, self._memory, draws=False)
         except CaptureError as error:
             logger.warning("the encoder is not captured (%s); it runs kernel by kernel.", str(error))
             return False

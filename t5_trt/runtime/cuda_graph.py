@@ -49,7 +49,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def capture(work: Callable[[], None], device: torch.device, memory: GraphMemory | None = None) -> torch.cuda.CUDAGraph:
+def capture(
+    work: Callable[[], None], device: torch.device, memory: GraphMemory | None = None, *, draws: bool = True
+) -> torch.cuda.CUDAGraph:
     """Run `work` a few times on a side stream, then capture it.
 
     Args:
@@ -57,6 +59,7 @@ def capture(work: Callable[[], None], device: torch.device, memory: GraphMemory 
             comes from the graph's memory and is not valid between replays.
         device: of the GPU.
         memory: shared with other graphs; None gives the graph its own.
+        draws: the work may draw random numbers. False leaves torch's generators alone, which another thread may be seeding.
 
     Returns:
         The graph. Replaying it runs what was captured with whatever the buffers then hold.
@@ -70,7 +73,7 @@ def capture(work: Callable[[], None], device: torch.device, memory: GraphMemory 
         side, before = _side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(before)
         with (
-            torch.random.fork_rng([device]),
+            torch.random.fork_rng([device], enabled=draws),
             torch.cuda.stream(side),
         ):  # warm-ups draw nothing from the user's generator
             for _ in range(WARM_UPS):

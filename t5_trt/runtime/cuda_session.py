@@ -20,9 +20,10 @@ from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
 from t5_trt.runtime.kernel_encoder import open_encoder
+from t5_trt.runtime.kernel_rows import KernelRowBuffers
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
+from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import GenerationStep, TokenSelector
-from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.torch_layers import TorchDecoder
 
 
@@ -61,7 +62,7 @@ class CudaSession:
         self._lock = threading.RLock()
         self._hidden = mask_value(real_type(precision))
         self._queries: TorchDecoder | None = None
-        self._steps: StepDecoder | None = None
+        self._steps: KernelDecoder | None = None
         if arch.decoder_layers:
             steps = KernelDecoder(StepWeightsMaker(arch, weights, self.dtype, device, scaling), precision, store)
             self._weights.share(EMBEDDING, steps.embedding)
@@ -159,6 +160,22 @@ class CudaSession:
         assert self._steps is not None
         with self._at_work():
             return self._steps.generation_step(state, make, key)
+
+    def rows_refusal(self) -> str | None:
+        """See `t5_trt.runtime.row_buffers.RowSession.rows_refusal`."""
+        return None
+
+    def row_buffers(self, rows: int) -> RowBuffers:
+        """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
+        assert self._steps is not None
+        with self._at_work():
+            return self._steps.row_buffers(rows)
+
+    def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
+        """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
+        assert self._steps is not None and isinstance(rows, KernelRowBuffers)
+        with self._at_work():
+            return self._steps.step_rows(rows, best_only=best_only)
 
     def _at_work(self) -> AbstractContextManager[None]:
         """See `t5_trt.runtime.cuda_graph.taking_turns`."""

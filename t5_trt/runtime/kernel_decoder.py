@@ -7,10 +7,12 @@ milliseconds, and never a build.
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,7 +29,8 @@ from t5_trt.kernels.decode_step import (
     constants,
 )
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime.cuda_graph import GraphMemory, capture
+from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, NotCaptured, capture
+from t5_trt.runtime.kernel_rows import KernelRowBuffers, padded_count
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
 from t5_trt.runtime.session import TokenSelector
 from t5_trt.runtime.step_buffers import (
@@ -107,6 +110,24 @@ class KernelDecoder:
         slot = self._slot(state)
         return generation_step_of(slot, state, make, key, self._captured, self._not_captured)
 
+    def row_buffers(self, rows: int) -> KernelRowBuffers:
+        """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`: with all kernels loaded that any number of rows in use takes."""
+        for count in sorted({padded_count(count, rows) for count in range(1, rows + 1)}):
+            self.kernels(count)
+        return KernelRowBuffers(self._arch, rows, dtype=self._dtype, hidden=self._hidden, device=self._device)
+
+    def step_rows(self, rows: KernelRowBuffers, *, best_only: bool = False) -> torch.Tensor:
+        """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
+        count = rows.count
+        rows.hand_over()
+        key = (padded_count(count, rows.rows), best_only)
+        graph: Any = rows.bindings.get(key)
+        if graph is None:
+            graph = rows.bindings[key] = self._captured_rows(rows, *key)
+        graph.replay()
+        rows.advance()
+        return rows.best[:count] if best_only else rows.logits[:count]
+
     def forget(self) -> None:
         """Free idle buffers and what was captured over them."""
         self._idle.clear()
@@ -151,6 +172,26 @@ class KernelDecoder:
         """The step of a slot with a token selector (None: without one), captured at the first use."""
         work = partial(self._run, slot, selector)
         return captured_step(slot, state, key, selector, work, lambda work: capture(work, self._device, self._memory))
+
+    def _captured_rows(self, rows: KernelRowBuffers, count: int, best_only: bool) -> Any:
+        """The step of the first rows as a CUDA graph. Warm-ups are the step that is due: they write what it will write."""
+        step = rows.step(count, self.kernels(count), self.weights, self._embedding_scale)
+        work = partial(self._run_rows, rows, step, best_only)
+        started = time.perf_counter()
+        try:
+            # without shared memory: it allocates nothing, and all such graphs go at once, with which torch would give the memory up
+            graph: Any = capture(work, self._device, draws=False)
+        except CaptureError as error:
+            logger.warning("the step of rows is not captured (%s); it runs kernel by kernel.", str(error))
+            graph = NotCaptured(work)
+        logger.debug("captured the step of %d rows in %.1f ms", count, (time.perf_counter() - started) * 1e3)
+        return graph
+
+    def _run_rows(self, rows: KernelRowBuffers, step: DecodeStep, best_only: bool) -> None:
+        """What is captured: the step, and its best tokens."""
+        step.enqueue(torch.cuda.current_stream(self._device).cuda_stream, wants_best=best_only)
+        if best_only:
+            rows.name_best(step.buffers.best[: len(step.inputs.tokens)])
 
     def _run(self, slot: KernelSlot, selector: TokenSelector | None) -> None:
         """What is captured: the step, the selector, the next position."""

@@ -158,12 +158,16 @@ class OrtSession:
         """See `t5_trt.runtime.session.Session.generation_step`; nothing is captured on a CPU."""
         return OrtGenerationStep(self, state, make())
 
+    def rows_refusal(self) -> str | None:
+        """See `t5_trt.runtime.row_buffers.RowSession.rows_refusal`."""
+        return None
+
     def row_buffers(self, rows: int) -> RowBuffers:
         """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
         real, hidden = torch.float32, mask_value(ir.DataType.FLOAT)
         return RowBuffers(self.arch, rows, dtype=real, bias_dtype=real, hidden=hidden, device=self.device)
 
-    def step_rows(self, rows: RowBuffers) -> torch.Tensor:
+    def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
         count = rows.count
         bound = rows.bindings.get(count)
@@ -179,7 +183,7 @@ class OrtSession:
             bound = rows.bindings[count] = BoundRows(graph.session, binding, logits)
         self._call(bound.session, bound.io)
         rows.append()
-        return bound.logits[:, 0]
+        return bound.logits[:, 0].argmax(-1) if best_only else bound.logits[:, 0]
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""

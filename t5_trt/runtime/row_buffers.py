@@ -5,12 +5,13 @@ Rows in use are the first ones: a step runs over a prefix of every buffer. Only 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.runtime.kv_buffers import bucket_length
+from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, bucket_length
 from t5_trt.runtime.session import Session
 
 SMALLEST_SOURCE = 16
@@ -38,6 +39,13 @@ class RowBuffers:
         bindings: what a session keeps for these buffers, by count; dropped when an address or a shape changes.
     """
 
+    #: the smallest room for a row's own tokens, and for a source's
+    smallest = (SMALLEST_BUCKET, SMALLEST_SOURCE)
+    #: room is given up once so many times less would do
+    slack = 1
+    #: a step reads all of the caches, and multiplies what is behind a row's own by 0
+    reads_empty_places = True
+
     def __init__(
         self,
         arch: Architecture,
@@ -50,13 +58,14 @@ class RowBuffers:
     ) -> None:
         self.rows, self.count, self.hidden = rows, 0, hidden
         outer = (arch.decoder_layers, 2, rows, arch.num_heads)
-        self.kv = torch.zeros((*outer, bucket_length(1), arch.d_kv), dtype=dtype, device=device)
+        room, source = self.smallest
+        self.kv = torch.zeros((*outer, room, arch.d_kv), dtype=dtype, device=device)
         self.new = torch.zeros((*outer, 1, arch.d_kv), dtype=dtype, device=device)
-        self.cross = torch.zeros((*outer, SMALLEST_SOURCE, arch.d_kv), dtype=dtype, device=device)
-        self.cross_bias = torch.full((rows, 1, 1, SMALLEST_SOURCE), hidden, dtype=bias_dtype, device=device)
+        self.cross = torch.zeros((*outer, source, arch.d_kv), dtype=dtype, device=device)
+        self.cross_bias = torch.full((rows, 1, 1, source), hidden, dtype=bias_dtype, device=device)
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.bindings: dict[int, object] = {}
+        self.bindings: dict[Hashable, object] = {}
         self._lengths = [0] * rows  # positions, on the host
         self._sources = [0] * rows
         heads = torch.arange(arch.decoder_layers * 2 * rows * arch.num_heads, device=device)
@@ -91,10 +100,11 @@ class RowBuffers:
         self._sources[row], self._lengths[row] = length, 0
         self._fit_sources()
         self.cross[:, :, row, :, :length] = cross
-        self.cross[:, :, row, :, length:] = 0
         self.cross_bias[row, ..., :length] = cross_bias
-        self.cross_bias[row, ..., length:] = self.hidden
-        self.positions[row] = 0
+        if self.reads_empty_places:
+            self.cross[:, :, row, :, length:] = 0
+            self.cross_bias[row, ..., length:] = self.hidden
+            self.positions[row] = 0
         return row
 
     def remove(self, row: int) -> int:
@@ -104,29 +114,44 @@ class RowBuffers:
             The row that moved, which is `row` if none did.
         """
         last = self.count - 1
-        # stale entries are multiplied by probability 0, and 0 * NaN would be NaN in another request
-        self.kv[:, :, row, :, : self._lengths[row]] = 0
+        if self.reads_empty_places:  # 0 * NaN would be NaN in another request
+            self.kv[:, :, row, :, : self._lengths[row]] = 0
         if row != last:
-            length = self._lengths[last]
-            self.kv[:, :, row, :, :length] = self.kv[:, :, last, :, :length]
-            self.kv[:, :, last, :, :length] = 0
-            self.cross[:, :, row] = self.cross[:, :, last]
-            for buffer in (self.cross_bias, self.tokens, self.positions):
-                buffer[row] = buffer[last]
-            self._lengths[row], self._sources[row] = length, self._sources[last]
+            self._move(last, row)
         self.count = last
         return last
 
+    def _move(self, last: int, row: int) -> None:
+        """Let a free row take over what the last one holds."""
+        length, source = self._lengths[last], self._sources[last]
+        self.kv[:, :, row, :, :length] = self.kv[:, :, last, :, :length]
+        if self.reads_empty_places:
+            self.kv[:, :, last, :, :length] = 0
+            source = self.source_capacity
+            self.tokens[row], self.positions[row] = self.tokens[last], self.positions[last]
+        self.cross[:, :, row, :, :source] = self.cross[:, :, last, :, :source]
+        self.cross_bias[row, ..., :source] = self.cross_bias[last, ..., :source]
+        self._lengths[row], self._sources[row] = length, self._sources[last]
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Set the tokens that the next step of the rows in use decodes, one for each."""
+        self.tokens[: self.count, 0] = torch.tensor(tokens)
+
     def fit(self) -> None:
         """Make room for one more token of the longest row in use; give up room that no row needs."""
-        tokens = bucket_length(max(self._lengths[: self.count], default=0) + 1)
-        if tokens != self.capacity:
+        tokens = bucket_length(max(self._lengths[: self.count], default=0) + 1, self.smallest[0])
+        if tokens > self.capacity or tokens * self.slack < self.capacity:
             kv = self.kv.new_zeros((*self.kv.shape[:4], tokens, self.kv.shape[5]))
             kept = min(tokens, self.capacity)
             kv[:, :, : self.count, :, :kept] = self.kv[:, :, : self.count, :, :kept]
             self.kv = kv
             self.bindings.clear()
         self._fit_sources()
+
+    def release(self) -> None:
+        """Give the memory back, whoever still holds these buffers; they cannot be used any more."""
+        self.bindings.clear()
+        self.kv = self.new = self.cross = self.cross_bias = self.kv.new_empty(0)
 
     def append(self) -> None:
         """Write `new` of the rows in use behind what is in their caches."""
@@ -142,8 +167,8 @@ class RowBuffers:
             self._lengths[row] += 1
 
     def _fit_sources(self) -> None:
-        source = bucket_length(max(self._sources[: self.count], default=0), SMALLEST_SOURCE)
-        if source == self.source_capacity:
+        source = bucket_length(max(self._sources[: self.count], default=0), self.smallest[1])
+        if self.source_capacity // self.slack <= source <= self.source_capacity:
             return
         kept, used = min(source, self.source_capacity), slice(self.count)
         cross = self.cross.new_zeros((*self.cross.shape[:4], source, self.cross.shape[5]))
@@ -158,17 +183,22 @@ class RowBuffers:
 class RowSession(Session, Protocol):
     """A session that decodes rows at positions of their own; see `t5_trt.runtime.session.Session` for the rest."""
 
-    def row_buffers(self, rows: int) -> RowBuffers:
-        """New buffers for up to so many rows."""
+    def rows_refusal(self) -> str | None:
+        """Why it cannot, with what to do, or None: what it decodes with may have one position for all rows."""
         ...
 
-    def step_rows(self, rows: RowBuffers) -> torch.Tensor:
-        """Decode one token of each row in use, and write its K and V into the row's cache.
+    def row_buffers(self, rows: int) -> RowBuffers:
+        """New buffers for up to so many rows; where kernels are to be compiled for them, this waits for it."""
+        ...
+
+    def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
+        """Decode one token of each row in use, and write its K and V into the row's cache. On a GPU this returns before it is done.
 
         Args:
-            rows: with the `tokens` to decode, and room for them (`RowBuffers.fit`).
+            rows: with the tokens to decode (`RowBuffers.feed`), and room for them (`RowBuffers.fit`).
+            best_only: give tokens in place of logits.
 
         Returns:
-            Logits, float32 [count, V], good until the next step.
+            Logits, float32 [count, V], or the tokens of the largest ones, int64 [count]; good until the next step.
         """
         ...

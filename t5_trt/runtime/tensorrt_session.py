@@ -29,7 +29,9 @@ from t5_trt.runtime.encoder_forms import EncoderForms
 from t5_trt.runtime.engine_check import Deviation, worst_deviation
 from t5_trt.runtime.engine_step import EngineSlots, EngineStep, undo_head_factor
 from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
+from t5_trt.runtime.kernel_rows import KernelRowBuffers
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
+from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 from t5_trt.runtime.step_buffers import Slot, cache_rows, made_rows
 from t5_trt.runtime.step_decoder import StepDecoder
@@ -87,6 +89,7 @@ class TrtSession:
             device_weights.share(EMBEDDING, kernels.embedding)
         self._slots = EngineSlots(self.engines, self.arch, self.dtype, device, self.precision)
         self._engine_step = EngineStep(self.engines, self._slots, self.arch, device) if kernels is None else None
+        self._kernels = kernels
         steps = kernels or self._engine_step
         assert steps is not None
         self._steps: StepDecoder = steps
@@ -259,6 +262,27 @@ class TrtSession:
         undo_head_factor(self.arch, logits)
         state.append(cache_rows(qkv)[:, :, : state.kv.shape[2], :, :used])
         return logits
+
+    def rows_refusal(self) -> str | None:
+        """See `t5_trt.runtime.row_buffers.RowSession.rows_refusal`."""
+        if self._kernels is not None:
+            return None
+        return (
+            f"its decoder step (precision {self.precision!r}) is a TensorRT engine, which has one position for all rows. Load the model "
+            "with decode='kernels' and precision='fp16', 'bf16' or 'fp32', or with backend='cuda'"
+        )
+
+    def row_buffers(self, rows: int) -> RowBuffers:
+        """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
+        assert self._kernels is not None
+        with self._at_work():
+            return self._kernels.row_buffers(rows)
+
+    def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
+        """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
+        assert self._kernels is not None and isinstance(rows, KernelRowBuffers)
+        with self._at_work():
+            return self._kernels.step_rows(rows, best_only=best_only)
 
     def _at_work(self) -> AbstractContextManager[None]:
         """See `t5_trt.runtime.cuda_graph.taking_turns`."""

@@ -32,13 +32,15 @@ class Engine:
             tokens = handle.result()  # await handle.result(), for token in handle, async for token in handle
 
     Args:
-        model: on ONNX Runtime.
-        max_rows: most requests that decode at the same time.
-        max_waiting: most requests that wait for a row; more are refused.
+        model: on ONNX Runtime, or on a GPU where the library's kernels do the decoder step: with ``backend="cuda"``, or
+            ``backend="tensorrt"`` and ``decode="kernels"``. The first `Engine` of a model waits there until kernels are compiled. With
+            TensorRT, requests may wait for encoder engines of new sizes; ``building="background"`` avoids that.
+        max_rows: requests that decode at a time.
+        max_waiting: requests that may wait for a row; more are refused.
 
     Raises:
-        BackendError: the model's backend has no rows at positions of their own yet.
-        InputError: an argument has a wrong type or value.
+        BackendError: what does the model's decoder step has no rows at positions of their own.
+        InputError: an argument has no meaning.
     """
 
     def __init__(self, model: TRTT5ForConditionalGeneration, *, max_rows: int = 16, max_waiting: int = 256) -> None:
@@ -48,12 +50,11 @@ class Engine:
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} got {value!r}; expected a positive number.")
         session = model.session
-        if not isinstance(session, RowSession):
-            raise BackendError(
-                f"Engine got a model on the backend {session.backend!r}; expected 'onnxruntime'. Load the model with "
-                "backend='onnxruntime', or use generate_many() on a GPU."
-            )
-        self._model, self._arch, self._device = model, session.arch, session.device
+        reason = session.rows_refusal() if isinstance(session, RowSession) else "it has no rows"
+        if reason is not None:
+            raise BackendError(f"Engine got a model on the backend {session.backend!r}: {reason}.")
+        assert isinstance(session, RowSession)
+        self._model, self._arch = model, session.arch
         self._reader, self._reading = SettingsReader(model), threading.Lock()
         self._scheduler = Scheduler(model, session, max_rows, max_waiting)
         self._process = os.getpid()
@@ -127,13 +128,14 @@ class Engine:
             if "input_ids" not in inputs:
                 raise InputError(f"inputs got {', '.join(map(str, inputs))}; expected input_ids and attention_mask.")
             inputs, mask = inputs["input_ids"], inputs.get("attention_mask")
-        ids = check_token_ids("inputs", _as_row("inputs", inputs), self._arch.vocab_size, self._device)
+        home = torch.device("cpu")  # batches of sources go to a GPU, and nobody waits for one to check ids
+        ids = check_token_ids("inputs", _as_row("inputs", inputs), self._arch.vocab_size, home)
         if len(ids) != 1:
             raise InputError(f"inputs got {len(ids)} sources; expected one. Submit each by itself.")
         limit = self._model.runtime_config.max_source_tokens
         check_length("source", ids.shape[1], limit, self._arch.longest_source)
         mask = None if mask is None else _as_row("attention_mask", mask)
-        return ids, check_mask("attention_mask", mask, 1, ids.shape[1], self._device)
+        return ids, check_mask("attention_mask", mask, 1, ids.shape[1], home)
 
 
 def _as_row(name: str, given: Any) -> torch.Tensor:

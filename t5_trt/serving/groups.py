@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from t5_trt.errors import EngineClosedError
+from t5_trt.runtime.cuda_graph import outside_capture
 from t5_trt.serving.handle import Job
 
 
@@ -54,6 +55,10 @@ class GroupRunner:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        with at_home(self._model.device):
+            self._take_turns()
+
+    def _take_turns(self) -> None:
         while True:
             self._calls.get()
             if self._stopped:
@@ -74,7 +79,8 @@ class GroupRunner:
         try:
             with nullcontext() if job.seed is None else torch.random.fork_rng(devices):
                 if job.seed is not None:
-                    torch.manual_seed(job.seed)
+                    with outside_capture():  # which puts the generator back
+                        torch.manual_seed(job.seed)
                 made = self._model.generate(
                     input_ids=job.input_ids,
                     attention_mask=job.attention_mask,
@@ -102,6 +108,11 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
         if reason is not None:
             raise reason
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def at_home(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a model's GPU the thread's current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def closed() -> EngineClosedError:

@@ -42,8 +42,8 @@ class Job:
         self.error: BaseException | None = None
         self.done = False
         self._changed = threading.Condition()
-        self._readers = 0  # threads that wait for a token; others sleep until the end
-        self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether they wait for a token or for the end
+        self._readers = 0  # who waits for a token; others sleep until the end
+        self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether a token is enough
 
     def overdue(self) -> BaseException | None:
         """The error if the request must stop, else None."""
@@ -54,10 +54,11 @@ class Job:
         return None
 
     def put(self, token: int) -> None:
-        """Add a token."""
-        with self._changed:
-            self.tokens.append(token)
-            self._tell()
+        """Add a token. Whoever waits for one has said so before looking for it, so the lock is taken only then: it costs more than the rest."""
+        self.tokens.append(token)
+        if self._readers:
+            with self._changed:
+                self._tell()
 
     def finish(self, sequences: torch.Tensor | None = None, error: BaseException | None = None) -> None:
         """End the request with a result, int64 [results, tokens], or an error."""
@@ -80,19 +81,21 @@ class Job:
         """`wait` in a coroutine; cancelling the coroutine cancels the request, because its client is gone."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
-            with self._changed:
-                if self._reached(count):
-                    return True
-                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                entry = (future, count is not None)
-                self._futures.append(entry)
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            entry = (future, count is not None)
             try:
+                with self._changed:
+                    self._readers += entry[1]
+                    self._futures.append(entry)
+                    if self._reached(count):
+                        return True
                 await asyncio.wait([future], timeout=None if end is None else max(end - time.monotonic(), 0))
             except asyncio.CancelledError:
                 self.cancelled = True
                 raise
             finally:
                 with self._changed:
+                    self._readers -= entry[1]
                     if entry in self._futures:
                         self._futures.remove(entry)
             if end is not None and time.monotonic() >= end:
@@ -154,7 +157,7 @@ class Handle:
             timeout: seconds to wait; the request continues after them. None waits for the end.
 
         Returns:
-            int64 [results, tokens], with the decoder's prompt.
+            int64 [results, tokens] on the CPU, with the decoder's prompt.
 
         Raises:
             TimeoutError: the request has not ended yet.

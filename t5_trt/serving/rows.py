@@ -2,55 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from t5_trt.generation.processors import CapturableProcessors, capturable_processors
+from t5_trt.generation.sampling import draw
+from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.serving.handle import Job
+from t5_trt.serving.settings import Prepared
 
 
 class Row:
-    """A request in a row. Its tokens are chosen by Transformers' own processors, one row at a time, as ``generate()`` alone chooses them.
+    """A request in a row. Its tokens are chosen one row at a time, by what chooses those of ``generate()`` alone.
 
     Args:
-        job: the request, without tokens so far.
+        job: the request, of which no token has been made.
+        processors: gives the device forms of settings, see `device_processors`.
 
     Attributes:
         plain: it always takes the token of the largest logit.
         token: the one that the next step decodes.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, processors: Callable[[Prepared], CapturableProcessors | None]) -> None:
         self.job = job
-        self._prepared = job.prepared
+        self._prepared, self._processors = job.prepared, processors
+        self._process: CapturableProcessors | None = None
         self._generator: torch.Generator | None = None
+        self._history: torch.Tensor | None = None  # int64 [1, M] where logits are, made when a processor wants it
+        self._position: torch.Tensor | None = None  # int64 [1], of the last token in it
+        self._made: list[int] = []
         self.plain = not job.prepared.do_sample and not job.prepared.processors
         self.token = job.prepared.prompt[-1]
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token.
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token, int64 [1], where the logits are; on a GPU this does not wait for it.
 
         Args:
             logits: float32 [1, V].
         """
-        scores = logits
-        if self._prepared.processors:
-            tokens = torch.tensor([[*self._prepared.prompt, *self.job.tokens]], device=logits.device)
-            for processor in self._prepared.processors:
-                scores = processor(tokens, scores)
-        if not self._prepared.do_sample:
-            return int(scores.argmax(-1))
-        # its own generator draws as the global one with the same seed, without draws by others
-        probabilities = torch.nn.functional.softmax(scores, dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._draws(logits.device)))
+        scores = self._processed(logits) if self._prepared.processors else logits
+        if self._prepared.do_sample:
+            # a generator of its own draws what the global one would with the same seed, if nobody else drew from it
+            chosen = draw(scores, 1, capturable=True, generator=self._draws(logits.device)).flatten()
+        else:
+            chosen = scores.argmax(-1)
+        if self._history is not None and self._position is not None:
+            self._history.index_copy_(1, self._position.add_(1), chosen[:, None])
+        return chosen
 
-    def take(self, token: int) -> bool:
-        """Add a token; return whether the request has ended."""
-        job, prepared = self.job, self._prepared
+    def take(self, token: int) -> torch.Tensor | None:
+        """Add a token; the result, int64 [1, tokens], if the request is over with it."""
+        prepared = self._prepared
         self.token = token
-        job.put(token)
-        if token not in prepared.eos and len(prepared.prompt) + len(job.tokens) < prepared.limit:
-            return False
-        job.finish(torch.tensor([[*prepared.prompt, *job.tokens]]))
-        return True
+        self._made.append(token)
+        if token not in prepared.eos and len(prepared.prompt) + len(self._made) < prepared.limit:
+            return None
+        return torch.tensor([[*prepared.prompt, *self._made]])
+
+    def _processed(self, logits: torch.Tensor) -> torch.Tensor:
+        prompt = self._prepared.prompt
+        if self._history is None or self._position is None:
+            self._history = torch.zeros((1, history_room(self._prepared)), dtype=torch.int64, device=logits.device)
+            for place, token in enumerate(prompt):
+                self._history[:, place] = token
+            self._process = self._processors(self._prepared)
+            self._position = torch.full((1,), len(prompt) - 1, device=logits.device)
+        if self._process is not None:
+            return self._process(self._history, self._position, logits)
+        scores, tokens = logits, self._history[:, : len(prompt) + len(self._made)]
+        for processor in self._prepared.processors:
+            scores = processor(tokens, scores)
+        return scores
 
     def _draws(self, device: torch.device) -> torch.Generator:
         if self._generator is None:
@@ -60,3 +84,14 @@ class Row:
             else:
                 self._generator.manual_seed(self.job.seed)
         return self._generator
+
+
+def device_processors(prepared: Prepared, vocab_size: int, device: torch.device) -> CapturableProcessors | None:
+    """The forms of a request's processors that do not wait for a GPU; None where one of them has none."""
+    forms = capturable_processors(prepared.processors, vocab_size, history_room(prepared), device)
+    return None if forms is None else CapturableProcessors(forms)
+
+
+def history_room(prepared: Prepared) -> int:
+    """Tokens that a request's processors may look back at."""
+    return bucket_length(prepared.limit + 1)

@@ -56,9 +56,9 @@ _ADVICE = {
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """The prepared settings of a request.
+    """What a request's settings come to; requests with equal settings mostly share one.
 
     Attributes:
         prompt: the decoder's prompt, one token.

@@ -14,6 +14,7 @@ BASE = Architecture(
 GATED = replace(BASE, d_model=1024, d_ff=2816, num_heads=16, activation="gelu_new", gated=True)
 WIDE = replace(BASE, d_model=1024, d_ff=16384, num_heads=32, d_kv=128)
 LARGE = replace(BASE, d_model=2048, d_ff=5120, num_heads=32, activation="gelu_new", gated=True)  # Flan-T5-XL
+HUGE = replace(LARGE, d_model=4096, d_ff=10240, num_heads=64)
 ODD = replace(BASE, d_model=72, d_ff=200, num_heads=1, d_kv=40, vocab_size=211, activation="silu", gated=True)
 
 

@@ -16,7 +16,7 @@ from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
 from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, refusal
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
-from tests.kernels.compiled import BASE, GATED, LARGE, ODD, WIDE, usage
+from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, ODD, WIDE, usage
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
@@ -27,6 +27,15 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     assert cubin[:4] == b"\x7fELF"
     used = usage(log)
     assert set(used) == set(KERNELS)
+    assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("arch", [WIDE, LARGE, HUGE], ids=["t5-3b", "flan-t5-xl", "t5-v1.1-xxl"])
+def test_large_models_compile_without_spills(arch: Architecture, rows: int, architecture: str) -> None:
+    major = int(architecture.removeprefix("sm_")) // 10
+    used = usage(compile_cubin("decode_step.cu", constants(arch, torch.float16, rows, major), architecture)[1])
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 

@@ -56,7 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(torch.cuda, name, value)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, refuse, raising=False)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices, enabled=True: nullcontext())
     monkeypatch.setattr(cuda_graph, "_failed", [])
     cuda_graph._side_stream.cache_clear()
     return noted
@@ -77,6 +77,22 @@ def test_warm_ups_then_a_capture(calls: list[Any]) -> None:
     assert collects == 2 * [*[True] * WARM_UPS, False] and gc.isenabled()
     capture(work, DEVICE)
     assert ("capture", 2) in calls  # a memory of its own
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("draws", [True, False])
+def test_work_that_draws_nothing_leaves_the_generators_to_other_threads(
+    monkeypatch: pytest.MonkeyPatch, draws: bool
+) -> None:
+    forked: list[bool] = []
+
+    def fork(devices: Any, enabled: bool = True) -> Any:
+        forked.append(enabled)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    capture(lambda: None, DEVICE, draws=draws)
+    assert forked == [draws]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_encoder_of_a_size_seen_once_runs_padded_as_its_graph_does(monkeypatch: 
         def __init__(self, work: Any) -> None:
             self.replay = work
 
-    def capture(work: Any, *_: Any) -> Replayed:
+    def capture(work: Any, *_: Any, **__: Any) -> Replayed:
         work()
         return Replayed(work)
 

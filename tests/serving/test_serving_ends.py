@@ -111,7 +111,7 @@ def test_an_error_in_one_request_leaves_the_others_alone(
 ) -> None:
     choose = Row.choose
 
-    def failing(row: Row, logits: torch.Tensor) -> int:
+    def failing(row: Row, logits: torch.Tensor) -> torch.Tensor:
         if len(row.job.tokens) == 3:
             raise ZeroDivisionError("of one row")
         return choose(row, logits)
@@ -127,7 +127,7 @@ def test_an_error_in_one_request_leaves_the_others_alone(
 
 @pytest.mark.parametrize("method", ["encode", "step_rows"])
 def test_the_engine_survives_a_failing_backend(fresh: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **how: Any) -> Any:
         raise BackendError("out of memory")
 
     with Engine(fresh) as engine:

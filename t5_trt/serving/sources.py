@@ -1,0 +1,81 @@
+"""Sources of requests that are about to get rows: encoded in batches, on a GPU some of them before there are rows for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from t5_trt.engine.profiles import power_of_two
+from t5_trt.runtime.captured_encoder import CAPTURED_TOKENS
+from t5_trt.runtime.kv_buffers import bucket_length
+from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
+from t5_trt.serving.handle import Job
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """A request and what its row will read.
+
+    Attributes:
+        job: the request.
+        cross: [L, 2, H, s, D].
+        bias: [s].
+    """
+
+    job: Job
+    cross: torch.Tensor
+    bias: torch.Tensor
+
+
+def encode(session: RowSession, jobs: Sequence[Job], *, in_common_sizes: bool) -> list[EncodedSource]:
+    """Encode sources together.
+
+    Args:
+        session: of the model.
+        jobs: requests with sources of about the same length.
+        in_common_sizes: pad small batches to sizes that many have, as encoders on a GPU are captured by size.
+    """
+    lengths = [job.input_ids.shape[1] for job in jobs]
+    rows, tokens = len(jobs), max(lengths)
+    if in_common_sizes:
+        rows, tokens = _common_size(rows, tokens)
+    ids_and_mask = torch.zeros((2, rows, tokens), dtype=torch.int64)
+    for place, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
+        ids_and_mask[0, place, :length], ids_and_mask[1, place, :length] = job.input_ids[0], job.attention_mask[0]
+    ids, mask = ids_and_mask.to(session.device)
+    _, cross = session.encode(ids, None, mask, 1)
+    bias = session.cross_bias(mask, cross)
+    return [
+        EncodedSource(job, cross.kv[:, :, place, :, :length], bias[place, 0, 0, :length])
+        for place, (job, length) in enumerate(zip(jobs, lengths, strict=True))
+    ]
+
+
+def by_length(jobs: Sequence[Job], least_tokens: int = 0) -> list[list[Job]]:
+    """Requests in batches whose sources differ in length by less than a factor of two, short ones first.
+
+    Args:
+        jobs: requests.
+        least_tokens: as many, padding counted, take no longer than fewer do: short sources that come to less beside the next longer ones
+            are put to those.
+    """
+    buckets: dict[int, list[Job]] = {}
+    for job in jobs:
+        buckets.setdefault(bucket_length(job.input_ids.shape[1], SMALLEST_SOURCE), []).append(job)
+    batches: list[list[Job]] = []
+    carried: list[Job] = []
+    lengths = sorted(buckets)
+    for number, length in enumerate(lengths, 1):
+        carried = carried + buckets[length]
+        if number == len(lengths) or len(carried) * lengths[number] > least_tokens:
+            batches.append(carried)
+            carried = []
+    return batches
+
+
+def _common_size(rows: int, tokens: int) -> tuple[int, int]:
+    """The next size in powers of two, unless a batch is too large to be captured."""
+    common = power_of_two(rows, 1), bucket_length(tokens, SMALLEST_SOURCE)
+    return common if common[0] * common[1] <= CAPTURED_TOKENS else (rows, tokens)

@@ -1,0 +1,288 @@
+"""The engine on a GPU: requests share the kernels' steps, and each gets what `generate()` alone would give it. No TensorRT is needed."""
+
+from __future__ import annotations
+
+import random
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.errors import BackendError, RequestCancelledError
+from t5_trt.runtime.row_buffers import RowBuffers
+from t5_trt.serving import Engine
+from t5_trt.serving.handle import Job
+from t5_trt.serving.rows import Row, device_processors
+from t5_trt.serving.settings import SettingsReader
+from tests.serving_requests import LONG, PATIENCE_S, drawn_settings, source, until
+from tests.tiny_models import VOCAB, make_stock
+
+REQUESTS = 200
+
+
+@pytest.fixture(scope="module")
+def model_of(store: Path) -> Any:
+    """A model on the backend "cuda" by kind and precision; made once."""
+
+    @cache
+    def make(kind: str = "t5-v1.1", precision: str = "fp32") -> Any:
+        return TRTT5ForConditionalGeneration.from_model(
+            make_stock(kind), backend="cuda", precision=precision, engine_cache_dir=store
+        )
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return make
+
+
+def alone(model: Any, ids: list[int], seed: int | None = None, **settings: Any) -> torch.Tensor:
+    """What the request gives without the engine."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    made: torch.Tensor = model.generate(torch.tensor([ids]).cuda(), **settings)
+    return made.cpu()
+
+
+class Alone:
+    """What a row must do: the same source and tokens in a cache of their own."""
+
+    def __init__(self, session: Any, length: int, seed: int) -> None:
+        self.session, self.generator = session, torch.Generator().manual_seed(seed)
+        ids = torch.randint(2, VOCAB, (1, length), generator=self.generator).cuda()
+        mask = torch.ones_like(ids)
+        mask[0, length // 3] = 0
+        _, self.cross = session.encode(ids, None, mask)
+        self.bias = session.cross_bias(mask, self.cross)
+        self.state = session.start(self.cross, 1, mask)
+        self.kv = self.cross.kv[:, :, 0, :, :length].clone()
+
+    def enter(self, rows: RowBuffers) -> None:
+        rows.add(self.kv, self.bias[0, 0, 0, : self.kv.shape[3]])
+
+    def next_token(self) -> int:
+        return int(torch.randint(2, VOCAB, (1,), generator=self.generator))
+
+    def logits(self, token: int) -> torch.Tensor:
+        made: torch.Tensor = self.session.decode(self.state, torch.tensor([[token]]).cuda())
+        return made[0, 0]
+
+
+def step(session: Any, rows: RowBuffers, inside: list[Alone]) -> None:
+    """One step of all rows; logits are those of each row's own, bit for bit."""
+    tokens = [each.next_token() for each in inside]
+    rows.fit()
+    rows.feed(tokens)
+    found = session.step_rows(rows)
+    for row, each in enumerate(inside):
+        assert torch.equal(found[row], each.logits(tokens[row])), (row, rows.position(row))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_rows_have_the_bits_of_a_cache_of_their_own(model_of: Any, precision: str) -> None:
+    """They join and leave between steps; caches and sources outgrow their first room."""
+    session = model_of(precision=precision).session
+    rows = session.row_buffers(12)
+    alone_ones = [
+        Alone(session, length, seed) for seed, length in enumerate((3, 200, 40, 17, 129, 2, 64, 30, 5, 300, 128))
+    ]
+    inside: list[Alone] = []
+    for each in alone_ones:
+        each.enter(rows)
+        inside.append(each)
+        for _ in range(3):
+            step(session, rows, inside)
+    for place in (4, 0, len(inside) - 3):  # the last row takes the place
+        rows.remove(place)
+        inside[place] = inside[-1]
+        inside.pop()
+        step(session, rows, inside)
+    for _ in range(120):
+        step(session, rows, inside)
+    late = Alone(session, 33, 99)
+    late.enter(rows)
+    step(session, rows, [*inside, late])
+    assert rows.capacity == 256 and rows.source_capacity == 512
+
+
+def test_many_rows_have_the_bits_of_few(model_of: Any) -> None:
+    """Every number of rows at which other kernels are used."""
+    session = model_of(precision="fp16").session
+    rows = session.row_buffers(80)
+    inside: list[Alone] = []
+    for count in (7, 15, 31, 33, 63, 66, 80):
+        while len(inside) < count:
+            inside.append(Alone(session, 2 + 3 * len(inside) % 150, len(inside)))
+            inside[-1].enter(rows)
+        for _ in range(2):
+            step(session, rows, inside)
+    while len(inside) > 5:
+        rows.remove(1)
+        inside[1] = inside[-1]
+        inside.pop()
+    step(session, rows, inside)
+
+
+def test_best_tokens_are_those_of_the_logits(model_of: Any) -> None:
+    session = model_of(precision="fp16").session
+    rows, inside = session.row_buffers(5), [Alone(session, length, length) for length in (3, 150, 9)]
+    tokens = [5, 6, 7]
+    for each in inside:
+        each.enter(rows)
+    for number in range(12):
+        rows.fit()
+        rows.feed(tokens)
+        found = session.step_rows(rows, best_only=number % 3 < 2)
+        chosen = found.tolist() if number % 3 < 2 else found.argmax(-1).tolist()
+        expected = [int(each.logits(token).argmax()) for each, token in zip(inside, tokens, strict=True)]
+        assert chosen == expected
+        tokens = chosen
+
+
+def test_a_step_and_the_choice_of_tokens_wait_for_nothing(model_of: Any) -> None:
+    """But for the one copy of all tokens, which is not made here."""
+    ours = model_of()
+    session, reader = ours.session, SettingsReader(ours)
+    rows, each = session.row_buffers(4), Alone(session, 20, 0)
+    each.enter(rows)
+    sampled = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2}
+    prepared = reader.read(None, {**sampled, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "max_new_tokens": 30})
+    process = device_processors(prepared, VOCAB, session.device)
+    ids = torch.tensor([source()])
+    row = Row(Job(ids, torch.ones_like(ids), prepared, 3, None), lambda _: process)
+    for best_only in (True, False, True, False):  # the first two are captured
+        rows.fit()
+        rows.feed([4])
+        session.step_rows(rows, best_only=best_only)
+    row.choose(session.step_rows(rows))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows.fit()
+        rows.feed([4])
+        session.step_rows(rows, best_only=True)
+        rows.feed([4])
+        chosen = row.choose(session.step_rows(rows))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 <= int(chosen) < VOCAB
+
+
+def test_random_requests_get_the_tokens_of_generate_alone(model_of: Any) -> None:
+    """More requests than rows, mixed lengths and settings, from two threads; some are cancelled."""
+    ours, chance = model_of(), random.Random(5)
+    requests = [
+        (source(place, chance.randint(1, 200)), drawn_settings(chance), chance.random() < 0.15)
+        for place in range(REQUESTS)
+    ]
+    found: list[Any] = [None] * REQUESTS
+    engine = Engine(ours, max_rows=24, max_waiting=REQUESTS)
+
+    def client(first: int) -> None:
+        mine = range(first, REQUESTS, 2)
+        handles = [engine.submit(requests[place][0], **requests[place][1]) for place in mine]
+        for place, handle in zip(mine, handles, strict=True):
+            if requests[place][2]:
+                handle.cancel()
+            try:
+                found[place] = handle.result(PATIENCE_S)
+                assert handle.tokens == found[place][0, 1:].tolist()
+            except RequestCancelledError:
+                assert requests[place][2]
+
+    threads = [threading.Thread(target=client, args=(first,)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * PATIENCE_S)
+    until(lambda: engine.stats().running == engine.stats().waiting == 0)
+    stats = engine.stats()
+    engine.close()
+    assert stats.completed + stats.cancelled == REQUESTS and stats.failed == 0 and stats.cancelled > 0
+    differing = []
+    for place, (ids, settings, cancelled) in enumerate(requests):
+        assert found[place] is not None or cancelled
+        if found[place] is not None and not torch.equal(found[place], alone(ours, ids, **settings)):
+            differing.append((place, settings))
+    assert not differing
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_seeds_draw_what_generate_draws(model_of: Any, precision: str) -> None:
+    """One at a time, so that every source is encoded alone: in half precision, too, all is equal then."""
+    ours, ids = model_of(precision=precision), source(1, 32)  # of a size that is not padded further
+    settings = {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "max_new_tokens": 25}
+    with Engine(ours, max_rows=3) as engine:
+        long = engine.submit(source(2, 50), **LONG)
+        for seed in range(4):
+            found = engine.submit(ids, seed=seed, **settings).result(PATIENCE_S)
+            assert torch.equal(found, alone(ours, ids, seed, **settings)), seed
+        assert not long.done
+
+
+def test_long_output_grows_its_cache_beside_others(model_of: Any) -> None:
+    ours, options = model_of("t5-v1.0"), {"max_new_tokens": 400, "min_new_tokens": 400}
+    with Engine(ours, max_rows=4) as engine:
+        long = engine.submit(source(0, 9), **options)
+        until(lambda: len(long.tokens) > 5)
+        short = [engine.submit(source(seed, 7 * seed), max_new_tokens=20) for seed in range(1, 9)]
+        results = [handle.result(PATIENCE_S) for handle in short]
+        result = long.result(PATIENCE_S)
+    assert torch.equal(result, alone(ours, source(0, 9), **options))
+    for seed, found in enumerate(results, 1):
+        assert torch.equal(found, alone(ours, source(seed, 7 * seed), max_new_tokens=20))
+
+
+def test_generate_runs_beside_the_engine(model_of: Any) -> None:
+    """In another thread and on another stream, with captures of its own."""
+    ours = model_of()
+    wanted = {seed: alone(ours, source(seed, 5 + seed), max_new_tokens=40) for seed in range(12)}
+    wrong: list[int] = []
+
+    def generate() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for seed in range(12):
+                made = ours.generate(torch.tensor([source(seed, 5 + seed)] * (1 + seed)).cuda(), max_new_tokens=40)
+                if not torch.equal(made[:1].cpu(), wanted[seed]):
+                    wrong.append(seed)
+
+    thread = threading.Thread(target=generate)
+    with Engine(ours, max_rows=6) as engine:
+        thread.start()
+        for _ in range(3):
+            handles = [engine.submit(source(seed, 5 + seed), max_new_tokens=40) for seed in range(12)]
+            for seed, handle in enumerate(handles):
+                assert torch.equal(handle.result(PATIENCE_S), wanted[seed])
+        thread.join(PATIENCE_S)
+    assert not thread.is_alive() and not wrong
+
+
+def test_the_engine_survives_memory_that_runs_out(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = model_of()
+    with Engine(ours, max_rows=4) as engine:
+        wanted = engine.submit(source(), max_new_tokens=9).result(PATIENCE_S)
+        with monkeypatch.context() as patch:
+
+            def full(*_: Any, **__: Any) -> Any:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+            patch.setattr(type(ours.session._steps), "step_rows", full)
+            handles = [engine.submit(source(seed, 9), max_new_tokens=150) for seed in range(4)]
+            for handle in handles:
+                with pytest.raises(BackendError, match="GPU memory ran out"):
+                    handle.result(PATIENCE_S)
+        assert torch.equal(engine.submit(source(), max_new_tokens=9).result(PATIENCE_S), wanted)
+
+
+def test_tensorrt_with_the_kernels_serves_rows_and_without_them_says_what_to_do(store: Path) -> None:
+    pytest.importorskip("tensorrt")  # a part of the tests runs where there is none
+    options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "engine_cache_dir": store}
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), decode="kernels", **options)
+    with Engine(ours, max_rows=4) as engine:
+        handles = [engine.submit(source(seed, 12), max_new_tokens=20) for seed in range(3)]
+        for seed, handle in enumerate(handles):
+            assert torch.equal(handle.result(5 * PATIENCE_S), alone(ours, source(seed, 12), max_new_tokens=20))
+    with pytest.raises(BackendError, match=r"backend 'tensorrt': .*decode='kernels'"):
+        Engine(TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), decode="engine", **options))

@@ -1,0 +1,125 @@
+"""The engine over the kernels' decoder, as on a GPU: sources encoded ahead, clients told while a step runs. Torch stands in for the kernels."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from t5_trt.errors import BackendError, RequestCancelledError
+from t5_trt.serving import Engine, scheduler
+from t5_trt.serving.sources import by_length
+from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
+from tests.stand_in_kernels import kernels_pair
+from tests.tiny_models import make_stock
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
+    return kernels_pair(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def ours(pair: tuple[Any, Any]) -> Any:
+    return pair[1]
+
+
+def engine_as_on_a_gpu(ours: Any, **options: Any) -> Engine:
+    engine = Engine(ours, **options)
+    engine._scheduler._on_gpu = True
+    return engine
+
+
+def test_random_requests_get_the_tokens_of_generate_alone(ours: Any) -> None:
+    chance = random.Random(3)
+    requests = [(source(place, chance.randint(1, 40)), drawn_settings(chance)) for place in range(40)]
+    with engine_as_on_a_gpu(ours, max_rows=8) as engine:
+        handles = [engine.submit(ids, **settings) for ids, settings in requests]
+        results = [handle.result(PATIENCE_S) for handle in handles]
+        assert [handle.tokens for handle in handles] == [result[0, 1:].tolist() for result in results]
+        until(lambda: engine.stats().running == engine.stats().waiting == 0)
+        assert engine.stats().completed == len(requests)
+    for (ids, settings), result in zip(requests, results, strict=True):
+        assert torch.equal(result, alone(ours, ids, **settings)), settings
+
+
+def test_more_sources_are_encoded_than_there_are_free_rows(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, sizes = ours.session, []
+    encode = session.encode
+    monkeypatch.setattr(session, "encode", lambda ids, *rest: sizes.append(tuple(ids.shape)) or encode(ids, *rest))
+    with engine_as_on_a_gpu(ours, max_rows=8) as engine:
+        long = [engine.submit(source(seed), **LONG) for seed in range(7)]
+        until(lambda: engine.stats().running == 7 and engine.stats().steps > 8)
+        sizes.clear()
+        with engine._scheduler._lock:  # all of them wait before the next look
+            made = [engine_job(engine, source(seed, 9)) for seed in range(6)]
+        for job in made:
+            job.wait(None, PATIENCE_S)
+        for handle in long:
+            handle.cancel()
+    # one free row and a quarter of 8: three of them, in a size of powers of two; none are encoded while some are ready
+    assert sizes == [(4, 16), (4, 16)]
+    for seed, job in enumerate(made):
+        assert torch.equal(job.sequences, alone(ours, source(seed, 9), max_new_tokens=6))
+
+
+def test_small_batches_are_encoded_with_longer_ones() -> None:
+    jobs: Any = [SimpleNamespace(input_ids=torch.zeros(1, length)) for length in (500, 9, 40, 33, 10, 200, 300)]
+
+    def lengths(least: int) -> list[list[int]]:
+        return [[job.input_ids.shape[1] for job in batch] for batch in by_length(jobs, least)]
+
+    assert lengths(0) == [[9, 10], [40, 33], [200], [500, 300]]
+    assert lengths(200) == [[9, 10, 40, 33], [200], [500, 300]]
+    assert lengths(10**6) == [[9, 10, 40, 33, 200, 500, 300]]
+    assert lengths(1024) == [[9, 10, 40, 33, 200], [500, 300]]
+    assert by_length([], 5) == []
+
+
+def engine_job(engine: Engine, ids: list[int]) -> Any:
+    """A request, put where waiting ones are; the lock is held."""
+    from t5_trt.serving.handle import Job
+
+    given = torch.tensor([ids])
+    job = Job(given, torch.ones_like(given), engine._reader.read(None, {"max_new_tokens": 6}), None, None)
+    engine._scheduler._waiting.append(job)
+    return job
+
+
+def test_an_encoded_request_that_waits_can_be_cancelled(ours: Any) -> None:
+    with engine_as_on_a_gpu(ours, max_rows=4) as engine:
+        long = [engine.submit(source(seed), **LONG) for seed in range(3)]
+        until(lambda: engine.stats().running == 3)
+        with engine._scheduler._lock:
+            first, second = (engine_job(engine, source(seed)) for seed in range(2))
+            first.prepared = long[0]._job.prepared  # it keeps its row
+        until(lambda: len(engine._scheduler._ready) == 1)
+        assert engine.stats().waiting == 1
+        second.cancelled = True
+        second.wait(None, PATIENCE_S)
+        assert isinstance(second.error, RequestCancelledError)
+        until(lambda: engine.stats().waiting == 0)
+        assert engine.stats().running == 4 and not any(handle.done for handle in long)
+
+
+def test_processors_without_a_device_form_are_called(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "device_processors", lambda *args: None)
+    settings = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "max_new_tokens": 20}
+    with engine_as_on_a_gpu(ours, max_rows=2) as engine:
+        found = engine.submit(source(), **settings).result(PATIENCE_S)
+    assert torch.equal(found, alone(ours, source(), **settings))
+
+
+def test_a_step_by_an_engine_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from t5_trt import TRTT5ForConditionalGeneration
+    from tests.stand_in_tensorrt import stand_in_session
+
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours.session  # noqa: B018 - takes note of the weights
+    ours.session = stand_in_session(ours, monkeypatch)
+    with pytest.raises(BackendError, match=r"backend 'tensorrt': .*decode='kernels'.*backend='cuda'"):
+        Engine(ours)

@@ -20,7 +20,7 @@ RUN pip install --extra-index-url https://pypi.nvidia.com "tensorrt-cu13>=10.13.
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY t5_trt ./t5_trt
-RUN pip install --extra-index-url https://pypi.nvidia.com --constraint constraints.txt ".[cu13]"
+RUN pip install --extra-index-url https://pypi.nvidia.com --constraint constraints.txt ".[cu13,serve]"
 
 USER 10001
 VOLUME /cache

@@ -81,9 +81,9 @@ def measure(backend: str, precision: str, rank: int, targets: list[str]) -> dict
     wrapped = with_adapters(model, rank, targets)
     session = model.session
     adapted = {NAMES[0]: tokens()}
-    after = used_mb(model)
     first = switch(wrapped, model, NAMES[1])
     adapted[NAMES[1]] = tokens()
+    after = used_mb(model)
     times, equal = [], True
     for index in range(SWITCHES):
         name = NAMES[index % 2]

@@ -28,7 +28,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 #: what a first part of a path in backquotes must be, so that it is one of this repository
 FOLDERS = ("t5_trt", "tests", "docs", "examples", "benchmarks", "audit", ".ci", ".github")
 #: code of others, in "before" blocks
-FOREIGN = ("transformers", "peft", "optimum", "ctranslate2", "T5.", "tritonclient", "numpy")
+FOREIGN = ("transformers", "peft", "optimum", "ctranslate2", "T5.", "tritonclient", "numpy", "openai")
 MADE = "examples/triton_server/t5_text/checkpoint"  # by the command that names it
 WIDTH = 78  # characters of a line of code that the site shows at 1280 pixels; GitHub shows some more
 

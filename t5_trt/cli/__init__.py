@@ -1,4 +1,4 @@
-"""The command ``t5-trt``: info, building engines ahead, generating text, verifying, benchmarks, the engine cache.
+"""The command ``t5-trt``: info, building engines ahead, generating text, verifying, benchmarks, an HTTP server, the engine cache.
 
 Commands import what they need when they run, so that ``--help`` and usage errors are fast.
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from t5_trt.cli import bench, build, cache, failures, generate, info, verify
+from t5_trt.cli import bench, build, cache, failures, generate, info, serve, verify
 
 
 class Commands(TyperGroup):
@@ -66,6 +66,10 @@ app.command(
     short_help="text through a model",
     epilog='Examples: t5-trt generate MODEL "text" --num-beams 4;  t5-trt generate MODEL < lines.txt',
 )(generate.generate)
+app.command(
+    short_help="a model behind HTTP, for OpenAI's clients too",
+    epilog="Example: t5-trt serve MODEL --port 8000 --max-rows 32",
+)(serve.serve)
 app.command(
     short_help="tokens and logits against Hugging Face's",
     epilog="Examples: t5-trt verify MODEL;  t5-trt verify MODEL --texts lines.txt --precision int8 --at-least 0.98",

@@ -6,12 +6,28 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from t5_trt.errors import RequestCancelledError, RequestTimeoutError
 from t5_trt.serving.settings import Prepared
+
+
+@dataclass
+class Times:
+    """When a request came to its stations, in seconds of ``time.monotonic()``; None is to come.
+
+    Attributes:
+        submitted: to the engine.
+        first_token: was there.
+        end: with a result or an error.
+    """
+
+    submitted: float
+    first_token: float | None = None
+    end: float | None = None
 
 
 class Job:
@@ -36,7 +52,8 @@ class Job:
         self.input_ids, self.attention_mask, self.prepared, self.seed = input_ids, attention_mask, prepared, seed
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.timeout = timeout
-        self.cancelled = False  # set without a lock: finalizers run in any thread at any point
+        self.times = Times(time.monotonic())
+        self.cancelled = False  # set without a lock: finalizers run in any thread, wherever it stands
         self.tokens: list[int] = []
         self.sequences: torch.Tensor | None = None
         self.error: BaseException | None = None
@@ -55,6 +72,8 @@ class Job:
 
     def put(self, token: int) -> None:
         """Add a token. Whoever waits for one has said so before looking for it, so the lock is taken only then: it costs more than the rest."""
+        if not self.tokens:
+            self.times.first_token = time.monotonic()
         self.tokens.append(token)
         if self._readers:
             with self._changed:
@@ -64,6 +83,7 @@ class Job:
         """End the request with a result, int64 [results, tokens], or an error."""
         with self._changed:
             if not self.done:
+                self.times.end = time.monotonic()
                 self.sequences, self.error, self.done = sequences, error, True
                 self._tell()
 
@@ -143,6 +163,16 @@ class Handle:
         """Whether the request has ended, with a result or an error."""
         return self._job.done
 
+    @property
+    def times(self) -> Times:
+        """When it was submitted, had its first token, and ended."""
+        return self._job.times
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a sequence of this request."""
+        return self._job.prepared.eos
+
     def cancel(self) -> None:
         """End the request within two decoder steps; no effect after its end."""
         self._job.cancelled = True
@@ -169,6 +199,22 @@ class Handle:
         except RuntimeError:
             return self._result(self._job.wait(None, timeout))
         return self._awaited(timeout)
+
+    async def tokens_after(self, count: int) -> list[int]:
+        """Wait for more than `count` new tokens, or the end.
+
+        Returns:
+            Those behind the first `count`, all that are there; none after the end.
+
+        Raises:
+            RequestCancelledError, RequestTimeoutError, EngineClosedError: it ended so, and there is none.
+            T5TRTError: it failed, likewise.
+        """
+        await self._job.wait_async(count, None)
+        found = self._job.tokens[count:]
+        if not found:
+            self._result(ended=True)
+        return found
 
     def __iter__(self) -> Iterator[int]:
         count = 0
@@ -208,10 +254,8 @@ class TokenIterator:
         return self
 
     async def __anext__(self) -> int:
-        job = self._handle._job
-        await job.wait_async(self._count, None)
-        if self._count >= len(job.tokens):
-            self._handle._result(ended=True)
+        found = await self._handle.tokens_after(self._count)
+        if not found:
             raise StopAsyncIteration
         self._count += 1
-        return job.tokens[self._count - 1]
+        return found[0]

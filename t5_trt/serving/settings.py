@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from t5_trt.errors import InputError
 from t5_trt.generation.prepared import SettingsSnapshot
 from t5_trt.generation.request import Request, refusal
+from t5_trt.validation import check_token_ids
 
 #: number of prepared settings that are kept, least recently used first out
 KEPT = 256
@@ -150,8 +151,10 @@ class SettingsReader:
         if reason is not None:
             raise InputError(f"the settings ask for {reason}, which requests in shared rows cannot have. {_ELSE}")
         assert request.limit is not None
+        vocabulary = self._model.session.arch.vocab_size  # an id outside of it would end the requests of all rows
+        prompt = check_token_ids("decoder_start_token_id", request.prompt, vocabulary, request.prompt.device)
         return Prepared(
-            prompt=tuple(request.prompt[0].tolist()),
+            prompt=tuple(prompt[0].tolist()),
             processors=tuple(request.processors),
             eos=frozenset(request.eos),
             limit=request.limit,

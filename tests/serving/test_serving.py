@@ -155,3 +155,35 @@ def test_draws_leave_the_global_generator_alone(engine: Engine) -> None:
     for settings in ({}, {"num_beams": 2}):
         engine.submit(source(), do_sample=True, seed=3, max_new_tokens=5, **settings).result(PATIENCE_S)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_handle_knows_its_times_and_the_tokens_that_end_it(engine: Engine) -> None:
+    handle = engine.submit(source(), max_new_tokens=30, min_new_tokens=30, eos_token_id=[1, 5])
+    assert handle.end_tokens == {1, 5}
+    handle.result(PATIENCE_S)
+    times = handle.times
+    assert times.first_token is not None and times.end is not None
+    assert times.submitted < times.first_token < times.end
+
+
+def test_tokens_after_a_number_come_together(engine: Engine) -> None:
+    async def read() -> tuple[list[list[int]], list[int]]:
+        handle = engine.submit(source(), max_new_tokens=30, min_new_tokens=30)
+        await handle.result()
+        found = [await handle.tokens_after(count) for count in (0, 12, 30)]
+        return found, handle.tokens
+
+    found, tokens = asyncio.run(read())
+    assert found == [tokens, tokens[12:], []]
+
+
+def test_tokens_that_came_before_an_error_are_read_first(engine: Engine) -> None:
+    async def read() -> None:
+        handle = engine.submit(source(), timeout=0.1, **LONG)
+        while not handle.done:
+            await asyncio.sleep(0.01)
+        assert await handle.tokens_after(0) == handle.tokens != []
+        with pytest.raises(RequestTimeoutError):
+            await handle.tokens_after(len(handle.tokens))
+
+    asyncio.run(read())

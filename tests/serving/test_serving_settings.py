@@ -164,3 +164,13 @@ def test_only_models_on_a_backend_with_rows_are_served(v11: tuple[Any, Any], mon
 def test_a_timeout_is_positive(engine: Engine) -> None:
     with pytest.raises(InputError, match="timeout got 0"):
         engine.submit(IDS, timeout=0)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**6])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_first_token_outside_the_vocabulary_is_refused(engine: Engine, token: int, num_beams: int) -> None:
+    """It would fail the decoder step, and so the requests of all rows."""
+    beside = engine.submit(IDS, max_new_tokens=200, min_new_tokens=200)
+    with pytest.raises(InputError, match="decoder_start_token_id got the id"):
+        engine.submit(IDS, decoder_start_token_id=token, num_beams=num_beams)
+    assert len(beside.result(PATIENCE_S)[0]) == 201

@@ -1,0 +1,122 @@
+"""``/generate``: texts through the model with any settings that the engine takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse
+
+from t5_trt.errors import T5TRTError
+from t5_trt.serving.handle import Handle
+from t5_trt.serving.http.answer import Answer, length
+from t5_trt.serving.http.events import event, merged, streamed
+from t5_trt.serving.http.failures import invalid
+from t5_trt.serving.http.record import Record
+from t5_trt.serving.http.service import Service
+
+_SEED = 2**63
+#: what Transformers raises for values that it does not expect, at the begin or while tokens are chosen
+_OF_SETTINGS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
+
+
+class GenerateBody(BaseModel):
+    """Of a request: a text or several, and settings by the names of ``GenerationConfig``."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    text: str | None = None
+    texts: list[str] | None = Field(None, min_length=1)
+    stream: bool = False
+    seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
+
+    def check(self, service: Service) -> None:
+        """Refuse what the server does not do.
+
+        Raises:
+            RequestError: saying what.
+        """
+        if (self.text is None) == (self.texts is None):
+            raise invalid("expected either text, a string, or texts, a list of strings.", "text")
+        if self.stream and (self.texts is not None or self.settings.get("num_return_sequences") not in (None, 1)):
+            raise invalid("a stream has one result; expected text, without num_return_sequences.", "stream")
+        for name in self.settings:
+            if name.startswith("_"):
+                raise invalid("a name got an underscore at its begin; expected settings of GenerationConfig.")
+        most = service.limits.results
+        counts = {"texts": len(self.texts or ())} | {
+            name: self.settings.get(name) for name in ("num_beams", "num_return_sequences")
+        }
+        for name, count in counts.items():
+            if isinstance(count, int | float) and count > most:
+                raise invalid(f"{name} got {count}; expected at most {most}.", name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of ``generate()``."""
+        return dict(self.model_extra or {})
+
+
+@contextmanager
+def settings_at_fault() -> Iterator[None]:
+    """Errors of Transformers are the client's, who chose its settings."""
+    try:
+        yield
+    except _OF_SETTINGS as error:
+        if isinstance(error, T5TRTError):
+            raise
+        raise invalid(f"the settings cannot be run: {type(error).__name__}: {error}") from error
+
+
+async def _results(handle: Handle, service: Service) -> tuple[list[str], int, str]:
+    """The texts of a handle, the number of their tokens, and how the last one ended."""
+    rows = (await handle.result())[:, 1:].tolist()
+    ends = [length(row, handle.end_tokens) for row in rows]
+    return [service.decoder.text(row) for row in rows], sum(count for count, _ in ends), _reason(ends[-1][1])
+
+
+def _reason(ended: bool) -> str:
+    return "stop" if ended else "length"
+
+
+async def _whole(body: GenerateBody, handles: list[Handle], service: Service, record: Record) -> dict[str, Any]:
+    with settings_at_fault():
+        found = await asyncio.gather(*(_results(handle, service) for handle in handles))
+    record.completion_tokens = sum(count for _, count, _ in found)
+    results: list[Any] = [texts[0] if len(texts) == 1 else texts for texts, _, _ in found]
+    named = {"text": results[0]} if body.texts is None else {"texts": results}
+    return {**named, "usage": record.usage()}
+
+
+async def _events(handle: Handle, service: Service, record: Record) -> AsyncIterator[str]:
+    answer = Answer(handle, service.decoder)
+    with settings_at_fault():
+        async for _, piece in merged([answer]):
+            if piece is not None:
+                yield event({"text": piece})
+    record.completion_tokens = answer.tokens
+    yield event({"finish_reason": answer.finish_reason, "usage": record.usage()})
+
+
+def routes(service: Service) -> APIRouter:
+    """The route ``/generate``."""
+    router = APIRouter()
+
+    @router.post("/generate")
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        record: Record = request.state.record
+        body.check(service)
+        texts = [body.text] if body.text is not None else body.texts or []
+        sources = [service.read(record, text, "text") for text in texts]
+        with settings_at_fault():
+            settings = service.limited(body.settings)
+            handles = [service.submit(record, ids, settings, body.seed) for ids in sources]
+        if body.stream:
+            return await streamed(_events(handles[0], service, record), record)
+        return JSONResponse(await _whole(body, handles, service, record))
+
+    return router

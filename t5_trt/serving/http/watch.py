@@ -1,0 +1,138 @@
+"""What surrounds every request: the size and time of its body, its client's leaving, its log line and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from t5_trt.serving.http.failures import RequestError
+from t5_trt.serving.http.record import CLIENT_LEFT, Record
+from t5_trt.serving.http.service import Service
+
+logger = logging.getLogger("t5_trt.serving")
+
+#: routes that are asked all the time
+QUIET = ("/health/live", "/health/ready", "/metrics")
+#: seconds that a client has to read its answer, behind the time of the request
+_READ_S = 30.0
+
+
+class Watch:
+    """Reads bodies within the limits, and ends what runs for a client that has left.
+
+    Args:
+        app: to go on with.
+        service: that has limits and metrics.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request of ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record(scope["method"])
+        scope.setdefault("state", {})["record"] = record
+        answer = _Answer(send, record)
+        try:
+            await self._serve(scope, receive, answer, record)
+        finally:
+            for handle in record.handles:
+                handle.cancel()
+            record.route = getattr(scope.get("route"), "path", None)
+            self._service.metrics.count(record)
+            if record.route not in QUIET:
+                logger.info("request", extra={"fields": record.line()})
+
+    async def _serve(self, scope: Scope, receive: Receive, answer: _Answer, record: Record) -> None:
+        try:
+            body = await self._body(scope, receive)
+        except RequestError as error:
+            record.reason = error.reason
+            await error.response()(scope, receive, answer)
+            return
+        if body is None:
+            record.status, record.reason = CLIENT_LEFT, "client_left"
+            return
+        app = asyncio.ensure_future(self._app(scope, _given(body), answer))
+        left = asyncio.ensure_future(_left(receive))
+        limit = self._service.limits.seconds + _READ_S
+        try:
+            await asyncio.wait({app, left}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if answer.complete:
+                await asyncio.wait({app})
+            elif not app.done():  # else it failed, and has logged that
+                record.status, record.reason = CLIENT_LEFT, "client_left"
+        finally:
+            left.cancel()
+            app.cancel()
+            await asyncio.wait({app})
+            if not app.cancelled():
+                app.exception()  # which the handler of errors has answered
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None if the client left. Never much more of it in memory than is allowed."""
+        limits = self._service.limits
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        too_large = RequestError(
+            413, "body_too_large", f"the body is too large; expected at most {limits.body_bytes} bytes."
+        )
+        if int(announced) > limits.body_bytes:
+            raise too_large
+        body = bytearray()
+
+        async def read() -> bytes | None:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body.extend(message.get("body", b""))
+                if len(body) > limits.body_bytes:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return bytes(body)
+
+        try:
+            return await asyncio.wait_for(read(), limits.seconds)
+        except asyncio.TimeoutError:
+            message = f"the body did not arrive within {limits.seconds:g} s."
+            raise RequestError(408, "body_too_slow", message, headers={"Connection": "close"}) from None
+
+
+class _Answer:
+    """Sends, and knows the status and whether that was all."""
+
+    def __init__(self, send: Send, record: Record) -> None:
+        self._send, self._record = send, record
+        self.complete = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._record.status = message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._record.id.encode())]
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+
+
+def _given(body: bytes) -> Receive:
+    """What the application receives: the body, and then nothing more."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.get_running_loop().create_future()
+        return messages.pop()
+
+    return receive
+
+
+async def _left(receive: Receive) -> Any:
+    """Wait until the client has left, or has its answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

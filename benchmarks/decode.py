@@ -12,7 +12,6 @@ medians. Every case is written to FOLDER/decode.json as it comes. `benchmarks/de
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.decode_parts import Captures, Launches
-from benchmarks.gpu import NEW_TOKENS, SOURCE_TOKENS, events_ms, replay_us, timed_ms
+from benchmarks.gpu import NEW_TOKENS, SOURCE_TOKENS, events_ms, replay_us, selecting_slot, timed_ms
 from benchmarks.kernel_models import attempt, base_name, keep, named_backends, open_model, t5_base
 from t5_trt.tools.random_models import random_source
 from t5_trt.tools.records import Record
@@ -144,7 +143,7 @@ def measure(ours: Any, arguments: dict[str, Any], runs: int, *, captures: bool) 
     if "ours_ms" in found and "short_call_ms" in found:
         rest = (found["ours_ms"] - found["short_call_ms"]) / (NEW_TOKENS - NEW_TOKENS // 3)
         steps["by difference of calls"] = round(rest * 1e3, 1)
-    attempt(steps, "with choice", lambda: with_choice_us(ours, batch, beams))
+    attempt(steps, "with choice", lambda: with_choice_us(ours, arguments))
     attempt(steps, "alone", lambda: alone_us(ours, arguments))
     attempt(found, "encoder_ms", lambda: round(events_ms(lambda: ours.session.encode(ids, None, mask)), 3))
     attempt(found, "call_parts_ms", lambda: call_parts(ours, arguments, runs))
@@ -184,21 +183,9 @@ def call_parts(ours: Any, arguments: dict[str, Any], runs: int) -> Record:
     return {name: round(statistics.median(values), 4) for name, values in found.items()}
 
 
-def idle_slots(session: Any, batch: int, beams: int) -> list[Any]:
-    """Buffers of a request's rows that nobody uses, the largest cache last."""
-    gc.collect()  # requests that are over give theirs back
-    owners = (session, *vars(session).values())
-    pools = [getattr(owner, name, None) for owner in owners for name in ("_idle", "idle")]
-    slots = [slot for pool in pools if isinstance(pool, dict) for idle in pool.values() for slot in idle]
-    found = [slot for slot in slots if (batch, beams) == (slot.shapes.B, slot.shapes.N)]
-    return sorted(found, key=lambda slot: slot.shapes.T)
-
-
-def with_choice_us(ours: Any, batch: int, beams: int) -> float:
+def with_choice_us(ours: Any, arguments: dict[str, Any]) -> float:
     """The GPU's time for a step with its token selection, positions from 0 to 98."""
-    slot = idle_slots(ours.session, batch, beams)[-1]
-    key = next(key for key in reversed(slot.steps) if key is not None)
-    return round(replay_us(slot, key), 1)
+    return round(replay_us(*selecting_slot(ours, arguments)), 1)
 
 
 def alone_us(ours: Any, arguments: dict[str, Any]) -> float:

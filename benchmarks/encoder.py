@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.gpu import events_ms, timed_ms
 from benchmarks.kernel_models import attempt, base_name, keep, open_model, t5_base
-from t5_trt.kernels.encoder import relative_bias
+from t5_trt.engine.store import EngineStore
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.parameters import EMBEDDING
+from t5_trt.graph.relative_positions import distance_buckets
+from t5_trt.kernels.compile import stored_cubin
+from t5_trt.kernels.decode_step import model_constants
+from t5_trt.kernels.encoder import SOURCE, EncoderKernels, refusal, relative_bias
 from t5_trt.runtime.cuda_graph import capture
+from t5_trt.runtime.device_weights import DeviceWeights
+from t5_trt.runtime.kernel_encoder import KernelEncoder
 from t5_trt.runtime.torch_layers import TorchEncoder
 from t5_trt.tools.random_models import random_source
 from t5_trt.tools.records import Record
@@ -55,11 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = CASES if given.cases is None else sizes(given.cases)
     stock = t5_base(given.layers)
     ours = open_model("cuda", stock, "fp16", given.store)
+    forms = open_forms(ours, given.store)
     peer = None if given.no_peer else t5_base(given.layers).half().to(kernel_models.DEVICE).encoder
     failed = False
     for batch, length in cases:
         found: Record = {"model": base_name(given.layers), "precision": "fp16", "backend": "cuda"}
-        measure(found, ours, batch, length, given.rounds)
+        measure(found, ours, forms, batch, length, given.rounds)
         failed |= "failed" in found
         if peer is not None:
             compiled = (batch, length) in sizes(given.compiled)
@@ -80,13 +90,43 @@ def request(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.ones_like(ids)
 
 
-def measure(found: Record, ours: Any, batch: int, length: int, rounds: int) -> None:
+@dataclass
+class Forms:
+    """The encoders of the backend "cuda" over one copy of a model's weights.
+
+    Attributes:
+        arch: of the model.
+        weights: on the device, in the session's type.
+        by_torch: the encoder of torch operations.
+        by_kernels, kernels: the encoder that the backend uses, and its kernels; `by_torch` and None where those do not take the model.
+    """
+
+    arch: Architecture
+    weights: DeviceWeights
+    by_torch: TorchEncoder
+    by_kernels: TorchEncoder
+    kernels: EncoderKernels | None
+
+
+def open_forms(ours: Any, store: Path) -> Forms:
+    """The encoders of a model in fp16, with weights of their own."""
+    session, tensors = ours.session, {name: tensor.cpu() for name, tensor in ours.state_dict().items()}
+    arch, scaling, dtype = session.arch, session.scaling, session.dtype
+    weights = DeviceWeights(arch, tensors, dtype, session.device, scaling)
+    by_torch = TorchEncoder(arch, weights, scaling, "fp16")
+    if refusal(arch, dtype):
+        return Forms(arch, weights, by_torch, by_torch, None)
+    constants, (major, minor) = model_constants(arch, dtype), torch.cuda.get_device_capability(session.device)
+    cubin = stored_cubin(SOURCE, constants, f"sm_{major}{minor}", EngineStore(store))
+    kernels = EncoderKernels(cubin, constants, session.device)
+    return Forms(arch, weights, by_torch, KernelEncoder(kernels, arch, weights, scaling, "fp16"), kernels)
+
+
+def measure(found: Record, ours: Any, forms: Forms, batch: int, length: int, rounds: int) -> None:
     """Times of our own forms, their parts, and how far apart their results are."""
     ids, mask = request(batch, length)
     found["batch"], found["source_tokens"] = batch, length
-    session = ours.session
-    by_kernels = session._encoder.form
-    by_torch = TorchEncoder(session.arch, session._weights, session.scaling, "fp16")
+    session, by_kernels, by_torch = ours.session, forms.by_kernels, forms.by_torch
     found["form"] = by_kernels.name
 
     def work(encoder: Any) -> Callable[[], Any]:
@@ -96,8 +136,8 @@ def measure(found: Record, ours: Any, batch: int, length: int, rounds: int) -> N
     attempt(found, "ours_ms", lambda: graph_ms(work(by_kernels), rounds))
     attempt(found, "torch_form_ms", lambda: graph_ms(work(by_torch), rounds))
     attempt(found, "difference_from_torch_form", lambda: difference(by_kernels, by_torch, ids, mask))
-    if hasattr(by_kernels, "_kernels"):
-        attempt(found, "parts_ms", lambda: parts_ms(session, ids, mask, rounds))
+    if forms.kernels is not None:
+        attempt(found, "parts_ms", lambda: parts_ms(forms, forms.kernels, ids, mask, rounds))
     if (batch, length) in GENERATED:
         beams = GENERATED[batch, length]
         options = {"num_beams": beams, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -106,19 +146,19 @@ def measure(found: Record, ours: Any, batch: int, length: int, rounds: int) -> N
         attempt(found, "generate_ms", lambda: round(timed_ms(lambda: (whole(), whole()), rounds)[0] / 2, 3))
 
 
-def parts_ms(session: Any, ids: torch.Tensor, mask: torch.Tensor, rounds: int) -> Record:
+def parts_ms(forms: Forms, own: Any, ids: torch.Tensor, mask: torch.Tensor, rounds: int) -> Record:
     """What each kind of kernel takes of an encoder of all layers, and both forms of attention."""
-    arch, encoder, weights = session.arch, session._encoder.form, session._weights
-    own, layers, rows, dtype = encoder._kernels, arch.encoder_layers, ids.numel(), session.dtype
-    stream = torch.randn((rows, arch.d_model), device=ids.device)
+    arch, weights, layers, rows = forms.arch, forms.weights, forms.arch.encoder_layers, ids.numel()
+    stream, dtype = torch.randn((rows, arch.d_model), device=ids.device), weights[EMBEDDING].dtype
     normed = stream.to(dtype)
     first = "encoder.block.0.layer"
     qkv = (normed @ weights[f"{first}.0.SelfAttention.qkv"]).view(*ids.shape, -1)
     inner = normed @ weights[f"{first}.1.DenseReluDense.wi"]
-    bias = relative_bias(encoder._weights[arch.bias_weight("encoder", 0)], encoder._buckets)
+    buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True).to(ids.device)
+    bias = relative_bias(weights[arch.bias_weight("encoder", 0)], buckets)
     keys = own.list_keys(mask)
     mixed, acted = qkv[..., : qkv.shape[-1] // 3].reshape(rows, -1), inner[:, : arch.d_ff].contiguous()
-    made = encoder.cross(normed.view(*ids.shape, -1))
+    made = forms.by_kernels.cross(normed.view(*ids.shape, -1))
     by_token = made.permute(2, 4, 0, 1, 3, 5).reshape(*ids.shape, -1)
 
     names = {

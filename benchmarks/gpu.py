@@ -1,4 +1,4 @@
-"""What the scripts for a GPU share: requests, clocks, what a record says about the machine, and a command line of stages.
+"""What the benchmarks for a GPU share: requests, clocks, what a record says about the machine, and a command line of stages.
 
 Nothing here needs an engine, so that Hugging Face's class can be timed where there is no TensorRT.
 """
@@ -112,6 +112,25 @@ def slot_alone(ours: Any, arguments: dict[str, Any]) -> Any:
     state = ours.session.start(cross.for_beams(beams), 1)
     ours.session.decode(state, torch.zeros((len(ids) * beams, 1), dtype=torch.long, device="cuda"))
     return state.binding.slot
+
+
+def selecting_slot(ours: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """Run a request; the slot that its last steps used, and the key there of the step captured with the token selection."""
+    session, used = ours.session, []
+    make_step = session.generation_step
+
+    def noted(state: Any, make_selector: Any, key: Any) -> Any:
+        step = make_step(state, make_selector, key)
+        used.append((state.binding.slot, key))
+        return step
+
+    session.generation_step = noted
+    try:
+        ours.generate(**arguments)
+    finally:
+        del session.generation_step  # the class's own shows again
+    gc.collect()  # a request that is over gives its slot back
+    return used[-1]
 
 
 def load_seconds(store: Path, precision: str, arguments: dict[str, Any], stock: Any = None) -> float:

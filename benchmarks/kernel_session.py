@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.h100_session import STORE, TESTS, Run
+from benchmarks.lanes import STORE, TESTS, Run
 from t5_trt.tools.records import Record, read_records, write_records
 
 RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
@@ -93,7 +93,7 @@ LINES_SHOWN = 24
 
 
 def commands(part: str, *, small: bool) -> list[list[str]]:
-    """The lanes of a part; braces of `h100_session.Run` are left."""
+    """The lanes of a part; braces of `lanes.Run` are left."""
     made = []
     for lane in PARTS[part]:
         made.append([])

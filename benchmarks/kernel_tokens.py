@@ -168,9 +168,9 @@ def teacher_gaps(
 
 def families(given: argparse.Namespace) -> Iterator[Record]:
     """Models of two layers: float32, and float16 of those that overflow it."""
-    from benchmarks.h100 import FAMILIES as PUBLISHED
-    from benchmarks.h100 import family
-    from benchmarks.h100_text import small_overflowing
+    from benchmarks.engine_text import small_overflowing
+    from benchmarks.engines import FAMILIES as PUBLISHED
+    from benchmarks.engines import family
 
     for kind in FAMILIES:
         for seed in range(given.seeds):

@@ -23,8 +23,8 @@ from t5_trt.tools.records import Record, read_records
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_RECORDS, CPU_PLOT_RECORDS = "cpu-onnxruntime.json", "cpu-bench.json"
 GPU_RECORDS, GPU_PEER_RECORDS = "h100-trt8.5.3.json", "h200-trt8.5.3.json"
-#: stages of `benchmarks/h100_loops.py` whose records are in the table, and the one that is drawn
-GPU_STAGES, GPU_CURVES = ("h100_loops loops", "h100_loops compiled"), "h100_loops curves"
+#: stages of `benchmarks/engine_calls.py` whose records are in the table, and the one that is drawn
+GPU_STAGES, GPU_CURVES = ("engine_calls loops", "engine_calls compiled"), "engine_calls curves"
 GPU_PEER_STAGES = ("peers",)
 #: of `benchmarks/kernel_session.py`; as long as there are none, the first ones of the backend "cuda"
 KERNEL_RECORDS = "h200.json"

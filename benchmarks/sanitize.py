@@ -41,7 +41,7 @@ def steps() -> None:
 
     import torch
 
-    from tests.gpu.test_kernels import SMALL, make, run
+    from tests.gpu.step_cases import SMALL, make, run
 
     arch = replace(SMALL, d_model=72, num_heads=2, d_kv=40, d_ff=200, vocab_size=211, decoder_layers=1, gated=True)
     for dtype in (torch.float16, torch.float32):
@@ -58,15 +58,15 @@ def encoder() -> None:
 
     import torch
 
-    from tests.gpu.test_encoder_kernels import check, random_mask, test_heads_are_split, test_residual_sum_and_norm
-    from tests.gpu.test_kernels import SMALL
+    from tests.gpu.encoder_cases import check, check_residual_sum_and_norm, check_split_heads, random_mask
+    from tests.gpu.step_cases import SMALL
 
     for width, length in ((64, 1), (64, 150), (40, 70), (128, 65)):
         arch = replace(SMALL, d_kv=width, num_heads=2)
         check(arch, torch.float16, random_mask(3, length, random.Random(length)), length)
     for size in (72, 1536):
-        test_residual_sum_and_norm(size)
-    test_heads_are_split()
+        check_residual_sum_and_norm(size)
+    check_split_heads()
 
 
 def model() -> None:

@@ -1,13 +1,13 @@
-"""Where the supported versions of Transformers differ: the one file that knows.
+"""Differences between the supported versions of Transformers, all in this file.
 
-| Transformers | the cache is called | old names that are taken with a warning |
+| Transformers | name of the cache | old names, accepted with a warning |
 |---|---|---|
 | 5.17 to 5.23 | ``past_key_values`` | |
 | 5.24 and newer | ``cache`` | ``past_key_values``; by ``generate`` ``cache_params`` too |
 
-The name is the same for an argument of ``forward`` and ``generate``, in the model kwargs inside ``generate`` and for a field
-of the outputs. Our own code says ``cache`` and uses `CACHE` where Transformers or its user reads or writes the name. What
-is the case here is read off the Hugging Face classes, not off a version number. No request runs through this file.
+The name is used for an argument of ``forward`` and ``generate``, in the model kwargs inside ``generate`` and for a field of the
+outputs. Our own code says ``cache`` and uses `CACHE` where Transformers or its user reads or writes the name. The name is read from
+the Hugging Face classes, not from a version number. No request runs through this file.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: what the cache is called here
+#: name of the cache in the installed Transformers
 CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 
 
 def takes_old_cache_names(**removed_in: str) -> Callable[[F], F]:
-    """Make a function take the old names of the cache, with Hugging Face's function's warning, where that one does.
+    """Make a function accept the old names of the cache with the warning of Hugging Face's function, if that one does.
 
     Args:
-        removed_in: old name -> version of Transformers in which Hugging Face's function stops to take it.
+        removed_in: old name -> version of Transformers in which Hugging Face's function stops accepting it.
     """
 
     def decorate(function: F) -> F:
@@ -46,7 +46,7 @@ def takes_old_cache_names(**removed_in: str) -> Callable[[F], F]:
 
 
 def names_cache_as_hugging_face(function: F) -> F:
-    """Make a function whose parameter is `cache` call it `CACHE`, for callers and in its signature.
+    """Rename a function's parameter `cache` to `CACHE`, for callers and in its signature.
 
     ``generate`` and ``Trainer`` read signatures to tell arguments from typos; it is kept, as ``generate`` reads it six times a call.
     """
@@ -57,7 +57,7 @@ def names_cache_as_hugging_face(function: F) -> F:
 
     @functools.wraps(function)
     def renamed(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("cache", None)  # a name that means nothing here: the Hugging Face class ignores it too
+        kwargs.pop("cache", None)  # an unknown name here: the Hugging Face class ignores it too
         if CACHE in kwargs:
             kwargs["cache"] = kwargs.pop(CACHE)
         return function(*args, **kwargs)
@@ -69,10 +69,10 @@ def names_cache_as_hugging_face(function: F) -> F:
 
 @functools.cache
 def orders_drawn_beams() -> bool:
-    """Whether Hugging Face's beam search sorts the continuations that it has drawn, best first (5.24 and newer).
+    """Whether Hugging Face's beam search sorts drawn continuations, best first (5.24 and newer).
 
-    Only the first ones can end a row, so the order decides results. A draw of all of 64 tokens tells: unsorted, it comes
-    out in order once in 64! times. The random state is left as it was.
+    Only the first ones can end a row, so the order affects results. A draw of all of 64 tokens shows it: unsorted draws are in order
+    once in 64! times. The random state is restored.
     """
     tokens = 64
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,6 @@
-"""What a user can set, and where defaults come from: arguments first, then ``T5_TRT_*`` variables, then built-in values.
+"""The user's settings and their defaults: arguments first, then ``T5_TRT_*`` variables, then built-in values.
 
-This module checks names and ranges only; whether a backend is installed is the business of `t5_trt.runtime.select`.
+This module checks only names and ranges; `t5_trt.runtime.select` checks whether a backend can run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`.
 
     Raises:
-        InputError: naming the value that was got and the ones that exist.
+        InputError: it is not; the message names the value and the choices.
     """
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"{what} got {value!r}; expected one of {', '.join(map(repr, choices))}.")
@@ -31,37 +31,37 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> str:
 
 
 def default_engine_cache_dir() -> Path:
-    """The folder that built engines are kept in: ``T5_TRT_CACHE``, else the user's cache folder."""
+    """The folder of built engines: ``T5_TRT_CACHE``, else the user's cache folder."""
     configured = os.environ.get("T5_TRT_CACHE")
     return Path(configured).expanduser() if configured else Path(platformdirs.user_cache_dir("t5_trt", False))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """Settings that change how a model runs but not what its engines contain.
+    """Settings that change how a model runs, but not the contents of its engines.
 
     Attributes:
-        backend: "auto" (TensorRT where it and a GPU are there, else "cuda" where a GPU is there, else ONNX Runtime on the CPU), "tensorrt",
+        backend: "auto" (TensorRT if it and a GPU are available, else "cuda" with a GPU, else ONNX Runtime on the CPU), "tensorrt",
             "cuda" (our own kernels and torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
         precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8". ONNX Runtime on CPU runs "fp32" and "int8".
-        decode: who does the one-token decoder step: "kernels" (the library's own CUDA kernels), "engine" (the backend's) or "auto"
-            (kernels where they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
+        decode: what runs the one-token decoder step: "kernels" (the library's CUDA kernels), "engine" (the backend's) or "auto"
+            (kernels if they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
-        strict: raise `StrictModeError` instead of using the Hugging Face model where an engine cannot serve.
+        strict: raise `StrictModeError` instead of using the Hugging Face model for requests that engines cannot serve.
         num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
         prepack_weights: let ONNX Runtime copy the matrices into its own layout, which is up to twice as fast with 2 or more
-            rows (beams, batches) and holds them twice in memory. None does so for decoder steps of several rows, once
-            there is one; True for everything; False for nothing.
+            rows (beams, batches) and needs memory for a second copy. None does so for decoder steps of several rows, at
+            the first one; True for everything; False for nothing.
         max_source_tokens: longer sources are refused; None sets no limit (T5 itself has none).
         max_target_tokens: longer outputs are refused; None sets no limit.
         engine_cache_dir: folder of built engines. Default: ``T5_TRT_CACHE``, else the user's cache folder.
-        engine_cache_bytes: above this size the engines used least recently are removed; None keeps all.
+        engine_cache_bytes: above this size the least recently used engines are removed; None keeps all.
         flavor: "tensorrt" or "rtx"; None takes ``T5_TRT_FLAVOR``, else the one that is installed.
         show_progress: draw a bar while engines are built; None does so on a terminal only.
-        building: what a request does whose encoder engine TensorRT must build first: "wait" for it, or "background": it is encoded as by the
-            backend "cuda" at once, and later ones by the engine if it is faster. Other backends build no engines.
+        building: what a request does if TensorRT must first build its encoder engine: "wait" for it, or "background": encode as the backend
+            "cuda" does until the engine is built, and then use the engine if it is faster. Other backends build no engines.
         check_engines: compare every engine that is built with ONNX Runtime once, on random inputs, before it is used.
-        bundled_engines: folder of engines that came with the checkpoint and are trusted.
+        bundled_engines: folder of trusted engines stored with the checkpoint.
     """
 
     backend: str = "auto"
@@ -95,7 +95,7 @@ class RuntimeConfig:
 
     @property
     def cache_dir(self) -> Path:
-        """The folder of built engines that is in force."""
+        """The folder of built engines: the setting, else the default."""
         return self.engine_cache_dir or default_engine_cache_dir()
 
 
@@ -104,7 +104,7 @@ class BuildConfig:
     """Settings that change the bytes of an engine; they are part of its cache key.
 
     Attributes:
-        max_batch: largest batch B of one engine run; larger requests are refused by ``strict=True``, else built for.
+        max_batch: largest batch B of one engine; larger requests raise with ``strict=True``, else an engine is built for them.
         max_beams: largest number of beams N.
         max_source_tokens: largest source bucket S.
         max_target_tokens: largest cache bucket T.

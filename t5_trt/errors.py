@@ -34,19 +34,19 @@ class StrictModeError(T5TRTError, RuntimeError):
 
 
 class QueueFullError(T5TRTError, RuntimeError):
-    """As many requests wait for a row as may; try again later, or elsewhere."""
+    """The queue of waiting requests is full; try again later, or elsewhere."""
 
 
 class RequestCancelledError(T5TRTError):
-    """The request was cancelled before it had ended."""
+    """The request was cancelled before its end."""
 
 
 class RequestTimeoutError(T5TRTError, TimeoutError):
-    """The request had not ended in the time that it was given."""
+    """The request did not end within its timeout."""
 
 
 class EngineClosedError(T5TRTError, RuntimeError):
-    """The engine takes no more requests, or was closed before this one had ended."""
+    """The engine accepts no more requests, or was closed before the end of this one."""
 
 
 def raise_hidden_interrupt(error: BaseException) -> None:

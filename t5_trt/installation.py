@@ -1,7 +1,7 @@
-"""What this machine needs to run models on its GPU, and the commands that bring it: the one place that names the extras for GPUs.
+"""The packages that are needed to run models on a GPU, and the commands that install them: the one place that names the GPU extras.
 
-The extras exist for CUDA 12 and CUDA 13, as TensorRT, cuda.bindings and NVRTC do; which of them fit is decided by the CUDA that the
-installed PyTorch was built for. PyTorch is imported only when an answer is wanted.
+The extras exist for CUDA 12 and CUDA 13, as TensorRT, cuda.bindings and NVRTC do; the CUDA version of the installed
+PyTorch decides which of them fit. PyTorch is imported only when needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CUDA_VERSIONS = (12, 13)
 
 
 def cuda_version() -> int:
-    """Major version of CUDA that packages must be made for: of the installed PyTorch, else of the one on the package index."""
+    """Major version of CUDA that packages must match: of the installed PyTorch, else of the one on the package index."""
     built_for = _torch_cuda()
     if built_for is None:
         return _CUDA_VERSIONS[-1]
@@ -27,7 +27,7 @@ def cuda_version() -> int:
 
 
 def install_command(part: str) -> str:
-    """The command that brings a part; pip leaves what is already there alone.
+    """The command that installs a part; pip keeps what is already installed.
 
     Args:
         part: "tensorrt", "rtx" (TensorRT for RTX), or "kernels": what the library's own CUDA kernels are compiled with.
@@ -36,7 +36,7 @@ def install_command(part: str) -> str:
 
 
 def why_no_cuda() -> str:
-    """Why PyTorch cannot use a GPU, where ``torch.cuda.is_available()`` is False, and what to do about it."""
+    """Why PyTorch cannot use a GPU if ``torch.cuda.is_available()`` is False, and what to do."""
     import torch
 
     if not gpu_is_here():
@@ -58,7 +58,7 @@ def why_no_cuda() -> str:
 
 @cache
 def gpu_is_here() -> bool:
-    """Whether the machine shows an NVIDIA GPU, whatever PyTorch can do with it; False if CUDA_VISIBLE_DEVICES hides them all."""
+    """Whether the machine has an NVIDIA GPU, even if PyTorch cannot use it; False if CUDA_VISIBLE_DEVICES hides all of them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles", "none"):
         return False

@@ -1,4 +1,4 @@
-"""`build_engines`: TensorRT engines of a model ahead of its first request, also for GPUs that are not here."""
+"""`build_engines`: builds TensorRT engines of a model before its first request, also for GPUs of other machines."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ def build_engines(
     target_tokens: int = 128,
     cache_dir: Path | None = None,
 ) -> list[BuiltEngine]:
-    """Build encoder, decoder with several query positions, and one-token step, where the store does not have them yet.
+    """Build the encoder, the decoder with several query positions, and the one-token step, unless the store has them.
 
-    The step is left out where models on that GPU would have the library's own kernels do it.
+    The step is omitted if the library's own kernels would run it on that GPU.
 
     Args:
         model: hub id or folder of a checkpoint.
         flavor: "tensorrt" or "rtx"; None takes the one that is installed.
-        compute_capabilities: of GPUs to build for without one here, such as "8.6"; TensorRT for RTX only.
+        compute_capabilities: of GPUs to build for on a machine without one, such as "8.6"; TensorRT for RTX only.
         precision: "fp32", "tf32", "fp16", "bf16" or "int8".
-        decode: who will do the one-token step: "engine", "kernels", or "auto" as models with ``decode="auto"`` would choose.
+        decode: what will run the one-token step: "engine", "kernels", or "auto" as models with ``decode="auto"`` choose.
         calibration: texts whose largest activations set the range of half precision.
         batch: largest number of rows.
-        beams: of each row.
-        source_tokens: largest number in a source.
-        target_tokens: largest number that is generated.
+        beams: number of beams of each row.
+        source_tokens: largest number of tokens in a source.
+        target_tokens: largest number of generated tokens.
         cache_dir: folder of engines; None is the default one.
 
     Raises:
-        InputError: an argument has no meaning.
-        BackendError: TensorRT or the GPU to build for is missing, the kernels that were asked for cannot run there, or the build failed.
-        UnsupportedModelError: the kernels that were asked for do not take the model.
+        InputError: an argument has a wrong type or value.
+        BackendError: TensorRT or the GPU to build for is missing, the requested kernels cannot run there, or the build failed.
+        UnsupportedModelError: the requested kernels do not support the model.
         CheckpointError: there is no such model.
     """
     check_choice("precision", precision, tuple(name for name in PRECISIONS if name != "auto"))
@@ -108,7 +108,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _step_by_engine(decode: str, capabilities: Sequence[str], precision: str, arch: Architecture) -> bool:
-    """Whether an engine does the one-token step on the GPUs that are built for."""
+    """Whether an engine runs the one-token step on the GPUs to build for."""
     if decode == "engine":
         return True
     problem: T5TRTError | None = why_kernels_refuse(precision, arch)

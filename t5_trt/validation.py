@@ -1,4 +1,4 @@
-"""Checks of what callers hand to `forward` and `generate`. Each says what was got, what was expected and what to do."""
+"""Checks of arguments of `forward` and `generate`. Messages say what was got, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from t5_trt.errors import InputError
 
-#: what a ``dtype`` argument means
+#: ``dtype`` argument -> precision
 PRECISION_OF = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -23,7 +23,7 @@ def check_token_ids(name: str, ids: Any, vocab_size: int, device: torch.device, 
         ids: what the caller gave.
         vocab_size: V.
         device: of the engine.
-        values: look at the ids themselves too (on a GPU this waits for it).
+        values: also check the ids themselves (on a GPU this waits for it).
 
     Raises:
         InputError: not a tensor, not two axes, not integers, empty, or an id outside 0..V-1.
@@ -43,7 +43,7 @@ def check_token_ids(name: str, ids: Any, vocab_size: int, device: torch.device, 
             f"{name} got shape {tuple(ids.shape)}, which is empty; expected at least one row of one token."
         )
     if values:
-        low, high = torch.stack(torch.aminmax(ids)).tolist()  # together: a GPU is waited for once
+        low, high = torch.stack(torch.aminmax(ids)).tolist()  # together, to wait for the GPU once
         if low < 0 or high >= vocab_size:
             raise InputError(
                 f"{name} got the id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, the rows of this "
@@ -67,7 +67,7 @@ def check_embeds(name: str, embeds: Any, d_model: int, device: torch.device, dty
 
 
 def check_texts(texts: Iterable[Any]) -> list[Any]:
-    """Texts, or what stands for them, as a list.
+    """Texts, or objects in their place, as a list.
 
     Raises:
         InputError: they are one string, whose characters would be taken for texts.

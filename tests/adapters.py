@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    get_peft_model,
+)
 
 from t5_trt import TRTT5ForConditionalGeneration
-from tests.tiny_models import make_stock
+from tests.tiny_models import VOCAB, batch, make_stock
+from tests.tolerances import LOGITS_ATOL
 
 #: names that peft's parameters have, of layers and of copies of modules
 _OF_ADAPTERS = ("lora_", "ia3_", "modules_to_save.", "trainable_tokens", "hada_", "ln_tuning", "prompt_encoder")
@@ -79,3 +84,27 @@ def save_adapters(folder: Path, kind: str, configs: dict[str, Any]) -> Path:
         model = type(stock).from_pretrained(folder / "base")
         randomize(get_peft_model(model, copy.deepcopy(config)), seed).save_pretrained(folder / name)
     return folder / next(iter(configs))
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "top_k": 20},
+}
+BATCH = batch()
+LABELS = torch.randint(2, VOCAB, (3, 6), generator=torch.Generator().manual_seed(3))
+
+
+def tokens(model: Any, mode: str = "greedy", **options: Any) -> list[Any]:
+    torch.manual_seed(0)
+    return model.generate(**BATCH, **{"max_new_tokens": 12, **MODES[mode], **options}).tolist()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def logits(model: Any, **options: Any) -> torch.Tensor:
+    return model(**BATCH, decoder_input_ids=LABELS, **options).logits  # type: ignore[no-any-return]
+
+
+def compare(theirs: Any, mine: Any, **options: Any) -> None:
+    assert torch.allclose(logits(theirs, **options), logits(mine, **options), rtol=0, atol=LOGITS_ATOL)
+    assert tokens(theirs, **options) == tokens(mine, **options)

@@ -123,3 +123,7 @@ def batch(rows: int = 3, tokens: int = 11, seed: int = 5, *, padding: str = "bot
         if padding in ("left", "both") and row % 2 == 0:
             mask[row, : 1 + row] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def tokens(rows: int, count: int, seed: int = 7) -> torch.Tensor:
+    return torch.randint(2, VOCAB, (rows, count), generator=torch.Generator().manual_seed(seed))

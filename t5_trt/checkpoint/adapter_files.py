@@ -1,4 +1,4 @@
-"""Folders and hub ids that hold an adapter of peft and name the model that it belongs to."""
+"""Folders and hub ids that contain a peft adapter and name its base model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was given in the place of a model.
+    """An adapter that was given instead of a model.
 
     Attributes:
         name: its folder or hub id.
-        base: the model that it belongs to.
-        options: of Transformers' ``load_adapter``.
+        base: name of the base model.
+        options: arguments of Transformers' ``load_adapter``.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Adapter:
 
 
 def load_adapter(adapter: Adapter | None, model: Any) -> None:
-    """Load an adapter, if there is one, into its base model.
+    """Load an adapter into its base model; None does nothing.
 
     Raises:
         CheckpointError: tensors are missing, it does not fit the model, its files are damaged, or peft does not fit Transformers.
@@ -55,12 +55,12 @@ def load_adapter(adapter: Adapter | None, model: Any) -> None:
 
 
 def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str, ...]) -> tuple[str, Adapter | None]:
-    """The name of the model to load, and the adapter that was given in its place; None if a model was.
+    """The name of the model to load, and the adapter if the name is one's.
 
     Args:
         name: folder or hub id.
-        arguments: of ``from_pretrained``; those that are the adapter's are taken out.
-        hub_arguments: names of those that say where a checkpoint is.
+        arguments: of ``from_pretrained``; those of the adapter are removed.
+        hub_arguments: names of the arguments that locate a checkpoint.
 
     Raises:
         CheckpointError: the adapter's config cannot be read, or names no model.
@@ -81,7 +81,7 @@ def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str,
             f"{ADAPTER_CONFIG} of {name!r} has base_model_name_or_path={base!r}; expected a folder or hub id. Load the base model, then "
             "model.load_adapter()."
         )
-    # these are about the adapter's repository, the rest counts for both
+    # these refer to the adapter's repository, the others to both
     own = {key: arguments.pop(key) for key in ("revision", "subfolder") if key in arguments}
     if stored.get("revision"):
         arguments["revision"] = stored["revision"]
@@ -96,7 +96,7 @@ def take_adapter(name: str, arguments: dict[str, Any], hub_arguments: tuple[str,
 
 
 def _find_config(name: str, where: dict[str, Any]) -> Path | None:
-    """The config of an adapter; None if there is none, or a whole model lies beside it."""
+    """The config of an adapter; None if there is none, or if it is beside a whole model."""
     if not Path(name).exists():
         path = find_adapter_config_file(name, **where) if is_peft_available() else None
         return None if path is None else Path(path)

@@ -1,6 +1,6 @@
-"""Which models can be run: families, sizes and activations of a Hugging Face config, read once into an `Architecture`.
+"""The supported models: checks a Hugging Face config and reads it into an `Architecture`.
 
-Nothing else in the library looks at a config for a size. Loading weights is not done here.
+No other module reads sizes from a config.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from transformers.activations import ACT2FN
 from t5_trt.errors import UnsupportedModelError
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 
-#: model_type -> what it is, for the families whose graphs this library can write
+#: supported model_type -> models
 SUPPORTED_FAMILIES = {
     "t5": "T5 v1.0, T5 v1.1, Flan-T5, ByT5, UL2 and their fine-tuned forms",
     "mt5": "mT5",
     "umt5": "UMT5",
 }
-#: names of T5's relatives that look alike but compute something else, and what they add
+#: model_type of similar but unsupported models -> what they add to T5
 KNOWN_RELATIVES = {
     "switch_transformers": "mixture-of-experts layers",
     "longt5": "local and transient-global attention",
@@ -84,7 +84,7 @@ def _works() -> str:
 
 
 def _check_sizes(config: Any, encoder_only: bool) -> None:
-    """Refuse sizes that no model has.
+    """Check that all sizes are valid.
 
     Raises:
         UnsupportedModelError: naming the setting.
@@ -108,7 +108,7 @@ def _check_sizes(config: Any, encoder_only: bool) -> None:
 
 
 def activation_of(config: Any) -> str:
-    """Which of `ACTIVATIONS` the config's ``dense_act_fn`` computes, under whatever name.
+    """The one of `ACTIVATIONS` that the config's ``dense_act_fn`` computes, whatever its name.
 
     Raises:
         UnsupportedModelError: none of them.

@@ -1,7 +1,4 @@
-"""The files of a checkpoint: which may be read, and the shapes of its embeddings before anything is loaded.
-
-Nothing here makes a model.
-"""
+"""The files of a checkpoint: checks them, and reads the shapes of embeddings before the model is loaded."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from t5_trt.errors import CheckpointError
 
 _READ = {".json", ".safetensors", ".bin", ".model", ".txt"}
-#: the embedding that both stacks share
+#: the embedding shared by both stacks
 EMBEDDING = "shared.weight"
-#: every tensor with a row for each token, the one that is looked up first
+#: every tensor with one row per token, the embedding first
 TABLES = (EMBEDDING, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder whose files are pipes or devices: reading one may never end.
+    """Refuse a folder with pipes or devices among its files: reading one may never end.
 
     Raises:
         CheckpointError: it has such a file.
@@ -36,7 +33,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_indexes(name_or_path: str, config: Any, variant: str | None = None, **hub_arguments: Any) -> None:
-    """Refuse a checkpoint whose config or whose indexes of weights lead to files that are not beside them.
+    """Refuse a checkpoint whose config or weight index names files outside of its folder.
 
     Args:
         name_or_path: hub id or folder.
@@ -49,7 +46,7 @@ def check_indexes(name_or_path: str, config: Any, variant: str | None = None, **
     """
     folder = Path(name_or_path) / hub_arguments.get("subfolder", "")
     if folder.is_dir():
-        check_files(folder)  # the config may have been given
+        check_files(folder)  # the config may come from elsewhere
     chosen = getattr(config, "transformers_weights", None)
     if chosen is not None and not _is_name(chosen):
         raise CheckpointError(
@@ -64,15 +61,15 @@ def check_indexes(name_or_path: str, config: Any, variant: str | None = None, **
 
 
 def _is_name(value: Any) -> bool:
-    """Whether it is the name of a file and leads nowhere else."""
+    """Whether a value is a plain file name."""
     return isinstance(value, str) and Path(value).name == value and "\\" not in value and value not in ("", "..")
 
 
 def shards_of(index: Path) -> dict[str, str]:
-    """Tensor -> file beside it, out of the index of a checkpoint in several files.
+    """Tensor -> file name, from the index of a checkpoint in several files.
 
     Raises:
-        CheckpointError: it is no such index, or names files elsewhere.
+        CheckpointError: it is not a valid index, or names files elsewhere.
     """
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -93,10 +90,9 @@ def shards_of(index: Path) -> dict[str, str]:
 def correct_vocabulary(
     name_or_path: str, config: Any, variant: str | None = None, *, encoder_only: bool = False, **hub_arguments: Any
 ) -> None:
-    """Set the config's vocab_size to the number of rows of the embedding, where a safetensors header tells it.
+    """Set the config's vocab_size to the number of rows of the embedding, read from a safetensors header.
 
-    Published configs disagree with their weights now and then (sonoisa's name 32128 or 32000, the tokenizer 32100); the
-    matrix is what is looked up.
+    Some published configs disagree with their weights (sonoisa's say 32128 or 32000, the tokenizer 32100); the matrix decides.
 
     Args:
         name_or_path: hub id or folder.
@@ -170,13 +166,13 @@ def _find(name_or_path: str, filename: str, hub_arguments: dict[str, Any]) -> st
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         path: str | None = cached_file(name_or_path, filename, **hub_arguments, **quiet)
-    except OSError:  # the weights' own loader gives the better message
+    except OSError:  # loading the weights gives the better message
         return None
     return path
 
 
 def weights_message(name_or_path: str, error: Exception) -> str:
-    """Says that weights cannot be loaded, why, and what is expected."""
+    """The error message for weights that cannot be loaded: why, and what is expected."""
     return (
         f"cannot load the weights of {name_or_path!r}: {type(error).__name__}: {error} Expected model.safetensors (or its "
         "shards, or pytorch_model.bin) beside config.json, complete. Download or save the checkpoint again."

@@ -1,4 +1,4 @@
-"""Loading a checkpoint through Transformers, and refusing what is not whole.
+"""Loading a checkpoint through Transformers, and rejecting incomplete ones.
 
 Transformers resolves hub ids and folders, prefers safetensors, maps them instead of reading them, and loads ``.bin``
 files with torch's weights-only unpickler. This module adds the checks that it leaves to a warning (missing tensors),
@@ -24,11 +24,11 @@ from t5_trt.checkpoint.files import EMBEDDING, TABLES, check_files, weights_mess
 from t5_trt.checkpoint.model_names import check_folder
 from t5_trt.errors import CheckpointError, InputError, T5TRTError, UnsupportedModelError, causes, raise_hidden_interrupt
 
-#: keyword arguments of from_pretrained that say where a checkpoint is, and so go to the config's loader as well
+#: keyword arguments of from_pretrained that locate a checkpoint; the config's loader gets them too
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-#: more of its arguments that are no settings of the config, or are checked elsewhere
+#: further arguments that are not settings of the config, or are checked elsewhere
 _NO_SETTINGS = {*HUB_ARGUMENTS, "attn_implementation", "state_dict", "variant", "use_safetensors"}
-#: sizes of a model that runs nothing but the embedding, the last norm and the head
+#: sizes of a model that runs only the embedding, the last norm and the head
 _SMALLEST = {
     "vocab_size": 1, "d_model": 4, "d_kv": 1, "d_ff": 1, "num_heads": 1, "num_layers": 0, "num_decoder_layers": 0,
 }  # fmt: skip
@@ -43,7 +43,7 @@ def load_config(
     Args:
         name_or_path: hub id or folder.
         encoder_only: an encoder is enough.
-        changes: arguments of ``from_pretrained``; those that are settings of the config are taken out and set.
+        changes: arguments of ``from_pretrained``; settings of the config are applied and removed.
         hub_arguments: see HUB_ARGUMENTS.
 
     Raises:
@@ -63,7 +63,7 @@ def load_config(
             f"cannot load {name_or_path!r}: {error} Expected a folder written by save_pretrained() or the id of a model "
             "on the Hugging Face hub."
         ) from error
-    except Exception as error:  # damaged JSON, an unknown model_type, values of types that the class refuses
+    except Exception as error:  # damaged JSON, an unknown model_type, values of wrong types
         raise CheckpointError(
             f"the config of {name_or_path!r} cannot be used: {type(error).__name__}: {error} Repair config.json, or download or "
             "save the checkpoint again."
@@ -71,15 +71,15 @@ def load_config(
     for name in offered.keys() - unused.keys():
         del changes[name]
     check_family(config, encoder_only=encoder_only)
-    # a name with a slash in it is a kernel on the hub: code, which the checkpoint would choose
+    # a name with a slash is a kernel on the hub: the checkpoint would choose code to run
     config._attn_implementation = None
     return config
 
 
 def _read_config(name_or_path: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """A config and the arguments that are none of its settings.
+    """The config, and the arguments that are not settings of it.
 
-    One without ``model_type`` is of the family that its ``architectures`` name, else a T5Config, as the Hugging Face class reads it.
+    Without ``model_type``, ``architectures`` decides the family, else it is a T5Config, as in the Hugging Face class.
     """
     try:
         # None would ask on the terminal whether to run the checkpoint's code
@@ -92,7 +92,7 @@ def _read_config(name_or_path: str, **arguments: Any) -> tuple[Any, dict[str, An
             raise
     kind = type_without_name(stored)
     config, unused = kind.from_pretrained(name_or_path, return_unused_kwargs=True, **arguments)
-    config.model_type = kind.model_type  # null, if the file says so
+    config.model_type = kind.model_type  # the file may contain null
     return config, unused
 
 
@@ -115,7 +115,7 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
     """The tokenizer of a hub id or folder.
 
     Raises:
-        CheckpointError: there is none that can be used.
+        CheckpointError: it is missing or cannot be used.
     """
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub_arguments)
@@ -127,7 +127,7 @@ def load_tokenizer(name_or_path: str, **hub_arguments: Any) -> Any:
 
 
 def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any, **arguments: Any) -> Any:
-    """Load a model and make sure that every weight came from the checkpoint.
+    """Load a model and check that every weight came from the checkpoint.
 
     Args:
         load: a Hugging Face ``from_pretrained``.
@@ -141,7 +141,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors are missing or of other shapes than the config says.
-        UnsupportedModelError: the weights are quantized, or have an embedding of each stack.
+        UnsupportedModelError: the weights are quantized, or the stacks have different embeddings.
         InputError: an argument is not known.
     """
     _check_not_quantized(name_or_path, config)
@@ -163,7 +163,9 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
                 f"from_pretrained got an argument that is not known: {error}. Expected those of this class, of Transformers' "
                 "from_pretrained, or settings of the config."
             ) from error
-        if isinstance(error, RuntimeError) and "meta device" in str(error):  # the caller's, and the files are good
+        if isinstance(error, RuntimeError) and "meta device" in str(
+            error
+        ):  # caused by the caller's device context, not by the files
             raise
         raise CheckpointError(weights_message(name_or_path, error)) from error
     _check_complete(model, info, name_or_path)
@@ -171,7 +173,7 @@ def load_checked(load: Loader, name_or_path: str, config: Any, *model_args: Any,
 
 
 def _check_complete(model: Any, report: Mapping[str, Any], name_or_path: str) -> None:
-    """Refuse a loaded model whose weights did not all come from the checkpoint; raises as `load_checked`."""
+    """Refuse a loaded model with weights that did not come from the checkpoint; raises as `load_checked`."""
     mismatched, missing = sorted(report["mismatched_keys"]), sorted(report["missing_keys"])
     if mismatched:
         key, found, expected = mismatched[0]
@@ -184,20 +186,20 @@ def _check_complete(model: Any, report: Mapping[str, Any], name_or_path: str) ->
             f"{name_or_path!r} lacks {len(missing)} of the model's tensors (first {missing[0]!r}); expected all weights of "
             f"{type(model)._hf_class.__name__}. Load a complete checkpoint."
         )
-    if not getattr(model, "_hf_peft_config_loaded", False):  # else the tensors have other names
+    if not getattr(model, "_hf_peft_config_loaded", False):  # with an adapter the tensors have other names
         check_tables(model.state_dict())
 
 
 def share_weights(
     target: type[PreTrainedModel], source: Any, attention: str | None = None, device: torch.device | None = None
 ) -> Any:
-    """A model of class `target` with the very parameters of `source`; on another device, with float32 copies of them.
+    """A model of class `target` that shares the parameters of `source`; on another device it has float32 copies.
 
-    Eager attention is the only kind that returns attention maps. It is set before the stacks copy the config: Transformers
-    5.17 does not reach them afterwards.
+    Only eager attention returns attention maps. It is set before the stacks copy the config, because Transformers 5.17 does not update
+    the copies afterwards.
 
     Raises:
-        UnsupportedModelError: `source` has not the tensors of that class.
+        UnsupportedModelError: `source` does not have the tensors of that class.
     """
     config = source.config
     if attention is not None:
@@ -205,7 +207,7 @@ def share_weights(
         config._attn_implementation = attention
     state = source.state_dict(keep_vars=True)
     rows = len(state[EMBEDDING]) if EMBEDDING in state else config.vocab_size
-    if rows != config.vocab_size:  # the matrix was exchanged, and the config tells the old size
+    if rows != config.vocab_size:  # the matrix was replaced, and the config has the old size
         config = copy.deepcopy(config)
         config.vocab_size = rows
     model = without_data(target, config)
@@ -215,7 +217,7 @@ def share_weights(
         state = {key: tensor.detach().to(device, torch.float32) for key, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     made = model.state_dict(keep_vars=True)
-    for key in frozen:  # loading has made them trainable, in both models
+    for key in frozen:  # loading has made the parameters of both models trainable
         made[key].requires_grad_(False)
     if hasattr(source, "lm_head") and source.lm_head.weight is source.shared.weight:
         model.lm_head.weight = model.shared.weight
@@ -223,7 +225,7 @@ def share_weights(
 
 
 def without_data(kind: type[PreTrainedModel], config: Any) -> Any:
-    """A model whose tensors have shapes only."""
+    """A model whose tensors have shapes but no data."""
     with _torch_modes_kept(), torch.device("meta"):
         return kind(config)
 
@@ -231,8 +233,8 @@ def without_data(kind: type[PreTrainedModel], config: Any) -> Any:
 def scales_decoder_output(kind: type[PreTrainedModel], config: Any) -> bool:
     """Whether a class multiplies the decoder's output by d_model**-0.5 before the head.
 
-    Which setting decides differs by family and by version of Transformers, so a model of the class with this config, but no layers
-    and four dimensions, is run: its decoder's output, its head and so each product are ones. Takes about 4 ms.
+    The setting that decides differs by family and by version of Transformers. So a model of the class with this config, but without layers
+    and with four dimensions, is run; its decoder output and its head are ones. Takes about 4 ms.
 
     Args:
         kind: a Hugging Face ForConditionalGeneration class.
@@ -255,9 +257,9 @@ def scales_decoder_output(kind: type[PreTrainedModel], config: Any) -> bool:
 
 
 def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], kind: type) -> None:
-    """Refuse a model whose tensors are not those of its class: engines would run other ones.
+    """Refuse a model whose tensors are not those of its class, which engines run.
 
-    The number of rows of the embedding is free.
+    The number of rows of the embedding may differ.
 
     Args:
         found: the model's.
@@ -265,7 +267,7 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         kind: a Hugging Face class.
 
     Raises:
-        UnsupportedModelError: tensors are missing, there are others, or one has another shape or no data.
+        UnsupportedModelError: a tensor is missing, is not of the class, or has another shape or no data.
     """
     missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or more:
@@ -296,7 +298,7 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 
 def check_tables(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a model whose encoder or decoder looks tokens up in a matrix of its own.
+    """Refuse a model whose encoder or decoder has its own embedding.
 
     Args:
         tensors: of the model's state dict.
@@ -316,11 +318,11 @@ def check_tables(tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _torch_modes_kept() -> Iterator[None]:
-    """Leave torch's modes as they were when Ctrl-C comes while ``torch.device("meta")`` is at work, here or in Transformers.
+    """Restore torch's modes if Ctrl-C interrupts code under ``torch.device("meta")``, here or in Transformers.
 
-    Every torch function under it takes it off a stack and puts it back. An interrupt in between leaves the process without
-    it, which ends in a RuntimeError that hides the interrupt; one while it is left leaves a process whose tensors have no data.
-    An interrupted context manager of torch's puts it back when it is freed, with the error's frames: so those go first.
+    Every torch function under that mode pops it from a stack and pushes it again. An interrupt in between ends in a RuntimeError that
+    hides the interrupt; one during the exit from the mode leaves it active, so that new tensors have no data. An interrupted context
+    manager of torch restores the mode when it is freed with the error's frames: so those are cleared first.
     """
     modes, device = overrides._get_current_function_mode_stack(), _device.CURRENT_DEVICE  # type: ignore[no-untyped-call]
     try:

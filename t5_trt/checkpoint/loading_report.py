@@ -1,4 +1,4 @@
-"""A Hugging Face ``from_pretrained`` that remembers its report and, if asked to, lets tensors pass that do not fit or are missing."""
+"""A Hugging Face ``from_pretrained`` that keeps its report, and optionally accepts missing or mismatched tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class Loading:
-    """What `t5_trt.checkpoint.load.load_checked` calls to load a model.
+    """The loader that `t5_trt.checkpoint.load.load_checked` calls.
 
     Args:
         load: a Hugging Face ``from_pretrained``.
         ignore_mismatched_sizes: leave tensors whose shapes do not fit the config newly initialised, with Transformers' warning.
-        reports: the caller gets the report and with it the names of missing tensors, which are newly initialised.
+        reports: the caller gets the report, so missing tensors are accepted and newly initialised.
 
     Attributes:
         info: Transformers' dictionary about the last loading: missing, unexpected and mismatched keys.
@@ -24,6 +24,6 @@ class Loading:
         self._load, self._passing = load, [name for name, passes in passing.items() if passes]
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """The model, and the part of the report that may refuse it."""
+        """Load the model; return it with the part of the report that can be an error."""
         model, self.info = self._load(*args, **kwargs)
         return model, self.info | {name: set() for name in self._passing}

@@ -1,4 +1,4 @@
-"""Is there a model under a name? Answered without torch or Transformers, so that a mistyped folder fails at once."""
+"""Checks whether a model of a name exists, without torch or Transformers, so that a mistyped folder fails at once."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from t5_trt.errors import CheckpointError
 
-#: seconds that the hub has to answer whether it has a model
+#: timeout in seconds for the hub's answer
 _HUB_TIMEOUT = 10.0
 
 
 def check_folder(name: str, subfolder: str = "") -> bool:
-    """Whether a name is a folder with a config; False says that it can be the id of a model on the hub.
+    """Whether a name is a folder with a config; False means that it may be the id of a model on the hub.
 
     Args:
         name: a folder or a hub id.
         subfolder: of it, where the config is.
 
     Raises:
-        CheckpointError: it is a folder without a config, a path that leads nowhere, or no possible hub id.
+        CheckpointError: it is a folder without a config, a path that does not exist, or not a valid hub id.
     """
     folder = Path(name)
     if name and folder.is_dir():
@@ -48,7 +48,7 @@ def check_folder(name: str, subfolder: str = "") -> bool:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name under which there is no model, neither here nor, as far as it answers, on the hub.
+    """Refuse a name for which there is no model here and, as far as it answers, none on the hub.
 
     Raises:
         CheckpointError: naming it.
@@ -71,17 +71,17 @@ def check_model_name(name: str) -> None:
         ) from None
     except Exception as error:
         if _is_answer(error):
-            return  # the download will say more
+            return  # the download will give a better message
         raise CheckpointError(
             f"{missing}; the hub cannot be reached ({error}). Check the name or the network."
         ) from error
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name cannot be meant as a hub id, which is NAME or OWNER/NAME."""
+    """Whether a name cannot be a hub id, which is NAME or OWNER/NAME."""
     return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
 
 
 def _is_answer(error: Exception) -> bool:
-    """Whether the hub answered, with a status of an error."""
+    """Whether the hub answered with an error status."""
     return getattr(error, "response", None) is not None

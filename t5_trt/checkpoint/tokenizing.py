@@ -1,7 +1,7 @@
-"""Texts to batches of token ids, with whatever tokenizer a checkpoint has.
+"""Converts texts to batches of token ids with a checkpoint's tokenizer.
 
-T5 takes ids and a mask: what else a tokenizer returns (token types) is left out. Padding is done here, for tokenizers
-without a padding token as well.
+T5 takes ids and a mask; other outputs of a tokenizer (token types) are dropped. Padding is done here, so that it also works for
+tokenizers without a padding token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def token_rows(tokenizer: Any, texts: Iterable[str], **options: Any) -> list[lis
         options: of the tokenizer, such as ``truncation``.
 
     Raises:
-        InputError: `texts` is one string, a text is no string, or there is no token in it.
+        InputError: `texts` is one string, a text is not a string, or the tokenizer returns no token for it.
     """
     known = check_texts(texts)
     for place, text in enumerate(known):
@@ -45,9 +45,9 @@ def padded(tokenizer: Any, rows: Sequence[Sequence[int]], pad_token_id: int | No
     """One batch: ``input_ids`` and ``attention_mask``, int64 [rows, longest].
 
     Args:
-        tokenizer: says on which side and with which token to pad.
+        tokenizer: defines the side and the token of padding.
         rows: token ids of each text.
-        pad_token_id: of the model, where the tokenizer has none.
+        pad_token_id: of the model, used if the tokenizer has none.
     """
     padding = tokenizer.pad_token_id
     if padding is None:

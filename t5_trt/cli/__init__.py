@@ -1,7 +1,6 @@
-"""The command ``t5-trt``: what is installed, engines built ahead, text through a model, a
-model behind HTTP, the store of engines.
+"""The command ``t5-trt``: info, building engines ahead, generating text, verifying, benchmarks, an HTTP server, the engine cache.
 
-Commands import what they need when they run, so that ``--help`` and errors of usage come at once.
+Commands import what they need when they run, so that ``--help`` and usage errors are fast.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from t5_trt.cli import bench, build, cache, failures, generate, info, serve, ver
 
 
 class Commands(TyperGroup):
-    """Ends with the statuses of `failures` where typer has others or none."""
+    """A typer group that ends with the statuses of `failures`."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -84,7 +83,7 @@ app.add_typer(cache.cache_app, name="cache")
 
 
 def main() -> None:
-    """Entry point: every error ends in one line on standard error and a status, see `t5_trt.cli.failures`."""
+    """Entry point: every error ends in one line on standard error and an exit status, see `t5_trt.cli.failures`."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -92,7 +91,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line.
 
     Args:
-        arguments: behind the command's name.
+        arguments: without the name of the program.
 
     Returns:
         The status: 0, 1 for an error or a check that fails, 2 for usage, 130 for Ctrl-C, 141 for a closed pipe.
@@ -100,7 +99,7 @@ def run(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("t5_trt").setLevel(logging.INFO)
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads and of loading
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars of downloads and of loading
     try:
         app(args=arguments, prog_name="t5-trt")
         status: Any = 0

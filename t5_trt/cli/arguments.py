@@ -1,4 +1,4 @@
-"""What several commands take: kinds of options, lists of values after one option, files of texts."""
+"""Shared options of the commands: types of options, several values after one option, files of texts."""
 
 from __future__ import annotations
 
@@ -59,22 +59,22 @@ def number(help_text: str, *, least: float, most: float | None = None) -> Any:
 
 
 class ListCommand(TyperCommand):
-    """A command that takes ``--batch 1 8 32`` for ``--batch 1 --batch 8 --batch 32``.
+    """A command that accepts ``--batch 1 8 32`` for ``--batch 1 --batch 8 --batch 32``.
 
-    A subclass says in `lists` which options take such lists, and how a value of each is recognized.
+    A subclass defines in `lists` which options take lists, and how their values are recognized.
     """
 
     lists: dict[str, Callable[[str], bool]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse, once lists are spread."""
+        """Expand lists, then parse."""
         return super().parse_args(ctx, spread_lists(args, self.lists))
 
 
 def spread_lists(arguments: list[str], lists: dict[str, Callable[[str], bool]]) -> list[str]:
     """Repeat an option before each of its values; a word that cannot be a value ends the list.
 
-    The word right behind an option is its value in any case, so that the parser can say what is wrong with it.
+    The first word after an option is always its value, so that the parser can report what is wrong with it.
     """
     result: list[str] = []
     option: str | None = None
@@ -101,7 +101,7 @@ def read_lines(option: str, path: Path) -> list[str]:
     """The lines of a file of texts that are not blank.
 
     Raises:
-        InputError: naming the option; it is no file, cannot be read, is not UTF-8 or holds no text.
+        InputError: it is not a file, cannot be read, is not UTF-8 or has no text; the message names the option.
     """
     expected = "expected a text file in UTF-8, one text a line."
     if not path.is_file():
@@ -118,13 +118,13 @@ def read_lines(option: str, path: Path) -> list[str]:
 
 
 def console() -> Console:
-    """Standard output for tables; a pipe gets whole lines."""
-    # no markup: messages hold brackets, as in t5-trt[cu13]
+    """A console on standard output for tables; lines are not wrapped in a pipe."""
+    # no markup: messages contain brackets, as in t5-trt[cu13]
     return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 
 
 def print_json(facts: Any) -> None:
-    """Print facts as JSON; numbers that are not finite, which JSON has not, become null."""
+    """Print facts as JSON; non-finite numbers become null, because JSON has none."""
     typer.echo(json.dumps(_finite_only(facts), indent=2))
 
 

@@ -32,12 +32,12 @@ _Picture = Annotated[
 
 
 def is_number(word: str) -> bool:
-    """Whether a word is a whole number, perhaps below zero, which the parser refuses with the option's name."""
+    """Whether a word is an integer; the parser rejects negative ones with the option's name."""
     return word.removeprefix("-").isdigit()
 
 
 class BenchCommand(ListCommand):
-    """Takes several numbers after one option."""
+    """Accepts several numbers after one option."""
 
     lists = dict.fromkeys(("--batch", "--source-tokens", "--new-tokens", "--num-beams"), is_number)
 
@@ -87,11 +87,11 @@ def bench(
         Case(batch=rows, source_tokens=source, new_tokens=new, num_beams=beams, do_sample=do_sample)
         for source, new, beams, rows in sizes
     ]
-    transformers.logging.set_verbosity_error()  # it warns in every call about max_length
+    transformers.logging.set_verbosity_error()  # Transformers warns about max_length in every call
     chosen = {"backend": backend, "precision": precision, "decode": decode}
     benchmark = load_benchmark(model, hugging_face=not ours_only, texts=lines is not None, threads=threads, **chosen)
     records = _measured(benchmark, cases, runs, lines, json_file)
-    # a pipe gets whole lines
+    # do not wrap lines in a pipe
     print_records(records, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))
     if plot is not None:
         draw_records(records, plot)
@@ -99,7 +99,7 @@ def bench(
 
 
 def _check_before_measuring(model: str, json_file: Path | None, plot: Path | None) -> None:
-    """Refuse a model name or an output file that cannot be used before hours of measuring, not after."""
+    """Check the model name and the output files before hours of measuring."""
     from t5_trt.checkpoint.model_names import check_model_name
     from t5_trt.tools.plot import check_picture
     from t5_trt.tools.records import read_records
@@ -115,7 +115,7 @@ def _check_before_measuring(model: str, json_file: Path | None, plot: Path | Non
 def _measured(
     benchmark: Benchmark, cases: list[Case], runs: int, lines: list[str] | None, json_file: Path | None
 ) -> list[dict[str, Any]]:
-    """The records of all cases; each is also appended to a file, if there is one."""
+    """Measure all cases; each record is also appended to the file, if one is given."""
     from t5_trt.tools.benchmark import measure
     from t5_trt.tools.records import append_records
 

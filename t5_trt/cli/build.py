@@ -1,4 +1,4 @@
-"""``t5-trt build``: a model's engines ahead of its first request."""
+"""``t5-trt build``: builds a model's engines before its first request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_capability(word: str) -> bool:
 
 
 class BuildCommand(ListCommand):
-    """Takes several capabilities after one option, before or behind the model."""
+    """Accepts several capabilities after one option, before or after the model."""
 
     lists = {"--compute-capability": is_capability}
 

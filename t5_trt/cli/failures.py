@@ -1,4 +1,4 @@
-"""How the command ends when something goes wrong: one line on standard error and a status; the traceback where it is asked for."""
+"""How the command reports errors: one line on standard error and an exit status, with a traceback on request."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import traceback
 from t5_trt.errors import T5TRTError, causes
 
 DEBUG = "T5_TRT_DEBUG"
-#: statuses as shells give them for a process that a signal ended: Ctrl-C, and a reader that has closed the pipe
+#: exit statuses as of shells for a process ended by a signal: Ctrl-C, and a pipe closed by its reader
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def report(error: BaseException) -> int:
-    """Say in one line what went wrong.
+    """Print one line about an error.
 
     Args:
         error: that ended the command.
@@ -32,13 +32,13 @@ def report(error: BaseException) -> int:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
         print(f"error: {_line(error)}", file=sys.stderr)
-    except BrokenPipeError:  # nobody reads standard error
+    except BrokenPipeError:  # standard error is closed
         drop_output()
     return 1
 
 
 def drop_output() -> None:
-    """Let what is still to be written go nowhere; else Python complains at its end."""
+    """Discard unwritten output; otherwise Python reports an error at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

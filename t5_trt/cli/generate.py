@@ -1,4 +1,4 @@
-"""``t5-trt generate``: text through a model, a line for a line, as lines come."""
+"""``t5-trt generate``: generates one line of text for each input line, as lines arrive."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def generate(
                 loaded, tokenizer, asked, batch_size=batch_size, sort_by_length=False, show_progress=False, **options
             )
             for line in lines:
-                # one line, whatever line breaks the model puts in
+                # one line, even if the model generates line breaks
                 bar.write(" ".join(next(made).splitlines()) if line.strip() else "", file=sys.stdout)
             sys.stdout.flush()
             bar.update(len(lines))
@@ -88,7 +88,7 @@ def _batches_of(texts: list[str], size: int) -> Iterator[list[str]]:
 
 
 def _batches_as_they_come(file: BinaryIO, size: int) -> Iterator[list[str]]:
-    """Batches of lines: full ones while more is there, a smaller one before the reader would have to wait.
+    """Batches of lines: full ones while more lines are available, a smaller one before reading would block.
 
     Raises:
         InputError: a line is not UTF-8.
@@ -107,7 +107,7 @@ def _batches_as_they_come(file: BinaryIO, size: int) -> Iterator[list[str]]:
 
 
 def _lines_at_hand(file: BinaryIO) -> Iterable[list[str]]:
-    """What can be read at once, in whole lines; again and again until the end."""
+    """Yield lists of the lines that can be read without waiting, until the end."""
     number, rest = 0, b""
     while True:
         chunk = file.read1(_CHUNK) if hasattr(file, "read1") else file.read(_CHUNK)
@@ -129,8 +129,8 @@ def _lines_at_hand(file: BinaryIO) -> Iterable[list[str]]:
 
 
 def _more_at_hand(file: BinaryIO) -> bool:
-    """Whether reading would not have to wait."""
+    """Whether reading would not block."""
     try:
         return bool(select.select([file], [], [], 0)[0])
-    except (io.UnsupportedOperation, ValueError):  # no file of the system, as in a test
+    except (io.UnsupportedOperation, ValueError):  # not a file of the operating system, as in tests
         return True

@@ -21,7 +21,7 @@ def info(json: Json = False) -> None:
 
 
 def find_facts() -> dict[str, Any]:
-    """Versions, hardware and choices of this machine; what is not there is None, or a reason in place of a version."""
+    """Versions, hardware and choices of this machine; for missing parts None, or the reason instead of a version."""
     import onnxruntime
     import torch
     import transformers
@@ -57,7 +57,7 @@ def find_facts() -> dict[str, Any]:
 
 
 def _encoders_by_kernels(cache: Path) -> list[dict[str, Any]]:
-    """Stored encoder engines that our own kernels were measured to beat, so that "auto" does not use them."""
+    """Stored encoder engines that were measured to be slower than our own kernels, so that "auto" does not use them."""
     from t5_trt.engine.store import TIMES, EngineStore
 
     found = []
@@ -70,14 +70,14 @@ def _encoders_by_kernels(cache: Path) -> list[dict[str, Any]]:
 
 
 def _choice() -> tuple[dict[str, str | None], str | None]:
-    """Where a model would run and why, or why it would not; and what to tell a user whose GPU is not used."""
+    """Where a model would run and why, or why it would not; and the message about an unused GPU."""
     from t5_trt.config import RuntimeConfig, backend_from_environment
     from t5_trt.errors import T5TRTError
     from t5_trt.runtime.select import choose
 
     try:
         found = choose(RuntimeConfig(backend=backend_from_environment(None)))
-    except T5TRTError as error:  # T5_TRT_BACKEND asks for what is not here
+    except T5TRTError as error:  # T5_TRT_BACKEND names a backend that cannot run here
         return {"backend": None, "precision": None, "decode": None, "device": None, "reason": str(error)}, None
     where = {
         "backend": found.backend,
@@ -89,7 +89,7 @@ def _choice() -> tuple[dict[str, str | None], str | None]:
 
 
 def _flavors() -> dict[str, dict[str, str | None]]:
-    """Flavour of TensorRT -> its version, or why it is not there."""
+    """Flavour of TensorRT -> its version, or why it is missing."""
     from t5_trt.engine.tensorrt_api import FLAVORS, load_tensorrt
     from t5_trt.errors import BackendError
 

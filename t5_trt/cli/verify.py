@@ -1,4 +1,4 @@
-"""``t5-trt verify``: is a model right? Its tokens and logits against Hugging Face's class."""
+"""``t5-trt verify``: compares a model's tokens and logits with Hugging Face's class."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def verify(
     from t5_trt.tools.verify import import_polygraphy
 
     if layers:
-        import_polygraphy()  # before the work, not after
+        import_polygraphy()  # check before the work
     loaded = TRTT5ForConditionalGeneration.from_pretrained(
         model, backend=backend, precision=precision, decode=decode, engine_cache_dir=cache_dir
     )
@@ -123,7 +123,7 @@ def _batches(
 def _searches(
     loaded: Any, batches: list[dict[str, Any]], num_beams: int | None, max_new_tokens: int, *, activations: bool
 ) -> dict[str, Comparison]:
-    """Name of a search -> its comparison; the first one also looks at activations if asked to."""
+    """Name of a search -> its comparison; the first one also includes activations if requested."""
     from t5_trt.tools.verify import compare
     from t5_trt.tools.verify_plan import searches
 
@@ -135,7 +135,7 @@ def _searches(
 
 
 def _limits(precision: str, at_least: float | None, max_relative_error: float | None) -> Limits:
-    """The limits of the precision, where the command line gives no others."""
+    """The limits from the command line, else those of the precision."""
     from t5_trt.tools.verify_plan import LIMITS
 
     given = {"at_least": at_least, "max_relative_error": max_relative_error}
@@ -143,7 +143,7 @@ def _limits(precision: str, at_least: float | None, max_relative_error: float | 
 
 
 def _judged(found: dict[str, Comparison], limits: Limits) -> dict[str, Any]:
-    """What the report says of the comparisons."""
+    """The facts of the report about the comparisons."""
     searches = {name: {**asdict(each), "share": each.share} for name, each in found.items()}
     problems = [f"{name}: {problem}" for name, each in found.items() for problem in limits.exceeded(each)]
     return {

@@ -1,7 +1,7 @@
-"""The build process: compiles one ONNX file to a plan and tells its parent how it goes, as JSON lines on stdout.
+"""The build process: compiles one ONNX file to a plan and reports its progress as JSON lines on stdout.
 
-A process of its own can be stopped at any moment (TensorRT 8 cannot be interrupted), gives back all GPU memory when it
-ends, and several of them build side by side. Run as ``python -m t5_trt.engine.build_worker '<job as JSON>'``.
+A separate process can be stopped at any moment (TensorRT 8 cannot be interrupted), releases all GPU memory when it ends, and
+allows parallel builds. Run as ``python -m t5_trt.engine.build_worker '<job as JSON>'``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Forward(logging.Handler):
 
 
 def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot stop its children: they notice and leave by themselves."""
+    """End this process when its parent is gone: a killed parent cannot stop its children."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

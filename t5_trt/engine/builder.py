@@ -1,4 +1,4 @@
-"""From a graph to a plan: write the ONNX file, run a build process over it, hand its messages on."""
+"""Builds a plan from a graph: writes the ONNX file, runs a build process over it, and forwards its messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("t5_trt.tensorrt")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """One engine that somebody wants.
+    """A request to build one engine.
 
     Attributes:
         graph: one of `t5_trt.graph.signature.GRAPHS`.
@@ -38,7 +38,7 @@ class EngineRequest:
         precision: "fp32", "tf32", "fp16" or "bf16".
         flavor: "tensorrt" or "rtx".
         compute_capabilities: to build for without a GPU; empty builds for the GPU that is there.
-        debug_outputs: also put out the residual stream after every block.
+        debug_outputs: also output the residual stream after every block.
     """
 
     graph: str
@@ -50,12 +50,12 @@ class EngineRequest:
 
     @property
     def label(self) -> str:
-        """Such as "decoder_step B1 N4 S32 T128 fp16"."""
+        """A description such as "decoder_step B1 N4 S32 T128 fp16"."""
         return f"{self.graph} {self.shapes.describe()} {self.precision}"
 
 
 def write_onnx(request: EngineRequest, arch: Architecture, path: Path, quantized: Weights | None = None) -> None:
-    """Write the graph of a request; it holds no weights but those in 8 bits, which lie in a file beside it."""
+    """Write the graph of a request; only 8-bit weights are stored, in a file beside it."""
     real = real_type(request.precision)
     fixed = fixed_axes(request.shapes)
     model = build_device_graph(
@@ -78,7 +78,7 @@ def build_engine(
 
     Raises:
         BackendError: TensorRT cannot parse or build the graph, or the build process died.
-        InputError: this TensorRT cannot do what is asked.
+        InputError: this TensorRT does not support the request.
         KeyboardInterrupt: Ctrl-C; the build process is stopped first.
     """
     onnx_path = folder / "model.onnx"
@@ -99,7 +99,7 @@ def build_engine(
 
 
 def run_job(job: BuildJob, label: str, progress: BuildProgress) -> None:
-    """Run a build process to its end; on any exception here, Ctrl-C included, it is stopped and waited for."""
+    """Run a build process to its end; on any exception, Ctrl-C included, stop it and wait for it."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     package_parent = str(Path(t5_trt.errors.__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH", ""))))
@@ -129,7 +129,7 @@ def run_job(job: BuildJob, label: str, progress: BuildProgress) -> None:
 
 
 def _handle(line: str, progress: BuildProgress) -> dict[str, Any] | None:
-    """Act on one line of the build process; returns an error report."""
+    """Handle one line of the build process; return an error report if it is one."""
     try:
         message = json.loads(line)
     except ValueError:  # a library printed something

@@ -1,7 +1,6 @@
-"""Engines that travel with a checkpoint: written beside it, used where they fit this GPU and this TensorRT.
+"""Engines that are stored with a checkpoint, and used if they fit this GPU and this TensorRT.
 
-A plan is code to whoever loads it. Those in a folder of the user's own are used; those of a hub repository, downloaded to wherever,
-only if the user says so (``trust_engines=True``).
+Loading a plan can run code. So engines in the user's own folders are used, and downloaded ones only with ``trust_engines=True``.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only")
 
 
 def find_bundle(name_or_path: str, trust: bool | None, **hub_arguments: Any) -> Path | None:
-    """The folder of engines that comes with a checkpoint, if there is one that may be used.
+    """The folder of engines stored with a checkpoint; None if there is none that may be used.
 
     Args:
         name_or_path: hub id or folder of the checkpoint.
-        trust: use it; None uses that of a folder which is no download, and not that of a hub id. Engines in a folder that
+        trust: use it; None uses it only if the checkpoint is a folder that is not a download. Engines in a folder that
             are not used are mentioned in the log.
         hub_arguments: cache_dir, revision, token, local_files_only, subfolder.
     """
@@ -51,21 +50,21 @@ def find_bundle(name_or_path: str, trust: bool | None, **hub_arguments: Any) -> 
     wanted = {key: hub_arguments[key] for key in _HUB_ARGUMENTS if hub_arguments.get(key) is not None}
     try:
         folder = Path(snapshot_download(name_or_path, allow_patterns=[f"{inner}/*/*"], **wanted)) / inner
-    except Exception as error:  # the hub's errors share no base class; without its engines we build our own
+    except Exception as error:  # the hub's errors share no base class; without stored engines, new ones are built
         logger.warning("the engines of %s were not fetched and will be built: %s", name_or_path, error)
         return None
     return folder if folder.is_dir() else None
 
 
 def _is_download(folder: Path) -> bool:
-    """Whether a hub's client filled a folder: one of its cache, or one of the user's, in which it leaves its notes."""
+    """Whether the hub's client filled a folder: one in its cache, or a user's folder with its metadata."""
     snapshots = folder.resolve().parent
     cached = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
     return cached or (folder / ".cache" / "huggingface").is_dir()
 
 
 def read_bundled(bundle: Path, key: str) -> bytes | None:
-    """The plan of a key out of a bundle, or None if it is not there, not whole, or others may write to it."""
+    """The plan of a key from a bundle; None if it is missing or incomplete, or others may write to it."""
     folder = bundle / key
     if not folder.is_dir():
         return None
@@ -81,7 +80,7 @@ def read_bundled(bundle: Path, key: str) -> bytes | None:
 
 
 def write_bundle(engines: Iterable[Path], checkpoint: Path) -> Path:
-    """Copy engines beside a checkpoint; others that are there already are kept.
+    """Copy engines beside a checkpoint; existing ones are kept.
 
     Args:
         engines: their folders, named by key.

@@ -1,4 +1,4 @@
-"""What an engine depends on, as one key: graph revision, architecture, shapes, build settings, TensorRT and GPU."""
+"""The cache key of an engine: graph revision, architecture, shapes, build settings, TensorRT and GPU."""
 
 from __future__ import annotations
 

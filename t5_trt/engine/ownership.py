@@ -1,4 +1,4 @@
-"""Who may write to a file or folder: engines are code, so nobody but their user may."""
+"""Checks who may write to a file or folder: engines are code, so only their user may."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 
 def user_id() -> int | None:
-    """Of the user whom this process belongs to; None on systems without such ids (Windows)."""
+    """The id of this process's user; None on systems without user ids (Windows)."""
     return os.getuid() if hasattr(os, "getuid") else None
 
 
 def writable_by_others(path: Path, owners: Collection[int | None]) -> str | None:
-    """Why others may change a file or folder (what it leads to, if it is a link), or None.
+    """Why others may change a file or folder (the target, if it is a link), or None.
 
-    On a system without ids of users it is None: owner and mode mean nothing there.
+    None on systems without user ids, where owner and mode have no meaning.
 
     Args:
-        path: of it.
-        owners: ids of the users who may own it. Access lists (ACLs) are seen: they show in the group's bits.
+        path: of the file or folder.
+        owners: ids of the users who may own it. Access lists (ACLs) are detected: they show in the group's bits.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: it cannot be read.
     """
     info = path.stat()
     if user_id() is None:

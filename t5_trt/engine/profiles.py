@@ -1,4 +1,4 @@
-"""Shape buckets: which engine serves a request, and the optimization profile of an engine.
+"""Shape buckets: the engine that serves a request, and the optimization profile of an engine.
 
 By default every axis of an engine is fixed at a power of two and requests are padded up to it: fixed shapes build in a
 fraction of the time of dynamic ones on TensorRT 8.5 (41 s against more than 320 s for one encoder layer), give the best
@@ -19,12 +19,12 @@ AXES = tuple(SMALLEST)
 
 
 def power_of_two(size: int, smallest: int) -> int:
-    """The next power of two, at least `smallest`: the rule by which all sizes are rounded up."""
+    """Round up to a power of two, at least `smallest`; all sizes are rounded by this rule."""
     return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
 def bucket(axis: str, size: int) -> int:
-    """The bucket of a size: the next power of two, at least the axis's smallest; beams are taken exactly."""
+    """The bucket of a size: the next power of two, at least the axis's smallest; beams are not rounded."""
     return size if axis == "N" else power_of_two(size, SMALLEST[axis])
 
 
@@ -63,11 +63,11 @@ class Shapes:
         return Shapes(**values, dynamic=tuple(sorted(set(self.dynamic) & used)))
 
     def describe(self) -> str:
-        """Such as "B1 S32"."""
+        """A description such as "B1 S32"."""
         return " ".join(f"{axis}{getattr(self, axis)}" for axis in AXES if getattr(self, axis) != 1 or axis == "B")
 
     def as_dict(self) -> dict[str, object]:
-        """For a manifest or a key."""
+        """The values for a manifest or a key."""
         return asdict(self)
 
 

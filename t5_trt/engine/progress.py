@@ -1,4 +1,4 @@
-"""Showing how builds go: one bar per engine on a terminal, log lines otherwise."""
+"""Progress of builds: one bar per engine on a terminal, log lines otherwise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("t5_trt")
 
 
 class BuildProgress:
-    """A context around one build.
+    """A context manager around one build.
 
     Args:
         label: what is built.
@@ -52,7 +52,7 @@ class BuildProgress:
             logger.info("built the engine %s in %.1f s", self.label, time.monotonic() - self._started)
 
     def update(self, phase: str, step: int, steps: int) -> None:
-        """Take over what the build process reported."""
+        """Show a report of the build process."""
         self._phase = phase
         if self._bar is not None and steps:
             self._bar.total, self._bar.n = steps, step

@@ -1,4 +1,4 @@
-"""Lazy get-or-build: from "this graph at these shapes" to the bytes of a plan, from disk or a build."""
+"""Gets the plan of a graph at given shapes from disk, or builds it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class EngineProvider:
         flavor: "tensorrt" or "rtx".
         gpu: facts about the GPU that plans are bound to (name, compute capability), or the list of capabilities.
         compute_capabilities: to build for without a GPU.
-        bundle: folder of engines that came with the checkpoint and may be used.
+        bundle: folder of trusted engines stored with the checkpoint.
         show_progress: draw bars; None does so on a terminal only.
         quantized: makes the matrices that engines of 8-bit weights hold; None for other precisions.
-        weights: digest of the weights that such engines are made from.
+        weights: digest of the weights in such engines.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class EngineProvider:
         self.show_progress = show_progress
         self._handed_out: dict[str, Path] = {}
         self.version = load_tensorrt(flavor).version
-        self._fresh: set[str] = set()  # keys of engines that this process built and nobody checked yet
+        self._fresh: set[str] = set()  # keys of engines that this process built and that are not checked yet
 
     def request(self, graph: str, shapes: Any) -> EngineRequest:
         """The request for a graph at given shapes."""
@@ -77,7 +77,7 @@ class EngineProvider:
         )
 
     def facts(self, request: EngineRequest) -> dict[str, Any]:
-        """Everything that the bytes of an engine depend on."""
+        """The facts that the bytes of an engine depend on."""
         return {
             "graph": request.graph,
             "shapes": request.shapes.as_dict(),
@@ -127,7 +127,7 @@ class EngineProvider:
         return plan
 
     def debug_plan(self, graph: str, shapes: Any) -> bytes:
-        """A plan that also puts out the residual stream after every block; it is not kept."""
+        """Build a plan that also outputs the residual stream after every block; it is not stored."""
         request = replace(self.request(graph, shapes), debug_outputs=True)
         with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
             quantized = self._quantized() if self._quantized else None
@@ -137,11 +137,11 @@ class EngineProvider:
             return (Path(folder) / "engine.plan").read_bytes()
 
     def write_bundle(self, checkpoint: Path) -> Path:
-        """Copy all engines that were handed out beside a checkpoint, see `t5_trt.engine.bundle`."""
+        """Copy all engines that were used beside a checkpoint, see `t5_trt.engine.bundle`."""
         return write_bundle(self._handed_out.values(), checkpoint)
 
     def pop_unchecked(self, graph: str, shapes: Any) -> bool:
-        """Whether this process built the engine and asks for the first time."""
+        """Whether this process built the engine and it was not checked yet; a second call returns False."""
         key = engine_key(self.facts(self.request(graph, shapes)))
         if key not in self._fresh:
             return False
@@ -149,26 +149,26 @@ class EngineProvider:
         return True
 
     def discard(self, graph: str, shapes: Any) -> None:
-        """Delete an engine that turned out to be wrong."""
+        """Delete an engine that computes wrong values."""
         self.store.remove(engine_key(self.facts(self.request(graph, shapes))))
 
     def times(self, graph: str, shapes: Any) -> dict[str, float] | None:
-        """What `keep_times` kept of an engine, by any process."""
+        """The times that `keep_times` stored for an engine, by any process."""
         found = self.store.manifest(engine_key(self.facts(self.request(graph, shapes)))).get(TIMES)
         numbers = isinstance(found, dict) and all(isinstance(found.get(name), float) for name in ("engine", "kernels"))
         return found if numbers else None
 
     def keep_times(self, graph: str, shapes: Any, times: dict[str, float]) -> None:
-        """Note how long an encoder takes in milliseconds, by the "engine" and by our own "kernels", with an engine of the store."""
+        """Store an encoder's times in milliseconds, by "engine" and by our own "kernels", with its engine."""
         self.store.add_to_manifest(engine_key(self.facts(self.request(graph, shapes))), {TIMES: times})
 
     def plans(self, wanted: Sequence[tuple[str, Any]]) -> list[bytes]:
-        """Several plans; those that must be built are built side by side."""
+        """Several plans; missing ones are built in parallel."""
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
             return list(pool.map(lambda item: self.plan(*item), wanted))
 
     def has(self, graph: str, shapes: Any) -> bool:
-        """Whether the engine is on disk and whole."""
+        """Whether the engine is on disk and undamaged."""
         facts = self.facts(self.request(graph, shapes))
         return self._portable_key(facts) is not None or self.store.get(engine_key(facts)) is not None
 

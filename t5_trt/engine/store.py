@@ -1,8 +1,8 @@
 """Engines on disk: one folder per key with ``engine.plan`` and ``manifest.json``; safe for many processes at once.
 
-A plan is code to whoever loads it. So the folder belongs to the user alone (0700), a plan is read only if its bytes have
-the digest that its manifest names, and what is damaged, or was written by somebody else, is never handed out. New engines
-are written to a temporary sibling and renamed: a reader sees all of an engine or nothing.
+Loading a plan can run code. So the folder belongs to the user alone (0700), and a plan is used only if its bytes have the digest in
+its manifest and nobody else can have written it. New engines are written to a temporary folder and renamed: a reader sees a
+complete engine or none.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class EngineStore:
     """A folder of engines.
 
     Args:
-        root: the folder; it is made with mode 0700 when something is first written.
-        max_bytes: engines used least recently are removed above this size; None keeps all.
+        root: the folder; created with mode 0700 at the first write.
+        max_bytes: above this size the least recently used engines are removed; None keeps all.
     """
 
     def __init__(self, root: Path, max_bytes: int | None = None) -> None:
@@ -73,7 +73,7 @@ class EngineStore:
         self.max_bytes = max_bytes
 
     def get(self, key: str) -> bytes | None:
-        """The plan of an engine, or None if there is none that is whole.
+        """The plan of an engine; None if it is missing or damaged.
 
         Raises:
             BackendError: others may write to the folder.
@@ -90,13 +90,13 @@ class EngineStore:
         return plan
 
     def get_or_build(self, key: str, facts: dict[str, Any], build: Callable[[Path], None]) -> bytes:
-        """The plan of an engine, built if need be; other processes that want the same one wait for it.
+        """The plan of an engine, built if it is missing; other processes that need it wait.
 
         Args:
             key: of the engine.
-            facts: what the key was made from, for the manifest.
-            build: called with an empty folder, in which it must write ``engine.plan``. Whatever it raises is passed
-                on, and nothing stays behind.
+            facts: the values behind the key, for the manifest.
+            build: called with an empty folder, into which it must write ``engine.plan``. Its exceptions are passed on,
+                and the folder is removed.
 
         Raises:
             BackendError: the folder cannot be written, or others may write to it.
@@ -106,7 +106,7 @@ class EngineStore:
             return plan
         self._make_root()
         with self._lock(key):
-            plan = self.get(key)  # somebody else may have built it in the meantime
+            plan = self.get(key)  # another process may have built it meanwhile
             if plan is not None:
                 return plan
             self._sweep(key)
@@ -152,7 +152,7 @@ class EngineStore:
         return sorted(found, key=lambda entry: -entry.used_at)
 
     def manifest(self, key: str) -> dict[str, Any]:
-        """What is known of an engine; empty if it is not there."""
+        """The manifest of an engine; empty if it is missing."""
         try:
             found = json.loads((self.root / key / MANIFEST).read_text())
         except (OSError, ValueError):
@@ -160,7 +160,7 @@ class EngineStore:
         return found if isinstance(found, dict) else {}
 
     def add_to_manifest(self, key: str, facts: dict[str, Any]) -> None:
-        """Note more about an engine; nothing happens where it is not there, or the folder cannot be written."""
+        """Add to the manifest of an engine; no-op if it is missing, or (with a warning) if the folder cannot be written."""
         target = self.root / key / MANIFEST
         if not self.manifest(key):
             return
@@ -181,7 +181,7 @@ class EngineStore:
             shutil.rmtree(self.root / key, ignore_errors=True)
 
     def prune(self, max_bytes: int | None, keep: str | None = None) -> list[str]:
-        """Delete the engines used least recently until the rest takes at most `max_bytes`; returns their keys."""
+        """Delete the least recently used engines until the rest takes at most `max_bytes`; return their keys."""
         if max_bytes is None:
             return []
         total, removed = 0, []
@@ -193,7 +193,7 @@ class EngineStore:
         return removed
 
     def clear(self) -> int:
-        """Delete all engines and what interrupted builds left; returns how many engines there were."""
+        """Delete all engines and leftovers of interrupted builds; return the number of engines."""
         entries = self.entries()
         for entry in entries:
             self.remove(entry.key)
@@ -204,7 +204,7 @@ class EngineStore:
     def _publish(self, staging: Path, target: Path, manifest: dict[str, Any]) -> None:
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for name in (PLAN, MANIFEST):  # on disk before the rename: a power cut must not leave a name without content
-            (staging / name).chmod(0o600)  # whatever the umask
+            (staging / name).chmod(0o600)  # independent of the umask
             _sync(staging / name)
         _sync(staging)
         shutil.rmtree(target, ignore_errors=True)  # a damaged engine of the same key
@@ -212,7 +212,7 @@ class EngineStore:
         _sync(self.root)
 
     def _sweep(self, key: str) -> None:
-        """Remove what a killed build of this key left; its lock is ours, so nobody works there."""
+        """Remove leftovers of a killed build of this key, whose lock this process holds."""
         for folder in self.root.glob(f"{STAGING}{key}-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -246,8 +246,8 @@ class EngineStore:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and syncs no file that is open for reading only
+    """Flush a file's bytes, or a folder's entries, to disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders, nor sync a file that is open for reading only
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""Is everything in an engine store whole, and what may go? Behind ``t5-trt cache check``.
+"""Checks an engine store for damaged engines and leftovers, for ``t5-trt cache check``.
 
-A request never needs this: damaged engines are not used and leftovers of a key are swept by its next build. It is for people
-who want to know, and for disks that fill up with what killed processes left of keys that nobody asks for any more.
+Requests do not need this: damaged engines are not used, and the next build of a key removes its leftovers. It finds leftovers of
+killed processes whose keys are no longer requested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from t5_trt.engine.ownership import user_id
 from t5_trt.engine.store import LOCKS, STAGING, EngineStore, read_engine
 
-#: what TensorRT's timing cache is written to before it is renamed; the number is the writing process
+#: temporary files of TensorRT's timing cache, with the id of the writing process
 _UNFINISHED = re.compile(r"^\.timing-.*\.(\d+)$")
 
 
@@ -30,12 +30,12 @@ _FOREIGN = "it is nothing of the store's and is left alone"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in a store that should not be as it is.
+    """A problem in a store.
 
     Attributes:
         path: of the file or folder.
         what: is wrong with it.
-        mended: it was removed, or its mode was set.
+        mended: the file was removed, or its mode was corrected.
     """
 
     path: Path
@@ -44,14 +44,14 @@ class Problem:
 
 
 def check_store(store: EngineStore, *, repair: bool = False) -> list[Problem]:
-    """Look at everything in a store. What a living process is working on is left alone and is no problem.
+    """Check everything in a store, except what a running process is working on.
 
     Args:
-        store: to look at; one that was never written to has no problems.
-        repair: remove damaged engines and leftovers, and take write permission from others. What is not the store's stays.
+        store: to check; an empty or missing one has no problems.
+        repair: remove damaged engines and leftovers, and others' write permission. Foreign files are kept.
 
     Raises:
-        OSError: the folder cannot be read, or what is to be removed cannot be.
+        OSError: the folder cannot be read, or something cannot be removed.
     """
     found: list[Problem] = []
     if not store.root.is_dir():
@@ -74,7 +74,7 @@ def check_store(store: EngineStore, *, repair: bool = False) -> list[Problem]:
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with an entry of the store that nobody works on."""
+    """What is wrong with an entry of the store that no process works on; None if nothing is."""
     if path.name == LOCKS or (path.name.startswith("timing-") and path.is_file()):
         return None
     if unfinished := _UNFINISHED.match(path.name):
@@ -90,14 +90,14 @@ def _problem(path: Path) -> str | None:
 
 
 def _key_of(path: Path) -> str | None:
-    """The key of an engine's folder, or of one in which it was to be built; None for anything else."""
+    """The key of an engine's folder or of its temporary folder; None for anything else."""
     found = _FOLDER.match(path.name)
     return found["building"] or found["built"] if found else None
 
 
 @contextmanager
 def _unless_busy(store: EngineStore, path: Path) -> Iterator[bool]:
-    """Hold the lock of a folder's key, if it has one; gives False, without it, where another process holds it."""
+    """Hold the lock of a folder's key, if it has one; yields False if another process holds it."""
     key = _key_of(path)
     if key is None:
         yield True
@@ -115,7 +115,7 @@ def _unless_busy(store: EngineStore, path: Path) -> Iterator[bool]:
 
 
 def _alive(process: int) -> bool:
-    if sys.platform == "win32":  # the signal 0 asks nothing there, it is Ctrl-C
+    if sys.platform == "win32":  # on Windows the signal 0 is Ctrl-C
         return True
     try:
         os.kill(process, 0)

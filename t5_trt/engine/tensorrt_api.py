@@ -1,4 +1,4 @@
-"""The only file that imports TensorRT: it picks the installed flavour and hides how versions differ.
+"""The only file that imports TensorRT: it picks the installed flavour and hides differences between versions.
 
 It imports neither torch nor Transformers, so that a build process starts in a second. Flavours: "tensorrt" (8.5.3 to 11)
 and "rtx" (TensorRT for RTX, `tensorrt_rtx`), which builds without a GPU and runs on compute capability 7.5, 8.x and 12.x.
@@ -27,7 +27,7 @@ Report = Callable[[str, int, int], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildJob:
-    """Everything a build process needs to know.
+    """The settings of one build.
 
     Attributes:
         onnx_path: the graph.
@@ -37,7 +37,7 @@ class BuildJob:
         profile: (smallest, optimal, largest) shape of each input with dynamic axes.
         workspace_bytes: largest scratch memory of the engine.
         optimization_level: 0 to 5, or None for TensorRT's default (TensorRT 8.6 and newer).
-        timing_cache: file that is read if it exists and rewritten, or None.
+        timing_cache: file that is read if it exists, and rewritten; or None.
         compute_capabilities: such as "8.6", for which an RTX engine is built without a GPU.
     """
 
@@ -52,7 +52,7 @@ class BuildJob:
     compute_capabilities: tuple[str, ...] = field(default=())
 
     def to_json(self) -> str:
-        """For the build process's command line."""
+        """The job as text for the build process's command line."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -62,7 +62,7 @@ class BuildJob:
 
 
 class TensorRT:
-    """An imported TensorRT module with its differences smoothed.
+    """An imported TensorRT module behind a common interface.
 
     Attributes:
         trt: the module.
@@ -71,7 +71,7 @@ class TensorRT:
     """
 
     def __init__(self, flavor: str) -> None:
-        # cuDNN and the CUDA modules of kernels that are never run would cost seconds and memory
+        # loading cuDNN and the CUDA modules of unused kernels would cost seconds and memory
         os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
         self.trt: Any = importlib.import_module(FLAVORS[flavor])
         self.flavor = flavor
@@ -85,7 +85,7 @@ class TensorRT:
         return hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     def check_precision(self, precision: str) -> None:
-        """Refuse a precision that this TensorRT has no type for.
+        """Check that this TensorRT has the type of a precision.
 
         Raises:
             InputError: bf16 with TensorRT 8.
@@ -101,10 +101,10 @@ class TensorRT:
             )
 
     def load_engine(self, plan: bytes) -> Any:
-        """Deserialize a plan that was verified before: a plan is code.
+        """Deserialize a plan. The caller must have verified it: loading a plan can run code.
 
         Raises:
-            BackendError: TensorRT refuses it, with its own words.
+            BackendError: TensorRT refuses it; its message is in the text.
         """
         self.log.errors.clear()
         runtime = self.trt.Runtime(self.log)
@@ -137,10 +137,10 @@ class TensorRT:
 
         Args:
             job: what to build.
-            report: called with (phase, step, steps) where TensorRT can tell; returning False cancels the build.
+            report: called with (phase, step, steps) if TensorRT reports progress; returning False cancels the build.
 
         Raises:
-            BackendError: TensorRT cannot parse or build the graph; its own messages are in the text.
+            BackendError: TensorRT cannot parse or build the graph; its messages are in the text.
             InputError: see `check_precision`.
         """
         trt = self.trt
@@ -206,7 +206,9 @@ class TensorRT:
         source = self.trt.TacticSource
         if hasattr(source, "CUDNN") and self.major < 10:  # T5 has no use for it, and loading it costs a second
             config.set_tactic_sources(config.get_tactic_sources() & ~(1 << int(source.CUDNN)))
-        if hasattr(config, "avg_timing_iterations"):  # one run is noise where engines are built side by side
+        if hasattr(
+            config, "avg_timing_iterations"
+        ):  # a single timing run is too noisy when several engines are built in parallel
             config.avg_timing_iterations = TIMING_RUNS
         if job.optimization_level is not None and hasattr(config, "builder_optimization_level"):
             config.builder_optimization_level = job.optimization_level
@@ -226,7 +228,7 @@ class TensorRT:
         if path is None or not hasattr(config, "create_timing_cache"):
             return None
         data = Path(path).read_bytes() if Path(path).exists() else b""
-        self.log.quiet = True  # a cache that cannot be read is started anew: nothing that a user could act on
+        self.log.quiet = True  # an unreadable cache is replaced: the user need not act
         try:
             cache = config.create_timing_cache(data)
             if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -276,7 +278,7 @@ def _make_log(trt: Any) -> Any:
     }
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """TensorRT's messages, in Python's logging; errors are kept for exceptions."""
+        """Forwards TensorRT's messages to Python's logging, and keeps errors for exceptions."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -295,7 +297,7 @@ def _make_log(trt: Any) -> Any:
 
 def _make_monitor(trt: Any, report: Report) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """Passes the outermost phase's steps on."""
+        """Reports the steps of the outermost phase."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -315,7 +317,7 @@ def _make_monitor(trt: Any, report: Report) -> Any:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part."""
+    """Write a file atomically: readers see the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)
     os.replace(temporary, path)

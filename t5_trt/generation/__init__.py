@@ -1,1 +1,1 @@
-"""What `generate()` needs beside the engines: decode loops, processors, cache, encoder output; and `generate_many`."""
+"""The parts of `generate()` outside of the engines: decode loops, processors, cache, encoder output; and `generate_many`."""

@@ -1,8 +1,8 @@
 """Beam search after each decoder step, by Transformers' rules, on buffers of fixed size.
 
-The rules (which candidates are kept, when a batch entry can no longer improve, how lengths are weighed) are those of
-``GenerationMixin._beam_search`` in Transformers 5; names in the comments are from there. What depends on the length
-takes it from a tensor, and nothing changes any more once the search has ended, so that steps may be launched ahead.
+The rules (which candidates are kept, when a batch entry can no longer improve, how lengths are weighted) are those of
+``GenerationMixin._beam_search`` in Transformers 5; names in the comments are from there. The length is read from a tensor, and steps
+after the end of the search change nothing, so that steps can be launched ahead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from t5_trt.generation.sampling import draw, pad_rows
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import NextStep
 
-_NEVER = -1.0e9  # the score of what must not be chosen
+_NEVER = -1.0e9  # score of a candidate that must not be chosen
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class BeamRules:
 
     Attributes:
         num_beams: N.
-        candidates: K, continuations that are looked at in each step: (1 + number of eos ids) * N, at least 2 N.
+        candidates: K, continuations considered in each step: (1 + number of eos ids) * N, at least 2 N.
         length_penalty: exponent of the length that a finished score is divided by.
         early_stopping: True, False or "never".
         do_sample: draw continuations instead of taking the best.
-        orders_draws: put drawn continuations into the order of their scores; see `orders_drawn_beams`.
+        orders_draws: sort drawn continuations by score; see `orders_drawn_beams`.
         eos: token ids that end a row.
-        fill: what stands behind the end.
+        fill: token id that pads rows after their end.
     """
 
     num_beams: int
@@ -47,7 +47,7 @@ class BeamRules:
 
     @property
     def hopeful(self) -> bool:
-        """Whether rows are judged by the longest length that there can be."""
+        """Whether bounds on scores use the maximum length."""
         return self.early_stopping == "never" and self.length_penalty > 0.0
 
 
@@ -55,7 +55,7 @@ class BeamSelector:
     """Keeps the N best unfinished and the N best finished rows of every batch entry.
 
     Args:
-        batch: B, of which a request may use the first ones only; the others can change no more from the beginning.
+        batch: B; a request may use only the first entries, the others are marked as finished.
         capacity: M, tokens that a row can have, with the prompt; at least the longest that `begin` gets.
         process: of the log probabilities.
         rules: see `BeamRules`.
@@ -64,9 +64,9 @@ class BeamSelector:
     Attributes:
         tokens: int64 [B, N, M], rows that go on.
         sequences: int64 [B, N, M], finished rows, the best first.
-        beam_scores: float32 [B, N], of those.
+        beam_scores: float32 [B, N], their scores.
         beam_indices: int32 [B, N, M], the decoder row that each of their tokens came from, -1 where there is none.
-        report: int64 [1 + B]: 1 once the search has ended; which entries can change no more.
+        report: int64 [1 + B]: 1 once the search has ended, then 1 for each entry that is finished.
         expired: bool [1]; set from outside when time is up.
     """
 
@@ -105,7 +105,7 @@ class BeamSelector:
         self._own = torch.arange(batch * beams, device=device)
         lengths = torch.arange(capacity + 1, dtype=torch.float64)
         self._penalties = (lengths**rules.length_penalty).float().to(device)  # [M + 1], by new tokens
-        # of the kernel that does a step at once on a GPU: results, and counters that are 0 between steps
+        # for the kernel that does a whole step on a GPU: results, and counters that are 0 between steps
         self._chosen, self._parents = torch.empty_like(self._own), torch.empty_like(self._own)
         self._counters = torch.zeros(4, dtype=torch.int32, device=device)
         self._lists: tuple[torch.Tensor, ...] | None = None
@@ -135,7 +135,7 @@ class BeamSelector:
         self._end_behind(len(prompt) // self._rules.num_beams)
 
     def take_over(self, other: BeamSelector, rows: torch.Tensor | None = None) -> None:
-        """Go on where another one stands, with all of its batch entries or those that `rows` names."""
+        """Continue from another selector's state, with all of its batch entries or only `rows`."""
         for mine, theirs in zip(self._entries(), other._entries(), strict=True):
             mine.copy_(theirs if rows is None else theirs[pad_rows(rows, len(self.tokens))])
         self.report[:1].copy_(other.report[:1])
@@ -147,12 +147,12 @@ class BeamSelector:
             self._end_behind(len(rows))
 
     def _end_behind(self, entries: int) -> None:
-        """Let nothing depend on what stands behind so many batch entries."""
+        """Mark the entries after the first `batch` as finished."""
         self._full[entries:] = True
         self._improvable[entries:] = False
 
     def _entries(self) -> tuple[torch.Tensor, ...]:
-        """What the selector knows of every batch entry."""
+        """All tensors with one row for each batch entry."""
         finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
         return (self.tokens, self._running_indices, self._running_scores, *finished)
 
@@ -167,7 +167,7 @@ class BeamSelector:
             following: see `t5_trt.runtime.session.TokenSelector.advance`.
 
         Returns:
-            The tokens, int64 [B * N], and the rows that they continue, int64 [B * N]. None if `following` is all written.
+            The tokens, int64 [B * N], and the rows that they continue, int64 [B * N]. None if `following` was written completely.
         """
         vocabulary = logits.shape[-1]
         found = self._candidates_of_kernel(logits, position)
@@ -183,7 +183,7 @@ class BeamSelector:
     def _candidates_of_kernel(
         self, logits: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...] | None:
-        """What `cuda_kernels.beam_step` finds the candidates in; None if there is no kernel for that."""
+        """The candidate lists that `cuda_kernels.beam_step` reads; None if there is no kernel for them."""
         if self.draws:
             return None
         if self._lists is None:
@@ -202,7 +202,7 @@ class BeamSelector:
     def _step(
         self, scores: torch.Tensor, beams: torch.Tensor, ids: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What follows from candidates, [B, K] each: their scores, the beams that they continue, their tokens."""
+        """Update the state with candidates, [B, K] each: their scores, the beams that they continue, their tokens."""
         place = position + 1  # cur_len
         made = place + 1 - self._limits[:1]  # new tokens, this one included
         ended = self.report[:1].bool()
@@ -221,10 +221,10 @@ class BeamSelector:
         self._end(hits)
         chosen = self.tokens.flatten(0, 1).index_select(1, place)[:, 0]
         parents = self._running_indices.flatten(0, 1).index_select(1, place)[:, 0].long()
-        return chosen.clamp(min=0), torch.where(ended, self._own, parents)  # behind the end stands `fill`, maybe -1
+        return chosen.clamp(min=0), torch.where(ended, self._own, parents)  # rows are padded with `fill`, maybe -1
 
     def _hits(self, sequences: torch.Tensor, place: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Which candidates, with their new token `ids` at `place`, are over: bool [B, K]."""
+        """Which candidates end with their new token `ids` at `place`: bool [B, K]."""
         return (place + 1 >= self._limits[1]) | self.expired | (ids[..., None] == self._eos).any(-1)
 
     def _step_of_kernel(
@@ -234,7 +234,7 @@ class BeamSelector:
         vocabulary: int,
         following: NextStep | None,
     ) -> bool:
-        """All that follows in `advance` as one kernel; False if there is none."""
+        """Run the rest of `advance` as one kernel; False if there is none."""
         rules = self._rules
         running = (self.tokens, self._running_indices, self._running_scores)
         finished = (self.sequences, self.beam_indices, self.beam_scores, self._full, self._improvable)
@@ -269,7 +269,7 @@ class BeamSelector:
         return scores, places
 
     def _final_scores(self, scores: torch.Tensor, hits: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        """Scores of rows that end here; of all others a value that never wins, [B, K]."""
+        """Scores of rows that end here, and for all others a value that never wins, [B, K]."""
         final = scores / self._penalties.index_select(0, made)
         if self._rules.early_stopping is True:
             final = final + self._full.all(-1, keepdim=True) * _NEVER

@@ -1,7 +1,7 @@
-"""The decode loop: launches step after step, looks at their reports a few steps late, and stops.
+"""The decode loop: launches steps, reads their reports a few steps later, and stops.
 
 It knows neither engines nor Transformers' loop: a session gives it a `GenerationStep` (one decoder step and a token selection,
-captured as one CUDA graph where there is a GPU), a token selector says what its report means.
+captured as one CUDA graph where there is a GPU), a token selector defines the meaning of the reports.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 
 @dataclass
 class Outcome:
-    """What a loop made.
+    """The result of a decode loop.
 
     Attributes:
         sequences: int64 [rows, tokens], with the prompt.
-        scores: processed scores of every step, float32 [R, V], if they were asked for.
+        scores: processed scores of every step, float32 [R, V], if requested.
         logits: unprocessed logits, likewise.
         sequences_scores: float32 [rows], of beams.
         beam_indices: int32 [rows, new tokens], of beams.
@@ -47,13 +47,13 @@ class Outcome:
 
 
 class DecodeLoop(ABC):
-    """One request on its way; an entry is a source with all of its beams.
+    """Runs one request; a batch entry is a source with all of its beams.
 
     Args:
         session: runs the decoder.
-        state: an empty cache of R rows; afterwards it holds all tokens but the last, unless rows were dropped.
+        state: an empty cache of R rows; afterwards it holds all tokens except the last, unless rows were dropped.
         request: see `t5_trt.generation.request.Request`.
-        check_length: raises if a cache must not hold so many tokens.
+        check_length: raises if a number of tokens exceeds the limit of the cache.
     """
 
     beams = 1
@@ -73,7 +73,7 @@ class DecodeLoop(ABC):
         self.eager = (
             None if request.capturable else EagerCallbacks(request.processors, request.criteria, scores, logits)
         )
-        self._entries = torch.arange(len(request.prompt) // self.beams)  # those still decoded
+        self._entries = torch.arange(len(request.prompt) // self.beams)  # entries still decoded
         self._kept: list[torch.Tensor] | None = None  # results of all entries, once some were dropped
 
     @abstractmethod
@@ -82,7 +82,7 @@ class DecodeLoop(ABC):
 
     @abstractmethod
     def settings(self) -> tuple[Hashable, ...]:
-        """What a token selector does, besides its processors."""
+        """A selector's settings except its processors, for the key of captured steps."""
 
     def run(self) -> Outcome:
         """Decode to the end."""
@@ -109,10 +109,10 @@ class DecodeLoop(ABC):
 
     @abstractmethod
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:
-        """The result from what the choices left for each entry, after `made` new tokens."""
+        """The result, from the selector's tensors for each entry, after `made` new tokens."""
 
     def processing(self) -> CapturableProcessors:
-        """The request's processors as device forms: anew for each selector, which keeps their numbers."""
+        """The request's processors in capturable form: new for each selector, which keeps their parameter values."""
         device = self.session.device
         forms = capturable_processors(self.request.processors, self.session.arch.vocab_size, self.capacity, device)
         assert forms is not None
@@ -121,18 +121,18 @@ class DecodeLoop(ABC):
     def _step(self) -> GenerationStep:
         entries, key = len(self._entries), None
         if self.eager is None:  # the same key for all requests that one captured step can serve
-            if not self.request.config.do_sample:  # of more rows others would be drawn
+            if not self.request.config.do_sample:  # with other row counts the draws would differ
                 entries = self.session.decoded_rows(self.state) // self.beams
             key = (entries, self.capacity, *self.settings(), *self.request.fingerprints)
         step = self.session.generation_step(self.state, lambda: self.make(entries), key)
-        if key is not None:  # the selector may be another request's
+        if key is not None:  # the selector may have been made for another request
             step.selector.load(self.request.processors)
         return step
 
     def _drive(self, step: GenerationStep) -> tuple[GenerationStep, int]:
-        """Launch steps until a report says that all is over; the last step and the number of steps that count."""
+        """Launch steps until a report says that the search has ended; return the last step and the number of steps that count."""
         request = self.request
-        # code of the user's in every step must not be called in vain: no step ahead then
+        # don't run ahead: user callbacks must run once per step
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
         watcher, made, deadline = Watcher(step.selector, ahead), 0, request.deadline
         for number in range(1, self._steps + 1):
@@ -154,13 +154,13 @@ class DecodeLoop(ABC):
                     request.streamer.put(report[1 + step.selector.rows :][: len(self._entries)].clone())
                 if bool(report[0]):
                     return step, made
-            if shrinks and self._should_shrink(reports[-1]):  # the newest may tell of fewer entries still
+            if shrinks and self._should_shrink(reports[-1]):  # the newest report may have even fewer unfinished entries
                 step = self._shrunk(step, reports[-1], made)
                 watcher = Watcher(step.selector, ahead)
         return step, made
 
     def _moved(self, step: GenerationStep, rows: torch.Tensor | None = None) -> GenerationStep:
-        """A step over the state as it is now, standing where another one stands, with all entries or with `rows`."""
+        """A step over the current state that continues from another selector, with all entries or only `rows`."""
         moved = self._step()
         moved.selector.take_over(step.selector, rows)
         tokens = step.tokens.view(-1, self.beams)
@@ -169,9 +169,10 @@ class DecodeLoop(ABC):
 
     @cached_property
     def _may_shrink(self) -> bool:
-        """Not with sampling (other shapes draw other numbers), nor where the caller gets a cache of all rows.
+        """Whether finished entries may be dropped.
 
-        Nor with sources that were given once for each beam.
+        Not with sampling (other shapes draw other numbers), nor if the caller gets a cache of all rows, nor if sources were given once
+        for each beam.
         """
         request, config = self.request, self.request.config
         seen_outside = request.streamer is not None or config.return_dict_in_generate
@@ -179,7 +180,7 @@ class DecodeLoop(ABC):
         return self.eager is None and shared and not config.do_sample and not seen_outside
 
     def _should_shrink(self, report: torch.Tensor) -> bool:
-        """Whether to go on with fewer entries: half of them are over, and fewer cost less."""
+        """Whether to continue with fewer entries: half of them have ended, and fewer are cheaper."""
         entries = len(self._entries)
         if entries == 1 or not self._may_shrink:
             return False
@@ -195,7 +196,7 @@ class DecodeLoop(ABC):
         return self._moved(step, going.to(device))
 
     def _keep(self, selector: TokenSelector, made: int) -> None:
-        """Copy the results of the entries that are being decoded to their places among all."""
+        """Copy the results of the entries that are still decoded to their places in the full results."""
         results = [result[: len(self._entries)] for result in selector.results(self._given + made)]
         if self._kept is None:
             self._kept = [result.clone() for result in results]
@@ -266,13 +267,13 @@ def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
         eos: tokens that end a row by a stopping criterion.
     """
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
-    # what stands behind the end of a row: Transformers' loop's `pad or eos`, by which a pad token 0 is not used
+    # padding after the end of a row: `pad or eos` as in Transformers' loop, so a pad token 0 is not used
     fill = -1 if ends is None else int(pad) if pad is not None and int(pad) else int(ends[0])
     return BeamRules(
         num_beams=config.num_beams,
         candidates=max(2, 1 + (0 if ends is None else len(ends))) * config.num_beams,
         length_penalty=float(config.length_penalty),
-        # what equals True without being it counts as False, as in Transformers' loop
+        # values equal to True but not the object True count as False, as in Transformers' loop
         early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
         do_sample=bool(config.do_sample),
         orders_draws=bool(config.do_sample) and orders_drawn_beams(),

@@ -1,7 +1,7 @@
-"""Choices of tokens beside user code, or with values that are kept: neither can be part of a CUDA graph.
+"""Token selection with user callbacks or with kept scores, which cannot be part of a CUDA graph.
 
-Order of calls and tensors are those of ``GenerationMixin._sample`` and ``_beam_search``. What user code gets belongs to it:
-nothing here writes into it later, and what user code writes into it has the effect that it has there.
+The order of calls and their tensors are those of ``GenerationMixin._sample`` and ``_beam_search``. Tensors given to user code are not
+written to afterwards, and user code that writes into them has the same effect as there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from t5_trt.runtime.session import NextStep
 
 @dataclass(frozen=True)
 class EagerCallbacks:
-    """What a step does besides choosing.
+    """Per-step work that cannot be captured.
 
     Attributes:
         process: called with the tokens so far, int64 [R, tokens], and the scores of the next one, float32 [R, V].
@@ -47,12 +47,12 @@ class EagerCallbacks:
 
 
 class EagerTokenSelector:
-    """Chooses one token for every row; see `t5_trt.generation.sampling.RowTokenSelector` for what is not said here.
+    """Chooses one token for every row, as `t5_trt.generation.sampling.RowTokenSelector` does, with callbacks.
 
     Args:
         rows: R.
         calls: see `EagerCallbacks`.
-        pad: the token behind the end of a row; None where Transformers goes on writing tokens.
+        pad: token id that pads rows after their end; None where Transformers continues to write tokens.
         do_sample: draw instead of taking the best.
         device: of the tensors.
 
@@ -77,14 +77,14 @@ class EagerTokenSelector:
         self._calls, self._pad = calls, pad
 
     def load(self, processors: Sequence[Any]) -> None:
-        """Nothing to do: it was made for its request."""
+        """Do nothing: this selector was made for its request."""
 
     def begin(self, prompt: torch.Tensor, limit: int = 0, longest: int = 0) -> None:
         """Start with a prompt, int64 [R, tokens]; the other numbers are for beams."""
         self.input_ids = prompt
 
     def take_over(self, other: EagerTokenSelector, rows: torch.Tensor | None = None) -> None:
-        """Go on where another one stands; its rows are never dropped."""
+        """Continue from another selector's state; its rows are never dropped."""
         assert rows is None
         self.input_ids, self._unfinished = other.input_ids, other._unfinished
 
@@ -111,7 +111,7 @@ class EagerTokenSelector:
 
 
 class EagerBeamSelector(BeamSelector):
-    """See `BeamSelector`; between its steps come the calls of `EagerCallbacks`."""
+    """A `BeamSelector` that calls `EagerCallbacks` between its steps."""
 
     capturable = False
 
@@ -125,7 +125,7 @@ class EagerBeamSelector(BeamSelector):
         self._length = 0
 
     def load(self, processors: Sequence[Any]) -> None:
-        """Nothing to do: it was made for its request."""
+        """Do nothing: this selector was made for its request."""
 
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
         """See `BeamSelector.begin`."""
@@ -143,7 +143,7 @@ class EagerBeamSelector(BeamSelector):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `BeamSelector.advance`."""
         log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
-        if self._prompt is not None:  # what is written into it changes no beam: they are copies
+        if self._prompt is not None:  # these are copies: writing into them changes no beam
             log_probs, self._prompt = self._calls.process(self._prompt, log_probs), None  # type: ignore[arg-type]
         else:
             buffer = self.tokens.flatten(0, 1)[:, : self._length]

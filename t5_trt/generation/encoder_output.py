@@ -1,7 +1,7 @@
-"""An encoder output that remembers the cross-attention K/V which the encoder engine made along with it.
+"""An encoder output with the cross-attention K/V that the encoder engine computed along with it.
 
-The memory is used only while it is certain to belong to the hidden states: after they were replaced, copied or written
-to, the K/V are computed anew from what the caller hands in.
+The K/V are used only while they certainly belong to the hidden states: if those were replaced, copied or written to, the K/V are
+computed again from the hidden states that the caller passes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class EngineEncoderOutput(BaseModelOutput):
             mask: the same, checked: int64 [B, S].
         """
         hidden = self["last_hidden_state"]
-        # plain attributes are not ModelOutput fields: tuple(), ** and copies leave them behind, which is what we want
+        # plain attributes are not ModelOutput fields: tuple(), ** and copies drop them, as intended
         self._cross, self._source, self._version, self._maker = cross, hidden, hidden._version, weakref.ref(session)
         self._given_mask, self._mask = version_of(given_mask), mask
         self._updates = session.updates
@@ -52,7 +52,7 @@ def recall(encoder_outputs: Any, session: Session) -> CrossStates | None:
 
 
 def recall_mask(encoder_outputs: Any, given_mask: Any) -> torch.Tensor | None:
-    """The checked form of a mask that the encoder ran with, int64 [B, S]; None if it is another or was written to since."""
+    """The checked form of a mask that the encoder ran with, int64 [B, S]; None if it is another mask or was written to since."""
     if not isinstance(encoder_outputs, EngineEncoderOutput):
         return None
     then, now = getattr(encoder_outputs, "_given_mask", None), version_of(given_mask)
@@ -61,6 +61,6 @@ def recall_mask(encoder_outputs: Any, given_mask: Any) -> torch.Tensor | None:
 
 
 def version_of(mask: Any) -> tuple[Any, int] | None:
-    """What tells whether a mask is the same and unchanged; None for inference tensors, which count no versions."""
+    """Identity and version of a mask; None for inference tensors, which have no version counter."""
     tracked = not (isinstance(mask, torch.Tensor) and mask.is_inference())
     return (mask, getattr(mask, "_version", 0)) if tracked else None

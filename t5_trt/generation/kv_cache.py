@@ -12,27 +12,27 @@ from t5_trt.compat import CACHE
 from t5_trt.errors import InputError
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
-#: where a Hugging Face cache has its contents
+#: attributes that hold the contents of a Hugging Face cache
 _CONTENTS = ("self_attention_cache", "cross_attention_cache", "is_updated")
 
 
 class EngineCache(EncoderDecoderCache):
-    """What the cache is while an engine decodes: a view on one request's `DecoderState`.
+    """The cache while an engine decodes: a view on one request's `DecoderState`.
 
-    It is filled by the first forward call. Reordering, cropping and selecting rows do what the Hugging Face class does. Code
-    that asks for the contents (a Hugging Face model, iteration, pickling) turns it into an ordinary `EncoderDecoderCache`, in
-    place: whoever holds it, this library too, sees what is written into it from then on.
+    The first forward call fills it. Reordering, cropping and selecting rows work as in the Hugging Face class. Code that reads the
+    contents (a Hugging Face model, iteration, pickling) converts it into an ordinary `EncoderDecoderCache` in place: everyone who
+    holds it, this library included, sees later writes.
 
     Args:
         layers: L, decoder layers.
-        capacity_tokens: expected final length; the buffer grows on its own beyond it.
+        capacity_tokens: expected final length; the buffer grows if it is exceeded.
     """
 
     def __init__(self, layers: int, capacity_tokens: int = 0) -> None:
         self.layers_count = layers
         self.capacity_tokens = capacity_tokens
         self.state: DecoderState | None = None
-        #: of K/V that are handed out; None for the state's own
+        #: dtype of K/V that are handed out; None for the state's
         self.dtype: torch.dtype | None = None
         #: the mask tensor, and its version, that the state's cross bias was made from
         self.mask_source: tuple[torch.Tensor | None, int] | None = None
@@ -58,7 +58,7 @@ class EngineCache(EncoderDecoderCache):
         return EncoderDecoderCache, (self.self_attention_cache, self.cross_attention_cache)
 
     def as_hugging_face(self) -> EncoderDecoderCache:
-        """An ordinary `EncoderDecoderCache` of `DynamicCache`s that holds copies of the K/V, with R rows throughout."""
+        """An ordinary `EncoderDecoderCache` of `DynamicCache`s with copies of the K/V, R rows each."""
         own, cross = DynamicCache(), DynamicCache()
         if self.state is not None:
             state = self.state
@@ -90,7 +90,7 @@ class EngineCache(EncoderDecoderCache):
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all contents."""
         self.state, self.mask_source = None, None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ class EngineCache(EncoderDecoderCache):
         if self.state is not None:
             cross = self.state.cross
             self.state.reorder(beam_idx)
-            if self.state.cross is not cross:  # rows have other sources now
+            if self.state.cross is not cross:  # rows now have other sources
                 self.mask_source = None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -140,16 +140,16 @@ class EngineCache(EncoderDecoderCache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: the forward pass is an engine already, nothing is left for torch.compile."""
+        """False: the forward pass is an engine; torch.compile has nothing to compile."""
         return False
 
     @property
     def is_croppable(self) -> bool:
-        """True: assisted generation may take tokens back."""
+        """True: assisted generation may remove tokens."""
         return True
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: the past is always kept."""
+        """Do nothing: the past is always kept."""
 
 
 def read_hugging_face(

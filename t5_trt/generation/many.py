@@ -1,4 +1,4 @@
-"""`generate_many`: whole files of texts in batches of similar length, results in the order of the input."""
+"""`generate_many`: many texts in batches of similar length, with results in the order of the input."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def generate_many(
 ) -> Iterator[Any]:
     """Generate for many texts.
 
-    Texts are batched with others of about the same length, the longest first: little is padded, and a request that is too
-    large fails at the start. All texts are tokenized before the first batch; a result is handed out as soon as those of
-    all earlier texts are.
+    Texts are batched with others of similar length, the longest first: so there is little padding, and a batch that is too large
+    fails at the start. All texts are tokenized before the first batch; a result is returned once those of all earlier texts
+    were.
 
     Args:
         model: a `TRTT5ForConditionalGeneration`, or any other Transformers model with ``generate``.
         tokenizer: of the model.
         texts: strings; an iterator is read to its end at once.
         batch_size: texts in a batch.
-        sort_by_length: False takes batches as they come.
+        sort_by_length: False batches texts in their order.
         max_source_tokens: cut longer texts to this many tokens; None cuts nothing.
         show_progress: draw a bar; None does so on a terminal only.
         skip_special_tokens: leave padding and end tokens out of the results.
@@ -48,8 +48,8 @@ def generate_many(
         ``num_return_sequences`` above 1.
 
     Raises:
-        InputError: `batch_size` is not positive, `texts` is one string or holds something else than strings or a text
-            of which the tokenizer makes no token, or the arguments ask ``generate`` for something else than tokens.
+        InputError: `batch_size` is not positive; `texts` is one string, contains something other than strings, or a text for which
+            the tokenizer returns no token; or the arguments ask ``generate`` for something other than tokens.
     """
     if batch_size < 1:
         raise InputError(f"batch_size got {batch_size}; expected at least 1.")
@@ -73,7 +73,7 @@ def generate_many(
 
 
 def _in_order(batches: list[list[int]], decoded: Callable[[list[int]], list[str]], bar: Any) -> Iterator[Any]:
-    """The results of all batches in the order of their places, each as soon as all earlier ones are there.
+    """Yield the results of all batches in the order of their places, each once all earlier ones are available.
 
     Args:
         batches: places of the texts in each batch.
@@ -101,7 +101,7 @@ def _generate(
     """Token rows for one batch."""
     count = len(sources)
     if count < batch_size and model.device.type == "cuda":
-        # the last batch fills up with copies: an engine for its own size would first have to be built
+        # the last batch is padded with copies: its own size could need another engine
         sources = [*sources, *[sources[-1]] * (batch_size - count)]
     inputs = {
         name: rows.to(model.device) for name, rows in padded(tokenizer, sources, model.config.pad_token_id).items()

@@ -1,4 +1,4 @@
-"""Opening the decoder's cache over an encoder's output, and decoding with it."""
+"""Opening the decoder's cache for an encoder output, and decoding with it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _apply_mask(session: Session, cache: EngineCache, mask: Any) -> None:
     state = cache.state
     assert state is not None
     checked = _source_mask(session, mask, state.cross)
-    if checked is None:  # somebody made them differ
+    if checked is None:  # rows of one source got different masks
         state.separate_sources()
         checked = _source_mask(session, mask, state.cross)
         assert checked is not None

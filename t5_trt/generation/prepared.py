@@ -1,10 +1,10 @@
-"""Calls of ``generate()`` that differ in the source's tokens only: what Transformers prepared for the first serves the others.
+"""Caches the preparation of ``generate()`` across calls that differ only in the source's tokens.
 
 Before the loop ``generate`` copies and merges settings, looks for typos in the names of arguments, and makes processors and criteria: half a
-millisecond on a fast host, two on a slow one, in which a GPU has nothing to do. None of it depends on the source's tokens.
+millisecond on a fast host, two on a slow one, during which the GPU is idle. None of it depends on the source's tokens.
 
     key = request_key(inputs, kwargs)         None: this call is always prepared
-    prepared = requests.find(key, ...)        forgets everything if the model's settings or Transformers' code have changed
+    prepared = requests.find(key, ...)        drops everything if the model's settings or Transformers' code have changed
     requests.keep(key, loop, request, ...)    after a call that was prepared, unless the preparation belongs to that call alone
 """
 
@@ -20,21 +20,21 @@ from transformers import GenerationConfig
 
 from t5_trt.generation.request import Request
 
-#: prepared requests that are kept, the ones used last
+#: number of prepared requests that are kept, least recently used first out
 KEPT = 64
-#: arguments of numbers: all settings but those that mean something else in every call, and those that change what is returned
+#: arguments with numeric values: all settings except those whose meaning changes with every call, or that change what is returned
 _NAMES = frozenset(vars(GenerationConfig())) - {"max_time", "return_dict_in_generate"}
 _TENSORS = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What one request left for others with its key.
+    """The preparation of one request, for others with its key.
 
     Attributes:
         loop: the decode loop that ran it.
-        request: with a prompt that was made for it, not given.
-        expand: rows of the prompt for each row of the source.
+        request: with a prompt that ``generate`` made.
+        expand: prompt rows for each source row.
     """
 
     loop: Any
@@ -43,7 +43,7 @@ class Prepared:
 
 
 class RequestKey(NamedTuple):
-    """What such calls have in common: rows of the source, its device, and all other arguments with their types."""
+    """Equal for calls that can share a preparation: rows and device of the source, and all other arguments with their types."""
 
     rows: int
     device: str
@@ -51,7 +51,7 @@ class RequestKey(NamedTuple):
 
 
 def request_key(inputs: Any, kwargs: Mapping[str, Any]) -> RequestKey | None:
-    """Equal for calls of ``generate`` that differ in the source's tokens and length only; None for calls that are always prepared.
+    """A key that is equal for calls of ``generate`` that differ only in the source's tokens and length; None if the call must be prepared.
 
     Args:
         inputs: the first argument.
@@ -74,11 +74,11 @@ def _is_ids(tensor: Any) -> TypeGuard[torch.Tensor]:
 
 
 class SettingsSnapshot:
-    """Objects whose attributes preparation reads, and code that it runs, as they are now.
+    """A snapshot of the attributes that preparation reads, and of the code that it runs.
 
     Args:
-        objects: with attributes in ``__dict__``.
-        code: compared as it is.
+        objects: have their attributes in ``__dict__``.
+        code: functions, compared by identity.
     """
 
     def __init__(self, objects: tuple[Any, ...], code: tuple[Any, ...]) -> None:
@@ -87,15 +87,15 @@ class SettingsSnapshot:
             self._kinds = [_kinds(each) for each in objects]
             self._values: list[Any] | None = [_plain_copy(vars(each)) for each in objects]
         except TypeError:
-            self._values = None  # a tensor, or something else that need not tell whether it has changed
+            self._values = None  # a tensor or another value whose changes cannot be detected
 
     @property
     def comparable(self) -> bool:
-        """Whether they are plain enough to be compared."""
+        """Whether all attributes can be compared."""
         return self._values is not None
 
     def same(self, objects: tuple[Any, ...], code: tuple[Any, ...]) -> bool:
-        """Whether these are equal, in the types of the attributes too."""
+        """Whether two snapshots are equal, including the types of the attributes."""
         try:
             return (
                 self._values is not None
@@ -103,7 +103,11 @@ class SettingsSnapshot:
                 and [_kinds(each) for each in objects] == self._kinds
                 and [vars(each) for each in objects] == self._values
             )
-        except (TypeError, ValueError, RuntimeError):  # no attributes; arrays and tensors refuse to be compared
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ):  # no attributes, or values such as tensors that cannot be compared
             return False
 
 
@@ -112,10 +116,10 @@ def _kinds(value: Any) -> list[type]:
 
 
 def _plain_copy(value: Any) -> Any:
-    """A copy of numbers, texts and containers of them.
+    """A copy of numbers, strings and containers of them.
 
     Raises:
-        TypeError: there is something else in it.
+        TypeError: it contains something else.
     """
     if type(value) is dict:
         return {name: _plain_copy(entry) for name, entry in value.items()}
@@ -127,14 +131,14 @@ def _plain_copy(value: Any) -> Any:
 
 
 class PreparedRequests:
-    """The prepared requests of one model, as long as its settings stay as they are. Not thread-safe."""
+    """The prepared requests of one model, valid while its settings are unchanged. Not thread-safe."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[RequestKey, Prepared] = OrderedDict()
         self._settings = SettingsSnapshot((), ())
 
     def find(self, key: RequestKey | None, objects: tuple[Any, ...], code: tuple[Any, ...]) -> Prepared | None:
-        """What was prepared under a key, if settings and code are as they were then.
+        """The preparation stored under a key, if settings and code are unchanged.
 
         Args:
             key: None finds nothing.
@@ -153,7 +157,7 @@ class PreparedRequests:
     def keep(
         self, key: RequestKey | None, loop: Any, request: Request, objects: tuple[Any, ...], code: tuple[Any, ...]
     ) -> None:
-        """Keep what was prepared, unless it has code or a clock of its call, or settings changed meanwhile.
+        """Store a preparation, unless it contains code or a deadline of its call, or settings have changed meanwhile.
 
         Args:
             key: None keeps nothing.

@@ -1,9 +1,9 @@
-"""Logits processors for the decode loop: device forms of Transformers' own.
+"""Logits processors for the decode loop: capturable forms of Transformers' processors.
 
-A device form has fixed shapes and takes the length from a tensor, so that it can be part of a captured CUDA graph: it
-neither waits for the GPU nor looks at a value on the host. Each computes what the class of the same name in
-`transformers.generation.logits_process` computes, value for value. Numbers such as a temperature are read from memory, so
-that a captured step serves requests with other ones.
+A capturable form has fixed shapes and reads the length from a tensor, so that it can be part of a CUDA graph: it neither waits for the
+GPU nor reads a value on the host. Each returns exactly the values of the class of the same name in
+`transformers.generation.logits_process`. Numbers such as a temperature are read from memory, so that a captured step also serves
+requests with other values.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from t5_trt.runtime.session import Hiding
 
 #: (tokens int64 [rows, M], their number int64 [1], scores float32 [rows, V]) -> scores
 Apply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-#: (processor, device) -> a number of it, []
+#: (processor, device) -> a parameter value of it, []
 Read = Callable[[Any, torch.device], torch.Tensor]
 _HIDDEN = float("-inf")
 
 
 @dataclass(frozen=True)
 class CapturableProcessor:
-    """A processor in device form.
+    """A processor in capturable form.
 
     Attributes:
         apply: see `Apply`.
         numbers: tensors [] on the device that `apply` reads, and where their values come from.
-        hides: tokens, bool [V], and the length [] below which `apply` hides them, if it does nothing else.
+        hides: tokens, bool [V], and the length [] below which `apply` hides them; None if it does more than that.
     """
 
     apply: Apply
@@ -42,19 +42,19 @@ class CapturableProcessor:
     hides: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def load(self, processor: Any) -> None:
-        """Take over the numbers of a processor of the same `fingerprint`."""
+        """Load the parameter values of a processor of the same `fingerprint`."""
         for number, read in self.numbers:
             number.fill_(read(processor, number.device).item())
 
 
 class CapturableProcessors:
-    """Processors in device form, in order.
+    """Processors in capturable form, in order.
 
     Args:
         forms: see `CapturableProcessor`.
 
     Attributes:
-        hiding: all that they do, where they only hide the same tokens up to some length; None where they do more.
+        hiding: the effect of all processors, if they only hide the same tokens up to some length; else None.
     """
 
     def __init__(self, forms: Sequence[CapturableProcessor]) -> None:
@@ -87,7 +87,7 @@ class CapturableProcessors:
         return scores
 
     def load(self, processors: Sequence[Any]) -> None:
-        """Compute what these processors do from now on; only their numbers may be others, and those of one list stay as they are."""
+        """Load new parameter values from processors of the same kinds; no-op if the same list is already loaded."""
         if processors is self._loaded:
             return
         self._loaded = None
@@ -100,7 +100,7 @@ class CapturableProcessors:
 def capturable_processors(
     processors: Sequence[Any], vocab_size: int, capacity: int, device: torch.device
 ) -> list[CapturableProcessor] | None:
-    """Device forms of processors, or None if one of them has none (it is not in `CAPTURABLE`).
+    """Capturable forms of processors, or None if one of them is not in `CAPTURABLE`.
 
     Args:
         processors: instances of Transformers' classes.
@@ -124,14 +124,14 @@ def capturable_processors(
 
 
 def is_capturable(processor: Any) -> bool:
-    """Whether a processor can be part of a captured step; subclasses are taken for something else."""
+    """Whether a processor can be part of a captured step; subclasses cannot."""
     if isinstance(processor, logits_process.RepetitionPenaltyLogitsProcessor):
         return type(processor) in CAPTURABLE and getattr(processor, "prompt_ignore_length", None) is None
     return type(processor) in CAPTURABLE
 
 
 def fingerprint(processor: Any) -> Hashable:
-    """Equal for processors that one device form can do: the class and its settings, but for numbers in memory."""
+    """Equal for processors that one capturable form can serve: the class and its settings, except numbers in memory."""
     numbers = CAPTURABLE[type(processor)].numbers
     settings = ((name, _frozen(value)) for name, value in sorted(vars(processor).items()) if name not in numbers)
     return type(processor).__name__, tuple(settings)
@@ -146,15 +146,15 @@ def _frozen(value: Any) -> Hashable:
 
 
 def _real(name: str, *, more: Callable[[Any], float] = lambda processor: 0) -> Read:
-    """A number, and something added to it, in double precision as Python has it.
+    """A number plus an addend in double precision, as in Python.
 
-    Torch rounds it where the Hugging Face class has it rounded; lengths, too, may be fractions.
+    Torch rounds it at the same place as in the Hugging Face class; lengths may be fractions too.
     """
     return lambda processor, device: torch.tensor(getattr(processor, name) + more(processor), dtype=torch.float64)
 
 
 def _divisor(name: str) -> Read:
-    """What `_divide` takes: the reciprocal where torch multiplies by it to divide by a Python float."""
+    """The operand of `_divide`: the reciprocal if torch divides by a Python float by multiplying."""
 
     def read(processor: Any, device: torch.device) -> torch.Tensor:
         number = float(getattr(processor, name))
@@ -165,7 +165,7 @@ def _divisor(name: str) -> Read:
 
 @lru_cache(1024)
 def _reciprocal(number: float, device: torch.device) -> float:
-    """What torch multiplies by there; asked, because there are two ways to round it (they differ for 1.7)."""
+    """The reciprocal that torch multiplies by; measured, because there are two ways to round it (they differ for 1.7)."""
     return float(torch.ones((), device=device) / number)
 
 
@@ -184,7 +184,7 @@ def _multiplies(device: torch.device) -> bool:
 
 
 def _as_is(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
-    """A Hugging Face processor that looks at scores only and has fixed shapes already."""
+    """A Hugging Face processor that reads only the scores and already has fixed shapes."""
     return lambda tokens, length, scores: processor(tokens, scores)
 
 
@@ -193,7 +193,7 @@ def _temperature(processor: Any, vocab_size: int, capacity: int, device: torch.d
 
 
 def _marked(ids: Any, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Bool [V], true at the ids; those beyond the vocabulary mark nothing, as in Transformers' processors."""
+    """Bool [V], true at the ids; ids beyond the vocabulary are ignored, as in Transformers' processors."""
     return torch.isin(torch.arange(vocab_size), torch.as_tensor(ids).cpu().flatten().long()).to(device)
 
 
@@ -246,7 +246,7 @@ def _repetition_penalty(processor: Any, vocab_size: int, capacity: int, device: 
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen = scores.new_zeros(
             (len(scores), vocab_size + 1), dtype=torch.bool
-        )  # the last column takes what is no token
+        )  # the last column is for values that are not tokens
         seen.scatter_(1, torch.where(places < length, tokens, vocab_size), True)
         return torch.where(
             seen[:, :vocab_size], torch.where(scores < 0, scores * penalty, _divide(scores, divisor)), scores
@@ -264,7 +264,7 @@ def _no_repeat_ngram(processor: Any, vocab_size: int, capacity: int, device: tor
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         prefix = tokens.index_select(1, (length + prefix_places).clamp(min=0))  # [rows, size - 1], the last tokens
         windows = tokens.unfold(1, size, 1)  # [rows, starts, size]
-        whole = starts + size <= length  # so too few tokens for the prefix leave no window
+        whole = starts + size <= length  # with too few tokens for the prefix there is no window
         repeats = (windows[..., :-1] == prefix[:, None]).all(-1) & whole
         banned = scores.new_zeros((len(scores), vocab_size + 1), dtype=torch.bool)
         banned.scatter_(1, torch.where(repeats, windows[..., -1], vocab_size), True)
@@ -284,7 +284,7 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
     for ids, bias in processor.sequence_bias.items():
         if len(ids) == 1:
             single[ids[0]] = bias
-        elif ids and len(ids) - 1 <= capacity:  # an empty sequence says nothing
+        elif ids and len(ids) - 1 <= capacity:  # an empty sequence has no effect
             groups.setdefault(len(ids) - 1, []).append((ids, bias))
     single = single.to(device)
     longer = [
@@ -312,13 +312,13 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
 
 @cache
 def _whole_contexts_count() -> bool:
-    """Whether a sequence counts whose beginning is all there is so far: not in Transformers 5.17, and in 5.20 and newer."""
+    """Whether a sequence bias applies when all tokens so far are its prefix: not in Transformers 5.17, but in 5.20 and newer."""
     processor = logits_process.SequenceBiasLogitsProcessor([[[1, 1], 1.0]])
     return bool(processor(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 2))[0, 1] == 1.0)
 
 
 def _growth(factor: float, steps: int) -> float:
-    """What the penalty has grown to; lengths for which the Hugging Face class would fail are hardly reached."""
+    """The penalty at a length; lengths at which the Hugging Face class fails are not reached in practice."""
     try:
         return float(factor**steps - 1)
     except OverflowError:
@@ -327,7 +327,7 @@ def _growth(factor: float, steps: int) -> float:
 
 def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     ends, start = _marked(processor.eos_token_id, vocab_size, device), processor.regulation_start
-    # a power on the host and in double precision, as the Hugging Face class has it
+    # a power on the host in double precision, as in the Hugging Face class
     growths = [_growth(processor.regulation_factor, max(at - start, 0)) for at in range(capacity + 1)]
     growth = torch.tensor(growths, dtype=torch.float32, device=device)
 
@@ -340,12 +340,12 @@ def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: tor
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of processors that has a device form.
+    """How to make the capturable form of a class of processors.
 
     Attributes:
         make: (a copy of the processor with `numbers` in it, vocab_size, capacity, device) -> what it does.
         numbers: attribute of that copy -> where its value comes from.
-        hides_ends_below: one of them, if the processor does no more than hide the end tokens of shorter sequences.
+        hides_ends_below: the number that is a length, if the processor only hides the end tokens of shorter sequences.
     """
 
     make: Callable[[Any, int, int, torch.device], Apply]

@@ -1,4 +1,4 @@
-"""Reading what a GPU reports without waiting for its newest step."""
+"""Reading the reports of decoder steps from a GPU without waiting for the newest step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from t5_trt.errors import BackendError
 from t5_trt.runtime.session import Mailbox, TokenSelector
 
-#: steps that the host may be ahead of the newest report that it has seen: enough to hide its own work on a step, few
-#: enough that little is computed in vain after the end
+#: steps that the host may be ahead of the newest report it has seen: enough to hide the host's work, few enough to waste little
+#: after the end
 STEPS_AHEAD = 4
-#: seconds after which a report that has not come is looked into
+#: seconds after which a missing report is checked for an error of the GPU
 PATIENCE = 1.0
 
 
 class Watcher:
-    """Brings a small tensor to the host after every step and hands it out in order, some steps late.
+    """Copies a small tensor to the host after every step and returns the copies in order, some steps later.
 
-    Where the kernels of a token selector write into its mailbox, the host looks into that; else it has the report copied. On the CPU, and with
-    ``ahead=0``, each report is handed out at once.
+    If the kernels of a token selector write into its mailbox, the host reads that; else the report is copied. On the CPU, and with
+    ``ahead=0``, each report is returned at once.
 
     Args:
         selector: with a ``report``, int64, written by every step.
@@ -47,10 +47,10 @@ class Watcher:
     def take(self, *, all_of_them: bool = False) -> list[torch.Tensor]:
         """Reports that have arrived; waits only where more than `ahead` are outstanding, or for all if asked to.
 
-        They are good until the next one is posted.
+        They are valid until the next one is posted.
 
         Raises:
-            BackendError: the GPU is done and has not reported.
+            BackendError: the GPU has finished without a report.
         """
         arrived = []
         while self._posted:
@@ -74,7 +74,7 @@ class _Letter:
         report = self.mailbox.find(self.position)
         started = time.perf_counter()
         while report is None and waits:
-            time.sleep(0)  # another thread's turn
+            time.sleep(0)  # let another thread run
             report = self.mailbox.find(self.position)
             if report is None and time.perf_counter() - started > PATIENCE:
                 self._look_into()
@@ -82,7 +82,7 @@ class _Letter:
         return report
 
     def _look_into(self) -> None:
-        """Raise what has gone wrong on the GPU, unless it is still at work."""
+        """Raise the GPU's error, if it has finished."""
         done = torch.cuda.current_stream(self.mailbox.epoch.device).query()  # raises an error of an earlier kernel
         if done and self.mailbox.find(self.position) is None:
             raise BackendError(
@@ -92,7 +92,7 @@ class _Letter:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A report that is on its way into the host's memory."""
+    """A report that is being copied into the host's memory."""
 
     memory: torch.Tensor
     event: Any
@@ -106,10 +106,10 @@ class _Copy:
 
 
 class _Copies:
-    """Memory for copies of reports, used in turn. Page-locked once, because allocating that takes longer than a step.
+    """A ring buffer for copies of reports. Page-locked memory is allocated once, because that takes longer than a step.
 
     Args:
-        count: of copies that are good at a time.
+        count: copies that are valid at a time.
         like: a report.
     """
 
@@ -119,7 +119,7 @@ class _Copies:
         self._next = 0
 
     def copy(self, report: torch.Tensor) -> _Copy:
-        """Send a report on its way."""
+        """Start the copy of a report."""
         if not self._places:
             on_gpu = self._like.is_cuda
             memory = torch.empty((self._count, *self._like.shape), dtype=self._like.dtype, pin_memory=on_gpu)

@@ -1,4 +1,4 @@
-"""Which requests the device loop takes, as one table; all others run in Transformers' own loop over our forward pass.
+"""Which requests the device loop serves, as one table; all others run in Transformers' own loop over our forward pass.
 
 | part of a request | device loop | captured with the step |
 |---|---|---|
@@ -57,7 +57,7 @@ class Request:
         config: the ``GenerationConfig``.
         model_kwargs: of the forward pass.
         streamer: takes tokens as they are made.
-        synced_gpus: other processes wait for ours in every step.
+        synced_gpus: other processes synchronize with this one in every step.
     """
 
     prompt: torch.Tensor
@@ -70,24 +70,24 @@ class Request:
 
     @property
     def cache(self) -> Any:
-        """The cache to decode with; None without one."""
+        """The caller's cache; None if there is none."""
         return self.model_kwargs.get(CACHE)
 
     def for_inputs(self, model_kwargs: dict[str, Any]) -> Request:
-        """This request for other inputs. What was found out about it stays known."""
+        """This request for other inputs; cached properties are kept."""
         other = copy.copy(self)
         other.__dict__["model_kwargs"] = model_kwargs
         return other
 
     @cached_property
     def limit(self) -> int | None:
-        """Tokens at which every row is over."""
+        """Length in tokens at which every row ends."""
         limits = [c.max_length for c in self.criteria if type(c) is stopping_criteria.MaxLengthCriteria]
-        return None if not limits else math.ceil(min(limits))  # Transformers takes fractions
+        return None if not limits else math.ceil(min(limits))  # Transformers accepts fractions
 
     @property
     def deadline(self) -> float | None:
-        """``time.time()`` at which every row is over."""
+        """``time.time()`` at which every row ends."""
         times = [c for c in self.criteria if type(c) is stopping_criteria.MaxTimeCriteria]
         return min((c.initial_timestamp + c.max_time for c in times), default=None)
 
@@ -99,12 +99,12 @@ class Request:
 
     @cached_property
     def fingerprints(self) -> tuple[Hashable, ...]:
-        """Of the processors, which all have a device form."""
+        """Fingerprints of the processors, all of which are capturable."""
         return tuple(map(fingerprint, self.processors))
 
     @cached_property
     def pad(self) -> int | None:
-        """What follows the end of a row; None where Transformers does not stop writing."""
+        """Token id that pads rows after their end; None where Transformers continues to write tokens."""
         if not any(hasattr(c, "eos_token_id") for c in self.criteria):
             return None
         return int(self.config._pad_token_tensor)
@@ -126,7 +126,7 @@ class Request:
 
     @property
     def known_processors(self) -> bool:
-        """Whether all processors have a device form."""
+        """Whether all processors are capturable."""
         return all(is_capturable(processor) for processor in self.processors)
 
     @property
@@ -146,7 +146,7 @@ def _hides_decoder_tokens(request: Request) -> bool:
     mask = request.model_kwargs.get("decoder_attention_mask")
     if mask is None:
         return False
-    mask = torch.as_tensor(mask)  # of labels it is longer than the prompt; one that is shorter hides the rest
+    mask = torch.as_tensor(mask)  # the mask of labels is longer than the prompt; a shorter one hides the rest
     return mask.shape[-1] < request.prompt.shape[1] or not bool((mask[..., : request.limit] != 0).all())
 
 
@@ -179,5 +179,5 @@ REFUSALS: dict[str, Callable[[Request], bool]] = {
 
 
 def refusal(request: Request) -> str | None:
-    """Why a request needs Transformers' loop, or None if the device loop takes it."""
+    """Why a request needs Transformers' loop, or None if the device loop serves it."""
     return next((reason for reason, applies in REFUSALS.items() if applies(request)), None)

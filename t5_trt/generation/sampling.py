@@ -1,6 +1,6 @@
 """Greedy search and sampling after each decoder step, with Transformers' rules for rows that have ended.
 
-All of it is torch operations on buffers of fixed size, so that a session may record it as part of a CUDA graph.
+It consists of torch operations on buffers of fixed size, so that a session may capture it as part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import outside_capture
 from t5_trt.runtime.session import NextStep
 
-_STEP = 4  # offsets of a GPU's generator are multiples of it
+_STEP = 4  # a GPU generator's offsets are multiples of this
 
 
 @dataclass(frozen=True)
 class StopTokens:
-    """When a row is over and what stands behind its end.
+    """When a row ends, and what pads it afterwards.
 
     Attributes:
         eos: token ids that end a row.
-        pad: the token behind it; None where Transformers goes on writing tokens.
+        pad: token id that pads rows after their end; None where Transformers continues to write tokens.
     """
 
     eos: tuple[int, ...] = ()
@@ -37,7 +37,7 @@ class RowTokenSelector:
     """Chooses one token for every row: the best, or a random one.
 
     Args:
-        rows: R, of which a request may use the first ones only; the others are over from the beginning.
+        rows: R; a request may use only the first ones, the others are marked as finished.
         capacity: M, tokens that a row can have, with the prompt.
         process: of the logits.
         ending: see `StopTokens`.
@@ -47,7 +47,7 @@ class RowTokenSelector:
     Attributes:
         tokens: int64 [R, M], the prompt and what was chosen.
         finished: bool [R].
-        report: int64 [1 + 2 R]: 1 after the last row has ended; which rows have ended; the tokens chosen last.
+        report: int64 [1 + 2 R]: 1 after the last row has ended; 1 for each row that has ended; the tokens chosen last.
         expired: bool [1]; set from outside when time is up.
     """
 
@@ -93,7 +93,7 @@ class RowTokenSelector:
             self.mailbox.start_anew()
 
     def take_over(self, other: RowTokenSelector, rows: torch.Tensor | None = None) -> None:
-        """Go on where another one stands, with all of its rows or those that `rows` names."""
+        """Continue from another selector's state, with all of its rows or only `rows`."""
         for mine, theirs in ((self.tokens, other.tokens), (self.finished, other.finished)):
             mine.copy_(theirs if rows is None else theirs[pad_rows(rows, self.rows)])
         if rows is not None:
@@ -119,7 +119,7 @@ class RowTokenSelector:
             following: see `t5_trt.runtime.session.TokenSelector.advance`.
 
         Returns:
-            The tokens, int64 [R]; no rows change places. None if `following` is all written.
+            The tokens, int64 [R]; no rows change places. None if `following` was written completely.
         """
         if following is not None and following.best is not None:
             chosen = self._chosen
@@ -144,14 +144,14 @@ class RowTokenSelector:
 
 
 def pad_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """So many rows: those there are, and behind them the first one again and again."""
+    """Pad to `count` rows by repeating the first."""
     return rows if len(rows) == count else torch.cat((rows, rows[:1].expand(count - len(rows), *rows.shape[1:])))
 
 
 class GpuDraws:
-    """Takes back what steps beyond the end drew from the GPU's generator.
+    """Restores the GPU's generator to the state before steps beyond the end.
 
-    The next call then draws as it would after Transformers' loop, which makes no such steps. On a CPU there are none.
+    So the next call draws as it would after Transformers' loop, which runs no such steps. On a CPU there are none.
     """
 
     def __init__(self, device: torch.device) -> None:

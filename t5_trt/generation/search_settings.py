@@ -1,26 +1,26 @@
-"""Settings of ``generate()`` that make one search out of any generation config.
+"""Settings of ``generate()`` that override a generation config with one given search.
 
-A checkpoint's settings depend on each other (several results need beams or sampling). Whoever sets one of them for a
-comparison sets the others too. Each function leaves out what the installed Transformers has no setting for.
+A checkpoint's settings depend on each other (several results need beams or sampling), so a comparison that sets one must set the
+others too. Each function omits settings that the installed Transformers does not have.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-#: what `generate` returns, and what it would need besides the sources
+#: settings of what `generate` returns, and of inputs besides the sources
 _PLAIN_RESULT = {
     "return_dict_in_generate": False,
     "output_scores": False,
     "output_logits": False,
     "output_attentions": False,
     "output_hidden_states": False,
-    # the same tokens sooner, but only for one row at a time
+    # faster with equal tokens, but only for one row at a time
     "prompt_lookup_num_tokens": None,
     "assistant_early_exit": None,
     "use_mtp": None,
 }
-#: ends that depend on the clock or need a tokenizer, and searches of other kinds
+#: stopping criteria that depend on time or need a tokenizer, and other kinds of search
 _PLAIN_SEARCH = {
     "max_time": None,
     "stop_strings": None,
@@ -34,7 +34,7 @@ _PLAIN_SEARCH = {
 
 
 def only_tokens(config: Any, arguments: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The caller's arguments, with those added that make ``generate()`` return rows of tokens and nothing else.
+    """The caller's arguments, with additions that make ``generate()`` return only rows of tokens.
 
     Args:
         config: the model's generation config.
@@ -61,7 +61,7 @@ def one_search(config: Any, *, num_beams: int, do_sample: bool, results: int = 1
 
 
 def length_limit(config: Any, new_tokens: int) -> dict[str, Any]:
-    """Arguments that end every sequence after some new tokens, and begin no sooner than the config says or then.
+    """Arguments that end every sequence after some new tokens, with a minimum length no larger than that.
 
     Args:
         config: the model's generation config.

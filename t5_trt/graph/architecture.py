@@ -1,6 +1,6 @@
-"""What a T5-family model computes: sizes, activation, bias and head variants. `t5_trt.checkpoint.families` reads it from a config.
+"""The architecture of a T5-family model: sizes, activation, bias and head variants. `t5_trt.checkpoint.families` reads it from a config.
 
-No torch is needed here: build processes import this.
+This module does not import torch, because build processes import it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class Architecture:
     Attributes:
         vocab_size: V, the rows of the embedding (not of the tokenizer).
         d_model: E. d_kv: D, which need not be d_model / num_heads. num_heads: H. d_ff: inner feed-forward size.
-        encoder_layers, decoder_layers: they may differ; an encoder alone has 0 decoder layers.
+        encoder_layers, decoder_layers: may differ; an encoder-only model has 0 decoder layers.
         num_buckets, max_distance: of the relative position bias.
         activation: one of `ACTIVATIONS`. gated: whether the feed-forward has two input matrices.
         epsilon: of every RMSNorm.
         tied_head: the output matrix is the embedding. output_scale: factor on the decoder's output before it.
         bias_per_layer: every layer has its own relative bias table (UMT5) instead of sharing the first layer's.
         wide_stream: residual streams are float32 whatever the compute type (`t5_trt.graph.fp16_scaling`).
-        stream_factor: what the embedding, and with it both residual streams, are multiplied by to keep half precision in range.
+        stream_factor: factor on the embedding, and so on both residual streams, that keeps half precision in range.
             It changes no result: every stream goes through an RMSNorm, whose epsilon is multiplied by its square.
-        branch_factors: module name of an ``o``, a ``wo`` or the head ("lm_head") -> what its matrix was multiplied by to keep
-            half precision in range. Graphs divide by it again (and multiply by `stream_factor`), in float32, but for the
-            head's: the logits that they give out are multiplied by it. Where none is named it is 1.
+        branch_factors: module name of an ``o``, a ``wo`` or the head ("lm_head") -> factor in its matrix that keeps half
+            precision in range; 1 if not named. Graphs divide by it (and multiply by `stream_factor`) in float32, except for the
+            head: their logits are multiplied by its factor.
     """
 
     vocab_size: int
@@ -58,16 +58,18 @@ class Architecture:
 
     @property
     def longest_source(self) -> int | None:
-        """The largest number of source tokens that the relative bias is defined for; None if it is for any."""
+        """The largest number of source tokens that the relative bias is defined for; None for no limit."""
         return self._longest(bidirectional=True)
 
     @property
     def longest_target(self) -> int | None:
-        """The largest number of decoder tokens that the relative bias is defined for; None if it is for any."""
+        """The largest number of decoder tokens that the relative bias is defined for; None for no limit."""
         return self._longest(bidirectional=False)
 
     def _longest(self, *, bidirectional: bool) -> int | None:
-        from t5_trt.graph.relative_positions import longest_sequence  # needs torch, which build processes go without
+        from t5_trt.graph.relative_positions import (
+            longest_sequence,
+        )  # imported here because it needs torch, which build processes do not load
 
         return longest_sequence(self.num_buckets, self.max_distance, bidirectional=bidirectional)
 

@@ -1,4 +1,4 @@
-"""The pieces of a T5 layer that encoder and decoder share: feed-forward, softmax."""
+"""The parts of a T5 layer that encoder and decoder share: feed-forward, softmax."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def activation(graph: GraphBuilder, name: str, value: ir.Value) -> ir.Value:
     else:  # gelu_new: the tanh approximation of Hendrycks and Gimpel 2016
         if (
             graph.real == ir.DataType.FLOAT16
-        ):  # beyond 10 the tangent is 1 to the last bit, and the cube of 41 is too large
+        ):  # above 10 the tanh is exactly 1, and the cube of values from 41 on leaves float16
             value = graph.op("Max", graph.op("Min", value, graph.scalar(10.0)), graph.scalar(-10.0))
         cube = graph.op("Mul", value, graph.op("Mul", value, value))
         inner = graph.op("Add", value, graph.op("Mul", cube, graph.scalar(0.044715)))

@@ -1,6 +1,6 @@
 """Write T5's encoder and decoder as ONNX graphs (opset 17), straight from config and weights.
 
-Nothing is computed: the results are `onnx_ir.Model` objects that sessions bind or engines are built from.
+The results are `onnx_ir.Model` objects, which sessions load or engines are built from.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def build_host_graph(
         weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
         real: compute type of weights and activations.
         index: type of ids, positions and masks.
-        fixed: axis letter of `t5_trt.graph.signature` -> size, for axes that are known.
-        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of all else is float32 then.
-        inputs: names of weights that are inputs instead, of those that the graph reads.
-        debug_outputs: also put out the residual stream after every block, named "encoder.block.0" and so on.
+        fixed: axis letter of `t5_trt.graph.signature` -> size, for axes of fixed size.
+        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of everything else is then float32.
+        inputs: names of weights that are inputs instead of initializers.
+        debug_outputs: also output the residual stream after every block, named "encoder.block.0" and so on.
     """
     if quantized is not None:
         return _build(graph, Int8HostGraphBuilder(graph, arch, weights, quantized, inputs), debug_outputs)
@@ -62,8 +62,7 @@ def build_device_graph(
 ) -> ir.Model:
     """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as inputs, named as in `t5_trt.graph.parameters`.
 
-    Arguments as for `build_host_graph`, but that `quantized` is what `t5_trt.graph.int8.quantize_for_device` made, and in the
-    graph.
+    Arguments as for `build_host_graph`, except `quantized`: matrices of `t5_trt.graph.int8.quantize_for_device`, stored in the graph.
     """
     if quantized is not None:
         return _build(graph, Int8DeviceGraphBuilder(graph, arch, real, quantized, fixed), debug_outputs)

@@ -32,7 +32,7 @@ class Projection:
 
     Attributes:
         parts: one value for each matrix, of the stream's leading axes.
-        packed: all of them side by side along the last axis; None in the host form, which never has them so.
+        packed: all of them side by side along the last axis; None in the host form.
     """
 
     parts: Sequence[ir.Value]
@@ -40,7 +40,7 @@ class Projection:
 
 
 class T5GraphBuilder(GraphBuilder):
-    """A graph of one architecture, with T5's vocabulary on top of ONNX's; see the two subclasses."""
+    """Builds the graph of one architecture from T5's operations; see the two subclasses."""
 
     packed: bool
 
@@ -52,15 +52,15 @@ class T5GraphBuilder(GraphBuilder):
         self.groups = parameters(arch)
 
     def parameter(self, name: str) -> ir.Value:
-        """A weight that is looked up or added."""
+        """A weight that is used as a lookup table or added."""
         raise NotImplementedError
 
     def project(self, stream: ir.Value, group: str) -> Projection:
-        """The products of a group, its norm and scale applied."""
+        """The products of a group, with its norm and scale applied."""
         raise NotImplementedError
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
-        """Bring a value into the shape that products take: [outer .., width], or [rows, width] on the host."""
+        """Reshape a value for products: [outer .., width], or [rows, width] on the host."""
         raise NotImplementedError
 
     def by_heads(self, value: ir.Value, streams: Sequence[Dim]) -> ir.Value:
@@ -107,7 +107,7 @@ class T5GraphBuilder(GraphBuilder):
 
     @property
     def stream_type(self) -> ir.DataType:
-        """Type of residual streams: the compute type, or float32 where sums over layers could leave the range."""
+        """The type of residual streams: the compute type, or float32 if sums over layers could leave its range."""
         return FLOAT if self.arch.wide_stream else self.real
 
     def stream(self, source: ir.Value, outer: Sequence[Dim], *, embeds: bool = False) -> ir.Value:
@@ -127,7 +127,7 @@ class T5GraphBuilder(GraphBuilder):
             return self.op("Add", stream, branch)
 
     def linear(self, stream: ir.Value, group: str) -> ir.Value:
-        """The product of a group of one matrix."""
+        """The product of a group with a single matrix."""
         return self.project(stream, group).parts[0]
 
     def rms_norm(self, stream: ir.Value, weight: ir.Value | None) -> ir.Value:
@@ -140,7 +140,7 @@ class T5GraphBuilder(GraphBuilder):
                 "Sqrt", self.op("Add", mean, self.scalar(self.arch.epsilon * self.arch.stream_factor**2, FLOAT))
             )
             normed = self.op("Div", wide, root)
-            if weight is not None:  # this exact chain is what ONNX Runtime fuses into SimplifiedLayerNormalization
+            if weight is not None:  # ONNX Runtime fuses exactly this chain into SimplifiedLayerNormalization
                 normed = self.op("Mul", normed, self.cast(weight, self.real, FLOAT))
         return self.cast(normed, FLOAT, self.real)
 
@@ -154,7 +154,7 @@ class HostGraphBuilder(T5GraphBuilder):
         weights: state-dict key -> CPU tensor, read only when the model is saved or bound.
         real: compute type.
         index: type of ids, positions and masks.
-        fixed: axis letter -> size, for axes that are known.
+        fixed: axis letter -> size, for axes of fixed size.
         inputs: names of weights that are inputs of the graph instead, because their values change.
     """
 
@@ -309,7 +309,7 @@ class DeviceGraphBuilder(T5GraphBuilder):
         """Queries [R*H, 1, D] times keys [R*H, T, D], as [R*H, T, 1].
 
         In this order TensorRT 8.5 calls a matrix-vector kernel. With the query first it multiplies and sums by itself,
-        which takes 560 us against 498 in three layers of T5-base with 128 rows (``benchmarks/h100_choices.py scores``).
+        which takes 560 us against 498 in three layers of T5-base with 128 rows (``benchmarks/experiments/key_product.py``).
         """
         return self.op("MatMul", keys, self.reshape(query, -1, self.arch.d_kv, 1))
 
@@ -331,7 +331,7 @@ class DeviceGraphBuilder(T5GraphBuilder):
         return self.reshape(self.op("MatMul", left, right), *sizes, width)
 
     def input(self, tensor: Tensor) -> ir.Value:
-        """Declare an input flat, and hand it out in its own shape."""
+        """Declare an input in flattened form, and return it in its own shape."""
         shape = self.shape_of(tensor)
         known = [size for size in shape if isinstance(size, int)]
         if len(shape) < 3 or len(known) < len(shape):
@@ -341,7 +341,7 @@ class DeviceGraphBuilder(T5GraphBuilder):
         return value
 
     def finish(self, outputs: Mapping[str, ir.Value], declared: Sequence[Tensor]) -> ir.Model:
-        """Flatten the outputs, append the weights to the inputs."""
+        """Flatten the outputs, and append the weights to the inputs."""
         flat = [self._flat(tensor) for tensor in declared]
         values = dict(outputs)
         for tensor in flat:

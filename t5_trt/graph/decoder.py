@@ -1,8 +1,8 @@
 """The decoder graph over a static K/V cache, for one query position (a step) or several (prompts, verification).
 
-The engine reads the cache where it lies and hands back only the new K/V rows; the session writes those. A step puts the score
-of the new key in the place of the cache's first free entry, so that one softmax over T scores serves both; several query
-positions have their new scores behind the cached ones (split softmax). Beams are query positions of the cross-attention,
+The engine reads the cache in place and returns only the new K/V rows, which the session writes. A step puts the score of the new
+key at the cache's first free entry, so that one softmax over T scores is enough; several query positions have their new scores
+after the cached ones (split softmax). Beams are query positions of the cross-attention,
 so the encoder's K/V are never repeated per beam.
 """
 
@@ -25,7 +25,7 @@ INT64 = ir.DataType.INT64
 
 @dataclass(frozen=True)
 class _Frame:
-    """Sizes and positions that every layer shares."""
+    """Sizes and positions shared by all layers."""
 
     single: bool  # Q = 1
     batch: Dim  # B
@@ -38,7 +38,7 @@ class _Frame:
     new_index: ir.Value | None  # [Q, Q] clipped distances from query to new key
     past_mask: ir.Value  # as past_index, or [R, 1, 1, T]
     new_mask: ir.Value | None  # [R, 1, Q, Q]
-    here: ir.Value | None  # bool [P, 1, 1, T] (device form: [T]), true at the place of the new key
+    here: ir.Value | None  # bool [P, 1, 1, T] (device form: [T]), true at the entry of the new key
 
     @property
     def streams(self) -> tuple[Dim, Dim]:
@@ -129,7 +129,9 @@ def _queries_frame(graph: T5GraphBuilder, inputs: dict[str, ir.Value], limit: in
         **sizes,
         past_index=graph.clip(past_distance, 0, limit),
         new_index=graph.clip(new_distance, 0, limit),
-        past_mask=graph.op("Min", past_mask, past_pad),  # not a sum: -60000 and a bias may leave float16
+        past_mask=graph.op(
+            "Min", past_mask, past_pad
+        ),  # not a sum, because -60000 plus a bias may leave float16's range
         new_mask=graph.op("Min", new_mask, new_pad),
         here=None,
     )
@@ -190,7 +192,7 @@ def _new_rows(graph: T5GraphBuilder, frame: _Frame, made: Projection, layer: int
         return {f"new_qkv_{layer}": graph.reshape(made.packed, frame.rows, frame.queries, width)}
     rows = {}
     for kind, part in zip("kv", made.parts[1:], strict=True):
-        if frame.single:  # no axes change places
+        if frame.single:  # no transpose
             rows[f"new_{kind}_{layer}"] = graph.by_heads(part, frame.streams)
             continue
         split = graph.reshape(part, frame.rows, frame.queries, arch.num_heads, arch.d_kv)

@@ -1,4 +1,4 @@
-"""The encoder graph (with the decoder's cross-attention K/V), and the graph that makes K/V from given states."""
+"""The encoder graph (with the decoder's cross-attention K/V), and the graph that computes K/V from given states."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_encoder(graph: T5GraphBuilder, *, embeds: bool = False) -> ir.Model:
     for layer in range(arch.encoder_layers):
         prefix = f"encoder.block.{layer}"
         table = arch.bias_weight("encoder", layer)
-        if table not in biases:  # [B, H, S, S], shared by all layers but in UMT5
+        if table not in biases:  # [B, H, S, S], shared by all layers except in UMT5
             rows = graph.op("Unsqueeze", graph.transpose(relative.rows(table, offsets), 2, 0, 1), graph.ints(0))
             biases[table] = graph.op("Add", rows, key_bias)
         with graph.scope(f"{prefix}.layer.0"):
@@ -55,7 +55,7 @@ def build_encoder(graph: T5GraphBuilder, *, embeds: bool = False) -> ir.Model:
 
 
 def build_cross(graph: T5GraphBuilder) -> ir.Model:
-    """Write the graph that turns precomputed encoder states into cross-attention K/V."""
+    """Write the graph that computes cross-attention K/V from given encoder states."""
     declared = signature(CROSS, graph.arch, packed=graph.packed)
     (states,) = (graph.input(tensor) for tensor in declared.inputs)
     outer = (graph.size(states, 0), graph.size(states, 1))

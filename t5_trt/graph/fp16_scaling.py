@@ -1,15 +1,18 @@
 """Keeping half precision in range without changing what a model computes.
 
-Where sums over layers could leave the range, the residual streams are float32. What is left is each layer: the inside of a
-feed-forward layer may be kept at t times its value by writing t into ``wi`` (relu) or ``wi_1`` (gated) and 1/t into ``wo``, and
-what an ``o`` or ``wo`` adds to the stream, or a logit, at u times its value by writing u into that matrix and dividing by it in
-float32: where the graphs add it, or for logits after the engine. An embedding that is out of range is multiplied by e, and
-with it the whole stream, which the norms take out again. With powers of two nothing is rounded by that. Checkpoints whose
-activations go beyond 65504, the largest float16, then stay within it (T5 v1.1, Flan-T5 and mT5 are known for them;
-huggingface/transformers issue 9295).
+If sums over layers could leave the range, the residual streams are float32. Within a layer, three kinds of factors are folded into
+the weights:
 
-The factors come from bounds that hold for every input, derived from the weights by Cauchy and Schwarz, or from the largest
-activations that some text has shown.
+- t scales the inside of a feed-forward layer: ``wi`` (relu) or ``wi_1`` (gated) is multiplied by t, and ``wo`` by 1/t.
+- u scales what an ``o`` or ``wo`` adds to the stream, or the logits: the matrix is multiplied by u, and the result is divided by u in
+  float32, where the graph adds it, or after the engine for logits.
+- e scales an embedding that is out of range, and so the whole stream; the norms cancel it.
+
+Power-of-two scaling is exact. Activations of checkpoints that exceed 65504, the largest float16, then stay in range (T5 v1.1, Flan-T5
+and mT5 are known for this; huggingface/transformers issue 9295).
+
+The factors come from bounds for every input, derived from the weights by the Cauchy-Schwarz inequality, or from the largest activations
+measured on texts.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import torch
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights
 
-LIMIT = 2.0**15  # half of what float16 holds
-#: how small factors may make matrices (root mean square): below 2^-14 float16 has an absolute error of 3e-8, here 0.05%
+LIMIT = 2.0**15  # half of float16's largest value
+#: smallest root mean square of a scaled matrix: below 2^-14 float16 has an absolute error of 3e-8, here 0.05%
 _LEAST = 2.0**-14
-#: how much larger than what was seen activations of other texts may be
+#: allowance for other texts: their activations may be this many times larger than the measured ones
 HEADROOM = 8.0
 
 
@@ -35,8 +38,8 @@ class Ranges:
     """Largest absolute values of activations.
 
     Attributes:
-        branches: by module name, of what an ``o`` or ``wo`` adds to the residual stream, and of what "lm_head" makes.
-        inner: by feed-forward layer (its state-dict prefix, such as "encoder.block.0.layer.1"), of what ``wo`` multiplies.
+        branches: by module name, of the output of an ``o`` or ``wo`` (added to the residual stream), and of the logits as "lm_head".
+        inner: by feed-forward layer (its state-dict prefix, such as "encoder.block.0.layer.1"), of the input of ``wo``.
     """
 
     branches: Mapping[str, float]
@@ -45,14 +48,14 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Fp16Scaling:
-    """What keeps a checkpoint in range: powers of two to write into the weights, 1 where none is named.
+    """Factors that keep a checkpoint in float16's range: powers of two to fold into the weights, 1 if not named.
 
     Attributes:
-        wide_stream: the residual streams must be float32; so they are wherever one of `branches` is added to them.
-        embedding: e; where it is not 1 the streams are float32.
+        wide_stream: the residual streams must be float32; they also are if one of `branches` is added to them.
+        embedding: e; if it is not 1 the streams are float32.
         branches: u by module name of an ``o`` or ``wo``, or "lm_head".
         inner: t by feed-forward layer.
-        certain: no input can leave the range; False where that would have cost too much precision.
+        certain: no input can leave the range; False if that would have cost too much precision.
     """
 
     wide_stream: bool = False
@@ -71,8 +74,8 @@ class Fp16Scaling:
         )
 
     def factor(self, group: str, key: str) -> float:
-        """What the tensor of a state-dict key is multiplied by in one of `t5_trt.graph.parameters.parameters`."""
-        if group in (EMBEDDING, LM_HEAD):  # the same tensor in many checkpoints
+        """The factor on the tensor of a state-dict key in one of `t5_trt.graph.parameters.parameters`."""
+        if group in (EMBEDDING, LM_HEAD):  # many checkpoints share this tensor with the embedding
             return self.embedding if group == EMBEDDING else self.branches.get(LM_HEAD, 1.0)
         module = key.removesuffix(".weight")
         layer, _, name = module.rpartition(".")
@@ -88,7 +91,7 @@ def find_scaling(arch: Architecture, weights: Weights, seen: Ranges | None = Non
     Args:
         arch: of the model.
         weights: state-dict key -> tensor.
-        seen: largest activations of some texts; None goes by the weights alone.
+        seen: largest activations of texts; None uses bounds from the weights alone.
     """
     bounds = bound(arch, weights) if seen is None else seen
     inner, branches, certain = {}, {}, True
@@ -123,17 +126,17 @@ def _head(arch: Architecture, weights: Weights) -> torch.Tensor:
 
 
 def _largest_sum(bounds: Ranges) -> float:
-    """What no sum of all that one stack's layers add to its residual stream exceeds."""
+    """A bound on the sum of everything that the layers of a stack add to its residual stream."""
     stacks = ("encoder.", "decoder.")
     return max(sum(v for name, v in bounds.branches.items() if name.startswith(stack)) for stack in stacks)
 
 
 def bound(arch: Architecture, weights: Weights) -> Ranges:
-    """Values that no activation exceeds, whatever the input.
+    """Bounds on activations for every input.
 
     A normed stream has length sqrt(E) before its weight g, so its product with a row w is at most |w * g| sqrt(E), and that with a
-    matrix W at most as long as the largest singular value of W diag(g) times sqrt(E). A mix of values is no longer than the
-    longest, in every head; no activation function makes a value larger.
+    matrix W at most as long as the largest singular value of W diag(g) times sqrt(E). A weighted mean of values is no longer than the
+    longest one, in every head; no activation function increases a value.
     """
     root, inner, branches = math.sqrt(arch.d_model), {}, {}
     for stack, layers in (("encoder", arch.encoder_layers), ("decoder", arch.decoder_layers)):
@@ -141,7 +144,7 @@ def bound(arch: Architecture, weights: Weights) -> Ranges:
             block = f"{stack}.block.{layer}.layer"
             attention = f"{block}.0.SelfAttention"
             branches[f"{attention}.o"] = _attention(arch, weights, attention, f"{block}.0.layer_norm", root)
-            if stack == "decoder":  # its K and V come from the encoder's output, normed by the encoder's last norm
+            if stack == "decoder":  # K and V come from the encoder's output after its last norm
                 attention, norm = f"{block}.1.EncDecAttention", "encoder.final_layer_norm"
                 branches[f"{attention}.o"] = _attention(arch, weights, attention, norm, root)
             name = f"{block}.{2 if stack == 'decoder' else 1}"
@@ -152,7 +155,7 @@ def bound(arch: Architecture, weights: Weights) -> Ranges:
 
 
 def _scales_inside(arch: Architecture) -> bool:
-    """Whether a factor on ``wi`` (or ``wi_1``) is one on what ``wo`` multiplies: no non-linearity but relu lies between."""
+    """Whether a factor on ``wi`` (or ``wi_1``) carries over to the input of ``wo``: there is no non-linearity but relu in between."""
     return arch.gated or arch.activation == "relu"
 
 
@@ -184,7 +187,7 @@ def _normed(matrix: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Ten
 
 
 def _largest_singular_value(matrix: torch.Tensor) -> torch.Tensor:
-    """Of [.., rows, columns], by power iteration; 5% more than was found, because it comes from below."""
+    """The largest singular value of [.., rows, columns] by power iteration, plus 5%, because the iteration converges from below."""
     start = torch.randn(matrix.shape[-1], generator=torch.Generator().manual_seed(0))
     vector = start.to(matrix.device).expand(*matrix.shape[:-2], -1)[..., None]
     found = matrix.new_zeros(matrix.shape[:-2])
@@ -201,10 +204,10 @@ def _rms(tensor: torch.Tensor) -> float:
 
 
 def _power(largest: float, least: float, seen: bool) -> tuple[float, bool]:
-    """(the power of two that brings a value under `LIMIT`, whether it does so for every input).
+    """(the power of two that brings a value below `LIMIT`, whether it does so for every input).
 
-    A value that was seen gets `HEADROOM`, as far as the factor does not fall below `least`. A bound is followed down to
-    `least`, but not further: it is often far from what happens.
+    A measured value is multiplied by `HEADROOM`, unless the factor would fall below `least`. A bound gives no factor below
+    `least`: it is often far above actual values.
     """
     if not math.isfinite(largest) or largest <= 0.0:
         return 1.0, math.isfinite(largest)

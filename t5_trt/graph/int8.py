@@ -1,9 +1,9 @@
-"""Matrices in 8 bits: how they are rounded, and the graphs that multiply by them.
+"""Matrices in 8 bits: rounding them, and the graphs that multiply by them.
 
 On a CPU (ONNX Runtime) activations are rounded too; on a GPU (TensorRT 10 and newer) only the weights are, which halves what
-a step reads; such engines hold the weights. Weights are rounded symmetrically with one scale for each output column (per channel); activations are rounded by the
-operator, with one scale for each product, when it runs (dynamic quantization). Norms, softmax, attention products,
-biases and the embedding stay as they are.
+a step reads; such engines hold the weights. Weights are rounded symmetrically with one scale per output column (per channel). The
+operator rounds activations when it runs, with one scale per product (dynamic quantization). Norms, softmax, attention products,
+biases and the embedding are not quantized.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from t5_trt.graph.parameters import LM_HEAD, Parameter, Weights, materialize, pa
 #: name of a group's matrix and of its scales among the tensors that `quantize` makes
 MATRIX, SCALE = "{}.int8", "{}.scale"
 
-#: outputs of a product come in multiples of this: where the rest is 8 and there are 32 rows or more, ONNX Runtime 1.23 gives
-#: wrong ones on processors with AMX
+#: output columns are padded to a multiple of this: for a remainder of 8 and 32 rows or more, ONNX Runtime 1.23 returns wrong values
+#: on processors with AMX
 COLUMNS = 16
-#: the first in which a scale, and with it the widened matrix, may be half precision
+#: the first opset in which a scale, and so the dequantized matrix, may be half precision
 WEIGHT_ONLY_OPSET = 19
 
 
@@ -41,7 +41,7 @@ def quantize(arch: Architecture, weights: Weights, *, head: bool = True) -> Iter
 
     Yields:
         Names as in `MATRIX` with int8 [in, out], and as in `SCALE` with float32 [out]; out is a multiple of `COLUMNS`, with
-        zeros behind the matrix.
+        zero columns after the matrix.
     """
     for name, parameter in parameters(arch).items():
         if parameter.is_matrix and (name != LM_HEAD or head):
@@ -143,13 +143,13 @@ def _byte_type(tensor: torch.Tensor) -> ir.DataType:
 
 
 class Int8DeviceGraphBuilder(DeviceGraphBuilder):
-    """Products with matrices that are kept in 8 bits and widened where they are used (weight-only quantization).
+    """Products with matrices stored in 8 bits and dequantized when used (weight-only quantization).
 
     Args:
         name: of the graph.
         arch: of the model.
         real: compute type.
-        quantized: what `quantize_for_device` made; it becomes part of the graph.
+        quantized: matrices of `quantize_for_device`; they become part of the graph.
         fixed: axis letter -> size.
     """
 

@@ -1,6 +1,6 @@
-"""A thin layer over onnx-ir: one object that collects nodes and initializers of a graph and knows its compute type.
+"""A thin layer over onnx-ir: collects the nodes and initializers of a graph.
 
-It knows ONNX, not T5; `t5_trt.graph.builders` adds that.
+It is independent of T5; `t5_trt.graph.builders` adds that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from t5_trt.graph.signature import INDEX, SINGLE, WIDE_MARK, Tensor
 
 OPSET = 17  # the newest that TensorRT 8.5 reads
-IR_VERSION = 8  # the one of opset 17's time
+IR_VERSION = 8  # of the release with opset 17
 Dim = int | ir.Value
 
 
@@ -27,7 +27,7 @@ class GraphBuilder:
         name: of the graph.
         real: ONNX type of weights and activations.
         index: ONNX type of ids, positions and masks.
-        fixed: axis letter -> size, for axes that are known: arithmetic on them is done here and not in the graph.
+        fixed: axis letter -> size, for axes of fixed size: arithmetic on them is done here and not in the graph.
     """
 
     def __init__(
@@ -51,24 +51,24 @@ class GraphBuilder:
         self._debug_outputs: dict[str, ir.Value] | None = None
 
     def add_debug_outputs(self) -> None:
-        """Make every value that `tap` names an output of the graph."""
+        """Make every value named by `tap` an output of the graph."""
         self._debug_outputs = {}
 
     def tap(self, name: str, value: ir.Value) -> None:
-        """Name a value that is worth looking at when results are wrong."""
+        """Name a value that can become a debug output."""
         if self._debug_outputs is not None:
             self._debug_outputs[name] = value
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Prefix the names of the nodes made inside, so that an engine's layers can be found in the checkpoint."""
+        """Prefix the names of nodes created inside, so that an engine's layers can be matched to the checkpoint."""
         outer, self._scope = self._scope, f"{name}/"
         yield
         self._scope = outer
 
     @contextmanager
     def wide(self) -> Iterator[None]:
-        """Mark the nodes made inside as float32 arithmetic, for builders that would otherwise choose half precision."""
+        """Mark nodes created inside as float32 arithmetic, for builders that would otherwise choose half precision."""
         outer, self._scope = self._scope, f"{self._scope}{WIDE_MARK}"
         yield
         self._scope = outer
@@ -129,7 +129,7 @@ class GraphBuilder:
         return self._weight_inputs[key]
 
     def constant(self, array: Any, dtype: ir.DataType) -> ir.Value:
-        """A small constant of the given type; equal ones are made once."""
+        """A small constant of the given type; equal constants are shared."""
         data = np.asarray(array)
         content = hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
         key = f"const_{dtype.name}_{'x'.join(map(str, data.shape))}_{content}"
@@ -148,7 +148,7 @@ class GraphBuilder:
         return value if source == target else self.op("Cast", value, to=int(target))
 
     def reshape(self, value: ir.Value, *shape: Dim) -> ir.Value:
-        """Reshape; 0 keeps the input's size at that place, -1 takes what is left."""
+        """Reshape; 0 keeps the input's size of that axis, -1 infers it."""
         return self.op("Reshape", value, self.vector(*shape))
 
     def transpose(self, value: ir.Value, *order: int) -> ir.Value:
@@ -161,7 +161,7 @@ class GraphBuilder:
         known = value.shape[axis]
         if isinstance(known, int):
             return known
-        # not Shape's start and end: parsers of opset 14's time ignore them
+        # not Shape's start and end: older parsers ignore them
         return self.op("Gather", self.op("Shape", value), self.ints(axis), axis=0)
 
     def multiply(self, left: Dim, right: Dim) -> Dim:
@@ -171,7 +171,7 @@ class GraphBuilder:
         return left if right == 1 else self.op("Mul", self.vector(left), self.vector(right))
 
     def divide(self, left: Dim, right: Dim) -> Dim:
-        """The quotient of two dimensions, which must be whole."""
+        """The quotient of two dimensions, which must be an integer."""
         if isinstance(left, int) and isinstance(right, int):
             return left // right
         return self.op("Div", self.vector(left), self.vector(right))
@@ -194,7 +194,7 @@ class GraphBuilder:
         return self.op("Range", self.scalar(0, ir.DataType.INT64), end, self.scalar(1, ir.DataType.INT64))
 
     def mean(self, value: ir.Value) -> ir.Value:
-        """The mean over the last axis, which stays with size 1."""
+        """The mean over the last axis, which is kept with size 1."""
         if self._domains[""] >= 18:  # the axes became an input
             return self.op("ReduceMean", value, self.ints(-1), keepdims=1)
         return self.op("ReduceMean", value, axes=[-1], keepdims=1)
@@ -232,7 +232,7 @@ class GraphBuilder:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="t5_trt")
 
     def shape_of(self, tensor: Tensor) -> list[int | str]:
-        """The declared axes with the sizes of those that are known."""
+        """The declared axes, with sizes for those that are fixed."""
         return [self._fixed.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
 
     def _dtype(self, kind: str) -> ir.DataType:

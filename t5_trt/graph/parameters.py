@@ -1,7 +1,7 @@
-"""The weights of a T5 as its graphs name them: which checkpoint tensors belong together, and how an engine reads them.
+"""The weights of a T5 under the names of its graphs: groups of checkpoint tensors, and their layout for an engine.
 
 A group is a matrix product of the model: "qkv" stands for three checkpoint matrices that multiply the same normed stream.
-The host form of a graph multiplies by each of them where it lies; the device form takes the whole group as one matrix,
+The host form of a graph multiplies by each of them in place; the device form takes the whole group as one matrix,
 stacked, scaled by the weight of the norm before it (exact algebra: W (n * g) = (W * g) n) and laid out [in, out], the layout
 that TensorRT multiplies by without transposing it first.
 """
@@ -18,7 +18,7 @@ from t5_trt.graph.architecture import Architecture
 CROSS_KV = "decoder.cross_kv"
 LM_HEAD = "lm_head"
 EMBEDDING = "shared.weight"
-HEAD = "lm_head.weight"  # where it is not the embedding
+HEAD = "lm_head.weight"  # if it is not the embedding
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -27,12 +27,12 @@ class Parameter:
     """One weight input of a device graph.
 
     Attributes:
-        parts: state-dict keys of what is stacked, in order.
+        parts: state-dict keys of the stacked tensors, in order.
         widths: output columns of each part.
         inputs: columns of the checkpoint matrices; 0 for a vector.
         norm: state-dict key of the norm whose weight is folded in, or None.
         is_matrix: multiplied by (and so transposed) rather than looked up or added.
-        scale: a factor of the architecture's on what the matrix makes, folded in.
+        scale: a factor of the architecture on the product, folded in.
     """
 
     parts: tuple[str, ...]
@@ -50,7 +50,7 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the engine reads it."""
+        """Shape of the tensor that the engine reads."""
         rows = sum(self.widths)
         return (self.inputs, rows) if self.is_matrix else (rows, self.inputs) if self.inputs else (rows,)
 
@@ -88,7 +88,7 @@ def parameters(arch: Architecture) -> dict[str, Parameter]:
         for layer in range(arch.decoder_layers)
         for kind in "kv"
     )
-    if not keys:  # an encoder alone
+    if not keys:  # an encoder-only model
         return made
     made[CROSS_KV] = Parameter(keys, (inner,) * len(keys), size)
     norm = "decoder.final_layer_norm.weight"
@@ -103,14 +103,14 @@ def materialize(
     device: torch.device,
     factor: Callable[[str], float] = lambda key: 1.0,
 ) -> torch.Tensor:
-    """Make the tensor that a device graph reads.
+    """Create the tensor that a device graph reads.
 
     Args:
         parameter: of `parameters`.
         weights: state-dict key -> tensor, anywhere and of any floating type.
         dtype: of the result; stacking and scaling are done in float32.
         device: of the result, where the work is done.
-        factor: state-dict key -> what its tensor is multiplied by.
+        factor: state-dict key -> factor on its tensor.
 
     Returns:
         Contiguous, of the shape `Parameter.shape`, in memory of its own.
@@ -136,7 +136,7 @@ def norm_before(parameter: Parameter, weights: Weights, device: torch.device) ->
 
 
 def folded_part(parameter: Parameter, part: torch.Tensor, norm: torch.Tensor | None, factor: float) -> torch.Tensor:
-    """A checkpoint matrix of a group with all that is folded into it, [outputs, inputs].
+    """A checkpoint matrix of a group with all factors folded in, [outputs, inputs].
 
     Args:
         parameter: the group.

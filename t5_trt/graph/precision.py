@@ -1,4 +1,4 @@
-"""Which ONNX types a precision stands for, and the values that depend on them. No weights are changed here."""
+"""The ONNX types of each precision, and values that depend on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REAL_TYPES = {
     "tf32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.FLOAT16,  # matrices only; this is the type of all else
+    "int8": ir.DataType.FLOAT16,  # int8 is for matrices only; this is the type of everything else
 }
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -38,17 +38,17 @@ def real_type(precision: str) -> ir.DataType:
 
 
 def mask_value(dtype: ir.DataType) -> float:
-    """What is added to (or put in place of) a hidden attention score.
+    """The value added to (or put in place of) a hidden attention score.
 
     It must absorb any score, so that a row whose keys are all hidden gives equal weights, as with the type's lowest
     number in Transformers; and it must survive a softmax that multiplies by log2(e) first, which the lowest number does
-    not: a row of -inf becomes NaN. float16 has room for neither rule and keeps a margin instead.
+    not: a row of -inf becomes NaN. float16 cannot satisfy both exactly and uses a margin instead.
     """
     return -30000.0 if dtype == ir.DataType.FLOAT16 else -1e30
 
 
 def empty_slot_value(dtype: ir.DataType) -> float:
-    """What hides places that hold no key at all, beside hidden keys.
+    """The value that hides places without a key, beside hidden keys.
 
     It is so far below `mask_value` that a query whose keys are all hidden gives equal weights to those, and none to these.
     """

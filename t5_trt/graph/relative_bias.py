@@ -1,6 +1,6 @@
 """T5's relative position bias as graph nodes: distance -> bucket -> row of the checkpoint's table.
 
-From some distance on the bucket no longer changes, so a table up to there with clipped distances serves sequences of any
+Beyond some distance the bucket is constant, so a table up to that distance with clipped distances serves sequences of any
 length.
 """
 

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-#: longer distances are not tabulated; attention over so many tokens fits no memory
+#: longer distances are not tabulated: attention over so many tokens does not fit into memory
 _LONGEST_TABLE = 2**20
 
 
@@ -46,9 +46,9 @@ def longest_sequence(num_buckets: int, max_distance: int, *, bidirectional: bool
 
 
 def _one_sided(num_buckets: int, max_distance: int) -> torch.Tensor:
-    """The bucket of distance 0, 1, ..., until buckets no longer change, or leave the table."""
+    """The buckets of distances 0, 1, ..., until they are constant or leave the table."""
     exact = num_buckets // 2
-    if max_distance == exact:  # the bucket of any other distance is a division by log(1)
+    if max_distance == exact:  # for larger distances the formula divides by log(1)
         return torch.arange(exact)
     distance = torch.arange(1 + (min(max_distance, _LONGEST_TABLE) if max_distance > exact else _LONGEST_TABLE))
     # float32 and the same order of operations as Transformers: a bucket's edge must fall on the same distance

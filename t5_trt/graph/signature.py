@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from t5_trt.graph.architecture import Architecture
 
-#: part of every engine's cache key: raise it when a change in `t5_trt.graph` changes what a graph computes or is called
+#: part of every engine's cache key: raise it when a change in `t5_trt.graph` changes a graph's computation or names
 GRAPH_REVISION = 9
 
 INDEX = "index"  # token ids, positions and masks: int64 (int32 for TensorRT 8)
 REAL = "real"  # the compute type of the engine: float32, float16 or bfloat16
-SINGLE = "single"  # float32, whatever the compute type
+SINGLE = "single"  # always float32
 
 #: in a node's name: its arithmetic stays in float32 whatever the engine's precision
 WIDE_MARK = "fp32:"

@@ -1,1 +1,1 @@
-"""The decoder's own CUDA kernels: sources, compilation, weights in their order, and a step as a chain of launches."""
+"""The library's CUDA kernels for decoder step and encoder: sources, compilation, weight layout and launches."""

@@ -15,7 +15,7 @@ from t5_trt.errors import BackendError
 
 logger = logging.getLogger("t5_trt")
 
-#: the least compute capability that the kernels are written for: asynchronous copies and bfloat16 in the tensor cores
+#: lowest supported compute capability: the kernels need asynchronous copies and bfloat16 tensor cores
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -60,7 +60,7 @@ def compile_cubin(name: str, constants: Mapping[str, int], architecture: str) ->
 def stored_cubin(name: str, constants: Mapping[str, int], architecture: str, store: EngineStore) -> bytes:
     """`compile_cubin`, kept in a store: another process with the same sources, constants, GPU and NVRTC compiles nothing.
 
-    A store that cannot be written costs that only, and a warning.
+    If the store cannot be written, kernels are compiled by every process, with a warning.
     """
     version = ".".join(map(str, checked(bindings("nvrtc").nvrtcVersion(), 2)))
     sources = hashlib.sha256(b"\0".join(read_sources(name).values())).hexdigest()
@@ -82,11 +82,11 @@ def stored_cubin(name: str, constants: Mapping[str, int], architecture: str, sto
 
 
 def missing_bindings() -> str | None:
-    """Which package the kernels lack, or None."""
+    """Why the kernels cannot be compiled (a missing package), or None."""
     try:
         bindings("driver")
         checked(bindings("nvrtc").nvrtcVersion(), 2)
-    except (BackendError, RuntimeError) as error:  # the bindings look for NVRTC's library when they are first called
+    except (BackendError, RuntimeError) as error:  # the bindings load NVRTC's library at their first call
         return str(error).rstrip(".")
     return None
 
@@ -109,7 +109,7 @@ def bindings(name: str) -> Any:
 
 
 def checked(result: Any, values: int = 1) -> Any:
-    """What a call of cuda.bindings returned beside its status: one value, several, or None.
+    """The results of a cuda.bindings call without its status: one value, several, or None.
 
     Raises:
         BackendError: the status is not success.

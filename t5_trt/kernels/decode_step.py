@@ -1,9 +1,9 @@
-"""One decoder step of R rows as a chain of kernels: what they are compiled with, the memory they share, and their launches.
+"""One decoder step of R rows as a chain of kernels: compile-time constants, shared memory, and launches.
 
     tokens -> embed -> [ project_qkv -> attend_self -> add_attention -> project_query -> attend_cross -> add_attention
                          -> feed_forward_in -> feed_forward_out ] x layers -> output_head -> logits (, best token)
 
-Nothing here waits for the GPU or allocates, so that a step can be captured in a CUDA graph with whatever follows it.
+Nothing here waits for the GPU or allocates memory, so that a step can be captured in a CUDA graph with the token selection.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRODUCTS = ("project_qkv", "add_attention", "project_query", "feed_forward_in", 
 
 
 def tiles(size: int) -> int:
-    """Tiles of 16 that a size takes."""
+    """The number of tiles of 16 that cover a size."""
     return -(-size // 16)
 
 
@@ -53,7 +53,7 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
 
 
 def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int = 8) -> dict[str, int]:
-    """What the kernels for a model and a number of rows are compiled with.
+    """Compile-time constants of the kernels for a model and a number of rows.
 
     Args:
         arch: of the model.
@@ -61,7 +61,7 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
         rows: of a step.
         capability: the GPU's compute capability, its major number.
     """
-    # where one load of the weights pays for more rows than CTAs side by side (measured on an H200, docs/performance.md)
+    # sizes at which sharing a weight load among rows beats more CTAs (measured on an H200, docs/performance.md)
     large = capability in LARGE_SHARED and dtype != torch.float32
     row_tiles = 1 if rows <= 8 else 2 if rows <= 64 or dtype == torch.float32 else 4
     if large and 16 < rows <= 32 and arch.d_model >= LARGE_MODEL:
@@ -81,7 +81,7 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
 
 
 def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
-    """Those of them that the kernels of an encoder are compiled with, too."""
+    """The constants that encoder kernels have too."""
     return {
         "STORAGE": STORAGE[dtype],
         "E": arch.d_model,
@@ -94,7 +94,7 @@ def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
 
 
 def attention_warps(rows: int) -> int:
-    """Warps that attend to the keys of one head of one row. Results do not depend on it."""
+    """Number of warps for the keys of one head of one row. Results do not depend on it."""
     return 8 if rows <= 32 else 4
 
 
@@ -103,7 +103,7 @@ ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a product kernel shares its work, see ``layers.cuh``.
+    """How a product kernel divides its work, see ``layers.cuh``.
 
     Attributes:
         wide: tiles of outputs of a CTA.
@@ -123,7 +123,7 @@ class LayerWeights:
     Attributes:
         qkv, self_out, query, cross_out, wi, wo: packed.
         bias: float32 [H, distances].
-        self_scale, cross_scale, wo_scale: what the products that are added to the stream are multiplied by.
+        self_scale, cross_scale, wo_scale: factors on the products that are added to the stream.
     """
 
     qkv: torch.Tensor
@@ -140,7 +140,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class StepWeights:
-    """All that a step reads of a model: the embedding [V, E], its layers, the packed output matrix and what undoes its factor."""
+    """The weights of a step: embedding [V, E], layers, packed output matrix and the inverse of its fp16 factor."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -149,17 +149,17 @@ class StepWeights:
 
     @property
     def nbytes(self) -> int:
-        """GPU memory that they take, the embedding left out: the encoder reads it too."""
+        """GPU memory in bytes without the embedding, which the encoder shares."""
         fields = (field for layer in self.layers for field in vars(layer).values())
         return self.head.nbytes + sum(tensor.nbytes for tensor in fields if isinstance(tensor, torch.Tensor))
 
 
 @dataclass
 class StepBuffers:
-    """What the kernels of a step hand on, for R rows. Padding rows are zeros and stay so."""
+    """Intermediate results between the kernels of a step, for R rows. Padding rows are always zero."""
 
     stream: torch.Tensor  # float32 [rows, E_PAD]
-    copy: torch.Tensor  # of the stream, as products read it: [rows, E_PAD] of the weights' type
+    copy: torch.Tensor  # the stream as products read it: [rows, E_PAD] in the weights' type
     squares: torch.Tensor  # float32 [rows, PARTIALS]
     scales: torch.Tensor  # float32 [2, rows], powers of two; kernels that norm change from one half to the other
     query: torch.Tensor  # float32 [rows, HD_PAD]
@@ -248,7 +248,7 @@ class DecodeKernels:
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
         """Start a kernel, see `t5_trt.kernels.launching.launch`."""
         shared = self.geometry[name].shared if name in self.geometry else 0
-        # the first kernel starts when all before it is done: those behind it read positions and lengths before their wait
+        # the first kernel starts after all earlier work: later kernels read positions and lengths before their wait
         early = self.early and name != "embed"
         launch(self._functions[name], grid, self.threads[name], stream, arguments, shared=shared, early=early)
 
@@ -297,8 +297,8 @@ class DecodeStep:
         Args:
             stream: a CUstream.
             wants_best: leave the best token of each row in ``buffers.best``, which must hold zeros, and no logits.
-            hidden: uint8 [V], 1 for tokens that are not the best of a short row.
-            until: float64 [1], from how many tokens on a row is no short one.
+            hidden: uint8 [V], 1 for tokens that a short row must not choose.
+            until: float64 [1], length from which a row is not short.
         """
         given, b, weights, start = self.inputs, self.buffers, self.weights, self.kernels.launch
         rows = len(given.tokens)
@@ -307,7 +307,7 @@ class DecodeStep:
                self.embedding_scale)  # fmt: skip
         for layer, own in enumerate(weights.layers):
             self._layer(layer, own, rows, stream, scales, next_scales)
-            scales, next_scales = next_scales, scales  # three kernels of a layer norm
+            scales, next_scales = next_scales, scales  # three kernels of each layer include a norm
         logits, best = (None, b.best) if wants_best else (given.logits, None)
         start("output_head", self._grids["output_head"], stream, weights.head, b.copy, b.squares, scales, logits, best, hidden,
               until, given.position, rows, self.epsilon, weights.head_scale)  # fmt: skip

@@ -2,7 +2,7 @@
 
     stream -> norm -> [ (q, k, v) -> attend -> (o) -> add and norm -> (wi) -> activate -> (wo) -> add and norm ] x layers -> (cross K/V) -> split
 
-What is in round brackets are products, which cuBLAS does. Nothing here waits for the GPU, so that an encoder can be captured.
+Round brackets mark matrix products, which cuBLAS computes. Nothing here waits for the GPU, so that an encoder can be captured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KERNELS = ("attend_encoder", "attend_encoder_wide", "list_keys", "add_and_norm",
 KEYS = 64
 #: columns of the residual stream that a CTA can hold
 MOST_COLUMNS = 8192
-#: CTAs of an axis of a grid but the first
+#: most CTAs along the second and third axis of a grid
 MOST_CTAS = 65535
 
 
@@ -62,7 +62,7 @@ class EncoderKernels:
         self._gated, self._processors = bool(constants["GATED"]), processors
 
     def list_keys(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `attend` reads of a mask, int64 [B, S] and contiguous: 0 hides a token, where it is `NO_KEY` there is none."""
+        """The key lists that `attend` reads, from a mask, int64 [B, S] and contiguous: 0 hides a token, `NO_KEY` marks a place without one."""
         batch, length = mask.shape
         tiles = -(-length // KEYS)
         hide = torch.empty((batch, tiles * KEYS), device=mask.device)
@@ -84,7 +84,7 @@ class EncoderKernels:
             qkv: [B, S, 3 * H * D], contiguous.
             keys: of `list_keys`.
             bias: float32 [H, 2 * n + 1] of `relative_bias`.
-            wide: whether a CTA takes as many queries as fit; None: where that keeps the GPU busy. Results are the same.
+            wide: whether a CTA takes as many queries as fit; None: if that keeps the GPU busy. Results are equal.
 
         Returns:
             [B, S, H * D].
@@ -117,7 +117,7 @@ class EncoderKernels:
             branch: contiguous; None adds nothing.
             scale: of the branch.
             epsilon: of the norm.
-            weight: of the norm [E]; None where it is in the matrix behind.
+            weight: of the norm [E]; None if it is folded into the next matrix.
             dtype: of the result.
         """
         made = torch.empty_like(stream, dtype=dtype)

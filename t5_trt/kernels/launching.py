@@ -34,7 +34,7 @@ class LoadedModule:
         return list(made)
 
     def allow_shared(self, name: str, size: int) -> None:
-        """Let a kernel be launched with that many bytes of dynamic shared memory."""
+        """Allow launches of a kernel with that many bytes of dynamic shared memory."""
         driver = bindings("driver")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(self.functions[name], attribute, size))
@@ -59,7 +59,7 @@ def launch(
         stream: a CUstream.
         arguments: tensors are passed by address (None as 0), ints as int32, floats as float32.
         shared: bytes of dynamic shared memory.
-        early: let it begin before the kernel before it has ended (programmatic dependent launch; sm_90 and newer). It must then wait
+        early: let it begin before the previous kernel has ended (programmatic dependent launch; sm_90 and newer). It must then wait
             by itself, ``wait_for_inputs`` in ``launch.cuh``.
     """
     driver = bindings("driver")

@@ -1,4 +1,4 @@
-"""What every kernel computes, as torch operations under the kernel's name. Tests compare the two in float64."""
+"""A torch reference for every kernel, under the kernel's name. Tests compare the two in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def embed(table: torch.Tensor, tokens: torch.Tensor, scale: float = 1.0) -> torc
 
 
 def normed(stream: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMSNorm of [R, E] without its weight, which is in the matrices behind it."""
+    """RMSNorm of [R, E] without its weight, which is folded into the next matrices."""
     return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + epsilon)
 
 
@@ -64,7 +64,7 @@ def attend_cross(
 
 
 def add_attention(weights: torch.Tensor, attended: torch.Tensor, stream: torch.Tensor, scale: float) -> torch.Tensor:
-    """The stream [R, E] plus ``scale`` times the product of [E, H * D] with what attention gave."""
+    """The stream [R, E] plus ``scale`` times the product of [E, H * D] with attention's result."""
     return stream + scale * (attended @ weights.t())
 
 
@@ -91,11 +91,11 @@ def output_head(weights: torch.Tensor, stream: torch.Tensor, epsilon: float, sca
 
 
 def attend_encoder(qkv: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention of all tokens of a row to those that its mask shows, or to all of them, equally, where it shows none.
+    """Attention of all tokens of a row to those that its mask shows; if it shows none, to all of them equally.
 
     Args:
         qkv: [B, S, 3 * H * D].
-        mask: int64 [B, S], 0 hides a token; negative: there is none.
+        mask: int64 [B, S], 0 hides a token; negative values mark places without a token.
         bias: [H, 2 * n + 1], of key - query from -n to n, and of those beyond likewise.
         heads: H.
 
@@ -120,13 +120,13 @@ def attend_encoder(qkv: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor, he
 def add_and_norm(
     stream: torch.Tensor, branch: torch.Tensor, scale: float, epsilon: float, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stream [R, E] with `scale` times a branch, and its RMSNorm with a weight [E], if it is not in the matrix behind."""
+    """The stream [R, E] with `scale` times a branch, and its RMSNorm with a weight [E], unless it is folded into the next matrix."""
     summed = stream + scale * branch
     return summed, normed(summed, epsilon) * (1.0 if weight is None else weight)
 
 
 def activate_inner(inner: torch.Tensor, activation: str, *, gated: bool) -> torch.Tensor:
-    """The inside of a feed-forward layer [R, FF] of what its matrices made, [R, FF or 2 * FF]."""
+    """The inside of a feed-forward layer [R, FF], from the products of its input matrices [R, FF or 2 * FF]."""
     act = ACTIVATIONS[activation]
     if not gated:
         return act(inner)

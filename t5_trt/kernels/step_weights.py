@@ -24,14 +24,14 @@ from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stac
 
 
 class StepWeightsMaker:
-    """Makes `StepWeights`, and gives single matrices back in their ordinary layout.
+    """Creates `StepWeights`, and converts single matrices back to their ordinary layout.
 
     Args:
         arch: of the model.
         weights: state-dict key -> tensor, anywhere.
-        dtype: in which matrices are stored: float16, bfloat16 or float32.
-        device: where the result lies and the work is done.
-        scaling: the fp16 factors to write into the matrices.
+        dtype: of stored matrices: float16, bfloat16 or float32.
+        device: that computes and holds the result.
+        scaling: the fp16 factors to fold into the matrices.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class StepWeightsMaker:
         return StepWeights(self._made(EMBEDDING), layers, head, head_scale)
 
     def update(self, made: StepWeights, key: str, tensor: torch.Tensor) -> None:
-        """Write another value of a checkpoint tensor into what `make` gave, in place: captured steps read it there.
+        """Write a new value of a checkpoint tensor into weights of `make`, in place, where captured steps read it.
 
         Args:
-            made: changed.
+            made: the weights, changed in place.
             key: of the state dict; what it maps to has changed, too.
             tensor: on the device.
         """
@@ -75,7 +75,7 @@ class StepWeightsMaker:
                         getattr(own, name).copy_(value)
 
     def _place(self, own: LayerWeights, key: str) -> torch.Tensor | None:
-        """The part of a layer's weights that a single matrix is packed into, as a view; None if the key is none of those."""
+        """A view of the part of a layer's weights that holds a single packed matrix; None if the key is not one of those."""
         _, _, _, _, _, part, name, _ = key.split(".") if key.count(".") == 7 else ("",) * 8
         if part == "SelfAttention" and name in "qkv":
             return own.qkv.chunk(3)["qkv".index(name)]
@@ -124,7 +124,7 @@ class StepWeightsMaker:
 
 
 def branch_names(layer: int) -> tuple[str, str, str]:
-    """Module names of what a decoder layer adds to the stream."""
+    """Names of the modules whose output a decoder layer adds to the stream."""
     block = f"decoder.block.{layer}.layer"
     return f"{block}.0.SelfAttention.o", f"{block}.1.EncDecAttention.o", f"{block}.2.DenseReluDense.wo"
 

@@ -1,4 +1,4 @@
-"""Weights in the order in which the kernels read them: see ``product.cuh``."""
+"""Packing weights in the order in which the kernels read them, see ``product.cuh``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pack_matrix(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def unpack_matrix(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """The matrix [outputs, inputs] that `pack_matrix` put into tiles."""
+    """The inverse of `pack_matrix`: the matrix [outputs, inputs]."""
     rows, columns = packed.shape[:2]
     if packed.dtype == torch.float32:
         parts = packed.view(rows, columns, 2, 2, 16, 4).permute(0, 4, 1, 3, 2, 5)
@@ -42,24 +42,24 @@ def unpack_matrix(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tens
 
 
 def pack_stack(matrices: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Matrices [outputs, inputs] one behind the other, each padded to whole tiles."""
+    """Pack matrices [outputs, inputs] one after the other, each padded to whole tiles."""
     return torch.cat([pack_matrix(matrix, dtype) for matrix in matrices])
 
 
 def pack_gated(gate: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The two input matrices of a gated feed-forward layer, whose tiles alternate."""
+    """Pack the two input matrices of a gated feed-forward layer with alternating tiles."""
     both = torch.stack((pack_matrix(gate, dtype), pack_matrix(up, dtype)), 1)
     return both.flatten(0, 1)
 
 
 def pack_head(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The output matrix, padded to an even number of tiles."""
+    """Pack the output matrix, padded to an even number of tiles."""
     packed = pack_matrix(matrix, dtype)
     return torch.cat((packed, packed.new_zeros((len(packed) % 2, *packed.shape[1:]))))
 
 
 def unpack_activations(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """What a kernel left for the next product (``activation_index`` in ``common.cuh``), as [rows, columns]."""
+    """Convert activations between kernels (``activation_index`` in ``common.cuh``) to [rows, columns]."""
     tiles = -(-columns // 16)
     if stored.dtype == torch.float32:
         return stored.view(-1, tiles * 16)[:rows, :columns]

@@ -13,7 +13,7 @@ from t5_trt.modeling.t5 import (
     TRTUMT5Encoder,
 )
 
-# Users import two of them. diffusers' pipelines that were saved before `modeling` was a package name it as the module of the others.
+# Users import the first two. The family classes are here because pipelines that diffusers saved before `modeling` was a package look them up here.
 __all__ = [
     "TRTMT5",
     "TRTT5",

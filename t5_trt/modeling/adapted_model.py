@@ -1,4 +1,4 @@
-"""Models with adapters of peft: how they are loaded, which weights engines get, and the Hugging Face model that saves them."""
+"""Models with peft adapters: loading them, the weights that engines get, and the Hugging Face model that saves them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AdapterLoading:
     """The part of `t5_trt.modeling.base.EngineModel` that loads adapters."""
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' ``load_adapter``. The weights go where the parameters are, on the host, whatever the device of the engines is."""
+        """Transformers' ``load_adapter``. The weights stay on the host with the parameters, whatever device the engines use."""
         known = self.__dict__.get("hf_device_map")
         self.__dict__["hf_device_map"] = {"": "cpu"}
         try:
@@ -35,7 +35,7 @@ def engine_weights(model: Any) -> Mapping[str, torch.Tensor]:
 
 
 def hugging_face_twin(model: Any, hf_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """A model of the Hugging Face class over the same parameters, its adapters included; for saving and measuring."""
+    """A model of the Hugging Face class that shares the parameters and adapters; for saving and for measuring ranges."""
     if not adapter_layers(model):
         return share_weights(hf_class, model)  # type: ignore[no-any-return]
     twin = make_reference(model, hf_class, torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""Layers of peft in a model: where they stand, what is active in them, and the weight that they amount to.
+"""peft layers in a model: where they are, which of their adapters are active, and the effective weight of each.
 
-A layer of peft takes the place of a linear layer, an embedding or a norm, which it holds as its base layer. Nothing here imports peft
-unless somebody else has: without it there are no such layers.
+A peft layer replaces a linear layer, an embedding or a norm, which it keeps as its base layer. This module never imports peft first: a model
+can have such layers only if somebody else has imported it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import nn
 
 from t5_trt.errors import UnsupportedModelError
 
-#: kinds of peft layers whose merged weight was found to give what their forward pass gives
+#: kinds of peft layers whose merged weight gives the result of their forward pass (tested)
 _checked: set[tuple[Any, ...]] = set()
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers of peft in a model by name, outermost ones only."""
+    """The outermost peft layers of a model by name."""
     kinds = _kinds()
     return dict(_walk(model, "", kinds)) if kinds else {}
 
 
 def base_layer(layer: Any) -> Any:
-    """The module in whose place a layer of peft stands; any other module as it is."""
+    """The base layer of a peft layer; any other module itself."""
     kinds = _kinds()
     while kinds and isinstance(layer, kinds):
         layer = layer.base_layer if isinstance(layer, kinds[0]) else layer.original_module
@@ -35,7 +35,7 @@ def base_layer(layer: Any) -> Any:
 
 
 def settings(layer: Any) -> tuple[Any, ...]:
-    """What decides which of a layer's adapters count, and how much; it changes when another one is made active."""
+    """Which of a layer's adapters are active and their scales; it changes when another adapter is made active."""
     modules = layer._modules
     held = tuple(len(modules[name]) for name in layer.adapter_layer_names if name in modules)
     scaling = layer.__dict__.get("scaling")
@@ -45,17 +45,17 @@ def settings(layer: Any) -> tuple[Any, ...]:
 
 
 def held_adapters(found: tuple[Any, ...]) -> Any:
-    """Numbers of adapters in a layer, of its `settings`."""
+    """The scales in a layer's `settings`."""
     return found[3]
 
 
 def has_own_rows(layers: dict[str, Any]) -> bool:
-    """Whether rows of the batch have adapters of their own: peft's ``adapter_names``, which hooks hand to the layers."""
+    """Whether each row of the batch chooses its adapter (peft's ``adapter_names``, which hooks pass to the layers)."""
     return any(layer._forward_pre_hooks for layer in layers.values())
 
 
 def settle(layers: dict[str, Any]) -> None:
-    """Unmerge what was merged and then disabled, as the forward pass of peft's layers does."""
+    """Unmerge adapters that were merged and then disabled, as the forward pass of peft layers does."""
     for layer in layers.values():
         if layer.disable_adapters and layer.merged_adapters:
             layer.unmerge()
@@ -63,19 +63,19 @@ def settle(layers: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def effective_weight(name: str, layer: Any, base: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight that a layer of peft amounts to in its present state.
+    """The effective weight of a peft layer in its present state.
 
     Args:
         name: of the layer, for errors.
-        layer: of peft.
-        base: the weight of its base layer, float32, on the device where the work is to be done.
-        out: like `base`; may be written into.
+        layer: a peft layer.
+        base: the weight of its base layer, float32, on the device that computes.
+        out: scratch like `base`, which may be overwritten.
 
     Returns:
         float32, like `base`; it may be `base` or `out` itself.
 
     Raises:
-        UnsupportedModelError: an active adapter is more than another weight.
+        UnsupportedModelError: an active adapter cannot be expressed as another weight.
     """
     tuner, _ = _kinds()
     if not isinstance(layer, tuner):
@@ -98,7 +98,7 @@ def effective_weight(name: str, layer: Any, base: torch.Tensor, out: torch.Tenso
 
 
 def _kinds() -> tuple[Any, ...]:
-    """Layers that change what a base layer gives, and wrappers that exchange it; none where peft is not imported."""
+    """Classes of peft layers that change a base layer's result, and of wrappers that replace it; empty if peft is not imported."""
     return _kinds_of_peft() if "peft" in sys.modules else ()
 
 
@@ -174,7 +174,7 @@ def _merged_copy(name: str, layer: Any, base: torch.Tensor, active: list[str]) -
 
 
 def _check_merge(name: str, layer: Any, merged: nn.Module, unmerged: nn.Module) -> None:
-    """Refuse a layer whose forward pass is not that of its base layer with another weight."""
+    """Refuse a layer whose forward pass is not its base layer's with another weight."""
     weight: Any = merged.weight
     generator = torch.Generator().manual_seed(0)
     if isinstance(merged, nn.Embedding):
@@ -190,9 +190,9 @@ def _check_merge(name: str, layer: Any, merged: nn.Module, unmerged: nn.Module) 
 
 
 def _twin(layer: Any, base: torch.Tensor, active: list[str]) -> Any:
-    """A layer of peft like another one, in evaluation mode, with some of its adapters over a copy of a weight.
+    """A copy of a peft layer in evaluation mode, with some of its adapters, over a copy of a weight.
 
-    Other tensors are shared where they are on the device of `base`; all containers are copies.
+    Other tensors on the device of `base` are shared; all containers are copies.
     """
     twin = _shallow(layer, base.device, {*active})
     inner = _shallow(base_layer(layer), base.device, None)
@@ -227,7 +227,7 @@ def _shallow(module: Any, device: torch.device, kept: set[str] | None) -> Any:
 
 
 def _only(held: Any, kept: set[str]) -> Any:
-    """A module's dictionary of adapters without those that are not wanted."""
+    """A module's dictionary of adapters, reduced to the wanted ones."""
     if not hasattr(held, "keys"):
         return held
     made = type(held)() if not isinstance(held, nn.ParameterDict) else nn.ParameterDict()

@@ -1,11 +1,11 @@
-"""The weights that engines read of a model with adapters of peft, and how an open session follows them.
+"""Effective weights of a model with peft adapters, and how an open session is updated when they change.
 
     parameters ──> base weight of each adapted layer ─┐
                                                       ├─> effective weight ──> engines, kernels
     peft's layers ──> update of the active adapters ──┘
 
 All other weights are the parameters themselves. On a CPU an effective weight has memory of its own, which ONNX Runtime reads and a change
-writes anew. On a GPU it is computed there, from a copy of the base weight, and written where engines and kernels read.
+overwrites. On a GPU it is computed there, from a copy of the base weight, and written where engines and kernels read.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from t5_trt.graph.parameters import EMBEDDING
 from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settle
 from t5_trt.modeling.weight_tracker import WeightWatch
 
-#: where the stacks look tokens up
+#: the embeddings of the stacks
 _TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-#: states of adapters whose fp16 factors are kept
+#: fp16 factors are kept for this many states of the adapters
 _SCALINGS_KEPT = 64
 
 
 class AdaptedWeights(Mapping[str, torch.Tensor]):
-    """State-dict key -> tensor of a model with adapters, as its Hugging Face class would have it after merging.
+    """State-dict key -> tensor of a model with adapters, as after merging them.
 
     Args:
         model: on engines.
@@ -40,7 +40,7 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         changing: keys of the adapted weights.
 
     Raises:
-        UnsupportedModelError: an adapted layer is no linear layer, embedding or norm.
+        UnsupportedModelError: an adapted layer is not a linear layer, an embedding or a norm.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,13 +68,13 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         return len(self.base)
 
     def keep(self) -> None:
-        """Give the adapted weights memory of their own, float32, which stays at its address."""
+        """Allocate memory for the adapted weights, float32, whose addresses do not change."""
         for key in self._adapted:
             self._own.setdefault(key, torch.empty(self.base[key].shape))
         self._write()
 
     def check(self) -> None:
-        """Refuse adapters of the embedding that differ from stack to stack.
+        """Refuse adapters that give the two stacks different embeddings.
 
         Raises:
             UnsupportedModelError: they do.
@@ -116,11 +116,11 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         return self._scalings[state]
 
     def forget_scalings(self) -> None:
-        """Take no weights for known ones: an optimizer has changed them, and fused ones count no versions."""
+        """Treat all weights as changed, after an optimizer step: fused optimizers do not increment tensor versions."""
         self._scalings.clear()
 
     def computed_on(self, device: torch.device, key: str) -> torch.Tensor:
-        """An effective weight, or one that no adapter changes, on a device; float32 if it is adapted."""
+        """The effective weight for a key on a device; float32 if adapters change it."""
         if key not in self._adapted or key in self._own:
             return self[key].to(device)
         if key not in self._on_device:
@@ -141,7 +141,7 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
 
 
 class _OnDevice(Mapping[str, torch.Tensor]):
-    """Some of `AdaptedWeights` on a device, each made when it is asked for."""
+    """Some of `AdaptedWeights` on a device, each computed on access."""
 
     def __init__(self, weights: AdaptedWeights, device: torch.device, keys: Any) -> None:
         self._weights, self._device, self._keys = weights, device, keys
@@ -157,10 +157,10 @@ class _OnDevice(Mapping[str, torch.Tensor]):
 
 
 def base_weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
-    """State-dict key -> tensor of a model's Hugging Face class, without what adapters add; and the keys that adapters change.
+    """State-dict key -> tensor of a model without its adapters, and the keys that adapters change.
 
     Raises:
-        UnsupportedModelError: an adapted layer is no linear layer, embedding or norm.
+        UnsupportedModelError: an adapted layer is not a linear layer, an embedding or a norm.
     """
     layers = adapter_layers(model)
     return _base_weights(model, layers), frozenset(_adapted_keys(layers))
@@ -192,7 +192,7 @@ def _base_weights(model: nn.Module, layers: dict[str, Any]) -> dict[str, torch.T
 
 
 def _outside(model: nn.Module, layers: dict[str, Any]) -> list[nn.Module]:
-    """The modules of a model without those that adapters have brought; base layers are left."""
+    """The modules of a model without those that belong to adapters; base layers are included."""
     inner = {id(module) for layer in layers.values() for module in layer.modules()}
     bases = [base_layer(layer) for layer in layers.values()]
     return [module for module in model.modules() if id(module) not in inner] + bases

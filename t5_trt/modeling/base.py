@@ -1,9 +1,8 @@
-"""What every model on engines has: loading, saving, pickling, and its runner.
+"""The base class of the models on engines: loading, saving, pickling, and the runner.
 
 The model *is* a Hugging Face module tree whose parameters are loaded by Transformers; the engines read the same memory. So
-``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy of the weights. What
-computes is the runner's (`modeling/runner.py`); devices and dtypes are in `modeling/placement.py`, and which class an instance has in
-`modeling/families.py`.
+``isinstance`` checks, ``state_dict()``, ``save_pretrained`` and ``model.reference`` need no second copy of the weights.
+`modeling/runner.py` computes, `modeling/placement.py` handles devices and dtypes, and `modeling/families.py` chooses the class of an instance.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
             precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices; on GPUs experimental).
-            decode: who does the one-token decoder step on a GPU: "auto", "kernels" (the library's own CUDA kernels) or "engine".
+            decode: what runs the one-token decoder step on a GPU: "auto", "kernels" (the library's CUDA kernels) or "engine" (TensorRT).
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
             strict: raise instead of using the Hugging Face model where engines cannot serve a request.
             num_threads: CPU threads of ONNX Runtime; None takes torch's number.
@@ -96,9 +95,10 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             show_progress: draw a bar while engines are built; None does so on a terminal only.
             building: "wait" for the engine of an encoder, or build it in the "background" and encode as the backend "cuda" does until then.
             check_engines: compare each new engine with ONNX Runtime once, on random inputs, before it is used.
-            trust_engines: use engines that come with the checkpoint; by default not those of a download. Who wrote an engine can do what you can.
+            trust_engines: use engines that come with the checkpoint; default: only those of a folder that is not a download. An engine can
+                run arbitrary code.
             build: settings of the engine builder.
-            calibration: texts whose largest activations set the range of half precision; None goes by the weights.
+            calibration: texts whose largest activations set the range of half precision; None derives it from the weights.
             kwargs: what Transformers takes: cache_dir (of hub downloads), revision, token, subfolder, dtype, ...
                 ``dtype`` is the precision on a GPU, and the dtype of parameters and results on a CPU (default: float32);
                 ``device_map`` is read as a device.
@@ -110,7 +110,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             CheckpointError: files are missing, damaged, or do not fit each other.
             UnsupportedModelError: the checkpoint is not of the T5 family.
             BackendError: the backend that was asked for cannot run here.
-            InputError: an argument has no meaning.
+            InputError: an argument has a wrong type or value.
         """
         if pretrained_model_name_or_path is None:
             raise InputError("got None; expected a hub id or a folder. For a model in memory use from_model(model).")
@@ -180,9 +180,9 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
 
     @property
     def session(self) -> Session:
-        """The opened engines over the weights as they are now; opening happens at the first use.
+        """The engines over the current weights; opened at the first use.
 
-        Assigning a session makes the model run on that one.
+        Assigning a session makes the model use that one.
 
         Raises:
             UnsupportedModelError: modules of the model were exchanged.
@@ -195,7 +195,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
         self._runner.session = session
 
     def fp16_scaling(self, precision: str) -> Fp16Scaling:
-        """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
+        """Factors folded into the weights of engines of a precision, see `t5_trt.graph.fp16_scaling`."""
         return self._runner.fp16_scaling(precision)
 
     @property
@@ -210,9 +210,9 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
 
     @property
     def reference(self) -> PreTrainedModel:
-        """The Hugging Face model over the same weights, with eager attention, for what engines cannot give.
+        """The Hugging Face model over the same weights, with eager attention, for requests that engines cannot serve.
 
-        It is made at the first use.
+        Created at the first use.
 
         Raises:
             StrictModeError: the model was loaded with ``strict=True``.
@@ -220,7 +220,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
         return self._runner.reference()
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder module; calling it runs the encoder engine of this model, and not of a copy that shares the module."""
+        """The encoder module; calling it runs the encoder engine of this model, even if another model shares the module."""
         attach_encoder(self)
         return self.encoder
 
@@ -265,7 +265,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
         return super().resize_token_embeddings(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what was made over the weights: the copy opens engines of its own at its first use."""
+        """The state without engines and other derived objects: the copy opens its own engines at its first use."""
         state: dict[str, Any] = super().__getstate__()
         kept = {key: value for key, value in state.items() if key != "_runner"}
         return {**kept, "_settings": self._runner.settings}
@@ -276,7 +276,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
         self._attach(settings)
 
     def _attach(self, settings: ModelSettings) -> None:
-        """Make what is not part of the model's state."""
+        """Create the parts that are not in the model's state."""
         engine_encoder(self.encoder)
         self._runner = ModelRunner(self, self._hf_class, settings)
         attach_encoder(self)
@@ -288,5 +288,5 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
         attach_encoder(self)
 
     def after_fork(self) -> None:
-        """Leave the parent process's engines alone; the first use opens others. Python calls this in a forked process."""
+        """Abandon the parent process's engines; the first use opens new ones. Python calls this in a forked process."""
         self._runner.leave_to_parent()

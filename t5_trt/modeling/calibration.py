@@ -33,7 +33,7 @@ def observe(model: Any, batches: Iterable[Batch], max_new_tokens: int = _NEW_TOK
 
 
 def random_batches(vocab_size: int) -> Iterator[Batch]:
-    """Random tokens, for want of texts."""
+    """Random tokens, used where there are no calibration texts."""
     generator = torch.Generator().manual_seed(0)
     for length in (8, 48):
         ids = torch.randint(2, vocab_size, (_BATCH_SIZE, length), generator=generator)

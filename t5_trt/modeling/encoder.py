@@ -19,14 +19,14 @@ from t5_trt.modeling.reference import follow, take_layers
 from t5_trt.modeling.runner import ModelRunner, ModelSettings
 from t5_trt.modeling.weight_tracker import WeightWatch
 
-#: what belongs to one encoder and not to its copies
+#: attributes that copies of an encoder do not get
 _OWN = ("_runner", "_lone_model", "_lone_runner", "_lone_watch")
 
 
 class EngineEncoder:
-    """The encoder module of a model on engines: its parameters are the Hugging Face stack's, its forward pass is an engine.
+    """The encoder module of a model on engines: the parameters of the Hugging Face stack with an engine as forward pass.
 
-    An encoder that has no model (it was copied out of it, or the model was deleted) makes a runner of its own over the same layers.
+    An encoder without a model (a copy of it, or its model was deleted) creates its own runner over the same layers.
     """
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -40,7 +40,7 @@ class EngineEncoder:
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the encoder engine; attention maps, inner states and gradients come from the Hugging Face model.
+        """Run the encoder engine; attention maps, hidden states of inner layers and gradients come from the Hugging Face model.
 
         Args:
             input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
@@ -52,7 +52,7 @@ class EngineEncoder:
             kwargs: ignored, as by the Hugging Face class.
         """
         runner = self._find_runner()
-        model = runner.model  # which another thread may delete
+        model = runner.model  # another thread may delete it
         runner.notice_changes()
         inputs = ForwardInputs(
             input_ids=input_ids,
@@ -122,8 +122,8 @@ def engine_encoder(encoder: Any) -> None:
 def attach_encoder(model: Any) -> None:
     """Have ``model.encoder`` run on the engines of this model, if it is a module that can.
 
-    The way to the model's runner is a weak reference in ``__dict__``, where nn.Module does not take it for a submodule: no cycle keeps
-    a model that was deleted.
+    The reference to the model's runner is weak, so that no cycle keeps a deleted model alive, and in ``__dict__``, where nn.Module does
+    not treat it as a submodule.
     """
     encoder, runner = model.encoder, model._runner
     if isinstance(encoder, EngineEncoder):

@@ -20,8 +20,8 @@ def why_beyond_engines(
         inputs: as the caller gave them.
         model: with its mode and parameters.
         device: of the engines.
-        strict: the Hugging Face model is not to be used.
-        generating: the request is part of a ``generate()``, which runs on engines in training mode too.
+        strict: the Hugging Face model must not be used.
+        generating: the request is part of a ``generate()`` call, which runs on engines in training mode too.
         adapted_rows: peft was given ``adapter_names``, one for each row of the batch.
 
     Raises:
@@ -44,7 +44,7 @@ def why_beyond_engines(
     if generating:
         return None
     trains = inputs.labels is not None and torch.is_grad_enabled()
-    if model.training:  # dropout, which Monte Carlo dropout wants without gradients, too
+    if model.training:  # dropout: Monte Carlo dropout wants it without gradients too
         if trains and device.type != "cpu":
             raise InputError(
                 f"training got a model on {device}, whose gradients would not reach its parameters, which are on the CPU; "

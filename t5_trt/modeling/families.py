@@ -1,4 +1,4 @@
-"""Which class an instance gets: a public class, or one derived from it, combined with the Hugging Face class of the config's family."""
+"""Chooses the class of an instance: a public class (or a subclass) combined with the Hugging Face class of the config's family."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FamilyClass:
     _encoder_only = False
     config_class: Any
     if TYPE_CHECKING:
-        config: Any  # Transformers would take an annotation for the config's class
+        config: Any  # Transformers would read an annotation as the config's class
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Set `config_class`: the Hugging Face class's, or none for a class of all families."""
@@ -67,7 +67,7 @@ class FamilyClass:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: Transformers does not let what it takes for custom code initialise single tensors of its own modules."""
+        """False: Transformers does not let custom code initialise single tensors of its own modules."""
         return False
 
     def __new__(cls: type[Self], config: Any = None, *args: Any, **kwargs: Any) -> Self:
@@ -83,13 +83,13 @@ class FamilyClass:
         return cast("type[Self]", cls if combined else family_class(cls, hf_class))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Name the class that was combined with a family's: the combination is made again."""
-        state = cast("Any", self).__getstate__()  # which Python 3.10 does not know of every object
+        """Pickle the public class by name; unpickling combines it with the family's class again."""
+        state = cast("Any", self).__getstate__()  # Python 3.10 does not define it for every object
         return _blank, (type(self).__dict__.get("_combines", type(self)), self.config), state
 
 
 class _NoConfigClass:
-    """`config_class` of a class that takes several: as if there were none, so that Auto classes register it for each of them."""
+    """`config_class` of a class for several configs: it behaves as missing, so that Auto classes register the class for each of them."""
 
     def __get__(self, instance: Any, owner: type) -> Any:
         raise AttributeError(
@@ -114,7 +114,7 @@ def family_class(cls: Any, hf_class: Any) -> Any:
 
 
 def named_family_class(cls: Any, hf_class: Any, name: str) -> Any:
-    """`family_class` of a public class, under a name of its own, by which diffusers' pipelines find it in our module."""
+    """`family_class` of a public class, under a name that diffusers' pipelines can look up in our module."""
     made = family_class(cls, hf_class)
     made.__name__ = made.__qualname__ = name
     made.__doc__ = f"`{cls.__name__}` of a {hf_class.config_class.__name__}; also an instance of `{hf_class.__name__}`."
@@ -123,5 +123,5 @@ def named_family_class(cls: Any, hf_class: Any, name: str) -> Any:
 
 
 def _blank(cls: Any, config: Any) -> Any:
-    """An instance without anything in it, for unpickling."""
+    """An empty instance, for unpickling."""
     return cls.__new__(cls, config)

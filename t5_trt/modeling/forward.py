@@ -19,7 +19,7 @@ def run_forward(model: Any, inputs: ForwardInputs) -> Any:
 
     Args:
         model: with a runner.
-        inputs: as the caller gave them; each is checked by what reads it.
+        inputs: as the caller gave them; encode and decode check them.
 
     Returns:
         Seq2SeqLMOutput, or a tuple of its values.
@@ -68,10 +68,10 @@ class EngineForward:
     """`forward` of a model with encoder and decoder; its signature is Hugging Face's."""
 
     if TYPE_CHECKING:
-        config: Any  # Transformers would take an annotation for the config's class
+        config: Any  # Transformers would read an annotation as the config's class
 
     @takes_old_cache_names(past_key_values="5.40.0")
-    # nothing is left to compile, and tracing ends in ONNX Runtime
+    # there is nothing to compile: tracing would end in ONNX Runtime
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @names_cache_as_hugging_face
     def forward(
@@ -97,7 +97,7 @@ class EngineForward:
             input_ids: int64 [B, S]; or `inputs_embeds` [B, S, E].
             attention_mask: [B, S], 0 for padding; None attends to everything.
             decoder_input_ids: int64 [R, Q], any number of tokens; made from `labels` if left out.
-            decoder_attention_mask: [R, cached + Q], 0 for padding on either side; what is beyond is left out, as by the Hugging Face class.
+            decoder_attention_mask: [R, cached + Q], 0 for padding on either side; further entries are ignored, as by the Hugging Face class.
             encoder_outputs: a ModelOutput or tuple whose first entry is [B, S, E].
             cache: what an earlier call returned, or a Hugging Face ``EncoderDecoderCache``; called ``past_key_values`` before
                 Transformers 5.24.

@@ -1,4 +1,4 @@
-"""Hugging Face's ``generate`` with our decode loops in the places of its own.
+"""Hugging Face's ``generate`` with our decode loops instead of its own.
 
 Everything before and after the loop (defaults, checks, processors, criteria, encoder) stays Transformers'. A request that
 `t5_trt.generation.request` refuses runs in Transformers' loop over our forward pass.
@@ -30,7 +30,7 @@ from t5_trt.modeling.runner import ModelRunner, ordinary_tensors
 from t5_trt.validation import check_length, check_token_ids
 
 logger = logging.getLogger("t5_trt")
-#: what ``generate`` is made of
+#: the methods that ``generate`` consists of
 _STEPS = frozenset(name for name, value in vars(GenerationMixin).items() if callable(value)) - {"generate"} | {
     "get_encoder"
 }
@@ -62,19 +62,19 @@ class EngineGeneration:
         self.__dict__.setdefault("_last_path", None)
 
     def after_fork(self) -> None:
-        """Forget what another thread of the parent process may have been writing; see `EngineModel.after_fork`."""
+        """Drop state that another thread of the parent process may have been writing; see `EngineModel.after_fork`."""
         super().after_fork()  # type: ignore[misc]
         self._prepared = PreparedRequests()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = cast(
             "Any", super()
-        ).__getstate__()  # of the model; Python 3.10 does not know of every object's
+        ).__getstate__()  # the model's; Python 3.10 does not define it for every object
         return {key: value for key, value in state.items() if key != "_prepared"}
 
     @property
     def last_generation_path(self) -> GenerationPath | None:
-        """Which loop the last ``generate()`` ran in, and why; None before the first."""
+        """The loop that the last ``generate()`` used, and why; None before the first call."""
         return self._last_path
 
     @takes_old_cache_names(past_key_values="6.0.0", cache_params="6.0.0")
@@ -88,7 +88,7 @@ class EngineGeneration:
         self._runner.notice_changes()
         given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         home = getattr(given, "device", self.device)
-        if home != self.device:  # inputs from elsewhere: results go back there
+        if home != self.device:  # inputs on another device: results are returned there
             inputs = _moved(inputs, self.device)
             kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
         key = request_key(inputs, kwargs) if self._prepares_as_hugging_face(generation_config, args) else None
@@ -164,12 +164,12 @@ class EngineGeneration:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        else:  # whatever cache_implementation says: the engines' cache is static and grows
+        else:  # cache_implementation has no effect: the engines' cache is static and grows
             model_kwargs[CACHE] = EngineCache(self._runner.architecture.decoder_layers, 0)
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.prefill_chunk_size is not None:
-            # Transformers' loop would cut the *encoder's* mask to the chunk, and then fail; a prompt fits in one pass
+            # Transformers' loop would cut the *encoder's* mask to the chunk and then fail; one pass takes the whole prompt
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
@@ -191,7 +191,7 @@ class EngineGeneration:
         return input_ids, model_kwargs
 
     def _takes(self, request: Request) -> bool:
-        """Whether the device loop takes a request; what it does not take is logged, each reason once."""
+        """Whether the device loop serves a request; if not, the reason is logged once."""
         reason = self._own_code() or refusal(request)
         self._last_path = GenerationPath("device" if reason is None else "transformers", reason or "")
         if reason is not None:
@@ -199,29 +199,29 @@ class EngineGeneration:
         return reason is None
 
     def _own_code(self) -> str | None:
-        """Code of the user's that Transformers' loop would call in every step."""
+        """User code that Transformers' loop would call in every step; None if there is none."""
         kind: Any = type(self)
         if kind.forward is not EngineForward.forward or "forward" in self.__dict__:
             return "forward() is not this library's"
-        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)  # of the instance: peft sets its own
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)  # on the instance: peft sets it
         if prepare is not self._hf_class.prepare_inputs_for_generation:
             return "prepare_inputs_for_generation() is not Transformers'"
         hooked = self._forward_hooks or self._forward_pre_hooks
         return "the model has forward hooks" if hooked else None
 
     def _prepares_as_hugging_face(self, generation_config: Any, args: tuple[Any, ...]) -> bool:
-        """Whether a call is prepared by Transformers' code alone, and from the model's settings and named arguments."""
+        """Whether only Transformers' code prepares a call, from the model's settings and named arguments."""
         own = "_is_public" in vars(type(self)) and self.__dict__.keys().isdisjoint(_STEPS)
         return own and generation_config is None and not args and not self._own_code()
 
     @property
     def _preparation(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Settings that Transformers prepares a request from, and the functions that do it, which anybody may have exchanged."""
+        """The settings that Transformers prepares a request from, and the functions that do so, which users may have replaced."""
         return (self.generation_config, self.config), _of_class(type(self))
 
     @torch.no_grad()
     def _repeat(self, known: Prepared, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """A request like an earlier one: what Transformers does with the encoder and its output, and the loop."""
+        """Run a request with an earlier preparation: encode as Transformers does, then run the loop."""
         self._last_path = GenerationPath("device")
         wanted = {name: getattr(known.request.config, name) for name in INNER_VALUES}
         encoded = self.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True, **wanted)
@@ -267,13 +267,13 @@ def _log_once(level: int, message: str) -> None:
 
 
 def _setting(name: str, arguments: dict[str, Any], configs: list[Any]) -> Any:
-    """A setting as an argument says, else the first config that has one."""
+    """A setting: the argument if given, else that of the first config that has it."""
     values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
 
 
 def _moved(value: Any, device: Any) -> Any:
-    """A tensor, or the tensors of a ``generate`` result, on another device; anything else as it is."""
+    """A tensor, or the tensors of a ``generate`` result, on another device; anything else unchanged."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, GenerateEncoderDecoderOutput | GenerateBeamEncoderDecoderOutput):

@@ -1,4 +1,4 @@
-"""The arguments of one forward pass as one object, and the checks of those that are the decoder's own."""
+"""The arguments of one forward pass as one object, with their checks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from t5_trt.config import RuntimeConfig
     from t5_trt.graph.architecture import Architecture
 
-#: arguments that ask for inner values of the model
+#: arguments that ask for attention maps or hidden states
 INNER_VALUES = ("output_attentions", "output_hidden_states")
-#: arguments that are settings of the config, too -> what holds where the config lacks one
+#: arguments that default to the config's setting -> value where the config lacks it
 _SWITCHES = {"use_cache": True, "return_dict": True, **dict.fromkeys(INNER_VALUES, False)}
 
 
 @dataclass(frozen=True)
 class EncoderInputs:
-    """What an encoder engine reads, checked; one of `ids` and `embeds` is None.
+    """Checked inputs of an encoder engine; one of `ids` and `embeds` is None.
 
     Attributes:
         ids: int64 [B, S].
@@ -39,7 +39,7 @@ class EncoderInputs:
 
     @property
     def source(self) -> torch.Tensor:
-        """The one of `ids` and `embeds` that there is."""
+        """`ids` or `embeds`, whichever is not None."""
         source = self.ids if self.embeds is None else self.embeds
         assert source is not None
         return source
@@ -69,7 +69,7 @@ class ForwardInputs:
     more: dict[str, Any] = field(default_factory=dict)
 
     def with_defaults(self, config: Any) -> ForwardInputs:
-        """The same with the config's value for each switch that the caller left out."""
+        """A copy with the config's value for each switch that the caller left out."""
         found: dict[str, Any] = {
             name: getattr(config, name, default) if getattr(self, name) is None else getattr(self, name)
             for name, default in _SWITCHES.items()
@@ -78,7 +78,7 @@ class ForwardInputs:
 
     @property
     def inner_value(self) -> str | None:
-        """The argument that asks for attention maps or hidden states, which engines do not give; None for none."""
+        """The name of an argument that asks for attention maps or hidden states, which engines do not return; else None."""
         return next((name for name in INNER_VALUES if getattr(self, name)), None)
 
     def for_encoder(self, arch: Architecture, settings: RuntimeConfig, device: torch.device) -> EncoderInputs:
@@ -109,7 +109,7 @@ class ForwardInputs:
         """The decoder's token ids, int64 [R, Q], checked and on the engines' device.
 
         Raises:
-            InputError: there are none, or they have a wrong type, dtype, shape or value.
+            InputError: they are missing, or have a wrong type, dtype, shape or value.
         """
         if self.decoder_input_ids is None:
             raise InputError("got neither decoder_input_ids nor labels; forward() expects one of them. To write text, use "
@@ -117,7 +117,7 @@ class ForwardInputs:
         return check_token_ids("decoder_input_ids", self.decoder_input_ids, arch.vocab_size, device)
 
     def for_hugging_face(self, arch: Architecture, device: torch.device) -> ForwardInputs:
-        """The same with token ids (int64) and masks checked and on the device of the Hugging Face model.
+        """A copy with token ids (int64) and masks checked and moved to the device of the Hugging Face model.
 
         Raises:
             InputError: one of them has a wrong type, dtype, shape or value.
@@ -148,12 +148,12 @@ class ForwardInputs:
         )
 
     def encoder_arguments(self) -> dict[str, Any]:
-        """Arguments of an encoder of Hugging Face's."""
+        """Arguments for a Hugging Face encoder."""
         names = ("input_ids", "attention_mask", "inputs_embeds", "return_dict", *INNER_VALUES)
         return {**{name: getattr(self, name) for name in names}, **self.more}
 
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of a Hugging Face ForConditionalGeneration model."""
+        """Arguments for a Hugging Face ForConditionalGeneration model."""
         names = (
             "decoder_input_ids",
             "decoder_attention_mask",
@@ -184,7 +184,7 @@ def check_labels(labels: Any, vocab_size: int) -> torch.Tensor:
 
 
 def check_labels_fit(labels: torch.Tensor, decoder_input_ids: Any) -> None:
-    """Refuse labels of another shape than the decoder's tokens.
+    """Check that labels have the shape of the decoder's tokens.
 
     Raises:
         InputError: naming both shapes.
@@ -197,7 +197,7 @@ def check_labels_fit(labels: torch.Tensor, decoder_input_ids: Any) -> None:
 
 
 def check_start_tokens(config: Any) -> None:
-    """Refuse to make the decoder's input from labels without the tokens that this takes.
+    """Check that the config has the tokens that are needed to make the decoder's input from labels.
 
     Raises:
         InputError: the config lacks one.

@@ -1,4 +1,4 @@
-"""Refuses models whose modules compute something else than those of the Hugging Face class, which are what engines run."""
+"""Rejects models whose modules compute something else than those of the Hugging Face class, which engines implement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t5_trt.modeling.adapter_layers import base_layer
 def check_layers(model: nn.Module, expected: nn.Module) -> None:
     """Compare the modules of a model with those that its Hugging Face class makes.
 
-    Exchanged ones are good if they compute the same: embeddings, output matrices and norms of the same kind, other dropout.
+    A replaced module is accepted if it computes the same: an embedding, output matrix or norm of the same kind, or other dropout.
 
     Args:
         model: a model with the tensors of `expected`.
@@ -38,7 +38,7 @@ def check_layers(model: nn.Module, expected: nn.Module) -> None:
 
 
 def _computes_the_same(found: Any, original: nn.Module) -> bool:
-    if isinstance(original, nn.Dropout):  # nothing in evaluation mode; training runs the module itself
+    if isinstance(original, nn.Dropout):  # dropout does nothing in evaluation mode; training runs the module itself
         return isinstance(found, nn.Identity) or _forward_of(found).__module__ == dropout.__name__
     if hasattr(original, "variance_epsilon") and type(found) is nn.RMSNorm:
         return bool(found.eps == original.variance_epsilon)
@@ -54,7 +54,7 @@ def _forward_of(module: Any) -> Any:
 
 
 def _named(module: nn.Module | None) -> str:
-    """The class of a module with what distinguishes it."""
+    """The name of a module's class with the settings that distinguish it."""
     if module is None or module._modules:
         return "no module" if module is None else type(module).__name__
     epsilon = getattr(module, "variance_epsilon", None)

@@ -1,4 +1,4 @@
-"""From a checkpoint's name and the arguments of ``from_pretrained`` to a model."""
+"""Loading a model from a checkpoint's name and the arguments of ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from t5_trt.validation import PRECISION_OF, as_dtype
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The arguments of ``from_pretrained`` that are not Transformers'.
+    """The arguments of ``from_pretrained`` that this library adds.
 
     Attributes:
-        runtime: how the model shall run.
+        runtime: how the model runs.
         build: settings of the engine builder.
         config: a config, or the name of one, to use instead of the checkpoint's.
-        trust_engines: use engines that come with the checkpoint; None decides by where it comes from.
+        trust_engines: use engines stored with the checkpoint; None trusts a folder that is not a download.
         calibration: texts whose largest activations set the range of half precision.
     """
 
@@ -44,14 +44,14 @@ def load_model(cls: Any, name: str, options: LoadOptions, *model_args: Any, **kw
     """Load a checkpoint, and with ``output_loading_info=True`` return Transformers' dictionary about that, too.
 
     Args:
-        cls: the class that was asked for; the model is of the class that combines it with the checkpoint's family.
+        cls: the requested class; the model's class combines it with the checkpoint's family.
         name: hub id or folder.
         options: our own arguments.
         model_args: Transformers'.
         kwargs: Transformers', checked by `t5_trt.modeling.loading_arguments.check_arguments`.
     """
     name, adapter = take_adapter(name, kwargs, HUB_ARGUMENTS)
-    choose(options.runtime)  # what cannot run here is said before anything is fetched
+    choose(options.runtime)  # fail before anything is downloaded
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     asked = None if dtype in (None, "auto") else as_dtype(dtype)
     reports, ignores = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
@@ -85,7 +85,7 @@ def load_model(cls: Any, name: str, options: LoadOptions, *model_args: Any, **kw
 def _placed(
     runtime: RuntimeConfig, asked: torch.dtype | None, config: Any, decoder: Any
 ) -> tuple[RuntimeConfig, Placement]:
-    """The settings with a precision that fits the checkpoint or the dtype that was asked for, and what they stand for here."""
+    """The settings with a precision for the checkpoint or the requested dtype, and the placement that follows from them."""
     if asked is None:
         runtime = replace(runtime, precision=best_precision(runtime, getattr(config, "dtype", None), decoder))
     elif runtime.precision == "auto" and choose(runtime, decoder).backend != "onnxruntime":

@@ -1,4 +1,4 @@
-"""Checks of the arguments of ``from_pretrained`` that ask for what engines cannot do."""
+"""Checks of ``from_pretrained`` arguments that engines do not support."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from t5_trt.errors import InputError
 from t5_trt.validation import as_device, device_of_map
 
 logger = logging.getLogger("t5_trt")
-#: arguments that let a checkpoint or a hub run code, and the values with which they cannot
+#: arguments that let a checkpoint or a hub run code -> values that do not
 _SAFE = {"trust_remote_code": False, "weights_only": True, "allow_all_kernels": False, "use_kernels": False}
 _QUANTIZED = "engines choose their own types. Use precision='int8' (on a CPU) or precision='fp16' (on a GPU)"
 _ONE_DEVICE = "an engine runs on one device. Use device='cuda:0' or device='cpu'"
-#: arguments that cannot be served -> why, and what to do instead
+#: unsupported arguments -> the reason, and what to do instead
 _REFUSED = {
     "quantization_config": _QUANTIZED,
     "load_in_8bit": _QUANTIZED,
@@ -29,14 +29,14 @@ _REFUSED = {
     "distributed_config": _ONE_DEVICE,
     "kernel_config": "engines have kernels of their own; leave it out",
 }
-#: where offloaded weights would go: nothing is offloaded, as with the Hugging Face class when the model fits
+#: folders for offloaded weights: ignored, as nothing is offloaded
 _WITHOUT_EFFECT = ("offload_folder", "offload_buffers", "offload_state_dict")
-#: kinds of attention that every installation of torch has
+#: attention implementations that every installation of torch has
 _ATTENTION = ("eager", "sdpa")
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Take out what has no effect on engines, with a warning where results could be expected to differ.
+    """Remove arguments without effect on engines, with a warning where a user could expect another result.
 
     Args:
         arguments: of ``from_pretrained``; changed in place.
@@ -68,7 +68,7 @@ def chosen_device(device: str | torch.device | int | None, arguments: dict[str, 
     """The device that ``device``, or else ``device_map``, names; ``device_map`` is taken out of the arguments.
 
     Raises:
-        InputError: it is none that engines run on, or there are several.
+        InputError: engines do not run on it, or it names several devices.
     """
     mapped = device_of_map(arguments.pop("device_map", None))
     return as_device("device", mapped if device is None else device)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PlacedModel:
-    """The part of `t5_trt.modeling.base.EngineModel` that stands for nn.Module's moves and conversions."""
+    """The part of `t5_trt.modeling.base.EngineModel` that replaces nn.Module's moves and conversions."""
 
     if TYPE_CHECKING:  # Transformers evaluates annotations
         _runner: ModelRunner
@@ -32,7 +32,7 @@ class PlacedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of hidden states; on a CPU of logits, too, which on a GPU are float32."""
+        """The dtype of hidden states, and on a CPU of logits; on a GPU logits are float32."""
         return self._runner.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ class PlacedModel:
         return self.to("cpu")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """What every conversion of this model, and of a module that contains it, goes through.
+        """Called for every conversion of this model and of modules that contain it.
 
         Raises:
             BackendError, InputError: see `to`.
@@ -72,15 +72,15 @@ class PlacedModel:
         if moves and not (after.is_meta or before.is_meta):
             self._check_device(after.device)
         if moves or converts:
-            self._runner.session = None  # frees what it holds at once; other changes are noticed by the next call
+            self._runner.session = None  # frees its memory now; the next call notices other changes
         if self._runner.placement.backend == "onnxruntime" or after.is_meta or not (moves or converts):
             return super()._apply(fn, recurse)  # type: ignore[misc]
-        if converts:  # the parameters, which engines are made from, stay on the host as they are
+        if converts:  # the parameters stay on the host: engines are made from them
             self._runner.choose_precision(PRECISION_OF[after.dtype])
         return self
 
     def extra_repr(self) -> str:
-        """Backend, precision, who decodes, loaded engines and memory of their weights, at the head of the model's repr."""
+        """The first line of the model's repr: backend, precision, decoder step, loaded engines and memory of their weights."""
         placement, session = self._runner.placement, self._runner.session
         graphs = "none opened yet" if session is None else ", ".join(session.loaded_graphs()) or "none loaded yet"
         read = "the parameters' memory" if self.dtype is torch.float32 else "copies of the parameters in float32"

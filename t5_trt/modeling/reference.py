@@ -1,7 +1,7 @@
-"""The Hugging Face model behind a model on engines: containers of its own around the very same layers.
+"""The Hugging Face model behind a model on engines: new containers around the same layers.
 
-Layers (embeddings, linear layers, norms, dropout, activations) are shared as objects, so whatever a user exchanges or sets on them
-counts for both. Containers (stacks, blocks, attention) are made anew, because they hold the config, which asks for eager attention here.
+Layers (embeddings, linear layers, norms, dropout, activations) are shared as objects, so replacing or changing one
+affects both models. Containers (stacks, blocks, attention) are new, because they hold the config, which asks for eager attention here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_reference(model: Any, kind: type[PreTrainedModel], device: torch.device
         UnsupportedModelError: the model has other modules than that class.
     """
     config = copy.deepcopy(model.config)
-    # the only kind that returns attention maps; set first, because Transformers 5.17 does not reach the stacks' copies afterwards
+    # only eager attention returns attention maps; set first, because Transformers 5.17 does not update the stacks' copies afterwards
     config._attn_implementation = "eager"
     made: PreTrainedModel = without_data(kind, config)
     check_tensors(base_weights(model)[0], made.state_dict(), kind)
@@ -41,7 +41,7 @@ def make_reference(model: Any, kind: type[PreTrainedModel], device: torch.device
 
 
 def share_layers(kind: type[PreTrainedModel], source: Any) -> Any:
-    """A model of class `kind` with the very layers of a model with adapters, in evaluation mode: both are switched and trained together.
+    """A model of class `kind` that shares the layers of a model with adapters, in evaluation mode: switching or training one affects both.
 
     Raises:
         UnsupportedModelError: `source` has other modules than that class.
@@ -56,7 +56,7 @@ def share_layers(kind: type[PreTrainedModel], source: Any) -> Any:
 
 
 def take_layers(target: nn.Module, source: nn.Module) -> None:
-    """Put the layers of `source`, its modules without children and layers of peft, in the places of those of `target`."""
+    """Replace the layers of `target` (modules without children, and peft layers) by those of `source`."""
     for name, container in target.named_modules(remove_duplicate=False):
         ours = source.get_submodule(name)
         for child in list(container._modules):
@@ -66,7 +66,7 @@ def take_layers(target: nn.Module, source: nn.Module) -> None:
 
 
 def follow(reference: nn.Module, model: nn.Module) -> None:
-    """Give the containers of a reference the settings of their counterparts: mode, dropout of attention, gradient checkpointing."""
+    """Copy settings to the containers of a reference: mode, attention dropout, gradient checkpointing."""
     for name, theirs in reference.named_modules(remove_duplicate=False):
         ours = model.get_submodule(name)
         for key, value in ours.__dict__.items() if ours is not theirs else ():
@@ -75,7 +75,7 @@ def follow(reference: nn.Module, model: nn.Module) -> None:
 
 
 def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model with its layers copied to a device, in float32; tied parameters stay tied."""
+    """Copy the model's layers to a device in float32; tied parameters stay tied."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         moved = parameter.detach().to(device, torch.float32)

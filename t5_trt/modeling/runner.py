@@ -1,7 +1,7 @@
-"""Runs one model: what is derived from its weights and settings, and the passes of its encoder and decoder.
+"""Runs one model: its session and other objects derived from its weights and settings, and the encoder and decoder passes.
 
-A public model, and an encoder whose model is gone, holds a `ModelRunner`. Nothing in it is a part of the model: copies and pickles of
-a model make their own.
+A public model holds a `ModelRunner`, and so does an encoder whose model is gone. It is not part of the model's state: copies and
+unpickled models create their own.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ logger = logging.getLogger("t5_trt")
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """No gradients, and no inference tensors either.
+    """Disable gradients and inference mode.
 
-    Buffers outlive the call: made under ``torch.inference_mode()`` they could not be written to outside of it, and
-    would not count their versions, by which changed encoder states are noticed.
+    Buffers outlive the call. Inference tensors could not be written to outside of ``torch.inference_mode()``, and have no version
+    counter, by which changed encoder states are noticed.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -63,10 +63,10 @@ class ModelSettings:
     """How a model runs.
 
     Attributes:
-        runtime: what the user asked for.
+        runtime: the user's settings.
         build: settings of the engine builder.
-        placement: what `runtime` stands for on this machine; None until somebody asks.
-        calibration: batches whose largest activations set the range of half precision; None goes by the weights.
+        placement: what `runtime` resolves to on this machine; None until it is needed.
+        calibration: batches whose largest activations set the range of half precision; None derives it from the weights.
     """
 
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -76,17 +76,17 @@ class ModelSettings:
 
 
 class ModelRunner:
-    """The session, the architecture and the Hugging Face model of one model, and what runs on them.
+    """The session, the architecture and the Hugging Face model of one model, and the passes that use them.
 
     Args:
-        model: a module tree of `hf_class`. It holds the runner, so the runner holds it by a weak reference: GPU memory is free when
-            the model is deleted, not at the next garbage collection.
+        model: a module tree of `hf_class`, held by a weak reference because it holds the runner: so GPU memory is freed when the model
+            is deleted, not at the next garbage collection.
         hf_class: the Hugging Face class of the model's family.
         settings: how it runs.
 
     Attributes:
         session: engines over the weights as they were when it was opened; None before.
-        lock: held while ``generate()`` runs, and while the engines' weights follow adapters.
+        lock: held while ``generate()`` runs, and while adapters update the engines' weights.
     """
 
     def __init__(self, model: PreTrainedModel, hf_class: type[PreTrainedModel], settings: ModelSettings) -> None:
@@ -108,7 +108,7 @@ class ModelRunner:
 
     @property
     def table(self) -> torch.Tensor:
-        """The embedding, which stands for all parameters; without its adapters, which would compute another one."""
+        """The embedding without adapters; its device and dtype stand for those of all parameters."""
         table: torch.Tensor = base_layer(self.model.shared).weight
         return table
 
@@ -125,7 +125,7 @@ class ModelRunner:
         return resolve(runtime, None if self.encoder_only else self.model.config)
 
     def choose_precision(self, precision: str) -> None:
-        """Run in another precision from now on; the backend is chosen anew."""
+        """Change the precision; the backend is chosen again."""
         runtime = replace(self.settings.runtime, precision=precision)
         self.settings = replace(self.settings, runtime=runtime, placement=self._resolve(runtime))
 
@@ -136,7 +136,7 @@ class ModelRunner:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of hidden states; on a CPU of logits, too, which on a GPU are float32."""
+        """The dtype of hidden states, and on a CPU of logits; on a GPU logits are float32."""
         placement = self.placement
         dtype: torch.dtype = placement.dtype if placement.backend != "onnxruntime" else self.table.dtype
         return dtype
@@ -160,7 +160,7 @@ class ModelRunner:
         return self._architecture
 
     def notice_changes(self) -> None:
-        """Drop engines over weights that have changed since they were opened; not within a ``generate()``, which has looked.
+        """Drop engines if the weights have changed since they were opened; skipped within a ``generate()``, which has checked.
 
         Raises:
             InputError: the parameters hold no values.
@@ -178,9 +178,9 @@ class ModelRunner:
             self.session = self._architecture = None
 
     def opened(self) -> Session:
-        """The session; `notice_changes` has been called."""
+        """The session; call `notice_changes` first."""
         if self.session is None:
-            with ordinary_tensors():  # adapters write into its weights, in any mode
+            with ordinary_tensors():  # adapters may write into its weights in any mode
                 self.session = self._open()
         return self.session
 
@@ -207,13 +207,13 @@ class ModelRunner:
         return session
 
     def rows_have_adapters(self) -> bool:
-        """Whether peft was given ``adapter_names``, one for each row of the batch."""
+        """Whether each row of the batch chooses its adapter (peft's ``adapter_names``)."""
         if self.session is None:
             return has_own_rows(adapter_layers(self.model))
         return self._adapted is not None and has_own_rows(self._adapted.layers)
 
     def _follow_adapters(self) -> bool:
-        """Bring the open session up to date, where nothing but adapters has changed."""
+        """Update the open session if only adapters have changed."""
         adapted, watch, session = self._adapted, self._session_weights, self.session
         if adapted is None or watch is None or session is None:
             return False
@@ -227,14 +227,14 @@ class ModelRunner:
                 if not self._same_scaling(adapted, session, renewed):
                     return False
                 followed = session.update_weights(adapted.follow(session.device))
-            except BaseException:  # some weights are new and some are not
+            except BaseException:  # some weights are updated and some are not
                 self.session = None
                 raise
             self._session_weights = renewed
         return followed
 
     def _same_scaling(self, adapted: AdaptedWeights, session: Session, watch: WeightWatch) -> bool:
-        """Whether the fp16 factors that a session has in its weights are those of the weights as they are now."""
+        """Whether the fp16 factors of a session fit the current weights."""
         if session.scaling is None:
             return True
         precision = self.placement.precision
@@ -242,16 +242,16 @@ class ModelRunner:
         return bool(wanted == session.scaling)
 
     def drop(self) -> None:
-        """Forget what was made over weights that are about to be others."""
+        """Drop everything derived from the weights, which are about to change."""
         self.session = self._reference = self._architecture = None
 
     def leave_to_parent(self) -> None:
-        """In a forked process: leave the parent's engines alone; the next use opens others."""
+        """In a forked process: abandon the parent's engines; the next use opens new ones."""
         abandon(self.session)
         self.session, self.lock = None, threading.RLock()
 
     def fp16_scaling(self, precision: str) -> Fp16Scaling:
-        """Factors that engines of a precision have in their weights, see `t5_trt.graph.fp16_scaling`."""
+        """Factors folded into the weights of engines of a precision, see `t5_trt.graph.fp16_scaling`."""
         return self._choose_scaling(engine_weights(self.model), precision)
 
     def _choose_scaling(self, weights: Mapping[str, torch.Tensor], precision: str) -> Fp16Scaling:
@@ -259,12 +259,12 @@ class ModelRunner:
         return choose_fp16_scaling(self.architecture, weights, precision, self.observe, calibrated=calibrated)
 
     def observe(self) -> Ranges:
-        """The largest activations that the calibration's texts cause, or random tokens where there is none."""
+        """The largest activations for the calibration texts, or for random tokens where there are none."""
         batches = self.settings.calibration or random_batches(self.architecture.vocab_size)
         return observe(hugging_face_twin(self.model, self.hf_class), batches)
 
     def reference(self) -> PreTrainedModel:
-        """The Hugging Face model over the same weights, with eager attention; it is made at the first use.
+        """The Hugging Face model over the same weights, with eager attention; created at the first use.
 
         Raises:
             StrictModeError: the model was loaded with ``strict=True``.
@@ -283,7 +283,7 @@ class ModelRunner:
         return made
 
     def fall_back(self, reason: str) -> PreTrainedModel:
-        """`reference` for a request that engines cannot serve, with a warning before the first one.
+        """`reference` for a request that engines cannot serve; warns once.
 
         Raises:
             StrictModeError: the model was loaded with ``strict=True``.
@@ -327,12 +327,12 @@ class ModelRunner:
         """Run the decoder engine.
 
         Args:
-            inputs: with the masks and the cache.
-            tokens: int64 [R, Q], the new ones.
+            inputs: the masks and the cache.
+            tokens: int64 [R, Q], the new tokens.
             encoded: first entry [B, S, E].
 
         Returns:
-            The cache, which holds the new tokens, too: the caller's, if there was one. Logits [R, Q, V].
+            The cache with the new tokens (the caller's, if one was given), and logits [R, Q, V].
 
         Raises:
             InputError: these do not fit each other.
@@ -352,7 +352,7 @@ class ModelRunner:
         return cache if given is None else given, logits
 
     def open_cache(self, cache: EngineCache, encoded: Any, attention_mask: Any, prompt: torch.Tensor) -> Session:
-        """Open an empty cache over an encoder's output for a prompt, int64 [R, tokens]; the session that made it.
+        """Open an empty cache over an encoder's output for a prompt, int64 [R, tokens]; return the session that made it.
 
         Raises:
             InputError: these do not fit each other.
@@ -363,17 +363,17 @@ class ModelRunner:
         return session
 
     def _in_own_dtype(self, result: torch.Tensor) -> torch.Tensor:
-        """A result of engines, which is float32 on a CPU, in the dtype that the model reports."""
+        """Convert a result of engines (float32 on a CPU) to the model's dtype."""
         return result.to(self.dtype) if self.placement.backend == "onnxruntime" else result
 
     def _with_gradients(self, part: str, result: torch.Tensor, *inputs: Any, cached: bool = False) -> torch.Tensor:
-        if self._session_weights is None:  # the session was given, not opened
+        if self._session_weights is None:  # the user assigned the session
             self._session_weights = WeightWatch(self.model)
         return with_gradients(result, Replay(self.model, self, part, self._session_weights, cached), *inputs)
 
 
 def in_float32(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What ONNX Runtime computes from: the tensors' own memory where they are float32, else one copy of each."""
+    """Weights for ONNX Runtime: float32 tensors themselves, float32 copies of others."""
     copies: dict[Any, torch.Tensor] = {}
     places = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in weights.items()}
     for key, place in places.items():

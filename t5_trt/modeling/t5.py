@@ -32,7 +32,7 @@ class TRTT5EncoderModel(EngineModel):
     """Drop-in replacement of ``T5EncoderModel`` (and the mT5 and UMT5 ones): text encoders, sentence encoders.
 
     It loads encoder-only checkpoints and the encoder of complete ones. ``model(input_ids, attention_mask)`` gives
-    ``last_hidden_state`` [B, S, E]; attention maps, inner states and gradients come from the Hugging Face model.
+    ``last_hidden_state`` [B, S, E]; attention maps, hidden states of inner layers and gradients come from the Hugging Face model.
 
     Args:
         config: a T5Config, MT5Config or UMT5Config; the weights are random, as in the Hugging Face classes.

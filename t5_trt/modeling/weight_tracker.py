@@ -1,4 +1,4 @@
-"""Notices that a model's weights are no longer those that its engines were opened over."""
+"""Detects that a model's weights have changed since its engines were opened."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _watches: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
 
 
 class WeightWatch:
-    """What a model's modules and parameters are when this is made.
+    """A snapshot of a model's modules and parameters, used to detect changes.
 
-    Looking again takes 0.13 ms for the 260 tensors of T5-base (Intel Xeon). In-place operations are noticed by torch's version counters,
-    and optimizers by a hook, because fused ones count nothing. Other writing through ``parameter.data`` goes unnoticed.
+    A comparison takes 0.13 ms for the 260 tensors of T5-base (Intel Xeon). torch's version counters detect in-place operations,
+    and a hook detects optimizer steps, because fused optimizers do not increment versions. Other writes through ``parameter.data`` go unnoticed.
 
     Args:
         model: any module.
-        modules: those of its modules that count; None for all, and for what decides which of their adapters count.
+        modules: the modules to track; None tracks all of them and the settings of their adapters.
 
     Attributes:
         stepped: an optimizer has changed some of the parameters.
@@ -46,7 +46,9 @@ class WeightWatch:
         self._tensors: list[Any] = [tensor for _, _, tensor in parameters]
         # in columns, because they are compared before every call
         self._owners, self._names, self._parts = zip(*owned, *parameters, strict=True)
-        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # those have no versions
+        self._counting = [
+            tensor for tensor in self._tensors if not tensor.is_inference()
+        ]  # inference tensors have no versions
         self._state = self._look()
         self._settings = list(map(settings, self._adapters))
         self._ids = set(map(id, self._tensors))
@@ -55,7 +57,7 @@ class WeightWatch:
         _watches.add(self)
 
     def renewed(self) -> WeightWatch | None:
-        """A watch of the same modules and parameters as they are now; None if adapters have brought others."""
+        """A new snapshot of the same modules and parameters; None if adapters have added others."""
         made = copy.copy(self)
         made._state, made._settings, made.stepped = self._look(), list(map(settings, self._adapters)), False
         _watches.add(made)
@@ -67,19 +69,19 @@ class WeightWatch:
 
     @property
     def state(self) -> Hashable:
-        """Equal for equal weights, as far as torch counts changes."""
+        """A value that is equal for equal weights, as far as torch counts changes."""
         return tuple(map(tuple, self._state)), tuple(self._settings)
 
     def after_step(self, optimizer: Any) -> None:
-        """Take note of an optimizer's step."""
+        """Record an optimizer step."""
         self.stepped |= any(id(tensor) in self._ids for group in optimizer.param_groups for tensor in group["params"])
 
     def replaced(self) -> bool:
-        """Whether modules or parameters are others."""
+        """Whether modules or parameters were replaced."""
         return not all(map(is_, map(dict.get, self._owners, self._names), self._parts))
 
     def changed(self) -> bool:
-        """Whether weights have other values, or lie elsewhere."""
+        """Whether weights have other values or addresses."""
         if self.stepped or self.replaced() or self._look() != self._state:
             return True
         return bool(self._adapters) and list(map(settings, self._adapters)) != self._settings

@@ -1,4 +1,4 @@
-"""An encoder of torch operations as CUDA graphs: it takes the host longer to start its kernels one by one than the GPU to run them."""
+"""An encoder as CUDA graphs: the host takes longer to launch its kernels one by one than the GPU to run them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from t5_trt.runtime.torch_layers import NO_KEY
 
 logger = logging.getLogger("t5_trt")
 
-#: source tokens of a batch, padding counted, up to which an encoder is captured: with more the GPU is the slower one
+#: an encoder is captured up to this many source tokens of a batch, with padding: beyond it the GPU is slower than the host
 CAPTURED_TOKENS = 2048
-#: source tokens of all captured encoders, those used last
+#: limit on the source tokens of all captured encoders; the least recently used are dropped
 TOKENS_KEPT = 16384
 #: lengths are padded to a multiple of this, so that texts of similar lengths share a graph
 LENGTH_STEP = 16
@@ -31,16 +31,16 @@ class CapturedSize:
     """Buffers of one size and the graph over them; None until the size is asked for a second time."""
 
     ids: torch.Tensor  # int64 [B, S]
-    mask: torch.Tensor  # int64 [B, S], NO_KEY where nothing is
+    mask: torch.Tensor  # int64 [B, S], NO_KEY where there is no token
     graph: Any = None
     hidden: torch.Tensor | None = None  # [B, S, E]
     cross: torch.Tensor | None = None  # [L, 2, B, H, S, D]
 
 
 class CapturedEncoder:
-    """Runs an encoder by a CUDA graph where its size was seen before.
+    """Runs an encoder as a CUDA graph if its size was seen before.
 
-    A size that comes once runs kernel by kernel, which is as fast as a capture; from the second time on it is a graph.
+    The first request of a size runs kernel by kernel, which is as fast as a capture; later ones use a graph.
 
     Args:
         encode: (ids int64 [B, S], mask int64 [B, S]) -> (hidden states [B, S, E], cross-attention K/V [L, 2, B, H, S, D]).
@@ -53,7 +53,7 @@ class CapturedEncoder:
         self._memory = GraphMemory()
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `encode`; the results are in memory of their own."""
+        """As `encode`; the results do not share memory with the graph."""
         batch, length = ids.shape
         room = -(-length // LENGTH_STEP) * LENGTH_STEP
         if batch * room > CAPTURED_TOKENS:
@@ -74,20 +74,22 @@ class CapturedEncoder:
         if size.graph is None and not (seen_before and self._capture(size)):
             if seen_before:
                 del self._sizes[batch, room]
-            hidden, cross = self._encode(size.ids, size.mask)  # padded too: sums in the same order, the same bits
+            hidden, cross = self._encode(size.ids, size.mask)  # padded as in the graph: equal order of sums, equal bits
             return hidden[:, :length].contiguous(), cross[..., :length, :].contiguous()
         size.graph.replay()
         assert size.hidden is not None and size.cross is not None
         return size.hidden[:, :length].clone(), size.cross[..., :length, :].clone(memory_format=torch.contiguous_format)
 
     def clear(self) -> None:
-        """Let go of all graphs and buffers."""
+        """Drop all graphs and buffers."""
         self._sizes.clear()
 
     def _capture(self, size: CapturedSize) -> bool:
         def work() -> None:
             hidden, cross = self._encode(size.ids, size.mask)
-            if size.hidden is None or size.cross is None:  # the first warm-up: buffers outside of the graph's memory
+            if (
+                size.hidden is None or size.cross is None
+            ):  # first warm-up: allocate buffers outside of the graph's memory
                 size.hidden, size.cross = torch.empty_like(hidden), torch.empty_like(cross)
             size.hidden.copy_(hidden)
             size.cross.copy_(cross)

@@ -1,4 +1,4 @@
-"""Recording work on the GPU as one CUDA graph, so that a step costs one launch instead of hundreds."""
+"""Capturing GPU work as one CUDA graph, so that a step costs one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 
 from t5_trt.errors import BackendError, causes, raise_hidden_interrupt
 
-WARM_UPS = 3  # TensorRT allocates and chooses lazily in its first runs; a capture must find everything in place
-#: torch's allocator cannot serve two recordings at once, nor give back its memory during one, nor can its generator draw
+WARM_UPS = 3  # TensorRT allocates lazily in its first runs; that must be done before a capture
+#: held during captures: torch's allocator cannot serve two at once or release memory during one, nor can its generator draw
 _alone = threading.Lock()
-_capturing_thread: int | None = None  # the thread that records
+_capturing_thread: int | None = None  # the thread that captures
 #: graphs whose capture failed: the allocator keeps a pointer to each
 _failed: list[torch.cuda.CUDAGraph] = []
 
 
 class CaptureError(RuntimeError):
-    """Work ran, but cannot be part of a CUDA graph: it waits for the GPU, say."""
+    """Work ran, but cannot be part of a CUDA graph, for example because it waits for the GPU."""
 
 
 class GraphMemory:
-    """Memory that CUDA graphs share, none of which runs at the same time as another."""
+    """Memory shared by CUDA graphs that never run at the same time."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -39,13 +39,13 @@ class GraphMemory:
         return self.pool
 
     def give_up(self) -> None:
-        """Record into another pool from now on."""
+        """Use another pool for the following captures."""
         self.pool = None
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all recordings: torch keeps freed memory, and cuBLAS a workspace, for every stream that was ever used."""
+    """The stream of all captures: torch keeps freed memory, and cuBLAS a workspace, for every stream that was ever used."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -56,7 +56,7 @@ def capture(
 
     Args:
         work: enqueues on torch's current stream, reads and writes fixed addresses, and does not wait. What torch allocates in it
-            comes from the graph's memory and is not there between replays.
+            comes from the graph's memory and is not valid between replays.
         device: of the GPU.
         memory: shared with other graphs; None gives the graph its own.
         draws: the work may draw random numbers. False leaves torch's generators alone, which another thread may be seeding.
@@ -83,7 +83,7 @@ def capture(
         graph = torch.cuda.CUDAGraph()
         pool = memory.take()
         try:
-            # other threads go on with their own work on the GPU; freeing a graph here would be part of the capture
+            # other threads may use the GPU meanwhile; freeing a graph here would become part of the capture
             with (
                 _no_collection(),
                 torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
@@ -102,7 +102,7 @@ def capture(
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
-    """Put torch in order after a capture that failed.
+    """Repair torch's state after a failed capture.
 
     ``CUDAGraph.capture_end`` throws before it has done so (torch 2.11): the allocators go on serving a capture, the generator
     refuses to draw, and the side stream stays the current one. A capture that succeeds puts the generator right. The allocator of
@@ -110,7 +110,7 @@ def _clean_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stre
     """
     _failed.append(graph)
     torch.cuda.set_stream(stream)
-    with suppress(RuntimeError):  # it was ended after all
+    with suppress(RuntimeError):  # it had been ended
         torch._C._cuda_endAllocateToPool(stream.device.index, pool)
         torch._C._cuda_releasePool(stream.device.index, pool)
     probe, side = torch.zeros(1, device=device), _side_stream(device)
@@ -120,13 +120,13 @@ def _clean_up(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stre
 
 @dataclass
 class NotCaptured:
-    """In place of a CUDA graph: it runs its work kernel by kernel."""
+    """Stand-in for a CUDA graph that runs its work kernel by kernel."""
 
     replay: Callable[[], None]
 
 
 class StreamOrder:
-    """Lets work on a stream begin after all that other streams were given before, where both use the same buffers.
+    """Orders work on several streams that use the same buffers: later work starts after earlier work has ended.
 
     Args:
         device: of the buffers.
@@ -137,7 +137,7 @@ class StreamOrder:
         self._last: torch.cuda.Stream | None = None
 
     def follow(self) -> None:
-        """Have torch's current stream, if it is another one than last time, wait for that one; the host does not."""
+        """Make torch's current stream wait for the previous one, if they differ; the host does not wait."""
         if self._device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self._device)
@@ -148,7 +148,7 @@ class StreamOrder:
 
 @contextmanager
 def outside_capture() -> Iterator[None]:
-    """While no other thread records, which the GPU's generator does not allow draws beside."""
+    """Exclude captures by other threads, during which the GPU's generator cannot draw."""
     if _capturing_thread == threading.get_ident():
         yield
         return
@@ -179,7 +179,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> BackendError:
-    """What a session raises, after it has given back what it can, where GPU memory ran out."""
+    """The error for exhausted GPU memory, raised after a session has freed what it can."""
     return BackendError(
         f"GPU memory ran out ({str(error).splitlines()[0]}). Idle buffers were freed; use a smaller batch, fewer beams or "
         "shorter texts, or precision='fp16', or free other models."
@@ -188,12 +188,12 @@ def out_of_memory(error: Exception) -> BackendError:
 
 @contextmanager
 def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[], None]) -> Iterator[None]:
-    """A session's turn on its GPU: one thread at a time, one stream after the other.
+    """Give a session its turn on the GPU: one thread at a time, streams in order.
 
     Args:
         lock: of the session.
         order: of its streams.
-        let_go: frees idle buffers, where GPU memory runs out.
+        let_go: frees idle buffers when GPU memory runs out.
 
     Raises:
         BackendError: GPU memory ran out.
@@ -209,6 +209,6 @@ def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[],
 
 
 def free_unused() -> None:
-    """Give memory that torch holds and nobody uses back to the GPU, not while something is captured."""
+    """Return unused memory that torch holds to the GPU, except during a capture."""
     with _alone:
         torch.cuda.empty_cache()

@@ -25,9 +25,9 @@ logger = logging.getLogger("t5_trt")
 THREADS = 256
 #: beams whose rows a thread keeps in registers
 MOST_BEAMS = 16
-#: candidates of a batch entry in a step of beam search
+#: most candidates of a batch entry in a step of beam search
 MOST_CANDIDATES = 64
-#: tokens of which a CTA of `beam_candidates` finds the best, and its warps: for small vocabularies and for large ones
+#: tokens that a CTA of `beam_candidates` searches, and its warps: for small and for large vocabularies
 SPAN, WARPS = 4096, 8
 LARGE_SPAN, LARGE_WARPS, LARGE_VOCABULARY = 16384, 32, 1 << 16
 
@@ -35,16 +35,16 @@ Options = tuple[tuple[str, int], ...]
 
 
 def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> bool:
-    """Let rows of a cache change places within their batch entries, up to a position.
+    """Reorder rows of a cache within their batch entries, up to a position.
 
     Args:
         kv: [L, 2, R, H, T, D] on a GPU, contiguous; row i gets what row ``parents[i]`` held.
         parents: int64 [r], of the first r rows, a multiple of `beams`; each names a row of its own batch entry.
-        position: int64 [1], the last token that the cache holds.
+        position: int64 [1], of the last token in the cache.
         beams: N.
 
     Returns:
-        Whether it was done; otherwise nothing has changed, and torch must do it.
+        Whether the kernel ran; otherwise nothing has changed, and the caller must use torch.
     """
     layers, two, rows, heads, capacity, width = kv.shape
     vectors, rest = divmod(width * kv.element_size(), 16)
@@ -65,13 +65,13 @@ def token_step(
     following: NextStep | None,
     mailbox: Mailbox | None = None,
 ) -> bool:
-    """What follows the token selection, see ``kernels/token_step.cu``.
+    """Update all state after the token selection, see ``kernels/token_step.cu``.
 
     Args:
         buffers: on a GPU, contiguous: the tokens chosen, int64 [R], which become those that count; then as
             `t5_trt.generation.sampling.RowTokenSelector` has them: tokens, finished, report, expired, eos.
         position: int64 [1].
-        pad: what stands behind the end of a row, or None.
+        pad: token id that pads rows after their end, or None.
         following: what the next step reads; with ``best``, that says what is chosen.
         mailbox: gets the report.
 
@@ -107,7 +107,7 @@ def beam_candidates(
     *,
     normalized: bool,
 ) -> bool:
-    """The best tokens of every row by spans, see ``kernels/beam_candidates.cu``.
+    """Find the best tokens of every span of every row, see ``kernels/beam_candidates.cu``.
 
     Args:
         scores: float32 [R, V] on a GPU, contiguous: logits, or with `normalized` what is a logarithm of a probability already.
@@ -141,7 +141,7 @@ def beam_step(
     following: NextStep | None,
     mailbox: Mailbox | None = None,
 ) -> bool:
-    """What follows the selection of candidates in a step of beam search, see ``kernels/beam_step.cu``.
+    """Run the rest of a beam-search step after the selection of candidates, see ``kernels/beam_step.cu``.
 
     Args:
         made: candidates; on a GPU, contiguous: scores float32 and places int64 [B, K], or None twice and then what `beam_candidates` left,
@@ -149,7 +149,7 @@ def beam_step(
         buffers: the next arguments of the kernel, from its ``tokens`` to its ``counters``.
         vocabulary: V.
         stops_early: ``early_stopping`` is True.
-        hopeful: rows are judged by the longest length there can be.
+        hopeful: bounds on scores use the maximum length.
         following: what the next step reads.
         mailbox: gets the report.
 
@@ -175,12 +175,12 @@ def beam_step(
 
 
 def mailbox(report: torch.Tensor) -> Mailbox | None:
-    """Where the kernels of a token selector may leave its report; None where there are none."""
+    """A mailbox for the reports of a token selector's kernels; None if there are no kernels."""
     return Mailbox(len(report), report.device) if _runs_kernels(report) else None
 
 
 def _mail(mailbox: Mailbox | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Where a kernel leaves its report, from now on, and the number of the request."""
+    """A mailbox's memory and request number as kernel arguments; marks the mailbox as in use."""
     if mailbox is None:
         return None, None
     mailbox.in_use = True
@@ -188,7 +188,7 @@ def _mail(mailbox: Mailbox | None) -> tuple[torch.Tensor | None, torch.Tensor | 
 
 
 def _span(vocabulary: int) -> tuple[int, int]:
-    """Tokens of which a CTA of `beam_candidates` finds the best, and its warps."""
+    """Tokens that a CTA of `beam_candidates` searches, and its warps."""
     return (LARGE_SPAN, LARGE_WARPS) if vocabulary > LARGE_VOCABULARY else (SPAN, WARPS)
 
 
@@ -204,7 +204,7 @@ def _launch(
     buffers: Sequence[torch.Tensor | None],
     sizes: tuple[int, ...],
 ) -> None:
-    """Start a kernel that takes addresses (None as 0) and then ints."""
+    """Launch a kernel that takes addresses (None as 0) and then ints."""
     stream = torch.cuda.current_stream(device).cuda_stream
     early = torch.cuda.get_device_capability(device)[0] >= 9
     launch(function, grid, threads, stream, (*buffers, *sizes), early=early)
@@ -223,7 +223,7 @@ def _function(name: str, device: int | None, options: Options) -> Any:
             cubin = stored_cubin(
                 f"{name}.cu", dict(options), f"sm_{major}{minor}", EngineStore(default_engine_cache_dir())
             )
-            module = checked(driver.cuModuleLoadData(cubin))  # stays loaded, as its function is kept
+            module = checked(driver.cuModuleLoadData(cubin))  # kept loaded, as the function is cached
             return checked(driver.cuModuleGetFunction(module, name.encode()))
     except (T5TRTError, OSError, RuntimeError) as error:
         _warn_once(str(error).rstrip("."))

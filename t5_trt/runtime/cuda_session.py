@@ -40,7 +40,7 @@ class CudaSession:
     """
 
     backend = "cuda"
-    selector_tokens = 512  # the kernels of a token selector read no further than there are tokens
+    selector_tokens = 512  # a larger buffer costs nothing: a token selector's kernels read only the tokens in use
     steps_by = "kernels"
     engines = None
 
@@ -119,13 +119,13 @@ class CudaSession:
             return logits
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Not offered: there are no graphs to look into."""
+        """Not supported: there are no graphs to inspect."""
         raise InputError(
             f"the backend 'cuda' has no graph {graph!r} to look into; compare layers with backend='onnxruntime'."
         )
 
     def loaded_graphs(self) -> tuple[str, ...]:
-        """What computes, by name."""
+        """The names of the parts that compute."""
         encoder = self._encoder.form.name
         return (encoder, BY_KERNELS, "decoder queries (torch)") if self._steps else (encoder,)
 
@@ -182,7 +182,7 @@ class CudaSession:
         return taking_turns(self._lock, self._order, self._forget)
 
     def _forget(self) -> None:
-        """Let go of idle buffers and of all that was captured over them."""
+        """Free idle buffers and all that was captured over them."""
         self._encoder.clear()
         if self._steps is not None:
             self._steps.forget()

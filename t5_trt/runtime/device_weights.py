@@ -1,4 +1,4 @@
-"""The weights of one model in GPU memory, made once and read by all of its engines."""
+"""The weights of one model in GPU memory, shared by all of its engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t5_trt.graph.parameters import Weights, folded_part, materialize, norm_befo
 
 
 class DeviceWeights:
-    """Weight inputs of device graphs by name, each made when it is first asked for. Not thread-safe.
+    """Weight inputs of device graphs by name, each created at its first use. Not thread-safe.
 
     Args:
         arch: of the model.
@@ -50,7 +50,7 @@ class DeviceWeights:
         """The tensor of a weight input, contiguous on the device.
 
         Raises:
-            torch.cuda.OutOfMemoryError: there is too little GPU memory. What was made is given back then, as far as nobody uses it.
+            torch.cuda.OutOfMemoryError: there is too little GPU memory; tensors that nobody else uses are freed first.
         """
         if name not in self._made:
             try:
@@ -66,7 +66,7 @@ class DeviceWeights:
         return self._made[name]
 
     def update(self, key: str, tensor: torch.Tensor) -> None:
-        """Write another value of a checkpoint tensor into what was made, in place: captured graphs and bound engines read it there.
+        """Write a new value of a checkpoint tensor in place, where captured graphs and bound engines read it.
 
         Args:
             key: of the state dict; what it maps to has changed, too.
@@ -85,12 +85,12 @@ class DeviceWeights:
                 made.copy_(materialize(parameter, self._weights, self._dtype, self.device, factor))
 
     def share(self, name: str, tensor: torch.Tensor) -> None:
-        """Take over a tensor that `name` would be made into, so that it is not there twice."""
+        """Use an existing tensor for `name` instead of creating a second copy."""
         self._made[name] = tensor
 
     @property
     def nbytes(self) -> int:
-        """GPU memory that is taken up so far."""
+        """GPU memory used so far, in bytes."""
         return sum(tensor.nbytes for tensor in self._made.values())
 
     def _bytes(self, name: str) -> int:

@@ -1,6 +1,6 @@
-"""Which encoder serves a size in a TensorRT session: its engine, or that of the backend "cuda", whichever was measured to be faster.
+"""Chooses the encoder for each size in a TensorRT session: the engine or that of the backend "cuda", whichever was measured to be faster.
 
-Both read the same weights, so that the second form costs no memory but for its buffers. What was measured is kept with the engine.
+Both read the same weights, so the second form needs memory only for its buffers. The measured times are stored with the engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("t5_trt")
 
 #: a form's time is the best of so many rounds of so many calls
 ROUNDS, CALLS = 3, 5
-#: calls before that: the second one captures a graph, the third one replays it
+#: warm-up calls: the second one captures a graph, the third one replays it
 WARM_UPS = 3
 #: held by a thread that checks or times an engine: Python aborts a process that exits while a daemon thread is inside of torch
 _inside_torch = threading.Lock()
@@ -36,18 +36,18 @@ EXIT_S = 5.0
 
 @atexit.register
 def _wait_for_builder() -> None:
-    _inside_torch.acquire(timeout=EXIT_S)  # and keep the next one from beginning
+    _inside_torch.acquire(timeout=EXIT_S)  # and prevent the next one from starting
 
 
 class EncoderForms:
-    """Decides by size; with `background`, engines are built one after the other in a thread, and nobody waits for them.
+    """Chooses an encoder by size; with `background`, a thread builds engines one after the other while requests go on.
 
     Args:
         engines: of the session.
         encoders: run them.
         make_own: the encoder of the backend "cuda" over the engines' weights; called when it is first needed.
         turn: gives the session's turn on the GPU. It must not keep the session alive.
-        background: sizes without an engine are served by our own form, and not once the engine is built.
+        background: serve sizes without an engine by our own form until the engine is built.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class EncoderForms:
         self._device = engines.weights.device
         self._own: GpuEncoder | None = None
         self._own_is_faster: dict[Key, bool] = {}
-        self._judges: set[int] = set()  # threads that check or time an engine, and so want no other form
+        self._judges: set[int] = set()  # threads that check or time an engine, which must use that engine
         self._guard = threading.Lock()  # of the three below
         self._begun: set[Key] = set()
         self._queue: list[Key] = []
@@ -72,22 +72,22 @@ class EncoderForms:
 
     @property
     def own(self) -> GpuEncoder:
-        """Our own form, for who has the turn."""
+        """Our own form; only for a thread that has the session's turn."""
         if self._own is None:
             self._own = GpuEncoder(self._make_own(), self._device)
         return self._own
 
     def opened(self) -> tuple[str, ...]:
-        """Name of our own form, if it was needed so far."""
+        """The name of our own form, if it was used."""
         return () if self._own is None else (self._own.form.name,)
 
     def clear(self) -> None:
-        """Let go of what our own form captured."""
+        """Drop what our own form captured."""
         if self._own is not None:
             self._own.clear()
 
     def own_serves(self, graph: str, shapes: Shapes) -> bool:
-        """Whether our own form serves a request of a bucket now. What is not known is found out, or that begins.
+        """Whether our own form serves a request of a bucket now; measures it, or starts to, if that is not known.
 
         Raises:
             BackendError: the engine cannot be built, or is wrong; not with `background`.
@@ -109,15 +109,15 @@ class EncoderForms:
                 return True
             else:
                 with self._turn(), self._judging():
-                    if key not in self._own_is_faster:  # by another thread
+                    if key not in self._own_is_faster:  # another thread did it
                         self._engines.load(*key)
-                        # what another process built without timing it is used as it is
+                        # an engine that another process built without timing is used as is
                         self._own_is_faster[key] = key in self._engines.built and self._compare(key)
         self._own_is_faster[graph, shapes] = self._own_is_faster[key]
         return self._own_is_faster[key]
 
     def wait(self) -> None:
-        """Until what is built in the background is in use."""
+        """Wait until all engines built in the background are in use."""
         builder = self._builder
         if builder is not None:
             builder.join()
@@ -142,15 +142,15 @@ class EncoderForms:
             return None
 
     def _settle(self, key: Key, failure: Exception | None) -> None:
-        """Take an engine that was built into use, if it is right and faster."""
+        """Start to use a newly built engine, if it is correct and faster."""
         own_is_faster = True
         if failure is None:
             try:
                 with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext(), self._judging():
-                    self._engines.load(*key)  # takes the session's turn for its own runs only
+                    self._engines.load(*key)  # takes the session's turn only for its own runs
                     with self._turn():
                         own_is_faster = self._compare(key)
-            except ReferenceError:  # nobody uses the model any more
+            except ReferenceError:  # the model was deleted
                 return
             except Exception as error:
                 failure = error
@@ -160,7 +160,7 @@ class EncoderForms:
         self._own_is_faster[key] = own_is_faster
 
     def _compare(self, key: Key) -> bool:
-        """Whether our own form is faster at the full size of an engine that is loaded; the slower one lets go of its memory."""
+        """Whether our own form is faster at the full size of a loaded engine; frees the memory of the slower one."""
         engine_ms, own_ms = self._times_ms(*key)
         faster = own_ms < engine_ms
         self._engines.provider.keep_times(*key, {"engine": engine_ms, "kernels": own_ms})
@@ -216,7 +216,7 @@ class EncoderForms:
 
 
 def _build(reference: weakref.ref[EncoderForms], provider: EngineProvider) -> None:
-    """The thread: it keeps no model alive while an engine is built."""
+    """The body of the thread; it does not keep the model alive while an engine is built."""
     while (forms := reference()) is not None and (key := forms._next()) is not None:
         del forms
         failure = None

@@ -1,4 +1,4 @@
-"""Is a freshly built engine right? One run on random inputs, compared with ONNX Runtime on the CPU.
+"""Checks a newly built engine: one run on random inputs, compared with ONNX Runtime on the CPU.
 
 TensorRT has silently built engines that mix up the rows of a batch (docs/performance.md; NVIDIA/TensorRT issues 2808, 3689,
 4853 are of the same kind). Such an engine must not reach a user, so every engine is checked once, when it is built. The rows
@@ -17,12 +17,12 @@ from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, laye
 from t5_trt.runtime.kv_buffers import CrossStates
 from t5_trt.runtime.session import Session
 
-#: largest relative error (L2 over a row) that is rounding; a wrong row has about 1
+#: largest relative error (L2 over a row) that counts as rounding; a wrong row has about 1
 LIMITS = {"fp32": 5e-3, "tf32": 0.05, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
 
 
 class Deviation(NamedTuple):
-    """How far an output is off: relative L2 error of its worst row, infinite if something is not finite."""
+    """Relative L2 error of the worst row of an output; infinite if a value is not finite."""
 
     error: float
     output: str
@@ -39,7 +39,7 @@ def worst_deviation(session: Session, reference: Session, graph: str, shapes: Sh
         seed: of the random inputs.
 
     Returns:
-        Of the output that is off the most.
+        The deviation of the worst output.
     """
     generator = torch.Generator().manual_seed(seed)
     entries = torch.tensor(sorted({0, shapes.B // 2, shapes.B - 1}))

@@ -39,7 +39,7 @@ class EngineSlots:
         self.idle: dict[Shapes, list[Slot]] = {}
 
     def home(self, state: DecoderState) -> Lease:
-        """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
+        """The slot of a state; the state moves into one if it has none (it is new, has grown or was reordered)."""
         lease = state.binding
         if not isinstance(lease, Lease) or not lease.of(self):  # a state may outlive the session that lent it a slot
             lease = self._lend(self.shapes(state))
@@ -48,7 +48,7 @@ class EngineSlots:
         return lease
 
     def start(self, cross: CrossStates, cross_bias: torch.Tensor, capacity_tokens: int) -> DecoderState:
-        """An empty cache that lives in a slot; arguments as of `EngineStep.start`."""
+        """An empty cache in a slot; arguments as of `EngineStep.start`."""
         shapes = self._engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=capacity_tokens)
         lease = self._lend(shapes)
         kv = lease.slot.kv
@@ -58,7 +58,7 @@ class EngineSlots:
         return state
 
     def copied(self, state: DecoderState) -> Lease:
-        """A slot with copies of a state that lives elsewhere, and stays there."""
+        """A slot with a copy of a state; the state stays in its own buffers."""
         state.materialize()
         lease = self._lend(self.shapes(state))
         lease.slot.take_in(replace(state, binding=None), self._hidden)
@@ -70,7 +70,7 @@ class EngineSlots:
         return self._engines.bucket(B=cross.batch, N=cross.beams, S=cross.source_length, T=state.capacity)
 
     def forget(self) -> None:
-        """Let go of idle slots and of all that was captured over them."""
+        """Free idle slots and all that was captured over them."""
         self.idle.clear()
 
     def _lend(self, shapes: Shapes) -> Lease:
@@ -89,11 +89,11 @@ class EngineStep:
         device: the GPU.
     """
 
-    weight_bytes = 0  # the session's engines share their weights
+    weight_bytes = 0  # the engines share their weights
 
     def __init__(self, engines: TrtEngines, slots: EngineSlots, arch: Architecture, device: torch.device) -> None:
         self._engines, self._slots, self._arch, self._device = engines, slots, arch, device
-        # one memory for all captured steps: they run one after the other, and keep nothing in it
+        # shared by all captured steps: they run one after the other and keep nothing in it
         self.memory = GraphMemory()
         self._not_capturable: set[Hashable] = set()
 
@@ -119,18 +119,18 @@ class EngineStep:
         return generation_step_of(slot, state, make, key, self.captured, self._not_capturable)
 
     def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.can_compact_batch`: where the engine of a smaller bucket is there."""
+        """See `t5_trt.runtime.session.Session.can_compact_batch`: if the engine of the smaller bucket exists."""
         cross, sizes = state.cross, {"N": state.cross.beams, "S": state.cross.source_length, "T": state.capacity}
         smaller, present = (self._engines.bucket(B=size, **sizes) for size in (batch, cross.batch))
         return smaller.B < present.B and self._engines.is_ready(STEP, smaller)
 
     def decoded_rows(self, state: DecoderState) -> int:
-        """See `t5_trt.runtime.session.Session.decoded_rows`: those of the slot that the state lives in, or will."""
+        """See `t5_trt.runtime.session.Session.decoded_rows`: those of the slot that the state is in, or will be."""
         shapes = self._slots.shapes(state)
         return shapes.B * shapes.N
 
     def update_weight(self, key: str, tensor: torch.Tensor) -> None:
-        """See `t5_trt.runtime.step_decoder.StepDecoder.update_weight`: there is nothing to do, engines read the session's weights."""
+        """See `t5_trt.runtime.step_decoder.StepDecoder.update_weight`: does nothing, as engines read the session's weights."""
 
     def forget(self) -> None:
         """See `t5_trt.runtime.step_decoder.StepDecoder.forget`."""
@@ -141,18 +141,18 @@ class EngineStep:
         if slot.context is None:
             context = self._engines.context(STEP, slot.shapes, own=True)
             slot.weights = self._engines.bind(context, slot.step_tensors())
-            slot.context = context  # now that all of it is bound
+            slot.context = context  # now that everything is bound
         work = partial(run_step, slot, selector, self.enqueue)
         return captured_step(slot, state, key, selector, work, lambda work: capture(work, self._device, self.memory))
 
     def enqueue(self, slot: Slot) -> None:
-        """Start the step of a slot."""
+        """Enqueue the step of a slot."""
         self._engines.enqueue(slot.context)
         undo_head_factor(self._arch, slot.logits)
 
 
 def undo_head_factor(arch: Architecture, logits: torch.Tensor) -> None:
-    """Undo, in place, the factor that range scaling put into the head.
+    """Undo the fp16 factor of the head, in place.
 
     Not in the engine: TensorRT 8.5 multiplies in half precision there, whatever type the graph names, and large logits
     become infinite (docs/performance.md).

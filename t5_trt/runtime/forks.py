@@ -1,6 +1,6 @@
-"""What becomes of engines in a forked process: they are left alone, and opened anew when they are needed.
+"""Engines after a fork: the child abandons its parent's engines, and opens new ones when it needs them.
 
-A fork copies memory but of the threads only the one that forks. ONNX Runtime's pools have no threads in the child, so running
+A fork copies memory, but only the thread that forks. ONNX Runtime's pools have no threads in the child, so running
 one of its parent's graphs would wait for ever, and so would taking a pool down; a lock that another thread held stays held.
 torch's OpenMP pool is lost in the same way. CUDA does not survive a fork at all.
 """
@@ -18,7 +18,7 @@ from t5_trt.errors import BackendError
 
 
 class Forkable(Protocol):
-    """Something with engines or locks."""
+    """An object with engines or locks."""
 
     def after_fork(self) -> None:
         """Called in the child: replace locks, `abandon` engines."""
@@ -34,7 +34,7 @@ def watch_forks(owner: Forkable) -> None:
 
 
 def abandon(engines: object) -> None:
-    """In a child: keep its parent's engines for as long as it lives, so that nothing tries to take them down.
+    """In a child: keep the parent's engines until the process ends, so that nothing tries to destroy them.
 
     Where there were engines, torch has run in several threads too, and would wait for them at its next large operation; so it
     is told to use one, as DataLoader does in its workers.
@@ -46,7 +46,7 @@ def abandon(engines: object) -> None:
 
 
 def check_cuda_after_fork() -> None:
-    """See whether CUDA can be used in this process.
+    """Check that CUDA can be used in this process.
 
     Raises:
         BackendError: the process was forked from one that had used the GPU.

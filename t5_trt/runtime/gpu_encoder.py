@@ -38,7 +38,7 @@ class GpuEncoder:
         return CrossStates(self.form.cross(hidden), used=(hidden.shape[0], hidden.shape[1]))
 
     def clear(self) -> None:
-        """Let go of what was captured."""
+        """Drop what was captured."""
         self._captured.clear()
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger("t5_trt")
 
 
 def load_int8_weights(arch: Architecture, weights: Weights, store: EngineStore) -> dict[str, torch.Tensor]:
-    """The matrices of a model in 8 bits, from the store or made and put there.
+    """The matrices of a model in 8 bits, from the store; created and stored if they are missing.
 
     Args:
         arch: of the model.
@@ -51,13 +51,13 @@ def load_int8_weights(arch: Architecture, weights: Weights, store: EngineStore) 
     stored = store.get_or_build(key, facts, make)
     try:
         made: dict[str, torch.Tensor] = load_file(store.root / key / PLAN)  # mapped: processes share the pages
-    except OSError:  # pruned by another process since
+    except OSError:  # another process has pruned it
         made = load(stored)
     return {name: _as_products_want(tensor) for name, tensor in made.items()} if products_saturate() else made
 
 
 def rounded_names(arch: Architecture, quantized: Weights, keys: Collection[str]) -> set[str]:
-    """Names in `quantized` of what some checkpoint tensors are rounded into.
+    """Names in `quantized` of the groups that some checkpoint tensors belong to.
 
     Args:
         arch: of the model.
@@ -77,14 +77,14 @@ def round_anew(
     *,
     own: bool = False,
 ) -> None:
-    """Round groups again, some of whose matrices have changed.
+    """Round again the groups of matrices that have changed.
 
     Args:
         arch: of the model.
         weights: state-dict key -> tensor.
         quantized: what `load_int8_weights` gave; changed.
         keys: of the matrices.
-        own: put other tensors there, rather than write into those that are there.
+        own: replace the tensors instead of writing into them.
     """
     for group, parameter in parameters(arch).items():
         if MATRIX.format(group) not in quantized or set(keys).isdisjoint(parameter.parts):
@@ -102,7 +102,7 @@ def _as_products_want(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def weights_digest(arch: Architecture, weights: Weights) -> str:
-    """SHA-256 of the matrices that are rounded."""
+    """SHA-256 of the matrices before rounding."""
     digest = hashlib.sha256()
     for parameter in parameters(arch).values():
         for key in parameter.parts if parameter.is_matrix else ():

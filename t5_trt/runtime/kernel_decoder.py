@@ -45,13 +45,13 @@ from t5_trt.runtime.step_buffers import (
 
 logger = logging.getLogger("t5_trt")
 
-#: idle buffers that are kept for further requests of their size, the ones used last
+#: number of idle buffers that are kept for later requests of their size, least recently used first out
 SLOTS_KEPT = 16
-#: what sessions call it
+#: its name in `Session.loaded_graphs`
 BY_KERNELS = "decoder step (kernels)"
 #: the smallest memory for a source's keys
 SMALLEST_SOURCE = 32
-#: and for a row's own: what the steps do not reach costs them nothing
+#: the smallest memory for a row's own keys: unused room costs a step nothing
 SMALLEST_CACHE = 128
 
 
@@ -81,7 +81,7 @@ class KernelDecoder:
         self._hidden = mask_value(real_type(precision))
         self._embedding_scale = 1.0 / maker.scaling.embedding
         self._store = store
-        self._kernels: dict[tuple[int, ...], DecodeKernels] = {}  # by what they are compiled with
+        self._kernels: dict[tuple[int, ...], DecodeKernels] = {}  # by compile-time constants
         self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
         self._memory = GraphMemory()
         self._not_captured: set[Hashable] = set()
@@ -129,11 +129,11 @@ class KernelDecoder:
         return rows.best[:count] if best_only else rows.logits[:count]
 
     def forget(self) -> None:
-        """Let go of idle buffers and of what was captured over them."""
+        """Free idle buffers and what was captured over them."""
         self._idle.clear()
 
     def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
-        """See `t5_trt.runtime.session.Session.can_compact_batch`: where fewer groups of 8 rows are left."""
+        """See `t5_trt.runtime.session.Session.can_compact_batch`: if fewer groups of 8 rows are left."""
         beams = state.cross.beams
         return -(-batch * beams // 8) < -(-state.rows // 8)
 
@@ -147,7 +147,7 @@ class KernelDecoder:
 
     @property
     def embedding(self) -> torch.Tensor:
-        """[V, E], as engines read it, too."""
+        """The embedding [V, E], which engines can share."""
         return self.weights.embedding
 
     @property
@@ -156,7 +156,7 @@ class KernelDecoder:
         return self.weights.nbytes
 
     def kernels(self, rows: int) -> DecodeKernels:
-        """The loaded kernels for a number of rows, compiled when they are first wanted and nobody stored them."""
+        """The loaded kernels for a number of rows; compiled at the first use unless they are in the store."""
         major, minor = torch.cuda.get_device_capability(self._device)
         wanted = constants(self._arch, self._dtype, rows, major)
         key = tuple(wanted.values())
@@ -169,7 +169,7 @@ class KernelDecoder:
     def _captured(
         self, slot: KernelSlot, state: DecoderState, key: Hashable, selector: TokenSelector | None
     ) -> CapturedStep:
-        """The step of a slot with a token selector (None: without), captured when it is first wanted."""
+        """The step of a slot with a token selector (None: without one), captured at the first use."""
         work = partial(self._run, slot, selector)
         return captured_step(slot, state, key, selector, work, lambda work: capture(work, self._device, self._memory))
 
@@ -207,7 +207,7 @@ class KernelDecoder:
             select_tokens(slot, selector, slot.position, slot.step.buffers.best if wants_best else None)
 
     def _slot(self, state: DecoderState) -> KernelSlot:
-        """The slot that a state lives in; it moves into one if it has none (it is new, has grown or was rearranged)."""
+        """The slot of a state; the state moves into one if it has none (it is new, has grown or was reordered)."""
         lease = state.binding
         if isinstance(lease, Lease) and lease.of(self):
             return lease.slot  # type: ignore[return-value]
@@ -216,7 +216,7 @@ class KernelDecoder:
         return slot
 
     def _lend(self, cross: CrossStates, capacity: int) -> tuple[KernelSlot, list[Slot]]:
-        """A slot for some sources and so many tokens, and where it goes back to."""
+        """A lease of a slot for sources and a number of tokens."""
         source = bucket_length(cross.source_length, SMALLEST_SOURCE)
         shapes = Shapes(B=cross.batch, N=cross.beams, S=source, T=capacity)
         idle = self._idle.setdefault(shapes, [])

@@ -1,4 +1,4 @@
-"""The encoder of the backend "cuda" by our own kernels and cuBLAS; torch operations do what the kernels do not take."""
+"""The encoder of the backend "cuda" by our own kernels and cuBLAS; torch operations serve what the kernels do not support."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger("t5_trt")
 
 
 class KernelEncoder(TorchEncoder):
-    """As `TorchEncoder`, with kernels between the products.
+    """A `TorchEncoder` with kernels between the matrix products.
 
-    Padding is not taken out of the products: their results are returned for padding, too, as by Hugging Face, and a captured size is
-    fixed. Attention skips tiles of keys that hold nothing else.
+    The products include padding, because results for padding are returned too, as by Hugging Face, and a captured size is fixed.
+    Attention skips tiles of keys that are all padding.
 
     Args:
         kernels: compiled for the model.
@@ -48,7 +48,7 @@ class KernelEncoder(TorchEncoder):
         arch, weights, kernels = self._arch, self._weights, self._kernels
         stream = self._embed(input_ids, inputs_embeds)
         if inputs_embeds is not None:
-            # it may be the caller's, and the kernels add to it
+            # it may be the caller's tensor, and the kernels add to it
             stream = stream.clone(memory_format=torch.contiguous_format)
         shape, stream = mask.shape, stream.view(-1, arch.d_model)
         keys = kernels.list_keys(mask.to(torch.int64).contiguous())
@@ -89,7 +89,7 @@ def open_encoder(
     dtype: torch.dtype,
     store: EngineStore,
 ) -> TorchEncoder:
-    """The encoder by kernels, or by torch where they do not take the model or cannot be compiled (which costs a warning).
+    """The encoder by kernels, or by torch if they do not support the model or cannot be compiled (with a warning).
 
     Args:
         arch: see `TorchEncoder`, as of all but the last two.

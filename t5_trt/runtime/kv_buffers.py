@@ -19,7 +19,7 @@ SMALLEST_BUCKET = 64
 
 
 def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """Cache length that is allocated for a number of tokens, see `t5_trt.engine.profiles.power_of_two`."""
+    """The allocated cache length for a number of tokens, see `t5_trt.engine.profiles.power_of_two`."""
     return power_of_two(tokens, smallest)
 
 
@@ -63,7 +63,7 @@ class CrossStates:
         return torch.ones((self.batch, self.source_length), dtype=torch.int64, device=self.kv.device)
 
     def for_beams(self, beams: int) -> CrossStates:
-        """The same memory, shared by `beams` times as many decoder rows."""
+        """The same memory for `beams` times as many decoder rows."""
         return CrossStates(self.kv, self.beams * beams, self.used)
 
     def select(self, rows: torch.Tensor) -> CrossStates:
@@ -72,7 +72,7 @@ class CrossStates:
 
 
 class Binding(Protocol):
-    """What a session prepared for the buffers of one `DecoderState`: addresses that it bound, or the buffers themselves."""
+    """What a session keeps for one `DecoderState`: bound addresses, or the buffers themselves."""
 
     def of(self, owner: object) -> bool:
         """Whether it is this session's; a state may outlive the session that it was made by."""
@@ -81,11 +81,11 @@ class Binding(Protocol):
 
 @dataclass
 class DecoderState:
-    """The self-attention cache of R decoder rows and what else their next step reads.
+    """The self-attention cache of R decoder rows, and the other inputs of their next step.
 
     Attributes:
-        kv: [L, 2, R, H, T, D]; entries from `length` on are meaningless and never read. Engines may want more rows than
-            the request has; those come last and mean nothing.
+        kv: [L, 2, R, H, T, D]; entries from `length` on are undefined. The buffer may have more rows than the request: padding
+            rows come last.
         new: [L, 2, R, H, 1, D], where the one-token step leaves its K and V.
         length: tokens in the cache.
         cross: the sources' K and V.
@@ -93,7 +93,7 @@ class DecoderState:
         smallest_bucket: the least T that is allocated.
         ancestors: uint8 [R, T + 1], where a session's beams have moved in it and not in `kv`: token t of row i lies in row
             ``ancestors[i, t]`` of i's batch entry. None where every row has its own; see `materialize`.
-        binding: what a session prepared for these buffers; None again whenever an address or a shape changes.
+        binding: what a session keeps for these buffers; reset to None when an address or a shape changes.
     """
 
     kv: torch.Tensor
@@ -112,7 +112,7 @@ class DecoderState:
     ) -> DecoderState:
         """A new, empty cache with room for `capacity_tokens` (rounded up to a bucket)."""
         shape = (arch.decoder_layers, 2, cross.kv.shape[2] * cross.beams, arch.num_heads)
-        # zeros: masked entries are still multiplied, by probability 0, and 0 * NaN would be NaN
+        # zeros: masked entries are multiplied by probability 0, and 0 * NaN would be NaN
         kv = cross.kv.new_zeros((*shape, bucket_length(capacity_tokens), arch.d_kv))
         return cls(kv, cross.kv.new_zeros((*shape, 1, arch.d_kv)), cross, cross_bias)
 
@@ -139,7 +139,7 @@ class DecoderState:
         self.binding = None
 
     def materialize(self) -> None:
-        """Put every token's K and V into its own row; whoever reads `kv` in another way than by `ancestors` does this first."""
+        """Copy every token's K and V into its own row; call this before reading `kv` without `ancestors`."""
         if self.ancestors is None:
             return
         beams, length = self.cross.beams, self.length
@@ -153,13 +153,13 @@ class DecoderState:
         self.ancestors = None
 
     def append(self, new: torch.Tensor) -> None:
-        """Write K/V of Q new tokens, [L, 2, R, H, Q, D], behind the ones that are there; room must be reserved."""
+        """Append K/V of Q new tokens, [L, 2, R, H, Q, D]; room must be reserved."""
         count = new.shape[4]
         self.kv[:, :, : new.shape[2]].narrow(4, self.length, count).copy_(new)
         self.length += count
 
     def crop(self, length: int) -> None:
-        """Forget all tokens from `length` on.
+        """Drop all tokens from `length` on.
 
         Raises:
             InputError: `length` is negative or larger than what the cache holds.
@@ -169,7 +169,7 @@ class DecoderState:
         self.length = length
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i continues what row ``rows[i]`` held, as beam search asks after every token.
+        """Reorder rows: row i continues row ``rows[i]``, as beam search needs after every token.
 
         Args:
             rows: int64 [R] on the buffer's device.
@@ -184,14 +184,16 @@ class DecoderState:
         rows = torch.cat((rows, padding))
         if self._scratch is None:
             self._scratch = self.kv.new_empty(self.kv[0].numel())
-        for layer in self.kv:  # one layer's scratch serves all: the copy stays in cache and is never reallocated
+        for (
+            layer
+        ) in self.kv:  # one layer's scratch memory serves all layers: it stays in the CPU cache and is not reallocated
             filled = layer[..., : self.length, :]
             moved = self._scratch[: filled.numel()].view(filled.shape)
             torch.index_select(filled, 1, rows, out=moved)
             filled.copy_(moved)
 
     def select(self, rows: torch.Tensor) -> DecoderState:
-        """A copy with other rows: row i of it is row ``rows[i]`` of this one; the number of rows may change."""
+        """A copy whose row i is row ``rows[i]`` of this state; the number of rows may change."""
         self.materialize()
         rows = rows.to(self.kv.device)
         kv = self.kv.index_select(2, rows)
@@ -211,7 +213,7 @@ class DecoderState:
         return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket)
 
     def hide_keys(self, cross_bias: torch.Tensor) -> None:
-        """Replace the cross bias; in place where the shape allows it, so that the binding stays good."""
+        """Replace the cross bias; in place if the shape allows it, so that the binding stays valid."""
         if cross_bias.shape == self.cross_bias.shape:
             self.cross_bias.copy_(cross_bias)
         else:
@@ -223,24 +225,24 @@ class DecoderState:
         self._rearrange(torch.arange(self.rows, device=self.kv.device))
 
     def _rearrange(self, rows: torch.Tensor) -> None:
-        """Move into the copy that `select` makes: every row with a source of its own."""
+        """Become the copy that `select` makes: every row has its own source."""
         own = self.select(rows)
         self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
         self.ancestors = self._scratch = None
         self.binding = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:
-        """An independent copy, without the binding, which points at this object's memory."""
+        """An independent copy, without the binding to this object's memory."""
         return self.select(torch.arange(self.rows, device=self.kv.device))
 
 
 def own_beams(ancestors: torch.Tensor, beams: int) -> None:
-    """Let every row of `DecoderState.ancestors` be its own ancestor."""
+    """Make every row of `DecoderState.ancestors` its own ancestor."""
     ancestors.copy_((torch.arange(len(ancestors), device=ancestors.device) % beams)[:, None])
 
 
 def move_ancestors(ancestors: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> None:
-    """Row i goes on with what row ``parents[i]`` had up to a position, and with its own next token.
+    """Reorder ancestors: row i continues row ``parents[i]`` up to a position, then its own next token.
 
     Args:
         ancestors: uint8 [R, T + 1].

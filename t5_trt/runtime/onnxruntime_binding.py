@@ -1,4 +1,4 @@
-"""What ONNX Runtime runs on: torch tensors bound by their addresses, once for many runs."""
+"""Binding torch tensors to ONNX Runtime by address, once for many runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BoundStep:
         io: ONNX Runtime's binding.
         tokens: int64 [R, 1], the step's input.
         position: int64 [1].
-        inputs: whose memory is bound.
+        inputs: tensors whose memory is bound.
         earlier: another session's binding, which may have lent the state its memory.
     """
 
@@ -58,6 +58,6 @@ class BoundRows:
 
 
 def bind(bind_one: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Bind tensors, which must be contiguous, by address; whoever calls keeps them alive while the binding lives."""
+    """Bind contiguous tensors by address; the caller keeps them alive as long as the binding."""
     for name, tensor in tensors.items():
         bind_one(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

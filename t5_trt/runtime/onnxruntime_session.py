@@ -1,6 +1,6 @@
-"""ONNX Runtime on CPU: the engine of every machine without an NVIDIA GPU, and the yardstick for the others.
+"""ONNX Runtime on CPU: the engine of machines without an NVIDIA GPU, and the reference for other engines.
 
-The matrices are not copied: ONNX Runtime reads the very memory of the torch parameters, which for a float32
+The matrices are not copied: ONNX Runtime reads the memory of the torch parameters, which for a float32
 safetensors checkpoint is the mapped file. Inputs and outputs are bound to torch tensors, so a step allocates its logits
 and nothing else.
 """
@@ -28,7 +28,7 @@ from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import TokenSelector
 
-#: smaller tensors go into the model itself, where graph optimizers may read their values
+#: smaller tensors are embedded in the ONNX model, where graph optimizers can read their values
 SHARED_FROM_BYTES = 1 << 16
 
 
@@ -41,7 +41,7 @@ class OrtSession:
         num_threads: of every operator; None takes torch's.
         prepack_weights: see `t5_trt.config.RuntimeConfig`.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
-        changing: keys of `weights` whose memory is written anew before calls of `update_weights`: graphs take them as inputs, so that
+        changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
             ONNX Runtime keeps no packed copies of them.
 
     Raises:
@@ -194,9 +194,9 @@ class OrtSession:
         return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
 
     def update_weights(self, changed: Weights) -> bool:
-        """See `t5_trt.runtime.session.Session.update_weights`: in float32 there is nothing to do, their memory is read."""
+        """See `t5_trt.runtime.session.Session.update_weights`: in float32 this does nothing, as their memory is read."""
         self.updates += 1
-        if not set(changed) <= self._changing:  # in memory that graphs have copied
+        if not set(changed) <= self._changing:  # graphs have copied this memory
             self._sessions.clear()
             self._shared.clear()
         if self._quantized is not None:
@@ -214,7 +214,7 @@ class OrtSession:
 
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
         bound = state.binding
-        if not isinstance(bound, BoundStep) or not bound.of(self):  # a cache may outlive its engines
+        if not isinstance(bound, BoundStep) or not bound.of(self):  # a cache may outlive its session
             graph = self._session(STEP, several_rows=state.rows > 1)
             tokens, position = torch.empty((state.rows, 1), dtype=torch.int64), torch.empty(1, dtype=torch.int64)
             binding = graph.session.io_binding()
@@ -258,7 +258,7 @@ class OrtSession:
         with self._loading:
             packed = bool(self._prepack) or (self._prepack is None and several_rows)
             if self._prepack is None and (graph, True) in self._sessions:
-                packed = True  # it is there, and as good for one row
+                packed = True  # it is loaded, and as fast for one row
             if (graph, packed) not in self._sessions:
                 self._sessions[graph, packed] = self._load(graph, packed)
             return self._sessions[graph, packed]
@@ -267,11 +267,11 @@ class OrtSession:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.log_severity_level = 3
-        # one block for all results of a run: faster for the many small ones of a step, but blocks of ever other sizes fill the arena
+        # one memory block for all results of a run: faster for the many small ones of a step, but changing sizes would fill the arena
         options.enable_mem_pattern = graph == STEP
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        # a spinning pool steals cycles from torch's threads, which run between two steps
+        # spinning threads would slow down torch's threads, which run between two steps
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
@@ -304,7 +304,7 @@ class OrtSession:
                     name=value.name,
                 )
         try:
-            # The proto only names the shared weights. ONNX Runtime still wants the file that it names to exist.
+            # The model only names the shared weights, but ONNX Runtime wants the named file to exist.
             with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
                 (Path(folder) / "weights").write_bytes(bytes(16))
                 path = Path(folder) / "model.onnx"
@@ -319,13 +319,13 @@ class OrtSession:
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
                 "Runtime 1.20 or newer; if this one is, please report the message."
             ) from error
-        finally:  # nodes and values of a graph hold each other, and would hold the weights until garbage is collected
+        finally:  # break the reference cycle of nodes and values, which would keep the weights until a garbage collection
             for value in model.graph.initializers.values():
                 value.const_value = None
 
 
 class OrtGenerationStep:
-    """A step and a token selector, one after the other; see `t5_trt.runtime.session.GenerationStep`."""
+    """A step followed by a token selector; see `t5_trt.runtime.session.GenerationStep`."""
 
     def __init__(self, session: OrtSession, state: DecoderState, selector: TokenSelector) -> None:
         self.selector = selector

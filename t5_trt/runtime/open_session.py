@@ -33,7 +33,7 @@ logger = logging.getLogger("t5_trt")
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
-    """What a plan is bound to: the GPU's name and compute capability."""
+    """The GPU's name and compute capability, which a plan is bound to."""
     properties = torch.cuda.get_device_properties(device)
     return {"name": properties.name, "compute_capability": f"{properties.major}.{properties.minor}"}
 
@@ -41,7 +41,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 def choose_fp16_scaling(
     arch: Architecture, weights: Weights, precision: str, seen: Callable[[], Ranges], *, calibrated: bool = False
 ) -> Fp16Scaling:
-    """The factors that keep engines of a precision in range; none but in half precision. Arguments as of `open_session`."""
+    """The factors that keep half precision in range; none for other precisions. Arguments as of `open_session`."""
     if precision not in ("fp16", "int8"):
         return Fp16Scaling()
     scaling = find_scaling(arch, weights, seen() if calibrated else None)
@@ -66,7 +66,7 @@ def choose_fp16_scaling(
 
 
 def int8_provider_options(arch: Architecture, weights: Weights, scaling: Fp16Scaling, precision: str) -> dict[str, Any]:
-    """What an `EngineProvider` of a precision needs to know of 8-bit weights; empty but for "int8"."""
+    """Options of an `EngineProvider` for 8-bit weights; empty unless the precision is "int8"."""
     if precision != "int8":
         return {}
     digest = f"{weights_digest(arch, weights)} {sorted(scaling.branches.items())} {sorted(scaling.inner.items())}"
@@ -90,13 +90,13 @@ def open_session(
     Args:
         arch: of the model.
         weights: state-dict key -> CPU tensor; kept by the session.
-        config: what the user asked for.
+        config: the user's settings.
         placement: what `t5_trt.runtime.select.resolve` made of it.
         build: settings of the engine builder.
         seen: measures the largest activations, where half precision needs them.
-        calibrated: `seen` measures texts of the user's, which go before bounds from the weights.
+        calibrated: `seen` measures the user's texts, which take precedence over bounds from the weights.
         changing: keys of weights that `Session.update_weights` will change.
-        base: what `weights` are without what adapters add, whose 8-bit matrices are stored.
+        base: `weights` without adapters, whose 8-bit matrices are stored.
 
     Raises:
         BackendError: this process was forked from one that had used the GPU.
@@ -144,7 +144,7 @@ def _open_tensorrt(
     kernels = None
     if placement.decode == "kernels" and arch.decoder_layers:
         kernels = KernelDecoder(StepWeightsMaker(arch, weights, dtype, device, scaling), precision, store)
-    # with "auto" the faster encoder serves; who asked for TensorRT gets its engines
+    # "auto" uses the faster encoder; backend="tensorrt" always uses engines
     compares = config.backend == "auto" and placement.decode == "kernels" and not refusal(arch, dtype)
     own = partial(open_encoder, arch, scaling=scaling, precision=precision, dtype=dtype, store=store)
     return TrtSession(

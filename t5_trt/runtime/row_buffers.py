@@ -36,7 +36,7 @@ class RowBuffers:
         cross_bias: [R, 1, 1, S], 0 or `hidden`.
         tokens: int64 [R, 1], the next step's input.
         positions: int64 [R], tokens in each row's cache.
-        bindings: what a session prepared for these buffers, by count; it is dropped whenever an address or a shape changes.
+        bindings: what a session keeps for these buffers, by count; dropped when an address or a shape changes.
     """
 
     #: the smallest room for a row's own tokens, and for a source's

@@ -1,4 +1,4 @@
-"""Choosing a backend, and who does its decoder step: the one place that decides what "auto" means."""
+"""Chooses the backend and what runs its decoder step: the one place that resolves "auto"."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from t5_trt.runtime.onnxruntime_session import import_onnxruntime
 
 logger = logging.getLogger("t5_trt")
 
-#: what the library's own kernels compute in
+#: precisions of the library's own kernels
 KERNEL_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What a `RuntimeConfig` stands for on this machine.
+    """A `RuntimeConfig` resolved for this machine.
 
     Attributes:
         backend: "tensorrt", "cuda" or "onnxruntime".
@@ -35,10 +35,10 @@ class Placement:
         dtype: of hidden states and K/V.
         flavor: of TensorRT, or None.
         reason: why "auto" chose the backend.
-        idle_gpu: what to tell a user whose GPU is not used although nobody asked for the CPU; None in all other cases.
-        decode: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
-        no_kernels: why ``decode="auto"`` is the engine with TensorRT; None in all other cases.
-        no_tensorrt: why ``backend="auto"`` is "cuda"; None in all other cases.
+        idle_gpu: a message if a GPU is not used although the user did not ask for the CPU; else None.
+        decode: what runs the one-token decoder step: "kernels" (the library's CUDA kernels) or "engine".
+        no_kernels: why ``decode="auto"`` chose TensorRT's engine; else None.
+        no_tensorrt: why ``backend="auto"`` chose "cuda"; else None.
     """
 
     backend: str
@@ -58,7 +58,7 @@ def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> st
     no_gpu = None
     if not torch.cuda.is_available():
         no_gpu = why_no_cuda()
-        if flavor is None:  # answered before TensorRT is imported, which takes 100 MB
+        if flavor is None:  # checked before TensorRT is imported, which takes 100 MB
             return no_gpu
     try:
         api = load_tensorrt(flavor)
@@ -91,7 +91,7 @@ def why_no_kernels(device: str | None = None) -> str | None:
 
 
 def why_kernels_refuse(precision: str, model: Any) -> T5TRTError | None:
-    """Why the kernels do not take a model in a precision on any GPU, as an error of the right kind, or None if they do.
+    """An error if the kernels do not support a model in a precision on any GPU, else None.
 
     Args:
         precision: resolved.
@@ -104,7 +104,7 @@ def why_kernels_refuse(precision: str, model: Any) -> T5TRTError | None:
 
 
 def resolve(config: RuntimeConfig, model: Any = None) -> Placement:
-    """`choose`, and once in a process a message where something that is missing keeps a GPU idle, or kernels or TensorRT unused."""
+    """`choose`, with one message per process if a missing part leaves the GPU, the kernels or TensorRT unused."""
     placement = choose(config, model)
     if placement.idle_gpu is not None:
         _log_once(logging.WARNING, placement.idle_gpu)
@@ -128,12 +128,12 @@ def _log_once(level: int, message: str) -> None:
 
 
 def choose(config: RuntimeConfig, model: Any = None) -> Placement:
-    """Decide backend, precision, device, and who does the decoder step.
+    """Choose backend, precision, device, and what runs the decoder step.
 
-    "auto" is TensorRT where it can run, then the backend "cuda" where it can run the model as it was asked for, then ONNX Runtime.
+    "auto" is TensorRT if it can run, else the backend "cuda" if it can run the model as requested, else ONNX Runtime.
 
     Args:
-        config: what the user asked for.
+        config: the user's settings.
         model: the config of a model with a decoder; None if it is not known yet.
 
     Raises:
@@ -162,7 +162,7 @@ def choose(config: RuntimeConfig, model: Any = None) -> Placement:
 
 
 def _inside(error: T5TRTError) -> str:
-    """An error's words within a sentence."""
+    """An error's message as part of a sentence."""
     return str(error).rstrip(".")
 
 
@@ -258,10 +258,10 @@ def _gpu_of(device: str | None) -> torch.device:
 
 
 def best_precision(config: RuntimeConfig, trained_in: torch.dtype | None, model: Any = None) -> str:
-    """What "auto" stands for with a checkpoint: bf16 on a GPU if it was trained in that and the backend has it, else "auto".
+    """The precision for "auto" and a checkpoint: bf16 on a GPU if the checkpoint was trained in it and the backend has it, else "auto".
 
     Args:
-        config: what the user asked for.
+        config: the user's settings.
         trained_in: dtype that the checkpoint's config names.
         model: as of `choose`.
     """
@@ -278,7 +278,7 @@ def best_precision(config: RuntimeConfig, trained_in: torch.dtype | None, model:
 
 
 def refusal_of_device(device: torch.device, placement: Placement, flavor: str | None) -> str:
-    """Why a model that was loaded for one place cannot be moved to another, and what to do.
+    """The message for a model that cannot be moved to another device: why, and what to do.
 
     Args:
         device: where it was to go.

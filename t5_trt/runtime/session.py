@@ -1,4 +1,4 @@
-"""What every backend offers to the model and the decode loops: encode, project, decode, and steps that choose tokens."""
+"""The protocol between backends and the model or the decode loops: encode, project, decode, and steps that choose tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 
 @dataclass(frozen=True)
 class NextStep:
-    """What the next step of a slot reads; on a GPU the kernel of a token selector writes it, and moves the position on.
+    """Inputs of a slot's next step; on a GPU the kernel of a token selector writes them and advances the position.
 
     Attributes:
         tokens: int32 [R, 1].
         positions: int32 [R] or [1].
-        best: int64 [R], where the step left what its best tokens are, in place of logits; zeros when it has been read.
+        best: int64 [R], the best tokens as the step encodes them, in place of logits; reset to zeros when read.
         ancestors: uint8 [R, T + 1], the beam in whose cache each token's key and value lie; None where rows of the cache move.
     """
 
@@ -43,19 +43,19 @@ class Hiding:
 
     Attributes:
         tokens: uint8 [V], 1 for those.
-        until: float64 [1], the length in tokens from which on they are not.
+        until: float64 [1], the length in tokens from which they are shown.
     """
 
     tokens: torch.Tensor
     until: torch.Tensor
 
 
-#: reports of steps that a `Mailbox` holds, those of the last ones
+#: number of the latest reports that a `Mailbox` holds
 MAILS = 8
 
 
 class Mailbox:
-    """Page-locked memory of the host into which the kernel of a token selector writes the report of each step, so that nobody waits for a copy.
+    """Page-locked host memory into which the kernel of a token selector writes the report of each step, without a copy to wait for.
 
     Args:
         width: entries of a report.
@@ -63,7 +63,7 @@ class Mailbox:
 
     Attributes:
         memory: int64 [MAILS, 1 + width], by position modulo MAILS: a stamp, which is written last, and the report.
-        epoch: int64 [1] on the GPU, part of the stamp: another number for each request, as steps of the one before may still run.
+        epoch: int64 [1] on the GPU, part of the stamp: a new number for each request, as steps of an earlier one may still run.
         in_use: whether a kernel writes into it.
     """
 
@@ -75,18 +75,18 @@ class Mailbox:
         self._epoch = 0
 
     def start_anew(self) -> None:
-        """Tell the reports of the steps that follow on torch's stream from all others."""
+        """Start a new epoch for the steps that follow on torch's stream."""
         self._epoch += 1
         self.epoch.fill_(self._epoch)
 
     def find(self, position: int) -> torch.Tensor | None:
-        """The report of the step that has chosen the tokens at a position, if it has come; int64 [width], a view."""
+        """The report of the step that chose the tokens at a position, int64 [width], a view; None if it has not arrived."""
         place = position % MAILS
         return self.memory[place, 1:] if self._stamps[place] == (self._epoch << 32) + position else None
 
 
 class TokenSelector(Protocol):
-    """What follows a decoder step: from its logits it decides how every row goes on.
+    """Runs after a decoder step: chooses the next token of every row from the logits.
 
     Attributes:
         rows: R.
@@ -94,11 +94,11 @@ class TokenSelector(Protocol):
         capturable: `advance` is torch operations on fixed memory that neither wait for the device nor look at values on the
             host, so that a session may capture them together with the step.
         draws: `advance` draws random numbers on the device.
-        takes_best: `advance` reads no more of the logits than which one is the largest, but for those that `hiding` hides.
-        hiding: what the step leaves out then; None for nothing.
-        moves_rows: a row may go on with what another one holds.
-        report: int64, what the host must know of the step.
-        mailbox: where it looks for it, if kernels put it there.
+        takes_best: `advance` needs only the index of the largest logit that `hiding` does not hide.
+        hiding: the tokens that the step then leaves out; None for none.
+        moves_rows: a row may continue another row (beam search).
+        report: int64, what the host needs to know about the step.
+        mailbox: where kernels put the report; None if they do not.
     """
 
     rows: int
@@ -116,7 +116,7 @@ class TokenSelector(Protocol):
     def mailbox(self) -> Mailbox | None: ...  # noqa: D102
 
     def load(self, processors: Sequence[Any]) -> None:
-        """Take over the numbers of a request's logits processors; the selector may have been made for another request."""
+        """Load the parameter values of a request's logits processors; the selector may have been made for another request."""
         ...
 
     def begin(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
@@ -124,41 +124,41 @@ class TokenSelector(Protocol):
 
         Args:
             prompt: int64 [at most R, tokens].
-            limit: tokens at which a row is over.
-            longest: ``max_length`` of the generation config, which estimates of beam search go by.
+            limit: length in tokens at which a row ends.
+            longest: ``max_length`` of the generation config, which beam search uses in its bounds.
         """
         ...
 
     def take_over(self, other: Any, rows: torch.Tensor | None = None) -> None:
-        """Go on where another selector of this class stands, with all of its batch entries or those that `rows` names."""
+        """Continue from the state of another selector of this class, with all of its batch entries or only `rows`."""
         ...
 
     def results(self, length: int) -> tuple[torch.Tensor, ...]:
-        """What the loop's outcome is made of, a row for each batch entry, after `length` tokens."""
+        """The tensors of the result after `length` tokens, one row for each batch entry."""
         ...
 
     def advance(
         self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Choose.
+        """Choose the next tokens.
 
         Args:
-            logits: float32 [R, V], good until the next step.
+            logits: float32 [R, V], valid until the next step.
             position: int64 [1], of the tokens that the logits follow.
             following: what the next step reads.
 
         Returns:
-            The next tokens, int64 [R], and the rows that they continue, int64 [R] (None: their own). None if `following` was given and is
-            all written, with `position`.
+            The next tokens, int64 [R], and the rows that they continue, int64 [R] (None: their own). None if `following` was given and
+            was written completely, and `position` was advanced.
         """
         ...
 
 
 class GenerationStep(Protocol):
-    """A decoder step and a token selector, to be launched over and over; it holds the tokens that the next step reads.
+    """A decoder step and a token selector that are launched repeatedly; holds the tokens that the next step reads.
 
     Attributes:
-        selector: with the buffers that belong to this step.
+        selector: its buffers belong to this step.
         tokens: [R, 1], the next step's input.
     """
 
@@ -170,7 +170,7 @@ class GenerationStep(Protocol):
         ...
 
     def launch(self) -> None:
-        """Decode the tokens, write their K/V and choose the next ones; on a GPU this returns before it is done."""
+        """Decode the tokens, write their K/V and choose the next ones; on a GPU this returns before the work is done."""
         ...
 
 
@@ -188,10 +188,10 @@ class Session(Protocol):
     Attributes:
         selector_tokens: least number of tokens that a `TokenSelector` should have room for; more than it needs where it is captured, so
             that requests of other lengths can use it again.
-        updates: calls of `update_weights` so far; what was computed before the last one has other weights in it.
-        steps_by: who does the one-token decoder step: "kernels" (the library's own CUDA kernels) or "engine".
+        updates: calls of `update_weights` so far; results from before the last one are of other weights.
+        steps_by: what runs the one-token decoder step: "kernels" (the library's CUDA kernels) or "engine".
         scaling: factors in the weights that keep half precision in range; None where the weights are the model's.
-        engines: built ones, which can be stored beside a checkpoint; None where nothing is built.
+        engines: built engines, which can be stored beside a checkpoint; None if the backend builds none.
     """
 
     arch: Architecture
@@ -204,13 +204,13 @@ class Session(Protocol):
     updates: int
 
     def update_weights(self, changed: Weights) -> bool:
-        """Go on with other values of some weights, without another graph or engine.
+        """Change the values of some weights, keeping graphs and engines.
 
         Args:
-            changed: state-dict key -> tensor on the session's device, which is made when it is asked for and good until the next one.
+            changed: state-dict key -> tensor on the session's device; each is computed on access and valid until the next access.
 
         Returns:
-            Whether the session could; if not it must be opened anew.
+            Whether the session supports it; if not, it must be opened again.
         """
         ...
 
@@ -242,7 +242,7 @@ class Session(Protocol):
         ...
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
-        """Cross-attention K/V of encoder states [B, S, E] that came from elsewhere."""
+        """Cross-attention K/V of given encoder states [B, S, E]."""
         ...
 
     def start(
@@ -256,7 +256,7 @@ class Session(Protocol):
         ...
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run the encoder or the many-query decoder once on full buffers, for finding where a result goes wrong.
+        """Run the encoder or the many-query decoder once on full buffers, to find the block where a result goes wrong.
 
         Args:
             graph: `t5_trt.graph.signature.ENCODER` or `QUERIES`.
@@ -269,12 +269,12 @@ class Session(Protocol):
         ...
 
     def loaded_graphs(self) -> tuple[str, ...]:
-        """What computes, by name: the graphs that engines are loaded for, and what runs without an engine."""
+        """The names of loaded graphs, and of parts that run without an engine."""
         ...
 
     @property
     def weight_bytes(self) -> int:
-        """GPU memory that the session's weights take so far; 0 where the host's are read."""
+        """GPU memory of the session's weights so far, in bytes; 0 if they are read from host memory."""
         ...
 
     def decode(
@@ -288,16 +288,16 @@ class Session(Protocol):
             key_mask: int64 [R, length + Q], 0 hides one of the decoder's own tokens; None hides none.
 
         Returns:
-            Logits, float32 [R, Q, V], in memory that later calls do not touch.
+            Logits, float32 [R, Q, V], in memory that later calls do not write to.
         """
         ...
 
     def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
-        """Whether a step of this state is cheaper with `batch` of its entries, without anything being built for that."""
+        """Whether a step with `batch` of the state's entries is cheaper and needs no new engine."""
         ...
 
     def decoded_rows(self, state: DecoderState) -> int:
-        """Rows that are decoded for a state: its own R, and behind them those that fill up the engines' shape."""
+        """Rows that are decoded for a state: its own R, and padding rows of the engine's shape."""
         ...
 
     def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
@@ -306,7 +306,7 @@ class Session(Protocol):
         Args:
             state: of R rows.
             make: a new selector for R rows, or for more, up to `decoded_rows`.
-            key: equal for selectors that do the same; the session may then hand out a step that it has captured
-                before, whose selector holds old contents. None: always a new selector.
+            key: equal for selectors that do the same; the session may then return a step that it captured
+                before, whose selector has old contents. None: always a new selector.
         """
         ...

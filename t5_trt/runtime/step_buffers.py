@@ -1,7 +1,7 @@
 """A slot of a session on a GPU: the buffers of one shape and the decoder steps that were captured over them.
 
-A slot is lent to one `DecoderState` at a time and used again for the next request of the same shape, so that only the
-first one records. A step may have a token selection captured with it: engine or kernels, K/V write, selector and the next step's
+A slot is leased to one `DecoderState` at a time and reused for the next request of the same shape, so that only the
+first one captures. A step may have a token selection captured with it: engine or kernels, K/V write, selector and the next step's
 input are then one CUDA graph.
 """
 
@@ -28,7 +28,7 @@ from t5_trt.runtime.session import NextStep, TokenSelector
 
 logger = logging.getLogger("t5_trt")
 
-#: captured steps that a slot keeps, the ones used last; other settings of the same request (temperature, ...) need their own
+#: number of captured steps that a slot keeps, least recently used first out; requests with other processors need their own
 STEPS_KEPT = 8
 
 
@@ -40,7 +40,7 @@ class CapturedStep:
     selector: TokenSelector | None
 
     def replay(self, slot: Slot, state: DecoderState) -> None:
-        """Run the step for a state that lives in the slot, without waiting for it."""
+        """Launch the step for a state in the slot, without waiting for it."""
         if slot.position_host != state.length:
             slot.set_position(state.length)
         self.graph.replay()
@@ -54,7 +54,7 @@ class Slot:
 
     shapes: Shapes
     kv: torch.Tensor  # [L, 2, R, H, T, D]
-    qkv: torch.Tensor  # [L, R, 1, 3, H, D], what a step makes; K and V of it go into the cache
+    qkv: torch.Tensor  # [L, R, 1, 3, H, D], output of a step; its K and V go into the cache
     cross: torch.Tensor  # [L, 2, B, H, S, D]
     cross_bias: torch.Tensor  # [B, 1, 1, S]
     tokens: torch.Tensor  # int32 [R, 1]
@@ -62,11 +62,11 @@ class Slot:
     positions: torch.Tensor  # int32, the same as the step reads it: [1] for an engine, [R] for the kernels
     logits: torch.Tensor  # float32 [R, 1, V]
     context: Any = None
-    weights: Sequence[torch.Tensor] = ()  # that the context reads
+    weights: Sequence[torch.Tensor] = ()  # read by the context
     steps: OrderedDict[Hashable, CapturedStep] = field(default_factory=OrderedDict)
-    position_host: int = -1  # what `position` holds
-    reads_empty_places: bool = True  # the step reads the whole cache, and hides what is not there yet
-    ancestors: torch.Tensor | None = None  # uint8 [R, T + 1], see `DecoderState`; None where the cache's rows move
+    position_host: int = -1  # value of `position`
+    reads_empty_places: bool = True  # the step reads the whole cache, and masks empty places
+    ancestors: torch.Tensor | None = None  # uint8 [R, T + 1], see `DecoderState`; None if rows of the cache are moved
 
     @classmethod
     def allocate(cls, arch: Architecture, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Slot:
@@ -90,12 +90,12 @@ class Slot:
         )
 
     def take_in(self, state: DecoderState, mask_value: float) -> None:
-        """Copy a state into the buffers and have it use them from now on; `mask_value` hides sources behind its own."""
+        """Move a state into the buffers; `mask_value` hides places after its sources."""
         cross = state.cross
         state.materialize()
         _overlay(self.cross, cross.kv)
         self._set_bias(state.cross_bias, mask_value)
-        if self.reads_empty_places:  # and multiplies what is there by a probability of 0
+        if self.reads_empty_places:  # empty places are multiplied by a probability of 0
             self.kv.zero_()
         if state.length:
             self.kv[:, :, : state.rows, :, : state.length].copy_(state.kv[:, :, : state.rows, :, : state.length])
@@ -113,12 +113,12 @@ class Slot:
         self.cross_bias.copy_(grown)
 
     def set_position(self, position: int) -> None:
-        """Where the next step writes."""
+        """Set the position where the next step writes."""
         self.position.fill_(position)
         self.positions.fill_(position)
 
     def move_on(self, position: torch.Tensor) -> None:
-        """Have the next step write behind a position, int64 [1], which moves on too."""
+        """Advance a position, int64 [1], and let the next step write there."""
         position.add_(1)
         self.positions.copy_(position.expand_as(self.positions))
 
@@ -128,13 +128,13 @@ class Slot:
         return tensors | made_rows(self.qkv) | self.cache_tensors()
 
     def cache_tensors(self) -> dict[str, torch.Tensor]:
-        """What every decoder engine reads, by name."""
+        """Inputs that all decoder engines have, by name."""
         layers = layer_views("past", self.kv) | layer_views("cross", self.cross)
         return layers | {"cross_bias": self.cross_bias}
 
 
 class Lease:
-    """Brings a slot back to its session when the state that used it lets go of it."""
+    """Returns a slot to its session when the state that used it is gone."""
 
     def __init__(self, slot: Slot, idle: list[Slot], owner: object) -> None:
         self.slot = slot
@@ -142,7 +142,7 @@ class Lease:
         self._owner = weakref.ref(owner)
 
     def of(self, owner: object) -> bool:
-        """Whether `owner` lent the slot: another one's has other weights, and may be of another kind."""
+        """Whether `owner` leased the slot; a slot of another session has other weights and may be of another kind."""
         return self._owner() is owner
 
     def __del__(self) -> None:
@@ -161,7 +161,7 @@ class SlotStep:
 
     def __init__(self, slot: Slot, state: DecoderState, step: CapturedStep, selector: TokenSelector | None) -> None:
         self._slot, self._state, self._step = slot, state, step
-        # what is read of the slot while the state moves on to a larger one stays its own
+        # keeps the slot while the state moves to a larger one
         self._lease = state.binding
         self._apart = selector is not None
         chosen = step.selector if selector is None else selector
@@ -191,7 +191,7 @@ def captured_step(
     work: Callable[[], None],
     capture: Callable[[Callable[[], None]], Any],
 ) -> CapturedStep:
-    """The step of a slot with a token selector (None: without), captured when it is first wanted.
+    """The step of a slot with a token selector (None: without one), captured at the first use.
 
     Args:
         slot: that `state` lives in.
@@ -208,7 +208,7 @@ def captured_step(
         slot.steps.move_to_end(key)
         return slot.steps[key]
     started = time.perf_counter()
-    kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into a cache that may be in use already
+    kept = slot.kv[..., : state.length, :].clone()  # the warm-ups write into the cache, which may be in use
     slot.set_position(0)
     try:
         graph: Any = capture(work)
@@ -252,17 +252,17 @@ def generation_step_of(
         selector = make() if found is None else found.selector
         try:
             return SlotStep(slot, state, captured(slot, state, key, selector), None)
-        except CaptureError as error:  # an operation that waits for the GPU, say
+        except CaptureError as error:  # for example an operation that waits for the GPU
             not_capturable.add(key)
             logger.warning(
                 "the token selection is not captured with the decoder step (%s); it runs after it.",
-                str(error),  # a log that keeps its arguments would keep the buffers, too
+                str(error),  # as text: a log handler that keeps its arguments would keep the buffers too
             )
     return SlotStep(slot, state, captured(slot, state, None, None), make())
 
 
 def run_step(slot: Slot, selector: TokenSelector | None, enqueue: Callable[[Slot], None]) -> None:
-    """What is captured: engine, K/V write, selector, next position."""
+    """The captured work: engine, K/V write, selector, next position."""
     enqueue(slot)
     slot.kv.index_copy_(4, slot.position, cache_rows(slot.qkv))
     if selector is None:
@@ -274,7 +274,7 @@ def run_step(slot: Slot, selector: TokenSelector | None, enqueue: Callable[[Slot
 def select_tokens(
     slot: Slot, selector: TokenSelector, position: torch.Tensor, best: torch.Tensor | None = None
 ) -> None:
-    """Choose tokens after a step, make them the next input, let rows change places, and move the position on.
+    """Choose tokens after a step, make them the next input, reorder rows, and advance the position.
 
     Args:
         slot: with the step's logits.
@@ -283,7 +283,7 @@ def select_tokens(
         best: what the step left in place of logits, see `NextStep`.
     """
     rows = selector.rows
-    following = None  # where rows of the cache move, torch does what is left
+    following = None  # if rows of the cache are moved, torch does the rest
     if slot.ancestors is not None or not selector.moves_rows:
         ancestors = None if slot.ancestors is None else slot.ancestors[:rows]
         following = NextStep(slot.tokens[:rows], slot.positions, best, ancestors)
@@ -301,9 +301,9 @@ def select_tokens(
 
 
 def reorder_rows(kv: torch.Tensor, parents: torch.Tensor, position: torch.Tensor, beams: int) -> None:
-    """Row i of a cache [L, 2, R, H, T, D] continues what row ``parents[i]`` held; rows beyond those named stay as they are.
+    """Reorder a cache [L, 2, R, H, T, D]: row i continues row ``parents[i]``; rows after the last parent are unchanged.
 
-    On a GPU a kernel moves the tokens up to `position` (int64 [1]) only; those behind it are of no row yet.
+    On a GPU a kernel moves the tokens up to `position` (int64 [1]) only; later tokens are not in use yet.
     """
     if cuda_kernels.reorder_rows(kv, parents, position, beams):
         return
@@ -323,7 +323,7 @@ def cache_rows(qkv: torch.Tensor) -> torch.Tensor:
 
 
 def _overlay(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy what both [.., B, H, S, D] buffers have room for; the rest of the target becomes zero."""
+    """Copy the common part of two [.., B, H, S, D] buffers; the rest of the target becomes zero."""
     if target.shape == source.shape:
         target.copy_(source)
         return

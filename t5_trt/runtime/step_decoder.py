@@ -1,4 +1,4 @@
-"""What does a one-token decoder step on a GPU: the library's kernels or a TensorRT engine. A session holds one of them."""
+"""The one-token decoder step on a GPU: by the library's kernels or by a TensorRT engine. A session holds one of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class StepDecoder(Protocol):
         Args:
             cross: the sources.
             cross_bias: [B, 1, 1, S] as the buffers of `cross` are.
-            capacity_tokens: that there must be room for.
+            capacity_tokens: number of tokens to reserve room for.
         """
         ...
 
     def step(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
-        """Decode one token of every row, int64 [R, 1], of a state with room for it; logits [R, 1, V] in memory of their own."""
+        """Decode one token of every row, int64 [R, 1], of a state with room for it; return logits [R, 1, V] in new memory."""
         ...
 
     def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> GenerationStep:
@@ -41,7 +41,7 @@ class StepDecoder(Protocol):
         ...
 
     def update_weight(self, key: str, tensor: torch.Tensor) -> None:
-        """Write another value of a checkpoint tensor into weights that only this reads, in place: captured steps read it there.
+        """Write a new value of a checkpoint tensor into weights that only this decoder reads, in place.
 
         Args:
             key: of the state dict; what it maps to has changed, too.
@@ -50,10 +50,10 @@ class StepDecoder(Protocol):
         ...
 
     def forget(self) -> None:
-        """Let go of idle buffers and of what was captured over them."""
+        """Free idle buffers and what was captured over them."""
         ...
 
     @property
     def weight_bytes(self) -> int:
-        """GPU memory of weights that only this reads."""
+        """GPU memory of weights that only this decoder reads, in bytes."""
         ...

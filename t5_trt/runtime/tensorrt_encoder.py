@@ -1,6 +1,6 @@
 """The encoder of the TensorRT session: its buffers, and for short sources the CUDA graph that runs it over them.
 
-An encoder of T5-base with 32 tokens keeps an H100 busy for less time than the host needs to start its kernels one by one.
+An encoder of T5-base with 32 tokens keeps an H100 busy for less time than the host needs to launch its kernels one by one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EncoderBuffers:
     outputs: dict[str, torch.Tensor]
 
     def fill(self, given: dict[str, torch.Tensor]) -> None:
-        """Take over inputs with at most as many rows and tokens; behind them are zeros."""
+        """Copy inputs with at most as many rows and tokens; the rest is zeros."""
         for name, buffer in self.inputs.items():
             rows, tokens = given[name].shape[:2]
             if (rows, tokens) != buffer.shape[:2]:
@@ -131,20 +131,20 @@ class Encoders:
         return buffers.outputs
 
     def drop(self, graph: str, shapes: Shapes) -> None:
-        """Let go of what was captured for a bucket."""
+        """Drop what was captured for a bucket."""
         self._captured.pop((graph, shapes), None)
 
     def clear(self) -> None:
-        """Let go of what was captured."""
+        """Drop what was captured."""
         self._captured.clear()
 
     def _captured_one(self, graph: str, shapes: Shapes) -> GraphOfEncoder:
-        """The encoder of a bucket, captured when it is first wanted."""
+        """The encoder of a bucket, captured at the first use."""
         key = graph, shapes
         if key not in self._captured:
             context, buffers = self._engines.context(graph, shapes, own=True), self._buffers(graph, shapes)
             weights = self._engines.bind(context, buffers.inputs | buffers.outputs)
-            # a memory of its own, so that a failure cannot spoil that of the decoder's steps; torch allocates nothing in it
+            # own memory, so that a failure cannot spoil that of the decoder's steps; torch allocates nothing in it
             captured = capture(partial(self._engines.enqueue, context), self._device)
             self._captured[key] = GraphOfEncoder(buffers, context, weights, captured)
             while sum(shapes.B * shapes.S for _, shapes in self._captured) > TOKENS_KEPT:

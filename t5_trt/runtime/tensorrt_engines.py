@@ -32,7 +32,7 @@ class TrtEngines:
         api: the TensorRT that runs them.
         weights: bound to every engine.
         strict: raise instead of building beyond the configured maxima.
-        check: tells how far an engine that was just built is off; None trusts TensorRT.
+        check: measures the error of a newly built engine; None trusts TensorRT.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class TrtEngines:
         self._engines: dict[Key, Any] = {}
         self._contexts: dict[Key, Any] = {}
         self._stored: dict[Key, bool] = {}
-        self.built: set[Key] = set()  # by this process
-        self._warned: set[tuple[str, int]] = set()  # axes and sizes beyond the configured ones
+        self.built: set[Key] = set()  # built by this process
+        self._warned: set[tuple[str, int]] = set()  # axes and sizes beyond the configured maxima
 
     @property
     def provider(self) -> EngineProvider:
@@ -84,7 +84,7 @@ class TrtEngines:
         return Shapes(**found, dynamic=self._provider.settings.dynamic)
 
     def prefetch(self, wanted: Sequence[Key]) -> None:
-        """Load engines that will be needed; those that must be built are built side by side."""
+        """Load engines that will be needed; missing ones are built in parallel."""
         missing = [key for key in (self.key(*want) for want in wanted) if key not in self._engines]
         if len(missing) > 1:
             plans = self._provider.plans(missing)
@@ -94,7 +94,7 @@ class TrtEngines:
                 self._verify(key)
 
     def context(self, graph: str, shapes: Shapes, *, own: bool = False) -> Any:
-        """An execution context of the engine that serves a bucket; its own one, or that which all callers share.
+        """An execution context of the engine that serves a bucket; `own=True` creates a private one.
 
         Raises:
             BackendError: the engine cannot be built, is wrong, or there is too little GPU memory.
@@ -107,7 +107,7 @@ class TrtEngines:
         return self._contexts[key]
 
     def load(self, graph: str, shapes: Shapes) -> Key:
-        """Load the engine that serves a bucket, built and checked if need be.
+        """Load the engine that serves a bucket; build and check it if necessary.
 
         Raises:
             BackendError: it cannot be built, or is wrong.
@@ -119,19 +119,19 @@ class TrtEngines:
         return key
 
     def drop(self, key: Key) -> None:
-        """Give back the memory of an engine that is not used for now."""
+        """Free the memory of an engine that is currently unused."""
         self._contexts.pop(key, None)
         self._engines.pop(key, None)
 
     def is_ready(self, graph: str, shapes: Shapes) -> bool:
-        """Whether the engine of a bucket is there without a build: loaded, or in the store when this was first asked."""
+        """Whether the engine of a bucket exists: it is loaded, or was in the store at the first call."""
         key = self.key(graph, shapes)
         if key not in self._engines and key not in self._stored:
             self._stored[key] = self._provider.has(*key)
         return key in self._engines or self._stored[key]
 
     def debug_context(self, graph: str, shapes: Shapes) -> Any:
-        """A context of an engine that also puts out the residual stream after every block."""
+        """A context of an engine that also outputs the residual stream after every block."""
         return self.api.new_context(self.api.load_engine(self._provider.debug_plan(graph, shapes)))
 
     def write_bundle(self, checkpoint: Path) -> Path:
@@ -139,17 +139,17 @@ class TrtEngines:
         return self._provider.write_bundle(checkpoint)
 
     def drop_contexts(self) -> None:
-        """Give back the scratch memory of the shared contexts."""
+        """Free the scratch memory of the shared contexts."""
         self._contexts.clear()
 
     def bind(self, context: Any, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Set all addresses of a context; `tensors` are inputs and outputs by name, weights come by themselves.
+        """Set all addresses of a context; `tensors` are inputs and outputs by name; weights are added.
 
         Returns:
-            The weights, for who runs the context later to keep.
+            The weights; the caller keeps them alive while it runs the context.
 
         Raises:
-            BackendError: a tensor has not the size that the engine wants.
+            BackendError: a tensor does not have the size that the engine expects.
             torch.cuda.OutOfMemoryError: there is too little GPU memory for the weights.
         """
         engine, kept = context.engine, []
@@ -171,7 +171,7 @@ class TrtEngines:
         return kept
 
     def enqueue(self, context: Any) -> None:
-        """Start an engine on torch's current stream, without waiting for it.
+        """Enqueue an engine on torch's current stream, without waiting for it.
 
         Raises:
             BackendError: TensorRT refused.

@@ -49,15 +49,15 @@ class TrtSession:
         api: the TensorRT that runs them.
         device: the GPU.
         strict: raise instead of building beyond the configured maxima.
-        reference: what new engines are compared with before they are used; None trusts TensorRT.
+        reference: new engines are compared with it before they are used; None trusts TensorRT.
         scaling: factors in the weights; the provider's architecture names those that its graphs undo.
-        kernels: do the one-token step; None leaves it to an engine.
-        own_encoder: makes the encoder of the backend "cuda" over the engines' weights; it serves sizes at which it is faster. None: engines do.
-        background: have it serve sizes without an engine, while that is built.
+        kernels: run the one-token step; None uses an engine.
+        own_encoder: makes the encoder of the backend "cuda" over the engines' weights, for sizes at which it is faster; None uses engines only.
+        background: let it serve sizes whose engine is being built.
     """
 
     backend = "tensorrt"
-    selector_tokens = 512  # the kernels of a token selector read no further than there are tokens
+    selector_tokens = 512  # a larger buffer costs nothing: a token selector's kernels read only the tokens in use
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class TrtSession:
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
         self._reference = reference
-        # by a weak reference: the GPU memory of a model is free when the last name of it goes, not at the next garbage collection
+        # a weak reference avoids a cycle, so that GPU memory is freed when the model is deleted, not at the next garbage collection
         check = None if reference is None else partial(TrtSession._deviation_of_engine, weakref.proxy(self), reference)
         self.scaling = scaling or Fp16Scaling()
         device_weights = DeviceWeights(self.arch, weights, self.dtype, device, self.scaling)
@@ -147,7 +147,7 @@ class TrtSession:
     def cross_bias(self, attention_mask: torch.Tensor, cross: CrossStates) -> torch.Tensor:
         """See `t5_trt.runtime.session.Session.cross_bias`; padding of the buffers is hidden too."""
         bias = torch.full((cross.kv.shape[2], 1, 1, cross.kv.shape[4]), mask_value(self.real), device=self.device)
-        bias[cross.batch :] = 0  # rows of padding attend to anything: a row of hidden keys only would be as good
+        bias[cross.batch :] = 0  # padding rows may attend to anything
         bias[: cross.batch, 0, 0, : cross.source_length].masked_fill_(attention_mask != 0, 0)
         return bias.to(self.dtype)
 
@@ -160,7 +160,7 @@ class TrtSession:
             state.reserve(queries)
             if queries == 1 and key_mask is None:
                 return self._steps.step(state, input_ids)
-            # kernels read buffers of another form: the state stays there, and this engine gets copies
+            # kernels use another buffer layout: the state stays there, and this engine gets copies
             lease = self._slots.copied(state) if self._engine_step is None else self._slots.home(state)
             return self._queries(lease.slot, state, input_ids, key_mask)[:rows, :queries]
 
@@ -234,7 +234,7 @@ class TrtSession:
     def _deviation_of_engine(self, reference: Session, graph: str, shapes: Shapes) -> Deviation:
         try:
             return worst_deviation(self, reference, graph, shapes)
-        finally:  # what the check captured, it did with an engine not yet trusted
+        finally:  # drop captures made with the engine under test
             with self._lock:
                 self._slots.forget()
                 self._encoders.clear()
@@ -289,7 +289,7 @@ class TrtSession:
         return taking_turns(self._lock, self._order, self._let_go)
 
     def _forget(self) -> None:
-        """Let go of idle buffers and of all that was captured over them."""
+        """Free idle buffers and all that was captured over them."""
         self._slots.forget()
         self._steps.forget()
         self._encoders.clear()
@@ -316,7 +316,7 @@ class TrtSession:
         return CrossStates(self._new(arch.decoder_layers, 2, shapes.B, arch.num_heads, shapes.S, arch.d_kv), used=used)
 
     def _pad(self, tensor: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-        """Zeros behind the rows and tokens of a request."""
+        """Pad the rows and tokens of a request with zeros."""
         if tensor.shape[:2] == (rows, tokens):
             return tensor.contiguous()
         padded = tensor.new_zeros((rows, tokens, *tensor.shape[2:]))

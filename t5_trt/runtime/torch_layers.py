@@ -1,7 +1,7 @@
 """T5's encoder, and its decoder for several query positions, as torch operations on a GPU (or a CPU, for tests).
 
-They serve where TensorRT does not: matrices have the session's type, the residual stream and the norms are float32. The one-token
-step is not here; it is `t5_trt.kernels`.
+Used without TensorRT. Matrices have the session's type, the residual stream and the norms are float32. The one-token step is in
+`t5_trt.kernels`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from t5_trt.kernels.step_weights import unpacked_layer
 from t5_trt.kernels.weights import unpack_matrix
 from t5_trt.runtime.device_weights import DeviceWeights
 
-#: in a mask of an encoder's padded input: there is no token. No mask of a user's has this value.
+#: value in a mask where a padded input has no token; users' masks never have it
 NO_KEY = -(1 << 62)
 
 
@@ -40,14 +40,14 @@ class TorchEncoder:
         self._arch, self._weights, self._scaling = arch, weights, scaling
         self._hidden, self._empty = mask_value(real_type(precision)), empty_slot_value(real_type(precision))
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True)
-        self._buckets = buckets.to(weights.device)  # here, as a copy from the host cannot be captured
+        self._buckets = buckets.to(weights.device)  # copied here, as a copy from the host cannot be captured
 
     def run(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, mask: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states [B, S, E] of int64 [B, S] or float32 [B, S, E]; mask int64 [B, S], 0 hides a token.
 
-        Where the mask is `NO_KEY` is no token at all: a row whose tokens are all hidden attends equally to those, and not to this.
+        `NO_KEY` marks places without a token: a row whose tokens are all hidden attends equally to them, but never to such places.
         """
         arch, weights = self._arch, self._weights
         stream = self._embed(input_ids, inputs_embeds)
@@ -85,7 +85,7 @@ class TorchEncoder:
         return split.permute(2, 3, 0, 4, 1, 5).contiguous()
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """The residual stream float32 [B, S, E] before the first layer; given embeddings may be it themselves."""
+        """The residual stream float32 [B, S, E] before the first layer; may return the given embeddings themselves."""
         if inputs_embeds is not None:
             return inputs_embeds.float()
         assert input_ids is not None
@@ -93,11 +93,11 @@ class TorchEncoder:
         return stream if self._scaling.embedding == 1.0 else stream / self._scaling.embedding
 
     def _scale(self, name: str) -> float:
-        """What the product with a matrix that is added to the stream is multiplied by."""
+        """The factor of a product that is added to the stream."""
         return 1.0 / self._scaling.branches.get(name, 1.0)
 
     def _add(self, stream: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
-        # the sum of the two types is float32, in one kernel
+        # one kernel adds the two types; the result is float32
         return torch.add(stream, value @ self._weights[name], alpha=self._scale(name))
 
 
@@ -124,7 +124,7 @@ class TorchDecoder:
         beams: int,
         key_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode.
+        """Decode the new tokens.
 
         Args:
             tokens: int64 [R, Q].
@@ -172,7 +172,7 @@ class TorchDecoder:
 
 
 def _added(stream: torch.Tensor, mixed: torch.Tensor, matrix: torch.Tensor, scale: float) -> torch.Tensor:
-    """The stream [R, Q, E] plus attention's output matrix times what the heads gave, [R, H, Q, D]."""
+    """The stream [R, Q, E] plus attention's output matrix times the heads' results [R, H, Q, D]."""
     return torch.add(stream, mixed.transpose(1, 2).flatten(2) @ matrix.t(), alpha=scale)
 
 

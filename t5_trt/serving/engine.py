@@ -83,7 +83,7 @@ class Engine:
             The request; dropping it cancels the request.
 
         Raises:
-            QueueFullError: as many requests wait as may.
+            QueueFullError: the queue is full.
             EngineClosedError: after `close`.
             InputError: the inputs or a setting cannot be served.
             ValueError: Transformers refuses a setting.
@@ -104,14 +104,14 @@ class Engine:
         return handle
 
     def stats(self) -> Stats:
-        """What waits, runs and has ended."""
+        """Counts of waiting, running and ended requests."""
         return self._scheduler.stats()
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more requests, let those that are there go on for a while, and end the rest with `EngineClosedError`.
+        """Accept no more requests, let the accepted ones run for a while, and end the rest with `EngineClosedError`.
 
         Args:
-            grace: seconds.
+            grace: time in seconds for accepted requests.
         """
         self._scheduler.close(grace)
 

@@ -1,4 +1,4 @@
-"""Requests of several rows (beams, several results): ``generate()`` runs them, one after the other, beside the shared rows."""
+"""Runs requests of several rows (beams, several results) by ``generate()``, one after the other, beside the shared rows."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from t5_trt.serving.handle import Job
 
 
 class GroupRunner:
-    """A thread that takes requests in their order.
+    """A thread that runs requests in their order.
 
     Args:
         model: see `t5_trt.serving.engine.Engine`.
-        ended: called after each request's end, with its error or None.
+        ended: called when a request has ended, with its error or None.
 
     Attributes:
-        waiting: requests that have not begun. Its owner's lock guards it.
-        running: the one that has.
+        waiting: requests that have not started. The owner's lock guards it.
+        running: the request that runs.
     """
 
     def __init__(self, model: Any, lock: threading.Lock, ended: Callable[[BaseException | None], None]) -> None:
@@ -38,19 +38,19 @@ class GroupRunner:
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
-        """Look at what waits; the first call starts the thread."""
+        """Wake the thread; the first call starts it."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="t5_trt groups", daemon=True)
             self._thread.start()
         self._calls.put(None)
 
     def stop(self) -> None:
-        """End the thread after the step that is running. It takes no lock."""
+        """End the thread after the running step. Takes no lock."""
         self._stopped = True
         self._calls.put(None)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end of the thread, or at most so many seconds."""
+        """Wait for the end of the thread, at most a number of seconds."""
         if self._thread is not None:
             self._thread.join(timeout)
 
@@ -65,7 +65,7 @@ class GroupRunner:
                 return
             with self._lock:
                 job = self.running = self.waiting.popleft() if self.waiting else None
-            if job is None:  # it was taken out
+            if job is None:  # it was removed meanwhile
                 continue
             self._generate(job)
             self.running = None
@@ -74,7 +74,7 @@ class GroupRunner:
 
     def _generate(self, job: Job) -> None:
         stop = StoppingCriteriaList([_Stop(self, job)])
-        # a seed must not change what the process draws elsewhere
+        # a seed must not affect other draws of the process
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         try:
             with nullcontext() if job.seed is None else torch.random.fork_rng(devices):
@@ -96,7 +96,7 @@ class GroupRunner:
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]
-    """Ends a call of ``generate()`` by an error once its request must not go on."""
+    """Ends a call of ``generate()`` by an error once its request must stop."""
 
     def __init__(self, runner: GroupRunner, job: Job) -> None:
         self._runner, self._job = runner, job
@@ -116,5 +116,5 @@ def at_home(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def closed() -> EngineClosedError:
-    """The error of requests that an engine leaves behind."""
+    """The error of requests that end because the engine is closed."""
     return EngineClosedError("the engine was closed before the request had ended.")

@@ -1,4 +1,4 @@
-"""One request between whoever submitted it and the threads that run it."""
+"""One request, shared by its submitter and the threads that run it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Times:
 
 
 class Job:
-    """What is known of a request. The engine writes tokens and the end; anybody may cancel.
+    """The state of a request. The engine writes tokens and the end; any thread may cancel.
 
     Args:
         input_ids: int64 [1, S].
@@ -63,7 +63,7 @@ class Job:
         self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether a token is enough
 
     def overdue(self) -> BaseException | None:
-        """Why it must not go on, if it must not."""
+        """The error if the request must stop, else None."""
         if self.cancelled:
             return RequestCancelledError("the request was cancelled.")
         if self.deadline is not None and time.monotonic() > self.deadline:
@@ -80,7 +80,7 @@ class Job:
                 self._tell()
 
     def finish(self, sequences: torch.Tensor | None = None, error: BaseException | None = None) -> None:
-        """End it with a result, int64 [results, tokens], or an error."""
+        """End the request with a result, int64 [results, tokens], or an error."""
         with self._changed:
             if not self.done:
                 self.times.end = time.monotonic()
@@ -88,7 +88,7 @@ class Job:
                 self._tell()
 
     def wait(self, count: int | None, timeout: float | None) -> bool:
-        """Wait until more than `count` tokens are there or it has ended; None: until it has ended. False if time was up."""
+        """Wait for more than `count` tokens or the end; None waits for the end. Return False after the timeout."""
         reads = count is not None
         with self._changed:
             self._readers += reads
@@ -98,7 +98,7 @@ class Job:
                 self._readers -= reads
 
     async def wait_async(self, count: int | None, timeout: float | None) -> bool:
-        """`wait` for a coroutine; one that is cancelled while it waits has lost its client, and cancels the request."""
+        """`wait` in a coroutine; cancelling the coroutine cancels the request, because its client is gone."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -144,7 +144,7 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 
 class Handle:
-    """A submitted request: its tokens as they come, and its result. A handle that nobody holds any more cancels its request.
+    """A submitted request: its tokens as they come, and its result. Deleting the handle cancels the request.
 
     Iteration (``for`` or ``async for``) gives the new tokens as ints, from the first one on. A request of several rows (beams, several
     results) gives those of its first result after its end.
@@ -160,7 +160,7 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, with a result or an error."""
+        """Whether the request has ended, with a result or an error."""
         return self._job.done
 
     @property
@@ -174,7 +174,7 @@ class Handle:
         return self._job.prepared.eos
 
     def cancel(self) -> None:
-        """End the request within two decoder steps; one that has ended stays as it is."""
+        """End the request within two decoder steps; no effect after its end."""
         self._job.cancelled = True
 
     def result(self, timeout: float | None = None) -> Any:
@@ -184,15 +184,15 @@ class Handle:
         it waits.
 
         Args:
-            timeout: seconds to wait; the request goes on after them. None waits for the end.
+            timeout: seconds to wait; the request continues after them. None waits for the end.
 
         Returns:
             int64 [results, tokens] on the CPU, with the decoder's prompt.
 
         Raises:
-            TimeoutError: it has not ended yet.
-            RequestCancelledError, RequestTimeoutError, EngineClosedError: it ended so.
-            T5TRTError: it failed.
+            TimeoutError: the request has not ended yet.
+            RequestCancelledError, RequestTimeoutError, EngineClosedError: the request ended with this error.
+            T5TRTError: the request failed.
         """
         try:
             asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""What one row of the batch knows: its request, how its next token is chosen, and when it is over."""
+"""One row of the batch: its request, the choice of its next token, and its end."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Row:
         processors: gives the device forms of settings, see `device_processors`.
 
     Attributes:
-        plain: it takes the token of the largest logit, whatever came before.
-        token: that the next step decodes.
+        plain: it always takes the token of the largest logit.
+        token: the one that the next step decodes.
     """
 
     def __init__(self, job: Job, processors: Callable[[Prepared], CapturableProcessors | None]) -> None:

@@ -1,4 +1,4 @@
-"""The loop: between two decoder steps requests leave their rows, and waiting ones take them."""
+"""The scheduling loop: between decoder steps, ended requests leave their rows and waiting ones take them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from t5_trt.validation import check_length
 
 logger = logging.getLogger("t5_trt")
 
-#: source tokens that are encoded between two steps, unless one source alone has more: rows in use wait for them
+#: most source tokens that are encoded between two steps (more only for a single longer source): rows in use wait meanwhile
 ENCODED_TOKENS = 1024
 #: and on a GPU, which small batches leave idle; there as many requests beyond the free rows are encoded as are a quarter of the rows
 ENCODED_TOKENS_GPU = 4096
@@ -51,13 +51,13 @@ def _end_threads() -> None:
 
 
 class Scheduler:
-    """Runs requests of one model in a thread of its own.
+    """Runs requests of one model in its own thread.
 
     Args:
         model: a `TRTT5ForConditionalGeneration`.
-        session: of the model; its decoder takes rows at positions of their own.
-        max_rows: requests that decode at a time.
-        max_waiting: requests that may wait.
+        session: of the model; its decoder supports rows at different positions.
+        max_rows: most requests that decode at the same time.
+        max_waiting: most requests that wait.
     """
 
     def __init__(self, model: Any, session: RowSession, max_rows: int, max_waiting: int) -> None:
@@ -77,24 +77,24 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._groups = GroupRunner(model, self._lock, self._count)
         self._stats = Stats()
-        self._calls: SimpleQueue[None] = SimpleQueue()  # takes no lock that a finalizer could meet
+        self._calls: SimpleQueue[None] = SimpleQueue()  # no lock, because a finalizer may run this
         self._closing = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="t5_trt rows", daemon=True)
         self._thread.start()
         _running.add(self)
 
     def check_open(self) -> None:
-        """Refuse a request that could not wait.
+        """Check that a request can be queued.
 
         Raises:
-            QueueFullError: too many wait.
+            QueueFullError: the queue is full.
             EngineClosedError: after `close`.
         """
         with self._lock:
             self._check_open()
 
     def submit(self, job: Job) -> None:
-        """Let a request wait for a row. Raises as `check_open`."""
+        """Queue a request. Raises as `check_open`."""
         with self._lock:
             self._check_open()
             if job.prepared.in_group:
@@ -105,13 +105,13 @@ class Scheduler:
         self._calls.put(None)
 
     def stats(self) -> Stats:
-        """The counts as they are."""
+        """The current counts."""
         with self._lock:
             running = len(self._rows) + sum(map(len, self._entering)) + (self._groups.running is not None)
             return replace(self._stats, waiting=self._without_rows(), running=running)
 
     def close(self, grace: float) -> None:
-        """Take no more requests; let those that are there go on for `grace` seconds, and end the rest."""
+        """Accept no more requests; let the accepted ones run for `grace` seconds, and end the rest."""
         with self._lock:
             self._closing = True
         end = time.monotonic() + grace
@@ -124,12 +124,12 @@ class Scheduler:
         self.join()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the ends of the threads, or at most about so many seconds."""
+        """Wait for the end of the threads, at most about a number of seconds."""
         self._thread.join(timeout)
         self._groups.join(timeout)
 
     def stop(self) -> None:
-        """End the threads after the step that is running. It takes no lock."""
+        """End the threads after the running step. Takes no lock."""
         self._closing = self._stopped = True
         self._groups.stop()
         self._calls.put(None)
@@ -156,7 +156,7 @@ class Scheduler:
             with torch.no_grad(), at_home(self._session.device):
                 while self._has_work():
                     self._turn_or_fail()
-        finally:  # nobody may wait for ever
+        finally:  # nobody may wait forever
             self.stop()
             self._fail_rows(closed())
             with self._lock:
@@ -189,7 +189,7 @@ class Scheduler:
         return not self._stopped
 
     def _turn(self) -> None:
-        """Rows that are over leave, waiting requests take free rows, and all rows decode one token."""
+        """Free rows that have ended, give rows to waiting requests, and decode one token of all rows."""
         for place in reversed(range(len(self._rows))):
             job = self._rows[place].job
             if job.cancelled or job.deadline is not None or self._limited:

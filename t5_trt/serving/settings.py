@@ -1,7 +1,7 @@
-"""Generation settings of one request: what is refused, and what Transformers makes of the rest.
+"""Generation settings of one request: rejects unsupported ones, and lets Transformers prepare the others.
 
-Defaults, checks, processors and end tokens come out of ``generate()`` itself, which is run up to its decode loop. So a request gets
-what ``generate()`` alone would have given it.
+Defaults, checks, processors and end tokens come from ``generate()`` itself, which runs up to its decode loop. So a request gets the
+result of ``generate()`` alone.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from t5_trt.generation.prepared import SettingsSnapshot
 from t5_trt.generation.request import Request, refusal
 from t5_trt.validation import check_token_ids
 
-#: prepared settings that are kept, the ones used last
+#: number of prepared settings that are kept, least recently used first out
 KEPT = 256
 _NAMES = frozenset(vars(GenerationConfig()))
-#: settings that need more than a row of tokens, and the values by which they ask for nothing
+#: unsupported settings -> values with which they have no effect
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (False,)),
     "return_dict_in_generate": (False,),
@@ -62,10 +62,10 @@ class Prepared:
     """What a request's settings come to; requests with equal settings mostly share one.
 
     Attributes:
-        prompt: the decoder's first tokens, one.
-        processors: of the logits, in order; they keep nothing from call to call.
+        prompt: the decoder's prompt, one token.
+        processors: logits processors in order, without state between calls.
         eos: tokens that end it.
-        limit: its most tokens, with the prompt.
+        limit: largest length in tokens, with the prompt.
         do_sample: draw tokens.
         in_group: it needs several rows (beams, several results), so ``generate()`` runs it.
         arguments: of ``generate()``.
@@ -81,7 +81,7 @@ class Prepared:
 
 
 class SettingsReader:
-    """Prepares settings for one model, equal ones once.
+    """Prepares settings for one model, with a cache for equal ones.
 
     Args:
         model: a `TRTT5ForConditionalGeneration`.
@@ -120,7 +120,7 @@ class SettingsReader:
         return self._kept[key]
 
     def _key(self, config: Any, settings: Mapping[str, Any]) -> str | None:
-        """Equal for equal settings of the same model settings; None if that cannot be told."""
+        """A key that is equal for equal settings and model settings; None if they cannot be compared."""
         if config is not None:
             return None
         objects = (self._model.generation_config, self._model.config)
@@ -145,7 +145,7 @@ class SettingsReader:
             *request.custom_criteria,
             *(p for p in request.processors if type(p).__module__ != logits_process.__name__),
         ]
-        reason = refusal(request) or (type(own[0]).__name__ if own else None)  # a model of the user's may add them
+        reason = refusal(request) or (type(own[0]).__name__ if own else None)  # a user's model may add them
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *_BEAMS):
             reason = f"the generation mode {mode.value}"
         if reason is not None:
@@ -164,7 +164,7 @@ class SettingsReader:
         )
 
     def _request(self, arguments: dict[str, Any]) -> Request:
-        """What ``generate()`` hands to its decode loop, for some source."""
+        """The arguments that ``generate()`` passes to its decode loop, for an arbitrary source."""
         model, found = self._model, []
 
         def keep(

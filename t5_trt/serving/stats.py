@@ -1,4 +1,4 @@
-"""What an engine counts."""
+"""Counters of an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ENDS = {type(None): "completed", RequestCancelledError: "cancelled", RequestTim
 
 @dataclass(frozen=True)
 class Stats:
-    """What an engine does and has done.
+    """Counts of requests, steps and tokens.
 
     Attributes:
         waiting: requests without a row.
@@ -19,10 +19,10 @@ class Stats:
         steps: decoder steps of the rows.
         tokens: new tokens of the rows.
         completed: requests that ended with a result.
-        cancelled: by their client, or because it was lost.
-        timed_out: after their timeout.
-        failed: with another error.
-        refused: at once, because too many waited.
+        cancelled: requests cancelled by their client, or because it disconnected.
+        timed_out: requests that ended after their timeout.
+        failed: requests that ended with another error.
+        refused: requests refused because the queue was full.
     """
 
     waiting: int = 0
@@ -36,9 +36,9 @@ class Stats:
     refused: int = 0
 
     def more(self, **counts: int) -> Stats:
-        """These counts and as many more."""
+        """The counts with some increased."""
         return replace(self, **{name: getattr(self, name) + count for name, count in counts.items()})
 
     def ended(self, error: BaseException | None) -> Stats:
-        """With one more request that ended so."""
+        """The counts with one more ended request of a kind."""
         return self.more(**{_ENDS.get(type(error), "failed"): 1})

@@ -1,1 +1,1 @@
-"""Comparing and measuring models: what `t5-trt verify` and `t5-trt bench` do, and the models and texts they try."""
+"""Comparing and measuring models for `t5-trt verify` and `t5-trt bench`, with models and texts to try."""

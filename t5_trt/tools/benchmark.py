@@ -1,7 +1,7 @@
-"""How long does ``generate()`` take, on engines and in Hugging Face's own class, and are the tokens the same?
+"""Times ``generate()`` on engines and in Hugging Face's class, and compares the tokens.
 
-Both run in this process, on the same device, in turns. What comes out are plain records (dicts that JSON can hold);
-`t5_trt.tools.records` keeps and shows them. Parts of a call are not timed here: see ``benchmarks/h100.py``.
+Both run in this process, on the same device, in turns. Results are records (dicts for JSON), which `t5_trt.tools.records` stores
+and shows. Parts of a call are not timed here: see ``benchmarks/engines.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Case:
     Attributes:
         batch: rows.
         source_tokens: of each row, where tokens are random.
-        new_tokens: that every row generates, no fewer and no more.
+        new_tokens: exact number of tokens that every row generates.
         num_beams: 1 is greedy search, or sampling.
         do_sample: draw tokens, with the same seed before every call.
     """
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass
 class Baseline:
-    """A model, and what its ``generate()`` gets besides the request."""
+    """A model, and further arguments of its ``generate()``."""
 
     model: Any
     options: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Benchmark:
         name: of the model, for records.
         ours: the model on engines.
         baselines: name in records, such as "hf_eager_fp32", -> Hugging Face's model on the same device.
-        left_out: name in records -> why that one is not measured.
+        left_out: name in records -> why that model is not measured.
         tokenizer: of the checkpoint, or None where its weights are random.
     """
 
@@ -130,7 +130,7 @@ def load_benchmark(
         benchmark.baselines["hf_eager_fp16"] = Baseline(half)
         if find_spec("triton"):
             benchmark.baselines["hf_compiled_fp16"] = Baseline(half, {"cache_implementation": "static"})
-        else:  # torch finds out after half a minute, and in every case anew
+        else:  # torch would notice only after half a minute, for every case
             benchmark.left_out["hf_compiled_fp16"] = "torch.compile needs the package triton, which is not installed"
     return benchmark
 
@@ -138,7 +138,7 @@ def load_benchmark(
 def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str] | None = None) -> dict[str, Any]:
     """Time one request on all models of a benchmark.
 
-    The first call of each model, which builds and opens engines or compiles, and a second one are not among the runs.
+    The first two calls of each model, which build and open engines or compile, are not among the runs.
 
     Args:
         benchmark: the models.
@@ -183,7 +183,7 @@ def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str
 
 
 def _settings(benchmark: Benchmark, case: Case, request: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of the model and the request."""
+    """The fields of a record about the model and the request."""
     ours = benchmark.ours
     return {
         "model": benchmark.name,
@@ -200,7 +200,7 @@ def _settings(benchmark: Benchmark, case: Case, request: dict[str, Any]) -> dict
 
 
 def _speeds(case: Case, times: dict[str, list[float]], first_call_s: dict[str, float]) -> dict[str, float]:
-    """What a record says of each model's times, which are in milliseconds."""
+    """The fields of a record about each model's times, in milliseconds."""
     record: dict[str, float] = {}
     for name, found in times.items():
         median = statistics.median(found)
@@ -213,19 +213,19 @@ def _speeds(case: Case, times: dict[str, list[float]], first_call_s: dict[str, f
 
 
 def equal_share(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Share of positions with the same token, int64 [B, T] each; positions that one of them lacks count as different."""
+    """Share of positions with the same token, int64 [B, T] each; positions that only one of them has count as different."""
     width = min(got.shape[1], expected.shape[1])
     longest = max(got.shape[1], expected.shape[1])
     return int((got[:, :width] == expected[:, :width]).sum()) / (len(expected) * longest)
 
 
 def _warm_up(benchmark: Benchmark, request: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, str]]:
-    """Two calls of each model: those that work, ours last; their tokens; seconds of the first call; who is left out."""
+    """Call each model twice; return the working ones (ours last), their tokens, seconds of the first call, and failures."""
     device, compiled = benchmark.ours.device, "hf_compiled_fp16"
     working, tokens, seconds, left_out = {}, {}, {}, dict(benchmark.left_out)
     for name, baseline in {**benchmark.baselines, "ours": Baseline(benchmark.ours)}.items():
         if name == compiled:
-            torch.compiler.reset()  # after some shapes torch would stop compiling and say nothing
+            torch.compiler.reset()  # torch stops compiling silently after some shapes
             baseline.model.__dict__.pop("_compiled_call", None)
         try:
             tokens[name], seconds[name] = _call(baseline, request, device)
@@ -265,7 +265,7 @@ def _request(benchmark: Benchmark, case: Case, texts: Sequence[str] | None) -> d
 
 
 def _call(baseline: Baseline, request: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, float]:
-    """The tokens of one call, and its seconds, the GPU's work included."""
+    """The tokens of one call, and its time in seconds, including the GPU's work."""
     if request["do_sample"]:
         torch.manual_seed(0)
     _wait(device)

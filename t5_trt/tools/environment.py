@@ -1,4 +1,4 @@
-"""Versions and hardware, as records of measurements name them."""
+"""Versions and hardware for records of measurements."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import transformers
 
 
 def environment(tensorrt: str | None = None) -> dict[str, Any]:
-    """Versions and hardware of this run, for a record; what is not there is None.
+    """Versions and hardware of this run, for a record; None for missing parts.
 
     Args:
-        tensorrt: version of TensorRT, where it takes part.
+        tensorrt: version of TensorRT, if it is used.
     """
     import onnxruntime
 

@@ -1,6 +1,6 @@
 """A picture of records of `t5_trt.tools.benchmark`: latency against batch, source tokens, new tokens and beams.
 
-It needs matplotlib, which is imported when a picture is drawn, and no display.
+Needs matplotlib, which is imported when a picture is drawn, but no display.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from t5_trt.tools.records import OURS, RIVALS, Record
 
 PICTURES = (".png", ".svg", ".pdf")
 AXES = {"batch": "batch", "source_tokens": "source tokens", "new_tokens": "new tokens", "num_beams": "beams"}
-#: what makes two records of one case different things
+#: fields that distinguish records of the same case
 FACTS: tuple[str, ...] = (
     "model",
     "backend",
@@ -31,7 +31,7 @@ LEGEND = {
     "hf_eager_fp16": "Hugging Face, eager, float16",
     "hf_compiled_fp16": "Hugging Face, static cache and torch.compile, float16",
 }
-#: a shade and a marker for each line of a model, told apart without colours too
+#: a shade and a marker for each line of a model, distinguishable without colours
 _LOOKS = {
     OURS: (("#0072b2", "o"), ("#56b4e9", "^"), ("#003c5f", "v"), ("#009e73", "<"), ("#7fd3c1", ">")),
     "hf_eager_fp32": (("#d55e00", "s"), ("#f0a468", "D"), ("#7a3600", "P"), ("#b8860b", "X")),
@@ -41,7 +41,7 @@ _LOOKS = {
 
 
 def check_picture(path: Path) -> None:
-    """Refuse what `draw_records` could not write, before anything is measured.
+    """Check that `draw_records` can write a picture, before anything is measured.
 
     Raises:
         InputError: the ending is none of `PICTURES`, or the folder is missing.
@@ -61,11 +61,11 @@ def check_picture(path: Path) -> None:
 def draw_records(records: Sequence[Record], path: Path) -> None:
     """Write a picture of median latency: a panel for each of batch, new tokens, beams and source tokens that varies.
 
-    A panel shows the cases that differ in its axis only; of those that leave a choice, the ones with the most points.
-    Later records replace earlier ones of the same case.
+    A panel shows cases that differ only in its axis; of several such sets, the one with the most points. Later records replace earlier
+    ones of the same case.
 
     Args:
-        records: with at least one; those of other models, precisions and machines become lines of their own.
+        records: at least one; models, precisions and machines become separate lines.
         path: ends in .png, .svg or .pdf.
 
     Raises:
@@ -80,7 +80,7 @@ def draw_records(records: Sequence[Record], path: Path) -> None:
 
     records = [
         {"decode": "engine", **record} for record in records
-    ]  # older ones were measured when that was all there was
+    ]  # older records lack the field: this was the only kind
     axes = [axis for axis in AXES if axis != "source_tokens" or not _of_texts(records)]
     varying = [axis for axis in axes if len({record[axis] for record in records}) > 1] or ["batch"]
     figure = Figure(figsize=(max(6.4, 4.8 * len(varying)), 5.2), dpi=150, facecolor="white", layout="constrained")
@@ -95,18 +95,18 @@ def draw_records(records: Sequence[Record], path: Path) -> None:
     titles = [str(value) for value in dict.fromkeys(record["model"] for record in records)]
     figure.suptitle(f"generate() of {', '.join(titles)}" if len(titles) < 3 else "generate()", fontsize=12)
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(2, len(shown)), frameon=False)
-    # without the name of the program: the same records give the same bytes
+    # without the program's name, so that equal records give equal bytes
     metadata = {"Software": None} if path.suffix.lower() == ".png" else None
     figure.savefig(path, metadata=metadata)
 
 
 def _of_texts(records: Sequence[Record]) -> bool:
-    """Whether sources are texts, whose length follows from the batch."""
+    """Whether sources are texts, whose length depends on the batch."""
     return any(record.get("source") == "texts" for record in records)
 
 
 def _comparable(records: Sequence[Record], axis: str, axes: Sequence[str]) -> list[Record]:
-    """The records that agree in all other axes, where that leaves the most values of this one; small cases first."""
+    """The largest set of records that differ only in this axis; small cases first."""
     groups: dict[tuple[int, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record[other] for other in axes if other != axis), []).append(record)
@@ -114,7 +114,7 @@ def _comparable(records: Sequence[Record], axis: str, axes: Sequence[str]) -> li
 
 
 def _looks(records: Sequence[Record], differing: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
-    """(Name of a model in records, its label) -> how its line looks, the same in all panels; ours first."""
+    """(Name of a model in records, its label) -> style of its line in all panels; ours first."""
     looks: dict[tuple[str, str], dict[str, str]] = {}
     for name in (OURS, *RIVALS):
         labels = sorted({_label(record, name, differing) for record in records if f"{name}_ms" in record})

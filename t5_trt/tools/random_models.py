@@ -1,6 +1,6 @@
-"""Models of published shapes with random weights, and sources for them: something to measure without a download.
+"""Models of published shapes with random weights, and sources for them, to measure without a download.
 
-It needs torch and Transformers only, so that Hugging Face's class can be measured where no engine runs.
+Needs only torch and Transformers, so that Hugging Face's class can be measured on machines without engines.
 """
 
 from __future__ import annotations

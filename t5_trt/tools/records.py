@@ -1,6 +1,6 @@
-"""Records of `t5_trt.tools.benchmark`: in files, and as a table in a terminal. Nothing is measured here.
+"""Records of `t5_trt.tools.benchmark`: in files, and as a table in a terminal.
 
-It needs neither torch nor Transformers, so that a script can show old records at once.
+Needs neither torch nor Transformers, so that a script can show old records quickly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RIVALS = {"hf_eager_fp32": "HF fp32", "hf_eager_fp16": "HF fp16", "hf_compiled_f
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file; none if there is no file.
+    """The records of a file; an empty list if there is no file.
 
     Raises:
         InputError: the file is not a JSON list of objects, or its folder is missing.
@@ -42,7 +42,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:
-    """Add records to the end of a file, which is replaced as a whole.
+    """Append records to a file, which is replaced atomically.
 
     Raises:
         InputError: as `read_records`.
@@ -51,14 +51,14 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Replace a file by these records, all at once."""
+    """Replace a file by records, atomically."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
 def print_records(records: Sequence[Record], console: Console) -> None:
-    """Print the records of one run as a table, with what holds for all of them above and below it.
+    """Print the records of one run as a table, with their common fields above and below it.
 
     Args:
         records: of one model on one machine, as `t5_trt.tools.benchmark.measure` returns them.
@@ -108,7 +108,7 @@ def _cells(record: Record, name: str) -> list[str | Text]:
     median, hugging_face = record[f"{name}_ms"], record.get("hf_eager_fp32_ms")
     equal: str | Text = ""
     if name == OURS and record["tokens_equal"] is not None:
-        share = int(record["tokens_equal_share"] * 1000) / 10  # cut: 100% means all
+        share = int(record["tokens_equal_share"] * 1000) / 10  # rounded down: 100% means all
         equal = Text("yes", style="green") if record["tokens_equal"] else Text(f"{share:.1f}%", style="red")
     return [
         _short(median),

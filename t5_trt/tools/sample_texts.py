@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - other scripts have letters like Latin ones
-"""Short texts in the language that a tokenizer is made for, to try a model on where the user has none at hand."""
+"""Short texts in the language of a tokenizer, to try a model without own texts."""
 
 from __future__ import annotations
 
@@ -140,17 +140,17 @@ _SENTENCES = {
         "Tàu đến muộn nên chúng tôi đã lỡ tiết học đầu tiên.",
     ),
 }
-#: largest share of unknown tokens in texts of a language that a tokenizer is made for
+#: largest share of unknown tokens in texts of a language that a tokenizer supports
 _UNKNOWN = 0.1
-#: tokens of a vocabulary out of which no texts can be made: Transformers makes up a tokenizer where a checkpoint has none
+#: a vocabulary of at most this size is no basis for texts: Transformers invents a tokenizer if a checkpoint has none
 _FEW = 8
 
 
 def sample_texts(tokenizer: Any) -> tuple[list[str], str]:
-    """Sixteen texts, and what they are, for the reader.
+    """Sixteen texts, and a description of them.
 
-    The language is the one that takes the fewest tokens to say the same: a tokenizer has long pieces for the language that
-    it was trained on. Where it knows none of them, words are drawn from its vocabulary; no text comes out where that is empty.
+    The language is the one whose sentences take the fewest tokens: a tokenizer has long pieces for the language that it was trained on.
+    If it knows none of them, words are drawn from its vocabulary; the list is empty if there is no vocabulary.
 
     Args:
         tokenizer: of a checkpoint.
@@ -165,7 +165,7 @@ def sample_texts(tokenizer: Any) -> tuple[list[str], str]:
 
 
 def _token_count(tokenizer: Any, sentences: tuple[str, ...]) -> float:
-    """Tokens of all sentences; infinite where too many are unknown."""
+    """Number of tokens of all sentences; infinite if too many are unknown."""
     rows = tokenizer(list(sentences), add_special_tokens=False)["input_ids"]
     tokens = [token for row in rows for token in row]
     unknown = tokens.count(tokenizer.unk_token_id)

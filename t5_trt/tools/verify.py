@@ -1,6 +1,6 @@
-"""Is a model right? Its tokens and logits against Hugging Face's class, and the block where they part.
+"""Compares a model's tokens and logits with Hugging Face's class, and finds the block where they diverge.
 
-Nothing here is on the way of a request; `t5-trt verify` and the GPU tests call it.
+Used by `t5-trt verify` and the GPU tests, not by requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Activation:
         name: what it is: the output of an ``o`` or ``wo`` (added to the residual stream) or the input of a ``wo`` (the inside of a
             feed-forward layer).
         largest: absolute value in float32.
-        half_share: of float16's largest number (65504), as engines in half precision keep it; above 1 would overflow.
+        half_share: share of float16's largest value (65504) that engines in half precision reach; above 1 would overflow.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Activation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
-        sequences: compared.
-        equal: of them, token for token.
+        sequences: number of compared sequences.
+        equal: number of them with equal tokens.
         first_difference: (sequence, position) of the first token that differs, or None.
         max_logit_error: largest absolute difference, decoder fed with the reference's tokens.
         mean_logit_error: mean absolute difference.
         relative_logit_error: L2 of the difference over L2 of the logits.
         kl_divergence: of the model's from the reference's next-token distribution, in nats, mean over tokens.
-        activations: where values come near the limit of half precision, if they were asked for.
+        activations: places where values come near the limit of half precision, if requested.
     """
 
     sequences: int
@@ -66,13 +66,13 @@ class Comparison:
 
     @property
     def share(self) -> float:
-        """Of equal sequences, 0 to 1."""
+        """Share of equal sequences, 0 to 1."""
         return self.equal / self.sequences
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far the residual stream after one block is off.
+    """The error of the residual stream after one block.
 
     Attributes:
         name: such as "decoder.block.3".
@@ -99,7 +99,7 @@ def compare(
 ) -> Comparison:
     """Compare a model's tokens and logits with those of another, such as ``model.reference``.
 
-    Both generate with the same seed before every batch. Of several results for a source each is compared.
+    Both generate with the same seed before every batch. All results of a source are compared.
 
     Args:
         model: under test.
@@ -133,7 +133,7 @@ def compare(
 
 @dataclass
 class _Sums:
-    """What `compare` adds up over batches."""
+    """Sums over the batches of `compare`."""
 
     sequences: int = 0
     equal: int = 0
@@ -199,7 +199,7 @@ def _as_batches(model: Any, texts: list[Any], tokenizer: Any, size: int) -> list
 def _generated(model: Any, batch: Batch, arguments: dict[str, Any]) -> torch.Tensor:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same draws for both
+        torch.manual_seed(0)  # equal draws for both
         return model.generate(**inputs, **arguments).cpu()  # type: ignore[no-any-return]
 
 
@@ -211,7 +211,7 @@ def _logits(model: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _activations(model: TRTT5ForConditionalGeneration, batches: list[Batch]) -> tuple[Activation, ...]:
-    """Largest values in float32, and what engines in half precision make of them."""
+    """Largest values in float32, and their size in engines of half precision."""
     arch, reference = model.architecture, model.reference
     on_device = ({name: tensor.to(reference.device) for name, tensor in batch.items()} for batch in batches)
     scaling = model.session.scaling or find_scaling(arch, model.state_dict())
@@ -266,7 +266,7 @@ def block_errors(
     decoder = session.layer_outputs(QUERIES, inputs | layer_views("past", past) | layer_views("cross", cross.kv))
     keep = mask.bool()
     found, wanted = {}, {}
-    for layer in range(arch.encoder_layers - 1):  # Hugging Face's last state comes behind the last norm only
+    for layer in range(arch.encoder_layers - 1):  # Hugging Face returns the last state only after the last norm
         name = f"encoder.block.{layer}"
         found[name] = encoder[name].view(rows, source, -1)[: len(ids), : ids.shape[1]][keep]
         wanted[name] = expected.encoder_hidden_states[layer + 1][keep]
@@ -282,7 +282,7 @@ def block_errors(
 
 
 def import_polygraphy() -> tuple[Any, Any]:
-    """Its comparator and its logger, which `block_errors` needs.
+    """Polygraphy's comparator and logger, which `block_errors` needs.
 
     Raises:
         BackendError: it is not installed.
@@ -318,7 +318,7 @@ def _padded(tokens: torch.Tensor, width: int, value: int) -> torch.Tensor:
 
 
 def _grown(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Zeros behind the rows and columns."""
+    """Pad rows and columns with zeros."""
     grown = tensor.new_zeros((rows, columns))
     grown[: tensor.shape[0], : tensor.shape[1]] = tensor
     return grown

@@ -1,4 +1,4 @@
-"""What `t5-trt verify` compares and what it takes for right, where the user says nothing else."""
+"""Default searches, sources and limits of `t5-trt verify`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BEAMS = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """What a comparison must keep to.
+    """The limits of a comparison.
 
     Attributes:
         at_least: share of equal sequences, 0 to 1.
@@ -31,7 +31,7 @@ class Limits:
     max_relative_error: float
 
     def exceeded(self, found: Comparison) -> list[str]:
-        """In words, where a comparison does not keep to them."""
+        """Messages about exceeded limits."""
         problems = []
         if not found.share >= self.at_least:
             problems.append(f"{found.share:.4f} of the sequences are equal, below {self.at_least:g}")
@@ -55,13 +55,13 @@ LIMITS = {
 def searches(config: Any, precision: str, num_beams: int | None, new_tokens: int) -> dict[str, dict[str, Any]]:
     """Name -> arguments of ``generate()``: greedy search, beams, and sampling where the checkpoint samples.
 
-    In another precision than float32 sampling would compare nothing: one draw beside a boundary changes the rest of a sequence.
+    Sampling is compared only in float32: in other precisions a draw near a boundary changes the rest of a sequence.
 
     Args:
         config: the model's generation config, whose processors take part.
         precision: of the model.
         num_beams: only this search; None takes all.
-        new_tokens: that end a sequence.
+        new_tokens: largest number in a sequence.
     """
     own, results = config.num_beams or 1, config.num_return_sequences or 1
     beams = own if own > 1 else _BEAMS
@@ -75,7 +75,7 @@ def searches(config: Any, precision: str, num_beams: int | None, new_tokens: int
 
 
 def default_batches(model: Any, name: str, size: int) -> tuple[list[Batch], str]:
-    """Sources to compare on, and what they are: texts that suit the checkpoint's tokenizer; without one, random tokens.
+    """Sources to compare on, and a description: texts for the checkpoint's tokenizer, or random tokens without one.
 
     Args:
         model: whose vocabulary and padding token are used.

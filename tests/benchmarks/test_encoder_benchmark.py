@@ -11,11 +11,10 @@ import torch
 from benchmarks import encoder as benchmark
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.runtime.device_weights import DeviceWeights
-from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.kernel_encoder import KernelEncoder
-from tests.benchmarks.test_kernel_session import on_cpu  # noqa: F401 - a fixture
+from t5_trt.runtime.torch_layers import TorchEncoder
 from tests.kernels.emulation import EmulatedKernels
-from tests.runtime.test_kernel_decoder import Recording
+from tests.stand_in_kernels import Recording
 
 
 @pytest.fixture
@@ -30,18 +29,19 @@ def once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path: Path) -> None:  # noqa: F811
-    session = on_cpu.session
+def test_every_part_of_an_encoder_is_measured(on_cpu: Any, once: None, tmp_path: Path) -> None:
+    arch, weights = on_cpu.session.arch, on_cpu.reference.state_dict()
+    plain = benchmark.open_forms(on_cpu, tmp_path)
+    assert plain.kernels is None, "the model is in float32"
     found: dict[str, Any] = {}
-    benchmark.measure(found, on_cpu, 2, 5, 1)
+    benchmark.measure(found, on_cpu, plain, 2, 5, 1)
     assert "failed" not in found and found["generate_ms"] == 0.5 and found["difference_from_torch_form"] == 0.0
-    session._weights = DeviceWeights(session.arch, session._weights._weights, torch.float16, session.device)
-    session.dtype = torch.float16
-    kernels = EmulatedKernels(session.arch, torch.float16, tmp_path)
-    form = KernelEncoder(kernels, session.arch, session._weights, Fp16Scaling(), "fp16")
-    session._encoder = GpuEncoder(form, session.device)
+    halves = DeviceWeights(arch, weights, torch.float16, torch.device("cpu"))
+    kernels = EmulatedKernels(arch, torch.float16, tmp_path)
+    by_torch = TorchEncoder(arch, halves, Fp16Scaling(), "fp16")
+    by_kernels = KernelEncoder(kernels, arch, halves, Fp16Scaling(), "fp16")
     found = {}
-    benchmark.measure(found, on_cpu, 1, 4, 1)
+    benchmark.measure(found, on_cpu, benchmark.Forms(arch, halves, by_torch, by_kernels, kernels), 1, 4, 1)
     assert "failed" not in found and found["form"] == "encoder (kernels)"
     assert found["difference_from_torch_form"] < 5e-3 and all(value == 1.0 for value in found["parts_ms"].values())
     benchmark.measure_peer(found, on_cpu.reference.encoder, 1, 4, 1, compiled=False)

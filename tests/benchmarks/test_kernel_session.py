@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, h100_session, kernel_models, kernel_session, report, sanitize
+from benchmarks import decode, kernel_models, kernel_session, lanes, report, sanitize
 from benchmarks.decode_parts import Captures, Launches
 from benchmarks.token_differences import Difference, differences, equal_rows, greedy_gaps, stripped
 from t5_trt import TRTT5ForConditionalGeneration
@@ -52,11 +52,11 @@ def test_all_gpu_tests_are_in_a_part() -> None:
 def test_part_ends_badly_with_one_of_its_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(h100_session, "STORE", tmp_path / "store")
+    monkeypatch.setattr(lanes, "STORE", tmp_path / "store")
     monkeypatch.setattr(kernel_session, "STORE", tmp_path / "store")
     good = "{python} -c 'print(\"3 passed\")'"
-    for lanes, expected in (([[good], [good]], True), ([[good], ["exit 3"]], False), ([["sleep 60"]], False)):
-        monkeypatch.setattr(kernel_session, "PARTS", {"part": lanes})
+    for part, expected in (([[good], [good]], True), ([[good], ["exit 3"]], False), ([["sleep 60"]], False)):
+        monkeypatch.setattr(kernel_session, "PARTS", {"part": part})
         start = time.monotonic()
         assert kernel_session.run_part("part", tmp_path / "out", 0.03) is expected
         assert time.monotonic() - start < 20
@@ -149,31 +149,6 @@ def test_rows_are_compared_without_what_stands_behind_their_end() -> None:
     assert "0.5 apart" in str(found[0])
     assert differences([[0, 7]], [[0, 7, 5]]) == [Difference(0, 1, None, 5)]
     assert equal_rows(torch.tensor([[0, 7], [0, 8]]), torch.tensor([[0, 7], [0, 9]])) == 1
-
-
-class Clock:
-    """In place of a CUDA event."""
-
-    def __init__(self, **_: Any) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, other: Clock) -> float:
-        return (other.at - self.at) * 1e3
-
-
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The backend "cuda" with torch's operations as its kernels, see `tests/runtime/test_kernel_decoder.py`."""
-    from tests.runtime import test_kernel_decoder as stand_in
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
-    monkeypatch.setattr(kernel_models, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda_graph, "capture", stand_in.Recording)
-    return stand_in.pair.__wrapped__(monkeypatch, tmp_path)[1]
 
 
 def test_parts_of_a_call_add_up(on_cpu: Any) -> None:

@@ -24,24 +24,8 @@ from t5_trt.graph.signature import GRAPHS
 from t5_trt.runtime import select
 from t5_trt.runtime.open_session import int8_provider_options
 from tests.conftest import SHIPPED, pair_of
+from tests.rtx_plans import provider
 from tests.tiny_models import make_stock
-
-CAPABILITIES = ("8.6", "8.9", "12.0")
-
-
-def provider(
-    model: Any, folder: Path, precision: str, settings: BuildConfig | None = None, **options: Any
-) -> EngineProvider:
-    return EngineProvider(
-        model.architecture,
-        EngineStore(folder),
-        settings or BuildConfig(),
-        precision=precision,
-        flavor="rtx",
-        gpu={"compute_capabilities": CAPABILITIES},
-        compute_capabilities=CAPABILITIES,
-        **options,
-    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

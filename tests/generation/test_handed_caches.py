@@ -16,9 +16,8 @@ from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation.kv_cache import EngineCache
 from tests.conftest import pair_of
-from tests.modeling.test_forward_parity import tokens
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_stock, tokens
 from tests.tolerances import LOGITS_ATOL
 
 IDS = tokens(3, 9)

@@ -28,12 +28,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(kept) if kept else tmp_path_factory.mktemp("engines") / "store"
 
 
-def idle_slots(session: Any) -> list[Any]:
-    """The buffers of decoder steps, of either kind, that no request uses."""
-    idle = session._slots.idle if session.steps_by == "engine" else session._steps._idle
-    return [slot for slots in idle.values() for slot in slots]
-
-
 @pytest.fixture(params=["kernels", "engine"])
 def decode(request: pytest.FixtureRequest) -> str:
     """Who does the decoder step."""

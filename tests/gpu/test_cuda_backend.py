@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt import TRTT5ForConditionalGeneration
-from tests.gpu.test_kernels import SMALL  # noqa: F401 - the kernels' own tests come first
+from tests.gpu.cases import cuda_model, on_gpu
 from tests.tiny_models import KINDS, VOCAB, batch, make_stock, swollen
 
 ARGUMENTS: tuple[dict[str, Any], ...] = (
@@ -24,12 +23,8 @@ ARGUMENTS: tuple[dict[str, Any], ...] = (
 )
 
 
-def on_gpu(rows: int = 3, tokens: int = 11) -> dict[str, torch.Tensor]:
-    return {name: tensor.cuda() for name, tensor in batch(rows, tokens).items()}
-
-
-def model(stock: Any, store: Path, precision: str = "fp32") -> Any:
-    return TRTT5ForConditionalGeneration.from_model(stock, backend="cuda", precision=precision, engine_cache_dir=store)
+def inputs_on_gpu(rows: int = 3, tokens: int = 11) -> dict[str, torch.Tensor]:
+    return on_gpu(batch(rows, tokens))
 
 
 def tokens_of(result: Any) -> torch.Tensor:
@@ -38,13 +33,13 @@ def tokens_of(result: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_equal_hugging_face_in_float32(kind: str, store: Path) -> None:
-    stock, ours = make_stock(kind).cuda(), model(make_stock(kind), store)
+    stock, ours = make_stock(kind).cuda(), cuda_model(make_stock(kind), store)
     for rows in (1, 3):
         for arguments in (*ARGUMENTS, {"decoder_input_ids": torch.tensor([[0, 5, 9]] * rows).cuda()}):
             torch.manual_seed(3)
-            expected = stock.generate(**on_gpu(rows), max_new_tokens=20, **arguments)
+            expected = stock.generate(**inputs_on_gpu(rows), max_new_tokens=20, **arguments)
             torch.manual_seed(3)
-            got = ours.generate(**on_gpu(rows), max_new_tokens=20, **arguments)
+            got = ours.generate(**inputs_on_gpu(rows), max_new_tokens=20, **arguments)
             assert torch.equal(tokens_of(got), tokens_of(expected)), arguments
             assert ours.last_generation_path.loop == "device"
 
@@ -52,31 +47,31 @@ def test_tokens_equal_hugging_face_in_float32(kind: str, store: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_forward_equals_hugging_face(kind: str, store: Path) -> None:
-    stock, ours = make_stock(kind).cuda(), model(make_stock(kind), store)
-    inputs = on_gpu() | {"decoder_input_ids": torch.randint(2, VOCAB, (3, 9)).cuda()}
+    stock, ours = make_stock(kind).cuda(), cuda_model(make_stock(kind), store)
+    inputs = inputs_on_gpu() | {"decoder_input_ids": torch.randint(2, VOCAB, (3, 9)).cuda()}
     expected, got = stock(**inputs).logits, ours(**inputs).logits
     assert float((got - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_long_output_grows_its_cache(store: Path) -> None:
-    stock, ours = make_stock("t5-v1.0").cuda(), model(make_stock("t5-v1.0"), store)
+    stock, ours = make_stock("t5-v1.0").cuda(), cuda_model(make_stock("t5-v1.0"), store)
     options = {"max_new_tokens": 300, "min_new_tokens": 300}
-    assert torch.equal(ours.generate(**on_gpu(2), **options), stock.generate(**on_gpu(2), **options))
+    assert torch.equal(ours.generate(**inputs_on_gpu(2), **options), stock.generate(**inputs_on_gpu(2), **options))
 
 
 def test_all_is_captured_and_sizes_need_no_build(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours = model(make_stock("t5-v1.1"), tmp_path)  # a store of its own: other files of tests fill the shared one
+    ours = cuda_model(make_stock("t5-v1.1"), tmp_path)  # a store of its own: other files of tests fill the shared one
     with caplog.at_level(logging.WARNING, "t5_trt"):
         for rows in range(1, 12):
             for arguments in ({}, {"num_beams": 2}):
-                ours.generate(**on_gpu(rows, 5 + 3 * rows), max_new_tokens=4, **arguments)
+                ours.generate(**inputs_on_gpu(rows, 5 + 3 * rows), max_new_tokens=4, **arguments)
     assert "captured" not in caplog.text
     assert {stored.manifest["kernels"] for stored in _entries(tmp_path)} == {"decode_step.cu"}
 
 
 def test_half_precision_of_an_overflowing_checkpoint(store: Path) -> None:
     stock = swollen(make_stock("t5-v1.1"), 30.0, 1e3)
-    ours = model(stock, store, "fp16")
+    ours = cuda_model(stock, store, "fp16")
     with torch.no_grad():
         inputs = batch(3) | {"decoder_input_ids": torch.randint(2, VOCAB, (3, 9))}
         expected, got = (
@@ -88,8 +83,8 @@ def test_half_precision_of_an_overflowing_checkpoint(store: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_gives_equal_bits_in_every_run(precision: str, store: Path) -> None:
-    ours = model(make_stock("t5-v1.1"), store, precision)
-    results = [ours.generate(**on_gpu(), max_new_tokens=20, num_beams=3) for _ in range(3)]
+    ours = cuda_model(make_stock("t5-v1.1"), store, precision)
+    results = [ours.generate(**inputs_on_gpu(), max_new_tokens=20, num_beams=3) for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from typing import Any
 
@@ -13,22 +12,8 @@ from t5_trt.generation.processors import CapturableProcessors, capturable_proces
 from t5_trt.generation.request import GenerationPath
 from t5_trt.generation.sampling import draw
 from tests.cases import CORE, MORE, OTHER_LOOP, OTHER_NUMBERS, PROCESSORS, assert_same, same_values
-from tests.gpu.conftest import idle_slots
+from tests.gpu.cases import LOGITS_ATOL, idle_slots, on_gpu
 from tests.tiny_models import VOCAB, batch
-
-LOGITS_ATOL = 1e-3  # as in test_tensorrt.py
-
-
-def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments with tensors, and those inside of processors, on the GPU, where the Hugging Face class wants them."""
-    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    if "logits_processor" in moved:
-        moved["logits_processor"] = copy.deepcopy(moved["logits_processor"])
-        for processor in moved["logits_processor"]:
-            for name, value in vars(processor).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(processor, name, value.cuda())
-    return moved
 
 
 @pytest.mark.parametrize("name", [*CORE, *MORE])

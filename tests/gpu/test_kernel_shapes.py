@@ -15,7 +15,7 @@ import torch
 
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.graph.precision import REAL_TYPES, mask_value
-from tests.gpu.test_kernels import SMALL, TOLERANCES, check, kernels, make
+from tests.gpu.step_cases import SMALL, TOLERANCES, check, kernels, make
 
 CASES = 48
 SEED = int(os.environ.get("T5_TRT_TEST_SEED", "0"))

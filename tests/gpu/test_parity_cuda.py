@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation.request import GenerationPath
 from t5_trt.runtime.kv_buffers import CrossStates
@@ -28,15 +27,10 @@ from tests.cases import (
     training_step,
     write_data_of_head,
 )
-from tests.gpu.test_decode_loop import LOGITS_ATOL, on_gpu
-from tests.gpu.test_tensorrt import OVERFLOWING
+from tests.gpu.cases import LOGITS_ATOL, OVERFLOWING, cuda_model, on_gpu
 from tests.tiny_models import KINDS, batch, make_stock
 
 ALL = {**CORE, **MORE}
-
-
-def on_kernels(stock: Any, store: Path, precision: str = "fp32") -> Any:
-    return TRTT5ForConditionalGeneration.from_model(stock, backend="cuda", precision=precision, engine_cache_dir=store)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +39,7 @@ def pair_of(store: Path) -> Any:
 
     @cache
     def make(kind: str) -> tuple[Any, Any]:
-        return make_stock(kind).cuda(), on_kernels(make_stock(kind), store)
+        return make_stock(kind).cuda(), cuda_model(make_stock(kind), store)
 
     torch.backends.cuda.matmul.allow_tf32 = False
     return make
@@ -93,7 +87,7 @@ def test_assistants(pair_of: Any, store: Path, sample: bool) -> None:
     """A smaller Hugging Face model beside ours, ours beside a Hugging Face model, and both ours."""
     stock, ours = pair_of("t5-v1.1")
     small = make_stock("t5-v1.1", num_layers=1)
-    theirs, mine = copy.deepcopy(small).cuda(), on_kernels(small, store)
+    theirs, mine = copy.deepcopy(small).cuda(), cuda_model(small, store)
     results = []
     for model, assistant in ((stock, theirs), (ours, theirs), (stock, mine), (ours, mine)):
         torch.manual_seed(4)
@@ -154,7 +148,7 @@ def test_cached_pieces_equal_one_pass(pair_of: Any) -> None:
 @torch.no_grad()
 def test_steps_of_overflowing_checkpoints_in_float16(store: Path, kind: str, enlarge: Any) -> None:
     stock, ids = enlarge(make_stock(kind)), torch.randint(2, 200, (3, 6), device="cuda")
-    ours, inputs, cache, made = on_kernels(copy.deepcopy(stock), store, "fp16"), on_gpu(batch()), None, []
+    ours, inputs, cache, made = cuda_model(copy.deepcopy(stock), store, "fp16"), on_gpu(batch()), None, []
     encoded = ours.get_encoder()(**inputs)
     for place in range(6):  # one token at a time: the kernels
         piece, mask = ids[:, place : place + 1], inputs["attention_mask"]
@@ -171,7 +165,7 @@ def test_steps_of_overflowing_checkpoints_in_float16(store: Path, kind: str, enl
     ids=lambda change: change.__name__,
 )
 def test_changed_weights_are_followed(store: Path, change: Any) -> None:
-    stock, ours = make_stock("t5-v1.1"), on_kernels(make_stock("t5-v1.1"), store)
+    stock, ours = make_stock("t5-v1.1"), cuda_model(make_stock("t5-v1.1"), store)
     texts = []
     for _ in range(2):
         expected, got = both((copy.deepcopy(stock).cuda(), ours))
@@ -186,7 +180,7 @@ def test_changed_weights_are_followed(store: Path, change: Any) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_row_does_not_depend_on_its_batch(store: Path, precision: str) -> None:
     """Logits of ten steps, alone and in batches of 2 to 40, with one beam and with several: equal bits."""
-    session = on_kernels(make_stock("t5-v1.1"), store, precision).session
+    session = cuda_model(make_stock("t5-v1.1"), store, precision).session
     inputs = on_gpu(batch(40, 37))
     # the encoder's products are cuBLAS's, which chooses by the batch: so all batches get the K/V of one encoding
     _, cross = session.encode(inputs["input_ids"], None, inputs["attention_mask"])
@@ -214,7 +208,7 @@ def test_same_call_gives_the_same_bits(store: Path, precision: str) -> None:
     requests = [{}, {"num_beams": 4}, {"do_sample": True}, {"max_new_tokens": 150, "min_new_tokens": 150}]
     runs = []
     for _ in range(2):
-        ours = on_kernels(make_stock("t5-v1.1"), store, precision)
+        ours = cuda_model(make_stock("t5-v1.1"), store, precision)
         for _ in range(2):
             found = []
             for request in requests:

@@ -16,7 +16,7 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.generation.sampling import RowTokenSelector
 from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture
-from tests.gpu.conftest import idle_slots
+from tests.gpu.cases import idle_slots
 from tests.tiny_models import batch, make_stock
 
 

@@ -18,8 +18,7 @@ from t5_trt.serving import Engine
 from t5_trt.serving.handle import Job
 from t5_trt.serving.rows import Row, device_processors
 from t5_trt.serving.settings import SettingsReader
-from tests.serving.test_serving import drawn_settings
-from tests.serving_requests import LONG, PATIENCE_S, source, until
+from tests.serving_requests import LONG, PATIENCE_S, drawn_settings, source, until
 from tests.tiny_models import VOCAB, make_stock
 
 REQUESTS = 200

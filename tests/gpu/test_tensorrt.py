@@ -11,7 +11,6 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,8 @@ from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.step_buffers import Slot
 from t5_trt.tools.verify import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
-from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
-
-#: name -> what makes a checkpoint overflow half precision
-OVERFLOWING = {
-    **{
-        f"feed-forward times {inner, output}": partial(swollen, inner=inner, output=output) for inner, output in FACTORS
-    },
-    **{f"embedding and head times {factor:g}": partial(large_logits, factor=factor) for factor in (2.0**15, 2.0**18)},
-}
-LOGITS_ATOL = 1e-3  # float32 on a GPU: sums in another order than cuBLAS's, over logits of the order of 1 to 10
-
-
-def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.cuda() for name, tensor in inputs.items()}
+from tests.gpu.cases import LOGITS_ATOL, OVERFLOWING, on_gpu
+from tests.tiny_models import KINDS, batch, large_logits, make_stock, swollen
 
 
 def test_runs_on_the_gpu(gpu_pair: Any) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from benchmarks.h100_text import larger
+from benchmarks.engine_text import larger
 from t5_trt import InputError, RuntimeConfig, TRTT5ForConditionalGeneration
 from t5_trt.checkpoint.tokenizing import text_batches
 from t5_trt.graph import fp16_scaling

@@ -23,8 +23,8 @@ from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_encoder import KernelEncoder, open_encoder
 from t5_trt.runtime.torch_layers import NO_KEY, TorchEncoder
+from tests.kernels.compiled import BASE, GATED, LARGE, ODD, WIDE, usage
 from tests.kernels.emulation import EmulatedKernels
-from tests.kernels.test_kernel_compile import BASE, GATED, LARGE, ODD, WIDE, usage
 from tests.tiny_models import KINDS, batch, make_stock, swollen
 
 CPU = torch.device("cpu")

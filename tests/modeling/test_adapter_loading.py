@@ -17,9 +17,8 @@ from transformers import T5ForConditionalGeneration
 
 from t5_trt import TRTT5ForConditionalGeneration, prebuild
 from t5_trt.errors import CheckpointError, InputError
-from tests.adapters import QUIET, lora, randomize, save_adapters
+from tests.adapters import QUIET, compare, lora, randomize, save_adapters
 from tests.hub_folders import put_into_cache
-from tests.modeling.test_adapters import compare
 from tests.tiny_models import make_stock
 
 pytestmark = QUIET

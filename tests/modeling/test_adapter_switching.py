@@ -14,8 +14,7 @@ from t5_trt.graph.int8 import MATRIX
 from t5_trt.graph.parameters import parameters
 from t5_trt.runtime import onnxruntime_session
 from t5_trt.serving import Engine
-from tests.adapters import QUIET, lora, peft_pair
-from tests.modeling.test_adapters import BATCH, LABELS, compare, logits, tokens
+from tests.adapters import BATCH, LABELS, QUIET, compare, logits, lora, peft_pair, tokens
 from tests.tiny_models import make_stock, swollen
 from tests.tolerances import LOGITS_ATOL
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from tests.adapters import CONFIGS, QUIET, lora, peft_pair
-from tests.modeling.test_adapters import BATCH, LABELS, compare, tokens
+from tests.adapters import BATCH, CONFIGS, LABELS, QUIET, compare, lora, peft_pair, tokens
 from tests.tiny_models import make_stock
 
 pytestmark = QUIET

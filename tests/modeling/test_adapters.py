@@ -19,33 +19,10 @@ from transformers import T5EncoderModel
 
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration
 from t5_trt.errors import InputError, StrictModeError, UnsupportedModelError
-from tests.adapters import CONFIGS, QUIET, lora, peft_pair, randomize
-from tests.tiny_models import KINDS, VOCAB, batch, make_stock
-from tests.tolerances import LOGITS_ATOL
+from tests.adapters import BATCH, CONFIGS, LABELS, QUIET, compare, logits, lora, peft_pair, randomize, tokens
+from tests.tiny_models import KINDS, make_stock
 
 pytestmark = QUIET
-MODES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "beams": {"num_beams": 3, "num_return_sequences": 2},
-    "sampling": {"do_sample": True, "top_k": 20},
-}
-BATCH = batch()
-LABELS = torch.randint(2, VOCAB, (3, 6), generator=torch.Generator().manual_seed(3))
-
-
-def tokens(model: Any, mode: str = "greedy", **options: Any) -> list[Any]:
-    torch.manual_seed(0)
-    return model.generate(**BATCH, **{"max_new_tokens": 12, **MODES[mode], **options}).tolist()  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def logits(model: Any, **options: Any) -> torch.Tensor:
-    return model(**BATCH, decoder_input_ids=LABELS, **options).logits  # type: ignore[no-any-return]
-
-
-def compare(theirs: Any, mine: Any, **options: Any) -> None:
-    assert torch.allclose(logits(theirs, **options), logits(mine, **options), rtol=0, atol=LOGITS_ATOL)
-    assert tokens(theirs, **options) == tokens(mine, **options)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

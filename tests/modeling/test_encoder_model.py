@@ -14,7 +14,7 @@ from transformers import MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
 from t5_trt import InputError, StrictModeError, TRTT5EncoderModel, TRTT5ForConditionalGeneration, UnsupportedModelError
 from t5_trt.engine.store import EngineStore
 from tests.conftest import SHIPPED
-from tests.engine.test_rtx_build import provider
+from tests.rtx_plans import provider
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import KINDS, batch, make_stock
 from tests.tolerances import HIDDEN_ATOL

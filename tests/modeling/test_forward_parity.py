@@ -13,12 +13,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation.kv_cache import EngineCache
-from tests.tiny_models import VOCAB, batch, make_stock
+from tests.tiny_models import batch, make_stock, tokens
 from tests.tolerances import HIDDEN_ATOL, LOGITS_ATOL, LOSS_ATOL
-
-
-def tokens(rows: int, count: int, seed: int = 7) -> torch.Tensor:
-    return torch.randint(2, VOCAB, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 130])

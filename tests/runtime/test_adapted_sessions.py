@@ -15,9 +15,8 @@ from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.modeling.adapters import AdaptedWeights
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
 from t5_trt.runtime.device_weights import DeviceWeights
-from tests.adapters import EVERYWHERE, QUIET, lora, peft_pair
-from tests.modeling.test_adapters import compare, logits, tokens
-from tests.runtime.test_kernel_decoder import Recording, TorchSteps
+from tests.adapters import EVERYWHERE, QUIET, compare, logits, lora, peft_pair, tokens
+from tests.stand_in_kernels import Recording, TorchSteps
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import make_stock
 

@@ -4,99 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from t5_trt import TRTT5ForConditionalGeneration
-from t5_trt.engine.store import EngineStore
-from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.kernels.decode_step import PRODUCTS, Geometry
-from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
-from t5_trt.runtime.step_buffers import select_tokens
-from tests.runtime.test_cuda_kernels import on_cpu, steps  # noqa: F401 - fixtures
-from tests.tiny_models import batch, make_stock
-
-
-class Recording:
-    """In place of a CUDA graph, after a warm-up that draws nothing from the user's generator."""
-
-    def __init__(self, work: Any, *_: Any, draws: bool = True) -> None:
-        with torch.random.fork_rng(devices=[], enabled=draws):
-            work()
-        self.replay = work
-
-
-class TorchSteps(kernel_decoder.KernelDecoder):
-    """A step by the decoder for several query positions."""
-
-    decoder: Any
-
-    def kernels(self, rows: int) -> Any:
-        """None are needed."""
-        return SimpleNamespace(geometry={name: Geometry(1, 8, 0) for name in PRODUCTS})
-
-    def _run(self, slot: Any, selector: Any) -> None:
-        length = int(slot.position)
-        assert (slot.positions == length).all()
-        past, beams = slot.kv[..., :length, :], slot.shapes.N
-        if slot.ancestors is not None:
-            rows = torch.arange(len(slot.tokens))[:, None] // beams * beams + slot.ancestors[:, :length]
-            past = past.transpose(3, 4)[:, :, rows, torch.arange(length)].transpose(3, 4)
-        logits, made = self.decoder.run(slot.tokens.long(), past, slot.cross, slot.cross_bias, beams, None)
-        slot.kv[..., length : length + 1, :] = made
-        slot.logits.copy_(logits)
-        if selector is None:
-            slot.move_on(slot.position)
-        elif selector.takes_best:
-            slot.logits.fill_(torch.nan)  # they are not there
-            if selector.hiding is not None and length + 1 < selector.hiding.until:
-                logits[..., selector.hiding.tokens.bool()] = -torch.inf
-            select_tokens(slot, selector, slot.position, best_of(logits[:, 0]))
-        else:
-            select_tokens(slot, selector, slot.position)
-
-    def _run_rows(self, rows: Any, step: Any, best_only: bool) -> None:
-        """Row by row, from what the kernels get; rows of padding have a source without tokens."""
-        given = step.inputs
-        for row, token in enumerate(given.tokens):
-            length, source, own = int(given.position[row]), int(given.lengths[row]), slice(row, row + 1)
-            if source == 0:
-                assert int(token) == length == 0
-                continue
-            past, bias = given.kv[:, :, own, :, :length], given.mask[own, None, None, :source]
-            logits, made = self.decoder.run(
-                token.long().view(1, 1), past, given.cross[:, :, own, :, :source], bias, 1, None
-            )
-            given.kv[:, :, own, :, length : length + 1] = made
-            given.logits[row] = torch.nan if best_only else logits[0, 0]
-            if best_only:
-                step.buffers.best[own] = best_of(logits[:, 0])
-        if best_only:
-            rows.name_best(step.buffers.best[: len(given.tokens)])
-
-
-def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """As the kernel of the output matrix leaves it: the order of the largest logit, and behind it the token, inverted."""
-    return (torch.ones(len(logits), dtype=torch.int64) << 32) | (~logits.argmax(-1) & 0xFFFFFFFF)
+from tests.stand_in_kernels import kernels_pair
+from tests.tiny_models import batch
 
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
-    monkeypatch.setattr(kernel_decoder, "capture", Recording)
-    monkeypatch.setattr(captured_encoder, "capture", Recording)
-    monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
-    monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
-    stock = make_stock("t5-v1.1")
-    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
-    arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")
-    session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Fp16Scaling(), EngineStore(tmp_path))
-    session._steps.decoder = session._queries
-    ours.session  # noqa: B018 - takes note of the weights
-    ours.session = session
-    return stock, ours
+    return kernels_pair(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +52,7 @@ def test_source_without_any_shown_token(pair: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"min_length": 70}], ids=str)
 def test_choices_by_kernels(
-    steps: list[bool],  # noqa: F811
+    steps: list[bool],
     pair: tuple[Any, Any],
     arguments: dict[str, Any],
 ) -> None:
@@ -143,7 +62,7 @@ def test_choices_by_kernels(
 
 
 def test_beams_with_sources_of_their_own(
-    steps: list[bool],  # noqa: F811
+    steps: list[bool],
     pair: tuple[Any, Any],
 ) -> None:
     """Transformers repeats encoder states that it is given, and rows of the cache move."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,17 @@ import torch
 
 from t5_trt.runtime import kernel_rows
 from t5_trt.runtime.kernel_rows import padded_count
-from tests.runtime.test_kernel_decoder import pair  # noqa: F401 - a fixture
-from tests.runtime.test_row_positions import LENGTHS, Alone, step
+from tests.row_cases import LENGTHS, Alone, step
+from tests.stand_in_kernels import kernels_pair
 
 
 @pytest.fixture
-def session(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
+    return kernels_pair(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def session(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(kernel_rows.KernelRowBuffers, "smallest", (8, 8))  # so that all grows soon
     return pair[1].session
 

@@ -20,7 +20,7 @@ from t5_trt.runtime import open_session as opening
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.select import Placement
 from t5_trt.runtime.torch_layers import TorchDecoder
-from tests.runtime.test_kernel_decoder import Recording, TorchSteps
+from tests.stand_in_kernels import Recording, TorchSteps
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import KINDS, batch, large_logits, make_stock, swollen
 from tests.tolerances import LOGITS_ATOL

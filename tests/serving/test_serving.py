@@ -19,8 +19,7 @@ from t5_trt.errors import (
     RequestTimeoutError,
 )
 from t5_trt.serving import Engine
-from tests.serving_requests import LONG, PATIENCE_S, alone, source, until
-from tests.tiny_models import VOCAB
+from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
 
 REQUESTS = int(os.environ.get("T5_TRT_SERVING_REQUESTS", "300"))
 
@@ -29,27 +28,6 @@ REQUESTS = int(os.environ.get("T5_TRT_SERVING_REQUESTS", "300"))
 def engine(v11: tuple[Any, Any]) -> Iterator[Engine]:
     with Engine(v11[1], max_rows=4, max_waiting=8) as made:
         yield made
-
-
-def drawn_settings(chance: random.Random) -> dict[str, Any]:
-    """Settings of one request."""
-    settings: dict[str, Any] = {"max_new_tokens": chance.choice((1, 2, 8, 30, 70))}
-    kind = chance.choice(("greedy", "greedy", "processed", "sampled", "sampled", "beams"))
-    if kind == "processed":
-        settings |= {"repetition_penalty": 1.3, "no_repeat_ngram_size": chance.choice((0, 2))}
-        settings["min_new_tokens"] = chance.randint(0, settings["max_new_tokens"])
-    if kind == "sampled":
-        settings |= {"do_sample": True, "temperature": chance.choice((0.7, 1.0, 1.4)), "seed": chance.randrange(10**6)}
-        settings |= {"top_k": chance.choice((0, 5, 50)), "top_p": chance.choice((0.8, 1.0))}
-        settings |= {
-            "repetition_penalty": chance.choice((1.0, 1.2)),
-            "num_return_sequences": chance.choice((1,) * 9 + (2,)),
-        }
-    if kind == "beams":
-        settings |= {"num_beams": 2, "num_return_sequences": chance.randint(1, 2), "max_new_tokens": 8}
-    if chance.random() < 0.2:
-        settings["eos_token_id"] = [1, chance.randrange(2, VOCAB)]
-    return settings
 
 
 def test_random_requests_get_the_tokens_of_generate_alone(v11: tuple[Any, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,18 @@ import torch
 from t5_trt.errors import BackendError, RequestCancelledError
 from t5_trt.serving import Engine, scheduler
 from t5_trt.serving.sources import by_length
-from tests.runtime.test_kernel_decoder import pair  # noqa: F401 - a fixture
-from tests.serving.test_serving import drawn_settings
-from tests.serving_requests import LONG, PATIENCE_S, alone, source, until
+from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
+from tests.stand_in_kernels import kernels_pair
 from tests.tiny_models import make_stock
 
 
 @pytest.fixture
-def ours(pair: tuple[Any, Any]) -> Any:  # noqa: F811
+def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
+    return kernels_pair(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def ours(pair: tuple[Any, Any]) -> Any:
     return pair[1]
 
 

@@ -283,12 +283,12 @@ def test_help_needs_no_torch() -> None:
 
 def test_table_of_a_gpu_leads_with_the_fastest_peer_in_the_same_precision() -> None:
     """Ours and the compiled baseline come from different runs; what was measured otherwise is no row."""
-    case = {"stage": "h100_loops loops", "batch": 8, "num_beams": 4, "new_tokens": 100}
+    case = {"stage": "engine_calls loops", "batch": 8, "num_beams": 4, "new_tokens": 100}
     records: list[dict[str, Any]] = [
         {**case, "ours_ms": 50.0, "hf_eager_fp32_ms": 1000.0},
         {**case, "ours_ms": 40.0, "hf_eager_fp32_ms": 1000.0, "hf_eager_fp16_ms": 2000.0},
-        {**case, "stage": "h100_loops compiled", "hf_compiled_fp16_ms": 200.0},
-        {**case, "stage": "h100 base", "ours_ms": 30.0, "hf_eager_fp32_ms": 1000.0},
+        {**case, "stage": "engine_calls compiled", "hf_compiled_fp16_ms": 200.0},
+        {**case, "stage": "engines base", "ours_ms": 30.0, "hf_eager_fp32_ms": 1000.0},
         {"compared": "something", "batch": 1},
         {**case, "batch": 1, "ours_ms": 3.0},
         {**case, "batch": 2, "ours_ms": 3.0, "hf_eager_fp32_ms": 9.0},  # nothing in the same precision
@@ -303,9 +303,9 @@ def test_table_of_a_gpu_leads_with_the_fastest_peer_in_the_same_precision() -> N
 def test_picture_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn from the records of its stage; one that is missing makes a README out of date."""
     drawn = read_records(report.RESULTS / report.CPU_PLOT_RECORDS)
-    others = [{"stage": "h100 base", "batch": 1}]
+    others = [{"stage": "engines base", "batch": 1}]
     (tmp_path / report.GPU_RECORDS).write_text(
-        json.dumps(others + [{"stage": "h100_loops curves", **each} for each in drawn])
+        json.dumps(others + [{"stage": "engine_calls curves", **each} for each in drawn])
     )
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert "missing" in report.gpu_speed_plot(tmp_path / "README.md", write=False)

@@ -1,26 +1,31 @@
-"""Records of the decode loops on a GPU with TensorRT: T5-base shapes in fp16, greedy and beams, against Hugging Face.
+"""Time whole calls of generate() by TensorRT's engines on a GPU, greedy and with beams, against Hugging Face's class.
 
-Stages ``build`` and ``build-curves`` fill the store, ``loops`` measures ours and both eager baselines in one process (``smoke``: of
-T5-small, to see that it works), ``long`` the cost of a token in every cache bucket, ``curves`` latency against batch and new
-tokens. ``compiled`` needs no TensorRT: Hugging Face with a static cache and torch.compile, on whatever Python the machine has.
+T5-base shapes with random weights in fp16.
+
+build, build-curves  fill the store with the engines of the other stages
+loops                ours and both eager baselines in one process (smoke: of T5-small, to see that it works)
+kernels              print the kernels of a step
+long                 the cost of a token in every cache bucket
+curves               latency against batch and new tokens
+compiled             Hugging Face's class with a static cache and torch.compile; needs no TensorRT
+
 Every stage appends to the same JSON file.
 """
 
 from __future__ import annotations
 
-import gc
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.decode import call_parts
+from benchmarks.decode_parts import Captures
 from benchmarks.gpu import (
     BASE,
     NEW_TOKENS,
@@ -33,6 +38,7 @@ from benchmarks.gpu import (
     our_model,
     replay_us,
     request,
+    selecting_slot,
     slot_alone,
     timed_ms,
 )
@@ -42,6 +48,7 @@ from t5_trt.tools.random_models import RANDOM, random_t5
 #: (batch, beams) -> tokens per second of the best beam that FasterTransformer's T5 guide gives for T5-base, fp16, an A100
 CASES: dict[tuple[int, int], float | None] = {(1, 1): None, (32, 1): None, (1, 4): 671, (8, 4): 2807, (32, 4): 7102}
 LONG_TOKENS = 512
+RUNS = 5  # that a median of a call's parts is of
 #: latency against batch at 64 new tokens, and against new tokens at batch 1
 BATCHES, LENGTHS = (1, 2, 4, 8, 16, 32), (16, 64, 128, 256)
 #: (batch, beams, cache tokens) of the engines that stages need: one token fewer is cached than there are
@@ -58,7 +65,7 @@ def stage_build(store: Path, precision: str, sizes: Sequence[tuple[int, int, int
     shapes = [engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=tokens) for rows, beams, tokens in sizes]
     wanted = [(STEP, each) for each in shapes] + [(ENCODER, each) for each in shapes]
     engines.prefetch(list(dict.fromkeys((graph, each.for_graph(graph)) for graph, each in wanted)))
-    print(f"engines: {len(engines._engines)} after {time.perf_counter() - start:.1f} s")
+    print(f"engines: ready after {time.perf_counter() - start:.1f} s")
     return iter(())
 
 
@@ -71,6 +78,8 @@ def stage_loops(
     torch.backends.cuda.matmul.allow_tf32 = False
     for (rows, beams), published in cases.items():
         arguments = request(rows, num_beams=beams)
+        with Captures() as captures:
+            ours.generate(**arguments)
         ours_ms, ours_p90_ms = timed_ms(lambda now=arguments: ours.generate(**now), 9)
         eager = {
             name: timed_ms(lambda model=model, now=arguments: model.generate(**now), 3)[0]
@@ -78,8 +87,10 @@ def stage_loops(
         }
         loop = str(ours.last_generation_path)
         got, expected = ours.generate(**arguments), baselines["fp32"].generate(**arguments)
-        slot, key = captured(ours, rows, beams, arguments)
-        step_us = {"with choice": replay_us(slot, key), "alone": replay_us(slot)}  # alone: the engine and the K/V write
+        step_us = {
+            "with choice": replay_us(*selecting_slot(ours, arguments)),
+            "alone": replay_us(slot_alone(ours, arguments)),
+        }
         ids, mask = arguments["input_ids"], arguments["attention_mask"]
         encode = ours.session.encode
         encoder_ms = events_ms(lambda encode=encode, ids=ids, mask=mask: encode(ids, None, mask))
@@ -101,9 +112,9 @@ def stage_loops(
             "published_tokens_per_s": published,
             "step_us": {name: round(value, 1) for name, value in step_us.items()},
             "encoder_ms": round(encoder_ms, 3),
-            "parts_ms": parts_ms(ours, arguments),
+            "parts_ms": call_parts(ours, arguments, RUNS),
             "steps_without_reports_ms": unreported_steps_ms(ours, arguments),
-            **recording_cost(ours, slot, key),
+            "capture_ms": max(captures.times_ms, default=None),
             "host_share": round(1 - gpu_ms / ours_ms, 3),
             "rows_equal": _rows_equal(got, expected),
             "hf_fp16_rows_equal": _rows_equal(baselines["fp16"].generate(**arguments), expected),
@@ -115,41 +126,6 @@ def stage_loops(
 def _rows_equal(got: torch.Tensor, expected: torch.Tensor) -> int:
     width = min(got.shape[1], expected.shape[1])
     return int((got[:, :width] == expected[:, :width]).all(1).sum())
-
-
-def parts_ms(ours: Any, arguments: dict[str, Any], runs: int = 5) -> dict[str, float]:
-    """Medians of a call's parts on the GPU's clock in milliseconds, its waiting for the host included."""
-    from t5_trt.runtime.step_buffers import CapturedStep
-
-    replay, found = CapturedStep.replay, []
-    for _ in range(runs):
-        events = {name: torch.cuda.Event(enable_timing=True) for name in ("start", "first step", "last step", "end")}
-        steps = 0
-
-        def timed(step: Any, slot: Any, state: Any, events: Any = events) -> None:
-            nonlocal steps
-            if steps == 0:
-                events["first step"].record()
-            replay(step, slot, state)
-            steps += 1
-            if steps == NEW_TOKENS:
-                events["last step"].record()
-
-        CapturedStep.replay = timed  # type: ignore[method-assign]
-        try:
-            torch.cuda.synchronize()
-            events["start"].record()
-            ours.generate(**arguments)
-            events["end"].record()
-            torch.cuda.synchronize()
-        finally:
-            CapturedStep.replay = replay  # type: ignore[method-assign]
-        start, first, last, end = events.values()
-        found.append((start.elapsed_time(first), first.elapsed_time(last), last.elapsed_time(end)))
-    names = ("before the steps", "steps", "after the steps")
-    return {
-        name: round(statistics.median(times), 3) for name, times in zip(names, zip(*found, strict=True), strict=True)
-    }
 
 
 class NoReports:
@@ -168,43 +144,15 @@ class NoReports:
 
 
 def unreported_steps_ms(ours: Any, arguments: dict[str, Any]) -> float:
-    """All steps of a call without the copies of their reports: what those cost."""
+    """The GPU's milliseconds for all steps of a call whose reports are not copied to the host, to see what the copies cost."""
     from t5_trt.generation import decode_loop
 
     watcher = decode_loop.Watcher
     decode_loop.Watcher = NoReports  # type: ignore[assignment, misc]
     try:
-        return parts_ms(ours, arguments)["steps"]
+        return call_parts(ours, arguments, RUNS)["GPU steps"]
     finally:
         decode_loop.Watcher = watcher  # type: ignore[misc]
-
-
-def captured(ours: Any, rows: int, beams: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """The slot that the last request used, with a step without a token selector captured too, and the key of the one with."""
-    gc.collect()  # requests that are over give their slots back
-    session = ours.session
-    shapes = session.engines.bucket(B=rows, N=beams, S=SOURCE_TOKENS, T=NEW_TOKENS + 1)
-    slot = session._slots.idle[shapes][-1]
-    chosen = next(key for key in reversed(slot.steps) if key is not None)
-    session._slots.idle[shapes] = [slot]
-    return slot_alone(ours, arguments), chosen
-
-
-def recording_cost(ours: Any, slot: Any, key: Any, times: int = 8) -> dict[str, float]:
-    """Milliseconds that a recording takes, and GPU memory in 10**6 bytes that each captured step holds."""
-    selector, state, found = slot.steps[key].selector, SimpleNamespace(length=0), []
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # as a recording does
-    free = torch.cuda.mem_get_info()[0]
-    kept = []  # none is given back in between
-    for number in range(times):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        kept.append(ours.session._steps.captured(slot, state, ("again", number), selector))
-        found.append((time.perf_counter() - start) * 1e3)
-    held = (free - torch.cuda.mem_get_info()[0]) / times
-    return {"recording_ms": round(statistics.median(found), 2), "recorded_step_mb": round(held / 1e6, 2)}
 
 
 def stage_kernels(store: Path, precision: str) -> Records:
@@ -212,9 +160,10 @@ def stage_kernels(store: Path, precision: str) -> Records:
     ours = our_model(store, precision)
     for rows, beams in CASES:
         arguments = request(rows, num_beams=beams)
-        ours.generate(**arguments)
-        slot, key = captured(ours, rows, beams, arguments)
-        for name, which in (("alone", None), ("with choice", key)):
+        for name, (slot, which) in {
+            "alone": (slot_alone(ours, arguments), None),
+            "with choice": selecting_slot(ours, arguments),
+        }.items():
             found = kernels(slot, which, 40)
             times = (
                 f"{replay_us(slot, which):.0f} us, {found['step_kernels']} kernels of {found['step_kernel_sum_us']} us"
@@ -231,10 +180,7 @@ def stage_long(store: Path, precision: str) -> Records:
     ours_ms, ours_p90_ms = timed_ms(lambda: ours.generate(**arguments))
     step_us = {}
     for tokens in (128, 256, LONG_TOKENS):  # a request of so many tokens starts in that bucket
-        ours.generate(**request(1, tokens - 1))
-        gc.collect()
-        slot = next(slots[-1] for shapes, slots in ours.session._slots.idle.items() if tokens == shapes.T and slots)
-        step_us[tokens] = round(replay_us(slot, next(key for key in reversed(slot.steps) if key), 64), 1)
+        step_us[tokens] = round(replay_us(*selecting_slot(ours, request(1, tokens - 1)), 64), 1)
     yield {
         "model": BASE,
         "precision": precision,

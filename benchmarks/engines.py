@@ -1,4 +1,4 @@
-"""Records of a run on a GPU with TensorRT: build, load, equality with Hugging Face's class, step and whole-call times.
+"""Time TensorRT's engines on a GPU: builds, loading, a step and whole calls; and compare tokens with Hugging Face's class.
 
 Stages are separate commands because builds are long and timing wants a quiet machine: ``build`` fills the store, the
 others use it. Every stage appends to the same JSON file.

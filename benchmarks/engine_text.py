@@ -1,4 +1,4 @@
-"""Records of equal text on a GPU with TensorRT: the shipped model on real words, and checkpoints that overflow float16.
+"""Compare text by TensorRT's engines with Hugging Face's: the shipped model, and checkpoints that overflow float16.
 
 Stage ``shipped`` runs sentences in several batch sizes against Hugging Face in float32 (``shipped-build`` only builds its
 engines); ``overflow`` runs models of two layers that give NaN or wrong logits in Hugging Face's float16, and ``overflow-stream``

@@ -1,4 +1,4 @@
-"""The script that fills an H100's time: what ends is kept, what does not is cut off, and every command it names exists."""
+"""The script that measures engines on a GPU: what ends is kept, what does not is cut off, and every command it names exists."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import h100_session
-from benchmarks.h100_session import PARTS, Run, keep, merged, run_part
+from benchmarks import engine_session, lanes
+from benchmarks.engine_session import PARTS, keep, merged, run_part
+from benchmarks.lanes import Run
 
 COMMANDS = [
     command for part in PARTS.values() for step in part for lane in step for command in lane if "pytest" not in command
@@ -33,9 +34,10 @@ def test_commands_name_stages_that_exist() -> None:
 
 def test_what_ends_is_kept_and_the_rest_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = "{python} -c \"import json; json.dump([dict(stage='{{}}', model='m')], open('{json}', 'w'))\""
-    lanes = [[write.replace("{{}}", "one"), "exit 3"], [write.replace("{{}}", "two") + "; sleep 60"]]
-    monkeypatch.setattr(h100_session, "PARTS", {"part": [lanes]})
-    monkeypatch.setattr(h100_session, "STORE", tmp_path / "store")
+    commands = [[write.replace("{{}}", "one"), "exit 3"], [write.replace("{{}}", "two") + "; sleep 60"]]
+    monkeypatch.setattr(engine_session, "PARTS", {"part": [commands]})
+    monkeypatch.setattr(engine_session, "STORE", tmp_path / "store")
+    monkeypatch.setattr(lanes, "STORE", tmp_path / "store")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "soak.json").write_text("{}")
     start = time.monotonic()
@@ -54,13 +56,13 @@ def test_newer_records_replace_older_ones_of_their_case(tmp_path: Path, monkeypa
     assert merged(old, new) == [new[0], old[1], new[1]]
     fuller = [{"stage": "a", "batch": 7, "source_tokens": 9}]
     assert merged(old, fuller) == [old[1], fuller[0]]
-    monkeypatch.setattr(h100_session, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(engine_session, "RESULTS", tmp_path / "results.json")
     (tmp_path / "results.json").write_text(json.dumps(old))
     (tmp_path / "records.json").write_text(json.dumps(new))
     (tmp_path / "soak.json").write_text("{}")
     keep(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == merged(old, new)
-    assert (tmp_path / h100_session.SOAK).read_text() == "{}"
+    assert (tmp_path / engine_session.SOAK).read_text() == "{}"
 
 
 def test_time_that_is_up_before_a_command(tmp_path: Path) -> None:

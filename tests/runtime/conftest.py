@@ -1,0 +1,108 @@
+"""Token selection by CUDA kernels on a CPU: their sources, compiled by the C++ compiler, threads one after the other."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5_trt import kernels
+from t5_trt.runtime import cuda_kernels
+
+SHIM = """
+#include <cmath>
+#include <cstring>
+
+#define LANES 1
+#define __launch_bounds__(threads)
+#define __syncwarp()
+#define __all_sync(mask, value) (value)
+#define __reduce_max_sync(mask, value) (value)
+#define __reduce_min_sync(mask, value) (value)
+#define __shfl_xor_sync(mask, value, step) (value)
+static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
+static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+#define __global__
+#define __device__
+#define __shared__ static
+#define __syncthreads()
+#define __syncthreads_and(value) (value)
+#define __threadfence()
+#define __threadfence_system()
+struct uint4 { unsigned x, y, z, w; };
+struct dim3 { int x, y, z; };
+static dim3 blockIdx, blockDim, gridDim, threadIdx;
+static int atomicAdd(int* address, int value) { int old = *address; *address += value; return old; }
+#include "%s"
+extern "C" void run(void** values, int gx, int gy, int gz, int threads)
+{
+    blockDim = {threads, 1, 1};
+    gridDim = {gx, gy, gz};
+    for (blockIdx.z = 0; blockIdx.z < gz; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < gy; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < gx; ++blockIdx.x)
+                for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+                    %s;
+}
+"""
+
+
+def call_of(name: str, source: str) -> str:
+    """The call of a kernel with its arguments taken from addresses."""
+    found = re.search(rf"{name}\(\s*(.*?)\)", source, flags=re.DOTALL)
+    assert found
+    arguments = []
+    for index, parameter in enumerate(found[1].split(",")):
+        kind = re.sub(r"\w+$", "", parameter.strip())
+        arguments.append(f"({kind})values[{index}]" if "*" in kind else f"*({kind}*)values[{index}]")
+    return f"{name}({', '.join(arguments)})"
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kernels compiled by the C++ compiler and launched on the host's memory."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler, "these tests need a C++ compiler"
+    serial = itertools.count()
+    compiled: dict[Any, Any] = {}
+
+    def function(name: str, device: int, options: tuple[tuple[str, int], ...]) -> Any:
+        if (name, options) in compiled:
+            return compiled[name, options]
+        source, library = tmp_path / f"{name}{next(serial)}.cpp", tmp_path / f"{name}{next(serial)}.so"
+        kernel = Path(kernels.__file__).parent / f"{name}.cu"
+        source.write_text(SHIM % (kernel, call_of(name, kernel.read_text())))
+        flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-Wno-unknown-pragmas"]
+        defined = [f"-D{option}={1 if option == 'WARPS' else value}" for option, value in options]
+        subprocess.run([compiler, *flags, *defined, "-o", library, source], check=True)
+        compiled[name, options] = ctypes.CDLL(str(library)).run
+        return compiled[name, options]
+
+    def launch(function: Any, grid: Any, threads: int, device: Any, buffers: Any, sizes: Any) -> None:
+        pointers = [ctypes.c_void_p(None if buffer is None else buffer.data_ptr()) for buffer in buffers]
+        numbers = [ctypes.c_int(size) for size in sizes]
+        values = (ctypes.c_void_p * (len(pointers) + len(numbers)))(
+            *pointers, *(ctypes.cast(ctypes.pointer(number), ctypes.c_void_p) for number in numbers)
+        )
+        function(values, *grid, cuda_kernels.THREADS)
+
+    monkeypatch.setattr(cuda_kernels, "_function", function)
+    monkeypatch.setattr(cuda_kernels, "_launch", launch)
+    monkeypatch.setattr(cuda_kernels, "_runs_kernels", lambda tensor: True)
+
+
+@pytest.fixture
+def steps(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a kernel did a step, for every step; one thread for each block, as threads that wait cannot run in turn."""
+    monkeypatch.setattr(cuda_kernels, "THREADS", 1)
+    done: list[bool] = []
+    for step in ("token_step", "beam_candidates", "beam_step"):
+        real = getattr(cuda_kernels, step)
+        monkeypatch.setattr(cuda_kernels, step, lambda *a, real=real, **k: done.append(real(*a, **k)) or done[-1])
+    return done

@@ -76,22 +76,33 @@ class Ways:
         return found
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A command line that names a model and the texts of requests to it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
+
+
+def requests(path: Path, count: int) -> list[str]:
+    """Texts of one to four lines of a file each, always the same."""
+    lines, chance = path.read_text(encoding="utf-8").split("\n")[:-1], random.Random(0)
+    return ["".join(chance.choices(lines, k=chance.randint(1, 4))) for _ in range(count)]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__)
     parser.add_argument("--max-new-tokens", type=int, default=95)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = TRTT5ForConditionalGeneration.from_pretrained(given.model, backend="onnxruntime", num_threads=given.threads)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    lines, chance = given.texts.read_text(encoding="utf-8").split("\n")[:-1], random.Random(0)
-    texts = ["".join(chance.choices(lines, k=chance.randint(1, 4))) for _ in range(given.requests)]
+    texts = requests(given.texts, given.requests)
     ways = Ways(model, tokenizer, given.rows, given.max_new_tokens)
     served: dict[str, Callable[[list[str]], list[str]]] = {
         "one at a time": ways.plain,

@@ -8,11 +8,9 @@ The server is a process of its own; so are the clients, which keep their connect
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import queue
-import random
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.serving import options, requests
 from t5_trt import TRTT5ForConditionalGeneration, generate_many
 
 
@@ -95,19 +94,12 @@ def streamed(answer: bytes) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=400)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    given = options(__doc__).parse_args()
     model = TRTT5ForConditionalGeneration.from_pretrained(
         given.model, backend="onnxruntime", num_threads=torch.get_num_threads()
     )
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    lines, chance = given.texts.read_text(encoding="utf-8").split("\n")[:-1], random.Random(0)
-    texts = ["".join(chance.choices(lines, k=chance.randint(1, 4))) for _ in range(given.requests)]
+    texts = requests(given.texts, given.requests)
     ways = [(count, stream) for stream in (False, True) for count in (1, 16, 64)]
     names = [f"server, {count} clients{', streams' if stream else ''}" for count, stream in ways]
     rates: dict[str, list[float]] = {name: [] for name in ("generate_many", *names)}

@@ -18,26 +18,32 @@ class Alone:
 
     def __init__(self, session: Any, length: int, seed: int) -> None:
         self.session, self.generator = session, torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(2, VOCAB, (1, length), generator=self.generator)
-        self.mask = torch.ones_like(self.ids)
-        self.mask[0, length // 3] = 0
-        _, self.cross = session.encode(self.ids, None, self.mask)
-        self.state = session.start(self.cross, 1, self.mask)
+        ids = torch.randint(2, VOCAB, (1, length), generator=self.generator).to(session.device)
+        mask = torch.ones_like(ids)
+        mask[0, length // 3] = 0
+        _, cross = session.encode(ids, None, mask)
+        self.state = session.start(cross, 1, mask)
+        # copies: on a GPU the next source is encoded into the same memory
+        self.kv = cross.kv[:, :, 0, :, :length].clone()
+        self.bias = session.cross_bias(mask, cross)[0, 0, 0, :length].clone()
 
     def enter(self, rows: RowBuffers) -> None:
-        rows.add(self.cross.kv[:, :, 0], self.session.cross_bias(self.mask, self.cross)[0, 0, 0])
+        rows.add(self.kv, self.bias)
+
+    def logits(self, token: int) -> torch.Tensor:
+        made: torch.Tensor = self.session.decode(self.state, torch.tensor([[token]], device=self.session.device))
+        return made[0, 0]
 
     def token(self) -> int:
         return int(torch.randint(2, VOCAB, (1,), generator=self.generator))
 
 
-def step(session: RowSession, rows: RowBuffers, alone: list[Alone]) -> None:
-    """One step of all rows, compared with each row's own."""
+def step(session: RowSession, rows: RowBuffers, alone: list[Alone], atol: float = LOGITS_ATOL) -> None:
+    """One step of all rows, compared with each row's own; `atol` 0 asks for equal bits."""
     rows.fit()
-    tokens = torch.tensor([each.token() for each in alone])
-    rows.feed(tokens.tolist())
+    tokens = [each.token() for each in alone]
+    rows.feed(tokens)
     found = session.step_rows(rows)
     for row, each in enumerate(alone):
-        expected = each.session.decode(each.state, tokens[row].view(1, 1))[0, 0]
-        torch.testing.assert_close(found[row], expected, atol=LOGITS_ATOL, rtol=0)
+        torch.testing.assert_close(found[row], each.logits(tokens[row]), atol=atol, rtol=0)
         assert rows.position(row) == each.state.length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.errors import BackendError, RequestCancelledError
-from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.serving import Engine
 from t5_trt.serving.handle import Job
 from t5_trt.serving.rows import Row, device_processors
 from t5_trt.serving.settings import SettingsReader
+from tests.row_cases import Alone
+from tests.row_cases import step as row_step
 from tests.serving_requests import LONG, PATIENCE_S, drawn_settings, source, until
 from tests.tiny_models import VOCAB, make_stock
 
@@ -46,38 +47,8 @@ def alone(model: Any, ids: list[int], seed: int | None = None, **settings: Any) 
     return made.cpu()
 
 
-class Alone:
-    """What a row must do: the same source and tokens in a cache of their own."""
-
-    def __init__(self, session: Any, length: int, seed: int) -> None:
-        self.session, self.generator = session, torch.Generator().manual_seed(seed)
-        ids = torch.randint(2, VOCAB, (1, length), generator=self.generator).cuda()
-        mask = torch.ones_like(ids)
-        mask[0, length // 3] = 0
-        _, self.cross = session.encode(ids, None, mask)
-        self.bias = session.cross_bias(mask, self.cross)
-        self.state = session.start(self.cross, 1, mask)
-        self.kv = self.cross.kv[:, :, 0, :, :length].clone()
-
-    def enter(self, rows: RowBuffers) -> None:
-        rows.add(self.kv, self.bias[0, 0, 0, : self.kv.shape[3]])
-
-    def next_token(self) -> int:
-        return int(torch.randint(2, VOCAB, (1,), generator=self.generator))
-
-    def logits(self, token: int) -> torch.Tensor:
-        made: torch.Tensor = self.session.decode(self.state, torch.tensor([[token]]).cuda())
-        return made[0, 0]
-
-
-def step(session: Any, rows: RowBuffers, inside: list[Alone]) -> None:
-    """One step of all rows; logits are those of each row's own, bit for bit."""
-    tokens = [each.next_token() for each in inside]
-    rows.fit()
-    rows.feed(tokens)
-    found = session.step_rows(rows)
-    for row, each in enumerate(inside):
-        assert torch.equal(found[row], each.logits(tokens[row])), (row, rows.position(row))
+#: one step of all rows, whose logits are those of each row's own, bit for bit
+step = partial(row_step, atol=0.0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

@@ -75,11 +75,6 @@ class KernelRowBuffers(RowBuffers):
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self.numbers.device))
 
-    def advance(self) -> None:
-        """See `RowBuffers.advance`; the GPU gets the positions with the next step."""
-        for row in range(self.count):
-            self._lengths[row] += 1
-
     def step(self, count: int, kernels: DecodeKernels, weights: StepWeights, embedding_scale: float) -> DecodeStep:
         """The step over the first `count` rows. All such steps share what kernels hand on, as none runs beside another."""
         tokens, positions, lengths = self.numbers

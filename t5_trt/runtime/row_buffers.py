@@ -158,11 +158,11 @@ class RowBuffers:
         count, width = self.count, self.kv.shape[5]
         places = self._heads[:, :count] * self.capacity + self.positions[:count, None]
         self.kv.view(-1, width).index_copy_(0, places.flatten(), self.new[:, :, :count].reshape(-1, width))
+        self.positions[:count] += 1
         self.advance()
 
     def advance(self) -> None:
         """Count one more token for the rows in use, whose K and V are in their places."""
-        self.positions[: self.count] += 1
         for row in range(self.count):
             self._lengths[row] += 1
 

@@ -16,11 +16,10 @@ from t5_trt.serving.http.answer import Answer
 from t5_trt.serving.http.events import event, merged, streamed
 from t5_trt.serving.http.failures import RequestError, invalid
 from t5_trt.serving.http.record import Record
-from t5_trt.serving.http.service import Service
+from t5_trt.serving.http.service import Seed, Service
 
 #: temperatures below it are greedy search, as 0 is: divided by them, logits overflow
 _COLDEST = 0.01
-_SEED = 2**63
 #: stops of a request, and characters of each
 _STOPS, _STOP = 16, 1000
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -81,7 +80,7 @@ class CompletionBody(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     n: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
+    seed: Seed | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(_check_stop)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

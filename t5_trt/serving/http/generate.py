@@ -18,9 +18,8 @@ from t5_trt.serving.http.answer import Answer, length
 from t5_trt.serving.http.events import event, merged, streamed
 from t5_trt.serving.http.failures import invalid
 from t5_trt.serving.http.record import Record
-from t5_trt.serving.http.service import Service
+from t5_trt.serving.http.service import Seed, Service
 
-_SEED = 2**63
 #: what Transformers raises for values that it does not expect, at the begin or while tokens are chosen
 _OF_SETTINGS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
 
@@ -32,7 +31,7 @@ class GenerateBody(BaseModel):
     text: str | None = None
     texts: list[str] | None = Field(None, min_length=1)
     stream: bool = False
-    seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
+    seed: Seed | None = None
 
     def check(self, service: Service) -> None:
         """Refuse what the server does not do.

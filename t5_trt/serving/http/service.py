@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from t5_trt.generation.search_settings import length_limit
 from t5_trt.modeling import TRTT5ForConditionalGeneration
@@ -17,6 +19,8 @@ from t5_trt.serving.http.metrics import Metrics
 from t5_trt.serving.http.record import Record
 from t5_trt.serving.http.text import Decoder
 
+#: of random draws, as far as torch's generators take it
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 #: new tokens of a request that names no number, of a checkpoint that names none
 _NEW_TOKENS = 128
 

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-SUITE = -m pytest -q -n auto --dist loadgroup
+# a file's tests in one process, so that its models, servers and compiled kernels are made once; tests/conftest.py orders the files
+SUITE = -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test coverage lint docs audit pythons gpu-test sanitize oldest clean
 

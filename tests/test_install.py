@@ -21,8 +21,7 @@ BLOCKS = [
 ]
 MODELS = sorted(set(re.findall(r'"([\w-]+/[\w.-]+)"', "\n".join(BLOCKS))))  # ids on the hub
 
-# one environment for all of them, and time for a slow network
-pytestmark = [pytest.mark.xdist_group("install"), pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)  # for a slow network
 
 
 def as_a_user(**variables: str) -> dict[str, str]:

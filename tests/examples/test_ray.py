@@ -32,8 +32,6 @@ pytest.importorskip("ray.serve", reason="ray is installed without Ray Serve: pip
 pytest.importorskip("ray.data", reason="ray is installed without Ray Data: pip install 't5-trt[ray]'")
 requests = pytest.importorskip("requests", reason="requests, which ray brings, is not installed")
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster, in one test process
-
 LINES = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
 TIMES = 10
 SHARD_LINES = 4

@@ -22,9 +22,9 @@ from t5_trt.generation.sampling import RowTokenSelector, StopTokens
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import Mailbox
 from t5_trt.runtime.step_buffers import reorder_rows
-from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, assert_same, hugging_face_result, run
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import batch
+from tests.tiny_models import make_stock
 
 
 @pytest.mark.parametrize(("entries", "unused", "beams"), [(1, 0, 4), (3, 1, 2), (2, 0, 5), (1, 0, 16)])
@@ -52,30 +52,26 @@ def test_what_the_kernel_does_not_take(on_cpu: None) -> None:
 NAMES = [name for name in {**CORE, **MORE} if name not in OTHER_LOOP]
 
 
-def assert_generates_as_stock(stock: Any, ours: Any, name: str) -> None:
-    results = []
-    for model in (ours, stock):
-        torch.manual_seed(11)
-        results.append(model.generate(**{**batch(), "max_new_tokens": 12, **{**CORE, **MORE}[name]}))
-    assert_same(*results)
+@pytest.fixture(scope="module")
+def on_stand_in() -> Iterator[Any]:
+    """A T5 v1.1 model on the TensorRT session."""
+    with pytest.MonkeyPatch.context() as patch:
+        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+        ours.session = stand_in_session(ours, patch)
+        yield ours
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generates_as_stock(steps: list[bool], v11: Any, name: str) -> None:
+def test_generates_as_hugging_face(steps: list[bool], v11: Any, name: str) -> None:
     """Tokens, scores and beam indices."""
-    assert_generates_as_stock(*v11, name)
+    assert_same(run(v11[1], {**CORE, **MORE}[name]), hugging_face_result(name))
     assert all(steps)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "do_sample" not in {**CORE, **MORE}[name]])
-def test_choices_of_more_rows_than_the_request(
-    steps: list[bool], monkeypatch: pytest.MonkeyPatch, v11: Any, name: str
-) -> None:
+def test_choices_of_more_rows_than_the_request(steps: list[bool], on_stand_in: Any, name: str) -> None:
     """Three batch entries on engines of four."""
-    stock, _ = v11
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours.session = stand_in_session(ours, monkeypatch)
-    assert_generates_as_stock(stock, ours, name)
+    assert_same(run(on_stand_in, {**CORE, **MORE}[name]), hugging_face_result(name))
     assert all(steps)
 
 

@@ -34,6 +34,7 @@ def run(name: str, *arguments: str | Path, text: str = "") -> SimpleNamespace:
         patch.setattr(sys, "argv", [str(FOLDER / f"{name}.py"), *map(str, arguments)])
         patch.setattr(sys, "stdin", io.StringIO(text))
         patch.chdir(ROOT)
+        patch.syspath_prepend(FOLDER)  # where Python finds the modules beside a script
         runpy.run_path(sys.argv[0], run_name="__main__")
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 

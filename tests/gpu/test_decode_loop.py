@@ -17,7 +17,7 @@ from tests.tiny_models import VOCAB, batch
 
 
 @pytest.mark.parametrize("name", [*CORE, *MORE])
-def test_generates_as_stock(gpu_pair: Any, name: str) -> None:
+def test_generates_as_hugging_face(gpu_pair: Any, name: str) -> None:
     """Draws too: the captured step draws what torch.multinomial does for the same seed."""
     stock, ours = gpu_pair("t5-v1.1")
     results = []
@@ -29,7 +29,7 @@ def test_generates_as_stock(gpu_pair: Any, name: str) -> None:
     assert ours.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
 
 
-def test_generator_stands_where_the_stock_loop_leaves_it(gpu_pair: Any) -> None:
+def test_generator_is_left_in_the_state_of_transformers_loop(gpu_pair: Any) -> None:
     """Steps beyond the end draw numbers; they are taken back, so that the next request draws the same in both."""
     stock, ours = gpu_pair("t5-v1.1")
     results = []
@@ -52,7 +52,7 @@ def test_recorded_draws_are_those_of_multinomial() -> None:
 
 
 @pytest.mark.parametrize("processor", [*PROCESSORS, *OTHER_NUMBERS], ids=lambda p: type(p).__name__)
-def test_device_form_equals_stock_processor(processor: Any) -> None:
+def test_device_form_equals_the_processor_of_transformers(processor: Any) -> None:
     """Also after it was made from one with other numbers."""
     first = next(p for p in PROCESSORS if fingerprint(p) == fingerprint(processor))
     forms = capturable_processors([first], VOCAB, 32, torch.device("cuda"))

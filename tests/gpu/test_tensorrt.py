@@ -85,7 +85,7 @@ def test_keys_and_values_go_from_kernels_to_an_engine_and_back(store: Path) -> N
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_greedy_equals_stock(gpu_pair: Any, kind: str) -> None:
+def test_greedy_equals_hugging_face(gpu_pair: Any, kind: str) -> None:
     stock, ours = gpu_pair(kind)
     inputs = on_gpu(batch())
     expected = stock.generate(**inputs, max_new_tokens=40, min_new_tokens=40)
@@ -103,7 +103,7 @@ def test_greedy_equals_stock(gpu_pair: Any, kind: str) -> None:
     ],
     ids=["beams", "beams, several", "sampling", "prompt", "two buckets"],
 )
-def test_requests_equal_stock(gpu_pair: Any, arguments: dict[str, Any]) -> None:
+def test_requests_equal_hugging_face(gpu_pair: Any, arguments: dict[str, Any]) -> None:
     stock, ours = gpu_pair("t5-v1.1")
     request = {**on_gpu(batch()), "max_new_tokens": 12, **arguments}
     if "decoder_input_ids" in request:

@@ -60,7 +60,7 @@ def test_engines_are_opened_lazily(fresh: Any) -> None:
 
 
 def test_encoder_module(fresh: Any) -> None:
-    """model.encoder(...) runs the engine, and its parameters are the stock ones."""
+    """model.encoder(...) runs the engine, and its parameters are those of the Hugging Face class."""
     with torch.no_grad():
         expected = fresh.reference.encoder(**batch()).last_hidden_state
         torch.testing.assert_close(fresh.encoder(**batch()).last_hidden_state, expected, atol=1e-4, rtol=1e-5)

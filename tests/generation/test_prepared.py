@@ -287,9 +287,12 @@ def test_settings_changed_while_a_request_runs(prepared: list[int]) -> None:
     _, ours = new_pair()
     ours.generation_config.max_new_tokens = 5
     hook = ours.get_encoder().register_forward_hook(lambda *args: setattr(ours.generation_config, "max_new_tokens", 9))
-    assert ours.generate(**batch(1)).shape[1] == 6 and not ours._prepared._kept
+    assert ours.generate(**batch(1)).shape[1] == 6
     hook.remove()
     assert ours.generate(**batch(1), min_new_tokens=9).shape[1] == 10
+    ours.generation_config.max_new_tokens = 5
+    del prepared[:]
+    assert ours.generate(**batch(1)).shape[1] == 6 and len(prepared) == 1
 
 
 def test_errors_are_those_of_the_hugging_face_class() -> None:
@@ -304,14 +307,15 @@ def test_errors_are_those_of_the_hugging_face_class() -> None:
             model.generate(**inputs, max_new_tokens=3)
 
 
-def test_copies_begin_anew_and_kinds_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_begin_anew_and_kinds_are_limited(monkeypatch: pytest.MonkeyPatch, prepared: list[int]) -> None:
     monkeypatch.setattr("t5_trt.generation.prepared.KEPT", 2)
     _, ours = new_pair()
-    results = [ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)]
-    assert len(ours._prepared._kept) == 2
-    for other in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
-        assert not other._prepared._kept and other.generate(**batch(), max_new_tokens=5).tolist() == results[2]
-    assert [ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)] == results
+    results = {tokens: ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)}
+    copies = (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours))
+    for model, tokens, times in ((ours, 4, 0), (ours, 5, 0), (copies[0], 5, 1), (copies[1], 5, 1), (ours, 3, 1)):
+        del prepared[:]
+        assert model.generate(**batch(), max_new_tokens=tokens).tolist() == results[tokens]
+        assert len(prepared) == times
 
 
 def test_gradients_and_inference_mode(v11: tuple[Any, Any]) -> None:

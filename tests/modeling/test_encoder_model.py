@@ -59,7 +59,7 @@ def test_on_the_tensorrt_session(precision: str, tmp_path: Path, monkeypatch: py
     for form in (inputs, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}):
         got = ours(**form).last_hidden_state.float()
         assert (got[keep] - expected[keep]).norm() / expected[keep].norm() < (0.02 if precision == "fp16" else 1e-5)
-    assert {graph for graph, _ in ours.session.engines._provider.asked} == {"encoder", "encoder_embeds"}
+    assert {graph for graph, _ in ours.session.stand_in.asked} == {"encoder", "encoder_embeds"}
 
 
 def test_int8_and_the_store(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_wrong_engine_is_never_used_and_costs_a_warning(
         right(context)
         for node, is_input in context.engine.io:
             if node.name == "encoder_hidden_states" and not is_input:
-                context._memory(node, tuple(node.shape))[...] = 0.5
+                context.memory(node, tuple(node.shape))[...] = 0.5
 
     monkeypatch.setattr(StandInContext, "run", wrong)
     settle(ours, builds)

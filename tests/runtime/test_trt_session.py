@@ -190,7 +190,7 @@ def test_few_engines_serve_all_lengths(make_pair: Any) -> None:
     for rows, tokens in ((1, 3), (1, 17), (1, 32), (2, 20), (2, 31)):
         request = {**batch(rows, tokens, padding="right"), "max_new_tokens": 5}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    asked = ours.session.engines._provider.asked
+    asked = ours.session.stand_in.asked
     assert len(asked) == len(set(asked)) == 4  # encoder and step, for batches of 1 and 2
 
 
@@ -200,7 +200,7 @@ def test_dynamic_axes_need_one_engine(make_pair: Any) -> None:
     for rows, tokens, new in ((1, 3, 5), (3, 40, 5), (4, 20, 140)):
         request = {**batch(rows, tokens), "max_new_tokens": new, "min_new_tokens": new}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    assert [graph for graph, _ in ours.session.engines._provider.asked] == ["encoder", "decoder_step"]
+    assert [graph for graph, _ in ours.session.stand_in.asked] == ["encoder", "decoder_step"]
 
 
 def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.Monke
         ours.session = stand_in_session(ours, monkeypatch)
         tokens.append(ours.generate(**batch(), max_new_tokens=20).tolist())
         assert tokens[-1] == stock.generate(**batch(), max_new_tokens=20).tolist()
-        plans.append(ours.session.engines._provider.plan("decoder_step", Shapes(B=4)))
+        plans.append(ours.session.stand_in.plan("decoder_step", Shapes(B=4)))
     assert plans[0] == plans[1] and tokens[0] != tokens[1]
 
 
@@ -276,7 +276,7 @@ def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, o
     ours = checked_session(monkeypatch)
     with pytest.raises(BackendError, match=rf"computes wrong values: \w+ B4 .* in {named} .*check_engines=False"):
         ours.generate(**batch(), max_new_tokens=5)
-    assert len(ours.session.engines._provider.discarded) == 1
+    assert len(ours.session.stand_in.discarded) == 1
     monkeypatch.setattr(StandInContext, "run", right)
     expected = make_stock("t5-v1.1").generate(**batch(), max_new_tokens=5)
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()

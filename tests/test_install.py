@@ -50,9 +50,12 @@ def test_nothing_of_development_is_there(bare: Path) -> None:
     assert not {"tiktoken", "accelerate", "pytest", "ray", "tensorrt-rtx-cu13"} & names
 
 
-@pytest.mark.parametrize("kind", list(HUB_FOLDERS))
+@pytest.mark.parametrize("kind", ["old-t5", "new-t5"])
 def test_the_readme_runs_on_a_repository(bare: Path, tmp_path: Path, kind: str) -> None:
-    """All of its blocks one after the other, with the names that they have on the hub."""
+    """All of its blocks one after the other, with the names that they have on the hub.
+
+    The other kinds of `HUB_FOLDERS` need no other packages; tests/checkpoint/test_hub_folders.py loads them.
+    """
     assert BLOCKS and MODELS
     for name in MODELS:
         put_into_cache(tmp_path / "hub", name, HUB_FOLDERS[kind])

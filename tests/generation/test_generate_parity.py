@@ -78,9 +78,10 @@ def test_source_beyond_the_bias_table(v11: tuple[Any, Any]) -> None:
     assert ours.generate(**inputs, max_new_tokens=5).tolist() == stock.generate(**inputs, max_new_tokens=5).tolist()
 
 
-def test_six_hundred_new_tokens() -> None:
+def test_three_hundred_new_tokens() -> None:
+    """The cache grows three times."""
     stock, ours = pair_of("byt5")
-    request = {**batch(1, 6), "max_new_tokens": 600, "min_new_tokens": 600}
+    request = {**batch(1, 6), "max_new_tokens": 300, "min_new_tokens": 300}
     assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
 
 

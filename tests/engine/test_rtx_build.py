@@ -114,7 +114,7 @@ def test_unknown_compute_capability(tmp_path: Path) -> None:
         build_engine(request("9.0"), ours.architecture, tmp_path, BuildConfig())
 
 
-def test_tensorrts_words_are_in_the_error(tmp_path: Path) -> None:
+def test_build_error_contains_tensorrts_message(tmp_path: Path) -> None:
     _, ours = pair_of("t5-v1.0")
     with pytest.raises(BackendError, match=r"building encoder B1 S32 fp32: .*could not build"):
         build_engine(request(), ours.architecture, tmp_path, BuildConfig(workspace_bytes=1))

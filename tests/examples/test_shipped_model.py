@@ -61,7 +61,7 @@ def test_recorded_accuracy_and_size(shipped: tuple[Any, Any, Any], shipped_folde
     assert (shipped_folder / "model.safetensors").stat().st_size < 8e6
 
 
-def test_generating_gives_no_notice(shipped: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_generate_logs_nothing(shipped: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Of Transformers, which warns in every call where a config names ``max_length`` and the call ``max_new_tokens``."""
     tokenizer, *models = shipped
     inputs = encode(tokenizer, LINES[:2])

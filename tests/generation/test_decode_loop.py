@@ -105,7 +105,7 @@ def test_fingerprints() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_draws_are_those_of_multinomial(count: int) -> None:
+def test_draws_equal_multinomial(count: int) -> None:
     scores = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
     results = []
     for capturable in (True, False):
@@ -134,7 +134,7 @@ def on_stand_in() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", [*CORE, *MORE])
-def test_recorded_steps_some_steps_ahead(on_stand_in: Any, name: str) -> None:
+def test_captured_steps_that_run_ahead_give_equal_results(on_stand_in: Any, name: str) -> None:
     """Every argument set on fixed buffers, padded rows, programs that earlier requests left, and late reports."""
     assert_same(run(on_stand_in, {**CORE, **MORE}[name]), hugging_face_result(name))
     reason = OTHER_LOOP.get(name, "")
@@ -152,7 +152,7 @@ def test_encoder_states_of_the_hugging_face_class(on_stand_in: Any) -> None:
     assert got.tolist() == expected and on_stand_in.last_generation_path == GenerationPath("device")
 
 
-def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch)
     captured, capture = [], engine_step.capture
@@ -178,7 +178,9 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
 
 
-def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_token_selection_that_cannot_be_captured_runs_after_the_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """It runs after the captured step then, and is not tried again."""
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
@@ -220,7 +222,7 @@ def hugging_face_rows(search: str) -> Any:
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
-def test_rows_that_are_over_are_dropped(monkeypatch: pytest.MonkeyPatch, engine: str, search: str, late: bool) -> None:
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch, engine: str, search: str, late: bool) -> None:
     """Once half of the rows are over, the rest goes on in a smaller batch."""
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
     if late:
@@ -271,7 +273,9 @@ def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, b
     assert len(fed) > 5 and min(fed) >= 0
 
 
-def test_rows_are_kept_where_that_would_show(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_stay_where_leaving_would_change_results(
+    v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stock, ours = v11
     monkeypatch.setattr(DecoderState, "select_entries", lambda *_: pytest.fail("rows were dropped"))
     for arguments in ({"do_sample": True}, {"return_dict_in_generate": True}):
@@ -311,7 +315,7 @@ def test_returned_cache_goes_on_as_in_the_hugging_face_class(v11: tuple[Any, Any
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}])
-def test_time_is_up(v11: tuple[Any, Any], arguments: dict[str, Any]) -> None:
+def test_max_time_ends_a_request(v11: tuple[Any, Any], arguments: dict[str, Any]) -> None:
     stock, ours = v11
     request = {**batch(), "max_new_tokens": 500, "min_new_tokens": 500, "max_time": 1e-6, **arguments}
     expected = stock.generate(**request)

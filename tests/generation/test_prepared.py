@@ -127,7 +127,7 @@ def test_equal_calls_have_equal_keys() -> None:
     assert [request_key(None, {**inputs, **other}) for other in others] == [None] * 5
 
 
-def test_what_is_always_prepared(prepared: list[int]) -> None:
+def test_requests_that_are_prepared_every_time(prepared: list[int]) -> None:
     _, ours = new_pair()
 
     class Streamer(BaseStreamer):
@@ -162,7 +162,7 @@ def test_ids_as_the_first_argument(v11: tuple[Any, Any], prepared: list[int]) ->
     assert v11[1].generate(input_ids=ids, **rest).tolist() == expected[0]
 
 
-def test_wrong_input_is_refused_as_ever(prepared: list[int]) -> None:
+def test_wrong_input_is_refused_after_an_equal_request(prepared: list[int]) -> None:
     _, ours = new_pair()
     expected = ours.generate(**batch(), max_new_tokens=5).tolist()
     wrong = batch()
@@ -175,7 +175,7 @@ def test_wrong_input_is_refused_as_ever(prepared: list[int]) -> None:
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected and not prepared
 
 
-def test_code_of_the_users_is_called_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_code_is_called_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A subclass, an exchanged method of one instance, hooks on the model and on its encoder."""
     calls: list[str] = []
 

@@ -42,7 +42,7 @@ def test_generator_is_left_in_the_state_of_transformers_loop(gpu_pair: Any) -> N
     assert len(results[0][0][0]) < 61 and results[0] == results[1]
 
 
-def test_recorded_draws_are_those_of_multinomial() -> None:
+def test_captured_draws_equal_multinomial() -> None:
     scores = torch.randn(5, 1000, device="cuda")
     for count in (1, 4):
         torch.manual_seed(8)
@@ -63,7 +63,7 @@ def test_device_form_equals_the_processor_of_transformers(processor: Any) -> Non
     same_values(process, moved, "cuda")
 
 
-def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
+def test_other_numbers_in_a_captured_step(gpu_pair: Any) -> None:
     """Nothing is captured anew for them, and what is drawn is what the Hugging Face class draws."""
     stock, ours = gpu_pair("t5-v1.1")
     captured = set()
@@ -80,7 +80,7 @@ def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampling", "sampling, several", "beams", "beam sampling", "temperature"])
-def test_request_like_an_earlier_one(gpu_pair: Any, name: str) -> None:
+def test_repeated_request_reuses_its_preparation(gpu_pair: Any, name: str) -> None:
     """Not prepared again from the second one on."""
     stock, ours = gpu_pair("t5-v1.1")
     for seed in (5, 6, 7):

@@ -184,7 +184,7 @@ def test_two_models_in_two_threads(store: Path) -> None:
         assert list(pool.map(run, stocks)) == [[rows] * 3 for rows in expected]
 
 
-def test_slots_are_used_again(gpu_pair: Any) -> None:
+def test_step_buffers_are_reused(gpu_pair: Any) -> None:
     """Two requests of one shape share buffers one after the other, and get their own when they overlap."""
     _, ours = gpu_pair("t5-v1.1")
     one = torch.zeros(3, 1, dtype=torch.long, device="cuda")

@@ -89,7 +89,7 @@ def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int)
         ("beam_step", {"BEAMS": MOST_BEAMS, "CANDIDATES": MOST_CANDIDATES, "SPANS": 16}),
     ],
 )
-def test_kernels_of_choices_compile(name: str, options: dict[str, int], architecture: str) -> None:
+def test_token_selection_kernels_compile(name: str, options: dict[str, int], architecture: str) -> None:
     """Without spills, but for the most beams, whose rows are too many for registers."""
     _, log = compile_cubin(f"{name}.cu", options, architecture)
     used = usage(log)
@@ -121,12 +121,12 @@ def test_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         stored_cubin("decode_step.cu", wanted, "sm_86", store)
 
 
-def test_store_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_store_that_cannot_be_written_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "store").write_text("a file where the folder would be")
     cubin = stored_cubin("token_step.cu", {}, "sm_90", EngineStore(tmp_path / "store"))
     assert cubin[:4] == b"\x7fELF" and "not kept for the next process" in caplog.text
 
 
-def test_refused_source_gives_the_compiler_s_words() -> None:
+def test_compile_error_contains_the_compilers_message() -> None:
     with pytest.raises(BackendError, match=r"sm_90 .*NOT_A_NUMBER"):
         compile_cubin("decode_step.cu", constants(BASE, torch.float16, 1) | {"E": "NOT_A_NUMBER"}, "sm_90")  # type: ignore[dict-item]

@@ -194,7 +194,7 @@ def test_moves_that_change_nothing_keep_the_engines() -> None:
     assert ours.session is session
 
 
-def test_what_cannot_be() -> None:
+def test_unsupported_dtypes_are_refused() -> None:
     _, ours = pair_of("t5-v1.1")
     for convert in (nn.Module.double, lambda module: module.to(torch.float64)):
         for module in (ours, Sentence(ours)):

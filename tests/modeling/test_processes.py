@@ -42,7 +42,7 @@ def answer(model, **options):
 """
 
 
-def run_script(body: str, *, script: Path | None = None, timeout_s: float = 120) -> list[str]:
+def run_script(body: str, *, script: Path | None = None, timeout_s: float = 240) -> list[str]:
     """Run a script whose own lines follow `HEADER`; its exit status must be 0. Returns the lines that it printed.
 
     Spawned processes import the script, so for them it must be a file.

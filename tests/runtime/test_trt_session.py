@@ -112,7 +112,7 @@ def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         gc.enable()
 
 
-def test_slots_are_used_again(make_pair: Any) -> None:
+def test_step_buffers_are_reused(make_pair: Any) -> None:
     _, ours = make_pair("t5-v1.0")
     one = torch.zeros(3, 1, dtype=torch.long)
     first = ours(**batch(), decoder_input_ids=one)
@@ -125,7 +125,7 @@ def test_slots_are_used_again(make_pair: Any) -> None:
     assert torch.equal(second.logits, expected) and not torch.equal(third.logits, expected)
 
 
-def test_two_kinds_of_request_take_turns_in_one_recorded_step(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_kinds_of_request_take_turns_in_one_captured_step(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They differ in a number; what was found out about a kind is used again, and nothing of the other kind."""
     stock, ours = make_pair("t5-v1.1")
     fingerprints: list[Any] = []
@@ -329,7 +329,7 @@ def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> 
         strict.generate(**request)
 
 
-def test_step_that_cannot_be_recorded(
+def test_step_that_cannot_be_captured_runs_uncaptured(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It runs kernel by kernel then."""
@@ -382,7 +382,7 @@ def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return states[inputs["attention_mask"].bool()]
 
 
-def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_are_captured_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
     stock, ours = make_pair("t5-v1.1")
     captured, capture = [], tensorrt_encoder.capture
@@ -396,7 +396,7 @@ def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: py
     torch.testing.assert_close(encoded(ours, embeds), encoded(stock, embeds), atol=LOGITS_ATOL, rtol=0)
 
 
-def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_captured_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
     stock, ours = make_pair("t5-v1.0")
     for rows in (1, 2, 3, 1):
@@ -405,7 +405,7 @@ def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.Monk
     assert [shapes.B for _, shapes in ours.session._encoders._captured] == [4, 1]
 
 
-def test_encoder_that_cannot_be_recorded(
+def test_encoder_that_cannot_be_captured_runs_uncaptured(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It runs kernel by kernel then, and recording it is not tried again; without memory it is an error of ours."""

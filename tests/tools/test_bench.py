@@ -98,7 +98,7 @@ def test_texts_fill_the_batch(benchmark: Any) -> None:
         measure(benchmark, Case(), runs=1, texts=[])
 
 
-def test_a_rival_that_fails_is_left_out(benchmark: Any) -> None:
+def test_failing_baseline_is_left_out(benchmark: Any) -> None:
     """Its failure is a result; ours is timed all the same."""
 
     class Broken:

@@ -14,7 +14,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
-from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, refusal
+from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, has_shared_attention, refusal
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, ODD, WIDE, usage
 
@@ -26,7 +26,7 @@ def test_kernels_compile_without_spills(architecture: str, rows: int) -> None:
     cubin, log = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows, major), architecture)
     assert cubin[:4] == b"\x7fELF"
     used = usage(log)
-    assert set(used) == set(KERNELS)
+    assert set(used) == {*KERNELS, "attend_shared"}
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 
@@ -43,7 +43,7 @@ def test_large_models_compile_without_spills(arch: Architecture, rows: int, arch
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 def test_attention_by_few_warps_compiles_without_spills(architecture: str, warps: int) -> None:
     """The other numbers of warps are those of 1 and 128 rows."""
-    assert [attention_warps(rows) for rows in (1, 32, 64, 128)] == [8, 8, 4, 4]
+    assert [attention_warps(rows) for rows in (1, 32, 64, 128)] == [8, 8, 4, 4] and attention_warps(128, 4) == 8
     wanted = constants(BASE, torch.float16, 1) | {"ATTENTION_WARPS": warps}
     used = usage(compile_cubin("decode_step.cu", wanted, architecture)[1])
     assert used["attend_self"][1] == used["attend_cross"][1] == 0
@@ -68,8 +68,9 @@ def test_attention_by_few_warps_compiles_without_spills(architecture: str, warps
 )
 def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int) -> None:
     assert refusal(arch, dtype) is None
-    _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows, 9), "sm_90")
-    assert set(usage(log)) == set(KERNELS)
+    wanted = constants(arch, dtype, rows, 9)
+    _, log = compile_cubin("decode_step.cu", wanted, "sm_90")
+    assert set(usage(log)) == {*KERNELS, *(["attend_shared"] if has_shared_attention(wanted) else [])}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
@@ -95,6 +96,8 @@ def test_kernels_of_choices_compile(name: str, options: dict[str, int], architec
 def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
     for size, tiles in ((768, 4), (1024, 4), (1280, 2), (2048, 2), (4096, 1)):
         assert constants(replace(BASE, d_model=size), torch.float16, 32)["HEAD_ROW_TILES"] == tiles
+    for size, tiles in ((768, 4), (2048, 4), (4096, 2)):
+        assert constants(replace(BASE, d_model=size), torch.float16, 32, 9)["HEAD_ROW_TILES"] == tiles
     for size, tiles in ((768, 16), (1024, 8), (2048, 4), (4096, 2)):
         assert constants(replace(BASE, d_model=size), torch.float16, 128, 9)["HEAD_ROW_TILES"] == tiles
 

@@ -149,7 +149,7 @@ def step(ours: Any, peer: Any, batch: int, runs: int) -> Record:
         "batch": batch, "num_beams": 1, "source_tokens": SOURCE_TOKENS, "new_tokens": NEW_TOKENS, "step_us": {},
     }  # fmt: skip
     attempt(found, "ours_ms", lambda: round(timed_ms(lambda: ours.generate(**arguments), runs)[0], 2))
-    attempt(found["step_us"], "with choice", lambda: with_choice_us(ours, batch, 1))
+    attempt(found["step_us"], "with choice", lambda: with_choice_us(ours, arguments))
     if peer is not None:
         attempt(found, "hf_eager_ms", lambda: peer_ms(peer, arguments, 1))
     return found

@@ -33,9 +33,9 @@ class TorchSteps(kernel_decoder.KernelDecoder):
 
     decoder: Any
 
-    def kernels(self, rows: int) -> Any:
+    def kernels(self, rows: int, beams: int = 1) -> Any:
         """None are needed."""
-        return SimpleNamespace(geometry={name: Geometry(1, 8, 0) for name in PRODUCTS})
+        return SimpleNamespace(geometry={name: Geometry(1, 8, 0) for name in PRODUCTS}, sharers=1)
 
     def _run(self, slot: Any, selector: Any) -> None:
         length = int(slot.position)

@@ -14,16 +14,6 @@
 // CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
 #define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 && STORAGE != FLOAT32 && D <= 64 ? 4 : 2) : ATTENTION_WARPS == 4 ? 5 : ATTENTION_WARPS == 2 ? 10 : 12)
 
-// `base` and `count` times `size` bytes, by a product of 32 bits each: the compiler takes 64.
-__device__ __forceinline__ const char* further(const char* base, unsigned count, unsigned size)
-{
-    const char* there;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(there) : "r"(count), "r"(size), "l"(base));
-    return there;
-}
-
-constexpr unsigned KEY_BYTES = D * sizeof(stored);
-
 // First key of a share in its chunk. Eight shares take the keys in turns.
 __device__ __forceinline__ int share_start(unsigned share) { return share / 8 * (KEYS_A_PASS * PASSES) + share % 8 * GROUPS; }
 

@@ -1,11 +1,10 @@
 // How attention deals its keys, and how their sums are added up: see attention.cuh.
 #pragma once
-#include "common.cuh"
+#include "attention_chunks.cuh"
 
 #ifndef ATTENTION_WARPS
 #error "ATTENTION_WARPS must be 1, 2, 4 or 8"
 #endif
-constexpr int CHUNK = 128;
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;                   // 16-byte loads of a key
 constexpr int KEY_LANES = power_of_two(VECTORS < 2 ? 2 : VECTORS);   // lanes that share a key
@@ -14,13 +13,8 @@ constexpr int KEYS_A_PASS = 8 * GROUPS;                              // of eight
 constexpr int PASSES = least(4, CHUNK / KEYS_A_PASS);              // keys of a lane in a share
 constexpr int SHARES = CHUNK / (PASSES * GROUPS);                    // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
 constexpr int STREAMS = SHARES * GROUPS;                             // what groups of lanes sum by themselves
-constexpr float HIDDEN = -3.0e38f;                                   // a score below all others
-constexpr float LOG2E = 1.4426950408889634f;
 static_assert(D % VECTOR == 0 && VECTORS <= 32, "d_kv");
 static_assert(ATTENTION_WARPS <= 8 && 8 % ATTENTION_WARPS == 0, "ATTENTION_WARPS");
-
-// What a chunk knows: the largest score, the sum of exponentials, the weighted sum of values [D].
-constexpr int PART = D + 2;
 
 // After the barrier every warp adds up its slices of the values of each lane.
 constexpr int SLICE = least(4, ATTENTION_WARPS < VECTOR ? VECTOR / ATTENTION_WARPS : 1);
@@ -30,13 +24,6 @@ struct alignas(SLICE * 4) Slice { float value[SLICE]; };
 
 struct Sums { float largest, sum; };
 struct SharedSums { Sums of[STREAMS]; Slice values[SHARES][SLICES][32]; };
-
-__device__ __forceinline__ float exp2_fast(float x)
-{
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
 
 // A warp's slices of the sums of all shares; all lanes of a slice's group of lanes have the same.
 struct Merged { float largest, sum; Slice values[SLICES_A_WARP]; };
@@ -109,44 +96,13 @@ __device__ __forceinline__ void store(stored* to, const Slice& slice, float fact
 #endif
 }
 
-// Count the CTAs of a row and head that have left their part; the last one adds up the parts [chunks][PART].
-__device__ __forceinline__ void add_chunks(const float* parts, int chunks, stored* attended, int* arrived)
-{
-    __shared__ int is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(arrived, 1) == chunks - 1;
-        if (is_last)
-            *arrived = 0;
-    }
-    __syncthreads();
-    if (!is_last)
-        return;
-    __threadfence();
-    float most = HIDDEN;
-    for (int c = 0; c < chunks; ++c)
-        most = fmaxf(most, __ldcg(parts + c * PART));
-    for (int i = threadIdx.x; i < D; i += ATTENTION_WARPS * 32) {
-        float value = 0.f, weights = 0.f;
-#pragma unroll 4
-        for (int c = 0; c < chunks; ++c) {
-            const float factor = exp2_fast(__ldcg(parts + c * PART) - most);
-            weights = fmaf(__ldcg(parts + c * PART + 1), factor, weights);
-            value = fmaf(__ldcg(parts + c * PART + 2 + i), factor, value);
-        }
-        attended[activation_index(blockIdx.y, blockIdx.x * D + i, HD_PAD)] = narrow(value / weights);
-    }
-}
-
 // Store what a chunk gives: the result, or a part of it.
 __device__ __forceinline__ void leave_result(const Merged& merged, int count, stored* attended, float* parts, int* arrived)
 {
     const unsigned head = blockIdx.x, row = blockIdx.y, warp = threadIdx.x >> 5, part = threadIdx.x % KEY_LANES;
     const int chunks = (count + CHUNK - 1) / CHUNK;
     const float inverse = count ? __fdividef(1.f, merged.sum) : 0.f;
-    float* of_row = parts + ((long long)row * H + head) * gridDim.z * PART;
-    float* of_chunk = of_row + blockIdx.z * PART;
+    float* of_chunk = parts_of(parts, row) + blockIdx.z * PART;
 #pragma unroll
     for (int s = 0; s < SLICES_A_WARP; ++s) {
         const unsigned slice = warp + s * ATTENTION_WARPS, column = part * VECTOR + slice * SLICE;
@@ -163,5 +119,5 @@ __device__ __forceinline__ void leave_result(const Merged& merged, int count, st
         return;
     if (threadIdx.x == 0)
         of_chunk[0] = merged.largest, of_chunk[1] = merged.sum;
-    add_chunks(of_row, chunks, attended, arrived + row * H + head);
+    add_chunks<ATTENTION_WARPS * 32>(parts, chunks, row, 1, attended, arrived);
 }

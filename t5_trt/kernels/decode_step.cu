@@ -2,12 +2,18 @@
 #include "attention.cuh"
 #include "ends.cuh"
 #include "layers.cuh"
+#if STORAGE != FLOAT32 && (D == 64 || D == 128)
+#include "shared_attention.cuh"
+#else
+constexpr int SHARERS = 1;  // there is no attend_shared
+#endif
 
 // Of project_qkv, add_attention, project_query, feed_forward_in, feed_forward_out and output_head: tiles of outputs of a CTA (gate and up
-// count as one), its rows, bytes of dynamic shared memory.
+// count as one), its rows, bytes of dynamic shared memory. Last, the most rows of a CTA of attend_shared.
 extern "C" {
 __device__ int geometry[] = {
     QKV_WIDE, QkvProduct::OWN_ROWS, QkvProduct::SHARED, 1, ROWS, AddProduct::SHARED, 1, ROWS, QueryProduct::SHARED,
     IN_WIDE, InProduct::OWN_ROWS, InProduct::SHARED, 1, ROWS, OutProduct::SHARED, HEAD_WIDE, HEAD_ROWS, HEAD_SHARED,
+    SHARERS,
 };
 }

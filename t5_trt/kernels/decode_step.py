@@ -35,6 +35,8 @@ KERNELS = (
     "embed", "project_qkv", "attend_self", "add_attention", "project_query", "attend_cross", "feed_forward_in",
     "feed_forward_out", "output_head",
 )  # fmt: skip
+#: d_kv of models that have ``attend_shared``, in half precision
+SHARED_WIDTHS = (64, 128)
 #: kernels in the order of ``geometry`` in ``decode_step.cu``
 PRODUCTS = ("project_qkv", "add_attention", "project_query", "feed_forward_in", "feed_forward_out", "output_head")
 
@@ -52,7 +54,9 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
     return None
 
 
-def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int = 8) -> dict[str, int]:
+def constants(
+    arch: Architecture, dtype: torch.dtype, rows: int, capability: int = 8, *, beams: int = 1
+) -> dict[str, int]:
     """Compile-time constants of the kernels for a model and a number of rows.
 
     Args:
@@ -60,6 +64,7 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
         dtype: of weights and caches.
         rows: of a step.
         capability: the GPU's compute capability, its major number.
+        beams: rows that share a source.
     """
     # sizes at which sharing a weight load among rows beats more CTAs (measured on an H200, docs/performance.md)
     large = capability in LARGE_SHARED and dtype != torch.float32
@@ -67,7 +72,7 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
     if large and 16 < rows <= 32 and arch.d_model >= LARGE_MODEL:
         row_tiles = 4
     head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
-    room = LARGE_SHARED_BYTES if large and rows >= TILED_ROWS else SHARED_BYTES
+    room = LARGE_SHARED_BYTES if large and rows > 16 else SHARED_BYTES
     while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > room:
         head_row_tiles //= 2
     return model_constants(arch, dtype) | {
@@ -76,7 +81,7 @@ def constants(arch: Architecture, dtype: torch.dtype, rows: int, capability: int
         "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
         "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
         "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 else 8,
-        "ATTENTION_WARPS": attention_warps(rows),
+        "ATTENTION_WARPS": attention_warps(rows, beams),
     }
 
 
@@ -93,9 +98,14 @@ def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def attention_warps(rows: int) -> int:
+def attention_warps(rows: int, beams: int = 1) -> int:
     """Number of warps for the keys of one head of one row. Results do not depend on it."""
-    return 8 if rows <= 32 else 4
+    return 8 if rows <= 32 or beams > 1 else 4
+
+
+def has_shared_attention(constants: Mapping[str, int]) -> bool:
+    """Whether there is ``attend_shared``, see ``shared_attention.cuh``."""
+    return constants["STORAGE"] != STORAGE[torch.float32] and constants["D"] in SHARED_WIDTHS
 
 
 ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for name in ACTIVATIONS}
@@ -230,7 +240,8 @@ class DecodeKernels:
 
     def __init__(self, cubin: bytes, constants: Mapping[str, int], *, early: bool) -> None:
         driver = bindings("driver")
-        self._module = LoadedModule(cubin, KERNELS)
+        names = (*KERNELS, "attend_shared") if has_shared_attention(constants) else KERNELS
+        self._module = LoadedModule(cubin, names)
         self._functions = self._module.functions
         self.threads = {
             name: checked(
@@ -242,6 +253,8 @@ class DecodeKernels:
         self.early = early
         numbers = self._module.numbers("geometry")
         self.geometry = {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
+        #: most rows of one source that a CTA of ``attend_shared`` takes; 1: there is no such kernel
+        self.sharers = numbers[3 * len(PRODUCTS)]
         for name, own in self.geometry.items():
             self._module.allow_shared(name, own.shared)
 
@@ -269,7 +282,8 @@ class DecodeStep:
     epsilon: float
     embedding_scale: float = 1.0
     _chunks: tuple[int, int] = field(init=False)
-    _grids: dict[str, tuple[int, int]] = field(init=False)
+    _grids: dict[str, tuple[int, ...]] = field(init=False)
+    _cross: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._chunks = tuple(-(-memory.shape[4] // CHUNK) for memory in (self.inputs.kv, self.inputs.cross))  # type: ignore[assignment]
@@ -283,6 +297,11 @@ class DecodeStep:
         self._grids = {
             name: (-(-count // geometry[name].wide), -(-rows // geometry[name].rows)) for name, count in out_tiles
         }
+        beams, sharers = self.inputs.beams, self.kernels.sharers
+        shared = beams > 1 and sharers > 1
+        self._cross = "attend_shared" if shared else "attend_cross"
+        ctas = rows // beams * -(-beams // sharers) if shared else rows
+        self._grids[self._cross] = (arch.num_heads, ctas, self._chunks[1])
 
     def enqueue(
         self,
@@ -334,7 +353,7 @@ class DecodeStep:
                own.self_scale)  # fmt: skip
         start("project_query", grids["project_query"], stream, own.query, b.copy, b.squares, other, scales, b.query, rows,
                epsilon)  # fmt: skip
-        start("attend_cross", (heads, rows, self._chunks[1]), stream, b.query, cross_keys, cross_values, given.mask, given.lengths,
+        start(self._cross, grids[self._cross], stream, b.query, cross_keys, cross_values, given.mask, given.lengths,
                b.attended, b.parts, b.arrived, width, given.mask.shape[1], given.beams)  # fmt: skip
         start("add_attention", grids["add_attention"], stream, own.cross_out, b.attended, b.stream, b.copy, b.squares, scales, rows,
                own.cross_scale)  # fmt: skip

@@ -42,15 +42,17 @@ struct Barrier {
 static Barrier of_block, of_warp[8];
 static void __syncthreads() { of_block.wait(blockDim.x); }
 
+// What all lanes of the warp give.
 template <class T>
-static T shuffle(T value, unsigned from)
+static const T* everyone(const T& value)
 {
     static T slots[8][2][32];  // two sets: nobody is two shuffles ahead
     const unsigned warp = current->index / 32, lane = current->index % 32, set = current->shuffles++ % 2;
     slots[warp][set][lane] = value;
     of_warp[warp].wait(32);
-    return slots[warp][set][from % 32];
+    return slots[warp][set];
 }
+template <class T> static T shuffle(T value, unsigned from) { return everyone(value)[from % 32]; }
 template <class T> static T __shfl_xor_sync(unsigned, T value, int step) { return shuffle(value, (current->index % 32) ^ step); }
 template <class T> static T __shfl_sync(unsigned, T value, int lane) { return shuffle(value, lane); }
 static unsigned __reduce_max_sync(unsigned, unsigned) { abort(); }
@@ -63,9 +65,34 @@ static int max(int a, int b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
 static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+static unsigned __byte_perm(unsigned low, unsigned high, unsigned which)
+{
+    const unsigned long long both = low | (unsigned long long)high << 32;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= (unsigned)(both >> (which >> i * 4 & 7) * 8 & 0xff) << i * 8;
+    return result;
+}
 static float half_to_float(unsigned short bits) { _Float16 value; memcpy(&value, &bits, 2); return value; }
 static unsigned float_to_half(float wide) { _Float16 value = wide; unsigned short bits; memcpy(&bits, &value, 2); return bits; }
 static unsigned float_to_bfloat16(float wide) { const unsigned bits = __float_as_uint(wide); return (bits + 0x7fff + (bits >> 16 & 1)) >> 16; }
+
+// c += a b as mma.m16n8k16 has its fragments; `widen` turns 16 bits into a float.
+struct Fragments { float a[8], b[4]; };
+static void multiply_fragments(float* c, const uint4& a, const uint2& b, float (*widen)(unsigned short))
+{
+    const unsigned words[6] = {a.x, a.y, a.z, a.w, b.x, b.y}, lane = current->index % 32;
+    Fragments own;
+    for (int i = 0; i < 8; ++i)
+        own.a[i] = widen(words[i / 2] >> i % 2 * 16);
+    for (int i = 0; i < 4; ++i)
+        own.b[i] = widen(words[4 + i / 2] >> i % 2 * 16);
+    const Fragments* all = everyone(own);
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k)
+            c[i] += all[lane / 4 * 4 + k % 8 / 2].a[k / 8 * 4 + i / 2 * 2 + k % 2]
+                * all[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+}
 
 static void (*body)();
 static void one_thread()

@@ -1,4 +1,4 @@
-"""The attention kernels on a CPU, thread by thread: equal bits for every number of warps, and what float64 gives."""
+"""The attention kernels on a CPU, thread by thread: equal bits for every number of warps or rows, and what float64 gives."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ namespace {  // shared memory of its own for each of the libraries
 static void** given;
 template <class T> static T* memory(int i) { return (T*)given[i]; }
 static int number(int i) { return *(int*)given[i]; }
+constexpr int TILES = 0;  // in place of a number of warps: attend_shared
 extern "C" void run(int warps, int own, void** values, int rows, int chunks, int backwards)
 {
     given = values;
@@ -51,12 +52,24 @@ extern "C" void run(int warps, int own, void** values, int rows, int chunks, int
     run_grid(H, rows, chunks, warps * 32, backwards, kernel);
 }
 """
+#: the tensor cores' product for a CPU
+PRODUCT = """
+static void multiply_tiles(float* c, const uint4& a, const uint2& b) { multiply_fragments(c, a, b, widen); }
+"""
 CALLS = """
     if (warps == WARPS) kernel = own
-        ? (void (*)())[] { warpsWARPS::attend_self(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
+        ? (void (*)())[] { FORM::attend_self(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
               memory<unsigned char>(5), memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), number(11), number(12)); }
-        : (void (*)())[] { warpsWARPS::attend_cross(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
+        : (void (*)())[] { FORM::attend_cross(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
               memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), number(11)); };
+"""
+SHARED_CALL = """
+    if (warps == TILES) {
+        warps = shared_keys::SHARED_WARPS;
+        rows = rows / number(11) * ((number(11) + shared_keys::SHARERS - 1) / shared_keys::SHARERS);
+        kernel = [] { shared_keys::attend_shared(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
+            memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), number(11)); };
+    }
 """
 
 
@@ -76,7 +89,7 @@ def source(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype, int], Any]:
-    """Both kernels with every number of warps, for each type and d_kv."""
+    """Both kernels for each type and d_kv: with every number of warps, or attend_shared."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler, "these tests need a C++ compiler"
     folder = tmp_path_factory.mktemp("attention")
@@ -84,23 +97,28 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype
         f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention_sums.cuh')}\n{source('attention.cuh')}\n}}\n#undef ATTENTION_CTAS"
         for warps in WARPS
     )
-    parts = [source("launch.cuh"), source("types.cuh"), source("common.cuh"), *variants]
-    program = PROGRAM % (HEADS, "\n".join(parts), "".join(CALLS.replace("WARPS", str(warps)) for warps in WARPS))
-    (folder / "attention.cpp").write_text(program)
+    calls = "".join(CALLS.replace("FORM", f"warps{warps}").replace("WARPS", str(warps)) for warps in WARPS)
+    shared = "\n".join(map(source, ("launch.cuh", "types.cuh", "common.cuh", "attention_chunks.cuh")))
+    keys = f"{PRODUCT}namespace shared_keys {{\n{source('shared_attention.cuh')}\n}}"
+    (folder / "warps.cpp").write_text(PROGRAM % (HEADS, shared + "\n".join(variants), calls))
+    (folder / "shared.cpp").write_text(PROGRAM % (HEADS, shared + keys, SHARED_CALL))
 
     def build(shape: tuple[torch.dtype, int]) -> Any:
         dtype, size = shape
+        program = "shared.cpp" if shape in TILED else "warps.cpp"
         library = folder / f"attention_{STORAGE[dtype]}_{size}.so"
         flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-w", "-ffp-contract=off", f"-I{Path(__file__).parent}"]
         defined = [f"-DSTORAGE={STORAGE[dtype]}", f"-DD={size}"]
-        subprocess.run([compiler, *flags, *defined, "-o", library, folder / "attention.cpp"], check=True)
+        subprocess.run([compiler, *flags, *defined, "-o", library, folder / program], check=True)
         return ctypes.CDLL(str(library)).run
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SHAPES, pool.map(build, SHAPES), strict=True))
+        return dict(zip(SHAPES + TILED, pool.map(build, SHAPES + TILED), strict=True))
 
 
-SHAPES = [(torch.float16, 64), (torch.float16, 40), (torch.float16, 8), (torch.float32, 128)]
+SHAPES = [(torch.float16, 40), (torch.float16, 8), (torch.float32, 128)]
+TILED = [(torch.float16, 64), (torch.bfloat16, 128)]
+TILES = 0  # in place of a number of warps: attend_shared
 
 
 @dataclass
@@ -196,17 +214,53 @@ def test_bits_do_not_depend_on_the_number_of_warps(compiled: Any, shape: Any, ow
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("warps", WARPS)
-def test_source_without_keys_gives_zeros(compiled: Any, warps: int) -> None:
-    made = request(torch.float16, 64, [0, 3], own=False)
-    result = made.attended(compiled[torch.float16, 64], warps, own=False)
+@pytest.mark.parametrize("beams", [1, 3, 4, 6])
+@pytest.mark.parametrize("shape", TILED, ids=lambda shape: f"{str(shape[0])[6:]}-{shape[1]}")
+def test_shared_keys_give_what_float64_gives(compiled: Any, shape: Any, beams: int) -> None:
+    made = request(*shape, COUNTS, own=False, beams=beams)
+    result, wanted = made.attended(compiled[shape], TILES, own=False), expected(made, own=False)
+    rounded = 5e-4 if shape[0] == torch.float16 else 4e-3  # of the result, in the type that it is stored in
+    assert float((result.double() - wanted).norm() / wanted.norm()) < rounded
+    assert torch.equal(made.attended(compiled[shape], TILES, own=False, backwards=True), result)
+
+
+def test_bits_do_not_depend_on_rows_that_share_keys(compiled: Any) -> None:
+    shape = TILED[0]
+    made = request(*shape, [5, 50, 200], own=False, beams=6)
+    together = made.attended(compiled[shape], TILES, own=False)
+    for row in range(len(made.query)):
+        source = row // made.beams
+        part = [each[source : source + 1].contiguous() for each in (made.keys, made.values, made.bias, made.last)]
+        alone = Request(made.query[row : row + 1], *part)
+        assert torch.equal(alone.attended(compiled[shape], TILES, own=False)[0], together[row])
+
+
+def test_large_queries_stay_finite(compiled: Any) -> None:
+    """In float16, a query may be larger than float16's largest number; the best key then gets all of the weight."""
+    shape = TILED[0]
+    made = request(*shape, [20, 40], own=False)
+    made.query *= 3e4
+    assert float(made.query.abs().max()) > 65504
+    result, wanted = made.attended(compiled[shape], TILES, own=False), expected(made, own=False)
+    assert float((result.double() - wanted).norm() / wanted.norm()) < 5e-4
+
+
+FORMS = [((torch.float32, 128), warps) for warps in WARPS] + [(TILED[0], TILES)]
+
+
+@pytest.mark.parametrize(("shape", "form"), FORMS)
+def test_source_without_keys_gives_zeros(compiled: Any, shape: Any, form: int) -> None:
+    made = request(*shape, [0, 3], own=False)
+    result = made.attended(compiled[shape], form, own=False)
     assert not result[0].any() and result[1].all()
 
 
-@pytest.mark.parametrize("warps", WARPS)
-def test_source_that_is_hidden_gives_the_mean(compiled: Any, warps: int) -> None:
-    made = request(torch.float32, 128, [5, 50, 200], own=False)
+@pytest.mark.parametrize(("shape", "form"), FORMS)
+def test_source_that_is_hidden_gives_the_mean(compiled: Any, shape: Any, form: int) -> None:
+    made = request(*shape, [5, 50, 200], own=False)
     made.bias.fill_(-1e30)
-    result = made.attended(compiled[torch.float32, 128], warps, own=False)
-    means = torch.stack([made.values[row, :, :count].mean(1).flatten() for row, count in enumerate((5, 50, 200))])
-    assert torch.allclose(result, means, atol=1e-6)
+    result = made.attended(compiled[shape], form, own=False)
+    means = torch.stack(
+        [made.values[row, :, :count].double().mean(1).flatten() for row, count in enumerate((5, 50, 200))]
+    )
+    assert torch.allclose(result.double(), means, atol=1e-6 if shape[0] == torch.float32 else 1e-3)

@@ -14,7 +14,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
-from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, refusal
+from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, has_shared_attention, refusal
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, ODD, WIDE, usage
 
@@ -35,12 +35,12 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
     cubin, log = compile_cubin("decode_step.cu", wanted, architecture)
     assert cubin[:4] == b"\x7fELF"
     used = usage(log)
-    assert set(used) == set(KERNELS)
+    assert set(used) == {*KERNELS, "attend_shared"}
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 
 def test_numbers_of_warps_that_are_chosen_compile() -> None:
-    assert {attention_warps(rows) for rows in range(1, 129)} <= {warps for _, _, warps in BUILDS}
+    assert {attention_warps(rows, beams) for rows in range(1, 129) for beams in (1, 4)} == {4, 8}
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,9 @@ def test_large_models_compile_without_spills(arch: Architecture, rows: int, arch
 )
 def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int) -> None:
     assert refusal(arch, dtype) is None
-    _, log = compile_cubin("decode_step.cu", constants(arch, dtype, rows, 9), "sm_90")
-    assert set(usage(log)) == set(KERNELS)
+    wanted = constants(arch, dtype, rows, 9)
+    _, log = compile_cubin("decode_step.cu", wanted, "sm_90")
+    assert set(usage(log)) == {*KERNELS, *(["attend_shared"] if has_shared_attention(wanted) else [])}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
@@ -99,6 +100,8 @@ def test_token_selection_kernels_compile(name: str, options: dict[str, int], arc
 def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
     for size, tiles in ((768, 4), (1024, 4), (1280, 2), (2048, 2), (4096, 1)):
         assert constants(replace(BASE, d_model=size), torch.float16, 32)["HEAD_ROW_TILES"] == tiles
+    for size, tiles in ((768, 4), (2048, 4), (4096, 2)):
+        assert constants(replace(BASE, d_model=size), torch.float16, 32, 9)["HEAD_ROW_TILES"] == tiles
     for size, tiles in ((768, 16), (1024, 8), (2048, 4), (4096, 2)):
         assert constants(replace(BASE, d_model=size), torch.float16, 128, 9)["HEAD_ROW_TILES"] == tiles
 

@@ -260,5 +260,7 @@ def test_source_that_is_hidden_gives_the_mean(compiled: Any, shape: Any, form: i
     made = request(*shape, [5, 50, 200], own=False)
     made.bias.fill_(-1e30)
     result = made.attended(compiled[shape], form, own=False)
-    means = torch.stack([made.values[row, :, :count].double().mean(1).flatten() for row, count in enumerate((5, 50, 200))])
+    means = torch.stack(
+        [made.values[row, :, :count].double().mean(1).flatten() for row, count in enumerate((5, 50, 200))]
+    )
     assert torch.allclose(result.double(), means, atol=1e-6 if shape[0] == torch.float32 else 1e-3)

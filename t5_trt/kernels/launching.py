@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from t5_trt.kernels.compile import bindings, checked
@@ -62,16 +63,13 @@ def launch(
         early: let it begin before the previous kernel has ended (programmatic dependent launch; sm_90 and newer). It must then wait
             by itself, ``wait_for_inputs`` in ``launch.cuh``.
     """
-    driver = bindings("driver")
+    driver, early_start = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.hStream, config.sharedMemBytes = stream, shared
     if early:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
+        config.attrs, config.numAttrs = [early_start], 1
     values: list[Any] = []
     types: list[Any] = []
     for argument in arguments:
@@ -85,3 +83,13 @@ def launch(
             values.append(0 if argument is None else argument.data_ptr())
             types.append(ctypes.c_void_p)
     checked(driver.cuLaunchKernelEx(config, function, (tuple(values), tuple(types)), 0))
+
+
+@cache
+def _driver() -> tuple[Any, Any]:
+    """The driver's functions, and the attribute of kernels that start early: to look both up takes longer than a launch."""
+    driver = bindings("driver")
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return driver, attribute

@@ -17,9 +17,9 @@ from t5_trt.runtime.torch_layers import NO_KEY
 logger = logging.getLogger("t5_trt")
 
 #: an encoder is captured up to this many source tokens of a batch, with padding: beyond it the GPU is slower than the host
-CAPTURED_TOKENS = 2048
-#: limit on the source tokens of all captured encoders; the least recently used are dropped
-TOKENS_KEPT = 16384
+CAPTURED_TOKENS = 4096
+#: limit on the bytes of the results of all captured encoders; the least recently used are dropped
+BYTES_KEPT = 1 << 30
 #: lengths are padded to a multiple of this, so that texts of similar lengths share a graph
 LENGTH_STEP = 16
 
@@ -35,6 +35,11 @@ class CapturedSize:
     graph: Any = None
     hidden: torch.Tensor | None = None  # [B, S, E]
     cross: torch.Tensor | None = None  # [L, 2, B, H, S, D]
+
+    @property
+    def nbytes(self) -> int:
+        """Of results that are kept."""
+        return sum(each.nbytes for each in (self.hidden, self.cross) if each is not None)
 
 
 class CapturedEncoder:
@@ -63,7 +68,6 @@ class CapturedEncoder:
         if size is None:
             zeros = partial(torch.zeros, (batch, room), dtype=torch.int64, device=self._device)
             size = self._sizes[batch, room] = CapturedSize(zeros(), zeros())
-            self._drop_oldest()
         else:
             self._sizes.move_to_end((batch, room))
         if length < room:
@@ -99,8 +103,9 @@ class CapturedEncoder:
         except CaptureError as error:
             logger.warning("the encoder is not captured (%s); it runs kernel by kernel.", str(error))
             return False
+        self._drop_oldest()
         return True
 
     def _drop_oldest(self) -> None:
-        while sum(batch * length for batch, length in self._sizes) > TOKENS_KEPT:
+        while len(self._sizes) > 1 and sum(size.nbytes for size in self._sizes.values()) > BYTES_KEPT:
             self._sizes.popitem(last=False)

@@ -176,7 +176,11 @@ class KernelDecoder:
     def _captured_rows(self, rows: KernelRowBuffers, count: int, best_only: bool) -> Any:
         """The step of the first rows as a CUDA graph. Warm-ups are the step that is due: they write what it will write."""
         step = rows.step(count, self.kernels(count), self.weights, self._embedding_scale)
-        work = partial(self._run_rows, rows, step, best_only)
+
+        def work() -> None:
+            rows.take_tokens(count)
+            self._run_rows(rows, step, best_only)
+
         started = time.perf_counter()
         try:
             # without shared memory: it allocates nothing, and all such graphs go at once, with which torch would give the memory up

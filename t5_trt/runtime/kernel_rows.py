@@ -2,10 +2,11 @@
 
 How data flows, all of it in the order of one stream:
 
-    host     tokens, positions, source lengths -> page-locked int32 [3, R] -> one copy to the GPU before each step
+    host     tokens, positions, source lengths, where tokens come from -> page-locked int32 [4, R] -> one copy to the GPU before each step
+    tokens   the host's, or what the step before chose for a row, which need not have come to the host
     joining  the encoder's K and V of a source -> the row's part of `cross`; its own cache needs nothing, as its position is 0
     step     a CUDA graph over the first rows, their number rounded up: rows of padding stand at position 0 and write where nobody reads
-    after    the best tokens (int64 [count]) or logits stay on the GPU until the next step; whoever wants them on the host copies them
+    after    the best tokens (int32 [count]) or logits stay on the GPU until the next step; whoever wants them on the host copies them
     leaving  the last row's K and V -> the free row
 
 The kernels read no key behind a row's position or a source's length, so what is left there harms nobody, and room that is too large costs
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from t5_trt.graph.architecture import Architecture
@@ -33,53 +35,99 @@ def padded_count(count: int, rows: int) -> int:
     return min(padded, rows)
 
 
+class FetchedTokens:
+    """Tokens on their way from a GPU to the host.
+
+    Args:
+        rows: most tokens.
+        on_gpu: they come from one.
+    """
+
+    def __init__(self, rows: int, on_gpu: bool) -> None:
+        self._memory, self._count = torch.zeros(rows, dtype=torch.int32, pin_memory=on_gpu), 0
+        self._there: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def begin(self, made: torch.Tensor) -> None:
+        """Start to copy tokens [count]."""
+        self._count = len(made)
+        self._memory[: self._count].copy_(made, non_blocking=True)
+        if self._there is not None:
+            self._there.record(torch.cuda.current_stream(made.device))
+
+    def tolist(self) -> list[int]:
+        """The tokens; waits until they are there."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._memory[: self._count].tolist()  # type: ignore[no-any-return]
+
+
 class KernelRowBuffers(RowBuffers):
     """As `RowBuffers`, with int32 numbers that the host hands over in one copy before each step.
 
     Attributes:
-        numbers: int32 [3, R]: tokens, positions and source lengths.
-        best: int64 [R], the tokens that a step chose.
+        numbers: int32 [5, R]: what the last step chose, the host's tokens, positions, source lengths, and for each row which of the
+            first 2 R numbers is its token.
+        best: int32 [R], the tokens that a step chose.
         logits: float32 [R, V], where it was asked for them.
     """
 
     smallest = (CHUNK, CHUNK)
     slack = 8
     reads_empty_places = False
+    remembers_tokens = True
 
     def __init__(
         self, arch: Architecture, rows: int, *, dtype: torch.dtype, hidden: float, device: torch.device
     ) -> None:
         super().__init__(arch, rows, dtype=dtype, bias_dtype=torch.float32, hidden=hidden, device=device)
         on_gpu = device.type == "cuda"
-        self.numbers = torch.zeros((3, rows), dtype=torch.int32, device=device)
-        self.tokens, self.positions = self.numbers[0, :, None], self.numbers[1]
-        self.best = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros((5, rows), dtype=torch.int32, device=device)
+        self.tokens, self.positions = torch.zeros((rows, 1), dtype=torch.int32, device=device), self.numbers[2]
+        self.best = torch.zeros(rows, dtype=torch.int32, device=device)
         self.logits = torch.zeros((rows, arch.vocab_size), device=device)
         self._arch = arch
-        self._host = torch.zeros((3, rows), dtype=torch.int32, pin_memory=on_gpu)
+        self._host = torch.zeros((4, rows), dtype=torch.int32, pin_memory=on_gpu)
         self._written = self._host.numpy()
+        self._own = np.arange(rows, 2 * rows, dtype=np.int32)  # the places of the host's tokens
         self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._fetched = [FetchedTokens(rows, on_gpu) for _ in range(2)]
 
-    def feed(self, tokens: Sequence[int]) -> None:
+    def feed(self, tokens: Sequence[int], places: Sequence[int] | None = None) -> None:
         """See `RowBuffers.feed`; the GPU gets them with the step."""
         if self._copied is not None:
             self._copied.synchronize()  # what is still being copied must stay as it is
-        self._written[0, : self.count] = tokens
+        count, rows = self.count, self.rows
+        self._written[0, :count], self._written[3, :count] = tokens, self._own[:count]
+        if places is not None:
+            given = np.array(places, dtype=np.int32)
+            self._written[3, :count] = np.where(given < 0, self._own[:count], given)
+        self._written[0, count:], self._written[3, count:] = 0, self._own[count:rows]
 
     def hand_over(self) -> None:
         """Copy the numbers of the rows in use to the GPU; those of all others are 0."""
         count = self.count
         self._written[1, :count], self._written[2, :count] = self._lengths[:count], self._sources[:count]
-        self._written[:, count:] = 0
-        self.numbers.copy_(self._host, non_blocking=True)
+        self._written[1:3, count:] = 0
+        self.numbers[0].copy_(self.best)  # not by the step, which may run more than once before it is captured
+        self.numbers[1:].copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self.numbers.device))
 
+    def take_tokens(self, count: int) -> None:
+        """What a step of the first rows does first: find their tokens."""
+        torch.index_select(self.numbers.view(-1), 0, self.numbers[4, :count], out=self.tokens[:count, 0])
+
+    def fetch(self, made: torch.Tensor) -> FetchedTokens:
+        """See `RowBuffers.fetch`. Two steps' tokens can be under way."""
+        self._fetched.reverse()
+        self._fetched[0].begin(made)
+        return self._fetched[0]
+
     def step(self, count: int, kernels: DecodeKernels, weights: StepWeights, embedding_scale: float) -> DecodeStep:
         """The step over the first `count` rows. All such steps share what kernels hand on, as none runs beside another."""
-        tokens, positions, lengths = self.numbers
+        _, _, positions, lengths, _ = self.numbers
         inputs = StepInputs(
-            tokens[:count], positions, self.kv, self.cross, self.cross_bias[:, 0, 0], lengths, 1, self.logits
+            self.tokens[:count, 0], positions, self.kv, self.cross, self.cross_bias[:, 0, 0], lengths, 1, self.logits
         )
         shared: Any = self.bindings.get("buffers")
         if shared is None:
@@ -90,7 +138,11 @@ class KernelRowBuffers(RowBuffers):
 
     def name_best(self, ranks: torch.Tensor) -> None:
         """Turn what the kernels left for each of the first rows (see `t5_trt.runtime.session.NextStep.best`) into tokens, and clear it."""
-        best = self.best[: len(ranks)]
-        torch.bitwise_not(ranks, out=best)
-        best.bitwise_and_(0xFFFFFFFF)
+        torch.bitwise_not(ranks.view(torch.int32)[::2], out=self.best[: len(ranks)])  # the lower half
         ranks.zero_()
+
+    def _forget_addresses(self) -> None:
+        """See `RowBuffers`; a step under way still uses them."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self.numbers.device).synchronize()
+        super()._forget_addresses()

@@ -45,6 +45,8 @@ class RowBuffers:
     slack = 1
     #: a step reads all of the caches, and multiplies what is behind a row's own by 0
     reads_empty_places = True
+    #: the next step can decode tokens that the last one chose before the host has seen them
+    remembers_tokens = False
 
     def __init__(
         self,
@@ -133,9 +135,19 @@ class RowBuffers:
         self.cross_bias[row, ..., :source] = self.cross_bias[last, ..., :source]
         self._lengths[row], self._sources[row] = length, self._sources[last]
 
-    def feed(self, tokens: Sequence[int]) -> None:
-        """Set the tokens that the next step of the rows in use decodes, one for each."""
+    def feed(self, tokens: Sequence[int], places: Sequence[int] | None = None) -> None:
+        """Set the tokens that the next step of the rows in use decodes.
+
+        Args:
+            tokens: one for each row.
+            places: with `remembers_tokens`, for each row where it was when the last step chose its token, which then counts; or -1.
+        """
+        assert places is None
         self.tokens[: self.count, 0] = torch.tensor(tokens)
+
+    def fetch(self, made: torch.Tensor) -> SupportsToList:
+        """Bring tokens [count] of a step to the host; with `remembers_tokens` this does not wait for them."""
+        return made
 
     def fit(self) -> None:
         """Make room for one more token of the longest row in use; give up room that no row needs."""
@@ -144,8 +156,8 @@ class RowBuffers:
             kv = self.kv.new_zeros((*self.kv.shape[:4], tokens, self.kv.shape[5]))
             kept = min(tokens, self.capacity)
             kv[:, :, : self.count, :, :kept] = self.kv[:, :, : self.count, :, :kept]
+            self._forget_addresses()
             self.kv = kv
-            self.bindings.clear()
         self._fit_sources()
 
     def release(self) -> None:
@@ -175,8 +187,20 @@ class RowBuffers:
         cross[:, :, used, :, :kept] = self.cross[:, :, used, :, :kept]
         bias = self.cross_bias.new_full((self.rows, 1, 1, source), self.hidden)
         bias[used, ..., :kept] = self.cross_bias[used, ..., :kept]
+        self._forget_addresses()
         self.cross, self.cross_bias = cross, bias
+
+    def _forget_addresses(self) -> None:
+        """Drop what a session keeps: addresses change."""
         self.bindings.clear()
+
+
+class SupportsToList(Protocol):
+    """Tokens for the host."""
+
+    def tolist(self) -> list[int]:
+        """One for each row, as soon as they are there."""
+        ...
 
 
 @runtime_checkable
@@ -199,6 +223,6 @@ class RowSession(Session, Protocol):
             best_only: give tokens in place of logits.
 
         Returns:
-            Logits, float32 [count, V], or the tokens of the largest ones, int64 [count]; good until the next step.
+            Logits, float32 [count, V], or the tokens of the largest ones, integers [count]; good until the next step.
         """
         ...

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from t5_trt.generation.processors import CapturableProcessors, capturable_processors
 from t5_trt.generation.sampling import draw
 from t5_trt.runtime.kv_buffers import bucket_length
+from t5_trt.runtime.row_buffers import SupportsToList
 from t5_trt.serving.handle import Job
 from t5_trt.serving.settings import Prepared
 
@@ -22,7 +24,10 @@ class Row:
 
     Attributes:
         plain: it always takes the token of the largest logit.
-        token: the one that the next step decodes.
+        token: the last one that is known, which the next step decodes unless one is on its way.
+        place: of the row in the step that makes its next token; -1 while none does.
+        left: tokens that may still come.
+        over: the request has ended, whatever is on its way.
     """
 
     def __init__(self, job: Job, processors: Callable[[Prepared], CapturableProcessors | None]) -> None:
@@ -35,6 +40,8 @@ class Row:
         self._made: list[int] = []
         self.plain = not job.prepared.do_sample and not job.prepared.processors
         self.token = job.prepared.prompt[-1]
+        self.place, self.over = -1, False
+        self.left = job.prepared.limit - len(job.prepared.prompt)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token, int64 [1], where the logits are; on a GPU this does not wait for it.
@@ -57,7 +64,8 @@ class Row:
         prepared = self._prepared
         self.token = token
         self._made.append(token)
-        if token not in prepared.eos and len(prepared.prompt) + len(self._made) < prepared.limit:
+        self.left -= 1
+        if token not in prepared.eos and self.left > 0:
             return None
         return torch.tensor([[*prepared.prompt, *self._made]])
 
@@ -84,6 +92,21 @@ class Row:
             else:
                 self._generator.manual_seed(self.job.seed)
         return self._generator
+
+
+@dataclass(frozen=True)
+class StartedStep:
+    """A step that runs or has run.
+
+    Attributes:
+        rows: of the step, in its order.
+        tokens: one for each.
+        failures: of single rows, by their place.
+    """
+
+    rows: list[Row]
+    tokens: SupportsToList
+    failures: dict[int, Exception]
 
 
 def device_processors(prepared: Prepared, vocab_size: int, device: torch.device) -> CapturableProcessors | None:

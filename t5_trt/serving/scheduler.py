@@ -15,16 +15,14 @@ from typing import Any
 import torch
 
 from t5_trt.errors import EngineClosedError, QueueFullError
-from t5_trt.generation.processors import CapturableProcessors
+from t5_trt.runtime.captured_encoder import CAPTURED_TOKENS
 from t5_trt.runtime.row_buffers import RowSession
 from t5_trt.serving.groups import GroupRunner, at_home, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
-from t5_trt.serving.rows import Row, device_processors
-from t5_trt.serving.settings import Prepared
+from t5_trt.serving.running import RunningRows
 from t5_trt.serving.sources import EncodedSource, by_length, encode
 from t5_trt.serving.stats import Stats
-from t5_trt.validation import check_length
 
 logger = logging.getLogger("t5_trt")
 
@@ -36,6 +34,8 @@ ENCODED_TOKENS_GPU = 4096
 ENCODED_ROWS_GPU, LEAST_TOKENS_GPU = 32, 1024
 #: how often waiting groups are looked through for cancelled ones while no row is in use
 _LOOK_S = 0.05
+#: how often all that waits is looked through for what need not wait any more; what leaves a queue is looked at in any case
+_QUEUE_LOOK_S = 0.01
 #: seconds that the exit of the interpreter waits for threads: Python aborts a process whose daemon threads are inside of torch
 _EXIT_S = 5.0
 _running: weakref.WeakSet[Scheduler] = weakref.WeakSet()
@@ -61,19 +61,15 @@ class Scheduler:
     """
 
     def __init__(self, model: Any, session: RowSession, max_rows: int, max_waiting: int) -> None:
-        self._session = session
-        self._max_rows, self._max_waiting = max_rows, max_waiting
-        self._longest = (model.runtime_config.max_target_tokens, session.arch.longest_target)
-        self._limited = any(longest is not None for longest in self._longest)
-        self._rows: list[Row] = []
+        self._session, self._max_rows, self._max_waiting = session, max_rows, max_waiting
         self._entering: list[list[Job]] = []  # batches that have left the queue and are being encoded
         self._ready: deque[EncodedSource] = deque()  # and have no rows yet
         self._on_gpu = session.device.type == "cuda"
         self._outbox = Outbox()
-        self._processing: weakref.WeakKeyDictionary[Prepared, CapturableProcessors | None] = weakref.WeakKeyDictionary()
-        with at_home(session.device):
-            self._buffers = session.row_buffers(max_rows)
+        longest = (model.runtime_config.max_target_tokens, session.arch.longest_target)
+        self._running = RunningRows(session, max_rows, longest, self._outbox, self._end, self._count_step)
         self._lock = threading.Lock()  # of what waits, and of the counts
+        self._next_look = 0.0
         self._waiting: deque[Job] = deque()
         self._groups = GroupRunner(model, self._lock, self._count)
         self._stats = Stats()
@@ -107,7 +103,8 @@ class Scheduler:
     def stats(self) -> Stats:
         """The current counts."""
         with self._lock:
-            running = len(self._rows) + sum(map(len, self._entering)) + (self._groups.running is not None)
+            running = len(self._running) + sum(map(len, self._entering))
+            running += self._groups.running is not None
             return replace(self._stats, waiting=self._without_rows(), running=running)
 
     def close(self, grace: float) -> None:
@@ -174,12 +171,11 @@ class Scheduler:
             logger.exception("decoder steps failed; their requests end with the error")
             self._fail_rows(error)
             self._outbox.send()
-            self._buffers.release()
-            self._buffers = self._session.row_buffers(self._max_rows)  # nobody knows what is in the old ones
+            self._running.renew()
 
     def _has_work(self) -> bool:
         """Wait until there is something to do; False after `stop`."""
-        while not (self._rows or self._waiting or self._ready or self._stopped):
+        while not (self._running.busy or self._waiting or self._ready or self._stopped):
             try:
                 self._calls.get(timeout=_LOOK_S if self._groups.waiting else None)
             except Empty:
@@ -190,37 +186,37 @@ class Scheduler:
 
     def _turn(self) -> None:
         """Free rows that have ended, give rows to waiting requests, and decode one token of all rows."""
-        for place in reversed(range(len(self._rows))):
-            job = self._rows[place].job
-            if job.cancelled or job.deadline is not None or self._limited:
-                reason = job.overdue() or self._too_long(place)
-                if reason is not None:
-                    self._leave(place, error=reason)
+        self._running.make_room()
         with self._lock:
-            self._leave_queues()
-            self._entering = by_length(self._arrivals(), LEAST_TOKENS_GPU if self._on_gpu else 0)
+            if time.monotonic() >= self._next_look:
+                self._leave_queues()
+                self._next_look = time.monotonic() + _QUEUE_LOOK_S
+            sizes = (LEAST_TOKENS_GPU, CAPTURED_TOKENS) if self._on_gpu else (0, None)
+            self._entering = by_length(self._arrivals(), *sizes)
         while self._entering:
             self._encode(self._entering[0])
         self._take_rows()
-        if self._rows:
-            self._step()
-        if not (self._on_gpu and self._rows):
-            self._outbox.send()
+        self._running.step(on_gpu=self._on_gpu)
 
     def _arrivals(self) -> list[Job]:
         """Take waiting requests for the free rows, and on a GPU some more, if there is a free one. The lock is held."""
         jobs: list[Job] = []
-        free, tokens = self._max_rows - len(self._rows) - len(self._ready), 0
+        free, tokens = self._running.free - len(self._ready), 0
         if free <= 0:
             return jobs
         most, limit = free, ENCODED_TOKENS
         if self._on_gpu:
             most, limit = min(free + self._max_rows // 4, ENCODED_ROWS_GPU), ENCODED_TOKENS_GPU
         while self._waiting and len(jobs) < most:
-            tokens += self._waiting[0].input_ids.shape[1]
-            if jobs and tokens > limit:
-                break
-            jobs.append(self._waiting.popleft())
+            job = self._waiting[0]
+            if job.overdue() is None:
+                tokens += job.input_ids.shape[1]
+                if jobs and tokens > limit:
+                    break
+                jobs.append(job)
+            else:
+                self._drop(job)
+            self._waiting.popleft()
         return jobs
 
     def _leave_queues(self) -> None:
@@ -252,76 +248,20 @@ class Scheduler:
 
     def _take_rows(self) -> None:
         """Give free rows to requests that are encoded."""
-        while self._ready and len(self._rows) < self._max_rows:
+        while self._ready and self._running.free:
             with self._lock:
                 if not self._ready:  # a client looked for those that need not go on
                     break
                 source = self._ready.popleft()
-                self._rows.append(Row(source.job, self._processors))
-            self._buffers.add(source.cross, source.bias)
-
-    def _processors(self, prepared: Prepared) -> CapturableProcessors | None:
-        """See `device_processors`; equal settings have the same."""
-        if prepared not in self._processing:
-            session = self._session
-            self._processing[prepared] = device_processors(prepared, session.arch.vocab_size, session.device)
-        return self._processing[prepared]
-
-    def _step(self) -> None:
-        rows, buffers = self._rows, self._buffers
-        buffers.fit()
-        buffers.feed([row.token for row in rows])
-        best_only = all(row.plain for row in rows)
-        made = self._session.step_rows(buffers, best_only=best_only)
-        if self._on_gpu:
-            self._outbox.send()
-        failures: dict[int, Exception] = {}
-        if not best_only:
-            made = self._chosen(made, failures)
-        over: list[tuple[int, torch.Tensor | None]] = []
-        for place, (row, token) in enumerate(zip(rows, made.tolist(), strict=True)):  # the one wait for a GPU
-            if failures and place in failures:
-                over.append((place, None))
-                continue
-            self._outbox.put(row.job, token)
-            result = row.take(token)
-            if result is not None:
-                over.append((place, result))
-        with self._lock:
-            self._stats = self._stats.more(steps=1, tokens=len(rows))
-        for place, result in reversed(over):
-            self._leave(place, result, failures.get(place))
-
-    def _chosen(self, logits: torch.Tensor, failures: dict[int, Exception]) -> torch.Tensor:
-        """The next token of every row, int64 [rows], where the logits are; errors of single rows by their place."""
-        chosen = logits.argmax(-1)
-        for place, row in enumerate(self._rows):
-            if not row.plain:
-                try:
-                    chosen[place : place + 1] = row.choose(logits[place : place + 1])
-                except Exception as error:  # of this request alone
-                    failures[place] = error
-        return chosen
-
-    def _leave(self, place: int, result: torch.Tensor | None = None, error: BaseException | None = None) -> None:
-        """Free a row, whose place the last one takes."""
-        job = self._rows[place].job
-        self._buffers.remove(place)
-        self._rows[place] = self._rows[-1]
-        self._rows.pop()
-        self._end(job, result, error)
-
-    def _too_long(self, place: int) -> BaseException | None:
-        limit, positions = self._longest
-        try:
-            check_length("target", self._buffers.position(place) + 1, limit, positions)
-        except ValueError as error:
-            return error
-        return None
+                if source.job.overdue() is not None:
+                    self._drop(source.job)
+                    continue
+                self._running.add(source.job)
+            self._running.take_in(source)
 
     def _fail_rows(self, error: BaseException) -> None:
-        jobs = [*(row.job for row in self._rows), *(job for batch in self._entering for job in batch)]
-        self._rows, self._entering = [], []
+        jobs = [*self._running.fail(), *(job for batch in self._entering for job in batch)]
+        self._entering = []
         for job in jobs:
             self._end(job, error=error)
 
@@ -332,3 +272,7 @@ class Scheduler:
     def _count(self, error: BaseException | None) -> None:
         with self._lock:
             self._stats = self._stats.ended(error)
+
+    def _count_step(self, steps: int, tokens: int) -> None:
+        with self._lock:
+            self._stats = self._stats.more(steps=steps, tokens=tokens)

@@ -53,13 +53,14 @@ def encode(session: RowSession, jobs: Sequence[Job], *, in_common_sizes: bool) -
     ]
 
 
-def by_length(jobs: Sequence[Job], least_tokens: int = 0) -> list[list[Job]]:
+def by_length(jobs: Sequence[Job], least_tokens: int = 0, most_tokens: int | None = None) -> list[list[Job]]:
     """Requests in batches whose sources differ in length by less than a factor of two, short ones first.
 
     Args:
         jobs: requests.
         least_tokens: as many, padding counted, take no longer than fewer do: short sources that come to less beside the next longer ones
             are put to those.
+        most_tokens: of a batch of several requests, padding counted.
     """
     buckets: dict[int, list[Job]] = {}
     for job in jobs:
@@ -72,7 +73,16 @@ def by_length(jobs: Sequence[Job], least_tokens: int = 0) -> list[list[Job]]:
         if number == len(lengths) or len(carried) * lengths[number] > least_tokens:
             batches.append(carried)
             carried = []
-    return batches
+    if most_tokens is None:
+        return batches
+    return [part for batch in batches for part in _parts(batch, most_tokens)]
+
+
+def _parts(batch: list[Job], most_tokens: int) -> list[list[Job]]:
+    """A batch in parts of at most so many tokens, padding counted."""
+    longest = max(job.input_ids.shape[1] for job in batch)
+    rows = max(1, most_tokens // bucket_length(longest, SMALLEST_SOURCE))
+    return [batch[start : start + rows] for start in range(0, len(batch), rows)]
 
 
 def _common_size(rows: int, tokens: int) -> tuple[int, int]:

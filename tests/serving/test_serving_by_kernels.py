@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from t5_trt.errors import BackendError, RequestCancelledError
-from t5_trt.serving import Engine, scheduler
+from t5_trt.runtime.kernel_rows import FetchedTokens
+from t5_trt.serving import Engine, running
 from t5_trt.serving.sources import by_length
 from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
 from tests.stand_in_kernels import kernels_pair
@@ -78,6 +79,8 @@ def test_small_batches_are_encoded_with_longer_ones() -> None:
     assert lengths(10**6) == [[9, 10, 40, 33, 200, 500, 300]]
     assert lengths(1024) == [[9, 10, 40, 33, 200], [500, 300]]
     assert by_length([], 5) == []
+    parts = by_length(jobs * 3, 0, 1024)
+    assert [len(batch) for batch in parts] == [6, 6, 3, 2, 2, 2], "at most 1024 tokens with padding"
 
 
 def engine_job(engine: Engine, ids: list[int]) -> Any:
@@ -107,7 +110,7 @@ def test_an_encoded_request_that_waits_can_be_cancelled(ours: Any) -> None:
 
 
 def test_processors_without_a_device_form_are_called(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "device_processors", lambda *args: None)
+    monkeypatch.setattr(running, "device_processors", lambda *args: None)
     settings = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "max_new_tokens": 20}
     with engine_as_on_a_gpu(ours, max_rows=2) as engine:
         found = engine.submit(source(), **settings).result(PATIENCE_S)
@@ -123,3 +126,43 @@ def test_a_step_by_an_engine_is_refused_with_what_to_do(monkeypatch: pytest.Monk
     ours.session = stand_in_session(ours, monkeypatch)
     with pytest.raises(BackendError, match=r"backend 'tensorrt': .*decode='kernels'.*backend='cuda'"):
         Engine(ours)
+
+
+def test_a_step_starts_before_the_last_one_s_tokens_are_known(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    step, tolist = ours.session.step_rows, FetchedTokens.tolist
+
+    def step_rows(rows: Any, **options: Any) -> torch.Tensor:
+        events.append("step")
+        return step(rows, **options)
+
+    def read(fetched: FetchedTokens) -> list[int]:
+        events.append("read")
+        return tolist(fetched)
+
+    monkeypatch.setattr(ours.session, "step_rows", step_rows)
+    monkeypatch.setattr(FetchedTokens, "tolist", read)
+    with engine_as_on_a_gpu(ours, max_rows=2) as engine:
+        greedy = engine.submit(source(), max_new_tokens=5).result(PATIENCE_S)
+        until(lambda: engine.stats().running == 0)
+        assert events == ["step", "step", "read", "step", "read", "step", "read", "step", "read", "read"]
+        events.clear()
+        engine.submit(source(), max_new_tokens=3, do_sample=True, seed=1).result(PATIENCE_S)
+        assert events == ["step", "read"] * 3
+    assert torch.equal(greedy, alone(ours, source(), max_new_tokens=5))
+
+
+def test_requests_that_end_by_their_end_token_get_nothing_behind_it(ours: Any) -> None:
+    wanted = []
+    for seed in range(12):
+        ids = source(seed, 5 + seed)
+        made = alone(ours, ids, max_new_tokens=12, eos_token_id=-1)[0].tolist()
+        settings = {"max_new_tokens": 12 - seed % 3, "eos_token_id": made[2 + seed % 7]}
+        wanted.append((ids, settings, alone(ours, ids, **settings)))
+    assert len({result.shape[1] for *_, result in wanted}) > 3
+    with engine_as_on_a_gpu(ours, max_rows=3) as engine:
+        handles = [engine.submit(ids, **settings) for ids, settings, _ in wanted]
+        engine.close(PATIENCE_S)  # which waits for tokens on their way, too
+        for handle, (*_, result) in zip(handles, wanted, strict=True):
+            assert torch.equal(handle.result(0), result) and handle.tokens == result[0, 1:].tolist()
+        assert engine.stats().tokens == sum(result.shape[1] - 1 for *_, result in wanted)

@@ -269,7 +269,7 @@ def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, o
         right(self)
         for node, is_input in self.engine.io:
             if node.name == output and not is_input:
-                rows = self._memory(node, tuple(node.shape)).reshape(-1, node.shape[-1])
+                rows = self.memory(node, tuple(node.shape)).reshape(-1, node.shape[-1])
                 rows[1:] = rows[1:][::-1].copy()
 
     monkeypatch.setattr(StandInContext, "run", wrong)
@@ -293,7 +293,7 @@ def test_engine_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch, v
         right(self)
         for node, is_input in self.engine.io:
             if node.name == "logits" and not is_input:
-                self._memory(node, tuple(node.shape))[0, :5] = value
+                self.memory(node, tuple(node.shape))[0, :5] = value
 
     monkeypatch.setattr(StandInContext, "run", wrong)
     with pytest.raises(BackendError, match=named):

@@ -113,7 +113,7 @@ def test_a_second_signal_ends_requests_with_503(server: Process) -> None:
         statuses.append(answer.status)
         assert answer.status == 200 or json.loads(answer.read())["error"]["code"] == "shutting_down"
         connection.close()
-    assert server.process.wait(PATIENCE_S) == 0 and time.monotonic() - begin < 10
+    assert server.process.wait(PATIENCE_S) == 0 and time.monotonic() - begin < 40  # the grace is 60
     assert statuses.count(503) > 4
 
 

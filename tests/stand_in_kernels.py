@@ -14,7 +14,7 @@ from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.kernels.decode_step import PRODUCTS, Geometry
-from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
+from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder, weight_updates
 from t5_trt.runtime.step_buffers import select_tokens
 from tests.tiny_models import make_stock
 
@@ -86,6 +86,7 @@ def kernels_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, 
     """(Hugging Face model of T5 v1.1, ours on the backend "cuda" with the stand-ins)."""
     monkeypatch.setattr(kernel_decoder, "capture", Recording)
     monkeypatch.setattr(captured_encoder, "capture", Recording)
+    monkeypatch.setattr(weight_updates, "capture", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
     monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
     stock = make_stock("t5-v1.1")

@@ -23,7 +23,7 @@ from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.precision import real_type
-from t5_trt.runtime import captured_encoder, engine_step, tensorrt_encoder
+from t5_trt.runtime import captured_encoder, engine_step, tensorrt_encoder, weight_updates
 from t5_trt.runtime.tensorrt_session import TrtSession
 from tests.torch_graph import TorchGraph
 
@@ -196,7 +196,7 @@ def stand_in_session(
                 work()
         return _Graph(work)
 
-    for module in (captured_encoder, engine_step, tensorrt_encoder):
+    for module in (captured_encoder, engine_step, tensorrt_encoder, weight_updates):
         monkeypatch.setattr(module, "capture", capture)
     api = SimpleNamespace(
         trt=SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT")),

@@ -135,6 +135,29 @@ def norm_before(parameter: Parameter, weights: Weights, device: torch.device) ->
     return None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
 
 
+class DeviceNorms:
+    """Weights of norms on a device, each brought there once.
+
+    Args:
+        weights: state-dict key -> tensor, anywhere.
+        device: of the results.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self._weights, self._device = weights, device
+        self._made: dict[str, torch.Tensor | None] = {}
+
+    def before(self, parameter: Parameter) -> torch.Tensor | None:
+        """See `norm_before`."""
+        if parameter.norm is not None and parameter.norm not in self._made:
+            self._made[parameter.norm] = norm_before(parameter, self._weights, self._device)
+        return None if parameter.norm is None else self._made[parameter.norm]
+
+    def forget(self, key: str) -> None:
+        """A weight has changed, which may be a norm's."""
+        self._made.pop(key, None)
+
+
 def folded_part(parameter: Parameter, part: torch.Tensor, norm: torch.Tensor | None, factor: float) -> torch.Tensor:
     """A checkpoint matrix of a group with all factors folded in, [outputs, inputs].
 

@@ -12,10 +12,10 @@ from t5_trt.graph.parameters import (
     CROSS_KV,
     EMBEDDING,
     LM_HEAD,
+    DeviceNorms,
     Weights,
     folded_part,
     materialize,
-    norm_before,
     parameters,
 )
 from t5_trt.graph.relative_positions import distance_buckets
@@ -39,6 +39,7 @@ class StepWeightsMaker:
     ) -> None:
         self.arch, self._weights, self.dtype, self.device, self.scaling = arch, weights, dtype, device, scaling
         self._parameters = parameters(arch)
+        self._norms = DeviceNorms(weights, device)
 
     def make(self) -> StepWeights:
         """All of a step's weights."""
@@ -55,6 +56,7 @@ class StepWeightsMaker:
             key: of the state dict; what it maps to has changed, too.
             tensor: on the device.
         """
+        self._norms.forget(key)
         if key == EMBEDDING:
             made.embedding.copy_(tensor.float() * self.scaling.factor(EMBEDDING, EMBEDDING))
         elif key == self.arch.head_weight:
@@ -90,7 +92,7 @@ class StepWeightsMaker:
     def _part(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """One matrix of a group as it is packed, [outputs, inputs]."""
         name, parameter = next(entry for entry in self._parameters.items() if key in entry[1].parts)
-        norm = norm_before(parameter, self._weights, self.device)
+        norm = self._norms.before(parameter)
         return folded_part(parameter, tensor.float(), norm, self.scaling.factor(name, key)).to(self.dtype)
 
     def _layer(self, layer: int) -> LayerWeights:

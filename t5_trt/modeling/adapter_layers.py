@@ -16,6 +16,8 @@ from torch import nn
 
 from t5_trt.errors import UnsupportedModelError
 
+#: (B [outputs, r], A [r, inputs], scale) of each adapter
+LowRank = list[tuple[torch.Tensor, torch.Tensor, float]]
 #: kinds of peft layers whose merged weight gives the result of their forward pass (tested)
 _checked: set[tuple[Any, ...]] = set()
 
@@ -84,17 +86,47 @@ def effective_weight(name: str, layer: Any, base: torch.Tensor, out: torch.Tenso
         raise UnsupportedModelError(_refusal(name, layer, "its forward pass was exchanged"))
     if isinstance(layer.base_layer, tuner):
         base = effective_weight(name, layer.base_layer, base)
-    active = [adapter for adapter in layer.active_adapters if _holds(layer, adapter)]
-    if layer.disable_adapters or layer.merged or not active:
+    active = _active(layer)
+    if not active:
         return base
     factors = _low_rank_factors(layer, active)
     if factors is None:
         return _merged_copy(name, layer, base, active)
+    factors = [
+        (up.detach().to(base.device, torch.float32), down.detach().to(base.device, torch.float32), scale)
+        for up, down, scale in factors
+    ]
+    return add_low_rank(base, factors, out)
+
+
+def low_rank_update(layer: Any) -> LowRank | None:
+    """The update that a layer's active adapters make, as `add_low_rank` takes it; None where it is something else or cannot be told."""
+    tuner = _kinds()[0]
+    if not isinstance(layer, tuner) or "forward" in layer.__dict__ or isinstance(layer.base_layer, tuner):
+        return None
+    active = _active(layer)
+    return _low_rank_factors(layer, active) if active else []
+
+
+def add_low_rank(base: torch.Tensor, factors: LowRank, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A weight and the update of some adapters.
+
+    Args:
+        base: float32 [outputs, inputs].
+        factors: of each adapter, float32 where `base` is.
+        out: see `effective_weight`.
+    """
     made = base
     for up, down, scale in factors:
-        up, down = (factor.detach().to(base.device, torch.float32) for factor in (up, down))
         made = torch.addmm(made, up, down, alpha=scale, out=out)
     return made
+
+
+def _active(layer: Any) -> list[str]:
+    """The adapters that a layer applies."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [adapter for adapter in layer.active_adapters if _holds(layer, adapter)]
 
 
 def _kinds() -> tuple[Any, ...]:
@@ -138,7 +170,7 @@ def _replaced_weight(name: str, wrapper: Any, base: torch.Tensor, out: torch.Ten
     return found
 
 
-def _low_rank_factors(layer: Any, active: list[str]) -> list[tuple[torch.Tensor, torch.Tensor, float]] | None:
+def _low_rank_factors(layer: Any, active: list[str]) -> LowRank | None:
     """(B [outputs, r], A [r, inputs], scale) of each adapter of a linear layer with plain LoRA or rsLoRA; None for others."""
     if type(layer) is not _lora_linear() or layer.fan_in_fan_out or any(name in layer.lora_variant for name in active):
         return None

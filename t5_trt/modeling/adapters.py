@@ -11,6 +11,7 @@ overwrites. On a GPU it is computed there, from a copy of the base weight, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch import nn
 from t5_trt.errors import UnsupportedModelError
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import EMBEDDING
-from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settle
+from t5_trt.modeling.adapter_factors import DeviceFactors
+from t5_trt.modeling.adapter_layers import adapter_layers, add_low_rank, base_layer, effective_weight, settle
 from t5_trt.modeling.weight_tracker import WeightWatch
+from t5_trt.runtime.weight_updates import ComputedFrom
 
 #: the embeddings of the stacks
 _TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -55,6 +58,7 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         self._own: dict[str, torch.Tensor] = {}
         self._on_device: dict[str, torch.Tensor] = {}
         self._scalings: dict[Hashable, Fp16Scaling] = {}
+        self._factors = DeviceFactors(self._adapted)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key not in self._adapted:
@@ -118,14 +122,34 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
     def forget_scalings(self) -> None:
         """Treat all weights as changed, after an optimizer step: fused optimizers do not increment tensor versions."""
         self._scalings.clear()
+        self._factors.forget()
 
     def computed_on(self, device: torch.device, key: str) -> torch.Tensor:
         """The effective weight for a key on a device; float32 if adapters change it."""
         if key not in self._adapted or key in self._own:
             return self[key].to(device)
+        return self._computed(key, self._base_on(device, key))
+
+    def source_on(self, device: torch.device) -> ComputedFrom | None:
+        """What the adapted weights are computed from as they are now, in memory of the device that later states use too.
+
+        Returns:
+            None where that is not a base weight and low-rank factors for each.
+        """
+        if self._own or (state := self._factors.load(device)) is None:
+            return None
+        bases = {key: self._base_on(device, key) for key in self._adapted}
+        addresses = tuple(base.data_ptr() for base in bases.values())
+        factors = self._factors
+        return ComputedFrom(
+            (state, addresses), {key: partial(add_low_rank, base, factors[key]) for key, base in bases.items()}
+        )
+
+    def _base_on(self, device: torch.device, key: str) -> torch.Tensor:
+        """The base weight of an adapted one, float32, copied to the device once."""
         if key not in self._on_device:
             self._on_device[key] = self.base[key].detach().to(device, torch.float32)
-        return self._computed(key, self._on_device[key])
+        return self._on_device[key]
 
     def _computed(self, key: str, base: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return effective_weight(key.removesuffix(".weight"), self._adapted[key], base, out)
@@ -148,6 +172,10 @@ class _OnDevice(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._weights.computed_on(self._device, key)
+
+    def source(self) -> ComputedFrom | None:
+        """See `t5_trt.runtime.weight_updates.ComputedWeights`."""
+        return self._weights.source_on(self._device) if self._keys == self._weights.changing else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -18,8 +18,8 @@ logger = logging.getLogger("t5_trt")
 
 #: an encoder is captured up to this many source tokens of a batch, with padding: beyond it the GPU is slower than the host
 CAPTURED_TOKENS = 4096
-#: limit on the bytes of the results of all captured encoders; the least recently used are dropped
-BYTES_KEPT = 1 << 30
+#: part of the GPU's memory that results of captured encoders may take; the least recently used are dropped
+PART_KEPT = 1 / 50
 #: lengths are padded to a multiple of this, so that texts of similar lengths share a graph
 LENGTH_STEP = 16
 
@@ -107,5 +107,8 @@ class CapturedEncoder:
         return True
 
     def _drop_oldest(self) -> None:
-        while len(self._sizes) > 1 and sum(size.nbytes for size in self._sizes.values()) > BYTES_KEPT:
+        if self._device.type != "cuda":
+            return
+        most = PART_KEPT * torch.cuda.get_device_properties(self._device).total_memory
+        while len(self._sizes) > 1 and sum(size.nbytes for size in self._sizes.values()) > most:
             self._sizes.popitem(last=False)

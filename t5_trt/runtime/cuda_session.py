@@ -25,6 +25,7 @@ from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import GenerationStep, TokenSelector
 from t5_trt.runtime.torch_layers import TorchDecoder
+from t5_trt.runtime.weight_updates import WeightUpdates
 
 
 class CudaSession:
@@ -61,6 +62,7 @@ class CudaSession:
         self._order = StreamOrder(device)
         self._lock = threading.RLock()
         self._hidden = mask_value(real_type(precision))
+        self._updates = WeightUpdates(device, self._write)
         self._queries: TorchDecoder | None = None
         self._steps: KernelDecoder | None = None
         if arch.decoder_layers:
@@ -133,12 +135,14 @@ class CudaSession:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""
         with self._at_work():
             self.updates += 1
-            for key in changed:
-                tensor = changed[key]
-                self._weights.update(key, tensor)
-                if self._steps is not None:
-                    self._steps.update_weight(key, tensor)
+            self._updates.apply(changed)
         return True
+
+    def _write(self, key: str, tensor: torch.Tensor) -> None:
+        """Write a new value of a weight, where captured graphs read."""
+        self._weights.update(key, tensor)
+        if self._steps is not None:
+            self._steps.update_weight(key, tensor)
 
     @property
     def weight_bytes(self) -> int:

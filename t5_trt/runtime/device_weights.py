@@ -10,7 +10,7 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import Weights, folded_part, materialize, norm_before, parameters
+from t5_trt.graph.parameters import DeviceNorms, Weights, folded_part, materialize, parameters
 
 
 class DeviceWeights:
@@ -38,6 +38,7 @@ class DeviceWeights:
         self._dtype = dtype
         self.device = device
         self._made: dict[str, torch.Tensor] = {}
+        self._norms = DeviceNorms(weights, device)
         self._readers: defaultdict[str, list[str]] = defaultdict(list)  # by key of the state dict
         for name, parameter in self._parameters.items():
             for key in (*parameter.parts, *([parameter.norm] if parameter.norm else ())):
@@ -72,6 +73,7 @@ class DeviceWeights:
             key: of the state dict; what it maps to has changed, too.
             tensor: on the device.
         """
+        self._norms.forget(key)
         for name in self._readers[key]:
             if name not in self._made:
                 continue
@@ -79,7 +81,7 @@ class DeviceWeights:
             if not parameter.is_matrix:
                 made.copy_(tensor * factor(key))
             elif key in parameter.parts:
-                norm = norm_before(parameter, self._weights, self.device)
+                norm = self._norms.before(parameter)
                 made[:, parameter.place(key)] = folded_part(parameter, tensor.float(), norm, factor(key)).t()
             else:  # the norm of all parts
                 made.copy_(materialize(parameter, self._weights, self._dtype, self.device, factor))

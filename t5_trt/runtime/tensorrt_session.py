@@ -38,6 +38,7 @@ from t5_trt.runtime.step_decoder import StepDecoder
 from t5_trt.runtime.tensorrt_encoder import Encoders
 from t5_trt.runtime.tensorrt_engines import TrtEngines
 from t5_trt.runtime.torch_layers import TorchEncoder
+from t5_trt.runtime.weight_updates import WeightUpdates
 
 
 class TrtSession:
@@ -93,6 +94,7 @@ class TrtSession:
         steps = kernels or self._engine_step
         assert steps is not None
         self._steps: StepDecoder = steps
+        self._updates = WeightUpdates(self.device, self._write)
         self.steps_by = "engine" if kernels is None else "kernels"
         self._encoders = Encoders(self.engines, self.arch, self.dtype, device)
         self._order = StreamOrder(device)
@@ -205,13 +207,15 @@ class TrtSession:
             return False
         with self._at_work():
             self.updates += 1
-            for key in changed:
-                tensor = changed[key]
-                self.engines.weights.update(key, tensor)
-                self._steps.update_weight(key, tensor)
+            self._updates.apply(changed)
             if self._reference is not None:
                 self._reference.update_weights(changed)
         return True
+
+    def _write(self, key: str, tensor: torch.Tensor) -> None:
+        """Write a new value of a weight, where engines and captured steps read."""
+        self.engines.weights.update(key, tensor)
+        self._steps.update_weight(key, tensor)
 
     @property
     def weight_bytes(self) -> int:

@@ -12,8 +12,9 @@ import torch
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.parameters import parameters
 from t5_trt.kernels.step_weights import StepWeightsMaker
+from t5_trt.modeling import adapters
 from t5_trt.modeling.adapters import AdaptedWeights
-from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
+from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder, weight_updates
 from t5_trt.runtime.device_weights import DeviceWeights
 from tests.adapters import EVERYWHERE, QUIET, compare, logits, lora, peft_pair, tokens
 from tests.stand_in_kernels import Recording, TorchSteps
@@ -32,6 +33,7 @@ def open_cuda(ours: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, precisio
     """Give a model the session of a GPU, with torch in the kernels' place."""
     monkeypatch.setattr(kernel_decoder, "capture", Recording)
     monkeypatch.setattr(captured_encoder, "capture", Recording)
+    monkeypatch.setattr(weight_updates, "capture", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
     ours.session  # noqa: B018 - takes note of the weights
     runner = ours._runner
@@ -58,6 +60,36 @@ def test_cuda_session_follows_adapters_in_place(kind: str, tmp_path: Path, monke
         assert tokens(theirs, "beams") == tokens(mine, "beams")
         assert ours.session is session
     assert torch.equal(logits(mine), first)
+
+
+def test_switches_between_known_adapters_replay_one_graph_for_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {"default": lora(), "two": lora(), "wide": lora(r=6)}
+    theirs, mine, ours = peft_pair(make_stock("t5-v1.1"), configs)
+    session = open_cuda(ours, tmp_path, monkeypatch, "fp32")
+    captured: list[Any] = []
+    computed: list[str] = []
+    monkeypatch.setattr(weight_updates, "capture", lambda work, *_, **__: captured.append(work) or Recording(work))
+    effective = adapters.effective_weight
+    monkeypatch.setattr(adapters, "effective_weight", lambda *args: computed.append(args[0]) or effective(*args))
+    first: dict[str, torch.Tensor] = {}
+    for name in ("two", "wide", "default", "two", "wide", "default"):
+        theirs.set_adapter(name), mine.set_adapter(name)
+        compare(theirs, mine)
+        computed.clear()
+        assert torch.equal(logits(mine), first.setdefault(name, logits(mine))) and not computed
+    assert ours.session is session and len(captured) == 2
+    with mine.disable_adapter(), theirs.disable_adapter():
+        compare(theirs, mine)
+    assert len(captured) == 3 and torch.equal(logits(mine), first["default"])
+    with torch.no_grad():  # training changes what is kept on the GPU
+        for model in (theirs, mine):
+            for name, parameter in model.named_parameters():
+                if "lora_B.default" in name:
+                    parameter.mul_(1.5)
+    compare(theirs, mine)
+    assert len(captured) == 3 and not torch.equal(logits(mine), first["default"])
 
 
 def test_half_precision_is_opened_anew_where_an_adapter_needs_other_factors(

@@ -15,7 +15,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, parameters
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime import captured_encoder, cuda_graph, kernel_decoder
+from t5_trt.runtime import captured_encoder, cuda_graph, kernel_decoder, weight_updates
 from t5_trt.runtime import open_session as opening
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.select import Placement
@@ -33,6 +33,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """(Hugging Face model, ours with a TrtSession on the stand-in whose steps torch does in the kernels' place)."""
     monkeypatch.setattr(kernel_decoder, "capture", Recording)
     monkeypatch.setattr(captured_encoder, "capture", Recording)
+    monkeypatch.setattr(weight_updates, "capture", Recording)
 
     def of(stock: Any, precision: str = "fp32", **options: Any) -> tuple[Any, Any]:
         ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)

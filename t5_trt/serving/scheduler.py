@@ -83,6 +83,11 @@ class Scheduler:
         self._thread.start()
         _running.add(self)
 
+    @property
+    def closed(self) -> bool:
+        """Whether no request is accepted any more."""
+        return self._closing
+
     def check_open(self) -> None:
         """Check that a request can be queued.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,9 +20,9 @@ LINES = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").sp
 
 
 @pytest.fixture
-def service(shipped: tuple[Any, Any, Any]) -> Iterator[Service]:
+def service(shipped: tuple[Any, Any, Any]) -> Service:
     tokenizer, _, ours = shipped
-    yield Service(ours, tokenizer, "soak", Limits(), max_rows=soak_serving.ROWS, max_waiting=soak_serving.WAITING)
+    return Service(ours, tokenizer, "soak", Limits(), max_rows=soak_serving.ROWS, max_waiting=soak_serving.WAITING)
 
 
 @pytest.mark.timeout(300 + REQUESTS)

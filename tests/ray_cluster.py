@@ -19,6 +19,8 @@ from tests.conftest import ROOT
 
 # read when ray is imported; the token keeps Ray from writing one into the home folder
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_TOKEN=secrets.token_hex(32))
+# on a machine with other work, workers of low priority do not start in the time that the proxy is given
+os.environ.update(RAY_worker_niceness="0", RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60")
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 't5-trt[ray]'")
 
 

@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ class Gateway:
                 if not isinstance(error, RayActorError):
                     raise failure from error
             finally:
-                answer.cancel()  # of no effect after its end
+                with suppress(Exception):  # the error of a request that got no replica, once more
+                    answer.cancel()  # of no effect after its end
         raise failure
 
 

@@ -161,6 +161,8 @@ class Scheduler:
             with torch.no_grad(), at_home(self._session.device):
                 while self._has_work():
                     self._turn_or_fail()
+        except Exception:
+            logger.exception("rows cannot be made again; the engine ends")
         finally:  # nobody may wait forever
             self.stop()
             self._fail_rows(closed())

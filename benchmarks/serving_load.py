@@ -170,6 +170,7 @@ def measure_load(engine: Engine, seconds: float, rounds: int) -> tuple[Record, l
     ratio = statistics.median(rates) / statistics.median(capacities)
     return {**found, "longest_refusal_ms": longest * 1e3}, [
         Bound("requests per second at 1.5 times capacity, to capacity", ratio, 1 - NOISE, at_least=True),
+        Bound("refused requests", refused, 1, at_least=True),
         Bound("longest refusal, ms", longest * 1e3, 50.0),
     ]
 

@@ -169,7 +169,7 @@ def test_a_killed_replica_costs_nobody_a_wrong_answer(url: str) -> None:
     assert ask(url, "v1/completions", {"prompt": "さくら"})[1]["choices"][0]["text"] == "sakura"
 
 
-def test_replicas_are_added_for_requests_that_wait() -> None:
+def test_autoscaling_aims_at_one_request_for_each_row() -> None:
     module = example("ray_serve")
     gateway = module.build_app({"model": "some/model", "max_rows": 8, "max_replicas": 3, "num_gpus": 1})
     (_, replicas), _ = gateway._bound_deployment.init_args, gateway._bound_deployment.init_kwargs

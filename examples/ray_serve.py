@@ -146,10 +146,11 @@ class Gateway:
         for _ in range(ATTEMPTS):
             answer, begun = self._replicas.answer.remote(scope, body), False
             try:
-                first = await asyncio.wait_for(anext(answer), deadline - time.monotonic())
+                messages = await asyncio.wait_for(anext(answer), deadline - time.monotonic())
                 begun = True
-                await _send(first, send)
-                async for messages in answer:
+                await _send(messages, send)
+                while messages[-1].get("more_body", False):
+                    messages = await anext(answer)
                     await _send(messages, send)
                 return
             except Exception as error:

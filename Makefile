@@ -49,7 +49,7 @@ sanitize: $(VENV)/installed
 # GPUs (graphs are compared in tests that stay)
 NOT_FOR_OLDEST = attention_emulated audit bench benchmarks cuda_backend cuda_kernels dependencies documents \
     encoder_benchmark encoder_kernels faults gpu_records idle_gpu install kernel_compile kernel_weights \
-    other_systems package ray release rtx_build soak store structure triton
+    other_systems package ray ray_serve release rtx_build soak store structure triton
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '*/test_%.py')
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.kernels.decode_step import PRODUCTS, Geometry
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder
 from t5_trt.runtime.step_buffers import select_tokens
+from tests.launched_kernels import LaunchedKernels
 from tests.tiny_models import make_stock
 
 
@@ -29,13 +28,16 @@ class Recording:
 
 
 class TorchSteps(kernel_decoder.KernelDecoder):
-    """A step by the decoder for several query positions."""
+    """A step of one position by torch's decoder, one of several by the references of the kernels."""
 
     decoder: Any
 
     def kernels(self, rows: int) -> Any:
-        """None are needed."""
-        return SimpleNamespace(geometry={name: Geometry(1, 8, 0) for name in PRODUCTS})
+        """Their references."""
+        return LaunchedKernels(self._arch)
+
+    def _stream(self) -> int:
+        return 0
 
     def _run(self, slot: Any, selector: Any) -> None:
         length = int(slot.position)

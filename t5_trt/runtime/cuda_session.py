@@ -108,8 +108,8 @@ class CudaSession:
         assert self._steps is not None and self._queries is not None
         with self._at_work():
             state.reserve(input_ids.shape[1])
-            if input_ids.shape[1] == 1 and key_mask is None:
-                return self._steps.step(state, input_ids)
+            if key_mask is None:
+                return self._steps.decode(state, input_ids)
             cross, source = state.cross, state.cross.source_length
             bias, kv = state.cross_bias[: cross.batch, ..., :source], cross.kv[:, :, : cross.batch, :, :source]
             state.materialize()

@@ -158,7 +158,9 @@ class TrtSession:
         rows, queries = input_ids.shape
         with self._at_work():
             state.reserve(queries)
-            if queries == 1 and key_mask is None:
+            if key_mask is None and self._kernels is not None:
+                return self._kernels.decode(state, input_ids)
+            if key_mask is None and queries == 1:
                 return self._steps.step(state, input_ids)
             # kernels use another buffer layout: the state stays there, and this engine gets copies
             lease = self._slots.copied(state) if self._engine_step is None else self._slots.home(state)

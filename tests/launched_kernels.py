@@ -68,22 +68,30 @@ class LaunchedKernels:
         given = self._heads(query, rows), keys.float(), values.float(), mask, lengths, beams
         attended[:rows, : self._inner] = reference.attend_cross(*given)
 
-    def add_attention(self, weights: Any, attended: Any, stream: Any, copy: Any, squares: Any, scales: Any, rows: int, factor: float) -> None:
+    def add_attention(
+        self, weights: Any, attended: Any, stream: Any, copy: Any, squares: Any, scales: Any, rows: int, factor: float
+    ) -> None:
         own, matrix = self._stream(copy, rows), self._unpacked(weights, self._arch.d_model, self._inner)
         own.copy_(reference.add_attention(matrix, attended[:rows, : self._inner].float(), own, factor))
 
-    def project_query(self, weights: Any, copy: Any, squares: Any, scales: Any, other: Any, query: Any, rows: int, epsilon: float) -> None:
+    def project_query(
+        self, weights: Any, copy: Any, squares: Any, scales: Any, other: Any, query: Any, rows: int, epsilon: float
+    ) -> None:
         matrix = self._unpacked(weights, self._inner, self._arch.d_model)
         query[:rows, : self._inner] = reference.project_query(matrix, self._stream(copy, rows), epsilon)
 
-    def feed_forward_in(self, weights: Any, copy: Any, squares: Any, scales: Any, other: Any, inner: Any, rows: int, epsilon: float) -> None:
+    def feed_forward_in(
+        self, weights: Any, copy: Any, squares: Any, scales: Any, other: Any, inner: Any, rows: int, epsilon: float
+    ) -> None:
         arch = self._arch
         parts = weights.view(-1, 1 + arch.gated, *weights.shape[1:]).unbind(1)
         matrix = torch.cat([self._unpacked(part.contiguous(), arch.d_ff, arch.d_model) for part in parts])
         made = reference.feed_forward_in(matrix, self._stream(copy, rows), epsilon, arch.activation, gated=arch.gated)
         inner[:rows, : arch.d_ff] = made
 
-    def feed_forward_out(self, weights: Any, inner: Any, stream: Any, copy: Any, squares: Any, scales: Any, rows: int, factor: float) -> None:
+    def feed_forward_out(
+        self, weights: Any, inner: Any, stream: Any, copy: Any, squares: Any, scales: Any, rows: int, factor: float
+    ) -> None:
         own, matrix = self._stream(copy, rows), self._unpacked(weights, self._arch.d_model, self._arch.d_ff)
         own.copy_(reference.feed_forward_out(matrix, inner[:rows, : self._arch.d_ff].float(), own, factor))
 

@@ -84,13 +84,13 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
     return (torch.ones(len(logits), dtype=torch.int64) << 32) | (~logits.argmax(-1) & 0xFFFFFFFF)
 
 
-def kernels_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
-    """(Hugging Face model of T5 v1.1, ours on the backend "cuda" with the stand-ins)."""
+def kernels_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str = "t5-v1.1") -> tuple[Any, Any]:
+    """(Hugging Face model of a kind, ours on the backend "cuda" with the stand-ins)."""
     monkeypatch.setattr(kernel_decoder, "capture", Recording)
     monkeypatch.setattr(captured_encoder, "capture", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
     monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
-    stock = make_stock("t5-v1.1")
+    stock = make_stock(kind)
     ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
     arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")
     session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Fp16Scaling(), EngineStore(tmp_path))

@@ -48,6 +48,8 @@ logger = logging.getLogger("t5_trt")
 
 #: number of idle buffers that are kept for later requests of their size, least recently used first out
 SLOTS_KEPT = 16
+#: beams whose numbers a table of uint8 holds; the caches of more are moved
+MOST_BEAMS = 256
 #: its name in `Session.loaded_graphs`
 BY_KERNELS = "decoder step (kernels)"
 #: the smallest memory for a source's keys
@@ -198,7 +200,9 @@ class KernelDecoder:
             slot.several.popitem(last=False)
         positions.feed(tokens, state.length)
         work = partial(self._run_positions, positions)
-        if positions.used and positions.graph is None:  # most prompts' lengths do not come again, and a capture takes milliseconds
+        if (
+            positions.used and positions.graph is None
+        ):  # most prompts' lengths do not come again, and a capture takes milliseconds
             positions.graph = self._captured_alone(work, f"{count} positions")
         positions.used = True
         work() if positions.graph is None else positions.graph.replay()
@@ -220,7 +224,7 @@ class KernelDecoder:
         positions.step.enqueue_layers(self._stream())
 
     def _stream(self) -> int:
-        """torch's current one, as a CUstream."""
+        """The current stream of torch, as a CUstream."""
         return torch.cuda.current_stream(self._device).cuda_stream
 
     def _captured(
@@ -306,7 +310,7 @@ class KernelDecoder:
             positions=zeros(rows, dtype=torch.int32),
             logits=torch.empty((rows, 1, arch.vocab_size), device=device),
             lengths=zeros(shapes.B, dtype=torch.int32),
-            ancestors=zeros((rows, shapes.T + 1), dtype=torch.uint8) if shapes.N > 1 else None,
+            ancestors=zeros((rows, shapes.T + 1), dtype=torch.uint8) if 1 < shapes.N <= MOST_BEAMS else None,
             reads_empty_places=False,
         )
         assert slot.lengths is not None

@@ -54,13 +54,13 @@ class LaunchedKernels:
         holders = torch.arange(rows)[:, None].expand(rows, room)
         if ancestors is not None:
             holders = holders // beams * beams + ancestors[:rows, :room]
-        tokens, assumed = torch.arange(room), torch.stack((keys, values))
+        read = [_gathered(part, holders) for part in (keys, values)]
         if early:
             assert self._before is not None
-            assumed = torch.stack(self._before)
-            for row, last in enumerate(position[:rows].tolist()):
-                assumed[:, holders[row, last], :, last] = torch.stack((keys, values))[:, holders[row, last], :, last]
-        read = [part.transpose(1, 2)[holders, tokens].transpose(1, 2).float() for part in assumed]
+            old, own = [_gathered(part, holders) for part in self._before], torch.arange(rows)
+            for new, part in zip(read, old, strict=True):
+                part[own, :, position[:rows].long()] = new[own, :, position[:rows].long()]
+            read = old
         attended[:rows, : self._inner] = reference.attend_self(self._heads(query, rows), *read, bias, position[:rows])
 
     def attend_cross(self, rows: int, query: Any, keys: Any, values: Any, mask: Any, lengths: Any, attended: Any, parts: Any, arrived: Any,
@@ -111,3 +111,8 @@ class LaunchedKernels:
     @staticmethod
     def _unpacked(weights: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
         return unpack_matrix(weights, outputs, inputs).float()
+
+
+def _gathered(cache: torch.Tensor, holders: torch.Tensor) -> torch.Tensor:
+    """[rows, H, T, D] out of a cache [R, H, T, D], where `holders` [rows, T] name a row for each token."""
+    return cache.transpose(1, 2)[holders, torch.arange(holders.shape[1])].transpose(1, 2).float()

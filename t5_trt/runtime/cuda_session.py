@@ -127,7 +127,7 @@ class CudaSession:
     def loaded_graphs(self) -> tuple[str, ...]:
         """The names of the parts that compute."""
         encoder = self._encoder.form.name
-        return (encoder, BY_KERNELS, "decoder queries (torch)") if self._steps else (encoder,)
+        return (encoder, BY_KERNELS, "decoder with hidden tokens (torch)") if self._steps else (encoder,)
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""

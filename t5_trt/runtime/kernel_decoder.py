@@ -114,10 +114,9 @@ class KernelDecoder:
         if count == 1:
             return self.step(state, input_ids)
         logits = torch.empty((rows, count, self._arch.vocab_size), device=self._device)
-        done = 0
-        for tokens in input_ids.split(positions_at_once(rows, self._arch.num_heads, state.capacity), 1):
-            piece = logits[:, done : done + tokens.shape[1]]
-            done += tokens.shape[1]
+        most = positions_at_once(rows, self._arch.num_heads, state.capacity)
+        for start in range(0, count, most):
+            tokens, piece = input_ids[:, start : start + most], logits[:, start : start + most]
             if tokens.shape[1] == 1:
                 piece.copy_(self.step(state, tokens))
             else:

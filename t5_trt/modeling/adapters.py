@@ -18,7 +18,7 @@ from torch import nn
 
 from t5_trt.errors import UnsupportedModelError
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import EMBEDDING
+from t5_trt.graph.parameters import EMBEDDING, in_float32_on
 from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, effective_weight, settle
 from t5_trt.modeling.weight_tracker import WeightWatch
 
@@ -124,7 +124,7 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
         if key not in self._adapted or key in self._own:
             return self[key].to(device)
         if key not in self._on_device:
-            self._on_device[key] = self.base[key].detach().to(device, torch.float32)
+            self._on_device[key] = in_float32_on(self.base[key], device)
         return self._computed(key, self._on_device[key])
 
     def _computed(self, key: str, base: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

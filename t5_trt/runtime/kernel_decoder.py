@@ -199,13 +199,12 @@ class KernelDecoder:
             slot.several.popitem(last=False)
         positions.feed(tokens, state.length)
         work = partial(self._run_positions, positions)
-        if (
-            positions.used and positions.graph is None
-        ):  # most prompts' lengths do not come again, and a capture takes milliseconds
+        # at the second use, as a capture takes milliseconds and most prompts' lengths do not come again
+        if positions.used and positions.graph is None:
             positions.graph = self._captured_alone(work, f"{count} positions")
         positions.used = True
         work() if positions.graph is None else positions.graph.replay()
-        made = logits if logits.is_contiguous() else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        made = logits if logits.is_contiguous() else logits.new_empty(logits.shape)
         positions.step.enqueue_head(self._stream(), made)
         if made is not logits:
             logits.copy_(made)

@@ -1,4 +1,4 @@
-"""Time the decoder over several positions on an NVIDIA GPU: by the library's kernels, by torch operations, and by Hugging Face's class.
+"""Time the decoder over several positions on an NVIDIA GPU: by our kernels, by torch, and by Hugging Face's class.
 
     python -m benchmarks.positions --out FOLDER [--cases 1x4,8x64] [--layers 2] [--no-peer]
 

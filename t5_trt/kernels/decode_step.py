@@ -216,6 +216,11 @@ class StepInputs:
         beams: rows that share a source.
         logits: float32 [R, V].
         ancestors: uint8 [R, T + 1], the beam in whose cache a token's key and value lie, for each token of a row; None: the row's own.
+        places: int32 [R], where a row's new key and value go: the place in its sequence's cache, counted from the row's own cache in units of D,
+            so that several rows may be positions of one sequence (`t5_trt.runtime.kernel_positions`). None: `position`, in the row's own cache.
+        neighbours: rows from whose first one `ancestors` count; 0: `beams`.
+        shares_keys: rows of a source attend to it by ``attend_shared``, if there is such a kernel. Single steps and several positions of one
+            request must have the same, as its bits are not those of ``attend_cross``.
     """
 
     tokens: torch.Tensor
@@ -227,6 +232,9 @@ class StepInputs:
     beams: int
     logits: torch.Tensor
     ancestors: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    neighbours: int = 0
+    shares_keys: bool = False
 
 
 class DecodeKernels:
@@ -258,11 +266,11 @@ class DecodeKernels:
         for name, own in self.geometry.items():
             self._module.allow_shared(name, own.shared)
 
-    def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
-        """Start a kernel, see `t5_trt.kernels.launching.launch`."""
+    def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any, early: bool = True) -> None:
+        """Start a kernel, see `t5_trt.kernels.launching.launch`; `early` where the GPU can."""
         shared = self.geometry[name].shared if name in self.geometry else 0
         # the first kernel starts after all earlier work: later kernels read positions and lengths before their wait
-        early = self.early and name != "embed"
+        early = early and self.early and name != "embed"
         launch(self._functions[name], grid, self.threads[name], stream, arguments, shared=shared, early=early)
 
 
@@ -298,7 +306,7 @@ class DecodeStep:
             name: (-(-count // geometry[name].wide), -(-rows // geometry[name].rows)) for name, count in out_tiles
         }
         beams, sharers = self.inputs.beams, self.kernels.sharers
-        shared = beams > 1 and sharers > 1
+        shared = self.inputs.shares_keys and sharers > 1
         self._cross = "attend_shared" if shared else "attend_cross"
         ctas = rows // beams * -(-beams // sharers) if shared else rows
         self._grids[self._cross] = (arch.num_heads, ctas, self._chunks[1])
@@ -319,17 +327,30 @@ class DecodeStep:
             hidden: uint8 [V], 1 for tokens that a short row must not choose.
             until: float64 [1], length from which a row is not short.
         """
-        given, b, weights, start = self.inputs, self.buffers, self.weights, self.kernels.launch
+        self.enqueue_layers(stream)
+        logits, best = (None, self.buffers.best) if wants_best else (self.inputs.logits, None)
+        self._head(stream, logits, best, hidden, until)
+
+    def enqueue_layers(self, stream: int) -> None:
+        """Start the kernels before the output matrix."""
+        given, b, weights = self.inputs, self.buffers, self.weights
         rows = len(given.tokens)
         scales, next_scales = b.scales
-        start("embed", (rows,), stream, weights.embedding, given.tokens, b.stream, b.copy, b.squares, scales,
-               self.embedding_scale)  # fmt: skip
+        self.kernels.launch("embed", (rows,), stream, weights.embedding, given.tokens, b.stream, b.copy, b.squares, scales,
+                            self.embedding_scale)  # fmt: skip
         for layer, own in enumerate(weights.layers):
             self._layer(layer, own, rows, stream, scales, next_scales)
             scales, next_scales = next_scales, scales  # three kernels of each layer include a norm
-        logits, best = (None, b.best) if wants_best else (given.logits, None)
-        start("output_head", self._grids["output_head"], stream, weights.head, b.copy, b.squares, scales, logits, best, hidden,
-              until, given.position, rows, self.epsilon, weights.head_scale)  # fmt: skip
+
+    def enqueue_head(self, stream: int, logits: torch.Tensor) -> None:
+        """Start the output matrix's kernel after `enqueue_layers`, which a CUDA graph may have started: float32 [R, V] in any memory."""
+        self._head(stream, logits, None, None, None, early=False)
+
+    def _head(self, stream: int, *out: torch.Tensor | None, early: bool = True) -> None:
+        given, b, weights = self.inputs, self.buffers, self.weights
+        scales = b.scales[len(weights.layers) % 2]
+        self.kernels.launch("output_head", self._grids["output_head"], stream, weights.head, b.copy, b.squares, scales, *out,
+                            given.position, len(given.tokens), self.epsilon, weights.head_scale, early=early)  # fmt: skip
 
     def _layer(
         self,
@@ -345,10 +366,12 @@ class DecodeStep:
         cross_keys, cross_values = given.cross[layer]
         heads, room, width = self.arch.num_heads, keys.shape[2], cross_keys.shape[2]
         stride = 0 if given.ancestors is None else given.ancestors.shape[1]
+        places = given.position if given.places is None else given.places
         start("project_qkv", grids["project_qkv"], stream, own.qkv, b.copy, b.squares, scales, other, b.query, keys, values,
-               given.position, rows, room, epsilon)  # fmt: skip
+               places, rows, room, epsilon)  # fmt: skip
+        # it reads all keys but its row's newest one before its wait, and other rows may have written some of them just now
         start("attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position, given.ancestors, b.attended,
-               b.parts, b.arrived, room, own.bias.shape[1], given.beams, stride)  # fmt: skip
+               b.parts, b.arrived, room, own.bias.shape[1], given.neighbours or given.beams, stride, early=given.places is None)  # fmt: skip
         start("add_attention", grids["add_attention"], stream, own.self_out, b.attended, b.stream, b.copy, b.squares, other, rows,
                own.self_scale)  # fmt: skip
         start("project_query", grids["project_query"], stream, own.query, b.copy, b.squares, other, scales, b.query, rows,

@@ -15,6 +15,7 @@ from t5_trt.graph.parameters import (
     DeviceNorms,
     Weights,
     folded_part,
+    in_float32_on,
     materialize,
     parameters,
 )
@@ -101,7 +102,7 @@ class StepWeightsMaker:
         wi = self._matrix(f"{dense}.wi")
         gate, up = wi[: arch.d_ff], wi[arch.d_ff :]
         undo = {name: 1.0 / self.scaling.branches.get(name, 1.0) for name in branch_names(layer)}
-        table = self._weights[arch.bias_weight("decoder", layer)].detach().to(self.device, torch.float32)
+        table = in_float32_on(self._weights[arch.bias_weight("decoder", layer)], self.device)
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(self.device)
         return LayerWeights(
             qkv=pack_stack(list(self._matrix(f"{block}.0.SelfAttention.qkv").chunk(3)), self.dtype),

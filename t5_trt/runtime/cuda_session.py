@@ -110,8 +110,8 @@ class CudaSession:
         assert self._steps is not None and self._queries is not None
         with self._at_work():
             state.reserve(input_ids.shape[1])
-            if input_ids.shape[1] == 1 and key_mask is None:
-                return self._steps.step(state, input_ids)
+            if key_mask is None:
+                return self._steps.decode(state, input_ids)
             cross, source = state.cross, state.cross.source_length
             bias, kv = state.cross_bias[: cross.batch, ..., :source], cross.kv[:, :, : cross.batch, :, :source]
             state.materialize()
@@ -129,7 +129,7 @@ class CudaSession:
     def loaded_graphs(self) -> tuple[str, ...]:
         """The names of the parts that compute."""
         encoder = self._encoder.form.name
-        return (encoder, BY_KERNELS, "decoder queries (torch)") if self._steps else (encoder,)
+        return (encoder, BY_KERNELS, "decoder with hidden tokens (torch)") if self._steps else (encoder,)
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""

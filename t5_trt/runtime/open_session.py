@@ -20,6 +20,7 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.kernels.encoder import refusal
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_session import CudaSession
+from t5_trt.runtime.device_weights import WeightsOn
 from t5_trt.runtime.forks import check_cuda_after_fork
 from t5_trt.runtime.int8_weights import load_int8_weights, round_anew, weights_digest
 from t5_trt.runtime.kernel_decoder import KernelDecoder
@@ -111,10 +112,12 @@ def open_session(
         options: dict[str, Any] = {"num_threads": threads, "prepack_weights": prepack, "quantized": quantized}
         return OrtSession(arch, weights, changing=changing, **options)
     check_cuda_after_fork()
-    scaling = choose_fp16_scaling(arch, weights, placement.precision, seen, calibrated=calibrated)
+    choose = partial(choose_fp16_scaling, arch, precision=placement.precision, seen=seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):
         if placement.backend == "cuda":
+            scaling = choose(weights=WeightsOn(weights, placement.device))  # bounds of a large model take a host long
             return CudaSession(arch, weights, placement.device, placement.precision, scaling, store)
+        scaling = choose(weights=weights)  # on the host: the engines' keys hold it, and a last bit may change a factor
         return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
 
 

@@ -1,4 +1,4 @@
-"""TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, the one-token step by kernels or an engine.
+"""TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, decoding by kernels or engines.
 
 Engines hold no weights: `DeviceWeights` are bound to all of them. Requests are padded to the engines' shapes; masks make
 that exact. The one-token step is a `t5_trt.runtime.step_decoder.StepDecoder`: the library's kernels, or one more engine.
@@ -52,7 +52,7 @@ class TrtSession:
         strict: raise instead of building beyond the configured maxima.
         reference: new engines are compared with it before they are used; None trusts TensorRT.
         scaling: factors in the weights; the provider's architecture names those that its graphs undo.
-        kernels: run the one-token step; None uses an engine.
+        kernels: decode, unless tokens of the decoder are hidden; None uses engines.
         own_encoder: makes the encoder of the backend "cuda" over the engines' weights, for sizes at which it is faster; None uses engines only.
         background: let it serve sizes whose engine is being built.
     """
@@ -160,7 +160,9 @@ class TrtSession:
         rows, queries = input_ids.shape
         with self._at_work():
             state.reserve(queries)
-            if queries == 1 and key_mask is None:
+            if key_mask is None and self._kernels is not None:
+                return self._kernels.decode(state, input_ids)
+            if key_mask is None and queries == 1:
                 return self._steps.step(state, input_ids)
             # kernels use another buffer layout: the state stays there, and this engine gets copies
             lease = self._slots.copied(state) if self._engine_step is None else self._slots.home(state)

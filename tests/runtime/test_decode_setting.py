@@ -197,7 +197,7 @@ def test_step_is_built_ahead_where_an_engine_does_it(built: Any, options: dict[s
 
 def test_step_is_built_ahead_for_the_gpu_at_hand(built: Any, tensorrt: Any) -> None:
     tensorrt()
-    assert built("tensorrt") == ["encoder", "decoder_queries"]
+    assert built("tensorrt") == ["encoder"]
     assert built("tensorrt", decode="engine") == ["encoder", "decoder_step", "decoder_queries"]
     tensorrt(bindings="the CUDA kernels need the package cuda-bindings (x)")
     assert built("tensorrt") == ["encoder", "decoder_step", "decoder_queries"]

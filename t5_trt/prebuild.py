@@ -81,6 +81,8 @@ def build_engines(
     gpu = _gpu(api.flavor, tuple(compute_capabilities))
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=calibration)
     scaling = loaded.fp16_scaling(precision)
+    step = (STEP,) if _step_by_engine(decode, compute_capabilities, precision, loaded.architecture) else ()
+    precision = "fp16" if precision == "int8" and not step else precision  # kernels have the matrices in 8 bits
     provider = EngineProvider(
         scaling.architecture(loaded.architecture),
         EngineStore(cache_dir or default_engine_cache_dir()),
@@ -94,7 +96,6 @@ def build_engines(
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)
     )
-    step = (STEP,) if _step_by_engine(decode, compute_capabilities, precision, loaded.architecture) else ()
     wanted = [(graph, shapes) for graph in (ENCODER, *step, QUERIES)]
     plans = provider.plans(wanted)
     labels = [provider.request(graph, shapes).label for graph, shapes in wanted]

@@ -158,7 +158,7 @@ class KernelDecoder:
     def kernels(self, rows: int) -> DecodeKernels:
         """The loaded kernels for a number of rows; compiled at the first use unless they are in the store."""
         major, minor = torch.cuda.get_device_capability(self._device)
-        wanted = constants(self._arch, self._dtype, rows, major)
+        wanted = constants(self._arch, self._dtype, rows, major, int8=self.weights.int8)
         key = tuple(wanted.values())
         if key not in self._kernels:
             cubin = stored_cubin("decode_step.cu", wanted, f"sm_{major}{minor}", self._store)
@@ -263,7 +263,7 @@ class KernelDecoder:
             slot.ancestors,
         )
         chunks = -(-max(shapes.T, shapes.S) // CHUNK)
-        buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device)
+        buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device, int8=self.weights.int8)
         slot.step = DecodeStep(
             arch, self.kernels(rows), self.weights, buffers, inputs, arch.epsilon, self._embedding_scale
         )

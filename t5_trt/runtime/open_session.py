@@ -128,7 +128,7 @@ def _open_tensorrt(
     store: EngineStore,
 ) -> TrtSession:
     assert placement.flavor is not None
-    precision, dtype, device = placement.precision, placement.dtype, placement.device
+    precision, dtype, device = placement.engine_precision, placement.dtype, placement.device
     background = config.building == "background"
     provider = EngineProvider(
         scaling.architecture(arch),
@@ -143,7 +143,10 @@ def _open_tensorrt(
     )
     kernels = None
     if placement.decode == "kernels" and arch.decoder_layers:
-        kernels = KernelDecoder(StepWeightsMaker(arch, weights, dtype, device, scaling), precision, store)
+        int8 = placement.precision == "int8"
+        kernels = KernelDecoder(
+            StepWeightsMaker(arch, weights, dtype, device, scaling, int8=int8), placement.precision, store
+        )
     # "auto" uses the faster encoder; backend="tensorrt" always uses engines
     compares = config.backend == "auto" and placement.decode == "kernels" and not refusal(arch, dtype)
     own = partial(open_encoder, arch, scaling=scaling, precision=precision, dtype=dtype, store=store)
@@ -154,6 +157,7 @@ def _open_tensorrt(
         device,
         strict=config.strict,
         reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
+        precision=placement.precision,
         scaling=scaling,
         kernels=kernels,
         own_encoder=own if background or compares else None,

@@ -20,8 +20,8 @@ from t5_trt.runtime.onnxruntime_session import import_onnxruntime
 
 logger = logging.getLogger("t5_trt")
 
-#: precisions of the library's own kernels
-KERNEL_PRECISIONS = ("fp32", "fp16", "bf16")
+#: precisions of the library's own kernels; in "int8" the encoder's compute in half precision
+KERNEL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Placement:
     decode: str = "engine"
     no_kernels: str | None = None
     no_tensorrt: str | None = None
+
+    @property
+    def engine_precision(self) -> str:
+        """Of TensorRT's engines: beside kernels that decode with 8-bit weights, engines are those of "fp16"."""
+        return "fp16" if self.precision == "int8" and self.decode == "kernels" else self.precision
 
 
 def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> str | None:
@@ -98,7 +103,7 @@ def why_kernels_refuse(precision: str, model: Any) -> T5TRTError | None:
         model: its config or `Architecture`; None if it is not known yet, or has no decoder.
     """
     if precision not in KERNEL_PRECISIONS:
-        return InputError(f"precision is {precision!r}; the kernels compute in 'fp32', 'fp16' or 'bf16'")
+        return InputError(f"precision is {precision!r}; the kernels compute in 'fp32', 'fp16', 'bf16' or 'int8'")
     problem = None if model is None else refusal(model, TORCH_TYPES[real_type(precision)])
     return None if problem is None else UnsupportedModelError(f"the kernels do not take this model: {problem}")
 
@@ -201,18 +206,25 @@ def _idle_gpu(problem: str) -> str | None:
 def _on_tensorrt(config: RuntimeConfig, model: Any) -> Placement:
     api = load_tensorrt(config.flavor)
     precision = "fp16" if config.precision == "auto" else config.precision
-    api.check_precision(precision)
-    if config.building == "background" and precision not in KERNEL_PRECISIONS:
-        raise InputError(
-            f"building got 'background' with precision {precision!r}; what serves until an engine is built computes in 'fp32', 'fp16' or "
-            "'bf16'. Use one of them, or 'wait'."
-        )
     device = _gpu_of(config.device)
     reason = f"TensorRT {api.version} and a GPU are there"
-    placement = Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason)
+    placement = _with_steps(
+        Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason), config, model
+    )
+    api.check_precision(placement.engine_precision)
+    if config.building == "background" and placement.engine_precision not in ("fp32", "fp16", "bf16"):
+        raise InputError(
+            f"building got 'background' with precision {precision!r}; what serves until an engine is built computes in 'fp32', 'fp16' or "
+            "'bf16', or in 'int8' where the library's own kernels decode. Use one of them, or 'wait'."
+        )
+    return placement
+
+
+def _with_steps(placement: Placement, config: RuntimeConfig, model: Any) -> Placement:
+    """A placement on TensorRT with what runs the decoder step."""
     if config.decode == "engine":
         return placement
-    refused = why_kernels_refuse(precision, model)
+    refused = why_kernels_refuse(placement.precision, model)
     missing = why_no_kernels(config.device) if refused is None else None
     if refused is None and missing is None:
         return replace(placement, decode="kernels")
@@ -237,8 +249,8 @@ def _on_cuda(config: RuntimeConfig, model: Any) -> Placement:
     refused = why_kernels_refuse(precision, model)
     if isinstance(refused, InputError):
         raise InputError(
-            f"precision got {config.precision!r}; the backend 'cuda' computes in 'fp32', 'fp16' or 'bf16'. Use one of them, or 'auto' "
-            "(fp16)."
+            f"precision got {config.precision!r}; the backend 'cuda' computes in 'fp32', 'fp16', 'bf16' or 'int8'. Use one of them, or "
+            "'auto' (fp16)."
         )
     problem = why_no_kernels(config.device)
     if problem is not None:

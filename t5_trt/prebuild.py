@@ -21,7 +21,7 @@ from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.modeling.adapted_model import engine_weights
 from t5_trt.runtime.open_session import gpu_facts, int8_provider_options
-from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
+from t5_trt.runtime.select import engine_precision, why_kernels_refuse, why_no_kernels
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def build_engines(
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=calibration)
     scaling = loaded.fp16_scaling(precision)
     step = (STEP,) if _step_by_engine(decode, compute_capabilities, precision, loaded.architecture) else ()
-    precision = "fp16" if precision == "int8" and not step else precision  # kernels have the matrices in 8 bits
+    precision = engine_precision(precision, "engine" if step else "kernels")
     provider = EngineProvider(
         scaling.architecture(loaded.architecture),
         EngineStore(cache_dir or default_engine_cache_dir()),

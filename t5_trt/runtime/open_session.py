@@ -13,6 +13,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.errors import InputError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges, find_scaling
 from t5_trt.graph.int8 import quantize_for_device
@@ -25,7 +26,7 @@ from t5_trt.runtime.int8_weights import load_int8_weights, round_anew, weights_d
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.onnxruntime_session import OrtSession
-from t5_trt.runtime.select import Placement
+from t5_trt.runtime.select import Placement, engine_precision
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.tensorrt_session import TrtSession
 
@@ -114,6 +115,10 @@ def open_session(
     scaling = choose_fp16_scaling(arch, weights, placement.precision, seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):
         if placement.backend == "cuda":
+            if placement.precision == "int8" and not arch.decoder_layers:
+                raise InputError(
+                    "precision got 'int8'; the backend 'cuda' has the decoder's matrices in 8 bits, and this model has no decoder. Use 'fp16'."
+                )
             return CudaSession(arch, weights, placement.device, placement.precision, scaling, store)
         return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
 
@@ -128,7 +133,11 @@ def _open_tensorrt(
     store: EngineStore,
 ) -> TrtSession:
     assert placement.flavor is not None
-    precision, dtype, device = placement.engine_precision, placement.dtype, placement.device
+    precision, dtype, device = placement.precision, placement.dtype, placement.device
+    if arch.decoder_layers:
+        precision = engine_precision(precision, placement.decode)
+    elif precision == "int8":  # the engine of an encoder alone has its matrices in 8 bits
+        load_tensorrt(placement.flavor).check_precision(precision)
     background = config.building == "background"
     provider = EngineProvider(
         scaling.architecture(arch),

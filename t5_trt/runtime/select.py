@@ -52,11 +52,6 @@ class Placement:
     no_kernels: str | None = None
     no_tensorrt: str | None = None
 
-    @property
-    def engine_precision(self) -> str:
-        """Of TensorRT's engines: beside kernels that decode with 8-bit weights, engines are those of "fp16"."""
-        return "fp16" if self.precision == "int8" and self.decode == "kernels" else self.precision
-
 
 def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> str | None:
     """Why TensorRT cannot run here, or None if it can."""
@@ -206,33 +201,37 @@ def _idle_gpu(problem: str) -> str | None:
 def _on_tensorrt(config: RuntimeConfig, model: Any) -> Placement:
     api = load_tensorrt(config.flavor)
     precision = "fp16" if config.precision == "auto" else config.precision
-    device = _gpu_of(config.device)
-    reason = f"TensorRT {api.version} and a GPU are there"
-    placement = _with_steps(
-        Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason), config, model
-    )
-    api.check_precision(placement.engine_precision)
-    if config.building == "background" and placement.engine_precision not in ("fp32", "fp16", "bf16"):
+    decode, no_kernels = _step_beside_tensorrt(config, precision, model)
+    engines = engine_precision(precision, decode)
+    api.check_precision(engines)
+    if config.building == "background" and engines not in ("fp32", "fp16", "bf16"):
         raise InputError(
             f"building got 'background' with precision {precision!r}; what serves until an engine is built computes in 'fp32', 'fp16' or "
             "'bf16', or in 'int8' where the library's own kernels decode. Use one of them, or 'wait'."
         )
-    return placement
+    device, dtype = _gpu_of(config.device), TORCH_TYPES[real_type(precision)]
+    reason = f"TensorRT {api.version} and a GPU are there"
+    return Placement("tensorrt", precision, device, dtype, api.flavor, reason, decode=decode, no_kernels=no_kernels)
 
 
-def _with_steps(placement: Placement, config: RuntimeConfig, model: Any) -> Placement:
-    """A placement on TensorRT with what runs the decoder step."""
+def engine_precision(precision: str, decode: str) -> str:
+    """The precision of TensorRT's engines: where kernels decode with 8-bit weights, engines are those of "fp16"."""
+    return "fp16" if precision == "int8" and decode == "kernels" else precision
+
+
+def _step_beside_tensorrt(config: RuntimeConfig, precision: str, model: Any) -> tuple[str, str | None]:
+    """What runs the decoder step, and why "auto" does not take the kernels."""
     if config.decode == "engine":
-        return placement
-    refused = why_kernels_refuse(placement.precision, model)
+        return "engine", None
+    refused = why_kernels_refuse(precision, model)
     missing = why_no_kernels(config.device) if refused is None else None
     if refused is None and missing is None:
-        return replace(placement, decode="kernels")
+        return "kernels", None
     problem = missing if refused is None else _inside(refused)
     if config.decode == "kernels":
         kind = BackendError if refused is None else type(refused)
         raise kind(f"decode='kernels' cannot be had here: {problem}. Or use decode='auto' or 'engine'.")
-    return replace(placement, no_kernels=problem)
+    return "engine", problem
 
 
 def _on_cuda(config: RuntimeConfig, model: Any) -> Placement:

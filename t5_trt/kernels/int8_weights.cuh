@@ -11,12 +11,18 @@
 static_assert(STORAGE == FLOAT16, "8-bit weights go with float16");
 constexpr int SCALE_PIECES = 8;  // of 16 bytes, behind each tile of outputs
 
-// The four numbers of a word as two pairs: below 0x64, a byte b is the half 1024 + b.
+__device__ __forceinline__ unsigned subtract_two(unsigned pair, unsigned other)
+{
+    unsigned made;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(made) : "r"(pair), "r"(other));
+    return made;
+}
+
+// The four numbers of a word as two pairs: below 0x64, a byte b is the half 1024 + b, and 0x6480 is 1152.
 __device__ __forceinline__ void widen_word(unsigned word, unsigned& first_row, unsigned& second_row)
 {
-    first_row = __byte_perm(word, 0x64646464u, 0x4240), second_row = __byte_perm(word, 0x64646464u, 0x4341);
-    asm("sub.f16x2 %0, %0, %1;" : "+r"(first_row) : "r"(0x64806480u));
-    asm("sub.f16x2 %0, %0, %1;" : "+r"(second_row) : "r"(0x64806480u));
+    first_row = subtract_two(__byte_perm(word, 0x64646464u, 0x4240), 0x64806480u);
+    second_row = subtract_two(__byte_perm(word, 0x64646464u, 0x4341), 0x64806480u);
 }
 
 // A lane's weights of a k tile as A fragments of two products of 16 columns.

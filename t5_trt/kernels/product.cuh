@@ -31,7 +31,7 @@ template <int K_TILES, class... Ints> __device__ __forceinline__ const uint4* we
 #if INT8
     return matrix + (long long)tile * (K_TILES * 32 + SCALE_PIECES) + (0 + ... + k_tile) * 32;
 #else
-    return matrix + ((long long)tile * K_TILES + ... + k_tile) * (STORAGE == FLOAT32 ? 64 : 32);
+    return matrix + (((long long)tile * K_TILES) + ... + k_tile) * (STORAGE == FLOAT32 ? 64 : 32);
 #endif
 }
 
@@ -50,7 +50,9 @@ template <class P> __device__ __forceinline__ void copy_scales(const uint4* matr
 #if INT8
     const int tile = threadIdx.x >> 2, piece = threadIdx.x & 3;
     if (tile < P::TILES)
-        copy_async((unsigned)__cvta_generic_to_shared(to + threadIdx.x * 4), weights_at<P::INPUTS>(matrix, P::tile_of(tile0, tile), P::INPUTS) + piece, true);
+        copy_async((unsigned)__cvta_generic_to_shared(to + threadIdx.x * 4),
+                   weights_at<P::INPUTS>(matrix, P::tile_of(tile0, tile), P::INPUTS) + piece, true);
+    end_group();
 #endif
 }
 

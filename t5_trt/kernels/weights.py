@@ -103,10 +103,10 @@ def pack_head(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat((packed, packed.new_zeros((len(packed) % 2, *packed.shape[1:]))))
 
 
-def unpack_activations(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Convert activations between kernels (``activation_index`` in ``common.cuh``) to [rows, columns]."""
-    tiles = -(-columns // 16)
+def unpack_activations(stored: torch.Tensor, rows: int, columns: int, tile: int = 16) -> torch.Tensor:
+    """Convert activations between kernels (``activation_index`` in ``common.cuh``, of k tiles of 16 or 32) to [rows, columns]."""
+    tiles = -(-columns // tile)
     if stored.dtype == torch.float32:
-        return stored.view(-1, tiles * 16)[:rows, :columns]
-    parts = stored.view(-1, tiles, 8, 16).transpose(1, 2)
-    return parts.reshape(-1, tiles * 16)[:rows, :columns]
+        return stored.view(-1, tiles * tile)[:rows, :columns]
+    parts = stored.view(-1, tiles, 8, tile).transpose(1, 2)
+    return parts.reshape(-1, tiles * tile)[:rows, :columns]

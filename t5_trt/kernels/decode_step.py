@@ -78,15 +78,19 @@ def constants(
     room = LARGE_SHARED_BYTES if large and rows >= TILED_ROWS else SHARED_BYTES
     while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > room:
         head_row_tiles //= 2
-    return model_constants(arch, dtype) | ({"INT8": 1} if int8 else {}) | {
-        "V": arch.vocab_size,
-        "ROW_TILES": row_tiles,
-        "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
-        "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
-        # 16 warps leave too few registers to convert 8-bit weights
-        "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 and not int8 else 8,
-        "ATTENTION_WARPS": attention_warps(rows),
-    }
+    return (
+        model_constants(arch, dtype)
+        | ({"INT8": 1} if int8 else {})
+        | {
+            "V": arch.vocab_size,
+            "ROW_TILES": row_tiles,
+            "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
+            "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
+            # 16 warps leave too few registers to convert 8-bit weights
+            "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 and not int8 else 8,
+            "ATTENTION_WARPS": attention_warps(rows),
+        }
+    )
 
 
 def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:

@@ -81,7 +81,9 @@ def pack_int8(matrix: torch.Tensor) -> torch.Tensor:
 def unpack_int8(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
     """What `pack_int8` has rounded, in float16 [outputs, inputs]."""
     rows, columns = len(packed), -(-inputs // LARGE_TILE)
-    numbers = packed[:, : columns * 512].view(rows, columns, 8, 4, 8, 2).permute(0, 5, 2, 1, 3, 4).reshape(rows * 16, -1)
+    numbers = (
+        packed[:, : columns * 512].view(rows, columns, 8, 4, 8, 2).permute(0, 5, 2, 1, 3, 4).reshape(rows * 16, -1)
+    )
     scales = packed[:, columns * 512 :][:, :64].contiguous().view(torch.float32).view(-1, 1)
     return ((numbers.float() - 128) * scales)[:outputs, :inputs].half()
 

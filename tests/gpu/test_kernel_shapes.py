@@ -66,7 +66,10 @@ def draw(number: int) -> Drawn:
 
 def mask(case: Drawn, number: int, width: int) -> torch.Tensor:
     """The additive mask [sources, width]."""
-    value, chance = mask_value(REAL_TYPES["fp16" if real(case.dtype) == torch.float16 else "fp32"]), random.Random(number)
+    value, chance = (
+        mask_value(REAL_TYPES["fp16" if real(case.dtype) == torch.float16 else "fp32"]),
+        random.Random(number),
+    )
     made = torch.zeros(len(case.lengths), width)
     for source, length in enumerate(case.lengths):
         if case.hidden == "some":

@@ -48,7 +48,9 @@ def compile_for_host(wanted: dict[str, int], folder: Path) -> ctypes.CDLL:
     """A library with a function ``run_NAME`` for each kernel."""
     text = host_source()
     calls = "\n".join(entry(name, text) for name in KERNELS)
-    return compiled_library(f'#include "{Path(__file__).parent / "emulated_warp.h"}"\n{text}\n{calls}\n', wanted, folder)
+    return compiled_library(
+        f'#include "{Path(__file__).parent / "emulated_warp.h"}"\n{text}\n{calls}\n', wanted, folder
+    )
 
 
 def compiled_library(source: str, wanted: dict[str, int], folder: Path) -> ctypes.CDLL:

@@ -63,7 +63,7 @@ def host_source() -> str:
         text += without(own, emulated)
     geometry = (folder / "decode_step.cu").read_text()
     text += geometry[geometry.index('extern "C" {') :]
-    products = "QkvProduct AddProduct QueryProduct InProduct OutProduct".split()
+    products = ["QkvProduct", "AddProduct", "QueryProduct", "InProduct", "OutProduct"]
     threads = ", ".join(("EMBED_THREADS", *(f"{product}::THREADS" for product in products), "HEAD_WARPS * 32"))
     text += f'extern "C" {{ int threads_of[] = {{{threads}}}; }}\n'
     assert "asm" not in text

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,7 +80,21 @@ def run(arch: Architecture, kernels: EmulatedStep, rows: int, *, int8: bool) -> 
     kernels.launch("embed", (rows,), 0, table, tokens, b.stream, b.copy, b.squares, scales, 0.5)
     stream = reference.embed(table.double(), tokens, 0.5)
     keep("embed", b.stream[:rows, : arch.d_model], stream)
-    start("project_qkv", weights["qkv"], b.copy, b.squares, scales, other, b.query, cache[0], cache[1], position, rows, capacity, 1e-6)
+    start(
+        "project_qkv",
+        weights["qkv"],
+        b.copy,
+        b.squares,
+        scales,
+        other,
+        b.query,
+        cache[0],
+        cache[1],
+        position,
+        rows,
+        capacity,
+        1e-6,
+    )
     query, key, value = reference.project_qkv(m["qkv"], stream, 1e-6)
     places = torch.arange(rows)
     keep("query", b.query[:rows, :inner], query)

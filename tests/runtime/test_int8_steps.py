@@ -44,7 +44,9 @@ def test_logits_are_near_float32(kind: str, tmp_path: Path, monkeypatch: pytest.
     stock = make_stock(kind)
     ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
     session = open_cuda(ours, tmp_path, monkeypatch)
-    inputs = batch() | {"decoder_input_ids": torch.randint(2, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))}
+    inputs = batch() | {
+        "decoder_input_ids": torch.randint(2, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
+    }
     expected, got = stock(**inputs).logits, ours(**inputs).logits.float()
     assert 1e-4 < float((got - expected).norm() / expected.norm()) < 0.05
     assert session.precision == "int8" and session.dtype == torch.float16

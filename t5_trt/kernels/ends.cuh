@@ -98,7 +98,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     });
 }
 #else
-constexpr int HEAD_HELD = HEAD_WARPS <= 8 ? 16 : INT8 ? 4 : 8;  // k tiles whose weights are in registers
+constexpr int HEAD_HELD = HEAD_WARPS > 8 ? 8 : 16;  // k tiles whose weights are in registers
 constexpr int HEAD_WIDE = HEAD_WARPS, HEAD_ROWS = HEAD_ROW_TILES * 8;
 constexpr int HEAD_SHARED = HEAD_ROW_TILES * E_K * BLOCK;
 

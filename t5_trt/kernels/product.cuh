@@ -25,7 +25,7 @@ typedef uint2 Rows;
 #endif
 constexpr int BLOCK = 8 * K_TILE * 2, ROW_PIECES = BLOCK / 16;  // bytes of 8 rows and a k tile in half precision, and pieces of 16
 
-// Where the weights of a tile of outputs and a k tile begin; its number in summands, as the compiler makes fewer addresses of them.
+// Where the weights of a tile of outputs and a k tile begin; its number in summands, as their order decides which addresses registers hold.
 template <int K_TILES, class... Ints> __device__ __forceinline__ const uint4* weights_at(const uint4* matrix, int tile, Ints... k_tile)
 {
 #if INT8

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.compat import CACHE
 from tests.conftest import ROOT, SHIPPED
 from tests.gpu.cases import cuda_model, on_gpu
 from tests.tiny_models import KINDS, VOCAB, batch, make_stock, swollen
@@ -53,8 +54,8 @@ def test_steps_and_several_positions_have_the_same_rounded_weights(kind: str, st
     encoded = (ours.get_encoder()(**on_gpu(batch(3))).last_hidden_state,)
     for position in range(6):
         fed = {"decoder_input_ids": inputs["decoder_input_ids"][:, position : position + 1]}
-        out = ours(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], past_key_values=cache, **fed)
-        cache = out.past_key_values
+        out = ours(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], **fed, **{CACHE: cache})
+        cache = out[CACHE]
         steps.append(out.logits)
     assert float((torch.cat(steps, 1) - whole).norm() / whole.norm()) < 5e-3
     exact = make_stock(kind).cuda()(**inputs).logits

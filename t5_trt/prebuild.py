@@ -21,7 +21,7 @@ from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.modeling.adapted_model import engine_weights
 from t5_trt.runtime.open_session import gpu_facts, int8_provider_options
-from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
+from t5_trt.runtime.select import engine_precision, why_kernels_refuse, why_no_kernels
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def build_engines(
     gpu = _gpu(api.flavor, tuple(compute_capabilities))
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=calibration)
     scaling = loaded.fp16_scaling(precision)
+    by_engine = _decodes_by_engine(decode, compute_capabilities, precision, loaded.architecture)
+    precision = engine_precision(precision, "engine" if by_engine else "kernels")
     provider = EngineProvider(
         scaling.architecture(loaded.architecture),
         EngineStore(cache_dir or default_engine_cache_dir()),
@@ -94,7 +96,6 @@ def build_engines(
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)
     )
-    by_engine = _decodes_by_engine(decode, compute_capabilities, precision, loaded.architecture)
     wanted = [(graph, shapes) for graph in (ENCODER, *((STEP, QUERIES) if by_engine else ()))]
     plans = provider.plans(wanted)
     labels = [provider.request(graph, shapes).label for graph, shapes in wanted]

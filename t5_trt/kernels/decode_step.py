@@ -46,6 +46,11 @@ def tiles(size: int) -> int:
     return -(-size // 16)
 
 
+def padded(size: int, *, int8: bool) -> int:
+    """A size of products' inputs and outputs with the zeros behind it: whole k tiles (``K_TILE`` in ``common.cuh``)."""
+    return tiles(size) * 16 if not int8 else -(-size // 32) * 32
+
+
 def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run a model, or None."""
     vector = 16 // dtype.itemsize
@@ -55,7 +60,13 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
 
 
 def constants(
-    arch: Architecture, dtype: torch.dtype, rows: int, capability: int = 8, *, beams: int = 1
+    arch: Architecture,
+    dtype: torch.dtype,
+    rows: int,
+    capability: int = 8,
+    *,
+    beams: int = 1,
+    int8: bool = False,
 ) -> dict[str, int]:
     """Compile-time constants of the kernels for a model and a number of rows.
 
@@ -65,6 +76,7 @@ def constants(
         rows: of a step.
         capability: the GPU's compute capability, its major number.
         beams: rows that share a source.
+        int8: matrices are in 8 bits, and all else is float16.
     """
     # sizes at which sharing a weight load among rows beats more CTAs (measured on an H200, docs/performance.md)
     large = capability in LARGE_SHARED and dtype != torch.float32
@@ -75,14 +87,19 @@ def constants(
     room = LARGE_SHARED_BYTES if large and rows > 16 else SHARED_BYTES
     while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > room:
         head_row_tiles //= 2
-    return model_constants(arch, dtype) | {
-        "V": arch.vocab_size,
-        "ROW_TILES": row_tiles,
-        "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
-        "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
-        "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 else 8,
-        "ATTENTION_WARPS": attention_warps(rows, beams),
-    }
+    return (
+        model_constants(arch, dtype)
+        | ({"INT8": 1} if int8 else {})
+        | {
+            "V": arch.vocab_size,
+            "ROW_TILES": row_tiles,
+            "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
+            "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
+            # 16 warps leave too few registers to convert 8-bit weights
+            "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 and not int8 else 8,
+            "ATTENTION_WARPS": attention_warps(rows, beams),
+        }
+    )
 
 
 def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
@@ -150,12 +167,20 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class StepWeights:
-    """The weights of a step: embedding [V, E], layers, packed output matrix and the inverse of its fp16 factor."""
+    """The weights of a step: embedding [V, E], layers, packed output matrix and the inverse of its fp16 factor.
+
+    Packed matrices are all of the embedding's type, or all in 8 bits.
+    """
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     head: torch.Tensor
     head_scale: float = 1.0
+
+    @property
+    def int8(self) -> bool:
+        """Whether matrices are in 8 bits."""
+        return self.head.dtype == torch.uint8
 
     @property
     def nbytes(self) -> int:
@@ -181,25 +206,33 @@ class StepBuffers:
 
     @classmethod
     def allocate(
-        cls, arch: Architecture, dtype: torch.dtype, rows: int, chunks: int, device: torch.device
+        cls,
+        arch: Architecture,
+        dtype: torch.dtype,
+        rows: int,
+        chunks: int,
+        device: torch.device,
+        *,
+        int8: bool = False,
     ) -> StepBuffers:
-        """Zeros for R rows, and for keys in up to `chunks` chunks."""
-        padded = -(-rows // 32) * 32
-        inner = arch.num_heads * arch.d_kv
+        """Zeros for R rows, and for keys in up to `chunks` chunks; `int8` says that weights are in 8 bits."""
+        count = -(-rows // 32) * 32
+        width, inner, hidden = (
+            padded(size, int8=int8) for size in (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff)
+        )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        width = tiles(arch.d_model) * 16
-        stream = zeros(padded, width)
+        stream = zeros(count, width)
         return cls(
             stream=stream,
-            copy=stream if dtype == torch.float32 else zeros(padded, width, dtype=dtype),
-            scales=torch.ones((2, padded), device=device),
-            squares=zeros(padded, tiles(tiles(arch.d_model)) * 16),
-            query=zeros(padded, tiles(inner) * 16),
-            attended=zeros(padded, tiles(inner) * 16, dtype=dtype),
-            inner=zeros(padded, tiles(arch.d_ff) * 16, dtype=dtype),
+            copy=stream if dtype == torch.float32 else zeros(count, width, dtype=dtype),
+            scales=torch.ones((2, count), device=device),
+            squares=zeros(count, tiles(width // 16) * 16),
+            query=zeros(count, inner),
+            attended=zeros(count, inner, dtype=dtype),
+            inner=zeros(count, hidden, dtype=dtype),
             parts=zeros(rows, arch.num_heads, chunks, arch.d_kv + 2),
             arrived=zeros(rows, arch.num_heads, dtype=torch.int32),
             best=zeros(rows, dtype=torch.int64),
@@ -297,10 +330,9 @@ class DecodeStep:
         self._chunks = tuple(-(-memory.shape[4] // CHUNK) for memory in (self.inputs.kv, self.inputs.cross))  # type: ignore[assignment]
 
         arch = self.arch
-        model, inner, hidden, vocabulary = map(
-            tiles, (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff, arch.vocab_size)
-        )
-        out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, vocabulary), strict=True)
+        sizes = (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff)
+        model, inner, hidden = (padded(size, int8=self.weights.int8) // 16 for size in sizes)
+        out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, tiles(arch.vocab_size)), strict=True)
         rows, geometry = len(self.inputs.tokens), self.kernels.geometry
         self._grids = {
             name: (-(-count // geometry[name].wide), -(-rows // geometry[name].rows)) for name, count in out_tiles

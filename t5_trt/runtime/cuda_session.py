@@ -35,7 +35,7 @@ class CudaSession:
         arch: of the model.
         weights: state-dict key -> CPU tensor; kept.
         device: the GPU.
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16", "bf16" or "int8": the decoder's matrices in 8 bits, all else as in "fp16".
         scaling: what keeps float16 in range.
         store: of compiled kernels.
     """
@@ -66,7 +66,8 @@ class CudaSession:
         self._queries: TorchDecoder | None = None
         self._steps: KernelDecoder | None = None
         if arch.decoder_layers:
-            steps = KernelDecoder(StepWeightsMaker(arch, weights, self.dtype, device, scaling), precision, store)
+            maker = StepWeightsMaker(arch, weights, self.dtype, device, scaling, int8=precision == "int8")
+            steps = KernelDecoder(maker, precision, store)
             self._weights.share(EMBEDDING, steps.embedding)
             self._queries = TorchDecoder(arch, steps.weights, scaling, precision)
             self._steps = steps

@@ -179,7 +179,7 @@ class KernelDecoder:
     def kernels(self, rows: int, beams: int = 1) -> DecodeKernels:
         """The loaded kernels for a number of rows, of which `beams` share a source; compiled at the first use unless they are in the store."""
         major, minor = torch.cuda.get_device_capability(self._device)
-        wanted = constants(self._arch, self._dtype, rows, major, beams=beams)
+        wanted = constants(self._arch, self._dtype, rows, major, beams=beams, int8=self.weights.int8)
         key = tuple(wanted.values())
         if key not in self._kernels:
             cubin = stored_cubin("decode_step.cu", wanted, f"sm_{major}{minor}", self._store)
@@ -215,7 +215,9 @@ class KernelDecoder:
         rows, chunks = slot.shapes.B * slot.shapes.N * count, slot.step.buffers.parts.shape[2]
         size = (power_of_two(rows, 8), chunks)
         if size not in self._between:  # shared, as no step runs beside another
-            self._between[size] = StepBuffers.allocate(self._arch, self._dtype, *size, self._device)
+            self._between[size] = StepBuffers.allocate(
+                self._arch, self._dtype, *size, self._device, int8=self.weights.int8
+            )
         return PositionsStep.over(slot.step, count, self.kernels(rows), self._between[size])
 
     def _run_positions(self, positions: PositionsStep) -> None:
@@ -330,7 +332,7 @@ class KernelDecoder:
             shares_keys=shapes.N > 1,
         )
         chunks = -(-max(shapes.T, shapes.S) // CHUNK)
-        buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device)
+        buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device, int8=self.weights.int8)
         slot.step = DecodeStep(
             arch, self.kernels(rows, shapes.N), self.weights, buffers, inputs, arch.epsilon, self._embedding_scale
         )

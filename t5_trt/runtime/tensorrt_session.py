@@ -51,6 +51,7 @@ class TrtSession:
         device: the GPU.
         strict: raise instead of building beyond the configured maxima.
         reference: new engines are compared with it before they are used; None trusts TensorRT.
+        precision: of the model, where its engines have another one; None: theirs.
         scaling: factors in the weights; the provider's architecture names those that its graphs undo.
         kernels: decode, unless tokens of the decoder are hidden; None uses engines.
         own_encoder: makes the encoder of the backend "cuda" over the engines' weights, for sizes at which it is faster; None uses engines only.
@@ -69,6 +70,7 @@ class TrtSession:
         *,
         strict: bool = False,
         reference: Session | None = None,
+        precision: str | None = None,
         scaling: Fp16Scaling | None = None,
         kernels: KernelDecoder | None = None,
         own_encoder: Callable[[DeviceWeights], TorchEncoder] | None = None,
@@ -76,7 +78,7 @@ class TrtSession:
     ) -> None:
         self.updates = 0
         self.arch: Architecture = provider.arch
-        self.precision = provider.precision
+        self.precision = precision or provider.precision
         self.device = device
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
@@ -88,7 +90,7 @@ class TrtSession:
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         if kernels is not None:
             device_weights.share(EMBEDDING, kernels.embedding)
-        self._slots = EngineSlots(self.engines, self.arch, self.dtype, device, self.precision)
+        self._slots = EngineSlots(self.engines, self.arch, self.dtype, device, provider.precision)
         self._engine_step = EngineStep(self.engines, self._slots, self.arch, device) if kernels is None else None
         self._kernels = kernels
         steps = kernels or self._engine_step
@@ -205,7 +207,7 @@ class TrtSession:
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where engines and captured steps read; 8-bit engines hold weights."""
-        if self.precision == "int8":
+        if self.engines.provider.precision == "int8":
             return False
         with self._at_work():
             self.updates += 1
@@ -275,7 +277,7 @@ class TrtSession:
             return None
         return (
             f"its decoder step (precision {self.precision!r}) is a TensorRT engine, which has one position for all rows. Load the model "
-            "with decode='kernels' and precision='fp16', 'bf16' or 'fp32', or with backend='cuda'"
+            "with decode='kernels' and precision='fp16', 'bf16', 'fp32' or 'int8', or with backend='cuda'"
         )
 
     def row_buffers(self, rows: int) -> RowBuffers:

@@ -39,6 +39,23 @@ def test_large_models_compile_without_spills(arch: Architecture, rows: int, arch
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 
+@pytest.mark.parametrize("rows", [1, 8, 32, 64, 128])
+@pytest.mark.parametrize("arch", [BASE, WIDE, LARGE], ids=["t5-base", "t5-3b", "flan-t5-xl"])
+def test_kernels_with_8_bit_weights_compile_without_spills(arch: Architecture, rows: int) -> None:
+    used = usage(compile_cubin("decode_step.cu", constants(arch, torch.float16, rows, 9, int8=True), "sm_90")[1])
+    assert set(used) == set(KERNELS)
+    assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
+def test_kernels_with_8_bit_weights_compile_for_other_gpus(architecture: str) -> None:
+    major = int(architecture.removeprefix("sm_")) // 10
+    for rows in (1, 32):
+        wanted = constants(BASE, torch.float16, rows, major, int8=True)
+        used = usage(compile_cubin("decode_step.cu", wanted, architecture)[1])
+        assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
 @pytest.mark.parametrize("warps", [1, 2])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 def test_attention_by_few_warps_compiles_without_spills(architecture: str, warps: int) -> None:

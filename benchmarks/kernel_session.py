@@ -28,16 +28,18 @@ from t5_trt.tools.records import Record, read_records, write_records
 RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
 #: records that agree in these are of one case: the newer one replaces the older one
 CASE = (
-    "part", "python", "backend", "model", "precision", "batch", "num_beams", "source_tokens", "new_tokens", "tool", "stage",
+    "part", "python", "backend", "model", "precision", "batch", "num_beams", "source_tokens", "new_tokens", "positions", "tool", "stage",
 )  # fmt: skip
 BARE_TESTS = (
     "test_kernels.py",
     "test_kernel_shapes.py",
     "test_encoder_kernels.py",
     "test_cuda_backend.py",
+    "test_int8.py",
     "test_parity_cuda.py",
     "test_adapters.py",
     "test_serving.py",
+    "test_positions.py",
 )
 ENGINE_TESTS = ("test_background_builds.py", "test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
 #: building engines keeps one core busy each; more processes than this wait for the GPU
@@ -65,6 +67,7 @@ PARTS: dict[str, list[list[str]]] = {
             "{python} -m benchmarks.decode --out {out} {layers}",
             "{python} -m benchmarks.decode_first --out {out} {layers}",
             "{python} -m benchmarks.encoder --out {out} {layers}",
+            "{python} -m benchmarks.positions --out {out} {layers}",
         ]
     ],
     "tokens": [

@@ -1,12 +1,12 @@
 """Time large models on an NVIDIA GPU without TensorRT: decoder steps beside what memory allows, and tokens per second.
 
-    python -m benchmarks.large_models --out FOLDER [--models t5-large,t5-3b,flan-t5-xl] [--layers 2] [--no-peer]
+    python -m benchmarks.large_models --out FOLDER [--models t5-large,t5-3b,flan-t5-xl] [--int8] [--batches 1] [--layers 2] [--no-peer]
 
 Published shapes with random weights. Of every model: the time to open it, GPU memory, and for batches of 1, 8 and 32, greedy, 32 source tokens
 and 99 new ones, a step with its token selection. The floor beside a step is the time to read the decoder's weights once, at the rate of a large
 copy in the same process. Of Flan-T5-XL in bfloat16 also tokens per second: sources of 260 to 440 tokens, 128 new ones, batches of 32, 64 and 128,
 the case of TensorRT-LLM's documentation. Hugging Face eager in the same precision and process. Every case is written to
-FOLDER/large-models.json as it comes.
+FOLDER/large-models.json as it comes. With --int8 a model in float16 is measured in int8, too: the same weights, in the same process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from t5_trt.tools.records import Record
 
 #: model -> its precision
 MODELS = {"t5-large": "fp16", "t5-3b": "fp16", "flan-t5-xl": "bf16"}
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+#: precision -> the type of the matrices of a step
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 BATCHES = (1, 8, 32)
 #: batch -> tokens per second of Flan-T5-XL in bfloat16 on one H100 in TensorRT-LLM's documentation
 PUBLISHED = {32: 3312, 64: 4184, 128: 4768}
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--layers", type=int, help="of each stack, to try it")
+    parser.add_argument("--int8", action="store_true", help="models in float16 in int8, too")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="comma-separated, of steps")
     parser.add_argument(
         "--store", type=Path, default=Path("/var/tmp/t5_trt-kernel-engines"), help="of compiled kernels"
     )
@@ -65,11 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(name: str, given: argparse.Namespace, rate: float) -> Iterator[Record]:
     """The records of a model."""
-    precision = MODELS[name]
     peer = random_model(name, given.layers)
     stock = copy.deepcopy(peer).cpu()
     if given.no_peer:
         peer = None
+    for precision in (MODELS[name], *(["int8"] if given.int8 and MODELS[name] == "fp16" else [])):
+        yield from measure_in(precision, name, stock, peer, given, rate)
+        gc.collect()
+        torch.cuda.empty_cache()
+        peer = None
+
+
+def measure_in(
+    precision: str, name: str, stock: Any, peer: Any, given: argparse.Namespace, rate: float
+) -> Iterator[Record]:
+    """The records of a model in one precision."""
     before = torch.cuda.memory_allocated()
     ours = open_model("cuda", stock, precision, given.store)
     shared: Record = {"model": f"{name} shapes, random weights", "precision": precision, "backend": "cuda"}
@@ -80,16 +93,17 @@ def measure(name: str, given: argparse.Namespace, rate: float) -> Iterator[Recor
         yield shared
         return
     shared |= {"memory_gb": gigabytes(torch.cuda.memory_allocated() - before), "parameters_gb": gigabytes(nbytes(stock, DTYPES[precision]))}  # fmt: skip
-    compile_kernels(ours, given.store, [*BATCHES, *(PUBLISHED if name == "flan-t5-xl" else ())])
+    batches, long = [int(batch) for batch in given.batches.split(",")], PUBLISHED if name == "flan-t5-xl" else ()
+    compile_kernels(ours, given.store, [*batches, *long])
     floor = step_bytes(stock, DTYPES[precision]) / rate / 1e6
-    for batch in BATCHES:
+    for batch in batches:
         yield {
             **shared,
             **step(ours, peer, batch, given.runs),
             "floor_us": round(floor, 1),
             "copy_tb_s": round(rate, 2),
         }
-    for batch in PUBLISHED if name == "flan-t5-xl" else ():
+    for batch in long:
         yield {**shared, **throughput(ours, peer, batch, given.runs)}
 
 
@@ -125,9 +139,9 @@ def compile_kernels(ours: Any, store: Path, rows: Sequence[int]) -> None:
     """Have the kernels for some numbers of rows compiled side by side; the measured process loads them from the store."""
     from t5_trt.kernels.decode_step import constants
 
-    arch, dtype = ours.session.arch, DTYPES[ours.session.precision]
+    arch, dtype, int8 = ours.session.arch, ours.session.dtype, ours.session.precision == "int8"
     major, minor = torch.cuda.get_device_capability()
-    wanted = {tuple(each.items()): each for each in (constants(arch, dtype, count, major) for count in rows)}
+    wanted = {tuple(each.items()): each for each in (constants(arch, dtype, count, major, int8=int8) for count in rows)}
     with ProcessPoolExecutor(max_workers=len(wanted), mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(compile_one, each, f"sm_{major}{minor}", store) for each in wanted.values()]
         for job in jobs:

@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.serving_plot import draw_serving
 from t5_trt.errors import InputError, T5TRTError
 from t5_trt.tools.plot import draw_records
 from t5_trt.tools.records import Record, read_records
@@ -136,25 +137,40 @@ def cpu_speed(readme: Path, write: bool) -> str:
 
 def cpu_speed_plot(readme: Path, write: bool) -> str:
     """The picture of times on CPUs, and the line that shows it."""
-    return _picture(readme, write, "cpu-speed.png", "CPUs", read_records(RESULTS / CPU_PLOT_RECORDS))
+    return _picture(
+        readme, write, "cpu-speed.png", "Time of generate() on CPUs", read_records(RESULTS / CPU_PLOT_RECORDS)
+    )
 
 
 def gpu_speed_plot(readme: Path, write: bool) -> str:
     """The picture of times on a GPU, and the line that shows it."""
     records = read_records(RESULTS / GPU_RECORDS)
     curves = [record for record in records if record.get("stage") == GPU_CURVES]
-    return _picture(readme, write, "gpu-speed.png", "an H100", curves)
+    return _picture(readme, write, "gpu-speed.png", "Time of generate() on an H100", curves)
 
 
-def _picture(readme: Path, write: bool, name: str, where: str, records: Sequence[Record]) -> str:
+def serving_plot(readme: Path, write: bool) -> str:
+    """The picture of serving on a GPU, and the line that shows it."""
+    records = [record for record in read_records(RESULTS / KERNEL_RECORDS) if record.get("part") == "serving"]
+    return _picture(readme, write, "serving.png", "Serving on an H200", records, draw_serving)
+
+
+def _picture(
+    readme: Path,
+    write: bool,
+    name: str,
+    shown: str,
+    records: Sequence[Record],
+    draw: Callable[[Sequence[Record], Path], None] = draw_records,
+) -> str:
     """Draw records into a file beside the README."""
     picture = readme.parent / PICTURES / name
     if write:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_records(records, picture)
+        draw(records, picture)
     elif not picture.exists():
         return "the picture is missing"  # differs from any README
-    return f"![Time of generate() on {where}]({PICTURES}/{name})"
+    return f"![{shown}]({PICTURES}/{name})"
 
 
 SECTIONS: dict[str, Callable[[Path, bool], str]] = {
@@ -164,6 +180,7 @@ SECTIONS: dict[str, Callable[[Path, bool], str]] = {
     "cuda-speed": cuda_speed,
     "gpu-speed": gpu_speed,
     "gpu-speed-plot": gpu_speed_plot,
+    "serving-plot": serving_plot,
 }
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.errors import QueueFullError
 from t5_trt.serving import Engine
+from t5_trt.tools.environment import environment
+from t5_trt.tools.records import Record
 
 #: source and new tokens
 SHORT, LONG = (12, 12), (256, 95)
+#: with short requests
+CLIENTS = 7
+#: by which rates of equal runs differ
+NOISE = 0.05
 
 
 async def ask(engine: Engine, chance: random.Random, size: tuple[int, int], **settings: Any) -> float:
@@ -97,38 +105,101 @@ async def open_loop(engine: Engine, rate: float, seconds: float) -> tuple[float,
     return done / (time.perf_counter() - begin), len(refusals), max(refusals, default=0.0)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=8.0)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    model = TRTT5ForConditionalGeneration.from_pretrained(given.model, backend="onnxruntime", num_threads=given.threads)
+async def steps_after_leaving(engine: Engine, requests: int) -> int:
+    """Decoder steps that are made after all clients of running and waiting requests have left at the same time."""
+    chance = random.Random(3)
+    tasks = [asyncio.ensure_future(ask(engine, chance, LONG)) for _ in range(requests)]
+    before = engine.stats().steps
+    while engine.stats().steps < before + 5:
+        await asyncio.sleep(0.001)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    left = engine.stats().steps
+    while (stats := engine.stats()).running or stats.waiting:
+        await asyncio.sleep(0.001)
+    return engine.stats().steps - left
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A number that was measured and the largest, or with `at_least` the smallest, that it may be."""
+
+    what: str
+    found: float
+    bound: float
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within."""
+        return self.found >= self.bound if self.at_least else self.found <= self.bound
+
+    def __str__(self) -> str:
+        word = "at least" if self.at_least else "at most"
+        return f"{'yes' if self.holds else 'NO '} {self.what}: {self.found:.3g}, {word} {self.bound:g}"
+
+
+def measure_waits(engine: Engine, requests: int, rounds: int) -> tuple[Record, list[Bound]]:
+    """Times of short requests, alone and beside others, in turns."""
     kinds: dict[str, dict[str, Any] | None] = {
         "alone": None,
         "beside a long one": {},
         "beside 4 beams": {"num_beams": 4},
     }
+    asyncio.run(short_ones(engine, CLIENTS, requests, {}))
+    waits: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name, settings in kinds.items():
+            waits[name] += asyncio.run(short_ones(engine, CLIENTS, requests, settings))
+    twentieths = {name: statistics.quantiles(found, n=20) for name, found in waits.items()}
+    found = {name: {"p50_ms": each[9] * 1e3, "p95_ms": each[18] * 1e3} for name, each in twentieths.items()}
+    ratio = twentieths["beside a long one"][18] / twentieths["alone"][18]
+    return {"short": found}, [Bound("p95 of short requests beside a long one, to that alone", ratio, 1.5)]
+
+
+def measure_load(engine: Engine, seconds: float, rounds: int) -> tuple[Record, list[Bound]]:
+    """What 64 clients get, and what becomes of more arrivals, in turns; medians count."""
+    capacities, rates, refused, longest = [], [], 0, 0.0
+    for _ in range(rounds):
+        capacities.append(asyncio.run(closed_loop(engine, 64, seconds)))
+        rate, refusals, slowest = asyncio.run(open_loop(engine, 1.5 * statistics.median(capacities), seconds))
+        rates.append(rate)
+        refused, longest = refused + refusals, max(longest, slowest)
+    found = {"capacity_requests_per_s": capacities, "open_loop_requests_per_s": rates, "refused": refused}
+    ratio = statistics.median(rates) / statistics.median(capacities)
+    return {**found, "longest_refusal_ms": longest * 1e3}, [
+        Bound("requests per second at 1.5 times capacity, to capacity", ratio, 1 - NOISE, at_least=True),
+        Bound("refused requests", refused, 1, at_least=True),
+        Bound("longest refusal, ms", longest * 1e3, 50.0),
+    ]
+
+
+def main() -> int:
+    """Measure and print; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each loop")
+    parser.add_argument("--requests", type=int, default=20, help="short ones of each client in a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="file to write the record to")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    model = TRTT5ForConditionalGeneration.from_pretrained(given.model, backend="onnxruntime", num_threads=given.threads)
     with Engine(model, max_rows=given.rows, max_waiting=64) as engine:
-        asyncio.run(short_ones(engine, 7, 20, {}))
-        waits: dict[str, list[float]] = {name: [] for name in kinds}
-        for _ in range(4):
-            for name, settings in kinds.items():
-                waits[name] += asyncio.run(short_ones(engine, 7, 20, settings))
-        base = statistics.quantiles(waits["alone"], n=20)[18]
-        for name, found in waits.items():
-            tenths = statistics.quantiles(found, n=20)
-            print(
-                f"short {name:18} p50 {tenths[9] * 1e3:.0f} ms, p95 {tenths[18] * 1e3:.0f} ms ({tenths[18] / base:.2f})"
-            )
-        capacity = asyncio.run(closed_loop(engine, 64, given.seconds))
-        rate, refused, longest = asyncio.run(open_loop(engine, 1.5 * capacity, given.seconds))
-        print(f"64 clients {capacity:.1f} requests/s; open loop at 1.5 times that: {rate:.1f} requests/s ({rate / capacity:.2f}), "
-              f"{refused} refused, each within {longest * 1e3:.1f} ms")  # fmt: skip
+        record, bounds = measure_waits(engine, given.requests, given.rounds)
+        more, loaded = measure_load(engine, given.seconds, given.rounds)
+        steps = max(asyncio.run(steps_after_leaving(engine, 2 * given.rows)) for _ in range(given.rounds))
+    bounds += [*loaded, Bound("steps for clients that have left", steps, 2)]
+    record |= {"model": Path(given.model).name, "rows": given.rows, "threads": given.threads, **more, **environment()}
+    record["bounds"] = [{**vars(bound), "holds": bound.holds} for bound in bounds]
+    print(json.dumps(record, indent=1), *bounds, sep="\n")
+    if given.json:
+        given.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(bound.holds for bound in bounds) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

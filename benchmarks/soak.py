@@ -63,7 +63,7 @@ def _parts(rows: list[list[int]], expected: list[list[int]]) -> dict[str, Any]:
     return {"rows": which, "token": place, "got": got[place : place + 5], "wanted": want[place : place + 5]}
 
 
-def _use_one_heap() -> None:
+def use_one_heap() -> None:
     """Have all threads share malloc's first heap (glibc only): ``malloc_trim`` leaves free memory at the others' ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, help="folder of built engines")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     args = parser.parse_args(arguments)
-    _use_one_heap()
+    use_one_heap()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     ours, stock = load(args.model, args.backend, args.precision, args.threads, args.store)

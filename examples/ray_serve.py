@@ -1,247 +1,187 @@
-"""T5 behind HTTP with Ray Serve: dynamic batches, streaming, autoscaling over the GPUs of a cluster.
+"""T5 behind HTTP on the machines of a Ray cluster: the routes of `t5-trt serve`, one model in each replica.
 
-    pip install "t5-trt[ray]"
+    pip install "t5-trt[ray,serve]"
     python examples/ray_serve.py examples/kana_romaji
     python examples/ray_serve.py MODEL --num-gpus 1 --max-replicas 8 --engine-cache-dir /shared/engines
     serve run --app-dir examples ray_serve:build_app model=MODEL num_gpus=1
 
-    curl localhost:8000/generate --json '{"text": "さくら", "num_beams": 4, "max_new_tokens": 32}'
-    curl -N localhost:8000/stream --json '{"text": "さくら"}'
+    curl localhost:8000/v1/completions --json '{"prompt": "さくら", "max_tokens": 32}'
+    curl -N localhost:8000/generate --json '{"text": "さくら", "stream": true}'
 
-`/generate` answers {"text", "batch_size"}; requests with equal settings that come close together run as one batch, and
-others never share one. `/stream` (without beams) answers lines of JSON: {"text": piece} ..., then {"done": true} or
-{"error": ...}. Errors are {"error": message} with status 400 (values), 408 (the body came too slowly), 413 (too long), 500 or
-504 (too late); 503 is Ray's and plain text: too many wait.
+A `Replica` has a model on a GPU or on CPU cores, its engine, whose requests share decoder steps, and the application of `t5-trt serve`.
+A `Gateway` takes HTTP requests and gives each to a replica that has room. Ray adds replicas when the requests that run or wait are more than
+the replicas' rows, and takes them away again. A client that leaves frees its row.
 
-A request is one text; `Settings` has the limits of its size, its time and how many wait. A request of a new size builds an
-engine where the store has none: fill it first. There is no login and no TLS: put this behind a gateway that has them. Ray's
-dashboard runs code for whoever reaches it: it stays on this machine unless told otherwise.
+A request whose replica ends before the first part of the answer is sent again to another one, once; then it gets 503 with the code
+`replica_lost`. A stream that has begun ends with that error as its last event. Errors are those of `t5-trt serve`, JSON always; only
+what Ray's proxy says where no gateway runs is plain text.
+
+There is no login and no TLS: put this behind a gateway that has them. Ray's dashboard runs code for whoever reaches it: it stays on this
+machine unless told otherwise. A request of a new size builds an engine where TensorRT's store has none: fill it first.
 """
 
 import argparse
 import asyncio
-import json
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from transformers import AutoTokenizer, TextStreamer
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import AutoTokenizer
 
-from t5_trt import TRTT5ForConditionalGeneration, generate_many
+from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.serving.http.app import build_app as build_http_app
+from t5_trt.serving.http.events import event
+from t5_trt.serving.http.failures import RequestError, as_request_error
+from t5_trt.serving.http.limits import Limits
+from t5_trt.serving.http.service import Service
+from t5_trt.serving.http.watch import given, read_body
 
-logger = logging.getLogger("ray.serve")
+#: how often a request is given to a replica, if the first one ends before it has answered
+ATTEMPTS = 2
+#: of a request's scope, what its replica needs
+SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", "root_path", "headers", "scheme")
 
 
 class Settings(BaseModel):
-    """Of the deployment; ``serve run`` gives them as name=value."""
+    """Of the deployments; ``serve run`` gives them as name=value."""
 
     model_config = ConfigDict(extra="forbid")
     model: str
+    name: str | None = Field(None, description="of the model for clients")
     engine_cache_dir: str | None = None
     num_cpus: int = Field(1, ge=1, description="of a replica; without a GPU also its threads")
     num_gpus: float = Field(0, ge=0, description="of a replica")
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
-    max_batch_size: int = Field(8, ge=1)
-    batch_wait_s: float = Field(0.01, ge=0, description="how long a batch waits for more texts")
-    max_queued_requests: int = Field(256, ge=1, description="more than these are answered with 503")
-    max_body_bytes: int = Field(64_000, ge=1, description="of a request, before it is read as JSON")
-    max_text_characters: int = Field(4000, ge=1)
-    max_source_tokens: int = Field(512, ge=1)
-    max_new_tokens: int = Field(256, ge=1)
-    max_num_beams: int = Field(8, ge=1)
-    request_timeout_s: float = Field(30, gt=0, description="for the body to arrive, and again for the answer")
+    gateways: int = Field(1, ge=1, description="processes that take HTTP requests and have no model")
+    max_rows: int = Field(16, ge=1, description="requests that decode at a time in a replica")
+    max_waiting: int = Field(256, ge=1, description="requests that wait for a replica at a gateway; more get 429")
+    max_body_bytes: int = Field(256_000, ge=1, description="of a request")
+    max_source_tokens: int = Field(512, ge=1, description="of a text")
+    max_new_tokens: int = Field(512, ge=1, description="of a result")
+    max_results: int = Field(16, ge=1, description="of a request: texts times n, texts, beams")
+    timeout: float = Field(60, gt=0, description="seconds of a request")
 
-
-class Ask(BaseModel):
-    """The body of a request. `TextService._check` has the upper limits."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    text: str
-    num_beams: int = Field(1, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-
-
-def _line(**values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-class Pieces(TextStreamer):
-    """`TextIteratorStreamer` for a reader in an event loop: no thread waits, and the reader can end the generation."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.queue: asyncio.Queue[str | None] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        self.closed = False
-
-    def put(self, value: Any) -> None:
-        """Take tokens from `generate`, in its thread."""
-        if self.closed:
-            raise ConnectionAbortedError("the reader of a stream left")
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand on a piece."""
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, text)
-
-
-Batch = Callable[[tuple[str, float]], Awaitable[tuple[str, int]]]
-api = FastAPI(title="t5_trt")
-
-
-@api.exception_handler(RequestValidationError)
-async def _bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
-    told = error.errors()[:5]  # the names are the client's own, of any length and number
-    names = [".".join(part for part in found["loc"][1:] if isinstance(part, str))[:50] for found in told]
-    problems = [f"{name or 'body'}: {found['msg']}" for name, found in zip(names, told, strict=True)]
-    return JSONResponse({"error": "; ".join(problems)}, status_code=400)
-
-
-@api.exception_handler(HTTPException)
-async def _refused(_: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse({"error": error.detail}, status_code=error.status_code)
-
-
-@api.exception_handler(Exception)
-async def _failed(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"error": "internal error"}, status_code=500)  # Starlette logs it
-
-
-async def _read_ask(request: Request) -> Ask:
-    """The body, never more of it in memory than is allowed: FastAPI's own way would read all of it first."""
-    limits = serve.get_replica_context().servable_object.settings
-    body = bytearray()
-
-    async def read() -> None:
-        async for piece in request.stream():
-            body.extend(piece)
-            if len(body) > limits.max_body_bytes:
-                raise HTTPException(413, f"the body is too long; expected at most {limits.max_body_bytes} bytes")
-
-    try:
-        await asyncio.wait_for(read(), limits.request_timeout_s)
-        return Ask.model_validate_json(bytes(body))
-    except asyncio.TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {limits.request_timeout_s:g} s") from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the body is not complete") from None
-    except ValidationError as error:
-        found = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_url=False)]
-        raise RequestValidationError(found) from None
-
-
-Body = Annotated[Ask, Depends(_read_ask)]
+    def limits(self) -> Limits:
+        """Of a request."""
+        sizes = (self.max_body_bytes, self.max_source_tokens, self.max_new_tokens, self.max_results)
+        return Limits(*sizes, self.timeout)
 
 
 @serve.deployment(name="t5")
-@serve.ingress(api)
-class TextService:
-    """One replica: one model, one thread that generates, any number of waiting requests."""
+class Replica:
+    """One model, which answers as `t5-trt serve` does."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    async def __init__(self, settings: Settings) -> None:
         load: dict[str, Any] = {"engine_cache_dir": settings.engine_cache_dir}
         if not settings.num_gpus:
             load.update(backend="onnxruntime", num_threads=settings.num_cpus)
-        self.model = TRTT5ForConditionalGeneration.from_pretrained(settings.model, **load)
-        self.thread = ThreadPoolExecutor(1)  # calls on one model run one by one anyway
-        self._batches: dict[tuple[int, int], Batch] = {}  # the limits bound their number
-        self._texts(["a"], num_beams=1, max_new_tokens=2)  # a replica is healthy when its engines are open
+        model = TRTT5ForConditionalGeneration.from_pretrained(settings.model, **load)
+        tokenizer, name = AutoTokenizer.from_pretrained(settings.model), settings.name or Path(settings.model).name
+        # each of a replica's requests may have several texts
+        rows = {"max_rows": settings.max_rows, "max_waiting": 2 * settings.max_rows * settings.max_results}
+        self._service = Service(model, tokenizer, name, settings.limits(), **rows)
+        self._app = build_http_app(self._service)
+        await self._service.warm_up()
 
-    @api.get("/health")
-    async def health(self) -> dict[str, str]:
-        """Whether this replica can answer."""
-        return {"status": "ok", "backend": self.model.session.backend}
-
-    @api.post("/generate")
-    async def generate(self, ask: Body) -> dict[str, Any]:
-        """The whole answer."""
-        self._check(ask)
-        batch, timeout_s = self._batch(ask.num_beams, ask.max_new_tokens), self.settings.request_timeout_s
+    async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
+        """The messages of an answer as they come; the first ones have the whole of it, or the first part of a stream."""
+        queue: asyncio.Queue[Message | None] = asyncio.Queue()
+        work = asyncio.ensure_future(self._app(scope, given(body), queue.put))
+        work.add_done_callback(lambda _: queue.put_nowait(None))
+        messages: list[Message] = []
         try:
-            text, size = await asyncio.wait_for(batch((ask.text, time.monotonic() + timeout_s)), timeout_s)
-        except asyncio.TimeoutError:
-            raise HTTPException(504, f"no answer within {timeout_s:g} s") from None
-        return {"text": text, "batch_size": size}
+            while (message := await queue.get()) is not None:
+                messages.append(message)
+                if queue.empty() and message["type"] == "http.response.body":
+                    yield messages
+                    messages = []
+        finally:  # with the application, what runs for it ends
+            work.cancel()
+            await asyncio.wait([work])
 
-    @api.post("/stream")
-    async def stream(self, ask: Body) -> StreamingResponse:
-        """The answer piece by piece."""
-        self._check(ask)
-        if ask.num_beams != 1:
-            raise HTTPException(
-                400, f"num_beams got {ask.num_beams}; /stream takes 1: beams have no text before the end"
-            )
-        return StreamingResponse(self._lines(ask), media_type="application/x-ndjson")
+    def check_health(self) -> None:
+        """Raise where Ray should start another replica instead."""
+        if self._service.failed:
+            raise RuntimeError("the engine has ended")
 
-    def _check(self, ask: Ask) -> None:
-        limits = self.settings
-        if (got := len(ask.text)) > limits.max_text_characters:
-            raise HTTPException(413, f"text got {got} characters; expected at most {limits.max_text_characters}")
-        if (got := len(self.tokenizer(ask.text)["input_ids"])) > limits.max_source_tokens:
-            raise HTTPException(413, f"text got {got} tokens; expected at most {limits.max_source_tokens}")
-        for name, most in (("num_beams", limits.max_num_beams), ("max_new_tokens", limits.max_new_tokens)):
-            if getattr(ask, name) > most:
-                raise HTTPException(400, f"{name} got {getattr(ask, name)}; expected at most {most}")
+    def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            self._service.engine.close()
 
-    def _batch(self, num_beams: int, max_new_tokens: int) -> Batch:
-        """A queue of its own for each setting: whatever waits in it can run together."""
 
-        @serve.batch(max_batch_size=self.settings.max_batch_size, batch_wait_timeout_s=self.settings.batch_wait_s)
-        async def batch(items: list[tuple[str, float]]) -> list[tuple[str, int]]:
-            run = asyncio.get_running_loop().run_in_executor
-            return await run(self.thread, self._answers, items, num_beams, max_new_tokens)
+@serve.deployment(name="gateway")
+@serve.ingress()
+class Gateway:
+    """Reads requests within the limits, and sends on what a replica answers."""
 
-        return self._batches.setdefault((num_beams, max_new_tokens), batch)
+    def __init__(self, settings: Settings, replicas: DeploymentHandle) -> None:
+        self._limits, self._replicas = settings.limits(), replicas.options(stream=True)
 
-    def _answers(self, items: list[tuple[str, float]], num_beams: int, max_new_tokens: int) -> list[tuple[str, int]]:
-        now = time.monotonic()
-        live = [text for text, deadline in items if deadline > now]  # the others have their 504 already
-        rest_s = max(deadline for _, deadline in items) - now  # when the last caller gives up, the batch ends too
-        texts = iter(self._texts(live, num_beams=num_beams, max_new_tokens=max_new_tokens, max_time=rest_s))
-        return [(next(texts), len(live)) if deadline > now else ("", 0) for _, deadline in items]
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return Starlette(routes=[Mount("", self._serve)])
 
-    def _texts(self, texts: list[str], **arguments: Any) -> list[str]:
-        options = {"batch_size": self.settings.max_batch_size, "show_progress": False, **arguments}
-        return list(generate_many(self.model, self.tokenizer, texts, **options))
-
-    async def _lines(self, ask: Ask) -> AsyncIterator[str]:
-        pieces, loop = Pieces(self.tokenizer), asyncio.get_running_loop()
-        deadline = loop.time() + self.settings.request_timeout_s
-        work = loop.run_in_executor(self.thread, self._stream_into, pieces, ask)
-        work.add_done_callback(lambda _: pieces.queue.put_nowait(None))
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            while (text := await asyncio.wait_for(pieces.queue.get(), deadline - loop.time())) is not None:
-                if text:
-                    yield _line(text=text)
-            await work
-            yield _line(done=True)
-        except asyncio.TimeoutError:
-            yield _line(error=f"no whole answer within {self.settings.request_timeout_s:g} s")
-        except Exception:
-            logger.exception("a stream failed")
-            yield _line(error="internal error")
-        finally:
-            pieces.closed = True  # the reader may have left
+            if scope["path"].endswith("/metrics"):
+                raise RequestError(404, "not_found", "there are metrics of all replicas at Ray's own metrics ports.")
+            body = await read_body(scope, receive, self._limits)
+            if body is not None:
+                await self._answer({name: scope[name] for name in SCOPE if name in scope}, body, send)
+        except RequestError as error:
+            await error.response()(scope, receive, send)
 
-    def _stream_into(self, pieces: Pieces, ask: Ask) -> None:
-        if not pieces.closed:
-            inputs = self.tokenizer([ask.text], return_tensors="pt").to(self.model.device)
-            with suppress(ConnectionAbortedError):
-                self.model.generate(**inputs, num_beams=1, max_new_tokens=ask.max_new_tokens, streamer=pieces)
+    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
+        deadline = time.monotonic() + self._limits.seconds
+        for _ in range(ATTEMPTS):
+            answer, begun = self._replicas.answer.remote(scope, body), False
+            try:
+                messages = await asyncio.wait_for(anext(answer), deadline - time.monotonic())
+                begun = True
+                await _send(messages, send)
+                while messages[-1].get("more_body", False):
+                    messages = await anext(answer)
+                    await _send(messages, send)
+                return
+            except Exception as error:
+                failure = _told(error)
+                if begun:
+                    last = event(failure.body()).encode()
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
+                    return
+                if not isinstance(error, RayActorError):
+                    raise failure from error
+            finally:
+                with suppress(Exception):  # the error of a request that got no replica, once more
+                    answer.cancel()  # of no effect after its end
+        raise failure
+
+
+async def _send(messages: list[Message], send: Send) -> None:
+    for message in messages:
+        await send(message)
+
+
+def _told(error: Exception) -> RequestError:
+    """What a client is told of an error that no replica has answered."""
+    if isinstance(error, BackPressureError):
+        return RequestError(429, "queue_full", "too many requests wait; try again later.", headers={"Retry-After": "1"})
+    if isinstance(error, asyncio.TimeoutError):
+        return RequestError(504, "timeout", "the request did not end within the server's time limit.")
+    if isinstance(error, RayActorError | DeploymentUnavailableError):
+        message = "the replica that ran the request has ended; send the request again."
+        return RequestError(503, "replica_lost", message, headers={"Retry-After": "1"})
+    return as_request_error(error)
 
 
 def build_app(settings: Settings | dict[str, Any]) -> serve.Application:
@@ -249,17 +189,24 @@ def build_app(settings: Settings | dict[str, Any]) -> serve.Application:
     wanted = Settings.model_validate(settings).model_copy()
     if Path(wanted.model).is_dir():  # replicas have another current folder
         wanted.model = str(Path(wanted.model).resolve())
-    return TextService.options(
-        # two full batches are a replica's share: one that runs and one that waits
+    replicas = Replica.options(
         autoscaling_config={
             "min_replicas": wanted.min_replicas,
             "max_replicas": wanted.max_replicas,
-            "target_ongoing_requests": 2 * wanted.max_batch_size,
+            "target_ongoing_requests": wanted.max_rows,  # more than that wait
         },
-        max_ongoing_requests=4 * wanted.max_batch_size,
-        max_queued_requests=wanted.max_queued_requests,
+        max_ongoing_requests=2 * wanted.max_rows,  # those that wait in a replica take its free rows between two steps
+        max_queued_requests=wanted.max_waiting,
+        graceful_shutdown_timeout_s=wanted.timeout,
         ray_actor_options={"num_cpus": wanted.num_cpus, "num_gpus": wanted.num_gpus},
-    ).bind(wanted)
+    )
+    gateway = Gateway.options(
+        num_replicas=wanted.gateways,
+        max_ongoing_requests=100_000,  # what waits is bounded where it waits for a replica
+        graceful_shutdown_timeout_s=wanted.timeout,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return gateway.bind(wanted, replicas.bind(wanted))
 
 
 def main() -> None:

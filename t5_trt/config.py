@@ -44,7 +44,8 @@ class RuntimeConfig:
         backend: "auto" (TensorRT if it and a GPU are available, else "cuda" with a GPU, else ONNX Runtime on the CPU), "tensorrt",
             "cuda" (our own kernels and torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
         precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8". ONNX Runtime on CPU runs "fp32" and "int8".
-        decode: what runs the one-token decoder step: "kernels" (the library's CUDA kernels), "engine" (the backend's) or "auto"
+            On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
+        decode: what runs the decoder: "kernels" (the library's CUDA kernels), "engine" (the backend's) or "auto"
             (kernels if they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the Hugging Face model for requests that engines cannot serve.

@@ -21,7 +21,7 @@ from t5_trt.kernels.compile import LEAST_CAPABILITY
 from t5_trt.modeling import TRTT5ForConditionalGeneration
 from t5_trt.modeling.adapted_model import engine_weights
 from t5_trt.runtime.open_session import gpu_facts, int8_provider_options
-from t5_trt.runtime.select import why_kernels_refuse, why_no_kernels
+from t5_trt.runtime.select import engine_precision, why_kernels_refuse, why_no_kernels
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ def build_engines(
     target_tokens: int = 128,
     cache_dir: Path | None = None,
 ) -> list[BuiltEngine]:
-    """Build the encoder, the decoder with several query positions, and the one-token step, unless the store has them.
+    """Build the encoder, the one-token step, and the decoder with several query positions, unless the store has them.
 
-    The step is omitted if the library's own kernels would run it on that GPU.
+    Both decoder engines are omitted if the library's own kernels would decode on that GPU.
 
     Args:
         model: hub id or folder of a checkpoint.
         flavor: "tensorrt" or "rtx"; None takes the one that is installed.
         compute_capabilities: of GPUs to build for on a machine without one, such as "8.6"; TensorRT for RTX only.
         precision: "fp32", "tf32", "fp16", "bf16" or "int8".
-        decode: what will run the one-token step: "engine", "kernels", or "auto" as models with ``decode="auto"`` choose.
+        decode: what will run the decoder: "engine", "kernels", or "auto" as models with ``decode="auto"`` choose.
         calibration: texts whose largest activations set the range of half precision.
         batch: largest number of rows.
         beams: number of beams of each row.
@@ -81,6 +81,8 @@ def build_engines(
     gpu = _gpu(api.flavor, tuple(compute_capabilities))
     loaded = TRTT5ForConditionalGeneration.from_pretrained(model, backend="onnxruntime", calibration=calibration)
     scaling = loaded.fp16_scaling(precision)
+    by_engine = _decodes_by_engine(decode, compute_capabilities, precision, loaded.architecture)
+    precision = engine_precision(precision, "engine" if by_engine else "kernels")
     provider = EngineProvider(
         scaling.architecture(loaded.architecture),
         EngineStore(cache_dir or default_engine_cache_dir()),
@@ -94,8 +96,7 @@ def build_engines(
     shapes = Shapes(
         B=bucket("B", batch), N=beams, S=bucket("S", source_tokens), T=bucket("T", target_tokens), Q=bucket("Q", 1)
     )
-    step = (STEP,) if _step_by_engine(decode, compute_capabilities, precision, loaded.architecture) else ()
-    wanted = [(graph, shapes) for graph in (ENCODER, *step, QUERIES)]
+    wanted = [(graph, shapes) for graph in (ENCODER, *((STEP, QUERIES) if by_engine else ()))]
     plans = provider.plans(wanted)
     labels = [provider.request(graph, shapes).label for graph, shapes in wanted]
     return [BuiltEngine(label, len(plan)) for label, plan in zip(labels, plans, strict=True)]
@@ -107,8 +108,8 @@ def _check_sizes(**sizes: int) -> None:
             raise InputError(f"{name} got {size!r}; expected an integer of at least 1.")
 
 
-def _step_by_engine(decode: str, capabilities: Sequence[str], precision: str, arch: Architecture) -> bool:
-    """Whether an engine runs the one-token step on the GPUs to build for."""
+def _decodes_by_engine(decode: str, capabilities: Sequence[str], precision: str, arch: Architecture) -> bool:
+    """Whether engines decode on the GPUs to build for."""
     if decode == "engine":
         return True
     problem: T5TRTError | None = why_kernels_refuse(precision, arch)

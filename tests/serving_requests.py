@@ -34,7 +34,7 @@ def until(condition: Any) -> None:
         time.sleep(0.002)
 
 
-def drawn_settings(chance: random.Random) -> dict[str, Any]:
+def drawn_settings(chance: random.Random, vocabulary: int = VOCAB) -> dict[str, Any]:
     """Settings of one request."""
     settings: dict[str, Any] = {"max_new_tokens": chance.choice((1, 2, 8, 30, 70))}
     kind = chance.choice(("greedy", "greedy", "processed", "sampled", "sampled", "beams"))
@@ -51,5 +51,5 @@ def drawn_settings(chance: random.Random) -> dict[str, Any]:
     if kind == "beams":
         settings |= {"num_beams": 2, "num_return_sequences": chance.randint(1, 2), "max_new_tokens": 8}
     if chance.random() < 0.2:
-        settings["eos_token_id"] = [1, chance.randrange(2, VOCAB)]
+        settings["eos_token_id"] = [1, chance.randrange(2, vocabulary)]
     return settings

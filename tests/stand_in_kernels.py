@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.kernels.decode_step import PRODUCTS, Geometry
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder, weight_updates
 from t5_trt.runtime.step_buffers import select_tokens
+from tests.launched_kernels import LaunchedKernels
 from tests.tiny_models import make_stock
 
 
@@ -29,13 +28,16 @@ class Recording:
 
 
 class TorchSteps(kernel_decoder.KernelDecoder):
-    """A step by the decoder for several query positions."""
+    """A step of one position by torch's decoder, one of several by the references of the kernels."""
 
     decoder: Any
 
     def kernels(self, rows: int, beams: int = 1) -> Any:
-        """None are needed."""
-        return SimpleNamespace(geometry={name: Geometry(1, 8, 0) for name in PRODUCTS}, sharers=1)
+        """Their references."""
+        return LaunchedKernels(self._arch)
+
+    def _stream(self) -> int:
+        return 0
 
     def _run(self, slot: Any, selector: Any) -> None:
         length = int(slot.position)
@@ -82,14 +84,14 @@ def best_of(logits: torch.Tensor) -> torch.Tensor:
     return (torch.ones(len(logits), dtype=torch.int64) << 32) | (~logits.argmax(-1) & 0xFFFFFFFF)
 
 
-def kernels_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
-    """(Hugging Face model of T5 v1.1, ours on the backend "cuda" with the stand-ins)."""
+def kernels_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str = "t5-v1.1") -> tuple[Any, Any]:
+    """(Hugging Face model of a kind, ours on the backend "cuda" with the stand-ins)."""
     monkeypatch.setattr(kernel_decoder, "capture", Recording)
     monkeypatch.setattr(captured_encoder, "capture", Recording)
     monkeypatch.setattr(weight_updates, "capture", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
     monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
-    stock = make_stock("t5-v1.1")
+    stock = make_stock(kind)
     ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
     arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")
     session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Fp16Scaling(), EngineStore(tmp_path))

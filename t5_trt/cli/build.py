@@ -50,9 +50,9 @@ def build(
     target_tokens: Annotated[int, typer.Option(min=1, help="largest number that is generated")] = 128,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Build a model's engines ahead: encoder, decoder with several query positions, and one-token step.
+    """Build a model's engines ahead: encoder, one-token step, and decoder with several query positions.
 
-    The step is left out where the library's own kernels do it.
+    Those of the decoder are left out where the library's own kernels decode.
     """
     from t5_trt.checkpoint.model_names import check_model_name
     from t5_trt.config import default_engine_cache_dir
@@ -79,4 +79,6 @@ def build(
     for engine in engines:
         typer.echo(f"{engine.label}: {engine.size_bytes / 1e6:.1f} MB")
     where = cache_dir or default_engine_cache_dir()
-    typer.echo(f"{len(engines)} engines in {where}, {time.monotonic() - start:.1f} s")
+    typer.echo(
+        f"{len(engines)} {'engine' if len(engines) == 1 else 'engines'} in {where}, {time.monotonic() - start:.1f} s"
+    )

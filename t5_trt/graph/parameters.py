@@ -125,14 +125,19 @@ def materialize(
     stacked = torch.empty((width, sum(parameter.widths)), dtype=dtype, device=device)
     norm = norm_before(parameter, weights, device)
     for key in parameter.parts:  # one part at a time: little extra memory
-        part = weights[key].detach().to(device, torch.float32)
+        part = in_float32_on(weights[key], device)
         stacked[:, parameter.place(key)] = folded_part(parameter, part, norm, factor(key)).t()
     return stacked
 
 
 def norm_before(parameter: Parameter, weights: Weights, device: torch.device) -> torch.Tensor | None:
     """The weight of the norm before a group, float32 [inputs]; None if it has none."""
-    return None if parameter.norm is None else weights[parameter.norm].detach().to(device, torch.float32)
+    return None if parameter.norm is None else in_float32_on(weights[parameter.norm], device)
+
+
+def in_float32_on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A weight in float32 on a device, where it is converted: the host holds no copy, and what is moved is not larger than the checkpoint."""
+    return tensor.detach().to(device).float()
 
 
 class DeviceNorms:

@@ -8,17 +8,25 @@
 //   TILED          tiles of outputs of a CTA of the widest products of a layer, by tiled_product.cuh (2 or 4; not in float32); 0: by product.cuh
 //   HEAD_ROW_TILES and one of the output matrix (not in float32), HEAD_WARPS of such a CTA
 //   GATED, ACTIVATION (0 relu, 1 gelu, 2 gelu_new, 3 silu)
-// Sizes of products are padded to multiples of 16 by zeros in the weights and in the activations.
+//   INT8           1: matrices are in 8 bits (int8_weights.cuh), everything else in half precision; absent in all other cases
+// Sizes of products are padded by zeros in the weights and in the activations: to multiples of 16, with INT8 of 32.
 #pragma once
 #include "launch.cuh"
 #include "types.cuh"
 
+#ifndef INT8
+#define INT8 0
+#endif
+
 constexpr int HD = H * D;
+constexpr int K_BITS = INT8 ? 5 : 4, K_TILE = 1 << K_BITS;  // columns of a k tile: what a lane multiplies after one load of weights
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int tiles(int size) { return (size + 15) / 16; }
-constexpr int E_TILES = tiles(E), HD_TILES = tiles(HD), FF_TILES = tiles(FF), V_TILES = tiles(V);
-constexpr int E_PAD = E_TILES * 16, HD_PAD = HD_TILES * 16;
+__host__ __device__ constexpr int k_tiles(int size) { return (size + K_TILE - 1) / K_TILE; }
+constexpr int E_K = k_tiles(E), HD_K = k_tiles(HD), FF_K = k_tiles(FF), V_TILES = tiles(V);  // as inputs: k tiles; as outputs: tiles of 16
+constexpr int E_PAD = E_K * K_TILE, HD_PAD = HD_K * K_TILE, FF_PAD = FF_K * K_TILE;
+constexpr int E_TILES = E_PAD / 16, HD_TILES = HD_PAD / 16, FF_TILES = FF_PAD / 16;
 constexpr int ROWS = ROW_TILES * 8;               // rows of a CTA
 constexpr int PARTIALS = (E_TILES + 15) / 16 * 16;  // partial sums of squares of a row, with zeros behind them
 
@@ -32,14 +40,14 @@ __device__ __forceinline__ uint4 load_streaming(const void* from)
     return value;
 }
 
-// Where element `column` of a row lies in the activations of `columns` (a multiple of 16) that a product reads: [row / 8][column / 16]
-// [row % 8][column % 16], so that a warp reads the B fragment of 8 rows and 16 columns as 256 neighbouring bytes (`pack_matrix` in weights.py
+// Where element `column` of a row lies in the activations of `columns` (a multiple of K_TILE) that a product reads: [row / 8][column / K_TILE]
+// [row % 8][column % K_TILE], so that a warp reads the B fragments of 8 rows and a k tile as neighbouring bytes (`pack_matrix` in weights.py
 // says which columns a lane has); plain [row][column] in float32.
 __device__ __forceinline__ long long activation_index(int row, int column, int columns)
 {
 #if STORAGE == FLOAT32
     return (long long)row * columns + column;
 #else
-    return (((long long)(row >> 3) * (columns >> 4) + (column >> 4)) * 8 + (row & 7)) * 16 + (column & 15);
+    return (((long long)(row >> 3) * (columns >> K_BITS) + (column >> K_BITS)) * 8 + (row & 7)) * K_TILE + (column & (K_TILE - 1));
 #endif
 }

@@ -46,6 +46,11 @@ def tiles(size: int) -> int:
     return -(-size // 16)
 
 
+def padded(size: int, *, int8: bool) -> int:
+    """A size of products' inputs and outputs with the zeros behind it: whole k tiles (``K_TILE`` in ``common.cuh``)."""
+    return tiles(size) * 16 if not int8 else -(-size // 32) * 32
+
+
 def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run a model, or None."""
     vector = 16 // dtype.itemsize
@@ -55,7 +60,13 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
 
 
 def constants(
-    arch: Architecture, dtype: torch.dtype, rows: int, capability: int = 8, *, beams: int = 1
+    arch: Architecture,
+    dtype: torch.dtype,
+    rows: int,
+    capability: int = 8,
+    *,
+    beams: int = 1,
+    int8: bool = False,
 ) -> dict[str, int]:
     """Compile-time constants of the kernels for a model and a number of rows.
 
@@ -65,6 +76,7 @@ def constants(
         rows: of a step.
         capability: the GPU's compute capability, its major number.
         beams: rows that share a source.
+        int8: matrices are in 8 bits, and all else is float16.
     """
     # sizes at which sharing a weight load among rows beats more CTAs (measured on an H200, docs/performance.md)
     large = capability in LARGE_SHARED and dtype != torch.float32
@@ -75,14 +87,19 @@ def constants(
     room = LARGE_SHARED_BYTES if large and rows > 16 else SHARED_BYTES
     while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > room:
         head_row_tiles //= 2
-    return model_constants(arch, dtype) | {
-        "V": arch.vocab_size,
-        "ROW_TILES": row_tiles,
-        "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
-        "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
-        "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 else 8,
-        "ATTENTION_WARPS": attention_warps(rows, beams),
-    }
+    return (
+        model_constants(arch, dtype)
+        | ({"INT8": 1} if int8 else {})
+        | {
+            "V": arch.vocab_size,
+            "ROW_TILES": row_tiles,
+            "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
+            "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
+            # 16 warps leave too few registers to convert 8-bit weights
+            "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 and not int8 else 8,
+            "ATTENTION_WARPS": attention_warps(rows, beams),
+        }
+    )
 
 
 def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
@@ -150,12 +167,20 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class StepWeights:
-    """The weights of a step: embedding [V, E], layers, packed output matrix and the inverse of its fp16 factor."""
+    """The weights of a step: embedding [V, E], layers, packed output matrix and the inverse of its fp16 factor.
+
+    Packed matrices are all of the embedding's type, or all in 8 bits.
+    """
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     head: torch.Tensor
     head_scale: float = 1.0
+
+    @property
+    def int8(self) -> bool:
+        """Whether matrices are in 8 bits."""
+        return self.head.dtype == torch.uint8
 
     @property
     def nbytes(self) -> int:
@@ -181,25 +206,33 @@ class StepBuffers:
 
     @classmethod
     def allocate(
-        cls, arch: Architecture, dtype: torch.dtype, rows: int, chunks: int, device: torch.device
+        cls,
+        arch: Architecture,
+        dtype: torch.dtype,
+        rows: int,
+        chunks: int,
+        device: torch.device,
+        *,
+        int8: bool = False,
     ) -> StepBuffers:
-        """Zeros for R rows, and for keys in up to `chunks` chunks."""
-        padded = -(-rows // 32) * 32
-        inner = arch.num_heads * arch.d_kv
+        """Zeros for R rows, and for keys in up to `chunks` chunks; `int8` says that weights are in 8 bits."""
+        count = -(-rows // 32) * 32
+        width, inner, hidden = (
+            padded(size, int8=int8) for size in (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff)
+        )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        width = tiles(arch.d_model) * 16
-        stream = zeros(padded, width)
+        stream = zeros(count, width)
         return cls(
             stream=stream,
-            copy=stream if dtype == torch.float32 else zeros(padded, width, dtype=dtype),
-            scales=torch.ones((2, padded), device=device),
-            squares=zeros(padded, tiles(tiles(arch.d_model)) * 16),
-            query=zeros(padded, tiles(inner) * 16),
-            attended=zeros(padded, tiles(inner) * 16, dtype=dtype),
-            inner=zeros(padded, tiles(arch.d_ff) * 16, dtype=dtype),
+            copy=stream if dtype == torch.float32 else zeros(count, width, dtype=dtype),
+            scales=torch.ones((2, count), device=device),
+            squares=zeros(count, tiles(width // 16) * 16),
+            query=zeros(count, inner),
+            attended=zeros(count, inner, dtype=dtype),
+            inner=zeros(count, hidden, dtype=dtype),
             parts=zeros(rows, arch.num_heads, chunks, arch.d_kv + 2),
             arrived=zeros(rows, arch.num_heads, dtype=torch.int32),
             best=zeros(rows, dtype=torch.int64),
@@ -216,6 +249,11 @@ class StepInputs:
         beams: rows that share a source.
         logits: float32 [R, V].
         ancestors: uint8 [R, T + 1], the beam in whose cache a token's key and value lie, for each token of a row; None: the row's own.
+        places: int32 [R], where a row's new key and value go: the place in its sequence's cache, counted from the row's own cache in units of D,
+            so that several rows may be positions of one sequence (`t5_trt.runtime.kernel_positions`). None: `position`, in the row's own cache.
+        neighbours: rows from whose first one `ancestors` count; 0: `beams`.
+        shares_keys: rows of a source attend to it by ``attend_shared``, if there is such a kernel. Single steps and several positions of one
+            request must have the same, as its bits are not those of ``attend_cross``.
     """
 
     tokens: torch.Tensor
@@ -227,6 +265,9 @@ class StepInputs:
     beams: int
     logits: torch.Tensor
     ancestors: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    neighbours: int = 0
+    shares_keys: bool = False
 
 
 class DecodeKernels:
@@ -258,11 +299,11 @@ class DecodeKernels:
         for name, own in self.geometry.items():
             self._module.allow_shared(name, own.shared)
 
-    def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
-        """Start a kernel, see `t5_trt.kernels.launching.launch`."""
+    def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any, early: bool = True) -> None:
+        """Start a kernel, see `t5_trt.kernels.launching.launch`; `early` where the GPU can."""
         shared = self.geometry[name].shared if name in self.geometry else 0
         # the first kernel starts after all earlier work: later kernels read positions and lengths before their wait
-        early = self.early and name != "embed"
+        early = early and self.early and name != "embed"
         launch(self._functions[name], grid, self.threads[name], stream, arguments, shared=shared, early=early)
 
 
@@ -289,16 +330,15 @@ class DecodeStep:
         self._chunks = tuple(-(-memory.shape[4] // CHUNK) for memory in (self.inputs.kv, self.inputs.cross))  # type: ignore[assignment]
 
         arch = self.arch
-        model, inner, hidden, vocabulary = map(
-            tiles, (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff, arch.vocab_size)
-        )
-        out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, vocabulary), strict=True)
+        sizes = (arch.d_model, arch.num_heads * arch.d_kv, arch.d_ff)
+        model, inner, hidden = (padded(size, int8=self.weights.int8) // 16 for size in sizes)
+        out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, tiles(arch.vocab_size)), strict=True)
         rows, geometry = len(self.inputs.tokens), self.kernels.geometry
         self._grids = {
             name: (-(-count // geometry[name].wide), -(-rows // geometry[name].rows)) for name, count in out_tiles
         }
         beams, sharers = self.inputs.beams, self.kernels.sharers
-        shared = beams > 1 and sharers > 1
+        shared = self.inputs.shares_keys and sharers > 1
         self._cross = "attend_shared" if shared else "attend_cross"
         ctas = rows // beams * -(-beams // sharers) if shared else rows
         self._grids[self._cross] = (arch.num_heads, ctas, self._chunks[1])
@@ -319,17 +359,30 @@ class DecodeStep:
             hidden: uint8 [V], 1 for tokens that a short row must not choose.
             until: float64 [1], length from which a row is not short.
         """
-        given, b, weights, start = self.inputs, self.buffers, self.weights, self.kernels.launch
+        self.enqueue_layers(stream)
+        logits, best = (None, self.buffers.best) if wants_best else (self.inputs.logits, None)
+        self._head(stream, logits, best, hidden, until)
+
+    def enqueue_layers(self, stream: int) -> None:
+        """Start the kernels before the output matrix."""
+        given, b, weights = self.inputs, self.buffers, self.weights
         rows = len(given.tokens)
         scales, next_scales = b.scales
-        start("embed", (rows,), stream, weights.embedding, given.tokens, b.stream, b.copy, b.squares, scales,
-               self.embedding_scale)  # fmt: skip
+        self.kernels.launch("embed", (rows,), stream, weights.embedding, given.tokens, b.stream, b.copy, b.squares, scales,
+                            self.embedding_scale)  # fmt: skip
         for layer, own in enumerate(weights.layers):
             self._layer(layer, own, rows, stream, scales, next_scales)
             scales, next_scales = next_scales, scales  # three kernels of each layer include a norm
-        logits, best = (None, b.best) if wants_best else (given.logits, None)
-        start("output_head", self._grids["output_head"], stream, weights.head, b.copy, b.squares, scales, logits, best, hidden,
-              until, given.position, rows, self.epsilon, weights.head_scale)  # fmt: skip
+
+    def enqueue_head(self, stream: int, logits: torch.Tensor) -> None:
+        """Start the output matrix's kernel after `enqueue_layers`, which a CUDA graph may have started: float32 [R, V] in any memory."""
+        self._head(stream, logits, None, None, None, early=False)
+
+    def _head(self, stream: int, *out: torch.Tensor | None, early: bool = True) -> None:
+        given, b, weights = self.inputs, self.buffers, self.weights
+        scales = b.scales[len(weights.layers) % 2]
+        self.kernels.launch("output_head", self._grids["output_head"], stream, weights.head, b.copy, b.squares, scales, *out,
+                            given.position, len(given.tokens), self.epsilon, weights.head_scale, early=early)  # fmt: skip
 
     def _layer(
         self,
@@ -345,10 +398,12 @@ class DecodeStep:
         cross_keys, cross_values = given.cross[layer]
         heads, room, width = self.arch.num_heads, keys.shape[2], cross_keys.shape[2]
         stride = 0 if given.ancestors is None else given.ancestors.shape[1]
+        places = given.position if given.places is None else given.places
         start("project_qkv", grids["project_qkv"], stream, own.qkv, b.copy, b.squares, scales, other, b.query, keys, values,
-               given.position, rows, room, epsilon)  # fmt: skip
+               places, rows, room, epsilon)  # fmt: skip
+        # it reads all keys but its row's newest one before its wait, and other rows may have written some of them just now
         start("attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position, given.ancestors, b.attended,
-               b.parts, b.arrived, room, own.bias.shape[1], given.beams, stride)  # fmt: skip
+               b.parts, b.arrived, room, own.bias.shape[1], given.neighbours or given.beams, stride, early=given.places is None)  # fmt: skip
         start("add_attention", grids["add_attention"], stream, own.self_out, b.attended, b.stream, b.copy, b.squares, other, rows,
                own.self_scale)  # fmt: skip
         start("project_query", grids["project_query"], stream, own.query, b.copy, b.squares, other, scales, b.query, rows,

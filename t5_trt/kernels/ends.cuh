@@ -67,7 +67,7 @@ __device__ __forceinline__ bool hides_at(const unsigned char* hidden, const doub
 //   weights [V][E]; logits float32 [rows][V] or null; best uint64 [rows] or null; position int32 [rows]
 #if STORAGE == FLOAT32
 constexpr int HEAD_WIDE = 2, HEAD_ROWS = ROWS;
-typedef Product<(V_TILES + 1) / 2 * 2, HEAD_WIDE, E_TILES, HEAD_WARPS, true> HeadProduct;
+typedef Product<(V_TILES + 1) / 2 * 2, HEAD_WIDE, E_K, HEAD_WARPS, true> HeadProduct;
 constexpr int HEAD_SHARED = HeadProduct::SHARED;
 
 // Grid (pairs of output tiles, row groups).
@@ -100,16 +100,16 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
 #else
 constexpr int HEAD_HELD = HEAD_WARPS > 8 ? 8 : 16;  // k tiles whose weights are in registers
 constexpr int HEAD_WIDE = HEAD_WARPS, HEAD_ROWS = HEAD_ROW_TILES * 8;
-constexpr int HEAD_SHARED = HEAD_ROW_TILES * E_TILES * 256;
+constexpr int HEAD_SHARED = HEAD_ROW_TILES * E_K * BLOCK;
 
 // Start to copy the k tiles from FIRST to END of the CTA's rows into shared memory, as one group.
 template <int FIRST, int END> __device__ __forceinline__ void copy_head_rows(const stored* copy, int row0, int rows)
 {
-    constexpr int A_TILE = (END - FIRST) * 16, PIECES = HEAD_ROW_TILES * A_TILE;  // of 16 bytes
+    constexpr int A_TILE = (END - FIRST) * ROW_PIECES, PIECES = HEAD_ROW_TILES * A_TILE;  // of 16 bytes
     const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    const uint4* from = (const uint4*)copy + (long long)(row0 >> 3) * E_TILES * 16;
+    const uint4* from = (const uint4*)copy + (long long)(row0 >> 3) * E_K * ROW_PIECES;
     for (int i = threadIdx.x; i < PIECES; i += HEAD_WARPS * 32) {
-        const int tile = i / most(A_TILE, 1), piece = tile * E_TILES * 16 + FIRST * 16 + i % most(A_TILE, 1);
+        const int tile = i / most(A_TILE, 1), piece = tile * E_K * ROW_PIECES + FIRST * ROW_PIECES + i % most(A_TILE, 1);
         copy_async(to + piece * 16, from + piece, row0 + tile * 8 < rows);
     }
     end_group();
@@ -127,16 +127,23 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     uint4 held[HEAD_HELD];
 #pragma unroll
     for (int i = 0; i < HEAD_HELD; ++i)
-        if (has && i < E_TILES)
-            held[i] = load_weights(weights, (long long)tile * E_TILES + i, lane);
+        if (has && i < E_K)
+            held[i] = load_weights(weights_at<E_K>(weights, tile, i), lane);
+    float output_scales[2] = {1.f, 1.f};  // of this lane's outputs
+#if INT8
+    if (has)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            output_scales[i] = ((const float*)weights_at<E_K>(weights, tile, E_K))[(lane >> 2) + i * 8];
+#endif
     let_next_start();
     wait_for_inputs();
-    copy_head_rows<0, least(HEAD_HELD, E_TILES)>(copy, row0, rows);
-    copy_head_rows<least(HEAD_HELD, E_TILES), E_TILES>(copy, row0, rows);
+    copy_head_rows<0, least(HEAD_HELD, E_K)>(copy, row0, rows);
+    copy_head_rows<least(HEAD_HELD, E_K), E_K>(copy, row0, rows);
     norm_factors<HEAD_WARPS * 32, HEAD_ROWS>({squares, scales, nullptr, epsilon}, row0, rows, factors);
     float sums[HEAD_ROW_TILES][4] = {};
 #pragma unroll 1
-    for (int base = 0; base < E_TILES; base += HEAD_HELD) {
+    for (int base = 0; base < E_K; base += HEAD_HELD) {
         if (base == 0)
             wait_for_group<1>();
         else
@@ -144,12 +151,14 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < HEAD_HELD; ++i) {
-            if (base + i < E_TILES)
+            if (base + i < E_K) {
+                const Factor a(held[i]);
 #pragma unroll
                 for (int t = 0; t < HEAD_ROW_TILES; ++t)
-                    multiply_tiles(sums[t], held[i], ((const uint2*)shared)[(t * E_TILES + base + i) * 32 + lane]);
-            if (has && base + i + HEAD_HELD < E_TILES)
-                held[i] = load_weights(weights, (long long)tile * E_TILES + base + i + HEAD_HELD, lane);
+                    multiply_tiles(sums[t], a, ((const Rows*)shared)[(t * E_K + base + i) * 32 + lane]);
+            }
+            if (has && base + i + HEAD_HELD < E_K)
+                held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_HELD), lane);
         }
     }
 #pragma unroll
@@ -163,7 +172,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
 #pragma unroll
             for (int i = 0; i < 2; ++i) {  // and its two outputs
                 const int token = tile * 16 + (lane >> 2) + i * 8;
-                const float logit = sums[t][i * 2 + j] * factor;
+                const float logit = sums[t][i * 2 + j] * factor * output_scales[i];
                 if (has && token < V && row < rows) {
                     if (logits)
                         logits[(long long)row * V + token] = logit;

@@ -13,11 +13,11 @@ constexpr int WIDE = STORAGE == FLOAT32 ? 1 : ROW_TILES == 2 ? 4 : 2;  // sums o
 template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, K_TILES, true>;
 #endif
 constexpr int QKV_WIDE = WIDE, IN_WIDE = GATED && STORAGE != FLOAT32 ? WIDE / 2 : WIDE;
-typedef WideProduct<3 * HD_TILES, QKV_WIDE, E_TILES> QkvProduct;
-typedef NarrowProduct<E_TILES, 1, HD_TILES, false> AddProduct;
-typedef NarrowProduct<HD_TILES, 1, E_TILES, true> QueryProduct;
-typedef WideProduct<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_TILES> InProduct;
-typedef NarrowProduct<E_TILES, 1, FF_TILES, false> OutProduct;
+typedef WideProduct<3 * HD_TILES, QKV_WIDE, E_K> QkvProduct;
+typedef NarrowProduct<E_TILES, 1, HD_K, false> AddProduct;
+typedef NarrowProduct<HD_TILES, 1, E_K, true> QueryProduct;
+typedef WideProduct<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_K> InProduct;
+typedef NarrowProduct<E_TILES, 1, FF_K, false> OutProduct;
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
 //   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];
@@ -115,7 +115,7 @@ feed_forward_in(const uint4* weights, const stored* copy, const float* squares, 
             const int tile = blockIdx.x * IN_WIDE + i;
             const float value = GATED ? activate(y[2 * i]) * y[2 * i + GATED] : activate(y[i]);
             if (tile < FF_TILES)
-                inner[activation_index(row, tile * 16 + output, FF_TILES * 16)] = narrow(value);
+                inner[activation_index(row, tile * 16 + output, FF_PAD)] = narrow(value);
         }
     });
 }

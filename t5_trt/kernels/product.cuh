@@ -1,15 +1,15 @@
 // Products of a weight matrix with the rows of a request: y[row][out] = sum over k of W[out][k] x[row][k].
 //
-// A CTA makes 16 * OUT_TILES outputs for ROWS rows. Its warps share k, each with a fixed range of k tiles (16 columns). The sums of
+// A CTA makes 16 * OUT_TILES outputs for ROWS rows. Its warps share k, each with a fixed range of k tiles. The sums of
 // each half of the warps are added in their order, then both: a result depends on neither the number of rows nor what the others hold.
 // Weights are stored tile by tile: [out tile][k tile][lane], 16 bytes a lane in the order of mma.m16n8k16's A fragments (float32:
-// two times 16 bytes; lane l has row l % 16 and 8 columns from l / 16 * 8). x is what `activation_index` describes.
+// two times 16 bytes; lane l has row l % 16 and 8 columns from l / 16 * 8; 8 bits: int8_weights.cuh). A k tile is 16 columns, of 8-bit weights
+// 32. x is what `activation_index` describes.
 //
 // NORMED: RMSNorm of x, whose weight is in W, is a factor of each row's outputs. It comes from sums of squares over 16 columns each,
 // [row][PARTIALS], of the float32 stream that x is a rounded copy of, and from the power of two that this copy was multiplied by.
 #pragma once
-#include "common.cuh"
-#include "tensor_cores.cuh"
+#include "int8_weights.cuh"
 
 constexpr int PRODUCT_WARPS = 16, HALVES = 2;  // parts of k of a layer's product, and the sums that they are first added to
 
@@ -18,13 +18,41 @@ struct Weights { uint4 low, high; };
 #else
 typedef uint4 Weights;
 #endif
+#if INT8
+typedef uint4 Rows;  // a lane's B fragments of 8 rows and a k tile
+#else
+typedef uint2 Rows;
+#endif
+constexpr int BLOCK = 8 * K_TILE * 2, ROW_PIECES = BLOCK / 16;  // bytes of 8 rows and a k tile in half precision, and pieces of 16
 
-__device__ __forceinline__ Weights load_weights(const uint4* matrix, long long tile, int lane)
+// Where the weights of a tile of outputs and a k tile begin; its number in summands, as their order decides which addresses registers hold.
+template <int K_TILES, class... Ints> __device__ __forceinline__ const uint4* weights_at(const uint4* matrix, int tile, Ints... k_tile)
+{
+#if INT8
+    return matrix + (long long)tile * (K_TILES * 32 + SCALE_PIECES) + (0 + ... + k_tile) * 32;
+#else
+    return matrix + (((long long)tile * K_TILES) + ... + k_tile) * (STORAGE == FLOAT32 ? 64 : 32);
+#endif
+}
+
+__device__ __forceinline__ Weights load_weights(const uint4* from, int lane)
 {
 #if STORAGE == FLOAT32
-    return {load_streaming(matrix + tile * 64 + lane), load_streaming(matrix + tile * 64 + 32 + lane)};
+    return {load_streaming(from + lane), load_streaming(from + 32 + lane)};
 #else
-    return load_streaming(matrix + tile * 32 + lane);
+    return load_streaming(from + lane);
+#endif
+}
+
+// Start to copy the scales of a CTA's outputs into shared memory; they are there after a wait for all groups and a barrier.
+template <class P> __device__ __forceinline__ void copy_scales(const uint4* matrix, int tile0, float* to)
+{
+#if INT8
+    const int tile = threadIdx.x >> 2, piece = threadIdx.x & 3;
+    if (tile < P::TILES)
+        copy_async((unsigned)__cvta_generic_to_shared(to + threadIdx.x * 4),
+                   weights_at<P::INPUTS>(matrix, P::tile_of(tile0, tile), P::INPUTS) + piece, true);
+    end_group();
 #endif
 }
 
@@ -71,7 +99,7 @@ __device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int row
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int TILES = OUT_TILES, THREADS = WARPS * 32, CTAS = 1, OWN_ROWS = ROWS;
+    static constexpr int TILES = OUT_TILES, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = ROWS;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
@@ -80,13 +108,20 @@ struct Product {
     static constexpr bool STAGED = false;
 #else
     // more would not fit beside the sums; fewer where a loop holds on to the addresses of several tiles
-    static constexpr int MOST = least(12, (PER_WARP * OUT_TILES > 24 && OUT_TILES > 1 ? 16 : 24) / OUT_TILES);
-    static constexpr int SUMS = ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
+#if INT8
+    // a k tile's rows take as many registers as its weights
+    static constexpr bool STAGED = ROW_TILES > 1 || PER_WARP * (OUT_TILES + 1) > 16;
+    static constexpr int MOST = least(12, 16 / OUT_TILES - ROW_TILES);
+#else
     static constexpr bool STAGED = ROW_TILES > 1;  // rows go through shared memory, so that all loads are under way at once
+    static constexpr int MOST = least(12, (PER_WARP * OUT_TILES > 24 && OUT_TILES > 1 ? 16 : 24) / OUT_TILES);
 #endif
-    static constexpr int BLOCK = 256;  // bytes of 8 rows and 16 columns
+    static constexpr int SUMS = ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
+#endif
     static constexpr int FITTING = STAGED ? SHARED_BYTES / (WARPS * ROW_TILES * BLOCK) : MOST;
-    static constexpr int HELD = least(PER_WARP, least(MOST, FITTING));  // k tiles whose weights are in registers, and rows on their way
+    static constexpr int LIMIT = least(PER_WARP, least(MOST, FITTING)), ROUNDS = (PER_WARP + LIMIT - 1) / LIMIT;
+    static constexpr int HELD = INT8 ? (PER_WARP + ROUNDS - 1) / ROUNDS : LIMIT;  // k tiles whose weights are in registers, and rows on their way
+    static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;  // that an SM has registers for: twice the loads
     static constexpr bool EVEN = K_TILES % WARPS == 0 && PER_WARP % HELD == 0;  // no k tile is missing anywhere
     static constexpr int STRIDE = 20;                 // of the sums of a row: 16, and no bank conflicts
     static constexpr int PARTS = OUT_TILES * ROWS * STRIDE;
@@ -97,7 +132,7 @@ struct Product {
     Weights held[OUT_TILES][HELD];
     float sums[OUT_TILES][SUMS];
 #if STORAGE != FLOAT32
-    uint2 read[STAGED ? 1 : HELD];
+    Rows read[STAGED ? 1 : HELD];
 #endif
     const uint4* matrix;
     char* region;
@@ -124,10 +159,10 @@ struct Product {
         if ((EVEN && PER_WARP == HELD) || k_tile < last)
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
-                held[tile][place] = load_weights(matrix, (long long)tile_of(tile) * K_TILES + k_tile, lane);
+                held[tile][place] = load_weights(weights_at<K_TILES>(matrix, tile_of(tile0, tile), k_tile), lane);
     }
 
-    __device__ __forceinline__ int tile_of(int tile) const { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
+    static __device__ __forceinline__ int tile_of(int tile0, int tile) { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
 
@@ -163,7 +198,7 @@ struct Product {
 #pragma unroll
                 for (int i = 0; i < HELD; ++i) {
                     if (has(base + i))
-                        multiply(i, 0, read[i]);
+                        multiply(i, read + i);
                     if constexpr (PER_WARP > HELD) {
                         load(i, base + i + HELD);
                         fetch(read, i, x, row0, rows, base + i + HELD, base + i + HELD < last);
@@ -194,16 +229,14 @@ struct Product {
 #else
     // HELD k tiles of all rows from shared memory, and the next ones on their way.
     template <int PLACES>
-    __device__ __forceinline__ void multiply_staged(uint2 (&read)[PLACES], const void* x, int row0, int rows, int base)
+    __device__ __forceinline__ void multiply_staged(Rows (&read)[PLACES], const void* x, int row0, int rows, int base)
     {
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             wait_for_group<HELD - 1>();
             __syncwarp();  // other lanes have copied a part
             if (has(base + i))
-#pragma unroll
-                for (int t = 0; t < ROW_TILES; ++t)
-                    multiply(i, t, ((const uint2*)(region + (i * ROW_TILES + t) * BLOCK))[lane]);
+                multiply(i, (const Rows*)(region + i * ROW_TILES * BLOCK) + lane);
             if constexpr (PER_WARP > HELD) {
                 __syncwarp();
                 load(i, base + i + HELD);
@@ -215,28 +248,47 @@ struct Product {
 
     // Start to read a lane's B fragments of a k tile: of 8 rows into a register, or of all rows into shared memory.
     template <int PLACES>
-    __device__ __forceinline__ void fetch(uint2 (&read)[PLACES], int place, const void* x, int row0, int rows, int k_tile, bool there)
+    __device__ __forceinline__ void fetch(Rows (&read)[PLACES], int place, const void* x, int row0, int rows, int k_tile, bool there)
     {
         if constexpr (!STAGED) {
             if (there)
-                read[place] = row0 < rows ? __ldcg((const uint2*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane) : uint2{0, 0};
+                read[place] = row0 < rows ? __ldcg((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane) : Rows{};
         } else {
             const unsigned to = (unsigned)__cvta_generic_to_shared(region) + place * ROW_TILES * BLOCK + lane * 16;
             if (there)
 #pragma unroll
-                for (int t = 0; t < ROW_TILES; t += 2) {  // half a warp copies the 256 bytes of a row tile
-                    const int tile = (row0 >> 3) + t + (lane >> 4);
-                    copy_async(to + t * BLOCK, (const uint4*)x + ((long long)tile * K_TILES + k_tile) * 16 + (lane & 15), tile * 8 < rows);
+                for (int t = 0; t < ROW_TILES; t += 32 / ROW_PIECES) {  // a row tile's pieces by as many lanes
+                    const int tile = (row0 >> 3) + t + lane / ROW_PIECES;
+                    copy_async(to + t * BLOCK, (const uint4*)x + ((long long)tile * K_TILES + k_tile) * ROW_PIECES + lane % ROW_PIECES, tile * 8 < rows);
                 }
             end_group();
         }
     }
 
-    __device__ __forceinline__ void multiply(int place, int row_tile, uint2 b)
+    // Multiply by a k tile of all rows; `x` is the lane's part of the first row tile, in registers if there is only one.
+    __device__ __forceinline__ void multiply(int place, const Rows* x)
     {
+#if INT8
+        Rows b[ROW_TILES];
 #pragma unroll
-        for (int tile = 0; tile < OUT_TILES; ++tile)
-            multiply_tiles(sums[tile] + row_tile * 4, held[tile][place], b);
+        for (int t = 0; t < ROW_TILES; ++t)
+            b[t] = x[t * 32];
+#pragma unroll
+        for (int tile = 0; tile < OUT_TILES; ++tile) {
+            const Widened a(held[tile][place]);
+#pragma unroll
+            for (int t = 0; t < ROW_TILES; ++t)
+                multiply_tiles(sums[tile] + t * 4, a, b[t]);
+        }
+#else
+#pragma unroll
+        for (int t = 0; t < ROW_TILES; ++t) {
+            const Rows b = x[t * 32];
+#pragma unroll
+            for (int tile = 0; tile < OUT_TILES; ++tile)
+                multiply_tiles(sums[tile] + t * 4, held[tile][place], b);
+        }
+#endif
     }
 #endif
 
@@ -285,7 +337,9 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
 {
     constexpr int COUNT = 16 * P::OWN_ROWS, ROUNDS = (COUNT + P::THREADS - 1) / P::THREADS;
     __shared__ float factors[P::OWN_ROWS];
+    __shared__ __align__(16) float output_scales[INT8 ? P::TILES * 16 : 1];
     const int row0 = blockIdx.y * P::OWN_ROWS;
+    copy_scales<P>(weights, blockIdx.x * P::TILES, output_scales);
     P work(weights, blockIdx.x * P::TILES);
     let_next_start();
     wait_for_inputs();
@@ -300,6 +354,8 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
     if constexpr (P::IS_NORMED)
         norm_factors<P::THREADS, P::OWN_ROWS>(norm, row0, rows, factors);
     work.run(x, row0, rows);
+    if (INT8)
+        wait_for_group<0>();
     work.leave();
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
@@ -309,7 +365,7 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
         float values[P::TILES];
 #pragma unroll
         for (int tile = 0; tile < P::TILES; ++tile)
-            values[tile] = P::total(tile, output, row) * (P::IS_NORMED ? factors[row] : 1.f);
+            values[tile] = P::total(tile, output, row) * (P::IS_NORMED ? factors[row] : 1.f) * (INT8 ? output_scales[tile * 16 + output] : 1.f);
         finish(output, row0 + row, values, early[round]);
     }
 }

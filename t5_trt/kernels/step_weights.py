@@ -15,6 +15,7 @@ from t5_trt.graph.parameters import (
     DeviceNorms,
     Weights,
     folded_part,
+    in_float32_on,
     materialize,
     parameters,
 )
@@ -29,24 +30,35 @@ class StepWeightsMaker:
     Args:
         arch: of the model.
         weights: state-dict key -> tensor, anywhere.
-        dtype: of stored matrices: float16, bfloat16 or float32.
+        dtype: of the embedding, and of stored matrices unless they are in 8 bits: float16, bfloat16 or float32.
         device: that computes and holds the result.
         scaling: the fp16 factors to fold into the matrices.
+        int8: round the matrices to 8 bits; `dtype` is float16.
     """
 
     def __init__(
-        self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device, scaling: Fp16Scaling
+        self,
+        arch: Architecture,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        scaling: Fp16Scaling,
+        *,
+        int8: bool = False,
     ) -> None:
         self.arch, self._weights, self.dtype, self.device, self.scaling = arch, weights, dtype, device, scaling
+        self.int8 = int8
+        # matrices are rounded once: to float16 on the way to 8 bits would be twice
+        self._made_in, self._packed = (torch.float32, torch.int8) if int8 else (dtype, dtype)
         self._parameters = parameters(arch)
         self._norms = DeviceNorms(weights, device)
 
     def make(self) -> StepWeights:
         """All of a step's weights."""
         layers = tuple(self._layer(layer) for layer in range(self.arch.decoder_layers))
-        head = pack_head(self._matrix(LM_HEAD), self.dtype)
+        head = pack_head(self._matrix(LM_HEAD), self._packed)
         head_scale = 1.0 / self.scaling.branches.get(LM_HEAD, 1.0)
-        return StepWeights(self._made(EMBEDDING), layers, head, head_scale)
+        return StepWeights(self._made(EMBEDDING, self.dtype), layers, head, head_scale)
 
     def update(self, made: StepWeights, key: str, tensor: torch.Tensor) -> None:
         """Write a new value of a checkpoint tensor into weights of `make`, in place, where captured steps read it.
@@ -60,15 +72,15 @@ class StepWeightsMaker:
         if key == EMBEDDING:
             made.embedding.copy_(tensor.float() * self.scaling.factor(EMBEDDING, EMBEDDING))
         elif key == self.arch.head_weight:
-            made.head.copy_(pack_head(self._part(key, tensor), self.dtype))
+            made.head.copy_(pack_head(self._part(key, tensor), self._packed))
         elif key == "decoder.final_layer_norm.weight":
-            made.head.copy_(pack_head(self._matrix(LM_HEAD), self.dtype))
+            made.head.copy_(pack_head(self._matrix(LM_HEAD), self._packed))
         if not key.startswith("decoder.block.") or key in self._parameters[CROSS_KV].parts:
             return
         layer = int(key.split(".")[2])
         place = self._place(made.layers[layer], key)
         if place is not None:
-            place.copy_(pack_matrix(self._part(key, tensor), self.dtype))
+            place.copy_(pack_matrix(self._part(key, tensor), self._packed))
             return
         for index, own in enumerate(made.layers):  # a norm of one layer, or a bias table of one or of all of them
             if index == layer or "relative_attention_bias" in key:
@@ -93,7 +105,7 @@ class StepWeightsMaker:
         """One matrix of a group as it is packed, [outputs, inputs]."""
         name, parameter = next(entry for entry in self._parameters.items() if key in entry[1].parts)
         norm = self._norms.before(parameter)
-        return folded_part(parameter, tensor.float(), norm, self.scaling.factor(name, key)).to(self.dtype)
+        return folded_part(parameter, tensor.float(), norm, self.scaling.factor(name, key)).to(self._made_in)
 
     def _layer(self, layer: int) -> LayerWeights:
         arch, block = self.arch, f"decoder.block.{layer}.layer"
@@ -101,15 +113,15 @@ class StepWeightsMaker:
         wi = self._matrix(f"{dense}.wi")
         gate, up = wi[: arch.d_ff], wi[arch.d_ff :]
         undo = {name: 1.0 / self.scaling.branches.get(name, 1.0) for name in branch_names(layer)}
-        table = self._weights[arch.bias_weight("decoder", layer)].detach().to(self.device, torch.float32)
+        table = in_float32_on(self._weights[arch.bias_weight("decoder", layer)], self.device)
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(self.device)
         return LayerWeights(
-            qkv=pack_stack(list(self._matrix(f"{block}.0.SelfAttention.qkv").chunk(3)), self.dtype),
-            self_out=pack_matrix(self._matrix(f"{block}.0.SelfAttention.o"), self.dtype),
-            query=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.q"), self.dtype),
-            cross_out=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.o"), self.dtype),
-            wi=pack_gated(gate, up, self.dtype) if arch.gated else pack_matrix(wi, self.dtype),
-            wo=pack_matrix(self._matrix(f"{dense}.wo"), self.dtype),
+            qkv=pack_stack(list(self._matrix(f"{block}.0.SelfAttention.qkv").chunk(3)), self._packed),
+            self_out=pack_matrix(self._matrix(f"{block}.0.SelfAttention.o"), self._packed),
+            query=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.q"), self._packed),
+            cross_out=pack_matrix(self._matrix(f"{block}.1.EncDecAttention.o"), self._packed),
+            wi=pack_gated(gate, up, self._packed) if arch.gated else pack_matrix(wi, self._packed),
+            wo=pack_matrix(self._matrix(f"{dense}.wo"), self._packed),
             bias=table[buckets].t().contiguous(),
             self_scale=undo[f"{block}.0.SelfAttention.o"],
             cross_scale=undo[f"{block}.1.EncDecAttention.o"],
@@ -118,11 +130,11 @@ class StepWeightsMaker:
 
     def _matrix(self, name: str) -> torch.Tensor:
         """[outputs, inputs]."""
-        return self._made(name).t()
+        return self._made(name, self._made_in).t()
 
-    def _made(self, name: str) -> torch.Tensor:
+    def _made(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         factor = partial(self.scaling.factor, name)
-        return materialize(self._parameters[name], self._weights, self.dtype, self.device, factor)
+        return materialize(self._parameters[name], self._weights, dtype, self.device, factor)
 
 
 def branch_names(layer: int) -> tuple[str, str, str]:

@@ -17,13 +17,13 @@ __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefe
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED>
 struct TiledProduct {
-    static constexpr int TILES = OUT_TILES, OWN_ROW_TILES = 8, OWN_ROWS = OWN_ROW_TILES * 8;
+    static constexpr int TILES = OUT_TILES, INPUTS = K_TILES, OWN_ROW_TILES = 8, OWN_ROWS = OWN_ROW_TILES * 8;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PARTS = PRODUCT_WARPS / HALVES, PER_PART = (K_TILES + PRODUCT_WARPS - 1) / PRODUCT_WARPS;  // k tiles of a part
-    static constexpr int STEPS_A_PART = (PER_PART + 5) / 6, STEPS = PARTS * STEPS_A_PART;
+    static constexpr int MOST = INT8 ? 3 : 6, STEPS_A_PART = (PER_PART + MOST - 1) / MOST, STEPS = PARTS * STEPS_A_PART;
     static constexpr int STEP = (PER_PART + STEPS_A_PART - 1) / STEPS_A_PART;  // k tiles of each half that are copied together
     static constexpr bool EVEN = K_TILES % PRODUCT_WARPS == 0 && PER_PART % STEP == 0;  // no k tile is missing anywhere
-    static constexpr int WEIGHT_BYTES = OUT_TILES * STEP * 512, HALF = WEIGHT_BYTES + OWN_ROW_TILES * STEP * 256, SLOT = HALVES * HALF;
+    static constexpr int WEIGHT_BYTES = OUT_TILES * STEP * 512, HALF = WEIGHT_BYTES + OWN_ROW_TILES * STEP * BLOCK, SLOT = HALVES * HALF;
     static constexpr int DEPTH = least(STEPS, TILED_SHARED / SLOT);  // steps that shared memory holds
     static constexpr int LEAD = STEPS > DEPTH ? DEPTH - 1 : DEPTH;   // of which so many are on their way
     static constexpr int WARP_TILES = OUT_TILES >= 4 ? 2 : 1, WARP_ROW_TILES = 4, ROW_WARPS = OWN_ROW_TILES / WARP_ROW_TILES;
@@ -69,7 +69,7 @@ struct TiledProduct {
         for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 32; i += HALF_WARPS * 32) {
             const int piece = i % (STEP * 32);
             if (EVEN || piece < pieces)
-                copy_async(to + i * 16, matrix + ((long long)tile_of(i / (STEP * 32)) * K_TILES + first) * 32 + piece, true);
+                copy_async(to + i * 16, weights_at<K_TILES>(matrix, tile_of(tile0, i / (STEP * 32)), first) + piece, true);
         }
     }
 
@@ -81,21 +81,21 @@ struct TiledProduct {
         for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 4; i += HALF_WARPS * 32) {
             const int line = i % (STEP * 4);
             if (EVEN || line < lines)
-                prefetch(matrix + ((long long)tile_of(i / (STEP * 4)) * K_TILES + first) * 32 + line * 8);
+                prefetch(weights_at<K_TILES>(matrix, tile_of(tile0, i / (STEP * 4)), first) + line * 8);
         }
     }
 
-    __device__ __forceinline__ int tile_of(int tile) const { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
+    static __device__ __forceinline__ int tile_of(int tile0, int tile) { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
 
     __device__ __forceinline__ void copy_rows(int step, const void* x, int row0, int rows)
     {
-        const int first = first_of(step), pieces = count_of(step) * 16;
+        const int first = first_of(step), pieces = count_of(step) * ROW_PIECES;
         const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + place_of(step) + WEIGHT_BYTES;
 #pragma unroll
-        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OWN_ROW_TILES * STEP * 16; i += HALF_WARPS * 32) {
-            const int tile = (row0 >> 3) + i / (STEP * 16), piece = i % (STEP * 16);
+        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OWN_ROW_TILES * STEP * ROW_PIECES; i += HALF_WARPS * 32) {
+            const int tile = (row0 >> 3) + i / (STEP * ROW_PIECES), piece = i % (STEP * ROW_PIECES);
             if (EVEN || piece < pieces)
-                copy_async(to + i * 16, (const uint4*)x + ((long long)tile * K_TILES + first) * 16 + piece, tile * 8 < rows);
+                copy_async(to + i * 16, (const uint4*)x + ((long long)tile * K_TILES + first) * ROW_PIECES + piece, tile * 8 < rows);
         }
     }
 
@@ -130,19 +130,19 @@ struct TiledProduct {
     {
         const char* at = shared + place_of(step);
         const uint4* weights = (const uint4*)at + warp_tile * STEP * 32 + lane;
-        const uint2* x = (const uint2*)(at + WEIGHT_BYTES) + warp_row_tile * STEP * 32 + lane;
+        const Rows* x = (const Rows*)(at + WEIGHT_BYTES) + warp_row_tile * STEP * 32 + lane;
         const int count = count_of(step);
 #pragma unroll
         for (int k = 0; k < STEP; ++k) {
             if (!EVEN && k >= count)
                 break;
-            uint4 a[WARP_TILES];
+            Factor a[WARP_TILES];
 #pragma unroll
             for (int t = 0; t < WARP_TILES; ++t)
-                a[t] = weights[(t * STEP + k) * 32];
+                a[t] = Factor(weights[(t * STEP + k) * 32]);
 #pragma unroll
             for (int r = 0; r < WARP_ROW_TILES; ++r) {
-                const uint2 b = x[(r * STEP + k) * 32];
+                const Rows b = x[(r * STEP + k) * 32];
 #pragma unroll
                 for (int t = 0; t < WARP_TILES; ++t)
                     multiply_tiles(part[t][r], a[t], b);

@@ -19,7 +19,7 @@ from torch import nn
 
 from t5_trt.errors import UnsupportedModelError
 from t5_trt.graph.fp16_scaling import Fp16Scaling
-from t5_trt.graph.parameters import EMBEDDING
+from t5_trt.graph.parameters import EMBEDDING, in_float32_on
 from t5_trt.modeling.adapter_factors import DeviceFactors
 from t5_trt.modeling.adapter_layers import adapter_layers, add_low_rank, base_layer, effective_weight, settle
 from t5_trt.modeling.weight_tracker import WeightWatch
@@ -148,7 +148,7 @@ class AdaptedWeights(Mapping[str, torch.Tensor]):
     def _base_on(self, device: torch.device, key: str) -> torch.Tensor:
         """The base weight of an adapted one, float32, copied to the device once."""
         if key not in self._on_device:
-            self._on_device[key] = self.base[key].detach().to(device, torch.float32)
+            self._on_device[key] = in_float32_on(self.base[key], device)
         return self._on_device[key]
 
     def _computed(self, key: str, base: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

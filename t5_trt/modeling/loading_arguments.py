@@ -13,7 +13,7 @@ from t5_trt.validation import as_device, device_of_map
 logger = logging.getLogger("t5_trt")
 #: arguments that let a checkpoint or a hub run code -> values that do not
 _SAFE = {"trust_remote_code": False, "weights_only": True, "allow_all_kernels": False, "use_kernels": False}
-_QUANTIZED = "engines choose their own types. Use precision='int8' (on a CPU) or precision='fp16' (on a GPU)"
+_QUANTIZED = "engines choose their own types. Use precision='int8', or precision='fp16' (on a GPU)"
 _ONE_DEVICE = "an engine runs on one device. Use device='cuda:0' or device='cpu'"
 #: unsupported arguments -> the reason, and what to do instead
 _REFUSED = {

@@ -35,7 +35,7 @@ class CudaSession:
         arch: of the model.
         weights: state-dict key -> CPU tensor; kept.
         device: the GPU.
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16", "bf16" or "int8": the decoder's matrices in 8 bits, all else as in "fp16".
         scaling: what keeps float16 in range.
         store: of compiled kernels.
     """
@@ -66,7 +66,8 @@ class CudaSession:
         self._queries: TorchDecoder | None = None
         self._steps: KernelDecoder | None = None
         if arch.decoder_layers:
-            steps = KernelDecoder(StepWeightsMaker(arch, weights, self.dtype, device, scaling), precision, store)
+            maker = StepWeightsMaker(arch, weights, self.dtype, device, scaling, int8=precision == "int8")
+            steps = KernelDecoder(maker, precision, store)
             self._weights.share(EMBEDDING, steps.embedding)
             self._queries = TorchDecoder(arch, steps.weights, scaling, precision)
             self._steps = steps
@@ -110,8 +111,8 @@ class CudaSession:
         assert self._steps is not None and self._queries is not None
         with self._at_work():
             state.reserve(input_ids.shape[1])
-            if input_ids.shape[1] == 1 and key_mask is None:
-                return self._steps.step(state, input_ids)
+            if key_mask is None:
+                return self._steps.decode(state, input_ids)
             cross, source = state.cross, state.cross.source_length
             bias, kv = state.cross_bias[: cross.batch, ..., :source], cross.kv[:, :, : cross.batch, :, :source]
             state.materialize()
@@ -129,7 +130,7 @@ class CudaSession:
     def loaded_graphs(self) -> tuple[str, ...]:
         """The names of the parts that compute."""
         encoder = self._encoder.form.name
-        return (encoder, BY_KERNELS, "decoder queries (torch)") if self._steps else (encoder,)
+        return (encoder, BY_KERNELS, "decoder with hidden tokens (torch)") if self._steps else (encoder,)
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""

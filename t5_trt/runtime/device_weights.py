@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -11,6 +12,27 @@ import torch
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import DeviceNorms, Weights, folded_part, materialize, parameters
+
+
+class WeightsOn(Mapping[str, torch.Tensor]):
+    """Weights on a device, each put there when it is asked for and not kept.
+
+    Args:
+        weights: state-dict key -> tensor, anywhere.
+        device: of what is given.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self._weights, self._device = weights, device
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._weights[key].detach().to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class DeviceWeights:

@@ -1,4 +1,4 @@
-"""The one-token decoder step by the library's own kernels: buffers of a request's size, and the steps captured over them.
+"""The decoder by the library's own kernels: buffers of a request's size, and the steps captured over them.
 
 Memory for sources and caches comes in powers of two; what is computed is what a request has. A request of a new size costs a capture,
 milliseconds, and never a build.
@@ -10,13 +10,13 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from t5_trt.engine.profiles import Shapes
+from t5_trt.engine.profiles import Shapes, power_of_two
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.precision import mask_value, real_type
 from t5_trt.kernels.compile import stored_cubin
@@ -30,6 +30,7 @@ from t5_trt.kernels.decode_step import (
 )
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, NotCaptured, capture
+from t5_trt.runtime.kernel_positions import PROGRAMS_KEPT, PositionsStep, positions_at_once
 from t5_trt.runtime.kernel_rows import KernelRowBuffers, padded_count
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
 from t5_trt.runtime.session import TokenSelector
@@ -47,6 +48,8 @@ logger = logging.getLogger("t5_trt")
 
 #: number of idle buffers that are kept for later requests of their size, least recently used first out
 SLOTS_KEPT = 16
+#: beams whose numbers a table of uint8 holds; the caches of more are moved
+MOST_BEAMS = 256
 #: its name in `Session.loaded_graphs`
 BY_KERNELS = "decoder step (kernels)"
 #: the smallest memory for a source's keys
@@ -57,14 +60,15 @@ SMALLEST_CACHE = 128
 
 @dataclass
 class KernelSlot(Slot):
-    """Buffers of one size, and the step over them."""
+    """Buffers of one size, and the steps over them."""
 
     step: DecodeStep | None = None
     lengths: torch.Tensor | None = None  # int32 [B], keys of each source
+    several: OrderedDict[int, PositionsStep] = field(default_factory=OrderedDict)  # by number of positions
 
 
 class KernelDecoder:
-    """Runs the one-token step of one model on one GPU. Not thread-safe: its session takes turns.
+    """Runs the decoder of one model on one GPU. Not thread-safe: its session takes turns.
 
     Args:
         maker: of the weights.
@@ -83,6 +87,7 @@ class KernelDecoder:
         self._store = store
         self._kernels: dict[tuple[int, ...], DecodeKernels] = {}  # by compile-time constants
         self._idle: OrderedDict[Shapes, list[Slot]] = OrderedDict()
+        self._between: dict[tuple[int, int], StepBuffers] = {}  # of steps of several positions, by rows and chunks
         self._memory = GraphMemory()
         self._not_captured: set[Hashable] = set()
 
@@ -102,6 +107,21 @@ class KernelDecoder:
         slot.tokens[: state.rows].copy_(input_ids)
         self._captured(slot, state, None, None).replay(slot, state)
         return slot.logits[: state.rows].clone()
+
+    def decode(self, state: DecoderState, input_ids: torch.Tensor) -> torch.Tensor:
+        """Decode any number of tokens of every row, int64 [R, Q], of a state with room for them; return logits [R, Q, V] in new memory."""
+        rows, count = input_ids.shape
+        if count == 1:
+            return self.step(state, input_ids)
+        logits = torch.empty((rows, count, self._arch.vocab_size), device=self._device)
+        most = positions_at_once(rows, self._arch.num_heads, state.capacity)
+        for start in range(0, count, most):
+            tokens, piece = input_ids[:, start : start + most], logits[:, start : start + most]
+            if tokens.shape[1] == 1:
+                piece.copy_(self.step(state, tokens))
+            else:
+                self._decode_positions(state, tokens, piece)
+        return logits
 
     def generation_step(self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable) -> SlotStep:
         """See `t5_trt.runtime.session.Session.generation_step`."""
@@ -131,6 +151,7 @@ class KernelDecoder:
     def forget(self) -> None:
         """Free idle buffers and what was captured over them."""
         self._idle.clear()
+        self._between.clear()
 
     def can_compact_batch(self, state: DecoderState, batch: int) -> bool:
         """See `t5_trt.runtime.session.Session.can_compact_batch`: if fewer groups of 8 rows are left."""
@@ -158,13 +179,53 @@ class KernelDecoder:
     def kernels(self, rows: int, beams: int = 1) -> DecodeKernels:
         """The loaded kernels for a number of rows, of which `beams` share a source; compiled at the first use unless they are in the store."""
         major, minor = torch.cuda.get_device_capability(self._device)
-        wanted = constants(self._arch, self._dtype, rows, major, beams=beams)
+        wanted = constants(self._arch, self._dtype, rows, major, beams=beams, int8=self.weights.int8)
         key = tuple(wanted.values())
         if key not in self._kernels:
             cubin = stored_cubin("decode_step.cu", wanted, f"sm_{major}{minor}", self._store)
             torch.cuda.current_stream(self._device).synchronize()  # makes torch's context current
             self._kernels[key] = DecodeKernels(cubin, wanted, early=major >= 9)
         return self._kernels[key]
+
+    def _decode_positions(self, state: DecoderState, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """Decode P tokens of every row, int64 [R, P], which one step takes; the logits go to float32 [R, P, V]."""
+        state.materialize()
+        slot, count = self._slot(state), tokens.shape[1]
+        if count not in slot.several:
+            slot.several[count] = self._positions_step(slot, count)
+        positions = slot.several[count]
+        slot.several.move_to_end(count)
+        while len(slot.several) > PROGRAMS_KEPT:
+            slot.several.popitem(last=False)
+        positions.feed(tokens, state.length)
+        work = partial(self._run_positions, positions)
+        # at the second use, as a capture takes milliseconds and most prompts' lengths do not come again
+        if positions.used and positions.graph is None:
+            positions.graph = self._captured_alone(work, f"{count} positions")
+        positions.used = True
+        work() if positions.graph is None else positions.graph.replay()
+        made = logits if logits.is_contiguous() else logits.new_empty(logits.shape)
+        positions.step.enqueue_head(self._stream(), made)
+        if made is not logits:
+            logits.copy_(made)
+        state.length += count
+
+    def _positions_step(self, slot: KernelSlot, count: int) -> PositionsStep:
+        assert slot.step is not None
+        rows, chunks = slot.shapes.B * slot.shapes.N * count, slot.step.buffers.parts.shape[2]
+        size = (power_of_two(rows, 8), chunks)
+        if size not in self._between:  # shared, as no step runs beside another
+            self._between[size] = StepBuffers.allocate(
+                self._arch, self._dtype, *size, self._device, int8=self.weights.int8
+            )
+        return PositionsStep.over(slot.step, count, self.kernels(rows), self._between[size])
+
+    def _run_positions(self, positions: PositionsStep) -> None:
+        positions.step.enqueue_layers(self._stream())
+
+    def _stream(self) -> int:
+        """The current stream of torch, as a CUstream."""
+        return torch.cuda.current_stream(self._device).cuda_stream
 
     def _captured(
         self, slot: KernelSlot, state: DecoderState, key: Hashable, selector: TokenSelector | None
@@ -174,26 +235,30 @@ class KernelDecoder:
         return captured_step(slot, state, key, selector, work, lambda work: capture(work, self._device, self._memory))
 
     def _captured_rows(self, rows: KernelRowBuffers, count: int, best_only: bool) -> Any:
-        """The step of the first rows as a CUDA graph. Warm-ups are the step that is due: they write what it will write."""
+        """The step of the first rows as a CUDA graph."""
         step = rows.step(count, self.kernels(count), self.weights, self._embedding_scale)
 
         def work() -> None:
             rows.take_tokens(count)
             self._run_rows(rows, step, best_only)
 
+        return self._captured_alone(work, f"{count} rows")
+
+    def _captured_alone(self, work: Callable[[], None], what: str) -> Any:
+        """A CUDA graph of a step that allocates nothing. Warm-ups are the step that is due: they write what it will write."""
         started = time.perf_counter()
         try:
-            # without shared memory: it allocates nothing, and all such graphs go at once, with which torch would give the memory up
+            # without shared memory: such graphs may all go at once, with which torch would give the memory up
             graph: Any = capture(work, self._device, draws=False)
         except CaptureError as error:
-            logger.warning("the step of rows is not captured (%s); it runs kernel by kernel.", str(error))
+            logger.warning("the step of %s is not captured (%s); it runs kernel by kernel.", what, str(error))
             graph = NotCaptured(work)
-        logger.debug("captured the step of %d rows in %.1f ms", count, (time.perf_counter() - started) * 1e3)
+        logger.debug("captured the step of %s in %.1f ms", what, (time.perf_counter() - started) * 1e3)
         return graph
 
     def _run_rows(self, rows: KernelRowBuffers, step: DecodeStep, best_only: bool) -> None:
         """What is captured: the step, and its best tokens."""
-        step.enqueue(torch.cuda.current_stream(self._device).cuda_stream, wants_best=best_only)
+        step.enqueue(self._stream(), wants_best=best_only)
         if best_only:
             rows.name_best(step.buffers.best[: len(step.inputs.tokens)])
 
@@ -203,8 +268,7 @@ class KernelDecoder:
         wants_best = selector is not None and selector.takes_best
         hiding = selector.hiding if selector is not None and wants_best else None
         hidden, until = (None, None) if hiding is None else (hiding.tokens, hiding.until)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        slot.step.enqueue(stream, wants_best=wants_best, hidden=hidden, until=until)
+        slot.step.enqueue(self._stream(), wants_best=wants_best, hidden=hidden, until=until)
         if selector is None:
             slot.move_on(slot.position)
         else:
@@ -251,7 +315,7 @@ class KernelDecoder:
             positions=zeros(rows, dtype=torch.int32),
             logits=torch.empty((rows, 1, arch.vocab_size), device=device),
             lengths=zeros(shapes.B, dtype=torch.int32),
-            ancestors=zeros((rows, shapes.T + 1), dtype=torch.uint8) if shapes.N > 1 else None,
+            ancestors=zeros((rows, shapes.T + 1), dtype=torch.uint8) if 1 < shapes.N <= MOST_BEAMS else None,
             reads_empty_places=False,
         )
         assert slot.lengths is not None
@@ -265,9 +329,10 @@ class KernelDecoder:
             shapes.N,
             slot.logits[:, 0],
             slot.ancestors,
+            shares_keys=shapes.N > 1,
         )
         chunks = -(-max(shapes.T, shapes.S) // CHUNK)
-        buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device)
+        buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device, int8=self.weights.int8)
         slot.step = DecodeStep(
             arch, self.kernels(rows, shapes.N), self.weights, buffers, inputs, arch.epsilon, self._embedding_scale
         )

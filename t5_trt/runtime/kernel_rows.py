@@ -132,7 +132,9 @@ class KernelRowBuffers(RowBuffers):
         shared: Any = self.bindings.get("buffers")
         if shared is None:
             chunks = -(-max(self.capacity, self.source_capacity) // CHUNK)
-            shared = StepBuffers.allocate(self._arch, self.kv.dtype, self.rows, chunks, self.kv.device)
+            shared = StepBuffers.allocate(
+                self._arch, self.kv.dtype, self.rows, chunks, self.kv.device, int8=weights.int8
+            )
             self.bindings["buffers"] = shared
         return DecodeStep(self._arch, kernels, weights, shared, inputs, self._arch.epsilon, embedding_scale)
 

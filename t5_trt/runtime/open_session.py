@@ -13,6 +13,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
+from t5_trt.errors import InputError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges, find_scaling
 from t5_trt.graph.int8 import quantize_for_device
@@ -20,12 +21,13 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.kernels.encoder import refusal
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_session import CudaSession
+from t5_trt.runtime.device_weights import WeightsOn
 from t5_trt.runtime.forks import check_cuda_after_fork
 from t5_trt.runtime.int8_weights import load_int8_weights, round_anew, weights_digest
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.onnxruntime_session import OrtSession
-from t5_trt.runtime.select import Placement
+from t5_trt.runtime.select import Placement, engine_precision
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.tensorrt_session import TrtSession
 
@@ -111,10 +113,16 @@ def open_session(
         options: dict[str, Any] = {"num_threads": threads, "prepack_weights": prepack, "quantized": quantized}
         return OrtSession(arch, weights, changing=changing, **options)
     check_cuda_after_fork()
-    scaling = choose_fp16_scaling(arch, weights, placement.precision, seen, calibrated=calibrated)
+    choose = partial(choose_fp16_scaling, arch, precision=placement.precision, seen=seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):
         if placement.backend == "cuda":
+            if placement.precision == "int8" and not arch.decoder_layers:
+                raise InputError(
+                    "precision got 'int8'; the backend 'cuda' has the decoder's matrices in 8 bits, and this model has no decoder. Use 'fp16'."
+                )
+            scaling = choose(weights=WeightsOn(weights, placement.device))  # bounds of a large model take a host long
             return CudaSession(arch, weights, placement.device, placement.precision, scaling, store)
+        scaling = choose(weights=weights)  # on the host: the engines' keys hold it, and a last bit may change a factor
         return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
 
 
@@ -129,6 +137,10 @@ def _open_tensorrt(
 ) -> TrtSession:
     assert placement.flavor is not None
     precision, dtype, device = placement.precision, placement.dtype, placement.device
+    if arch.decoder_layers:
+        precision = engine_precision(precision, placement.decode)
+    elif precision == "int8":  # the engine of an encoder alone has its matrices in 8 bits
+        load_tensorrt(placement.flavor).check_precision(precision)
     background = config.building == "background"
     provider = EngineProvider(
         scaling.architecture(arch),
@@ -143,7 +155,10 @@ def _open_tensorrt(
     )
     kernels = None
     if placement.decode == "kernels" and arch.decoder_layers:
-        kernels = KernelDecoder(StepWeightsMaker(arch, weights, dtype, device, scaling), precision, store)
+        int8 = placement.precision == "int8"
+        kernels = KernelDecoder(
+            StepWeightsMaker(arch, weights, dtype, device, scaling, int8=int8), placement.precision, store
+        )
     # "auto" uses the faster encoder; backend="tensorrt" always uses engines
     compares = config.backend == "auto" and placement.decode == "kernels" and not refusal(arch, dtype)
     own = partial(open_encoder, arch, scaling=scaling, precision=precision, dtype=dtype, store=store)
@@ -154,6 +169,7 @@ def _open_tensorrt(
         device,
         strict=config.strict,
         reference=OrtSession(arch, weights, num_threads=config.num_threads) if config.check_engines else None,
+        precision=placement.precision,
         scaling=scaling,
         kernels=kernels,
         own_encoder=own if background or compares else None,

@@ -20,8 +20,8 @@ from t5_trt.runtime.onnxruntime_session import import_onnxruntime
 
 logger = logging.getLogger("t5_trt")
 
-#: precisions of the library's own kernels
-KERNEL_PRECISIONS = ("fp32", "fp16", "bf16")
+#: precisions of the library's own kernels; in "int8" the encoder's compute in half precision
+KERNEL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def why_kernels_refuse(precision: str, model: Any) -> T5TRTError | None:
         model: its config or `Architecture`; None if it is not known yet, or has no decoder.
     """
     if precision not in KERNEL_PRECISIONS:
-        return InputError(f"precision is {precision!r}; the kernels compute in 'fp32', 'fp16' or 'bf16'")
+        return InputError(f"precision is {precision!r}; the kernels compute in 'fp32', 'fp16', 'bf16' or 'int8'")
     problem = None if model is None else refusal(model, TORCH_TYPES[real_type(precision)])
     return None if problem is None else UnsupportedModelError(f"the kernels do not take this model: {problem}")
 
@@ -201,26 +201,37 @@ def _idle_gpu(problem: str) -> str | None:
 def _on_tensorrt(config: RuntimeConfig, model: Any) -> Placement:
     api = load_tensorrt(config.flavor)
     precision = "fp16" if config.precision == "auto" else config.precision
-    api.check_precision(precision)
-    if config.building == "background" and precision not in KERNEL_PRECISIONS:
+    decode, no_kernels = _step_beside_tensorrt(config, precision, model)
+    engines = engine_precision(precision, decode)
+    api.check_precision(engines)
+    if config.building == "background" and engines not in ("fp32", "fp16", "bf16"):
         raise InputError(
             f"building got 'background' with precision {precision!r}; what serves until an engine is built computes in 'fp32', 'fp16' or "
-            "'bf16'. Use one of them, or 'wait'."
+            "'bf16', or in 'int8' where the library's own kernels decode. Use one of them, or 'wait'."
         )
-    device = _gpu_of(config.device)
+    device, dtype = _gpu_of(config.device), TORCH_TYPES[real_type(precision)]
     reason = f"TensorRT {api.version} and a GPU are there"
-    placement = Placement("tensorrt", precision, device, TORCH_TYPES[real_type(precision)], api.flavor, reason)
+    return Placement("tensorrt", precision, device, dtype, api.flavor, reason, decode=decode, no_kernels=no_kernels)
+
+
+def engine_precision(precision: str, decode: str) -> str:
+    """The precision of TensorRT's engines: where kernels decode with 8-bit weights, engines are those of "fp16"."""
+    return "fp16" if precision == "int8" and decode == "kernels" else precision
+
+
+def _step_beside_tensorrt(config: RuntimeConfig, precision: str, model: Any) -> tuple[str, str | None]:
+    """What runs the decoder step, and why "auto" does not take the kernels."""
     if config.decode == "engine":
-        return placement
+        return "engine", None
     refused = why_kernels_refuse(precision, model)
     missing = why_no_kernels(config.device) if refused is None else None
     if refused is None and missing is None:
-        return replace(placement, decode="kernels")
+        return "kernels", None
     problem = missing if refused is None else _inside(refused)
     if config.decode == "kernels":
         kind = BackendError if refused is None else type(refused)
         raise kind(f"decode='kernels' cannot be had here: {problem}. Or use decode='auto' or 'engine'.")
-    return replace(placement, no_kernels=problem)
+    return "engine", problem
 
 
 def _on_cuda(config: RuntimeConfig, model: Any) -> Placement:
@@ -237,8 +248,8 @@ def _on_cuda(config: RuntimeConfig, model: Any) -> Placement:
     refused = why_kernels_refuse(precision, model)
     if isinstance(refused, InputError):
         raise InputError(
-            f"precision got {config.precision!r}; the backend 'cuda' computes in 'fp32', 'fp16' or 'bf16'. Use one of them, or 'auto' "
-            "(fp16)."
+            f"precision got {config.precision!r}; the backend 'cuda' computes in 'fp32', 'fp16', 'bf16' or 'int8'. Use one of them, or "
+            "'auto' (fp16)."
         )
     problem = why_no_kernels(config.device)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, the one-token step by kernels or an engine.
+"""TensorRT on an NVIDIA GPU: engines by shape bucket, buffers as torch tensors, decoding by kernels or engines.
 
 Engines hold no weights: `DeviceWeights` are bound to all of them. Requests are padded to the engines' shapes; masks make
 that exact. The one-token step is a `t5_trt.runtime.step_decoder.StepDecoder`: the library's kernels, or one more engine.
@@ -51,8 +51,9 @@ class TrtSession:
         device: the GPU.
         strict: raise instead of building beyond the configured maxima.
         reference: new engines are compared with it before they are used; None trusts TensorRT.
+        precision: of the model, where its engines have another one; None: theirs.
         scaling: factors in the weights; the provider's architecture names those that its graphs undo.
-        kernels: run the one-token step; None uses an engine.
+        kernels: decode, unless tokens of the decoder are hidden; None uses engines.
         own_encoder: makes the encoder of the backend "cuda" over the engines' weights, for sizes at which it is faster; None uses engines only.
         background: let it serve sizes whose engine is being built.
     """
@@ -69,6 +70,7 @@ class TrtSession:
         *,
         strict: bool = False,
         reference: Session | None = None,
+        precision: str | None = None,
         scaling: Fp16Scaling | None = None,
         kernels: KernelDecoder | None = None,
         own_encoder: Callable[[DeviceWeights], TorchEncoder] | None = None,
@@ -76,7 +78,7 @@ class TrtSession:
     ) -> None:
         self.updates = 0
         self.arch: Architecture = provider.arch
-        self.precision = provider.precision
+        self.precision = precision or provider.precision
         self.device = device
         self.real = real_type(provider.precision)
         self.dtype = TORCH_TYPES[self.real]
@@ -88,7 +90,7 @@ class TrtSession:
         self.engines = TrtEngines(provider, api, device_weights, strict=strict, check=check)
         if kernels is not None:
             device_weights.share(EMBEDDING, kernels.embedding)
-        self._slots = EngineSlots(self.engines, self.arch, self.dtype, device, self.precision)
+        self._slots = EngineSlots(self.engines, self.arch, self.dtype, device, provider.precision)
         self._engine_step = EngineStep(self.engines, self._slots, self.arch, device) if kernels is None else None
         self._kernels = kernels
         steps = kernels or self._engine_step
@@ -160,7 +162,9 @@ class TrtSession:
         rows, queries = input_ids.shape
         with self._at_work():
             state.reserve(queries)
-            if queries == 1 and key_mask is None:
+            if key_mask is None and self._kernels is not None:
+                return self._kernels.decode(state, input_ids)
+            if key_mask is None and queries == 1:
                 return self._steps.step(state, input_ids)
             # kernels use another buffer layout: the state stays there, and this engine gets copies
             lease = self._slots.copied(state) if self._engine_step is None else self._slots.home(state)
@@ -203,7 +207,7 @@ class TrtSession:
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where engines and captured steps read; 8-bit engines hold weights."""
-        if self.precision == "int8":
+        if self.engines.provider.precision == "int8":
             return False
         with self._at_work():
             self.updates += 1
@@ -273,7 +277,7 @@ class TrtSession:
             return None
         return (
             f"its decoder step (precision {self.precision!r}) is a TensorRT engine, which has one position for all rows. Load the model "
-            "with decode='kernels' and precision='fp16', 'bf16' or 'fp32', or with backend='cuda'"
+            "with decode='kernels' and precision='fp16', 'bf16', 'fp32' or 'int8', or with backend='cuda'"
         )
 
     def row_buffers(self, rows: int) -> RowBuffers:

@@ -1,7 +1,7 @@
-"""T5's encoder, and its decoder for several query positions, as torch operations on a GPU (or a CPU, for tests).
+"""T5's encoder, and its decoder for tokens of which some are hidden, as torch operations on a GPU (or a CPU, for tests).
 
-Used without TensorRT. Matrices have the session's type, the residual stream and the norms are float32. The one-token step is in
-`t5_trt.kernels`.
+Used without TensorRT. Matrices have the session's type, the residual stream and the norms are float32. The decoder without hidden tokens is
+in `t5_trt.kernels`.
 """
 
 from __future__ import annotations

@@ -107,6 +107,11 @@ class Engine:
         """Counts of waiting, running and ended requests."""
         return self._scheduler.stats()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: after `close`, or because its rows could not be made again after an error."""
+        return self._scheduler.closed
+
     def close(self, grace: float = 0.0) -> None:
         """Accept no more requests, let the accepted ones run for a while, and end the rest with `EngineClosedError`.
 

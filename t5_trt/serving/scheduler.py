@@ -79,6 +79,11 @@ class Scheduler:
         self._thread.start()
         _running.add(self)
 
+    @property
+    def closed(self) -> bool:
+        """Whether no request is accepted any more."""
+        return self._closing
+
     def check_open(self) -> None:
         """Check that a request can be queued.
 
@@ -153,6 +158,8 @@ class Scheduler:
             with torch.no_grad(), at_home(self._session.device):
                 while self._has_work():
                     self._turn_or_fail()
+        except Exception:
+            logger.exception("rows cannot be made again; the engine ends")
         finally:  # nobody may wait forever
             self.stop()
             self._fail_rows(closed())

@@ -366,7 +366,7 @@ def test_build_then_look_at_the_cache(run: Run, tmp_path: Path) -> None:
     texts.write_text("がっこう\nコーヒー\n", encoding="utf-8")
     command = ("build", MODEL, "--flavor", "rtx", "--compute-capability", "8.6", "8.9", "12.0", "--source-tokens", "32")
     status, out, err = run(*command, "--batch", "2", "--calibrate", str(texts), "--cache-dir", store)
-    assert status == 0 and "2 engines in" in out and "decoder_queries B2 S32 T128 Q8 fp16" in out, err
+    assert status == 0 and "1 engine in" in out and "encoder B2 S32 fp16" in out, err
     status, out, err = run(
         *command, "--batch", "2", "--calibrate", str(texts), "--cache-dir", store, "--decode", "engine"
     )

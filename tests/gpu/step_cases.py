@@ -20,14 +20,14 @@ from t5_trt.kernels.decode_step import (
     StepWeights,
     constants,
 )
-from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack
+from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
 
 SMALL = Architecture(
     vocab_size=1003, d_model=256, d_kv=64, num_heads=4, d_ff=512, encoder_layers=1, decoder_layers=2, num_buckets=32,
     max_distance=128, activation="relu", gated=False, epsilon=1e-6, tied_head=False, output_scale=1.0, bias_per_layer=False,
 )  # fmt: skip
-#: largest relative error of logits after two layers
-TOLERANCES = {torch.float32: 4e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+#: how weights are stored -> largest relative error of logits after two layers; in int8 against the rounded weights
+TOLERANCES = {torch.float32: 4e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.int8: 5e-3}
 _cubins: dict[Any, bytes] = {}
 
 
@@ -43,11 +43,26 @@ class Case:
 def kernels(arch: Architecture, dtype: torch.dtype, rows: int, *, early: bool = True, **other: int) -> DecodeKernels:
     """With `other` constants in place of those that are chosen."""
     major, minor = torch.cuda.get_device_capability()
-    wanted = constants(arch, dtype, rows, major) | other
+    wanted = constants(arch, real(dtype), rows, major, int8=dtype == torch.int8) | other
     key = tuple(sorted(wanted.items()))
     if key not in _cubins:
         _cubins[key] = compile_cubin("decode_step.cu", wanted, f"sm_{major}{minor}")[0]
     return DecodeKernels(_cubins[key], wanted, early=early and major >= 9)
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    """Of caches and activations."""
+    return torch.float16 if dtype == torch.int8 else dtype
+
+
+def rounded(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix as the kernels have it."""
+    return unpack_matrix(pack_matrix(matrix, dtype), *matrix.shape) if dtype == torch.int8 else matrix
+
+
+def buffers_of(arch: Architecture, dtype: torch.dtype, rows: int, chunks: int) -> StepBuffers:
+    device = torch.device("cuda")
+    return StepBuffers.allocate(arch, real(dtype), rows, chunks, device, int8=dtype == torch.int8)
 
 
 def make(
@@ -64,7 +79,7 @@ def make(
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, device="cuda", generator=generator) * scale).to(dtype)
+        return (torch.randn(shape, device="cuda", generator=generator) * scale).to(real(dtype))
 
     size, inner, rows = arch.d_model, arch.num_heads * arch.d_kv, len(positions)
     capacity, width = 1 << max(positions).bit_length(), max(lengths) + 3
@@ -80,7 +95,7 @@ def make(
         bias = random(arch.num_heads, arch.max_distance + 1).float()
         qkv = pack_stack(list(own["qkv"].chunk(3)), dtype)
         layers.append(LayerWeights(qkv=qkv, wi=wi, bias=bias, self_scale=0.5, cross_scale=2.0, wo_scale=1.5, **packed))
-        matrices.append(own)
+        matrices.append({name: rounded(matrix, dtype) for name, matrix in own.items()})
     head = random(arch.vocab_size, size, scale=size**-0.5)
     mask = torch.zeros(len(lengths), width, device="cuda")
     mask[:, 1::3] = -1e30  # hidden, but for the first
@@ -93,12 +108,13 @@ def make(
         lengths=torch.tensor(lengths, device="cuda", dtype=torch.int32),
         beams=beams,
         logits=torch.full((rows, arch.vocab_size), float("nan"), device="cuda"),
+        shares_keys=beams > 1,
     )
     for row, position in enumerate(positions):  # nothing behind a row's position may be read
         inputs.kv[:, :, row, :, position:] = float("nan")
     for source, length in enumerate(lengths):
         inputs.cross[:, :, source, :, length:] = float("nan")
-    buffers = StepBuffers.allocate(arch, dtype, rows, -(-max(capacity, width) // CHUNK), torch.device("cuda"))
+    buffers = buffers_of(arch, dtype, rows, -(-max(capacity, width) // CHUNK))
     for buffer in (buffers.parts, buffers.copy):
         buffer.fill_(float("nan"))
     for buffer in (buffers.stream, buffers.query, buffers.squares):
@@ -107,7 +123,7 @@ def make(
     if beams > 1:
         inputs.ancestors = ancestors(inputs, generator)
     step = DecodeStep(arch, kernels(arch, dtype, rows, early=early), weights, buffers, inputs, arch.epsilon, 0.5)
-    return Case(step, matrices, head)
+    return Case(step, matrices, rounded(head, dtype))
 
 
 def ancestors(inputs: StepInputs, generator: torch.Generator) -> torch.Tensor:

@@ -38,7 +38,7 @@ def test_every_kind_of_adapter_gives_equal_tokens(kind: str, adapter: str, store
     assert tokens(theirs.cuda()) == tokens(mine)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_switching_writes_where_captured_graphs_read(precision: str, store: Path) -> None:
     options = {"backend": "cuda", "precision": precision, "engine_cache_dir": store}
     theirs, mine, ours = peft_pair(make_stock("t5-v1.1"), TWO, **options)

@@ -10,11 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.kernels.decode_step import (
-    DecodeStep,
-    StepBuffers,
-)
-from tests.gpu.step_cases import SMALL, TOLERANCES, Case, check, kernels, make, run
+from t5_trt.kernels.decode_step import DecodeStep
+from tests.gpu.step_cases import SMALL, TOLERANCES, Case, buffers_of, check, kernels, make, run
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -66,7 +63,7 @@ def test_row_does_not_depend_on_other_rows(dtype: torch.dtype) -> None:
             lengths=given.lengths[:rows].clone(), logits=torch.zeros(rows, SMALL.vocab_size, device="cuda"),
         )  # fmt: skip
         chunks = case.step.buffers.parts.shape[2]
-        buffers = StepBuffers.allocate(SMALL, dtype, rows, chunks, torch.device("cuda"))
+        buffers = buffers_of(SMALL, dtype, rows, chunks)
         few = DecodeStep(SMALL, kernels(SMALL, dtype, rows), case.step.weights, buffers, given, SMALL.epsilon, 0.5)
         assert torch.equal(run(Case(few, case.matrices, case.head)), whole[:rows])
 

@@ -51,7 +51,7 @@ def alone(model: Any, ids: list[int], seed: int | None = None, **settings: Any) 
 step = partial(row_step, atol=0.0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_rows_have_the_bits_of_a_cache_of_their_own(model_of: Any, precision: str) -> None:
     """They join and leave between steps; caches and sources outgrow their first room."""
     session = model_of(precision=precision).session

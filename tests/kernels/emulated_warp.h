@@ -22,6 +22,7 @@ using std::max;
 using std::min;
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct dim3 { unsigned x, y, z; };
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -130,7 +131,7 @@ template <int LATER> void wait_for_group()
     auto& groups = threads[threadIdx.x].groups;
     for (; groups.size() > LATER + 1; groups.pop_front())
         for (const Copy& copy : groups.front())
-            copy.there ? (void)memcpy(attention_memory + copy.to, copy.from, copy.bytes) : (void)memset(attention_memory + copy.to, 0, copy.bytes);
+            copy.there ? (void)memcpy(attention_memory + (int)copy.to, copy.from, copy.bytes) : (void)memset(attention_memory + (int)copy.to, 0, copy.bytes);
 }
 
 // Four matrices of 8 rows of 16 bytes; the rows' addresses come from lanes 8 i to 8 i + 7.

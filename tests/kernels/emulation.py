@@ -6,6 +6,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +41,38 @@ class EmulatedKernels(EncoderKernels):
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0) -> None:
         assert shared <= 99 * 1024, "what a CTA may have on every GPU from compute capability 8.0 on"
-        values = [_value(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(
-            *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
-        )
-        x, y, z = (*grid, 1, 1)[:3]
-        getattr(self._library, f"run_{name}")(pointers, x, y, z, threads)
+        call(self._library, name, grid, threads, arguments)
 
 
 def compile_for_host(wanted: dict[str, int], folder: Path) -> ctypes.CDLL:
     """A library with a function ``run_NAME`` for each kernel."""
+    text = host_source()
+    calls = "\n".join(entry(name, text) for name in KERNELS)
+    return compiled_library(
+        f'#include "{Path(__file__).parent / "emulated_warp.h"}"\n{text}\n{calls}\n', wanted, folder
+    )
+
+
+def compiled_library(source: str, wanted: dict[str, int], folder: Path) -> ctypes.CDLL:
+    """A source with compile-time constants as a library."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler, "these tests need a C++ compiler"
-    text = host_source()
-    calls = "\n".join(_entry(name, text) for name in KERNELS)
-    source, library = folder / "encoder.cpp", folder / "encoder.so"
-    source.write_text(f'#include "{Path(__file__).parent / "emulated_warp.h"}"\n{text}\n{calls}\n')
+    path, library = folder / "kernels.cpp", folder / "kernels.so"
+    path.write_text(source)
     defined = [f"-D{name}={value}" for name, value in wanted.items()]
     flags = ["-shared", "-fPIC", "-O2", "-std=c++17", "-w"]
-    subprocess.run([compiler, *flags, *defined, "-o", str(library), str(source)], check=True)
+    subprocess.run([compiler, *flags, *defined, "-o", str(library), str(path)], check=True)
     return ctypes.CDLL(str(library))
+
+
+def call(library: ctypes.CDLL, name: str, grid: tuple[int, ...], threads: int, arguments: Sequence[Any]) -> None:
+    """Run a kernel of a library."""
+    values = [_value(argument) for argument in arguments]
+    pointers = (ctypes.c_void_p * len(values))(
+        *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
+    )
+    x, y, z = (*grid, 1, 1)[:3]
+    getattr(library, f"run_{name}")(pointers, x, y, z, threads)
 
 
 def host_source() -> str:
@@ -67,18 +80,24 @@ def host_source() -> str:
     folder, text = Path(kernels.__file__).parent, ""
     for name in ("types.cuh", "tensor_cores.cuh", "encoder_attention.cuh", "encoder_rows.cuh", SOURCE):
         text += re.sub(r"#include .*|#pragma once", "", (folder / name).read_text())
-    text = text.replace("extern __shared__", "extern").replace("__shared__", "static")
-    for name in EMULATED:
+    text = without(text.replace("extern __shared__", "extern").replace("__shared__", "static"), EMULATED)
+    assert "asm" not in text
+    return text
+
+
+def without(text: str, names: Iterable[str]) -> str:
+    """A source less some of its functions."""
+    for name in names:
         pattern = (
             rf"^(template <int \w+> )?__device__ __forceinline__ [\w ]+ {name}\([^)]*\)\s*\{{(.*\}}$|\n(.*\n)*?\}}$)"
         )
         text, count = re.subn(pattern, "", text, flags=re.MULTILINE)
         assert count, name
-    assert "asm" not in text
     return text
 
 
-def _entry(name: str, text: str) -> str:
+def entry(name: str, text: str) -> str:
+    """The function that runs a kernel of a source."""
     found = re.search(rf"\b{name}\(([^)]*)\)\s*\{{", text)
     assert found, name
     kinds = [re.sub(r"\w+$", "", parameter.strip()) for parameter in found[1].split(",")]

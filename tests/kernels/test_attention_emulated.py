@@ -264,3 +264,24 @@ def test_source_that_is_hidden_gives_the_mean(compiled: Any, shape: Any, form: i
         [made.values[row, :, :count].double().mean(1).flatten() for row, count in enumerate((5, 50, 200))]
     )
     assert torch.allclose(result.double(), means, atol=1e-6 if shape[0] == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{str(shape[0])[6:]}-{shape[1]}")
+def test_positions_of_a_sequence_get_the_bits_of_single_steps(compiled: Any, shape: Any) -> None:
+    """Rows that are positions of three sequences read these sequences' caches, each up to its own position."""
+    ends, count = [6, 40, 131], 5
+    made = request(*shape, ends, own=True)
+    generator = torch.Generator().manual_seed(1)
+    sequence = torch.arange(len(ends)).repeat_interleave(count)
+    last = torch.cat([torch.arange(end - count, end) for end in ends]).int()
+    query = torch.randn(len(sequence), HEADS, shape[1], generator=generator)
+    table = sequence.byte()[:, None].repeat(1, made.keys.shape[2] + 1)
+    together = Request(query, made.keys, made.values, made.bias, last, table, beams=len(sequence))
+    results = [together.attended(compiled[shape], warps, own=True) for warps in (4, 8)]
+    for row, of in enumerate(sequence.tolist()):
+        cache = slice(of, of + 1)
+        alone = Request(
+            query[row : row + 1], made.keys[cache].clone(), made.values[cache].clone(), made.bias, last[row : row + 1]
+        )
+        expected = alone.attended(compiled[shape], 4, own=True)[0]
+        assert expected.isfinite().all() and all(torch.equal(result[row], expected) for result in results)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, unpack_activations, unpack_matrix
+from t5_trt.kernels.weights import (
+    SCALE_BYTES,
+    pack_gated,
+    pack_head,
+    pack_int8,
+    pack_matrix,
+    unpack_activations,
+    unpack_matrix,
+)
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,3 +53,37 @@ def test_activations_of_rows_of_8() -> None:
     stored[:9] = rows
     stored = stored.half().view(2, 8, 2, 16).transpose(1, 2).contiguous()
     assert torch.equal(unpack_activations(stored, 9, 32), rows.half())
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 72), (1, 5), (96, 33)])
+def test_rounding_to_8_bits_is_off_by_half_a_step_of_each_output(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None]
+    packed = pack_matrix(matrix, torch.int8)
+    tiles = (-(-shape[0] // 32) * 2, -(-shape[1] // 32))
+    assert packed.shape == (tiles[0], tiles[1] * 512 + SCALE_BYTES) and packed.is_contiguous()
+    steps = matrix.abs().amax(1, keepdim=True) / 127
+    found = unpack_matrix(packed, *shape)
+    assert found.dtype == torch.float16
+    assert ((found.float() - matrix).abs() <= steps * (0.5 + 127 * 2**-11)).all(), "and by float16's rounding"
+    zeros = unpack_matrix(packed, tiles[0] * 16, tiles[1] * 32).clone()
+    zeros[: shape[0], : shape[1]] = 0
+    assert not zeros.any(), "the padding is zeros"
+
+
+def test_8_bit_tiles_have_two_rows_in_turns_and_scales_behind_them() -> None:
+    """Lane g * 4 + c: 8 columns from 8c on, each of rows g and g + 8, plus 128; then the scales of the 16 rows."""
+    tile = torch.randint(-127, 128, (32, 32)).float()
+    tile[:, 0] = 127  # so that each row's scale is its factor
+    factors = torch.logspace(-2, 2, 32)
+    packed = pack_int8(tile * factors[:, None])
+    lane = packed[1, :512].view(32, 16)[2 * 4 + 3]
+    assert torch.equal(lane.long() - 128, torch.stack((tile[18, 24:], tile[26, 24:]), 1).flatten().long())
+    assert torch.allclose(packed[1, 512 : 512 + 64].view(torch.float32), factors[16:])
+
+
+def test_parts_of_8_bit_matrices_can_be_written_in_place() -> None:
+    gate, up = torch.randn(32, 40), torch.randn(32, 40)
+    packed = pack_gated(gate, up, torch.int8)
+    packed.view(-1, 2, packed.shape[1])[:, 1].copy_(pack_matrix(gate, torch.int8))
+    assert torch.equal(packed, pack_gated(gate, gate, torch.int8))
+    assert len(pack_head(torch.randn(33, 16), torch.int8)) == 4

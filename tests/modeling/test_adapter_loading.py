@@ -202,7 +202,7 @@ def test_engines_are_built_ahead_for_an_adapter(folder: Path, monkeypatch: pytes
     )
     monkeypatch.setattr(prebuild, "EngineProvider", lambda *args, **options: given.update(options) or provider)
     monkeypatch.setattr(prebuild, "load_tensorrt", lambda flavor: SimpleNamespace(flavor="rtx"))
-    options: dict[str, Any] = {"precision": precision, "compute_capabilities": ("8.6",)}
+    options: dict[str, Any] = {"precision": precision, "compute_capabilities": ("8.6",), "decode": "engine"}
     digests = []
     for name in ("base", "a"):
         assert prebuild.build_engines(str(folder / name), **options)

@@ -122,14 +122,14 @@ def test_tensorrt_session_follows_adapters_in_place(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "umt5"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_each_weight_written_in_place_is_what_it_is_made_into(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)])
+def test_each_weight_written_in_place_is_what_it_is_made_into(kind: str, dtype: torch.dtype, int8: bool) -> None:
     _, _, ours = peft_pair(make_stock(kind), {"default": lora()})
     scaling, arch = ours.fp16_scaling("fp16"), ours.architecture
     weights = {key: tensor.clone() for key, tensor in AdaptedWeights(ours).items()}
     keys = {key for parameter in parameters(arch).values() for key in (*parameter.parts, parameter.norm) if key}
     maker, device = (
-        StepWeightsMaker(arch, weights, dtype, CPU, scaling),
+        StepWeightsMaker(arch, weights, dtype, CPU, scaling, int8=int8),
         DeviceWeights(arch, weights, dtype, CPU, scaling),
     )
     step, names = maker.make(), list(parameters(arch))
@@ -142,7 +142,7 @@ def test_each_weight_written_in_place_is_what_it_is_made_into(kind: str, dtype: 
         weights[key] = torch.rand(weights[key].shape, generator=generator)
         maker.update(step, key, weights[key])
         device.update(key, weights[key])
-    made = StepWeightsMaker(arch, weights, dtype, CPU, scaling).make()
+    made = StepWeightsMaker(arch, weights, dtype, CPU, scaling, int8=int8).make()
     fresh = DeviceWeights(arch, weights, dtype, CPU, scaling)
     assert all(torch.equal(device[name], fresh[name]) for name in names)
     assert torch.equal(step.embedding, made.embedding) and torch.equal(step.head, made.head)

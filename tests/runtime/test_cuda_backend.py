@@ -67,7 +67,7 @@ def test_missing_package_is_named_with_its_command(gpu: Any, monkeypatch: pytest
         choose(RuntimeConfig(backend="cuda"))
 
 
-@pytest.mark.parametrize("settings", [{"precision": "int8"}, {"precision": "tf32"}, {"device": "cpu"}])
+@pytest.mark.parametrize("settings", [{"precision": "tf32"}, {"device": "cpu"}])
 def test_settings_that_it_does_not_have_are_refused(settings: dict[str, str], gpu: Any) -> None:
     gpu((9, 0))
     with pytest.raises(InputError, match="the backend 'cuda'"):

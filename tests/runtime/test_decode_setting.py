@@ -32,8 +32,7 @@ Problem = dict[str, Any]
 PROBLEMS: dict[str, tuple[Problem, Problem, type[T5TRTError], str]] = {
     "old GPU": ({"capability": (7, 5)}, {}, BackendError, r"need compute capability 8\.0; this GPU has 7\.5"),
     "no bindings": ({"bindings": "the CUDA kernels need the package cuda-bindings (x)"}, {}, BackendError, "kernels-cu"),
-    "int8": ({}, {"precision": "int8"}, InputError, "precision is 'int8'; the kernels compute in 'fp32', 'fp16' or 'bf16'"),
-    "tf32": ({}, {"precision": "tf32"}, InputError, "precision is 'tf32'"),
+    "tf32": ({}, {"precision": "tf32"}, InputError, "precision is 'tf32'; the kernels compute in 'fp32', 'fp16', 'bf16' or 'int8'"),
     "model": ({"d_kv": 20}, {}, UnsupportedModelError, "do not take this model: d_kv is 20"),
 }  # fmt: skip
 
@@ -188,7 +187,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Any:
         ({"compute_capabilities": ("8.6", "12.0"), "decode": "kernels"}, False),
         ({"compute_capabilities": ("8.6", "12.0"), "decode": "engine"}, True),
         ({"compute_capabilities": ("7.5", "8.6")}, True),
-        ({"compute_capabilities": ("8.6",), "precision": "int8"}, True),
+        ({"compute_capabilities": ("8.6",), "precision": "int8"}, False),
+        ({"compute_capabilities": ("8.6",), "precision": "tf32"}, True),
     ],
 )
 def test_step_is_built_ahead_where_an_engine_does_it(built: Any, options: dict[str, Any], step: bool) -> None:
@@ -197,7 +197,7 @@ def test_step_is_built_ahead_where_an_engine_does_it(built: Any, options: dict[s
 
 def test_step_is_built_ahead_for_the_gpu_at_hand(built: Any, tensorrt: Any) -> None:
     tensorrt()
-    assert built("tensorrt") == ["encoder", "decoder_queries"]
+    assert built("tensorrt") == ["encoder"]
     assert built("tensorrt", decode="engine") == ["encoder", "decoder_step", "decoder_queries"]
     tensorrt(bindings="the CUDA kernels need the package cuda-bindings (x)")
     assert built("tensorrt") == ["encoder", "decoder_step", "decoder_queries"]

@@ -49,11 +49,13 @@ def _health(service: Service) -> APIRouter:
 
     @router.get("/health/live")
     async def live() -> dict[str, Any]:
+        if service.failed:
+            raise RequestError(500, "engine_failed", "the engine has ended after an error; start the server again.")
         return {"status": "live"}
 
     @router.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        if not service.ready:
+        if not service.ready or service.failed:
             raise RequestError(503, "not_ready", "the server is warming up or shutting down.")
         return {"status": "ready"}
 

@@ -71,7 +71,22 @@ def settings_at_fault() -> Iterator[None]:
         raise invalid(f"the settings cannot be run: {type(error).__name__}: {error}") from error
 
 
-async def _results(handle: Handle, service: Service) -> tuple[list[str], int, str]:
+def submitted(body: GenerateBody, service: Service, record: Record) -> list[Handle]:
+    """Give the engine what a body asks for: a handle for each text.
+
+    Raises:
+        RequestError: it cannot be served.
+        QueueFullError, EngineClosedError: see `Engine.submit`.
+    """
+    body.check(service)
+    texts = [body.text] if body.text is not None else body.texts or []
+    sources = [service.read(record, text, "text") for text in texts]
+    with settings_at_fault():
+        settings = service.limited(body.settings)
+        return [service.submit(record, ids, settings, body.seed) for ids in sources]
+
+
+async def results(handle: Handle, service: Service) -> tuple[list[str], int, str]:
     """The texts of a handle, the number of their tokens, and how the last one ended."""
     rows = (await handle.result())[:, 1:].tolist()
     ends = [length(row, handle.end_tokens) for row in rows]
@@ -84,10 +99,10 @@ def _reason(ended: bool) -> str:
 
 async def _whole(body: GenerateBody, handles: list[Handle], service: Service, record: Record) -> dict[str, Any]:
     with settings_at_fault():
-        found = await asyncio.gather(*(_results(handle, service) for handle in handles))
+        found = await asyncio.gather(*(results(handle, service) for handle in handles))
     record.completion_tokens = sum(count for _, count, _ in found)
-    results: list[Any] = [texts[0] if len(texts) == 1 else texts for texts, _, _ in found]
-    named = {"text": results[0]} if body.texts is None else {"texts": results}
+    texts: list[Any] = [each[0] if len(each) == 1 else each for each, _, _ in found]
+    named = {"text": texts[0]} if body.texts is None else {"texts": texts}
     return {**named, "usage": record.usage()}
 
 
@@ -108,12 +123,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/generate")
     async def generate(body: GenerateBody, request: Request) -> Response:
         record: Record = request.state.record
-        body.check(service)
-        texts = [body.text] if body.text is not None else body.texts or []
-        sources = [service.read(record, text, "text") for text in texts]
-        with settings_at_fault():
-            settings = service.limited(body.settings)
-            handles = [service.submit(record, ids, settings, body.seed) for ids in sources]
+        handles = submitted(body, service, record)
         if body.stream:
             return await streamed(_events(handles[0], service, record), record)
         return JSONResponse(await _whole(body, handles, service, record))

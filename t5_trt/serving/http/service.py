@@ -58,6 +58,11 @@ class Service:
         self._tokenizer = tokenizer
         self._warm_rows = min(max_rows, max_waiting)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has ended by itself, after an error of its backend: another process has to be started."""
+        return self.ready and self.engine.closed
+
     def read(self, record: Record, source: str | list[int], param: str) -> list[int]:
         """The token ids of one text.
 

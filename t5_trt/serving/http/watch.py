@@ -9,6 +9,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from t5_trt.serving.http.failures import RequestError
+from t5_trt.serving.http.limits import Limits
 from t5_trt.serving.http.record import CLIENT_LEFT, Record
 from t5_trt.serving.http.service import Service
 
@@ -51,7 +52,7 @@ class Watch:
 
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer, record: Record) -> None:
         try:
-            body = await self._body(scope, receive)
+            body = await read_body(scope, receive, self._service.limits)
         except RequestError as error:
             record.reason = error.reason
             await error.response()(scope, receive, answer)
@@ -59,7 +60,7 @@ class Watch:
         if body is None:
             record.status, record.reason = CLIENT_LEFT, "client_left"
             return
-        app = asyncio.ensure_future(self._app(scope, _given(body), answer))
+        app = asyncio.ensure_future(self._app(scope, given(body), answer))
         left = asyncio.ensure_future(_left(receive))
         limit = self._service.limits.seconds + _READ_S
         try:
@@ -75,33 +76,42 @@ class Watch:
             if not app.cancelled():
                 app.exception()  # which the handler of errors has answered
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None if the client left. Never much more of it in memory than is allowed."""
-        limits = self._service.limits
-        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        too_large = RequestError(
-            413, "body_too_large", f"the body is too large; expected at most {limits.body_bytes} bytes."
-        )
-        if int(announced) > limits.body_bytes:
-            raise too_large
-        body = bytearray()
 
-        async def read() -> bytes | None:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                body.extend(message.get("body", b""))
-                if len(body) > limits.body_bytes:
-                    raise too_large
-                if not message.get("more_body", False):
-                    return bytes(body)
+async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | None:
+    """The whole body of a request; None if the client left. Never much more of it is in memory than is allowed.
 
-        try:
-            return await asyncio.wait_for(read(), limits.seconds)
-        except asyncio.TimeoutError:
-            message = f"the body did not arrive within {limits.seconds:g} s."
-            raise RequestError(408, "body_too_slow", message, headers={"Connection": "close"}) from None
+    Args:
+        scope: of the request.
+        receive: its parts.
+        limits: of its size and time.
+
+    Raises:
+        RequestError: it is too large or too slow.
+    """
+    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    too_large = RequestError(
+        413, "body_too_large", f"the body is too large; expected at most {limits.body_bytes} bytes."
+    )
+    if int(announced) > limits.body_bytes:
+        raise too_large
+    body = bytearray()
+
+    async def read() -> bytes | None:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body.extend(message.get("body", b""))
+            if len(body) > limits.body_bytes:
+                raise too_large
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), limits.seconds)
+    except asyncio.TimeoutError:
+        message = f"the body did not arrive within {limits.seconds:g} s."
+        raise RequestError(408, "body_too_slow", message, headers={"Connection": "close"}) from None
 
 
 class _Answer:
@@ -120,7 +130,7 @@ class _Answer:
             self.complete = True
 
 
-def _given(body: bytes) -> Receive:
+def given(body: bytes) -> Receive:
     """What the application receives: the body, and then nothing more."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

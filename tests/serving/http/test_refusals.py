@@ -251,6 +251,24 @@ def test_ready_after_all_rows_were_filled_once(shipped: tuple[Any, Any, Any]) ->
         assert (status, answer["error"]["code"]) == (503, "not_ready")
 
 
+def test_health_tells_of_an_engine_that_has_ended(few: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that can neither step nor make its rows again, as a GPU after some errors."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise BackendError("illegal address")
+
+    assert few.ask("/health/live")[0] == few.ask("/health/ready")[0] == 200
+    for method in ("step_rows", "row_buffers"):
+        monkeypatch.setattr(few.service.model.session, method, fails)
+    assert few.ask("/generate", {"text": "a"})[0] == 500
+    until(lambda: few.service.engine.closed)
+    found = {path: few.ask(f"/health/{path}") for path in ("live", "ready")}
+    assert {path: (status, answer["error"]["code"]) for path, (status, answer) in found.items()} == {
+        "live": (500, "engine_failed"),
+        "ready": (503, "not_ready"),
+    }
+
+
 def test_metrics_count_tokens_and_times(few: Client) -> None:
     names = ("t5_trt_prompt_tokens_total", "t5_trt_completion_tokens_total", "t5_trt_first_token_seconds_count")
     usage = few.ask("/generate", {"text": "さくら"})[1]["usage"]

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "kana_romaji"
 #: the files that take longest. They start first, so that no process of xdist is left alone with one of them at the end
 LONG_FILES = (
-    "test_install.py", "test_ray.py", "test_kernel_compile.py", "test_encoder_kernels.py", "test_rtx_build.py", "test_examples.py",
-    "test_properties.py", "test_processes.py", "test_generate_parity.py", "test_decode_loop.py",
+    "test_install.py", "test_ray_serve.py", "test_ray.py", "test_kernel_compile.py", "test_encoder_kernels.py", "test_rtx_build.py",
+    "test_examples.py", "test_properties.py", "test_processes.py", "test_generate_parity.py", "test_decode_loop.py",
 )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from tests.serving_requests import PATIENCE_S, until
 serve = pytest.importorskip("ray.serve", reason="ray is installed without Ray Serve: pip install 't5-trt[ray]'")
 requests = pytest.importorskip("requests", reason="requests, which ray brings, is not installed")
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster, in one test process
 
 LINES = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
 #: thousands of steps

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-SUITE = -m pytest -q -n auto --dist loadgroup
+# a file's tests in one process, so that its models, servers and compiled kernels are made once; tests/conftest.py orders the files
+SUITE = -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test coverage lint docs audit pythons gpu-test sanitize oldest clean
 
@@ -45,13 +46,15 @@ sanitize: $(VENV)/installed
 	$(BIN)/python -m benchmarks.sanitize --out build/sanitize
 
 # the suite on the oldest supported versions, in an environment of its own. Left out is what does not depend on the versions of
-# Transformers and ONNX Runtime: tools, packaging, documents, stores of files, servers around generate(), what is compiled or built for
-# GPUs (graphs are compared in tests that stay)
-NOT_FOR_OLDEST = attention_emulated audit bench benchmarks cuda_backend cuda_kernels dependencies documents \
-    encoder_benchmark encoder_kernels faults gpu_records idle_gpu install kernel_compile kernel_weights \
-    other_systems package ray ray_serve release rtx_build soak store structure triton
+# Transformers and ONNX Runtime: tools, packaging, documents, stores of files, HTTP around generate(), what is compiled or built for
+# GPUs and the sessions over it (graphs are compared, and the 77 sets of arguments run on stand-ins, in tests that stay)
+NOT_FOR_OLDEST = tests/audit tests/benchmarks tests/kernels tests/serving/http tests/serving/test_serving_ends.py tests/cli/test_serve.py \
+    $(addprefix tests/engine/test_,faults.py rtx_build.py store.py) tests/examples/test_ray.py tests/examples/test_ray_serve.py tests/examples/test_triton.py \
+    $(addprefix tests/test_,benchmarks.py documents.py imports.py install.py other_systems.py package.py release.py structure.py) \
+    $(addprefix tests/runtime/test_,buffers.py cuda_*.py encoder_forms.py idle_gpu.py kernel_*.py row_positions.py torch_layers.py) \
+    tests/runtime/test_trt_session.py tests/tools/test_bench.py
 oldest: .venv-oldest/installed
-	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '*/test_%.py')
+	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '%')
 
 # starts as a copy of $(VENV), made of links: only what differs is fetched and unpacked (pip replaces files, it never writes into them)
 .venv-oldest/installed: $(VENV)/installed constraints-oldest.txt

@@ -38,7 +38,7 @@ def is_tie(stock: Any, request: Request, rows: list[list[int]], size: float, end
     """Whether the Hugging Face class gives these rows when uniform noise of that size is added to its scores.
 
     Args:
-        stock: Hugging Face's class.
+        stock: the Hugging Face model.
         request: what was asked.
         rows: of tokens that it has not given without noise.
         size: largest absolute value of the noise.

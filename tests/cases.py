@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,9 +21,8 @@ from transformers import (
 from transformers.generation import logits_process as stock_processors
 from transformers.generation.streamers import BaseStreamer
 
-from t5_trt.generation.processors import (
-    CapturableProcessors,
-)
+from t5_trt.generation.processors import CapturableProcessors
+from tests.conftest import pair_of
 from tests.tiny_models import VOCAB, batch
 from tests.tolerances import LOGITS_ATOL
 
@@ -159,6 +159,12 @@ OTHER_LOOP = {
 def run(model: Any, arguments: dict[str, Any], seed: int = 11) -> Any:
     torch.manual_seed(seed)
     return model.generate(**batch(), **{"max_new_tokens": 12, **arguments})
+
+
+@cache
+def hugging_face_result(name: str) -> Any:
+    """What the Hugging Face model of T5 v1.1 gives in `run` for arguments of `CORE` and `MORE`; computed once per process."""
+    return run(pair_of("t5-v1.1")[0], {**CORE, **MORE}[name])
 
 
 def assert_same(ours: Any, expected: Any, atol: float = LOGITS_ATOL) -> None:

@@ -24,6 +24,16 @@ from tests.tiny_models import KINDS, make_stock
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "kana_romaji"
+#: the files that take longest. They start first, so that no process of xdist is left alone with one of them at the end
+LONG_FILES = (
+    "test_install.py", "test_ray.py", "test_kernel_compile.py", "test_encoder_kernels.py", "test_rtx_build.py", "test_examples.py",
+    "test_properties.py", "test_processes.py", "test_generate_parity.py", "test_decode_loop.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @cache

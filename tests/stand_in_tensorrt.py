@@ -73,15 +73,15 @@ class StandInContext:
 
     def run(self) -> None:
         inputs = {
-            node.name: self._memory(node, self.shapes.get(node.name) or tuple(node.shape))
+            node.name: self.memory(node, self.shapes.get(node.name) or tuple(node.shape))
             for node, is_input in self.engine.io
             if is_input
         }
         outputs = [node for node, is_input in self.engine.io if not is_input]
         for node, value in zip(outputs, self.engine.session.run([n.name for n in outputs], inputs), strict=True):
-            self._memory(node, value.shape)[...] = value
+            self.memory(node, value.shape)[...] = value
 
-    def _memory(self, node: Any, shape: tuple[int, ...]) -> Any:
+    def memory(self, node: Any, shape: tuple[int, ...]) -> Any:
         dtype = np.dtype(_TYPES[node.type])
         memory = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(self.addresses[node.name])
         return np.frombuffer(memory, dtype=dtype).reshape(shape)
@@ -118,11 +118,11 @@ class HalfContext:
 
     def run(self) -> None:
         graph = self.engine.graph
-        results = graph.run({name: self._memory(name, *kind) for name, kind in graph.inputs.items()})
+        results = graph.run({name: self.memory(name, *kind) for name, kind in graph.inputs.items()})
         for name, kind in graph.outputs.items():
-            self._memory(name, *kind).copy_(results[name])
+            self.memory(name, *kind).copy_(results[name])
 
-    def _memory(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    def memory(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         size = int(np.prod(shape)) * dtype.itemsize
         return torch.frombuffer((ctypes.c_char * size).from_address(self.addresses[name]), dtype=dtype).reshape(shape)
 
@@ -225,4 +225,5 @@ def stand_in_session(
         background=background,
     )
     session.engines.enqueue = lambda context: context.run()
+    session.stand_in = provider  # for tests that look at what was asked for
     return session

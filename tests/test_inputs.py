@@ -149,7 +149,7 @@ def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.Mo
         ({"decoder_input_ids": torch.ones(2, 2, dtype=torch.long)}, "decoder_input_ids"),
     ],
 )
-def test_the_stock_model_gets_what_it_can_broadcast(pair: tuple[Any, Any], changes: Any, named: str) -> None:
+def test_the_hugging_face_model_gets_what_it_can_broadcast(pair: tuple[Any, Any], changes: Any, named: str) -> None:
     """Beside a mask of four axes, which the Hugging Face model serves; these used to end in errors of torch."""
     _, ours = pair
     right = {

@@ -238,7 +238,7 @@ def test_unknown_activation(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_arguments_of_stock_code(saved: tuple[Any, Path]) -> None:
+def test_arguments_of_code_for_hugging_face(saved: tuple[Any, Path]) -> None:
     """What people already pass to from_pretrained works, or says what to do."""
     stock, folder = saved
     assert same_tokens(load(folder, device_map="auto", low_cpu_mem_usage=True), stock)

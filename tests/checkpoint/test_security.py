@@ -167,7 +167,7 @@ def test_a_config_names_weights_beside_it_only(checkpoint: Path, name: Any) -> N
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1'])
-def test_an_index_that_is_none(checkpoint: Path, content: str) -> None:
+def test_invalid_weight_index_is_refused(checkpoint: Path, content: str) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match="expected JSON with a weight_map"):
         TRTT5ForConditionalGeneration.from_pretrained(checkpoint)

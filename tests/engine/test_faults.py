@@ -144,6 +144,6 @@ def test_what_is_not_the_stores_is_left_alone(tmp_path: Path) -> None:
     assert [problem.path.name for problem in left] == ["thesis.txt"] and left[0].path.read_text() == "mine"
 
 
-def test_a_store_that_is_not_there(tmp_path: Path) -> None:
+def test_check_of_a_missing_store_succeeds(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["cache", "check", "--cache-dir", str(tmp_path / "none")])
     assert run.exit_code == 0 and not (tmp_path / "none").exists()

@@ -56,7 +56,7 @@ def test_engines_built_ahead_are_found_on_the_gpu(tmp_path: Path) -> None:
 
 
 def test_two_layers_of_t5_base(tmp_path: Path) -> None:
-    sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 32128}
+    sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 4096}
     model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0", **sizes), num_threads=1)
     plans = provider(model, tmp_path, "fp16")
     for graph in ("encoder", "decoder_step", "decoder_queries"):
@@ -65,7 +65,7 @@ def test_two_layers_of_t5_base(tmp_path: Path) -> None:
 
 def test_weights_in_8_bits(tmp_path: Path) -> None:
     """Two layers of T5-base with matrices inside, a byte for each weight; other weights are another engine."""
-    sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 32128}
+    sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 4096}
     keys, matrices = set(), 0
     for seed in (0, 1):
         model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", seed=seed, **sizes), num_threads=1)
@@ -114,7 +114,7 @@ def test_unknown_compute_capability(tmp_path: Path) -> None:
         build_engine(request("9.0"), ours.architecture, tmp_path, BuildConfig())
 
 
-def test_tensorrts_words_are_in_the_error(tmp_path: Path) -> None:
+def test_build_error_contains_tensorrts_message(tmp_path: Path) -> None:
     _, ours = pair_of("t5-v1.0")
     with pytest.raises(BackendError, match=r"building encoder B1 S32 fp32: .*could not build"):
         build_engine(request(), ours.architecture, tmp_path, BuildConfig(workspace_bytes=1))

@@ -130,7 +130,7 @@ def test_folder_that_others_may_write_to(tmp_path: Path, mode: int) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to somebody else")
 @pytest.mark.parametrize("name", ["", PLAN, MANIFEST])
-def test_what_somebody_else_wrote(tmp_path: Path, name: str) -> None:
+def test_engines_of_another_owner_are_not_used(tmp_path: Path, name: str) -> None:
     """While the folder was open to others, or into one that they made: its mode alone does not show it."""
     store = EngineStore(tmp_path / "store")
     store.get_or_build(KEY, {}, writing())
@@ -165,7 +165,7 @@ def test_nothing_is_open_to_others_at_any_moment(tmp_path: Path, umask: int) -> 
 
 
 @pytest.mark.parametrize("manifest", ["[]", "null", '"text"', "7"])
-def test_a_manifest_that_is_none(tmp_path: Path, manifest: str) -> None:
+def test_invalid_manifest_is_rejected(tmp_path: Path, manifest: str) -> None:
     store = EngineStore(tmp_path / "store")
     store.get_or_build(KEY, {}, writing())
     (store.root / KEY / MANIFEST).write_text(manifest)
@@ -243,7 +243,7 @@ def test_facts_are_added_to_a_manifest(tmp_path: Path) -> None:
     assert store.manifest(KEY) == {}
 
 
-def test_manifest_that_cannot_be_written_costs_a_warning(
+def test_manifest_that_cannot_be_written_causes_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = EngineStore(tmp_path / "store")

@@ -19,8 +19,6 @@ from tests.ray_cluster import example, local_cluster, processes, ray
 
 pytest.importorskip("ray.data", reason="ray is installed without Ray Data: pip install 't5-trt[ray]'")
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster, in one test process
-
 LINES = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
 TIMES = 10
 SHARD_LINES = 4

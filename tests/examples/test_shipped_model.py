@@ -24,7 +24,7 @@ def encode(tokenizer: Any, lines: list[str], side: str = "right") -> Any:
 
 @pytest.mark.parametrize("size", [1, 7, 40])
 @pytest.mark.parametrize("beams", [1, 4])
-def test_tokens_equal_stock(shipped: tuple[Any, Any, Any], size: int, beams: int) -> None:
+def test_tokens_equal_hugging_face(shipped: tuple[Any, Any, Any], size: int, beams: int) -> None:
     tokenizer, stock, ours = shipped
     for side in ("right", "left"):
         for start in range(0, len(LINES) if size > 1 else 6, size):
@@ -41,7 +41,7 @@ def test_text_is_right(shipped: tuple[Any, Any, Any]) -> None:
     assert sum(text == expected for text, expected in zip(texts, EXPECTED, strict=True)) >= 38
 
 
-def test_sampling_and_scores_equal_stock(shipped: tuple[Any, Any, Any]) -> None:
+def test_sampling_and_scores_equal_hugging_face(shipped: tuple[Any, Any, Any]) -> None:
     tokenizer, stock, ours = shipped
     inputs = encode(tokenizer, LINES[:8])
     options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 40, "output_scores": True}
@@ -61,7 +61,7 @@ def test_recorded_accuracy_and_size(shipped: tuple[Any, Any, Any], shipped_folde
     assert (shipped_folder / "model.safetensors").stat().st_size < 8e6
 
 
-def test_generating_gives_no_notice(shipped: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_generate_logs_nothing(shipped: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Of Transformers, which warns in every call where a config names ``max_length`` and the call ``max_new_tokens``."""
     tokenizer, *models = shipped
     inputs = encode(tokenizer, LINES[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from tests.cases import (
     PROCESSORS,
     LateWatcher,
     assert_same,
+    hugging_face_result,
     run,
     same_values,
 )
@@ -49,7 +51,7 @@ def test_every_device_form_is_compared() -> None:
 
 
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
-def test_device_form_equals_stock_processor(processor: Any) -> None:
+def test_device_form_equals_the_processor_of_transformers(processor: Any) -> None:
     forms = capturable_processors([processor], VOCAB, 32, torch.device("cpu"))
     assert forms is not None
     no_change = getattr(processor, "ngram_size", 0) == 40
@@ -103,7 +105,7 @@ def test_fingerprints() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_draws_are_those_of_multinomial(count: int) -> None:
+def test_draws_equal_multinomial(count: int) -> None:
     scores = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
     results = []
     for capturable in (True, False):
@@ -132,15 +134,14 @@ def on_stand_in() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", [*CORE, *MORE])
-def test_recorded_steps_some_steps_ahead(on_stand_in: Any, v11: tuple[Any, Any], name: str) -> None:
+def test_captured_steps_that_run_ahead_give_equal_results(on_stand_in: Any, name: str) -> None:
     """Every argument set on fixed buffers, padded rows, programs that earlier requests left, and late reports."""
-    arguments = {**CORE, **MORE}[name]
-    assert_same(run(on_stand_in, arguments), run(v11[0], arguments))
+    assert_same(run(on_stand_in, {**CORE, **MORE}[name]), hugging_face_result(name))
     reason = OTHER_LOOP.get(name, "")
     assert on_stand_in.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
 
 
-def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
+def test_encoder_states_of_the_hugging_face_class(on_stand_in: Any) -> None:
     """Transformers gives every beam a batch entry of its own then: 9 in engines for 16, which 3 beams do not divide."""
     stock, inputs = make_stock("t5-v1.1"), batch()
     expected = stock.generate(**inputs, num_beams=3, max_new_tokens=9).tolist()
@@ -151,7 +152,7 @@ def test_encoder_states_of_the_stock_class(on_stand_in: Any) -> None:
     assert got.tolist() == expected and on_stand_in.last_generation_path == GenerationPath("device")
 
 
-def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch)
     captured, capture = [], engine_step.capture
@@ -177,7 +178,9 @@ def test_programs_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5]
 
 
-def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_token_selection_that_cannot_be_captured_runs_after_the_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """It runs after the captured step then, and is not tried again."""
     stock = make_stock("t5-v1.1")
     ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
@@ -198,43 +201,48 @@ def test_choice_that_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch, caplog:
     assert len(tries) == 2 and caplog.text.count("is not captured") == 2
 
 
+SEARCHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "early": {"num_beams": 3, "early_stopping": True, "num_return_sequences": 2},
+    "never": {"num_beams": 2, "early_stopping": "never", "length_penalty": -1.0},
+}
+
+
+def twelve_rows(search: str) -> dict[str, Any]:
+    """A request whose rows end at very different times."""
+    return {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **SEARCHES[search]}
+
+
+@cache
+def hugging_face_rows(search: str) -> Any:
+    return make_stock("t5-v1.1").generate(**twelve_rows(search)).tolist()
+
+
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 3, "early_stopping": True, "num_return_sequences": 2},
-        {"num_beams": 2, "early_stopping": "never", "length_penalty": -1.0},
-    ],
-    ids=["greedy", "beams", "early", "never"],
-)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
-def test_rows_that_are_over_are_dropped(
-    monkeypatch: pytest.MonkeyPatch, engine: str, arguments: dict[str, Any], late: bool
-) -> None:
-    """Twelve rows end at different times; half of them gone, the rest goes on in a smaller batch."""
-    stock = make_stock("t5-v1.1")
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch, engine: str, search: str, late: bool) -> None:
+    """Once half of the rows are over, the rest goes on in a smaller batch."""
+    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
     if late:
         monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
     if engine == "stand-in":
         ours.session = stand_in_session(ours, monkeypatch)
         for rows in (1, 2, 4, 8):  # only engines that are there are used
-            ours.generate(**batch(rows, 11), max_new_tokens=3, **arguments)
+            ours.generate(**batch(rows, 11), max_new_tokens=3, **SEARCHES[search])
     sizes = []
     select = DecoderState.select_entries
     monkeypatch.setattr(
         DecoderState, "select_entries", lambda state, kept: sizes.append(len(kept)) or select(state, kept)
     )
-    request = {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **arguments}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**twelve_rows(search)).tolist() == hugging_face_rows(search)
     assert sizes and sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_sources_given_once_for_each_beam(v11: tuple[Any, Any], beams: int) -> None:
-    """As `generate` repeats the states of a stock encoder; entries that are over are not dropped then."""
+    """As `generate` repeats the states of a Hugging Face encoder; entries that are over are not dropped then."""
     stock, ours = v11
     inputs = batch(12, 11)
     with torch.no_grad():
@@ -265,7 +273,9 @@ def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, b
     assert len(fed) > 5 and min(fed) >= 0
 
 
-def test_rows_are_kept_where_that_would_show(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_stay_where_leaving_would_change_results(
+    v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stock, ours = v11
     monkeypatch.setattr(DecoderState, "select_entries", lambda *_: pytest.fail("rows were dropped"))
     for arguments in ({"do_sample": True}, {"return_dict_in_generate": True}):
@@ -279,7 +289,7 @@ def test_rows_are_kept_where_that_would_show(v11: tuple[Any, Any], monkeypatch: 
         assert ours.last_generation_path.loop == "device"
 
 
-def test_returned_cache_goes_on_as_stock(v11: tuple[Any, Any]) -> None:
+def test_returned_cache_goes_on_as_in_the_hugging_face_class(v11: tuple[Any, Any]) -> None:
     """The cache of a finished request holds all tokens but the last, for every beam."""
     stock, ours = v11
     for arguments in ({}, {"num_beams": 3}):
@@ -305,7 +315,7 @@ def test_returned_cache_goes_on_as_stock(v11: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}])
-def test_time_is_up(v11: tuple[Any, Any], arguments: dict[str, Any]) -> None:
+def test_max_time_ends_a_request(v11: tuple[Any, Any], arguments: dict[str, Any]) -> None:
     stock, ours = v11
     request = {**batch(), "max_new_tokens": 500, "min_new_tokens": 500, "max_time": 1e-6, **arguments}
     expected = stock.generate(**request)

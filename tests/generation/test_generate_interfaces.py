@@ -28,7 +28,7 @@ def test_streamer_sees_every_token(v11: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_assisted_by_a_stock_model(v11: tuple[Any, Any], sample: bool) -> None:
+def test_assisted_by_a_hugging_face_model(v11: tuple[Any, Any], sample: bool) -> None:
     stock, ours = v11
     assistant = make_stock("t5-v1.1", seed=0, num_layers=1)  # fewer layers in both stacks
     results = []
@@ -38,7 +38,7 @@ def test_assisted_by_a_stock_model(v11: tuple[Any, Any], sample: bool) -> None:
     assert results[0].tolist() == results[1].tolist()
 
 
-def test_as_assistant_of_a_stock_model(v11: tuple[Any, Any]) -> None:
+def test_as_assistant_of_a_hugging_face_model(v11: tuple[Any, Any]) -> None:
     stock, ours = v11
     other = make_stock("t5-v1.1", seed=1)
     expected = other.generate(**batch(1), assistant_model=stock, max_new_tokens=15)
@@ -124,7 +124,7 @@ def test_custom_generate_callable(v11: tuple[Any, Any]) -> None:
     assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
 
 
-def test_own_loop_with_a_stock_cache_written_in_place(v11: tuple[Any, Any]) -> None:
+def test_own_loop_writes_into_a_hugging_face_cache(v11: tuple[Any, Any]) -> None:
     stock, ours = v11
     inputs = batch()
     rows = []
@@ -147,7 +147,7 @@ def test_own_loop_with_a_stock_cache_written_in_place(v11: tuple[Any, Any]) -> N
     assert rows[0] == rows[1]
 
 
-def test_generate_with_a_stock_cache_given(v11: tuple[Any, Any]) -> None:
+def test_generate_with_a_hugging_face_cache_given(v11: tuple[Any, Any]) -> None:
     stock, ours = v11
     results = []
     for model in (stock, ours):
@@ -164,7 +164,7 @@ def test_returned_cache_continues(v11: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_attention_maps_and_states_come_from_the_stock_model(v11: tuple[Any, Any], name: str) -> None:
+def test_attention_maps_and_states_come_from_the_hugging_face_model(v11: tuple[Any, Any], name: str) -> None:
     stock, ours = make_stock("t5-v1.1", attention="eager"), v11[1]
     request = {**batch(), "max_new_tokens": 5, "return_dict_in_generate": True, name: True}
     got, expected = ours.generate(**request), stock.generate(**request)

@@ -59,18 +59,19 @@ def new_pair(kind: str = "t5-v1.1") -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", list(ALL))
-def test_every_request_again(v11: tuple[Any, Any], name: str, prepared: list[int]) -> None:
-    """With other texts of other lengths; only those that `ONCE` names are prepared once."""
-    for seed, tokens in ((5, 11), (6, 7), (7, 20)):
+def test_first_and_repeated_requests_generate_as_hugging_face(
+    v11: tuple[Any, Any], name: str, prepared: list[int]
+) -> None:
+    """Other texts, of other lengths; only the requests of `ONCE` are prepared once."""
+    for seed, tokens in ((5, 11), (7, 20)):
         expected, got = both(v11, seed, tokens=tokens, **ALL[name])
         assert_same(got, expected)
         reason = OTHER_LOOP.get(name, "")
         assert v11[1].last_generation_path == GenerationPath("transformers" if reason else "device", reason)
-    known = len(v11[1]._prepared._kept)
     del prepared[:]
     torch.manual_seed(8)
     v11[1].generate(**batch(3, 9, 8), **{"max_new_tokens": 12, **ALL[name]})
-    assert len(prepared) == (0 if name in ONCE else 1) and (known > 0 or name not in ONCE)
+    assert len(prepared) == (0 if name in ONCE else 1)
 
 
 def test_most_requests_are_prepared_once() -> None:
@@ -126,7 +127,7 @@ def test_equal_calls_have_equal_keys() -> None:
     assert [request_key(None, {**inputs, **other}) for other in others] == [None] * 5
 
 
-def test_what_is_always_prepared(prepared: list[int]) -> None:
+def test_requests_that_are_prepared_every_time(prepared: list[int]) -> None:
     _, ours = new_pair()
 
     class Streamer(BaseStreamer):
@@ -161,7 +162,7 @@ def test_ids_as_the_first_argument(v11: tuple[Any, Any], prepared: list[int]) ->
     assert v11[1].generate(input_ids=ids, **rest).tolist() == expected[0]
 
 
-def test_wrong_input_is_refused_as_ever(prepared: list[int]) -> None:
+def test_wrong_input_is_refused_after_an_equal_request(prepared: list[int]) -> None:
     _, ours = new_pair()
     expected = ours.generate(**batch(), max_new_tokens=5).tolist()
     wrong = batch()
@@ -174,7 +175,7 @@ def test_wrong_input_is_refused_as_ever(prepared: list[int]) -> None:
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected and not prepared
 
 
-def test_code_of_the_users_is_called_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_code_is_called_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A subclass, an exchanged method of one instance, hooks on the model and on its encoder."""
     calls: list[str] = []
 
@@ -286,12 +287,15 @@ def test_settings_changed_while_a_request_runs(prepared: list[int]) -> None:
     _, ours = new_pair()
     ours.generation_config.max_new_tokens = 5
     hook = ours.get_encoder().register_forward_hook(lambda *args: setattr(ours.generation_config, "max_new_tokens", 9))
-    assert ours.generate(**batch(1)).shape[1] == 6 and not ours._prepared._kept
+    assert ours.generate(**batch(1)).shape[1] == 6
     hook.remove()
     assert ours.generate(**batch(1), min_new_tokens=9).shape[1] == 10
+    ours.generation_config.max_new_tokens = 5
+    del prepared[:]
+    assert ours.generate(**batch(1)).shape[1] == 6 and len(prepared) == 1
 
 
-def test_errors_are_those_of_the_stock_class() -> None:
+def test_errors_are_those_of_the_hugging_face_class() -> None:
     stock, ours = new_pair()
     ours.generate(**batch(), max_new_tokens=3)
     inputs = batch()
@@ -303,14 +307,15 @@ def test_errors_are_those_of_the_stock_class() -> None:
             model.generate(**inputs, max_new_tokens=3)
 
 
-def test_copies_begin_anew_and_kinds_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_begin_anew_and_kinds_are_limited(monkeypatch: pytest.MonkeyPatch, prepared: list[int]) -> None:
     monkeypatch.setattr("t5_trt.generation.prepared.KEPT", 2)
     _, ours = new_pair()
-    results = [ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)]
-    assert len(ours._prepared._kept) == 2
-    for other in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
-        assert not other._prepared._kept and other.generate(**batch(), max_new_tokens=5).tolist() == results[2]
-    assert [ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)] == results
+    results = {tokens: ours.generate(**batch(), max_new_tokens=tokens).tolist() for tokens in (3, 4, 5)}
+    copies = (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours))
+    for model, tokens, times in ((ours, 4, 0), (ours, 5, 0), (copies[0], 5, 1), (copies[1], 5, 1), (ours, 3, 1)):
+        del prepared[:]
+        assert model.generate(**batch(), max_new_tokens=tokens).tolist() == results[tokens]
+        assert len(prepared) == times
 
 
 def test_gradients_and_inference_mode(v11: tuple[Any, Any]) -> None:

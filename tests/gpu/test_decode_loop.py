@@ -17,7 +17,7 @@ from tests.tiny_models import VOCAB, batch
 
 
 @pytest.mark.parametrize("name", [*CORE, *MORE])
-def test_generates_as_stock(gpu_pair: Any, name: str) -> None:
+def test_generates_as_hugging_face(gpu_pair: Any, name: str) -> None:
     """Draws too: the captured step draws what torch.multinomial does for the same seed."""
     stock, ours = gpu_pair("t5-v1.1")
     results = []
@@ -29,7 +29,7 @@ def test_generates_as_stock(gpu_pair: Any, name: str) -> None:
     assert ours.last_generation_path == GenerationPath("transformers" if reason else "device", reason)
 
 
-def test_generator_stands_where_the_stock_loop_leaves_it(gpu_pair: Any) -> None:
+def test_generator_is_left_in_the_state_of_transformers_loop(gpu_pair: Any) -> None:
     """Steps beyond the end draw numbers; they are taken back, so that the next request draws the same in both."""
     stock, ours = gpu_pair("t5-v1.1")
     results = []
@@ -42,7 +42,7 @@ def test_generator_stands_where_the_stock_loop_leaves_it(gpu_pair: Any) -> None:
     assert len(results[0][0][0]) < 61 and results[0] == results[1]
 
 
-def test_recorded_draws_are_those_of_multinomial() -> None:
+def test_captured_draws_equal_multinomial() -> None:
     scores = torch.randn(5, 1000, device="cuda")
     for count in (1, 4):
         torch.manual_seed(8)
@@ -52,7 +52,7 @@ def test_recorded_draws_are_those_of_multinomial() -> None:
 
 
 @pytest.mark.parametrize("processor", [*PROCESSORS, *OTHER_NUMBERS], ids=lambda p: type(p).__name__)
-def test_device_form_equals_stock_processor(processor: Any) -> None:
+def test_device_form_equals_the_processor_of_transformers(processor: Any) -> None:
     """Also after it was made from one with other numbers."""
     first = next(p for p in PROCESSORS if fingerprint(p) == fingerprint(processor))
     forms = capturable_processors([first], VOCAB, 32, torch.device("cuda"))
@@ -63,7 +63,7 @@ def test_device_form_equals_stock_processor(processor: Any) -> None:
     same_values(process, moved, "cuda")
 
 
-def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
+def test_other_numbers_in_a_captured_step(gpu_pair: Any) -> None:
     """Nothing is captured anew for them, and what is drawn is what the Hugging Face class draws."""
     stock, ours = gpu_pair("t5-v1.1")
     captured = set()
@@ -80,7 +80,7 @@ def test_other_numbers_in_a_recorded_step(gpu_pair: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampling", "sampling, several", "beams", "beam sampling", "temperature"])
-def test_request_like_an_earlier_one(gpu_pair: Any, name: str) -> None:
+def test_repeated_request_reuses_its_preparation(gpu_pair: Any, name: str) -> None:
     """Not prepared again from the second one on."""
     stock, ours = gpu_pair("t5-v1.1")
     for seed in (5, 6, 7):

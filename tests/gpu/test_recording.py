@@ -29,7 +29,7 @@ def model(store: Path, stock: Any, decode: str) -> Any:
     return TRTT5ForConditionalGeneration.from_model(stock, **options, engine_cache_dir=store)
 
 
-def test_everything_is_recorded(store: Path, decode: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_everything_is_captured(store: Path, decode: str, caplog: pytest.LogCaptureFixture) -> None:
     ours = model(store, make_stock("t5-v1.1"), decode)
     with caplog.at_level(logging.WARNING, "t5_trt"):
         for arguments in 2 * ({}, {"num_beams": 4}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}):
@@ -74,7 +74,7 @@ def test_capture_that_fails(shared: bool) -> None:
     assert torch.cuda.memory_reserved() <= taken
 
 
-def test_choice_that_cannot_be_recorded(
+def test_token_selection_that_cannot_be_captured_runs_after_the_step(
     store: Path, decode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ours, advance = model(store, make_stock("t5-v1.1"), decode), RowTokenSelector.advance
@@ -94,7 +94,7 @@ def test_choice_that_cannot_be_recorded(
     assert caplog.text.count("the token selection is not captured") == 2  # greedy and drawn; beams are captured
 
 
-def test_draws_beside_recordings(store: Path, decode: str) -> None:
+def test_draws_beside_captures(store: Path, decode: str) -> None:
     """While a thread records for one model, another one draws for another: torch's generator refuses that by itself."""
     drawing, recording = (model(store, make_stock("t5-v1.1", seed=seed), decode) for seed in (0, 4))
     inputs = on_gpu()

@@ -89,7 +89,7 @@ def test_keys_and_values_go_from_kernels_to_an_engine_and_back(store: Path) -> N
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_greedy_equals_stock(gpu_pair: Any, kind: str) -> None:
+def test_greedy_equals_hugging_face(gpu_pair: Any, kind: str) -> None:
     stock, ours = gpu_pair(kind)
     inputs = on_gpu(batch())
     expected = stock.generate(**inputs, max_new_tokens=40, min_new_tokens=40)
@@ -107,7 +107,7 @@ def test_greedy_equals_stock(gpu_pair: Any, kind: str) -> None:
     ],
     ids=["beams", "beams, several", "sampling", "prompt", "two buckets"],
 )
-def test_requests_equal_stock(gpu_pair: Any, arguments: dict[str, Any]) -> None:
+def test_requests_equal_hugging_face(gpu_pair: Any, arguments: dict[str, Any]) -> None:
     stock, ours = gpu_pair("t5-v1.1")
     request = {**on_gpu(batch()), "max_new_tokens": 12, **arguments}
     if "decoder_input_ids" in request:
@@ -188,7 +188,7 @@ def test_two_models_in_two_threads(store: Path) -> None:
         assert list(pool.map(run, stocks)) == [[rows] * 3 for rows in expected]
 
 
-def test_slots_are_used_again(gpu_pair: Any) -> None:
+def test_step_buffers_are_reused(gpu_pair: Any) -> None:
     """Two requests of one shape share buffers one after the other, and get their own when they overlap."""
     _, ours = gpu_pair("t5-v1.1")
     one = torch.zeros(3, 1, dtype=torch.long, device="cuda")

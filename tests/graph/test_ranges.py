@@ -29,7 +29,9 @@ from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
 from tests.torch_graph import NotFiniteError
 
-HALF_RELATIVE = 0.02  # L2 of the logits' error, as the tiny models have it in stock half precision too (up to 0.009)
+HALF_RELATIVE = (
+    0.02  # L2 of the logits' error, as the tiny models have it in Hugging Face's half precision too (up to 0.009)
+)
 FOLDED_RELATIVE = 1e-4  # the same function in float32, other roundings
 EXTREME = (300.0, 1e5)
 

@@ -30,7 +30,12 @@ from tests.tiny_models import KINDS, batch, make_stock, swollen
 CPU = torch.device("cpu")
 #: largest error of what half precision rounds once, beside the largest value
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+#: few, as each one is compiled: what is tested of heads does not depend on `d_model`, and norms do on nothing else
 SMALL = replace(BASE, d_model=72, d_ff=200, num_heads=2, d_kv=64)
+NARROW, FORTY, EIGHTY, WIDEST = (
+    replace(SMALL, num_heads=1, d_kv=width, d_model=size)
+    for width, size in ((32, 72), (40, 1536), (80, 72), (128, 2056))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +82,15 @@ def masks(length: int) -> torch.Tensor:
     return made if length < 100 else made[1::2].contiguous()  # what a short source shows too takes long
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize(("arch", "dtype"), [(BASE, torch.float16), (WIDE, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("arch", "dtype", "architecture"),
+    [
+        (BASE, torch.float16, "sm_80"), (BASE, torch.float16, "sm_89"), (BASE, torch.float16, "sm_90"), (BASE, torch.float16, "sm_120"),
+        (WIDE, torch.bfloat16, "sm_86"), (WIDE, torch.bfloat16, "sm_90"), (WIDE, torch.bfloat16, "sm_100"),
+        (GATED, torch.bfloat16, "sm_90"), (ODD, torch.bfloat16, "sm_80"), (LARGE, torch.float16, "sm_120"),
+    ],
+    ids=lambda value: f"d_model-{value.d_model}" if isinstance(value, Architecture) else str(value),
+)  # fmt: skip
 def test_compile_without_spills(arch: Architecture, dtype: torch.dtype, architecture: str) -> None:
     _, log = compile_cubin(SOURCE, model_constants(arch, dtype), architecture)
     used = usage(log)
@@ -86,22 +98,18 @@ def test_compile_without_spills(arch: Architecture, dtype: torch.dtype, architec
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [(GATED, torch.bfloat16), (ODD, torch.bfloat16), (LARGE, torch.float16)])
-def test_other_models_compile_without_spills(arch: Architecture, dtype: torch.dtype) -> None:
-    test_compile_without_spills(arch, dtype, "sm_90")
-
-
-@pytest.mark.parametrize(("length", "heads"), [(1, 2), (17, 2), (64, 2), (150, 2), (300, 2)])
-def test_attention_equals_its_reference(emulated: Callable[..., EmulatedKernels], length: int, heads: int) -> None:
-    arch = replace(SMALL, num_heads=heads)
-    check_attention(emulated(arch), arch, torch.float16, length)
+@pytest.mark.parametrize("length", [1, 17, 64, 150, 200])
+def test_attention_equals_its_reference(emulated: Callable[..., EmulatedKernels], length: int) -> None:
+    check_attention(emulated(SMALL), SMALL, torch.float16, length)
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype"), [(32, torch.bfloat16), (40, torch.float16), (80, torch.bfloat16), (128, torch.float16)]
-)
-def test_attention_of_other_widths(emulated: Callable[..., EmulatedKernels], width: int, dtype: torch.dtype) -> None:
-    arch = replace(SMALL, d_kv=width, num_heads=1)
+    ("arch", "dtype"), [(NARROW, torch.bfloat16), (FORTY, torch.float16), (EIGHTY, torch.bfloat16), (WIDEST, torch.float16)],
+    ids=lambda value: f"d_kv-{value.d_kv}" if isinstance(value, Architecture) else str(value),
+)  # fmt: skip
+def test_attention_of_other_widths(
+    emulated: Callable[..., EmulatedKernels], arch: Architecture, dtype: torch.dtype
+) -> None:
     check_attention(emulated(arch, dtype), arch, dtype, 70)
 
 
@@ -131,10 +139,11 @@ def test_tiles_that_hide_all_are_left_out(emulated: Callable[..., EmulatedKernel
     assert lists[1].tolist() == [36, 1, *(2 * tile for tile in range(35)), 2 * 35 + 1]
 
 
-@pytest.mark.parametrize("size", [72, 1536, 2056])
+@pytest.mark.parametrize("arch", [SMALL, FORTY, WIDEST], ids=lambda arch: str(arch.d_model))
 @pytest.mark.parametrize("weighted", [False, True])
-def test_residual_sum_and_norm(emulated: Callable[..., EmulatedKernels], size: int, weighted: bool) -> None:
-    kernels, generator = emulated(replace(SMALL, d_model=size)), torch.Generator().manual_seed(size)
+def test_residual_sum_and_norm(emulated: Callable[..., EmulatedKernels], arch: Architecture, weighted: bool) -> None:
+    size = arch.d_model
+    kernels, generator = emulated(arch), torch.Generator().manual_seed(size)
     stream, branch = (torch.randn((7, size), generator=generator) for _ in range(2))
     branch, weight = branch.half(), torch.rand(size, generator=generator).half() if weighted else None
     summed, expected = reference.add_and_norm(
@@ -147,14 +156,13 @@ def test_residual_sum_and_norm(emulated: Callable[..., EmulatedKernels], size: i
     assert torch.equal(stream, before) and torch.equal(again, made)
 
 
-@pytest.mark.parametrize(
-    ("activation", "gated"), [("relu", False), ("gelu", False), ("gelu_new", True), ("silu", True)]
-)
-def test_activations(emulated: Callable[..., EmulatedKernels], activation: str, gated: bool) -> None:
-    kernels = emulated(replace(SMALL, activation=activation, gated=gated))
-    inner = torch.randn((5, 200 * (1 + gated)), generator=torch.Generator().manual_seed(0)).half()
-    expected = reference.activate_inner(inner.double(), activation, gated=gated)
-    assert error(kernels.activate(inner), expected) < 1e-3
+@pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "few-buckets", "ul2"])
+def test_activations(emulated: Callable[..., EmulatedKernels], kind: str) -> None:
+    """relu, gated gelu_new, gelu, gated silu."""
+    arch: Architecture = TRTT5ForConditionalGeneration.from_model(make_stock(kind)).architecture
+    inner = torch.randn((5, arch.d_ff * (1 + arch.gated)), generator=torch.Generator().manual_seed(0)).half()
+    expected = reference.activate_inner(inner.double(), arch.activation, gated=arch.gated)
+    assert error(emulated(arch).activate(inner), expected) < 1e-3
 
 
 def test_heads_are_split(emulated: Callable[..., EmulatedKernels]) -> None:

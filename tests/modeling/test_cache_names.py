@@ -63,7 +63,7 @@ def outcome(call: Callable[..., Any], model: Any, names: tuple[str, ...]) -> dic
 
 @pytest.mark.parametrize("names", [*[(name,) for name in NAMES], NAMES[:2], NAMES], ids="+".join)
 @pytest.mark.parametrize("call", [call_forward, call_generate, call_generate_with_attentions, call_preparation])
-def test_every_name_does_what_it_does_in_the_stock_class(
+def test_every_name_does_what_it_does_in_the_hugging_face_class(
     v11: tuple[Any, Any], call: Callable[..., Any], names: tuple[str, ...]
 ) -> None:
     stock = make_stock("t5-v1.1", attention="eager") if call is call_generate_with_attentions else v11[0]
@@ -95,7 +95,7 @@ def test_signatures(pair: tuple[Any, Any], name: str) -> None:
 
 
 def test_one_name_everywhere() -> None:
-    """The library goes by one name; in the stock outputs, and in what `generate` returns, it is the same."""
+    """The library goes by one name; in Hugging Face's outputs, and in what `generate` returns, it is the same."""
     outputs = (
         modeling_outputs.Seq2SeqLMOutput,
         generation.utils.GenerateEncoderDecoderOutput,

@@ -61,7 +61,7 @@ def test_code_of_the_users_is_called_in_generate(own_pair: Any) -> None:
 
 
 def test_modes_and_dropout_of_modules(own_pair: Any) -> None:
-    """What is set on a module counts for the stock twin's as well."""
+    """What is set on a module counts for the module of the Hugging Face model as well."""
     _, ours = own_pair
     ours.train()
     for module in ours.modules():

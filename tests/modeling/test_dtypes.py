@@ -76,7 +76,7 @@ def rounded(model: Any, dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_through_a_container(kind: str, dtype: torch.dtype) -> None:
+def test_conversion_of_a_containing_module(kind: str, dtype: torch.dtype) -> None:
     stock, ours = pair_of(kind)
     exact = rounded(stock, dtype)
     ours.generate(**batch(), max_new_tokens=2)  # engines over what comes before
@@ -96,7 +96,7 @@ def test_through_a_container(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("convert", DIRECT)
-def test_directly(convert: Callable[..., Any], dtype: torch.dtype) -> None:
+def test_conversion_of_the_model(convert: Callable[..., Any], dtype: torch.dtype) -> None:
     stock, ours = pair_of("t5-v1.1")
     for model in (stock, ours):
         assert convert(model, dtype) is model
@@ -112,7 +112,7 @@ def test_training_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-def test_given_when_loading(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_dtype_given_when_loading(tmp_path: Path, dtype: torch.dtype) -> None:
     """Float16 leaves the matrices in float32 that Hugging Face leaves; so does "auto" what the files have."""
     make_stock("t5-v1.1", attention="eager").to(dtype).save_pretrained(tmp_path)
     for name, given in (("dtype", dtype), ("torch_dtype", str(dtype)[6:]), ("dtype", "auto")):
@@ -166,7 +166,7 @@ def test_caches_go_on_in_half_precision(dtype: torch.dtype) -> None:
             assert keys.dtype is dtype and keys.shape[2] == 3
 
 
-def test_meta_and_back() -> None:
+def test_model_survives_the_meta_device() -> None:
     stock, ours = pair_of("t5-v1.1")
     expected = ours.generate(**batch(), max_new_tokens=6).tolist()
     whole = Sentence(ours)
@@ -194,7 +194,7 @@ def test_moves_that_change_nothing_keep_the_engines() -> None:
     assert ours.session is session
 
 
-def test_what_cannot_be() -> None:
+def test_unsupported_dtypes_are_refused() -> None:
     _, ours = pair_of("t5-v1.1")
     for convert in (nn.Module.double, lambda module: module.to(torch.float64)):
         for module in (ours, Sentence(ours)):

@@ -1,4 +1,4 @@
-"""`TRTT5EncoderModel`: the stock encoder classes on engines, from encoder-only and from complete checkpoints."""
+"""`TRTT5EncoderModel`: Hugging Face's encoder classes on engines, from encoder-only and from complete checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STOCK = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 def saved(kind: str, folder: Path, *, complete: bool) -> tuple[Any, Path]:
-    """(stock encoder, folder of a checkpoint with or without decoder weights)."""
+    """(Hugging Face encoder, folder of a checkpoint with or without decoder weights)."""
     make_stock(kind).save_pretrained(folder / "complete")
     stock = STOCK.get(kind, T5EncoderModel).from_pretrained(folder / "complete", attn_implementation="eager").eval()
     stock.save_pretrained(folder / "encoder")
@@ -32,7 +32,7 @@ def saved(kind: str, folder: Path, *, complete: bool) -> tuple[Any, Path]:
 
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "encoder only"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_states_equal_stock(kind: str, complete: bool, tmp_path: Path) -> None:
+def test_states_equal_hugging_face(kind: str, complete: bool, tmp_path: Path) -> None:
     stock, folder = saved(kind, tmp_path, complete=complete)
     ours = TRTT5EncoderModel.from_pretrained(folder, num_threads=1)
     assert isinstance(ours, type(stock)) and ours.architecture.decoder_layers == 0
@@ -59,7 +59,7 @@ def test_on_the_tensorrt_session(precision: str, tmp_path: Path, monkeypatch: py
     for form in (inputs, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}):
         got = ours(**form).last_hidden_state.float()
         assert (got[keep] - expected[keep]).norm() / expected[keep].norm() < (0.02 if precision == "fp16" else 1e-5)
-    assert {graph for graph, _ in ours.session.engines._provider.asked} == {"encoder", "encoder_embeds"}
+    assert {graph for graph, _ in ours.session.stand_in.asked} == {"encoder", "encoder_embeds"}
 
 
 def test_int8_and_the_store(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_attentions_with_an_engine_cache(v11: tuple[Any, Any]) -> None:
     assert last.decoder_attentions[0].shape[-1] == 5
 
 
-def test_gradients_come_from_the_stock_model(v11: tuple[Any, Any]) -> None:
+def test_gradients_come_from_the_hugging_face_model(v11: tuple[Any, Any]) -> None:
     stock, ours = v11
     embeds = stock.shared(batch()["input_ids"]).detach().requires_grad_()
     ours(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], labels=tokens(3, 4)).loss.backward()
@@ -181,7 +181,7 @@ def test_gradients_come_from_the_stock_model(v11: tuple[Any, Any]) -> None:
     torch.testing.assert_close(got, embeds.grad)
 
 
-def test_training_mode_uses_the_stock_model(fresh: Any) -> None:
+def test_training_mode_uses_the_hugging_face_model(fresh: Any) -> None:
     fresh.train()
     loss = fresh(**batch(), labels=tokens(3, 4)).loss
     assert loss.requires_grad
@@ -198,7 +198,7 @@ def test_inference_mode_then_ordinary_use(fresh: Any) -> None:
     assert again[CACHE].get_seq_length() == 3
 
 
-def test_cache_is_described_as_the_stock_one(v11: tuple[Any, Any]) -> None:
+def test_cache_is_described_as_in_the_hugging_face_class(v11: tuple[Any, Any]) -> None:
     """All properties of the Hugging Face class, without copying the contents for an answer."""
     names = [name for name, value in vars(EncoderDecoderCache).items() if isinstance(value, property)]
     assert {"is_sliding", "is_croppable", "is_compileable"} <= set(names)

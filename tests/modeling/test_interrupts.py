@@ -24,7 +24,7 @@ from t5_trt import TRTT5ForConditionalGeneration, compare, generate_many
 from tests.conftest import SHIPPED, pair_of
 from tests.tiny_models import batch
 
-MOMENTS = 12  # at which a call is interrupted, spread over the time it takes
+MOMENTS = 6  # at which a call is interrupted, spread over the time it takes
 
 
 @pytest.fixture(scope="module", autouse=True)

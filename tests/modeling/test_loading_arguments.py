@@ -71,9 +71,7 @@ def test_arguments_without_effect(options: dict[str, Any], folder: Path) -> None
     [{"attn_implementation": "flash_attention_2"}, {"attn_implementation": "someone/kernel"}, {"use_kernels": True},
      {"allow_all_kernels": True}],
 )  # fmt: skip
-def test_arguments_that_are_not_used_are_said(
-    options: dict[str, Any], folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ignored_arguments_are_logged(options: dict[str, Any], folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load(folder, **options)
     assert f"{next(iter(options))}=" in caplog.text and "is not used" in caplog.text
     assert torch.equal(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +65,32 @@ def call_of(name: str, source: str) -> str:
     return f"{name}({', '.join(arguments)})"
 
 
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Kernels compiled by the C++ compiler and launched on the host's memory."""
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Kernels compiled by the C++ compiler, each once, by their names and options."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler, "these tests need a C++ compiler"
-    serial = itertools.count()
-    compiled: dict[Any, Any] = {}
 
-    def function(name: str, device: int, options: tuple[tuple[str, int], ...]) -> Any:
-        if (name, options) in compiled:
-            return compiled[name, options]
-        source, library = tmp_path / f"{name}{next(serial)}.cpp", tmp_path / f"{name}{next(serial)}.so"
+    @cache
+    def compiled(name: str, options: tuple[tuple[str, int], ...]) -> Any:
+        folder = tmp_path_factory.mktemp(name)
+        source, library = folder / "kernel.cpp", folder / "kernel.so"
         kernel = Path(kernels.__file__).parent / f"{name}.cu"
         source.write_text(SHIM % (kernel, call_of(name, kernel.read_text())))
         flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-Wno-unknown-pragmas"]
         defined = [f"-D{option}={1 if option == 'WARPS' else value}" for option, value in options]
         subprocess.run([compiler, *flags, *defined, "-o", library, source], check=True)
-        compiled[name, options] = ctypes.CDLL(str(library)).run
-        return compiled[name, options]
+        return ctypes.CDLL(str(library)).run
+
+    return compiled
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, host_kernels: Callable[..., Any]) -> None:
+    """Kernels compiled by the C++ compiler and launched on the host's memory."""
+
+    def function(name: str, device: int, options: tuple[tuple[str, int], ...]) -> Any:
+        return host_kernels(name, options)
 
     def launch(function: Any, grid: Any, threads: int, device: Any, buffers: Any, sizes: Any) -> None:
         pointers = [ctypes.c_void_p(None if buffer is None else buffer.data_ptr()) for buffer in buffers]

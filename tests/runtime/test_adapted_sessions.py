@@ -114,11 +114,11 @@ def test_tensorrt_session_follows_adapters_in_place(monkeypatch: pytest.MonkeyPa
     ours._runner._adapted = AdaptedWeights(ours)
     session = ours.session = stand_in_session(ours, monkeypatch)
     compare(theirs, mine)
-    asked = len(session.engines._provider.asked)
+    asked = len(session.stand_in.asked)
     for name in ("two", "default"):
         theirs.set_adapter(name), mine.set_adapter(name)
         compare(theirs, mine)
-    assert ours.session is session and len(session.engines._provider.asked) == asked
+    assert ours.session is session and len(session.stand_in.asked) == asked
 
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "umt5"])

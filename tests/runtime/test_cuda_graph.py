@@ -131,7 +131,7 @@ def test_warm_up_that_fails(calls: list[Any]) -> None:
     assert calls == ["wait"] and not cuda_graph._alone.locked()
 
 
-def test_draws_wait_for_a_recording_of_another_thread(calls: list[Any]) -> None:
+def test_draws_wait_for_a_capture_of_another_thread(calls: list[Any]) -> None:
     drawn = []
 
     def draw() -> None:

@@ -22,9 +22,9 @@ from t5_trt.generation.sampling import RowTokenSelector, StopTokens
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import Mailbox
 from t5_trt.runtime.step_buffers import reorder_rows
-from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
+from tests.cases import CORE, MORE, OTHER_LOOP, assert_same, hugging_face_result, run
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import batch
+from tests.tiny_models import make_stock
 
 
 @pytest.mark.parametrize(("entries", "unused", "beams"), [(1, 0, 4), (3, 1, 2), (2, 0, 5), (1, 0, 16)])
@@ -42,7 +42,7 @@ def test_rows_change_places(on_cpu: None, entries: int, unused: int, beams: int)
         assert torch.equal(kv[..., filled + 1 :, :], before[..., filled + 1 :, :])
 
 
-def test_what_the_kernel_does_not_take(on_cpu: None) -> None:
+def test_kernel_refuses_unsupported_shapes(on_cpu: None) -> None:
     parents, position = torch.arange(4), torch.tensor([3])
     assert not cuda_kernels.reorder_rows(torch.zeros(1, 2, 4, 1, 8, 4).half(), parents, position, 4)  # 8 bytes
     assert not cuda_kernels.reorder_rows(torch.zeros(1, 2, 4, 1, 8, 8), parents, position, 1)
@@ -52,30 +52,26 @@ def test_what_the_kernel_does_not_take(on_cpu: None) -> None:
 NAMES = [name for name in {**CORE, **MORE} if name not in OTHER_LOOP]
 
 
-def assert_generates_as_stock(stock: Any, ours: Any, name: str) -> None:
-    results = []
-    for model in (ours, stock):
-        torch.manual_seed(11)
-        results.append(model.generate(**{**batch(), "max_new_tokens": 12, **{**CORE, **MORE}[name]}))
-    assert_same(*results)
+@pytest.fixture(scope="module")
+def on_stand_in() -> Iterator[Any]:
+    """A T5 v1.1 model on the TensorRT session."""
+    with pytest.MonkeyPatch.context() as patch:
+        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+        ours.session = stand_in_session(ours, patch)
+        yield ours
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generates_as_stock(steps: list[bool], v11: Any, name: str) -> None:
+def test_generates_as_hugging_face(steps: list[bool], v11: Any, name: str) -> None:
     """Tokens, scores and beam indices."""
-    assert_generates_as_stock(*v11, name)
+    assert_same(run(v11[1], {**CORE, **MORE}[name]), hugging_face_result(name))
     assert all(steps)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "do_sample" not in {**CORE, **MORE}[name]])
-def test_choices_of_more_rows_than_the_request(
-    steps: list[bool], monkeypatch: pytest.MonkeyPatch, v11: Any, name: str
-) -> None:
+def test_token_selection_with_padding_rows(steps: list[bool], on_stand_in: Any, name: str) -> None:
     """Three batch entries on engines of four."""
-    stock, _ = v11
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    ours.session = stand_in_session(ours, monkeypatch)
-    assert_generates_as_stock(stock, ours, name)
+    assert_same(run(on_stand_in, {**CORE, **MORE}[name]), hugging_face_result(name))
     assert all(steps)
 
 
@@ -104,7 +100,7 @@ def test_rows_behind_the_request_change_nothing(request: Any, by_kernel: bool, e
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_reports_come_by_mail(steps: list[bool], beams: int) -> None:
+def test_reports_arrive_in_the_mailbox(steps: list[bool], beams: int) -> None:
     """The newest ones, each by its position, and none of an earlier request."""
     cpu, rules = torch.device("cpu"), BeamRules(2, 4, 1.0, False, False, False, (1,), 0)
     selector: Any = (
@@ -122,7 +118,7 @@ def test_reports_come_by_mail(steps: list[bool], beams: int) -> None:
     assert selector.mailbox.in_use
 
 
-def test_what_comes_by_mail_is_handed_out_in_order() -> None:
+def test_mailbox_reports_are_returned_in_order() -> None:
     selector: Any = SimpleNamespace(report=torch.zeros(2, dtype=torch.int64), mailbox=Mailbox(2, torch.device("cpu")))
     selector.mailbox.in_use = True
     selector.mailbox.start_anew()
@@ -166,7 +162,7 @@ def nothing_compiled() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("built_for", "extra"), [("12.6", "kernels-cu12"), ("13.0", "kernels-cu13")])
-def test_missing_packages_are_said_once(
+def test_missing_packages_are_logged_once(
     nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: Any, built_for: str, extra: str
 ) -> None:
     """With the command that brings them, however many kernels there are."""
@@ -178,7 +174,7 @@ def test_missing_packages_are_said_once(
     assert record.levelno == logging.WARNING and f'`pip install "t5-trt[{extra}]"`' in record.getMessage()
 
 
-def test_missing_library_is_said(nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_missing_library_is_logged(nothing_compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """cuda.bindings is there, NVRTC is not."""
 
     def create(*_: Any) -> Any:

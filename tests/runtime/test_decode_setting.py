@@ -81,7 +81,7 @@ def test_engine_where_kernels_cannot_run(
     assert not warnings_of(caplog)
     for _ in range(2):
         ours = TRTT5ForConditionalGeneration.from_model(stock, **settings)
-        assert ours._runner.placement.backend == "tensorrt" and "decode=engine" in repr(ours)
+        assert "backend=tensorrt" in repr(ours) and "decode=engine" in repr(ours)
     (message,) = warnings_of(caplog)
     assert message.startswith("decoder steps are run by a TensorRT engine and not by the library's own kernels: ")
     assert message.endswith(". decode='engine' chooses that without this warning.") and ".." not in message

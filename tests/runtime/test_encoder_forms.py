@@ -90,7 +90,7 @@ def test_request_without_an_engine_is_served_at_once(builds: Builds) -> None:
     assert len(set(encoders)) == 1, "one size"
 
 
-def test_slower_engine_is_let_go_of(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+def test_slower_engine_is_unloaded(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
     stock = make_stock("t5-v1.0")
     ours, builds.times = builds.model(stock), OWN_WINS
     with caplog.at_level(logging.INFO, "t5_trt"):
@@ -132,7 +132,7 @@ def test_every_kind_of_input_in_the_background(builds: Builds, checked: bool) ->
     assert {graph for graph, _ in ours.session.engines.provider.kept} == {"encoder_embeds"}
 
 
-def test_build_that_fails_costs_a_warning(
+def test_failed_build_causes_a_warning(
     builds: Builds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stock = make_stock("t5-v1.1")
@@ -152,7 +152,7 @@ def test_build_that_fails_costs_a_warning(
     assert "no engine for encoder B4 S32: building encoder: out of memory. This process goes on" in record.getMessage()
 
 
-def test_wrong_engine_is_never_used_and_costs_a_warning(
+def test_wrong_engine_is_never_used_and_causes_a_warning(
     builds: Builds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stock = make_stock("t5-v1.1")
@@ -164,7 +164,7 @@ def test_wrong_engine_is_never_used_and_costs_a_warning(
         right(context)
         for node, is_input in context.engine.io:
             if node.name == "encoder_hidden_states" and not is_input:
-                context._memory(node, tuple(node.shape))[...] = 0.5
+                context.memory(node, tuple(node.shape))[...] = 0.5
 
     monkeypatch.setattr(StandInContext, "run", wrong)
     settle(ours, builds)
@@ -252,7 +252,7 @@ def test_unknown_setting_is_named() -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "tf32"])
-def test_precision_that_only_engines_have_cannot_be_built_behind(
+def test_precisions_without_kernels_cannot_build_in_the_background(
     monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     class Api:

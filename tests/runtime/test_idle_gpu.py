@@ -66,7 +66,7 @@ def gpu(fresh_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("built_for", "extra"), [("12.6", "cu12"), ("13.0", "cu13")])
-def test_missing_tensorrt_is_said_once(
+def test_missing_tensorrt_is_logged_once(
     gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, built_for: str, extra: str
 ) -> None:
     """With the extras for the CUDA of the installed PyTorch; the model runs, on the CPU."""

@@ -58,7 +58,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def asked(ours: Any) -> list[str]:
     """Graphs that engines were asked for, in order."""
-    return [graph for graph, _ in ours.session.engines._provider.asked]
+    return [graph for graph, _ in ours.session.stand_in.asked]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

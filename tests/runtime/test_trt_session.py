@@ -112,7 +112,7 @@ def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         gc.enable()
 
 
-def test_slots_are_used_again(make_pair: Any) -> None:
+def test_step_buffers_are_reused(make_pair: Any) -> None:
     _, ours = make_pair("t5-v1.0")
     one = torch.zeros(3, 1, dtype=torch.long)
     first = ours(**batch(), decoder_input_ids=one)
@@ -125,7 +125,7 @@ def test_slots_are_used_again(make_pair: Any) -> None:
     assert torch.equal(second.logits, expected) and not torch.equal(third.logits, expected)
 
 
-def test_two_kinds_of_request_take_turns_in_one_recorded_step(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_kinds_of_request_take_turns_in_one_captured_step(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They differ in a number; what was found out about a kind is used again, and nothing of the other kind."""
     stock, ours = make_pair("t5-v1.1")
     fingerprints: list[Any] = []
@@ -190,7 +190,7 @@ def test_few_engines_serve_all_lengths(make_pair: Any) -> None:
     for rows, tokens in ((1, 3), (1, 17), (1, 32), (2, 20), (2, 31)):
         request = {**batch(rows, tokens, padding="right"), "max_new_tokens": 5}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    asked = ours.session.engines._provider.asked
+    asked = ours.session.stand_in.asked
     assert len(asked) == len(set(asked)) == 4  # encoder and step, for batches of 1 and 2
 
 
@@ -200,7 +200,7 @@ def test_dynamic_axes_need_one_engine(make_pair: Any) -> None:
     for rows, tokens, new in ((1, 3, 5), (3, 40, 5), (4, 20, 140)):
         request = {**batch(rows, tokens), "max_new_tokens": new, "min_new_tokens": new}
         assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    assert [graph for graph, _ in ours.session.engines._provider.asked] == ["encoder", "decoder_step"]
+    assert [graph for graph, _ in ours.session.stand_in.asked] == ["encoder", "decoder_step"]
 
 
 def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.Monke
         ours.session = stand_in_session(ours, monkeypatch)
         tokens.append(ours.generate(**batch(), max_new_tokens=20).tolist())
         assert tokens[-1] == stock.generate(**batch(), max_new_tokens=20).tolist()
-        plans.append(ours.session.engines._provider.plan("decoder_step", Shapes(B=4)))
+        plans.append(ours.session.stand_in.plan("decoder_step", Shapes(B=4)))
     assert plans[0] == plans[1] and tokens[0] != tokens[1]
 
 
@@ -269,14 +269,14 @@ def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, o
         right(self)
         for node, is_input in self.engine.io:
             if node.name == output and not is_input:
-                rows = self._memory(node, tuple(node.shape)).reshape(-1, node.shape[-1])
+                rows = self.memory(node, tuple(node.shape)).reshape(-1, node.shape[-1])
                 rows[1:] = rows[1:][::-1].copy()
 
     monkeypatch.setattr(StandInContext, "run", wrong)
     ours = checked_session(monkeypatch)
     with pytest.raises(BackendError, match=rf"computes wrong values: \w+ B4 .* in {named} .*check_engines=False"):
         ours.generate(**batch(), max_new_tokens=5)
-    assert len(ours.session.engines._provider.discarded) == 1
+    assert len(ours.session.stand_in.discarded) == 1
     monkeypatch.setattr(StandInContext, "run", right)
     expected = make_stock("t5-v1.1").generate(**batch(), max_new_tokens=5)
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()
@@ -293,7 +293,7 @@ def test_engine_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch, v
         right(self)
         for node, is_input in self.engine.io:
             if node.name == "logits" and not is_input:
-                self._memory(node, tuple(node.shape))[0, :5] = value
+                self.memory(node, tuple(node.shape))[0, :5] = value
 
     monkeypatch.setattr(StandInContext, "run", wrong)
     with pytest.raises(BackendError, match=named):
@@ -329,7 +329,7 @@ def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> 
         strict.generate(**request)
 
 
-def test_step_that_cannot_be_recorded(
+def test_step_that_cannot_be_captured_runs_uncaptured(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It runs kernel by kernel then."""
@@ -382,7 +382,7 @@ def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return states[inputs["attention_mask"].bool()]
 
 
-def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_are_captured_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
     stock, ours = make_pair("t5-v1.1")
     captured, capture = [], tensorrt_encoder.capture
@@ -396,7 +396,7 @@ def test_encoders_are_recorded_for_short_sources(make_pair: Any, monkeypatch: py
     torch.testing.assert_close(encoded(ours, embeds), encoded(stock, embeds), atol=LOGITS_ATOL, rtol=0)
 
 
-def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_captured_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
     stock, ours = make_pair("t5-v1.0")
     for rows in (1, 2, 3, 1):
@@ -405,7 +405,7 @@ def test_few_recorded_encoders_are_kept(make_pair: Any, monkeypatch: pytest.Monk
     assert [shapes.B for _, shapes in ours.session._encoders._captured] == [4, 1]
 
 
-def test_encoder_that_cannot_be_recorded(
+def test_encoder_that_cannot_be_captured_runs_uncaptured(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It runs kernel by kernel then, and recording it is not tried again; without memory it is an error of ours."""

@@ -49,7 +49,7 @@ sanitize: $(VENV)/installed
 # Transformers and ONNX Runtime: tools, packaging, documents, stores of files, HTTP around generate(), what is compiled or built for
 # GPUs and the sessions over it (graphs are compared, and the 77 sets of arguments run on stand-ins, in tests that stay)
 NOT_FOR_OLDEST = tests/audit tests/benchmarks tests/kernels tests/serving/http tests/serving/test_serving_ends.py tests/cli/test_serve.py \
-    $(addprefix tests/engine/test_,faults.py rtx_build.py store.py) tests/examples/test_ray*.py tests/examples/test_triton.py \
+    $(addprefix tests/engine/test_,faults.py rtx_build.py store.py) tests/examples/test_ray.py tests/examples/test_ray_serve.py tests/examples/test_triton.py \
     $(addprefix tests/test_,benchmarks.py documents.py imports.py install.py other_systems.py package.py release.py structure.py) \
     $(addprefix tests/runtime/test_,buffers.py cuda_*.py encoder_forms.py idle_gpu.py kernel_*.py row_positions.py torch_layers.py) \
     tests/runtime/test_trt_session.py tests/tools/test_bench.py

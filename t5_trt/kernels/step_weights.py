@@ -20,7 +20,7 @@ from t5_trt.graph.parameters import (
     parameters,
 )
 from t5_trt.graph.relative_positions import distance_buckets
-from t5_trt.kernels.decode_step import LayerWeights, StepWeights
+from t5_trt.kernels.step_memory import LayerWeights, StepWeights
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
 
 

@@ -20,14 +20,8 @@ from t5_trt.engine.profiles import Shapes, power_of_two
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.precision import mask_value, real_type
 from t5_trt.kernels.compile import stored_cubin
-from t5_trt.kernels.decode_step import (
-    CHUNK,
-    DecodeKernels,
-    DecodeStep,
-    StepBuffers,
-    StepInputs,
-    constants,
-)
+from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep, constants
+from t5_trt.kernels.step_memory import StepBuffers, StepInputs
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, NotCaptured, capture
 from t5_trt.runtime.kernel_positions import PROGRAMS_KEPT, PositionsStep, positions_at_once

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from t5_trt.kernels.decode_step import DecodeKernels, DecodeStep, StepBuffers
+from t5_trt.kernels.decode_step import DecodeKernels, DecodeStep
+from t5_trt.kernels.step_memory import StepBuffers
 
 #: positions of a sequence, and rows, that a step takes; longer prompts are decoded piece by piece
 MOST_POSITIONS, MOST_ROWS = 64, 512

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep, StepBuffers, StepInputs, StepWeights
+from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep
+from t5_trt.kernels.step_memory import StepBuffers, StepInputs, StepWeights
 from t5_trt.runtime.row_buffers import RowBuffers
 
 #: rows of a group, of which kernels compute all or none

@@ -14,8 +14,8 @@ from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.graph.precision import empty_slot_value, mask_value, real_type
 from t5_trt.graph.relative_positions import distance_buckets
-from t5_trt.kernels.decode_step import StepWeights
 from t5_trt.kernels.reference import activate_inner
+from t5_trt.kernels.step_memory import StepWeights
 from t5_trt.kernels.step_weights import unpacked_layer
 from t5_trt.kernels.weights import unpack_matrix
 from t5_trt.runtime.device_weights import DeviceWeights

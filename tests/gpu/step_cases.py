@@ -10,16 +10,8 @@ import torch
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
-from t5_trt.kernels.decode_step import (
-    CHUNK,
-    DecodeKernels,
-    DecodeStep,
-    LayerWeights,
-    StepBuffers,
-    StepInputs,
-    StepWeights,
-    constants,
-)
+from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep, constants
+from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
 
 SMALL = Architecture(

@@ -12,7 +12,8 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import reference
-from t5_trt.kernels.decode_step import PRODUCTS, StepBuffers, padded, tiles
+from t5_trt.kernels.decode_step import PRODUCTS
+from t5_trt.kernels.step_memory import StepBuffers, padded, tiles
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_activations, unpack_matrix
 from tests.kernels.compiled import ODD
 from tests.kernels.step_emulation import EmulatedStep

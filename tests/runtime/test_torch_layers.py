@@ -11,7 +11,7 @@ from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, find_scaling
 from t5_trt.kernels import reference
-from t5_trt.kernels.decode_step import StepWeights
+from t5_trt.kernels.step_memory import StepWeights
 from t5_trt.kernels.step_weights import StepWeightsMaker, unpacked_layer
 from t5_trt.kernels.weights import unpack_matrix
 from t5_trt.runtime.captured_encoder import CapturedEncoder

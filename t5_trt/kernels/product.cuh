@@ -96,6 +96,15 @@ __device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int row
     }
 }
 
+// The largest part of `limit` or less that goes into `count` without rest, which saves a loop its conditions; `limit` if that is too small.
+__host__ __device__ constexpr int even_part(int count, int limit)
+{
+    int part = limit;
+    while (count % part)
+        --part;
+    return part * 2 >= limit ? part : limit;
+}
+
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
@@ -119,8 +128,8 @@ struct Product {
     static constexpr int SUMS = ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
 #endif
     static constexpr int FITTING = STAGED ? SHARED_BYTES / (WARPS * ROW_TILES * BLOCK) : MOST;
-    static constexpr int LIMIT = least(PER_WARP, least(MOST, FITTING)), ROUNDS = (PER_WARP + LIMIT - 1) / LIMIT;
-    static constexpr int HELD = INT8 ? (PER_WARP + ROUNDS - 1) / ROUNDS : LIMIT;  // k tiles whose weights are in registers, and rows on their way
+    static constexpr int LIMIT = least(PER_WARP, least(MOST, FITTING));
+    static constexpr int HELD = K_TILES % WARPS ? LIMIT : even_part(PER_WARP, LIMIT);  // k tiles whose weights are in registers, and rows on their way
     static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;  // that an SM has registers for: twice the loads
     static constexpr bool EVEN = K_TILES % WARPS == 0 && PER_WARP % HELD == 0;  // no k tile is missing anywhere
     static constexpr int STRIDE = 20;                 // of the sums of a row: 16, and no bank conflicts

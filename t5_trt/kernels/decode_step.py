@@ -30,7 +30,7 @@ LARGE_SHARED_BYTES = 200 * 1024
 LARGE_SHARED = (9, 10)
 #: from how many rows on such a GPU takes that much, and makes the widest products of a layer by ``tiled_product.cuh``
 TILED_ROWS = 33
-#: d_model of models for which 17 to 32 rows had better share one load of the weights
+#: d_model of models for which 17 to 64 rows had better share one load of the weights for every 32 of them
 LARGE_MODEL = 1024
 KERNELS = (
     "embed", "project_qkv", "attend_self", "add_attention", "project_query", "attend_cross", "feed_forward_in",
@@ -72,7 +72,7 @@ def constants(
     # sizes at which sharing a weight load among rows beats more CTAs (measured on an H200, docs/performance.md)
     large = capability in LARGE_SHARED and dtype != torch.float32
     row_tiles = 1 if rows <= 8 else 2 if rows <= 64 or dtype == torch.float32 else 4
-    if large and 16 < rows <= 32 and arch.d_model >= LARGE_MODEL:
+    if large and 16 < rows <= 64 and arch.d_model >= LARGE_MODEL:
         row_tiles = 4
     head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
     room = LARGE_SHARED_BYTES if large and rows > 16 else SHARED_BYTES

@@ -97,12 +97,10 @@ __device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int row
 }
 
 // The largest part of `limit` or less that goes into `count` without rest, which saves a loop its conditions; `limit` if that is too small.
+__host__ __device__ constexpr int largest_part(int count, int limit) { return count % limit ? largest_part(count, limit - 1) : limit; }
 __host__ __device__ constexpr int even_part(int count, int limit)
 {
-    int part = limit;
-    while (count % part)
-        --part;
-    return part * 2 >= limit ? part : limit;
+    return largest_part(count, limit) * 2 >= limit ? largest_part(count, limit) : limit;
 }
 
 // TOTAL: tiles of outputs in all.

@@ -170,8 +170,8 @@ struct KeyTiles {
 __device__ __forceinline__ void merge_warps(const WarpSums& all, int warps, int count, int row, int rows, stored* attended, float* parts,
                                             int* arrived)
 {
-    const int chunks = (count + CHUNK - 1) / CHUNK;
-    for (int i = threadIdx.x; i < rows * (D / 2); i += SHARED_WARPS * 32) {
+    const int chunks = (count + CHUNK - 1) / CHUNK, pairs = rows * D / 2;
+    for (int i = threadIdx.x; i < pairs; i += SHARED_WARPS * 32) {
         const int own = i / (D / 2), column = i % (D / 2) * 2;
         TileSums merged = {HIDDEN, 0.f};
         float low = 0.f, high = 0.f;

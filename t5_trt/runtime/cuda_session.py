@@ -27,6 +27,9 @@ from t5_trt.runtime.session import GenerationStep, TokenSelector
 from t5_trt.runtime.torch_layers import TorchDecoder
 from t5_trt.runtime.weight_updates import WeightUpdates
 
+#: tokens of a call up to which the kernels decode several positions; torch is faster with more (docs/performance.md)
+KERNEL_TOKENS = 2048
+
 
 class CudaSession:
     """Runs one model on one GPU without TensorRT.
@@ -62,7 +65,7 @@ class CudaSession:
         self._order = StreamOrder(device)
         self._lock = threading.RLock()
         self._hidden = mask_value(real_type(precision))
-        self._updates = WeightUpdates(device, self._write)
+        self._updates = WeightUpdates(device)
         self._queries: TorchDecoder | None = None
         self._steps: KernelDecoder | None = None
         if arch.decoder_layers:
@@ -111,7 +114,7 @@ class CudaSession:
         assert self._steps is not None and self._queries is not None
         with self._at_work():
             state.reserve(input_ids.shape[1])
-            if key_mask is None:
+            if key_mask is None and input_ids.numel() <= KERNEL_TOKENS:
                 return self._steps.decode(state, input_ids)
             cross, source = state.cross, state.cross.source_length
             bias, kv = state.cross_bias[: cross.batch, ..., :source], cross.kv[:, :, : cross.batch, :, :source]
@@ -130,13 +133,13 @@ class CudaSession:
     def loaded_graphs(self) -> tuple[str, ...]:
         """The names of the parts that compute."""
         encoder = self._encoder.form.name
-        return (encoder, BY_KERNELS, "decoder with hidden tokens (torch)") if self._steps else (encoder,)
+        return (encoder, BY_KERNELS, "decoder with hidden or many tokens (torch)") if self._steps else (encoder,)
 
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""
         with self._at_work():
             self.updates += 1
-            self._updates.apply(changed)
+            self._updates.apply(changed, self._write)
         return True
 
     def _write(self, key: str, tensor: torch.Tensor) -> None:

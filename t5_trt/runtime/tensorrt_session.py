@@ -96,7 +96,7 @@ class TrtSession:
         steps = kernels or self._engine_step
         assert steps is not None
         self._steps: StepDecoder = steps
-        self._updates = WeightUpdates(self.device, self._write)
+        self._updates = WeightUpdates(self.device)
         self.steps_by = "engine" if kernels is None else "kernels"
         self._encoders = Encoders(self.engines, self.arch, self.dtype, device)
         self._order = StreamOrder(device)
@@ -211,7 +211,7 @@ class TrtSession:
             return False
         with self._at_work():
             self.updates += 1
-            self._updates.apply(changed)
+            self._updates.apply(changed, self._write)
             if self._reference is not None:
                 self._reference.update_weights(changed)
         return True

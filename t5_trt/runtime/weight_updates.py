@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from t5_trt.graph.parameters import Weights
-from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, NotCaptured, capture
+from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture
 
 logger = logging.getLogger("t5_trt")
+Write = Callable[[str, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,32 @@ class WeightUpdates:
 
     Args:
         device: the GPU.
-        write: puts the value of a key in its places.
     """
 
-    def __init__(self, device: torch.device, write: Callable[[str, torch.Tensor], None]) -> None:
-        self._device, self._write = device, write
-        self._graphs: dict[Hashable, Any] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graphs: dict[Hashable, Any] = {}  # None for what cannot be captured
         self._memory = GraphMemory()
 
-    def apply(self, changed: Weights) -> None:
-        """Write all values of `changed`."""
+    def apply(self, changed: Weights, write: Write) -> None:
+        """Write all values of `changed`.
+
+        Args:
+            changed: state-dict key -> tensor on the device.
+            write: puts the value of a key in its places, the same ones at every call.
+        """
         source = changed.source() if isinstance(changed, ComputedWeights) else None
         if source is None:
             for key in changed:
-                self._write(key, changed[key])
-        elif source.state in self._graphs:
-            self._graphs[source.state].replay()
+                write(key, changed[key])
+            return
+        work = partial(_compute, source, write)
+        if source.state not in self._graphs:
+            self._graphs[source.state] = self._captured(work)
+        elif self._graphs[source.state] is None:
+            work()
         else:
-            self._graphs[source.state] = self._captured(partial(self._compute, source))
-
-    def _compute(self, source: ComputedFrom) -> None:
-        for key, compute in source.compute.items():
-            self._write(key, compute())
+            self._graphs[source.state].replay()
 
     def _captured(self, work: Callable[[], None]) -> Any:
         """The graph of an update, whose warm-ups make it."""
@@ -72,4 +77,9 @@ class WeightUpdates:
             return capture(work, self._device, self._memory, draws=False)
         except CaptureError as error:
             logger.debug("an update of weights is not captured: %s", error)
-            return NotCaptured(work)
+            return None
+
+
+def _compute(source: ComputedFrom, write: Write) -> None:
+    for key, compute in source.compute.items():
+        write(key, compute())

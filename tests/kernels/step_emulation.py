@@ -62,6 +62,7 @@ def host_source() -> str:
         own = re.sub(r"#include .*|#pragma once|extern __shared__ .*", "", (folder / name).read_text())
         text += without(own, emulated)
     geometry = (folder / "decode_step.cu").read_text()
+    text += "constexpr int SHARERS = 1;\n"  # attention is not emulated here
     text += geometry[geometry.index('extern "C" {') :]
     products = ["QkvProduct", "AddProduct", "QueryProduct", "InProduct", "OutProduct"]
     threads = ", ".join(("EMBED_THREADS", *(f"{product}::THREADS" for product in products), "HEAD_WARPS * 32"))

@@ -15,12 +15,12 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, parameters
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime import captured_encoder, cuda_graph, kernel_decoder, weight_updates
+from t5_trt.runtime import captured_encoder, cuda_graph, cuda_session, kernel_decoder, weight_updates
 from t5_trt.runtime import open_session as opening
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.select import Placement
 from t5_trt.runtime.torch_layers import TorchDecoder
-from tests.stand_in_kernels import Recording, TorchSteps
+from tests.stand_in_kernels import Recording, TorchSteps, kernels_pair
 from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import KINDS, batch, large_logits, make_stock, swollen
 from tests.tolerances import LOGITS_ATOL
@@ -250,3 +250,12 @@ def test_session_that_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dec
     seen: Any = None
     opening.open_session(arch, weights, config, placement, BuildConfig(), seen)
     assert isinstance(given["kernels"], KernelDecoder) == (decode == "kernels")
+
+
+def test_calls_of_many_tokens_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, ours = kernels_pair(monkeypatch, tmp_path)
+    given = batch() | {"decoder_input_ids": torch.randint(3, 200, (3, 8))}
+    by_kernels = ours(**given).logits
+    monkeypatch.setattr(cuda_session, "KERNEL_TOKENS", 23)
+    monkeypatch.setattr(ours.session._steps, "decode", lambda *_: pytest.fail("the kernels decode"))
+    torch.testing.assert_close(ours(**given).logits, by_kernels)

@@ -130,7 +130,7 @@ def test_a_slow_body_gets_408_and_a_slow_request_504(shipped: tuple[Any, Any, An
             status, error = client.ask("/generate", {**LONG, **stop})
             assert (status, error["error"]["code"]) == (504, "timeout")
         *pieces, last = client.events("/generate", LONG)
-        assert len(pieces) > 2 and last["error"]["code"] == "timeout"
+        assert pieces and last["error"]["code"] == "timeout"
         until(lambda: client.metric('t5_trt_errors_total{reason="timeout"}') == 3)
 
 

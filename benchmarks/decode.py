@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     given = parser.parse_args(arguments)
     cases = CASES if given.cases is None else [tuple(map(int, case.split("x"))) for case in given.cases.split(",")]
-    stock = t5_base(given.layers)
+    hugging_face = t5_base(given.layers)
     peer = None if given.no_peer else t5_base(given.layers).half().to(kernel_models.DEVICE)
     models: dict[str, Any] = {}
     opened: dict[str, Record] = {}
     for backend in named_backends(given.backends):
         opened[backend] = {"model": base_name(given.layers), "precision": "fp16", "backend": backend}
-        models[backend] = open_model(backend, stock, "fp16", given.store)
+        models[backend] = open_model(backend, hugging_face, "fp16", given.store)
         attempt(opened[backend], "open_s", lambda backend=backend: opening_seconds(models[backend]))
         attempt(opened[backend], "prepare_s", lambda backend=backend: prepare_seconds(models[backend], backend, cases))
     failed = [backend for backend, record in opened.items() if "failed" in record]

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     cases = CASES if given.cases is None else sizes(given.cases)
-    stock = t5_base(given.layers)
-    ours = open_model("cuda", stock, "fp16", given.store)
+    hugging_face = t5_base(given.layers)
+    ours = open_model("cuda", hugging_face, "fp16", given.store)
     forms = open_forms(ours, given.store)
     peer = None if given.no_peer else t5_base(given.layers).half().to(kernel_models.DEVICE).encoder
     failed = False

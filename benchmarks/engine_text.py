@@ -37,7 +37,7 @@ from t5_trt.engine.profiles import bucket
 from t5_trt.errors import BackendError
 from t5_trt.tools.random_models import random_t5
 from t5_trt.tools.verify import block_errors
-from tests.tiny_models import FACTORS, batch, make_stock, swollen
+from tests.tiny_models import FACTORS, batch, make_hugging_face, swollen
 
 #: sentences by precision: in half precision the share of equal ones is counted in tenths of a percent
 SENTENCES = {"fp32": 500, "fp16": 1000}
@@ -61,7 +61,7 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
     sentences = [" ".join(chooser.choices(words, k=chooser.randint(1, 5))) for _ in range(count)]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = T5ForConditionalGeneration.from_pretrained(folder).eval()
-    stock = copy.deepcopy(plain).cuda()
+    hugging_face = copy.deepcopy(plain).cuda()
     ours = TRTT5ForConditionalGeneration.from_pretrained(
         folder, backend="tensorrt", decode="engine", precision=precision, engine_cache_dir=store
     )
@@ -84,7 +84,7 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
         return list(dict(zip(shapes, batches, strict=True)).values())
 
     for beams in (1, 4):
-        expected, _ = run(stock, [] if build else batched(sentences, 50), beams)
+        expected, _ = run(hugging_face, [] if build else batched(sentences, 50), beams)
         for size in (1, 7, 16):
             batches = batched(sentences, size)
             run(ours, one_of_each_shape(batches), beams)  # builds what is missing
@@ -103,7 +103,7 @@ def stage_shipped(store: Path, precision: str, build: bool = False) -> Records:
                 "source_tokens": first["input_ids"].shape[1],
                 "new_tokens": max(map(len, expected[:size])) - 1,
                 "num_beams": beams,
-                **call_times(ours, stock, first),
+                **call_times(ours, hugging_face, first),
                 "sentences_equal": equal,
                 "tokens_equal": equal == count,
                 "all_sentences_ms": round(all_ms, 1),
@@ -127,7 +127,7 @@ def small_overflowing() -> dict[str, tuple[Any, dict[str, Any]]]:
     small = {**batch(), "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     return {
         f"{kind}, 2 layers, feed-forward times {FACTORS[index]}": (
-            swollen(make_stock(kind, seed=seed), *FACTORS[index]),
+            swollen(make_hugging_face(kind, seed=seed), *FACTORS[index]),
             small,
         )
         for (kind, index), seed in SEEDS.items()
@@ -140,20 +140,20 @@ def base_overflowing(**factors: float) -> dict[str, tuple[Any, dict[str, Any]]]:
     return {f"{BASE}, {words}": (larger(random_t5("t5-base"), **factors), request(1))}
 
 
-def larger(stock: Any, stream: float = 1.0, inner: float = 1.0) -> Any:
+def larger(hugging_face: Any, stream: float = 1.0, inner: float = 1.0) -> Any:
     """The same function with larger activations: the residual streams, or the inside of the feed-forward layers (relu).
 
     A larger stream makes logits larger too where the head is tied; and epsilon counts for less.
     """
     with torch.no_grad():
-        for name, parameter in stock.named_parameters():
+        for name, parameter in hugging_face.named_parameters():
             if name == "shared.weight" or name.endswith(".o.weight"):
                 parameter.mul_(stream)
             elif name.endswith(".wo.weight"):
                 parameter.mul_(stream / inner)
             elif name.endswith(".wi.weight"):
                 parameter.mul_(inner)
-    return stock
+    return hugging_face
 
 
 def stage_overflow(
@@ -161,22 +161,28 @@ def stage_overflow(
 ) -> Records:
     """Greedy tokens and logits of models that overflow, against Hugging Face in float32; and what its float16 gives."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    for name, (stock, arguments) in models().items():
-        ours, stock = our_model(store, precision, copy.deepcopy(stock)), stock.cuda()
+    for name, (hugging_face, arguments) in models().items():
+        ours, hugging_face = our_model(store, precision, copy.deepcopy(hugging_face)), hugging_face.cuda()
         arguments = {key: value.cuda() if hasattr(value, "cuda") else value for key, value in arguments.items()}
         arguments |= {"output_logits": True, "return_dict_in_generate": True}
         inputs = {key: arguments[key] for key in ("input_ids", "attention_mask")}
-        expected = stock.generate(**arguments)
+        expected = hugging_face.generate(**arguments)
         try:
             got = ours.generate(**arguments)
         except BackendError as error:
             print(f"{name}: {error}", flush=True)
-            explain(our_model(store, precision, copy.deepcopy(stock).cpu(), check_engines=False), inputs, expected)
+            explain(
+                our_model(store, precision, copy.deepcopy(hugging_face).cpu(), check_engines=False), inputs, expected
+            )
             continue
         path, equal = str(ours.last_generation_path), bool(torch.equal(got.sequences, expected.sequences))
         wanted, logits = (torch.stack(each.logits, 1) for each in (expected, got))  # [B, T, V]
         with torch.no_grad():
-            half = copy.deepcopy(stock).half()(**inputs, decoder_input_ids=expected.sequences[:, :-1]).logits.float()
+            half = (
+                copy.deepcopy(hugging_face)
+                .half()(**inputs, decoder_input_ids=expected.sequences[:, :-1])
+                .logits.float()
+            )
         best = wanted.topk(2).values
         yield {
             "model": name,

@@ -30,7 +30,7 @@ from benchmarks.gpu import (
     slot_alone,
 )
 from t5_trt.tools.random_models import random_t5
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 
 def stage_build(store: Path, precision: str) -> Records:
@@ -44,9 +44,9 @@ def stage_build(store: Path, precision: str) -> Records:
 def stage_base(store: Path, precision: str) -> Records:
     """T5-base shapes, batch 1: load from the store, compare tokens, time everything."""
     load_s = load_seconds(store, precision, request(new=2))
-    ours, stock = our_model(store, precision), random_t5("t5-base").cuda()
+    ours, hugging_face = our_model(store, precision), random_t5("t5-base").cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
-    expected, got = stock.generate(**request()), ours.generate(**request())
+    expected, got = hugging_face.generate(**request()), ours.generate(**request())
     yield {
         "model": BASE,
         "precision": precision,
@@ -54,7 +54,7 @@ def stage_base(store: Path, precision: str) -> Records:
         "source_tokens": SOURCE_TOKENS,
         "new_tokens": NEW_TOKENS,
         "num_beams": 1,
-        **call_times(ours, stock, request()),
+        **call_times(ours, hugging_face, request()),
         "tokens_equal": bool(torch.equal(got, expected)),
         "tokens_equal_share": (got == expected).float().mean().item(),
         "distinct_tokens": int(expected.unique().numel()),
@@ -80,7 +80,7 @@ SEEDS = {"t5-v1.1": 5, "mt5": 5, "umt5": 4}
 
 def family(kind: str) -> Any:
     """A Hugging Face model of two layers whose activations stay moderate at these widths."""
-    model = make_stock(kind, seed=SEEDS[kind], **FAMILIES[kind])
+    model = make_hugging_face(kind, seed=SEEDS[kind], **FAMILIES[kind])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and name != "shared.weight" and "relative" not in name:
@@ -92,11 +92,11 @@ def stage_families(store: Path, precision: str) -> Records:
     """Two-layer models of every kind: 40 greedy tokens of batches with padding, against the Hugging Face class."""
     for kind, sizes in FAMILIES.items():
         ours = our_model(store, precision, family(kind))
-        stock = family(kind).cuda()
+        hugging_face = family(kind).cuda()
         for rows in (1, 3):
             inputs = {name: tensor.cuda() for name, tensor in batch(rows).items()}
             wanted = {**inputs, "max_new_tokens": 40, "min_new_tokens": 40}
-            got, expected = ours.generate(**wanted), stock.generate(**wanted)
+            got, expected = ours.generate(**wanted), hugging_face.generate(**wanted)
             load_s = load_seconds(store, precision, {**wanted, "min_new_tokens": 2, "max_new_tokens": 2}, family(kind))
             yield {
                 "model": f"{kind}, 2 layers, {sizes}, random weights",
@@ -105,7 +105,7 @@ def stage_families(store: Path, precision: str) -> Records:
                 "source_tokens": 11,
                 "new_tokens": 40,
                 "num_beams": 1,
-                **call_times(ours, stock, wanted),
+                **call_times(ours, hugging_face, wanted),
                 "tokens_equal": bool(torch.equal(got, expected)),
                 "distinct_tokens": int(expected.unique().numel()),
                 "load_s": round(load_s, 2),

@@ -39,12 +39,12 @@ def request(rows: int = 1, new: int = NEW_TOKENS, **options: Any) -> dict[str, A
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fixed, **options}
 
 
-def our_model(store: Path, precision: str, stock: Any = None, **options: Any) -> Any:
+def our_model(store: Path, precision: str, hugging_face: Any = None, **options: Any) -> Any:
     """A Hugging Face model, T5-base shapes unless one is given, on TensorRT, its decoder step too; options as of ``from_model``."""
     from t5_trt import TRTT5ForConditionalGeneration
 
     return TRTT5ForConditionalGeneration.from_model(
-        random_t5("t5-base") if stock is None else stock,
+        random_t5("t5-base") if hugging_face is None else hugging_face,
         backend="tensorrt",
         precision=precision,
         engine_cache_dir=store,
@@ -133,9 +133,9 @@ def selecting_slot(ours: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
     return used[-1]
 
 
-def load_seconds(store: Path, precision: str, arguments: dict[str, Any], stock: Any = None) -> float:
+def load_seconds(store: Path, precision: str, arguments: dict[str, Any], hugging_face: Any = None) -> float:
     """From a model without engines to its first tokens, with engines that the store has."""
-    ours, start = our_model(store, precision, stock), time.perf_counter()
+    ours, start = our_model(store, precision, hugging_face), time.perf_counter()
     ours.generate(**arguments)
     return time.perf_counter() - start
 
@@ -157,10 +157,10 @@ def build_seconds(store: Path, ours: Any, slot: Any) -> dict[str, float]:
     return found
 
 
-def call_times(ours: Any, stock: Any, arguments: dict[str, Any], runs: int = 3) -> dict[str, float]:
+def call_times(ours: Any, hugging_face: Any, arguments: dict[str, Any], runs: int = 3) -> dict[str, float]:
     """Whole calls in milliseconds: ours, and the Hugging Face class in float32 and in half precision."""
-    half = copy.deepcopy(stock).half()
-    models = {"ours_ms": ours, "hf_eager_fp32_ms": stock, "hf_eager_fp16_ms": half}
+    half = copy.deepcopy(hugging_face).half()
+    models = {"ours_ms": ours, "hf_eager_fp32_ms": hugging_face, "hf_eager_fp16_ms": half}
     return {name: round(timed_ms(partial(model.generate, **arguments), runs)[0], 2) for name, model in models.items()}
 
 

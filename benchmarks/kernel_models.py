@@ -57,12 +57,12 @@ def named_backends(text: str | None) -> list[str]:
     return names
 
 
-def open_model(name: str, stock: Any, precision: str, store: Path) -> Any:
+def open_model(name: str, hugging_face: Any, precision: str, store: Path) -> Any:
     """A Hugging Face model on one of `BACKENDS`."""
     from t5_trt import TRTT5ForConditionalGeneration
 
     return TRTT5ForConditionalGeneration.from_model(
-        stock, precision=precision, engine_cache_dir=store, **BACKENDS[name]
+        hugging_face, precision=precision, engine_cache_dir=store, **BACKENDS[name]
     )
 
 

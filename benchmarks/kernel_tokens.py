@@ -31,7 +31,7 @@ from benchmarks.kernel_models import base_name, keep, named_backends, on_device,
 from benchmarks.token_differences import Difference, differences, equal_rows, greedy_gaps
 from t5_trt.tools.records import Record
 from tests.conftest import ROOT, SHIPPED
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 ROWS, SOURCE_TOKENS, NEW_TOKENS = 32, 32, 99
 SIZES, BEAMS = (1, 7, 16), (1, 4)
@@ -71,10 +71,10 @@ def rows(given: argparse.Namespace) -> Iterator[Record]:
     for seed in range(given.seeds):
         plain = t5_base(given.layers, seed)
         request = on_device(row_request())
-        stock = copy.deepcopy(plain).to(kernel_models.DEVICE)
+        hugging_face = copy.deepcopy(plain).to(kernel_models.DEVICE)
         with torch.no_grad():
-            expected = stock.generate(**request, output_logits=True, return_dict_in_generate=True)
-            theirs = stock.half().generate(**request)
+            expected = hugging_face.generate(**request, output_logits=True, return_dict_in_generate=True)
+            theirs = hugging_face.half().generate(**request)
         wanted = expected.sequences
         least = equal_rows(theirs, wanted)
         for backend in named_backends(given.backends):
@@ -113,7 +113,7 @@ def shipped(given: argparse.Namespace) -> Iterator[Record]:
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns in every call about max_length
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     plain = T5ForConditionalGeneration.from_pretrained(SHIPPED).eval()
-    stock = copy.deepcopy(plain).to(kernel_models.DEVICE)
+    hugging_face = copy.deepcopy(plain).to(kernel_models.DEVICE)
     most = given.sentences or max(count for count, _ in SENTENCES.values())
     texts = sentences(most)
 
@@ -125,13 +125,13 @@ def shipped(given: argparse.Namespace) -> Iterator[Record]:
         return made
 
     with torch.no_grad():
-        expected = {beams: run(stock, texts, 50, beams) for beams in BEAMS}
+        expected = {beams: run(hugging_face, texts, 50, beams) for beams in BEAMS}
     for backend in named_backends(given.backends):
         for precision in given.precisions.split(","):
             wanted, least = SENTENCES[precision]
             ours, count = open_model(backend, plain, precision, given.store), min(wanted, most)
             for beams in BEAMS:
-                gaps = teacher_gaps(stock, tokenizer, texts, expected[beams])
+                gaps = teacher_gaps(hugging_face, tokenizer, texts, expected[beams])
                 for size in SIZES:
                     start = time.perf_counter()
                     found = differences(run(ours, texts[:count], size, beams), expected[beams][:count], gaps)
@@ -153,7 +153,7 @@ def sentences(count: int) -> list[str]:
 
 
 def teacher_gaps(
-    stock: Any, tokenizer: Any, texts: list[str], expected: list[list[int]]
+    hugging_face: Any, tokenizer: Any, texts: list[str], expected: list[list[int]]
 ) -> Callable[[int, int], tuple[float, float]]:
     """(row, step) -> the gap between the two best logits behind the expected tokens, and the logits' spread."""
 
@@ -161,7 +161,7 @@ def teacher_gaps(
         inputs = on_device(dict(tokenizer([texts[row]], return_tensors="pt")))
         ids = torch.tensor([expected[row][: step + 1]], device=kernel_models.DEVICE)
         with torch.no_grad():
-            logits = stock(**inputs, decoder_input_ids=ids).logits[0, -1]
+            logits = hugging_face(**inputs, decoder_input_ids=ids).logits[0, -1]
         best = logits.topk(2).values
         return float(best[0] - best[1]), float(logits.std())
 
@@ -176,12 +176,12 @@ def families(given: argparse.Namespace) -> Iterator[Record]:
 
     for kind in FAMILIES:
         for seed in range(given.seeds):
-            stock = make_stock(kind, seed=seed, num_layers=2, num_decoder_layers=2)
-            yield from family_records(given, f"{kind}, 2 layers, seed {seed}", stock, "fp32", both_requests())
+            hugging_face = make_hugging_face(kind, seed=seed, num_layers=2, num_decoder_layers=2)
+            yield from family_records(given, f"{kind}, 2 layers, seed {seed}", hugging_face, "fp32", both_requests())
     for kind in PUBLISHED:
         yield from family_records(given, f"{kind}, 2 layers of published sizes", family(kind), "fp32", both_requests())
-    for name, (stock, request) in small_overflowing().items():
-        yield from family_records(given, name, stock, "fp16", {"greedy": request})
+    for name, (hugging_face, request) in small_overflowing().items():
+        yield from family_records(given, name, hugging_face, "fp16", {"greedy": request})
 
 
 def both_requests() -> dict[str, dict[str, Any]]:
@@ -198,7 +198,7 @@ def family_records(
     given: argparse.Namespace, name: str, plain: Any, precision: str, requests: dict[str, dict[str, Any]]
 ) -> Iterator[Record]:
     """One model on all backends."""
-    stock = copy.deepcopy(plain).to(kernel_models.DEVICE)
+    hugging_face = copy.deepcopy(plain).to(kernel_models.DEVICE)
     for backend in named_backends(given.backends):
         ours = open_model(backend, copy.deepcopy(plain), precision, given.store)
         equal, total, found, finite = 0, 0, [], True
@@ -206,7 +206,7 @@ def family_records(
             request = on_device(request)
             asked = {**request, "output_logits": True, "return_dict_in_generate": True}
             with torch.no_grad():
-                expected = stock.generate(**asked)
+                expected = hugging_face.generate(**asked)
             finite &= all(bool(step.isfinite().all()) for step in ours.generate(**asked).logits)
             greedy = asked.get("num_beams", 1) == 1
             gaps = greedy_gaps(expected.logits) if greedy else None

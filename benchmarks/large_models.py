@@ -69,22 +69,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(name: str, given: argparse.Namespace, rate: float) -> Iterator[Record]:
     """The records of a model."""
     peer = random_model(name, given.layers)
-    stock = copy.deepcopy(peer).cpu()
+    hugging_face = copy.deepcopy(peer).cpu()
     if given.no_peer:
         peer = None
     for precision in (MODELS[name], *(["int8"] if given.int8 and MODELS[name] == "fp16" else [])):
-        yield from measure_in(precision, name, stock, peer, given, rate)
+        yield from measure_in(precision, name, hugging_face, peer, given, rate)
         gc.collect()
         torch.cuda.empty_cache()
         peer = None
 
 
 def measure_in(
-    precision: str, name: str, stock: Any, peer: Any, given: argparse.Namespace, rate: float
+    precision: str, name: str, hugging_face: Any, peer: Any, given: argparse.Namespace, rate: float
 ) -> Iterator[Record]:
     """The records of a model in one precision."""
     before = torch.cuda.memory_allocated()
-    ours = open_model("cuda", stock, precision, given.store)
+    ours = open_model("cuda", hugging_face, precision, given.store)
     shared: Record = {"model": f"{name} shapes, random weights", "precision": precision, "backend": "cuda"}
     if given.layers:
         shared["layers"] = given.layers
@@ -92,10 +92,10 @@ def measure_in(
     if "failed" in shared:
         yield shared
         return
-    shared |= {"memory_gb": gigabytes(torch.cuda.memory_allocated() - before), "parameters_gb": gigabytes(nbytes(stock, DTYPES[precision]))}  # fmt: skip
+    shared |= {"memory_gb": gigabytes(torch.cuda.memory_allocated() - before), "parameters_gb": gigabytes(nbytes(hugging_face, DTYPES[precision]))}  # fmt: skip
     batches, long = [int(batch) for batch in given.batches.split(",")], PUBLISHED if name == "flan-t5-xl" else ()
     compile_kernels(ours, given.store, [*batches, *long])
-    floor = step_bytes(stock, DTYPES[precision]) / rate / 1e6
+    floor = step_bytes(hugging_face, DTYPES[precision]) / rate / 1e6
     for batch in batches:
         yield {
             **shared,

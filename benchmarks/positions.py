@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     given = parser.parse_args(arguments)
     cases = CASES if given.cases is None else [tuple(map(int, case.split("x"))) for case in given.cases.split(",")]
-    stock = t5_base(given.layers)
-    ours = open_model("cuda", stock, "fp16", given.store)
+    hugging_face = t5_base(given.layers)
+    ours = open_model("cuda", hugging_face, "fp16", given.store)
     peer = None if given.no_peer else t5_base(given.layers).half().to(kernel_models.DEVICE)
     compile_kernels(ours, given.store, [rows for case in cases for rows in rows_of(*case, ours.session.arch)])
     good = True

@@ -76,11 +76,13 @@ def model() -> None:
     torch.cuda.init()  # now, before the imports below take their time: the tool waits for it
 
     from t5_trt import TRTT5ForConditionalGeneration
-    from tests.tiny_models import batch, make_stock
+    from tests.tiny_models import batch, make_hugging_face
 
-    stock = make_stock("t5-v1.1", num_layers=1, num_decoder_layers=1)
+    hugging_face = make_hugging_face("t5-v1.1", num_layers=1, num_decoder_layers=1)
     with tempfile.TemporaryDirectory() as store:
-        ours = TRTT5ForConditionalGeneration.from_model(stock, backend="cuda", precision="fp16", engine_cache_dir=store)
+        ours = TRTT5ForConditionalGeneration.from_model(
+            hugging_face, backend="cuda", precision="fp16", engine_cache_dir=store
+        )
         for rows, beams in ((1, 1), (3, 1), (3, 4)):
             inputs = {name: tensor.cuda() for name, tensor in batch(rows).items()}
             ours.generate(**inputs, num_beams=beams, max_new_tokens=5, min_new_tokens=5)

@@ -194,9 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=100.0, help="after which no further case begins")
     parser.add_argument("--store", type=Path, default=Path("/var/tmp/t5_trt-kernel-engines"), help="of kernels")
     given = parser.parse_args(arguments)
-    end, failed, stock = time.monotonic() + given.seconds, False, t5_base(given.layers)
+    end, failed, hugging_face = time.monotonic() + given.seconds, False, t5_base(given.layers)
     for backend in named_backends(given.backends):
-        model = open_model(backend, stock, "fp16", given.store)
+        model = open_model(backend, hugging_face, "fp16", given.store)
         model.generation_config.eos_token_id = None  # every request makes all of its tokens
         for lengths in given.lengths.split(","):
             for clients in map(int, given.clients.split(",")):

@@ -161,7 +161,14 @@ class Soak:
 
 
 def soak(
-    ours: Any, stock: Any, sizes: Sizes, *, minutes: float, share: float = SHARE, seed: int = 0, verbose: bool = False
+    ours: Any,
+    hugging_face: Any,
+    sizes: Sizes,
+    *,
+    minutes: float,
+    share: float = SHARE,
+    seed: int = 0,
+    verbose: bool = False,
 ) -> Soak:
     """Send requests for some minutes; the largest ones come before and are not counted in the time."""
     dice, seen, on_gpu = random.Random(seed), Soak(), ours.device.type == "cuda"
@@ -173,7 +180,7 @@ def soak(
         (seen.disturbed if rows is None else seen.answered)[request.kind] += 1
         if rows is not None and compare:
             seen.compared += 1
-            expected = answer(stock, request)
+            expected = answer(hugging_face, request)
             if rows != expected:
                 shape = list(request.arguments["input_ids"].shape)
                 where = _parts(rows, expected or [])
@@ -185,7 +192,9 @@ def soak(
         seen.rounding = max(
             seen.rounding,
             rounding(
-                ours, stock, draw_request(dice, vocabulary, sizes, ours.device, kind="greedy", size=size, exact=True)
+                ours,
+                hugging_face,
+                draw_request(dice, vocabulary, sizes, ours.device, kind="greedy", size=size, exact=True),
             ),
         )
         for kind in KINDS:
@@ -206,7 +215,7 @@ def soak(
                 print(f"{elapsed / 60:.1f} min", seen.usage[-1], f"different: {len(seen.different)}", flush=True)
     end = time.monotonic() + TIES_S
     for request, rows, found in seen.unexplained:
-        found["tie"] = is_tie(stock, request, rows, seen.rounding, end)
+        found["tie"] = is_tie(hugging_face, request, rows, seen.rounding, end)
         print("explained:", found, flush=True)
     return seen
 
@@ -216,16 +225,16 @@ def load(model: str, backend: str, precision: str, threads: int, store: Path | N
     options: dict[str, Any] = {"backend": backend, "precision": precision, "num_threads": threads}
     options["engine_cache_dir"] = store
     if model == "tiny":
-        from tests.tiny_models import make_stock
+        from tests.tiny_models import make_hugging_face
 
-        stock = make_stock("t5-v1.1")
-        ours = TRTT5ForConditionalGeneration.from_model(stock, **options)
+        hugging_face = make_hugging_face("t5-v1.1")
+        ours = TRTT5ForConditionalGeneration.from_model(hugging_face, **options)
     else:
-        stock = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32).eval()
+        hugging_face = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32).eval()
         ours = TRTT5ForConditionalGeneration.from_pretrained(model, **options)
-    for each in (stock, ours):
+    for each in (hugging_face, ours):
         each.generation_config.max_length = None  # the checkpoint's would be named in a warning at every request
-    return ours, copy.deepcopy(stock).to(ours.device)
+    return ours, copy.deepcopy(hugging_face).to(ours.device)
 
 
 def make_record(seen: Soak, args: argparse.Namespace, ours: Any) -> dict[str, Any]:
@@ -278,9 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
     use_one_heap()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
-    ours, stock = load(args.model, args.backend, args.precision, args.threads, args.store)
+    ours, hugging_face = load(args.model, args.backend, args.precision, args.threads, args.store)
     sizes = Sizes(args.batch, args.source_tokens, args.new_tokens, few=ours.device.type == "cuda")
-    seen = soak(ours, stock, sizes, minutes=args.minutes, seed=args.seed, verbose=True)
+    seen = soak(ours, hugging_face, sizes, minutes=args.minutes, seed=args.seed, verbose=True)
     record = make_record(seen, args, ours)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")

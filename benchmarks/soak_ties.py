@@ -20,10 +20,11 @@ from benchmarks.soak_requests import Request, answer
 ATTEMPTS = 12
 
 
-def rounding(ours: Any, stock: Any, request: Request) -> float:
+def rounding(ours: Any, hugging_face: Any, request: Request) -> float:
     """Largest absolute difference between the logits of two models on a greedy request, as long as their tokens agree."""
     made = [
-        model.generate(**request.arguments, output_logits=True, return_dict_in_generate=True) for model in (ours, stock)
+        model.generate(**request.arguments, output_logits=True, return_dict_in_generate=True)
+        for model in (ours, hugging_face)
     ]
     largest = 0.0
     for place, (left, right) in enumerate(zip(made[0].logits, made[1].logits, strict=False)):
@@ -34,11 +35,11 @@ def rounding(ours: Any, stock: Any, request: Request) -> float:
     return largest
 
 
-def is_tie(stock: Any, request: Request, rows: list[list[int]], size: float, end: float) -> bool:
+def is_tie(hugging_face: Any, request: Request, rows: list[list[int]], size: float, end: float) -> bool:
     """Whether the Hugging Face class gives these rows when uniform noise of that size is added to its scores.
 
     Args:
-        stock: the Hugging Face model.
+        hugging_face: the Hugging Face model.
         request: what was asked.
         rows: of tokens that it has not given without noise.
         size: largest absolute value of the noise.
@@ -47,9 +48,9 @@ def is_tie(stock: Any, request: Request, rows: list[list[int]], size: float, end
     for attempt in range(ATTEMPTS):
         if time.monotonic() > end:
             return False
-        processors = LogitsProcessorList([_Noise(size, attempt, stock.device)])
+        processors = LogitsProcessorList([_Noise(size, attempt, hugging_face.device)])
         arguments = {**request.arguments, "logits_processor": processors}
-        if answer(stock, dataclasses.replace(request, arguments=arguments)) == rows:
+        if answer(hugging_face, dataclasses.replace(request, arguments=arguments)) == rows:
             return True
     return False
 

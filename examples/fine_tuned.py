@@ -64,16 +64,16 @@ def main() -> None:
     torch.manual_seed(0)
     name = HERE / "kana_romaji"
     tokenizer = AutoTokenizer.from_pretrained(name)
-    stock = T5ForConditionalGeneration.from_pretrained(name)
+    hugging_face = T5ForConditionalGeneration.from_pretrained(name)
     sources = (HERE / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
     hepburn = (HERE / "data" / "kana_romaji_expected.txt").read_text(encoding="utf-8").split("\n")[:-1]
     seen, unseen = slice(0, 32), slice(32, None)
-    fine_tune(stock, tokenizer, sources[seen], [kunrei(line) for line in hepburn[seen]], options.steps)
+    fine_tune(hugging_face, tokenizer, sources[seen], [kunrei(line) for line in hepburn[seen]], options.steps)
 
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
-        expected = generate(stock, tokenizer, sources[unseen])
-        wrapped = TRTT5ForConditionalGeneration.from_model(stock, precision=options.precision)
+        expected = generate(hugging_face, tokenizer, sources[unseen])
+        wrapped = TRTT5ForConditionalGeneration.from_model(hugging_face, precision=options.precision)
         print(
             f"from_model: tokens equal to the Hugging Face class: {generate(wrapped, tokenizer, sources[unseen]) == expected}"
         )

@@ -58,7 +58,7 @@ def main() -> None:
         return {"exact_match": float(np.mean([text == target for text, target in pairs]))}
 
     ours = TRTT5ForConditionalGeneration.from_pretrained(options.model, precision=options.precision)
-    stock = T5ForConditionalGeneration.from_pretrained(options.model)
+    hugging_face = T5ForConditionalGeneration.from_pretrained(options.model)
     predicted = {}
     # the trainer sets max_length in the model's generation config; beside max_new_tokens Transformers would warn in every batch
     limits = {"max_length": options.max_length, "max_new_tokens": None}
@@ -72,7 +72,7 @@ def main() -> None:
             use_cpu=ours.device.type == "cpu",  # the trainer moves a model to a GPU that it sees
             report_to=[],
         )
-        for name, model in (("t5_trt", ours), ("transformers", stock)):
+        for name, model in (("t5_trt", ours), ("transformers", hugging_face)):
             trainer = Seq2SeqTrainer(
                 model=model,
                 args=arguments,

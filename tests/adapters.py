@@ -15,7 +15,7 @@ from peft import (
 )
 
 from t5_trt import TRTT5ForConditionalGeneration
-from tests.tiny_models import VOCAB, batch, make_stock
+from tests.tiny_models import VOCAB, batch, make_hugging_face
 from tests.tolerances import LOGITS_ATOL
 
 #: names that peft's parameters have, of layers and of copies of modules
@@ -53,17 +53,17 @@ def randomize(model: Any, seed: int) -> Any:
     return model
 
 
-def peft_pair(stock: Any, configs: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
+def peft_pair(hugging_face: Any, configs: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
     """A Hugging Face model with adapters, ours with the same, and the model on engines in ours.
 
     Args:
-        stock: is left as it is.
+        hugging_face: is left as it is.
         configs: by name of the adapter; the first one is active.
         options: of ``from_model``.
     """
-    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), **{"num_threads": 1, **options})
+    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), **{"num_threads": 1, **options})
     wrapped = []
-    for model in (copy.deepcopy(stock), ours):
+    for model in (copy.deepcopy(hugging_face), ours):
         (first, config), *more = configs.items()
         made = get_peft_model(model, copy.deepcopy(config), adapter_name=first)
         for name, each in more:
@@ -77,11 +77,11 @@ def peft_pair(stock: Any, configs: dict[str, Any], **options: Any) -> tuple[Any,
 
 def save_adapters(folder: Path, kind: str, configs: dict[str, Any]) -> Path:
     """Write a model to ``folder/base`` and an adapter of it to ``folder/NAME`` for each config; returns the first's folder."""
-    stock = make_stock(kind)
-    stock.config.tie_word_embeddings = stock.lm_head.weight is stock.shared.weight
-    stock.save_pretrained(folder / "base")
+    hugging_face = make_hugging_face(kind)
+    hugging_face.config.tie_word_embeddings = hugging_face.lm_head.weight is hugging_face.shared.weight
+    hugging_face.save_pretrained(folder / "base")
     for seed, (name, config) in enumerate(configs.items()):
-        model = type(stock).from_pretrained(folder / "base")
+        model = type(hugging_face).from_pretrained(folder / "base")
         randomize(get_peft_model(model, copy.deepcopy(config)), seed).save_pretrained(folder / name)
     return folder / next(iter(configs))
 

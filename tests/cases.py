@@ -18,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
     TemperatureLogitsWarper,
 )
-from transformers.generation import logits_process as stock_processors
+from transformers.generation import logits_process as transformers_processors
 from transformers.generation.streamers import BaseStreamer
 
 from t5_trt.generation.processors import CapturableProcessors
@@ -186,38 +186,38 @@ def assert_same(ours: Any, expected: Any, atol: float = LOGITS_ATOL) -> None:
 ENDS = [1, 8, 27, 34, 67, 69, 82, 88, 107, 122, 184, 189, 192, 199, 205]
 
 PROCESSORS: list[LogitsProcessor] = [
-    stock_processors.TemperatureLogitsWarper(0.7),
-    stock_processors.TopKLogitsWarper(7),
-    stock_processors.TopPLogitsWarper(0.6),
-    stock_processors.MinPLogitsWarper(0.1),
-    stock_processors.TypicalLogitsWarper(0.5),
-    stock_processors.EpsilonLogitsWarper(0.01),
-    stock_processors.InfNanRemoveLogitsProcessor(),
-    stock_processors.LogitNormalization(),
-    stock_processors.MinLengthLogitsProcessor(5, [1, 4]),
-    stock_processors.MinNewTokensLengthLogitsProcessor(3, 4, 1),
-    stock_processors.SuppressTokensLogitsProcessor([3, 50, 7]),
-    stock_processors.SuppressTokensAtBeginLogitsProcessor([3, 50, 7], 4),
-    stock_processors.ForcedBOSTokenLogitsProcessor(17),
-    stock_processors.ForcedEOSTokenLogitsProcessor(12, [1, 4]),
-    stock_processors.RepetitionPenaltyLogitsProcessor(1.7),
-    *(stock_processors.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3, 40)),
-    stock_processors.SequenceBiasLogitsProcessor([[[9], 4.0], [[2, 3], -6.0], [[3, 2], 1.5], [[2, 3, 2], 2.0]]),
-    stock_processors.NoBadWordsLogitsProcessor([[2], [3, 2], [2, 2, 3], [0, 2]], 1),
-    stock_processors.ExponentialDecayLengthPenalty((2, 1.3), 1, 1),
+    transformers_processors.TemperatureLogitsWarper(0.7),
+    transformers_processors.TopKLogitsWarper(7),
+    transformers_processors.TopPLogitsWarper(0.6),
+    transformers_processors.MinPLogitsWarper(0.1),
+    transformers_processors.TypicalLogitsWarper(0.5),
+    transformers_processors.EpsilonLogitsWarper(0.01),
+    transformers_processors.InfNanRemoveLogitsProcessor(),
+    transformers_processors.LogitNormalization(),
+    transformers_processors.MinLengthLogitsProcessor(5, [1, 4]),
+    transformers_processors.MinNewTokensLengthLogitsProcessor(3, 4, 1),
+    transformers_processors.SuppressTokensLogitsProcessor([3, 50, 7]),
+    transformers_processors.SuppressTokensAtBeginLogitsProcessor([3, 50, 7], 4),
+    transformers_processors.ForcedBOSTokenLogitsProcessor(17),
+    transformers_processors.ForcedEOSTokenLogitsProcessor(12, [1, 4]),
+    transformers_processors.RepetitionPenaltyLogitsProcessor(1.7),
+    *(transformers_processors.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3, 40)),
+    transformers_processors.SequenceBiasLogitsProcessor([[[9], 4.0], [[2, 3], -6.0], [[3, 2], 1.5], [[2, 3, 2], 2.0]]),
+    transformers_processors.NoBadWordsLogitsProcessor([[2], [3, 2], [2, 2, 3], [0, 2]], 1),
+    transformers_processors.ExponentialDecayLengthPenalty((2, 1.3), 1, 1),
 ]
 
 #: the same classes with other numbers, which a captured step reads from memory
 OTHER_NUMBERS: list[LogitsProcessor] = [
-    stock_processors.TemperatureLogitsWarper(1.3),
-    stock_processors.TopPLogitsWarper(0.9),
-    stock_processors.MinPLogitsWarper(0.03),
-    stock_processors.TypicalLogitsWarper(0.8),
-    stock_processors.EpsilonLogitsWarper(0.003),
-    stock_processors.MinLengthLogitsProcessor(9, [1, 4]),
-    stock_processors.MinNewTokensLengthLogitsProcessor(3, 7, 1),
-    stock_processors.ForcedEOSTokenLogitsProcessor(7, [1, 4]),
-    stock_processors.RepetitionPenaltyLogitsProcessor(0.6),
+    transformers_processors.TemperatureLogitsWarper(1.3),
+    transformers_processors.TopPLogitsWarper(0.9),
+    transformers_processors.MinPLogitsWarper(0.03),
+    transformers_processors.TypicalLogitsWarper(0.8),
+    transformers_processors.EpsilonLogitsWarper(0.003),
+    transformers_processors.MinLengthLogitsProcessor(9, [1, 4]),
+    transformers_processors.MinNewTokensLengthLogitsProcessor(3, 7, 1),
+    transformers_processors.ForcedEOSTokenLogitsProcessor(7, [1, 4]),
+    transformers_processors.RepetitionPenaltyLogitsProcessor(0.6),
 ]
 
 

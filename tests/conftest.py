@@ -20,7 +20,7 @@ os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning,error::PendingDeprecat
 import transformers
 
 from t5_trt import TRTT5ForConditionalGeneration
-from tests.tiny_models import KINDS, make_stock
+from tests.tiny_models import KINDS, make_hugging_face
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "examples" / "kana_romaji"
@@ -39,8 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @cache
 def pair_of(kind: str) -> tuple[Any, Any]:
     """(Hugging Face model, the same weights on engines); made once per process."""
-    stock = make_stock(kind)
-    return stock, TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face(kind)
+    return hugging_face, TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +66,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 @pytest.fixture
 def own_pair() -> tuple[Any, Any]:
     """(Hugging Face model, model on engines) of T5 v1.1 with equal weights of their own, which a test may change."""
-    stock = make_stock("t5-v1.1")
-    return stock, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1")
+    return hugging_face, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def v10() -> tuple[Any, Any]:
 @pytest.fixture
 def fresh() -> Any:
     """A T5 v1.1 model on engines that no other test touches."""
-    return TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", seed=9), num_threads=1)
+    return TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1", seed=9), num_threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -100,5 +100,5 @@ def shipped(shipped_folder: Path) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(shipped_folder)
-    stock = T5ForConditionalGeneration.from_pretrained(shipped_folder).eval()
-    return tokenizer, stock, TRTT5ForConditionalGeneration.from_pretrained(shipped_folder, num_threads=1)
+    hugging_face = T5ForConditionalGeneration.from_pretrained(shipped_folder).eval()
+    return tokenizer, hugging_face, TRTT5ForConditionalGeneration.from_pretrained(shipped_folder, num_threads=1)

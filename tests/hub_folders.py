@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from transformers import AutoTokenizer
 
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 TEXTS = (
     "見出しを付けたい日本語の本文。",
@@ -40,10 +40,10 @@ def write_spiece(folder: Path) -> int:
 
 def _old(kind: str, folder: Path, vocabulary: int, **config: Any) -> None:
     """A config and ``pytorch_model.bin``, as repositories had before safetensors."""
-    stock = make_stock(kind, vocab_size=vocabulary, **config)
-    stock.config.architectures = [type(stock).__name__]
-    stock.config.save_pretrained(folder)
-    tensors = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    hugging_face = make_hugging_face(kind, vocab_size=vocabulary, **config)
+    hugging_face.config.architectures = [type(hugging_face).__name__]
+    hugging_face.config.save_pretrained(folder)
+    tensors = {name: tensor.clone() for name, tensor in hugging_face.state_dict().items()}
     bias = tensors["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = bias.clone()  # a relic
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -66,10 +66,10 @@ def byt5(folder: Path) -> None:
 
 def new_t5(folder: Path) -> None:
     """Such as google/flan-t5-small: safetensors, and a tokenizer in every form."""
-    stock = make_stock("t5-v1.1", vocab_size=write_spiece(folder))
-    stock.config.save_pretrained(folder)
+    hugging_face = make_hugging_face("t5-v1.1", vocab_size=write_spiece(folder))
+    hugging_face.config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    stock.save_pretrained(folder)
+    hugging_face.save_pretrained(folder)
 
 
 HUB_FOLDERS: dict[str, Callable[[Path], None]] = {

@@ -15,7 +15,7 @@ from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder, weight_updates
 from t5_trt.runtime.step_buffers import select_tokens
 from tests.launched_kernels import LaunchedKernels
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 
 class Recording:
@@ -91,11 +91,11 @@ def kernels_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str = "t
     monkeypatch.setattr(weight_updates, "capture", Recording)
     monkeypatch.setattr(cuda_session, "KernelDecoder", TorchSteps)
     monkeypatch.setattr(kernel_decoder, "SMALLEST_CACHE", 64)  # so that it grows soon
-    stock = make_stock(kind)
-    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
-    arch, weights, cpu = ours.architecture, stock.state_dict(), torch.device("cpu")
+    hugging_face = make_hugging_face(kind)
+    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
+    arch, weights, cpu = ours.architecture, hugging_face.state_dict(), torch.device("cpu")
     session: Any = cuda_session.CudaSession(arch, weights, cpu, "fp32", Fp16Scaling(), EngineStore(tmp_path))
     session._steps.decoder = session._queries
     ours.session  # noqa: B018 - takes note of the weights
     ours.session = session
-    return stock, ours
+    return hugging_face, ours

@@ -10,7 +10,7 @@ import torch
 
 from t5_trt import BackendError, InputError, T5TRTError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
-from tests.tiny_models import VOCAB, batch, make_stock
+from tests.tiny_models import VOCAB, batch, make_hugging_face
 
 IDS = batch()["input_ids"]
 ONE = torch.zeros(3, 1, dtype=torch.long)
@@ -74,8 +74,8 @@ def test_cache_of_other_rows(v11: tuple[Any, Any]) -> None:
 
 
 def test_configured_lengths() -> None:
-    stock = make_stock("t5-v1.1")
-    short = TRTT5ForConditionalGeneration.from_model(stock, max_source_tokens=8, max_target_tokens=5)
+    hugging_face = make_hugging_face("t5-v1.1")
+    short = TRTT5ForConditionalGeneration.from_model(hugging_face, max_source_tokens=8, max_target_tokens=5)
     with pytest.raises(InputError, match="got 11 source tokens; expected at most 8"):
         short.generate(IDS)
     with pytest.raises(InputError, match="got 6 target tokens; expected at most 5"):
@@ -101,7 +101,7 @@ def test_configured_lengths() -> None:
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), **{"backend": "onnxruntime", **options})
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), **{"backend": "onnxruntime", **options})
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch, shipped_folder: Any) -> None:
@@ -117,7 +117,7 @@ def test_onnxruntime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match="pip install onnxruntime"):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="onnxruntime")
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="onnxruntime")
 
 
 def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ KINDS = {
 }
 
 
-def make_stock(kind: str, seed: int = 0, attention: str | None = None, **changes: Any) -> Any:
+def make_hugging_face(kind: str, seed: int = 0, attention: str | None = None, **changes: Any) -> Any:
     """A Hugging Face float32 model in evaluation mode.
 
     UMT5 gets eager attention: the sdpa path of its decoder is not causal in Transformers 5.17 (later versions mend it).
@@ -93,23 +93,23 @@ def make_stock(kind: str, seed: int = 0, attention: str | None = None, **changes
 FACTORS = ((30.0, 1e3), (100.0, 1e4), (3e4, 1.0), (3e4, 0.01))
 
 
-def swollen(stock: Any, inner: float, output: float) -> Any:
+def swollen(hugging_face: Any, inner: float, output: float) -> Any:
     """The same model with feed-forward layers of very large values."""
     with torch.no_grad():
-        for name, parameter in stock.named_parameters():
+        for name, parameter in hugging_face.named_parameters():
             if name.endswith(".wo.weight"):
                 parameter.mul_(output)
             elif name.endswith(("wi_1.weight", ".wi.weight")):
                 parameter.mul_(inner)
-    return stock
+    return hugging_face
 
 
-def large_logits(stock: Any, factor: float) -> Any:
+def large_logits(hugging_face: Any, factor: float) -> Any:
     """The same model with an embedding and a head (often one tensor) that are larger by a factor."""
     with torch.no_grad():
-        for matrix in {stock.shared.weight, stock.lm_head.weight}:
+        for matrix in {hugging_face.shared.weight, hugging_face.lm_head.weight}:
             matrix.mul_(factor)
-    return stock
+    return hugging_face
 
 
 def batch(rows: int = 3, tokens: int = 11, seed: int = 5, *, padding: str = "both") -> dict[str, torch.Tensor]:

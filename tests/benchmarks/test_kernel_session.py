@@ -19,7 +19,7 @@ from benchmarks.token_differences import Difference, differences, equal_rows, gr
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.runtime import cuda_graph, kernel_decoder
 from tests.conftest import ROOT
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 COMMANDS = [
     command
@@ -194,8 +194,8 @@ def test_failed_measurement_is_named_and_the_others_stay() -> None:
 
 
 def test_fewer_layers_run_as_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = make_stock("t5-v1.0", num_layers=3)
-    monkeypatch.setattr(kernel_models, "random_t5", lambda *_: stock)
+    hugging_face = make_hugging_face("t5-v1.0", num_layers=3)
+    monkeypatch.setattr(kernel_models, "random_t5", lambda *_: hugging_face)
     cut = kernel_models.t5_base(1)
     ours = TRTT5ForConditionalGeneration.from_model(cut, num_threads=1)
     assert ours.architecture.encoder_layers == ours.architecture.decoder_layers == 1

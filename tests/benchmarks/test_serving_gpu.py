@@ -10,15 +10,15 @@ import pytest
 
 from benchmarks import kernel_models, serving_gpu
 from t5_trt import TRTT5ForConditionalGeneration
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_models, "DEVICE", "cpu")
-    monkeypatch.setattr(serving_gpu, "t5_base", lambda layers: make_stock("t5-v1.1", vocab_size=32000))
+    monkeypatch.setattr(serving_gpu, "t5_base", lambda layers: make_hugging_face("t5-v1.1", vocab_size=32000))
     monkeypatch.setattr(
-        serving_gpu, "open_model", lambda name, stock, *_: TRTT5ForConditionalGeneration.from_model(stock)
+        serving_gpu, "open_model", lambda name, hugging_face, *_: TRTT5ForConditionalGeneration.from_model(hugging_face)
     )
     monkeypatch.setattr(serving_gpu, "SOURCE", (4, 30))
     monkeypatch.setattr(serving_gpu, "NEW", (2, 12))

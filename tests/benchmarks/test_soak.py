@@ -20,8 +20,8 @@ SMALL = Sizes(batch=3, source_tokens=24, new_tokens=12)
 
 def test_some_seconds(tmp_path: Any) -> None:
     """Every kind of request is answered or disturbed, compared ones are equal, threads and files stay."""
-    stock, ours = pair_of("t5-v1.1")
-    seen = soak(ours, stock, SMALL, minutes=0.05, share=0.3)
+    hugging_face, ours = pair_of("t5-v1.1")
+    seen = soak(ours, hugging_face, SMALL, minutes=0.05, share=0.3)
     assert seen.compared >= 10 and seen.different == []
     assert set(seen.answered) >= {"greedy", "sampling", "beams", "scores", "stream"}
     assert set(seen.disturbed) >= {"stream closed early", "streamer raises", "processor raises"}
@@ -29,10 +29,10 @@ def test_some_seconds(tmp_path: Any) -> None:
 
 
 def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, ours = pair_of("t5-v1.1")
+    hugging_face, ours = pair_of("t5-v1.1")
     real = ours.generate
     monkeypatch.setattr(ours, "generate", lambda *a, **k: changed(real(*a, **k)))
-    assert any("differ" in problem for problem in soak(ours, stock, SMALL, minutes=0.0).broken())
+    assert any("differ" in problem for problem in soak(ours, hugging_face, SMALL, minutes=0.0).broken())
 
 
 def changed(result: Any) -> Any:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from t5_trt import CheckpointError, TRTT5ForConditionalGeneration, UnsupportedModelError
-from tests.tiny_models import KINDS, batch, make_stock
+from tests.tiny_models import KINDS, batch, make_hugging_face
 
 WEIGHTS = "model.safetensors"
 
@@ -27,26 +27,26 @@ def load(folder: Path, **options: Any) -> Any:
     return TRTT5ForConditionalGeneration.from_pretrained(folder, num_threads=1, **options)
 
 
-def same_tokens(model: Any, stock: Any) -> bool:
+def same_tokens(model: Any, hugging_face: Any) -> bool:
     request = {**batch(), "max_new_tokens": 8}
-    return bool(model.generate(**request).tolist() == stock.generate(**request).tolist())
+    return bool(model.generate(**request).tolist() == hugging_face.generate(**request).tolist())
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Any, Path]:
     """A T5 v1.1 model and the folder it was saved to."""
-    stock = make_stock("t5-v1.1", seed=4)
-    stock.save_pretrained(tmp_path / "model")
-    return stock, tmp_path / "model"
+    hugging_face = make_hugging_face("t5-v1.1", seed=4)
+    hugging_face.save_pretrained(tmp_path / "model")
+    return hugging_face, tmp_path / "model"
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_kind_from_a_folder(kind: str, tmp_path: Path) -> None:
-    stock = make_stock(kind, seed=2)
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face(kind, seed=2)
+    hugging_face.save_pretrained(tmp_path)
     model = load(tmp_path)
-    assert isinstance(model, TRTT5ForConditionalGeneration) and isinstance(model, type(stock))
-    assert same_tokens(model, stock)
+    assert isinstance(model, TRTT5ForConditionalGeneration) and isinstance(model, type(hugging_face))
+    assert same_tokens(model, hugging_face)
 
 
 def test_sharded(saved: tuple[Any, Path], tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_sharded(saved: tuple[Any, Path], tmp_path: Path) -> None:
 
 
 def test_pytorch_bin(saved: tuple[Any, Path]) -> None:
-    stock, folder = saved
-    torch.save(stock.state_dict(), folder / "pytorch_model.bin")
+    hugging_face, folder = saved
+    torch.save(hugging_face.state_dict(), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    assert same_tokens(load(folder), stock)
+    assert same_tokens(load(folder), hugging_face)
 
 
 def test_bin_with_code_is_not_executed(saved: tuple[Any, Path], tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_bin_with_code_is_not_executed(saved: tuple[Any, Path], tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_checkpoint_runs_in_float32(saved: tuple[Any, Path], tmp_path: Path, dtype: torch.dtype) -> None:
-    stock, _ = saved
-    stock.to(dtype).save_pretrained(tmp_path / "half")
+    hugging_face, _ = saved
+    hugging_face.to(dtype).save_pretrained(tmp_path / "half")
     expected = T5ForConditionalGeneration.from_pretrained(tmp_path / "half", dtype=torch.float32)
     model = load(tmp_path / "half")
     assert model.dtype == torch.float32 and same_tokens(model, expected)
@@ -89,7 +89,7 @@ def test_half_precision_checkpoint_runs_in_float32(saved: tuple[Any, Path], tmp_
 
 def test_config_of_transformers_4(saved: tuple[Any, Path]) -> None:
     """Old configs say tie_word_embeddings and torch_dtype, and know no scale_decoder_outputs."""
-    stock, folder = saved
+    hugging_face, folder = saved
     config = json.loads((folder / "config.json").read_text())
     for name in ("scale_decoder_outputs", "dtype", "is_gated_act", "dense_act_fn"):
         config.pop(name, None)
@@ -102,36 +102,36 @@ def test_config_of_transformers_4(saved: tuple[Any, Path]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     model = load(folder)
     assert model.architecture.output_scale == 1.0 and not model.architecture.tied_head
-    assert same_tokens(model, stock)
+    assert same_tokens(model, hugging_face)
 
 
 def test_generation_config_is_used(saved: tuple[Any, Path]) -> None:
-    stock, folder = saved
-    stock.generation_config.update(num_beams=3, max_new_tokens=7, no_repeat_ngram_size=2)
-    stock.save_pretrained(folder)
+    hugging_face, folder = saved
+    hugging_face.generation_config.update(num_beams=3, max_new_tokens=7, no_repeat_ngram_size=2)
+    hugging_face.save_pretrained(folder)
     model = load(folder)
     assert model.generation_config.num_beams == 3
-    assert model.generate(**batch()).tolist() == stock.generate(**batch()).tolist()
+    assert model.generate(**batch()).tolist() == hugging_face.generate(**batch()).tolist()
 
 
 def test_vocabulary_comes_from_the_embedding(saved: tuple[Any, Path]) -> None:
     """Some published configs name another vocabulary size than their embedding has rows."""
-    stock, folder = saved
+    hugging_face, folder = saved
     config = json.loads((folder / "config.json").read_text())
     config["vocab_size"] = 300
     (folder / "config.json").write_text(json.dumps(config))
     model = load(folder)
     assert model.architecture.vocab_size == model.config.vocab_size == 211
-    assert same_tokens(model, stock)
+    assert same_tokens(model, hugging_face)
 
 
 def test_save_and_reload(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    stock, folder = saved
+    hugging_face, folder = saved
     model = load(folder)
     model.save_pretrained(tmp_path / "again")
-    assert same_tokens(load(tmp_path / "again"), stock)
+    assert same_tokens(load(tmp_path / "again"), hugging_face)
     plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "again")
-    assert same_tokens(plain, stock)
+    assert same_tokens(plain, hugging_face)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [
         "T5ForConditionalGeneration"
     ]
@@ -226,25 +226,25 @@ def test_t5gemma_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_encoder_only_is_refused(tmp_path: Path) -> None:
-    T5EncoderModel(make_stock("t5-v1.1").config).save_pretrained(tmp_path)
+    T5EncoderModel(make_hugging_face("t5-v1.1").config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="encoder-only"):
         load(tmp_path)
 
 
 def test_unknown_activation(tmp_path: Path) -> None:
-    stock = make_stock("t5-v1.0", feed_forward_proj="gated-tanh")
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face("t5-v1.0", feed_forward_proj="gated-tanh")
+    hugging_face.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="gated-tanh"):
         load(tmp_path)
 
 
 def test_arguments_of_code_for_hugging_face(saved: tuple[Any, Path]) -> None:
     """What people already pass to from_pretrained works, or says what to do."""
-    stock, folder = saved
-    assert same_tokens(load(folder, device_map="auto", low_cpu_mem_usage=True), stock)
-    assert same_tokens(load(folder, device_map="auto", device="cpu"), stock)
+    hugging_face, folder = saved
+    assert same_tokens(load(folder, device_map="auto", low_cpu_mem_usage=True), hugging_face)
+    assert same_tokens(load(folder, device_map="auto", device="cpu"), hugging_face)
     assert load(folder, torch_dtype=torch.float16).dtype is torch.float16
-    assert same_tokens(load(folder, dtype="auto", attn_implementation="sdpa"), stock)
+    assert same_tokens(load(folder, dtype="auto", attn_implementation="sdpa"), hugging_face)
     with pytest.raises(ValueError, match=r"quantization_config got .*is not supported"):
         load(folder, quantization_config={"load_in_8bit": True})
     with pytest.raises(ValueError, match="one device"):

@@ -22,7 +22,7 @@ from t5_trt import (
 )
 from t5_trt.checkpoint.families import activation_of
 from t5_trt.graph.architecture import ACTIVATIONS
-from tests.tiny_models import SIZES, VOCAB, batch, make_stock
+from tests.tiny_models import SIZES, VOCAB, batch, make_hugging_face
 
 FAMILIES = {
     "t5-v1.0": T5ForConditionalGeneration,
@@ -33,9 +33,9 @@ WEIGHTS = "model.safetensors"
 TARGET = batch(tokens=5, seed=8, padding="none")["input_ids"]
 
 
-def assert_same_logits(ours: Any, stock: Any) -> None:
+def assert_same_logits(ours: Any, hugging_face: Any) -> None:
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=TARGET).logits
+        expected = hugging_face(**batch(), decoder_input_ids=TARGET).logits
         torch.testing.assert_close(ours(**batch(), decoder_input_ids=TARGET).logits, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -53,7 +53,7 @@ def load(folder: Path, **options: Any) -> Any:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A T5 v1.1 model, saved."""
-    make_stock("t5-v1.1").save_pretrained(tmp_path / "model")
+    make_hugging_face("t5-v1.1").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -71,9 +71,9 @@ def test_the_installed_class_says_whether_the_head_is_scaled(
     kind: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """In a config made in Python, saved and loaded, and edited in the file."""
-    stock = make_stock(kind, attention="eager", **settings)
-    assert_same_logits(TRTT5ForConditionalGeneration.from_model(stock, num_threads=1), stock)
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face(kind, attention="eager", **settings)
+    assert_same_logits(TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1), hugging_face)
+    hugging_face.save_pretrained(tmp_path)
     names = ("tie_word_embeddings", "scale_decoder_outputs")
     for changes in ({}, {name: settings.get(name, ...) for name in names}):
         edit(tmp_path, **changes)
@@ -84,14 +84,14 @@ def test_the_installed_class_says_whether_the_head_is_scaled(
 @pytest.mark.parametrize("kind", list(FAMILIES))
 @pytest.mark.parametrize("value", [False, True])
 def test_settings_of_the_scale_that_are_set_later(kind: str, value: bool) -> None:
-    stock = make_stock(kind, attention="eager")
+    hugging_face = make_hugging_face(kind, attention="eager")
     for name in ("tie_word_embeddings", "scale_decoder_outputs"):
-        setattr(stock.config, name, value)
-        assert_same_logits(TRTT5ForConditionalGeneration.from_model(stock, num_threads=1), stock)
+        setattr(hugging_face.config, name, value)
+        assert_same_logits(TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1), hugging_face)
 
 
 def test_asking_the_class_leaves_the_random_state_alone() -> None:
-    model = TRTT5ForConditionalGeneration.from_model(make_stock("umt5"), num_threads=1)
+    model = TRTT5ForConditionalGeneration.from_model(make_hugging_face("umt5"), num_threads=1)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -102,7 +102,7 @@ def test_asking_the_class_leaves_the_random_state_alone() -> None:
 
 
 def config_with(activation: str) -> Any:
-    config = make_stock("t5-v1.0").config
+    config = make_hugging_face("t5-v1.0").config
     config.dense_act_fn = activation
     return config
 
@@ -127,16 +127,16 @@ def test_activations_are_recognised_by_what_they_compute() -> None:
 
 @pytest.mark.parametrize("projection", ["gated-gelu_pytorch_tanh", "gelu_fast", "swish", "gated-swish", "gated-relu"])
 def test_other_names_of_activations(projection: str, tmp_path: Path) -> None:
-    stock = make_stock("t5-v1.0", feed_forward_proj=projection)
-    stock.save_pretrained(tmp_path)
-    assert_same_logits(load(tmp_path), stock)
+    hugging_face = make_hugging_face("t5-v1.0", feed_forward_proj=projection)
+    hugging_face.save_pretrained(tmp_path)
+    assert_same_logits(load(tmp_path), hugging_face)
 
 
 @pytest.mark.parametrize(("gated", "name"), [(True, "relu"), (True, "gelu"), (True, "swish")])
 def test_dense_act_fn_goes_before_feed_forward_proj(gated: bool, name: str, folder: Path) -> None:
     edit(folder, dense_act_fn=name, is_gated_act=gated)
-    stock = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    assert_same_logits(load(folder), stock)
+    hugging_face = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    assert_same_logits(load(folder), hugging_face)
 
 
 @pytest.mark.parametrize("name", ["quick_gelu", "nothing", ["relu"], None])
@@ -159,20 +159,20 @@ def test_errors_name_the_setting_of_the_activation(name: Any, folder: Path) -> N
 )
 def test_a_config_without_model_type(changes: dict[str, Any], folder: Path) -> None:
     edit(folder, **changes)
-    stock = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    hugging_face = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     ours = load(folder, dropout_rate=0.3)
     assert ours.config.model_type == "t5" and ours.config.dropout_rate == 0.3
-    assert_same_logits(ours, stock)
+    assert_same_logits(ours, hugging_face)
 
 
 @pytest.mark.parametrize("kind", ["mt5", "umt5"])
 def test_a_config_without_model_type_is_of_its_architecture(kind: str, tmp_path: Path) -> None:
-    stock = make_stock(kind)
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face(kind)
+    hugging_face.save_pretrained(tmp_path)
     edit(tmp_path, model_type=...)
     ours = load(tmp_path)
     assert isinstance(ours, FAMILIES[kind])
-    assert_same_logits(ours, stock)
+    assert_same_logits(ours, hugging_face)
 
 
 def test_a_config_of_another_architecture_without_model_type(folder: Path) -> None:
@@ -186,8 +186,8 @@ def test_a_config_of_another_architecture_without_model_type(folder: Path) -> No
 )
 def test_configs_that_work(changes: dict[str, Any], folder: Path) -> None:
     edit(folder, **changes)
-    stock = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    assert_same_logits(load(folder), stock)
+    hugging_face = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    assert_same_logits(load(folder), hugging_face)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_errors_name_the_setting(changes: dict[str, Any], folder: Path) -> None:
 
 
 def test_a_config_in_memory_is_checked(folder: Path) -> None:
-    config = make_stock("t5-v1.1").config
+    config = make_hugging_face("t5-v1.1").config
     config.num_layers = 0
     for make in (TRTT5ForConditionalGeneration, lambda c: load(folder, config=c)):
         with pytest.raises(UnsupportedModelError, match="num_layers is 0; expected an integer of at least 1"):
@@ -217,7 +217,7 @@ def test_quantized_checkpoints_are_refused(quantized: dict[str, Any], folder: Pa
     edit(folder, quantization_config=quantized)
     with pytest.raises(UnsupportedModelError, match=r"has a quantization_config \(method .*precision='int8'"):
         load(folder)
-    config = make_stock("t5-v1.1").config
+    config = make_hugging_face("t5-v1.1").config
     config.quantization_config = quantized
     with pytest.raises(UnsupportedModelError, match="has a quantization_config"):
         load(folder, config=config)
@@ -228,13 +228,13 @@ def test_quantized_checkpoints_are_refused(quantized: dict[str, Any], folder: Pa
 def test_tokens_that_only_the_generation_config_has(name: str, value: Any, folder: Path) -> None:
     """generate() needs none in the config; labels do, as in the Hugging Face class."""
     edit(folder, **{name: value})
-    stock = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    hugging_face = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     ours = load(folder)
-    assert torch.equal(ours.generate(**batch(), max_new_tokens=5), stock.generate(**batch(), max_new_tokens=5))
-    assert_same_logits(ours, stock)
-    if getattr(stock.config, name, None) is not None:  # a default
+    assert torch.equal(ours.generate(**batch(), max_new_tokens=5), hugging_face.generate(**batch(), max_new_tokens=5))
+    assert_same_logits(ours, hugging_face)
+    if getattr(hugging_face.config, name, None) is not None:  # a default
         return
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         with pytest.raises((ValueError, AttributeError), match=name):
             model(**batch(), labels=TARGET)
     with pytest.raises(InputError, match=f"the config has no {name}.*or pass decoder_input_ids"):
@@ -291,17 +291,17 @@ def test_an_embedding_of_its_own_is_refused_when_loading(stack: str, folder: Pat
         UnsupportedModelError, match=f"{key} has other values than shared.weight.*Use the Hugging Face class"
     ):
         load(folder)
-    stock = make_stock("t5-v1.1")
-    getattr(stock, stack).embed_tokens = nn.Embedding(VOCAB, SIZES["d_model"])
+    hugging_face = make_hugging_face("t5-v1.1")
+    getattr(hugging_face, stack).embed_tokens = nn.Embedding(VOCAB, SIZES["d_model"])
     with pytest.raises(UnsupportedModelError, match=f"{key} has other values"):
-        TRTT5ForConditionalGeneration.from_model(stock)
+        TRTT5ForConditionalGeneration.from_model(hugging_face)
 
 
 def test_an_encoder_model_ignores_tables_of_the_decoder(folder: Path) -> None:
     more = {**tables(200, "lm_head.weight"), **tables(150, "decoder.embed_tokens.weight")}
     save_file({**load_file(folder / WEIGHTS), **more}, folder / WEIGHTS, {"format": "pt"})
     states = TRTT5EncoderModel.from_pretrained(folder, num_threads=1)(**batch()).last_hidden_state
-    torch.testing.assert_close(states, make_stock("t5-v1.1").encoder(**batch())[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(states, make_hugging_face("t5-v1.1").encoder(**batch())[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -316,14 +316,14 @@ def test_an_encoder_model_ignores_tables_of_the_decoder(folder: Path) -> None:
     ],
 )
 def test_exchanged_heads_are_named(head: nn.Module, message: str) -> None:
-    stock = make_stock("t5-v1.1")
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.generate(**batch(), max_new_tokens=3)
-    stock.lm_head = ours.lm_head = head
+    hugging_face.lm_head = ours.lm_head = head
     for use in (
         lambda: ours.generate(**batch(), max_new_tokens=3),
         lambda: ours(**batch(), decoder_input_ids=TARGET),
-        lambda: TRTT5ForConditionalGeneration.from_model(stock),
+        lambda: TRTT5ForConditionalGeneration.from_model(hugging_face),
     ):
         with pytest.raises(UnsupportedModelError, match=message):
             use()
@@ -331,17 +331,17 @@ def test_exchanged_heads_are_named(head: nn.Module, message: str) -> None:
 
 def test_embedding_and_head_that_were_exchanged_together() -> None:
     """The Hugging Face class goes by the matrices, not by vocab_size."""
-    stock = make_stock("t5-v1.1")
-    stock.set_input_embeddings(nn.Embedding(300, 64))
-    stock.lm_head = nn.Linear(64, 300, bias=False)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    assert_same_logits(ours, stock)
+    hugging_face = make_hugging_face("t5-v1.1")
+    hugging_face.set_input_embeddings(nn.Embedding(300, 64))
+    hugging_face.lm_head = nn.Linear(64, 300, bias=False)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+    assert_same_logits(ours, hugging_face)
     assert ours.architecture.vocab_size == ours.config.vocab_size == 300
 
 
 def test_weights_without_data_are_refused() -> None:
     """As accelerate.cpu_offload() leaves them."""
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
     ours.decoder.to("meta")
     with pytest.raises(UnsupportedModelError, match=r"decoder\..* has no data here \(device meta\)"):
         ours.generate(**batch(), max_new_tokens=3)

@@ -19,9 +19,9 @@ def test_generates_from_a_download(kind: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained("somebody/some-model", **where)
     request = tokenizer(list(TEXTS), return_tensors="pt", padding=True)
     assert "".join(tokenizer.batch_decode(request["input_ids"], skip_special_tokens=True))
-    stock = AutoModelForSeq2SeqLM.from_pretrained("somebody/some-model", **where).eval()
+    hugging_face = AutoModelForSeq2SeqLM.from_pretrained("somebody/some-model", **where).eval()
     ours = TRTT5ForConditionalGeneration.from_pretrained("somebody/some-model", num_threads=1, **where)
-    assert isinstance(ours, type(stock))
+    assert isinstance(ours, type(hugging_face))
     for options in ({"num_beams": 4}, {}):
-        expected = stock.generate(**request, max_new_tokens=12, **options)
+        expected = hugging_face.generate(**request, max_new_tokens=12, **options)
         assert ours.generate(**request, max_new_tokens=12, **options).tolist() == expected.tolist()

@@ -15,7 +15,7 @@ import torch
 
 from t5_trt import CheckpointError, TRTT5ForConditionalGeneration
 from t5_trt.checkpoint.load import load_config, load_tokenizer
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 BOMB = """
 from pathlib import Path
@@ -36,7 +36,7 @@ class Bomb:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
-    make_stock("t5-v1.1").save_pretrained(folder)
+    make_hugging_face("t5-v1.1").save_pretrained(folder)
     return folder
 
 
@@ -139,7 +139,7 @@ def test_an_index_from_a_hub_names_files_beside_it_only(checkpoint: Path, index:
     snapshot = repository / "snapshots" / ("0" * 40)
     checkpoint.rename(snapshot)
     os.rename(snapshot / "model.safetensors", cache.parent / "outside.safetensors")
-    shards = dict.fromkeys(make_stock("t5-v1.1").state_dict(), "../../../../outside.safetensors")
+    shards = dict.fromkeys(make_hugging_face("t5-v1.1").state_dict(), "../../../../outside.safetensors")
     (snapshot / index).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     assert (snapshot / shards["shared.weight"]).is_file()
     with pytest.raises(CheckpointError, match="expected names of files beside it"):

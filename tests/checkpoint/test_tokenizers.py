@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrained
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration, cli, compare, generate_many
 from t5_trt.tools.sample_texts import sample_texts
-from tests.tiny_models import VOCAB, make_stock
+from tests.tiny_models import VOCAB, make_hugging_face
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase)]
 TEXTS = ["a b", "a", "b b a b a", "c"]
@@ -50,23 +50,28 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Any,
     """(tokenizer, Hugging Face's model, ours, their folder)."""
     tokenizer = MAKERS[request.param](tmp_path)
     vocabulary = 259 if request.param == "slow, of bytes" else VOCAB
-    stock = make_stock("t5-v1.1", vocab_size=vocabulary)
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face("t5-v1.1", vocab_size=vocabulary)
+    hugging_face.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    return tokenizer, stock, TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1), str(tmp_path)
+    return (
+        tokenizer,
+        hugging_face,
+        TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1),
+        str(tmp_path),
+    )
 
 
 def test_texts_give_what_hugging_face_gives_for_each_alone(kept: tuple[Any, Any, Any, str]) -> None:
-    tokenizer, stock, ours, folder = kept
+    tokenizer, hugging_face, ours, folder = kept
     expected = []
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        tokens = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+        tokens = hugging_face.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
         expected += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert len(set(expected)) > 1
     assert list(generate_many(ours, tokenizer, TEXTS, batch_size=3, max_new_tokens=8)) == expected
-    assert list(generate_many(stock, tokenizer, TEXTS, batch_size=4, max_new_tokens=8)) == expected
-    found = compare(ours, stock, TEXTS, max_new_tokens=8)
+    assert list(generate_many(hugging_face, tokenizer, TEXTS, batch_size=4, max_new_tokens=8)) == expected
+    found = compare(ours, hugging_face, TEXTS, max_new_tokens=8)
     assert found.equal == found.sequences == len(TEXTS) and found.relative_logit_error < 1e-5
     calibrated = TRTT5ForConditionalGeneration.from_pretrained(folder, calibration=TEXTS)
     assert calibrated.fp16_scaling("fp16") is not None and len(
@@ -88,7 +93,7 @@ def test_commands_take_them(kept: tuple[Any, Any, Any, str], tmp_path: Path, cap
 
 
 def test_a_text_without_tokens_is_refused_by_its_place(tmp_path: Path) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
     with pytest.raises(InputError, match=r"texts\[1\] got ' ', of which the tokenizer makes no token"):
         generate_many(ours, words(tmp_path), ["a", " "])
 

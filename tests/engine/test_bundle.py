@@ -17,7 +17,7 @@ from t5_trt.engine.bundle import FOLDER, find_bundle
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import MANIFEST, PLAN, EngineStore
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 WANTED = ("encoder", Shapes())
 
@@ -40,7 +40,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
         (folder / PLAN).write_text(f"{request.label} built")
 
     monkeypatch.setattr(providers, "build_engine", build)
-    return TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), num_threads=1)
+    return TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), num_threads=1)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
 
 
 def test_without_engines(tmp_path: Path) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), num_threads=1)
     with pytest.raises(InputError, match=r"needs engines; the backend is 'onnxruntime' and nothing was run yet"):
         ours.save_pretrained(tmp_path, include_engines=True)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from t5_trt.runtime import select
 from t5_trt.runtime.open_session import int8_provider_options
 from tests.conftest import SHIPPED, pair_of
 from tests.rtx_plans import provider
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -57,7 +57,7 @@ def test_engines_built_ahead_are_found_on_the_gpu(tmp_path: Path) -> None:
 
 def test_two_layers_of_t5_base(tmp_path: Path) -> None:
     sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 4096}
-    model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0", **sizes), num_threads=1)
+    model = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0", **sizes), num_threads=1)
     plans = provider(model, tmp_path, "fp16")
     for graph in ("encoder", "decoder_step", "decoder_queries"):
         assert 10_000 < len(plans.plan(graph, Shapes(B=1, S=32, T=128, Q=8))) < 20e6  # the weights are not inside
@@ -68,7 +68,9 @@ def test_weights_in_8_bits(tmp_path: Path) -> None:
     sizes = {"d_model": 768, "d_ff": 3072, "d_kv": 64, "num_heads": 12, "num_layers": 2, "vocab_size": 4096}
     keys, matrices = set(), 0
     for seed in (0, 1):
-        model = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", seed=seed, **sizes), num_threads=1)
+        model = TRTT5ForConditionalGeneration.from_model(
+            make_hugging_face("t5-v1.1", seed=seed, **sizes), num_threads=1
+        )
         options = int8_provider_options(model.architecture, model.state_dict(), model.fp16_scaling("int8"), "int8")
         plans = provider(model, tmp_path, "int8", **options)
         plan = plans.plan("decoder_step", Shapes(B=1, S=32, T=128))
@@ -168,9 +170,9 @@ def test_flavors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tensorrt_without_a_gpu() -> None:
     with pytest.raises(BackendError, match=r"backend='tensorrt' cannot run here: there is no NVIDIA GPU"):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="tensorrt", flavor="rtx")
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="tensorrt", flavor="rtx")
     with pytest.raises(BackendError, match=r"backend='tensorrt' cannot run here: TensorRT is not usable here"):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="tensorrt", flavor="tensorrt")
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="tensorrt", flavor="tensorrt")
 
 
 def test_gpu_that_rtx_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +183,6 @@ def test_gpu_that_rtx_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         BackendError, match=r'this GPU has 9.0. Install TensorRT instead with `pip install "t5-trt\[cu13\]"`'
     ):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="tensorrt", flavor="rtx")
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), flavor="rtx", num_threads=1)
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="tensorrt", flavor="rtx")
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), flavor="rtx", num_threads=1)
     assert ours.session.backend == "onnxruntime"

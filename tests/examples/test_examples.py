@@ -82,8 +82,8 @@ def test_streaming(shipped: tuple[Any, Any, Any]) -> None:
     text = "わたしは コーヒーを のみます。"
     shown = run("streaming", "--text", text).stdout.splitlines()
     assert shown[1] == "watashiha kōhīwo nomimasu."
-    tokenizer, stock, _ = shipped
-    pieces = runpy.run_path(str(FOLDER / "streaming.py"))["pieces"](stock, tokenizer, text, max_new_tokens=96)
+    tokenizer, hugging_face, _ = shipped
+    pieces = runpy.run_path(str(FOLDER / "streaming.py"))["pieces"](hugging_face, tokenizer, text, max_new_tokens=96)
     expected = [piece for piece in pieces if piece]
     assert "".join(expected) == shown[1] and len(expected) >= 3
     assert shown[3] == "".join(f"[{piece}]" for piece in expected)

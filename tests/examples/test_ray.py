@@ -36,9 +36,9 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def expected(shipped: tuple[Any, Any, Any]) -> list[str]:
     """What the Hugging Face class makes of LINES."""
-    tokenizer, stock, _ = shipped
+    tokenizer, hugging_face, _ = shipped
     inputs = tokenizer(LINES, return_tensors="pt", padding=True)
-    return tokenizer.batch_decode(stock.generate(**inputs, max_new_tokens=90), skip_special_tokens=True)
+    return tokenizer.batch_decode(hugging_face.generate(**inputs, max_new_tokens=90), skip_special_tokens=True)
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def command(tmp_path: Path) -> list[str]:
 
 def test_actors_get_the_model_itself(shipped: tuple[Any, Any, Any]) -> None:
     """Pickled once into Ray's store; every actor opens engines of its own, and the driver's model goes on."""
-    tokenizer, stock, ours = shipped
+    tokenizer, hugging_face, ours = shipped
     inputs = tokenizer(LINES[:6], return_tensors="pt", padding=True)
-    expected = stock.generate(**inputs, max_new_tokens=30, num_beams=2).tolist()
+    expected = hugging_face.generate(**inputs, max_new_tokens=30, num_beams=2).tolist()
 
     class Holder:
         def __init__(self, model: Any) -> None:

@@ -63,7 +63,7 @@ def replica() -> psutil.Process:
 
 
 def test_requests_at_once_get_the_texts_of_generate_alone(url: str, shipped: tuple[Any, Any, Any]) -> None:
-    tokenizer, stock, _ = shipped
+    tokenizer, hugging_face, _ = shipped
     asked: list[dict[str, Any]] = [{"text": line, "max_new_tokens": 90} for line in LINES[:8]]
     asked += [{"text": LINES[8], "num_beams": 3}, {"text": LINES[9], "do_sample": True, "temperature": 3.0, "seed": 4}]
     ready = threading.Barrier(len(asked))
@@ -83,7 +83,7 @@ def test_requests_at_once_get_the_texts_of_generate_alone(url: str, shipped: tup
         settings = {"max_new_tokens": 128, **body}
         inputs = tokenizer(settings.pop("text"), return_tensors="pt")
         torch.manual_seed(settings.pop("seed", 0))
-        assert text == tokenizer.decode(stock.generate(**inputs, **settings)[0], skip_special_tokens=True)
+        assert text == tokenizer.decode(hugging_face.generate(**inputs, **settings)[0], skip_special_tokens=True)
 
 
 def test_openai_clients_are_answered(url: str) -> None:

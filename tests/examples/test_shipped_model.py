@@ -25,11 +25,11 @@ def encode(tokenizer: Any, lines: list[str], side: str = "right") -> Any:
 @pytest.mark.parametrize("size", [1, 7, 40])
 @pytest.mark.parametrize("beams", [1, 4])
 def test_tokens_equal_hugging_face(shipped: tuple[Any, Any, Any], size: int, beams: int) -> None:
-    tokenizer, stock, ours = shipped
+    tokenizer, hugging_face, ours = shipped
     for side in ("right", "left"):
         for start in range(0, len(LINES) if size > 1 else 6, size):
             inputs = encode(tokenizer, LINES[start : start + size], side)
-            expected = stock.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist()
+            expected = hugging_face.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist()
             assert ours.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist() == expected
 
 
@@ -42,11 +42,11 @@ def test_text_is_right(shipped: tuple[Any, Any, Any]) -> None:
 
 
 def test_sampling_and_scores_equal_hugging_face(shipped: tuple[Any, Any, Any]) -> None:
-    tokenizer, stock, ours = shipped
+    tokenizer, hugging_face, ours = shipped
     inputs = encode(tokenizer, LINES[:8])
     options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 40, "output_scores": True}
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         torch.manual_seed(0)
         results.append(model.generate(**inputs, **options, return_dict_in_generate=True))
     assert results[0].sequences.tolist() == results[1].sequences.tolist()
@@ -79,10 +79,10 @@ def test_training_script_writes_the_shipped_generation_config(
     shipped: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """96 tokens with the decoder's start token."""
-    tokenizer, stock, _ = shipped
+    tokenizer, hugging_face, _ = shipped
     monkeypatch.syspath_prepend(ROOT / "examples")  # of its module kana_rules
     training = runpy.run_path(str(ROOT / "examples" / "train_kana.py"))
-    training["save"](stock, tokenizer, tmp_path)
+    training["save"](hugging_face, tokenizer, tmp_path)
     files = (folder / "generation_config.json" for folder in (tmp_path, ROOT / "examples" / "kana_romaji"))
     written, kept = ({**json.loads(file.read_text()), "transformers_version": ""} for file in files)
     assert written == kept and kept["max_new_tokens"] == training["MAX_TOKENS"] - 1 and "max_length" not in kept

@@ -232,15 +232,15 @@ def test_answers_are_those_of_generate_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shipped: tuple[Any, Any, Any]
 ) -> None:
     """Whole ones and streams, with settings of their own, all at once."""
-    tokenizer, stock, _ = shipped
+    tokenizer, hugging_face, _ = shipped
     shutil.copytree(SHIPPED, tmp_path / "checkpoint")  # beside the version folders, as the README has it
     server = Server(monkeypatch, tmp_path)
-    expected = list(generate_many(stock, tokenizer, TEXTS, batch_size=1, max_new_tokens=96))
+    expected = list(generate_many(hugging_face, tokenizer, TEXTS, batch_size=1, max_new_tokens=96))
     drawn = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 20}
     torch.manual_seed(5)
-    sampled = stock.generate(**tokenizer(TEXTS[2], return_tensors="pt"), **drawn)
+    sampled = hugging_face.generate(**tokenizer(TEXTS[2], return_tensors="pt"), **drawn)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 20}
-    best = stock.generate(**tokenizer(TEXTS[1], return_tensors="pt"), **beams)
+    best = hugging_face.generate(**tokenizer(TEXTS[1], return_tensors="pt"), **beams)
     whole = [server.ask(text, settings={"max_new_tokens": 96}) for text in TEXTS]
     streams = [server.ask(text, stream=True, settings={"max_new_tokens": 96}) for text in TEXTS]
     others = [server.ask(TEXTS[2], settings={**drawn, "seed": 5}), server.ask(TEXTS[1], settings=beams)]

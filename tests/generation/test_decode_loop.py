@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation import logits_process as stock_processors
+from transformers.generation import logits_process as transformers_processors
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
@@ -42,7 +42,7 @@ from tests.cases import (
     same_values,
 )
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import VOCAB, batch, make_stock
+from tests.tiny_models import VOCAB, batch, make_hugging_face
 
 
 def test_every_device_form_is_compared() -> None:
@@ -74,7 +74,10 @@ def test_device_form_takes_other_numbers(other: Any) -> None:
 
 def test_numbers_of_one_list_are_written_once() -> None:
     """Also after another list, and after one whose writing did not end."""
-    first, other = [stock_processors.TemperatureLogitsWarper(0.7)], [stock_processors.TemperatureLogitsWarper(1.3)]
+    first, other = (
+        [transformers_processors.TemperatureLogitsWarper(0.7)],
+        [transformers_processors.TemperatureLogitsWarper(1.3)],
+    )
     forms = capturable_processors(first, VOCAB, 32, torch.device("cpu"))
     assert forms is not None
     process, number = CapturableProcessors(forms), forms[0].numbers[0][0]
@@ -91,16 +94,16 @@ def test_numbers_of_one_list_are_written_once() -> None:
 
 
 def test_subclasses_and_ignored_prompts_have_no_device_form() -> None:
-    class Hotter(stock_processors.TemperatureLogitsWarper):
+    class Hotter(transformers_processors.TemperatureLogitsWarper):
         pass
 
-    assert not is_capturable(Hotter(0.5)) and is_capturable(stock_processors.TemperatureLogitsWarper(0.5))
-    assert not is_capturable(stock_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
+    assert not is_capturable(Hotter(0.5)) and is_capturable(transformers_processors.TemperatureLogitsWarper(0.5))
+    assert not is_capturable(transformers_processors.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=3))
 
 
 def test_fingerprints() -> None:
-    few, many = (stock_processors.TopKLogitsWarper(count) for count in (5, 20))
-    assert fingerprint(few) == fingerprint(stock_processors.TopKLogitsWarper(5)) != fingerprint(many)
+    few, many = (transformers_processors.TopKLogitsWarper(count) for count in (5, 20))
+    assert fingerprint(few) == fingerprint(transformers_processors.TopKLogitsWarper(5)) != fingerprint(many)
     assert len({fingerprint(processor) for processor in PROCESSORS}) == len(PROCESSORS)
 
 
@@ -128,7 +131,7 @@ def on_stand_in() -> Iterator[Any]:
     """A T5 v1.1 model on the TensorRT session, with the steps ahead of a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_loop, "Watcher", LateWatcher)
-        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+        ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
         ours.session = stand_in_session(ours, patch)
         yield ours
 
@@ -143,17 +146,17 @@ def test_captured_steps_that_run_ahead_give_equal_results(on_stand_in: Any, name
 
 def test_encoder_states_of_the_hugging_face_class(on_stand_in: Any) -> None:
     """Transformers gives every beam a batch entry of its own then: 9 in engines for 16, which 3 beams do not divide."""
-    stock, inputs = make_stock("t5-v1.1"), batch()
-    expected = stock.generate(**inputs, num_beams=3, max_new_tokens=9).tolist()
+    hugging_face, inputs = make_hugging_face("t5-v1.1"), batch()
+    expected = hugging_face.generate(**inputs, num_beams=3, max_new_tokens=9).tolist()
     with torch.no_grad():
-        states = stock.get_encoder()(**inputs)
+        states = hugging_face.get_encoder()(**inputs)
     mask = inputs["attention_mask"]
     got = on_stand_in.generate(encoder_outputs=states, attention_mask=mask, num_beams=3, max_new_tokens=9)
     assert got.tolist() == expected and on_stand_in.last_generation_path == GenerationPath("device")
 
 
 def test_captured_steps_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch)
     captured, capture = [], engine_step.capture
     monkeypatch.setattr(engine_step, "capture", lambda *args: captured.append(1) or capture(*args))
@@ -182,8 +185,8 @@ def test_token_selection_that_cannot_be_captured_runs_after_the_step(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It runs after the captured step then, and is not tried again."""
-    stock = make_stock("t5-v1.1")
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch)
     capture, tries = engine_step.capture, []
 
@@ -197,7 +200,7 @@ def test_token_selection_that_cannot_be_captured_runs_after_the_step(
     monkeypatch.setattr(engine_step, "capture", refuse)
     for arguments in ({}, {}, {"num_beams": 2}):
         request = {**batch(), "max_new_tokens": 9, **arguments}
-        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+        assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
     assert len(tries) == 2 and caplog.text.count("is not captured") == 2
 
 
@@ -216,7 +219,7 @@ def twelve_rows(search: str) -> dict[str, Any]:
 
 @cache
 def hugging_face_rows(search: str) -> Any:
-    return make_stock("t5-v1.1").generate(**twelve_rows(search)).tolist()
+    return make_hugging_face("t5-v1.1").generate(**twelve_rows(search)).tolist()
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -224,7 +227,7 @@ def hugging_face_rows(search: str) -> Any:
 @pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch, engine: str, search: str, late: bool) -> None:
     """Once half of the rows are over, the rest goes on in a smaller batch."""
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
     if late:
         monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
     if engine == "stand-in":
@@ -243,13 +246,13 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch, engine: 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_sources_given_once_for_each_beam(v11: tuple[Any, Any], beams: int) -> None:
     """As `generate` repeats the states of a Hugging Face encoder; entries that are over are not dropped then."""
-    stock, ours = v11
+    hugging_face, ours = v11
     inputs = batch(12, 11)
     with torch.no_grad():
-        states = stock.get_encoder()(**inputs)
+        states = hugging_face.get_encoder()(**inputs)
     request = {"attention_mask": inputs["attention_mask"], "num_beams": beams, "max_new_tokens": 60}
     ends: dict[str, Any] = {"eos_token_id": ENDS, "pad_token_id": 3}
-    expected = stock.generate(input_ids=inputs["input_ids"], **request, **ends).tolist()
+    expected = hugging_face.generate(input_ids=inputs["input_ids"], **request, **ends).tolist()
     assert ours.generate(encoder_outputs=states, **request, **ends).tolist() == expected
     assert ours.last_generation_path.loop == "device"
 
@@ -257,8 +260,8 @@ def test_sources_given_once_for_each_beam(v11: tuple[Any, Any], beams: int) -> N
 @pytest.mark.parametrize("beams", [1, 3])
 def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, beams: int) -> None:
     """Without a token that ends rows, Transformers fills them up with -1, which has no embedding."""
-    stock = make_stock("t5-v1.1")
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.generation_config.eos_token_id = None
     monkeypatch.setattr(decode_loop, "Watcher", LateWatcher)
     ours.session = stand_in_session(ours, monkeypatch)
@@ -276,12 +279,12 @@ def test_steps_after_time_is_up_decode_tokens(monkeypatch: pytest.MonkeyPatch, b
 def test_finished_rows_stay_where_leaving_would_change_results(
     v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     monkeypatch.setattr(DecoderState, "select_entries", lambda *_: pytest.fail("rows were dropped"))
     for arguments in ({"do_sample": True}, {"return_dict_in_generate": True}):
         request = {**batch(12, 11), "max_new_tokens": 60, "eos_token_id": ENDS, "pad_token_id": 3, **arguments}
         results = []
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             torch.manual_seed(0)
             out = model.generate(**request)
             results.append(getattr(out, "sequences", out).tolist())
@@ -291,10 +294,10 @@ def test_finished_rows_stay_where_leaving_would_change_results(
 
 def test_returned_cache_goes_on_as_in_the_hugging_face_class(v11: tuple[Any, Any]) -> None:
     """The cache of a finished request holds all tokens but the last, for every beam."""
-    stock, ours = v11
+    hugging_face, ours = v11
     for arguments in ({}, {"num_beams": 3}):
         logits = []
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             out = model.generate(
                 **batch(), max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, **arguments
             )
@@ -316,9 +319,9 @@ def test_returned_cache_goes_on_as_in_the_hugging_face_class(v11: tuple[Any, Any
 
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}])
 def test_max_time_ends_a_request(v11: tuple[Any, Any], arguments: dict[str, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     request = {**batch(), "max_new_tokens": 500, "min_new_tokens": 500, "max_time": 1e-6, **arguments}
-    expected = stock.generate(**request)
+    expected = hugging_face.generate(**request)
     assert ours.generate(**request).tolist() == expected.tolist() and expected.shape[1] == 2
 
 

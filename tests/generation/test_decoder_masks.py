@@ -37,9 +37,9 @@ def mask_of(fill: str, width: int, dtype: torch.dtype = torch.int64) -> torch.Te
     return torch.tensor(FILLS[fill], dtype=dtype).repeat(1, 2)[:, :width]
 
 
-def assert_same_tokens(stock: Any, ours: Any, mask: torch.Tensor, mode: str) -> None:
+def assert_same_tokens(hugging_face: Any, ours: Any, mask: torch.Tensor, mode: str) -> None:
     rows = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         torch.manual_seed(2)
         request = {**batch(), "max_new_tokens": 7, "decoder_attention_mask": mask, **MODES[mode]}
         rows.append(model.generate(**request))
@@ -79,13 +79,13 @@ def test_forward_takes_masks_of_any_width(
     """At once and in pieces; queries that may attend to nothing attend to all keys equally."""
     if engine == "stand-in":
         fresh.session = stand_in_session(fresh, monkeypatch)
-    stock, inputs, ids, mask = fresh.reference, batch(), prompt(3, 3), mask_of(fill, width)
+    hugging_face, inputs, ids, mask = fresh.reference, batch(), prompt(3, 3), mask_of(fill, width)
     with torch.no_grad():
-        expected = stock(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask).logits
+        expected = hugging_face(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask).logits
         got = fresh(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask).logits
         torch.testing.assert_close(got, expected, atol=LOGITS_ATOL, rtol=1e-5)
         steps = []
-        for model in (stock, fresh):
+        for model in (hugging_face, fresh):
             first = model(**inputs, decoder_input_ids=ids[:, :3], decoder_attention_mask=mask)
             more = {"decoder_input_ids": ids[:, 3:], "decoder_attention_mask": mask, CACHE: first[CACHE]}
             steps.append(model(**inputs, **more).logits)

@@ -14,58 +14,58 @@ from t5_trt.compat import CACHE
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from tests.cases import Recorder
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 from tests.tolerances import HIDDEN_ATOL
 
 
 def test_streamer_sees_every_token(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     seen, expected = Recorder(), Recorder()
     inputs = batch(1)
     ours.generate(**inputs, streamer=seen, max_new_tokens=9)
-    stock.generate(**inputs, streamer=expected, max_new_tokens=9)
+    hugging_face.generate(**inputs, streamer=expected, max_new_tokens=9)
     assert seen.pieces == expected.pieces and len(seen.pieces) > 3 and seen.ended
 
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_assisted_by_a_hugging_face_model(v11: tuple[Any, Any], sample: bool) -> None:
-    stock, ours = v11
-    assistant = make_stock("t5-v1.1", seed=0, num_layers=1)  # fewer layers in both stacks
+    hugging_face, ours = v11
+    assistant = make_hugging_face("t5-v1.1", seed=0, num_layers=1)  # fewer layers in both stacks
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         torch.manual_seed(4)
         results.append(model.generate(**batch(1), assistant_model=assistant, max_new_tokens=15, do_sample=sample))
     assert results[0].tolist() == results[1].tolist()
 
 
 def test_as_assistant_of_a_hugging_face_model(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
-    other = make_stock("t5-v1.1", seed=1)
-    expected = other.generate(**batch(1), assistant_model=stock, max_new_tokens=15)
+    hugging_face, ours = v11
+    other = make_hugging_face("t5-v1.1", seed=1)
+    expected = other.generate(**batch(1), assistant_model=hugging_face, max_new_tokens=15)
     assert other.generate(**batch(1), assistant_model=ours, max_new_tokens=15).tolist() == expected.tolist()
 
 
 def test_as_assistant_of_itself(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
-    twin = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    expected = stock.generate(**batch(1), max_new_tokens=15)
+    hugging_face, ours = v11
+    twin = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+    expected = hugging_face.generate(**batch(1), max_new_tokens=15)
     assert ours.generate(**batch(1), assistant_model=twin, max_new_tokens=15).tolist() == expected.tolist()
 
 
 def test_prompt_lookup(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     request = {**batch(1), "prompt_lookup_num_tokens": 3, "max_new_tokens": 15, "min_new_tokens": 15}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_precomputed_encoder_outputs_of_either_model(v11: tuple[Any, Any], beams: int) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     inputs = batch()
-    expected = stock.generate(**inputs, num_beams=beams, max_new_tokens=9).tolist()
+    expected = hugging_face.generate(**inputs, num_beams=beams, max_new_tokens=9).tolist()
     with torch.no_grad():
         own = ours.get_encoder()(**inputs)
-        foreign = stock.get_encoder()(**inputs)
+        foreign = hugging_face.get_encoder()(**inputs)
     for outputs in (own, foreign, copy.deepcopy(own)):
         mask = inputs["attention_mask"]
         got = ours.generate(encoder_outputs=outputs, attention_mask=mask, num_beams=beams, max_new_tokens=9)
@@ -74,7 +74,7 @@ def test_precomputed_encoder_outputs_of_either_model(v11: tuple[Any, Any], beams
 
 
 def test_changed_encoder_states_are_not_answered_from_memory(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     inputs = batch()
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
@@ -85,21 +85,21 @@ def test_changed_encoder_states_are_not_answered_from_memory(v11: tuple[Any, Any
             replaced = ours.get_encoder()(**inputs)
             replaced.last_hidden_state = -replaced.last_hidden_state
             assert recall(replaced, ours.session) is None
-            flipped = stock.get_encoder()(**inputs)
+            flipped = hugging_face.get_encoder()(**inputs)
             flipped.last_hidden_state = -flipped.last_hidden_state
             mask = inputs["attention_mask"]
-            expected = stock.generate(encoder_outputs=flipped, attention_mask=mask, max_new_tokens=8).tolist()
+            expected = hugging_face.generate(encoder_outputs=flipped, attention_mask=mask, max_new_tokens=8).tolist()
             for changed in (outputs, replaced):
                 got = ours.generate(encoder_outputs=changed, attention_mask=mask, max_new_tokens=8).tolist()
                 assert got == expected
 
 
 def test_inputs_embeds(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     inputs = batch()
-    embeds = stock.get_input_embeddings()(inputs["input_ids"]).detach()
+    embeds = hugging_face.get_input_embeddings()(inputs["input_ids"]).detach()
     request = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], "max_new_tokens": 8}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
 
 
 def test_custom_generate_callable(v11: tuple[Any, Any]) -> None:
@@ -119,17 +119,17 @@ def test_custom_generate_callable(v11: tuple[Any, Any]) -> None:
             input_ids = torch.cat((input_ids, token), 1)
         return input_ids
 
-    stock, ours = v11
+    hugging_face, ours = v11
     request = {**batch(), "custom_generate": seconds, "max_new_tokens": 10}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
 
 
 def test_own_loop_writes_into_a_hugging_face_cache(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     inputs = batch()
     rows = []
     with torch.no_grad():
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             encoded = model.get_encoder()(**inputs)
             tokens = torch.zeros(3, 1, dtype=torch.long)
@@ -148,9 +148,9 @@ def test_own_loop_writes_into_a_hugging_face_cache(v11: tuple[Any, Any]) -> None
 
 
 def test_generate_with_a_hugging_face_cache_given(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         results.append(model.generate(**batch(), **{CACHE: cache}, max_new_tokens=8).tolist())
     assert results[0] == results[1]
@@ -165,14 +165,14 @@ def test_returned_cache_continues(v11: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
 def test_attention_maps_and_states_come_from_the_hugging_face_model(v11: tuple[Any, Any], name: str) -> None:
-    stock, ours = make_stock("t5-v1.1", attention="eager"), v11[1]
+    hugging_face, ours = make_hugging_face("t5-v1.1", attention="eager"), v11[1]
     request = {**batch(), "max_new_tokens": 5, "return_dict_in_generate": True, name: True}
-    got, expected = ours.generate(**request), stock.generate(**request)
+    got, expected = ours.generate(**request), hugging_face.generate(**request)
     assert got.sequences.tolist() == expected.sequences.tolist()
     key = "cross_attentions" if name == "output_attentions" else "decoder_hidden_states"
     assert len(got[key]) == 5 and len(got[key][0]) >= 2
     torch.testing.assert_close(got[key], expected[key], atol=HIDDEN_ATOL, rtol=1e-5)
-    strict = TRTT5ForConditionalGeneration.from_model(stock, strict=True)
+    strict = TRTT5ForConditionalGeneration.from_model(hugging_face, strict=True)
     with pytest.raises(StrictModeError, match=name):
         strict.generate(**request)
 
@@ -213,11 +213,11 @@ class Interrupt(Recorder):
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
 def test_interrupted_request_leaves_a_usable_model(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = make_stock("t5-v1.1")
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     if engine == "stand-in":
         ours.session = stand_in_session(ours, monkeypatch)
-    expected = stock.generate(**batch(), max_new_tokens=12).tolist()
+    expected = hugging_face.generate(**batch(), max_new_tokens=12).tolist()
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             ours.generate(**batch(), max_new_tokens=12, streamer=Interrupt())

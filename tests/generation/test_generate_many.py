@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration, generate_many
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 TEXTS = ["がっこう", "さくら", "こんにちは せかい", "", "とうきょう おおさか なごや", "ねこ", "いぬ"]
 
 
 def test_results_in_the_order_of_the_input(shipped: tuple[Any, Any, Any]) -> None:
-    tokenizer, stock, ours = shipped
+    tokenizer, hugging_face, ours = shipped
     expected = []
     for text in TEXTS:
-        rows = stock.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=40)
+        rows = hugging_face.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=40)
         expected += tokenizer.batch_decode(rows, skip_special_tokens=True)
     for options in ({}, {"batch_size": 2}, {"batch_size": 3, "sort_by_length": False}):
         assert list(generate_many(ours, tokenizer, TEXTS, max_new_tokens=40, **options)) == expected
-    assert list(generate_many(stock, tokenizer, iter(TEXTS), max_new_tokens=40, batch_size=2)) == expected
+    assert list(generate_many(hugging_face, tokenizer, iter(TEXTS), max_new_tokens=40, batch_size=2)) == expected
 
 
 def test_longest_first_and_several_results(shipped: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,18 +93,20 @@ def in_threads(works: list[Any]) -> list[Any]:
 
 
 def test_threads_on_one_model(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     requests = [{**batch(1 + n % 4, 8 + n, seed=n), "max_new_tokens": 25, "num_beams": 1 + n % 3} for n in range(8)]
-    expected = [stock.generate(**request).tolist() for request in requests]
+    expected = [hugging_face.generate(**request).tolist() for request in requests]
     got = in_threads([lambda request=request: ours.generate(**request).tolist() for request in requests])
     assert got == expected
 
 
 def test_threads_on_two_models() -> None:
     """Each model has its own lock: one generates while another is in the middle of a request."""
-    stocks = [make_stock("t5-v1.1", seed=seed) for seed in (0, 1)]
-    models = [TRTT5ForConditionalGeneration.from_model(stock, num_threads=1) for stock in stocks]
-    expected = [stock.generate(**batch(), max_new_tokens=25).tolist() for stock in stocks]
+    hugging_face_models = [make_hugging_face("t5-v1.1", seed=seed) for seed in (0, 1)]
+    models = [
+        TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1) for hugging_face in hugging_face_models
+    ]
+    expected = [hugging_face.generate(**batch(), max_new_tokens=25).tolist() for hugging_face in hugging_face_models]
     meeting = threading.Barrier(2, timeout=60)  # broken unless both models are inside a request at once
 
     class Meet:

@@ -17,7 +17,7 @@ from t5_trt.compat import CACHE
 from t5_trt.generation.kv_cache import EngineCache
 from tests.conftest import pair_of
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import batch, make_stock, tokens
+from tests.tiny_models import batch, make_hugging_face, tokens
 from tests.tolerances import LOGITS_ATOL
 
 IDS = tokens(3, 9)
@@ -48,14 +48,15 @@ def assert_same_contents(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("order", ["ours, then theirs", "theirs, then ours", "by turns"])
 def test_cache_goes_from_one_class_to_the_other(pair: tuple[Any, Any], order: str, mask: bool) -> None:
     """In place, with the cross-attention K/V, with and without the source's mask."""
-    stock, ours = pair
-    turns = {"ours, then theirs": (ours, stock, stock), "theirs, then ours": (stock, ours, ours)}.get(
-        order, (ours, stock, ours)
-    )
+    hugging_face, ours = pair
+    turns = {
+        "ours, then theirs": (ours, hugging_face, hugging_face),
+        "theirs, then ours": (hugging_face, ours, ours),
+    }.get(order, (ours, hugging_face, ours))
     cache, expected = None, None
     for model, (start, end) in zip(turns, ((0, 3), (3, 4), (4, 9)), strict=True):
         out = step(model, cache, start, end, mask=mask)
-        wanted = step(stock, expected, start, end, mask=mask)
+        wanted = step(hugging_face, expected, start, end, mask=mask)
         assert cache is None or out[CACHE] is cache
         cache, expected = out[CACHE], wanted[CACHE]
         torch.testing.assert_close(out.logits, wanted.logits, atol=LOGITS_ATOL, rtol=1e-5)
@@ -127,8 +128,8 @@ def test_cache_answers_as_the_hugging_face_class(v11: tuple[Any, Any], name: str
     assert isinstance(caches[1], EngineCache)
     if handed_over:
         assert caches[1].cross_attention_cache is not None
-    stock, ours = (METHODS[name](cache) for cache in caches)
-    assert ours == stock
+    hugging_face, ours = (METHODS[name](cache) for cache in caches)
+    assert ours == hugging_face
     assert_same_contents(caches[1], caches[0])
 
 
@@ -233,10 +234,10 @@ def test_static_cache_is_written_in_place(v11: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=str)
 def test_encoder_outputs_go_to_the_other_class(kind: str, arguments: dict[str, Any]) -> None:
-    stock, ours = pair_of(kind)
+    hugging_face, ours = pair_of(kind)
     mask, results = batch()["attention_mask"], []
-    for first in (stock, ours):
-        for second in (stock, ours):
+    for first in (hugging_face, ours):
+        for second in (hugging_face, ours):
             with torch.no_grad():
                 encoded = first.get_encoder()(**batch())
             torch.manual_seed(5)
@@ -247,7 +248,7 @@ def test_encoder_outputs_go_to_the_other_class(kind: str, arguments: dict[str, A
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_assisted_generation_mixes_the_classes(v11: tuple[Any, Any], sample: bool) -> None:
-    small = make_stock("t5-v1.1", seed=0, num_layers=1)
+    small = make_hugging_face("t5-v1.1", seed=0, num_layers=1)
     small_ours = TRTT5ForConditionalGeneration.from_model(small, num_threads=1)
     rows = []
     for model in v11:

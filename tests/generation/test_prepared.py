@@ -15,7 +15,7 @@ from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.generation.prepared import request_key
 from t5_trt.generation.request import GenerationPath
 from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 ALL = {**CORE, **MORE}
 #: what is a number and leaves a result of tokens alone, and so is prepared once
@@ -54,8 +54,8 @@ def both(pair: tuple[Any, Any], seed: int, rows: int = 3, tokens: int = 11, **ar
 
 
 def new_pair(kind: str = "t5-v1.1") -> tuple[Any, Any]:
-    stock = make_stock(kind)
-    return stock, TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face(kind)
+    return hugging_face, TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
 
 
 @pytest.mark.parametrize("name", list(ALL))
@@ -184,8 +184,8 @@ def test_user_code_is_called_every_time(monkeypatch: pytest.MonkeyPatch) -> None
             calls.append("subclass")
             return super()._get_logits_processor(*args, **kwargs)
 
-    stock = make_stock("t5-v1.1")
-    derived, plain = (kind.from_model(stock, num_threads=1) for kind in (Mine, TRTT5ForConditionalGeneration))
+    hugging_face = make_hugging_face("t5-v1.1")
+    derived, plain = (kind.from_model(hugging_face, num_threads=1) for kind in (Mine, TRTT5ForConditionalGeneration))
     for _ in range(3):
         derived.generate(**batch(), max_new_tokens=3)
         plain.generate(**batch(), max_new_tokens=3)
@@ -206,7 +206,7 @@ def test_user_code_is_called_every_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_exchanged_methods_of_classes_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampler plugins patch Transformers' own class, often after a model was used, and take it back."""
-    stock, ours = new_pair()
+    hugging_face, ours = new_pair()
     plain = ours.generate(**batch(), max_new_tokens=6).tolist()
     real = GenerationMixin._get_logits_processor
 
@@ -217,7 +217,7 @@ def test_exchanged_methods_of_classes_are_called(monkeypatch: pytest.MonkeyPatch
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr(GenerationMixin, "_get_logits_processor", suppressing)
-            patched = [model.generate(**batch(), max_new_tokens=6).tolist() for model in (stock, ours, ours)]
+            patched = [model.generate(**batch(), max_new_tokens=6).tolist() for model in (hugging_face, ours, ours)]
         assert patched[0] == patched[1] == patched[2] != plain
         assert ours.generate(**batch(), max_new_tokens=6).tolist() == plain
 
@@ -296,10 +296,10 @@ def test_settings_changed_while_a_request_runs(prepared: list[int]) -> None:
 
 
 def test_errors_are_those_of_the_hugging_face_class() -> None:
-    stock, ours = new_pair()
+    hugging_face, ours = new_pair()
     ours.generate(**batch(), max_new_tokens=3)
     inputs = batch()
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         with pytest.raises(ValueError, match="were passed alongside"):
             model.generate(inputs["input_ids"], **inputs, max_new_tokens=3)
         model.generation_config = None

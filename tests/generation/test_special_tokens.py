@@ -9,7 +9,7 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.errors import InputError
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 IDS = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 #: name -> (in the config, in the generation config)
@@ -41,15 +41,15 @@ def outcome(model: Any, **request: Any) -> Any:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_special_tokens_are_found_where_the_hugging_face_class_finds_them(place: str) -> None:
-    stock = make_stock("t5-v1.1")
-    for target, values in zip((stock.config, stock.generation_config), PLACES[place], strict=True):
+    hugging_face = make_hugging_face("t5-v1.1")
+    for target, values in zip((hugging_face.config, hugging_face.generation_config), PLACES[place], strict=True):
         for name in (*IDS, "bos_token_id"):
             setattr(target, name, values.get(name))
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     for arguments in ARGUMENTS:
-        assert outcome(ours, **arguments) == outcome(stock, **arguments)
+        assert outcome(ours, **arguments) == outcome(hugging_face, **arguments)
     labels, results = torch.tensor([[5, 6], [4, -100], [7, 8]]), []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         try:
             with torch.no_grad():
                 results.append(model(**batch(), labels=labels).loss.item())
@@ -63,11 +63,11 @@ def test_special_tokens_are_found_where_the_hugging_face_class_finds_them(place:
 
 @pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
 def test_forced_tokens_beyond_the_vocabulary_are_refused_and_negative_ones_count_from_its_end(name: str) -> None:
-    stock = make_stock("t5-v1.1")
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    assert outcome(ours, **{name: -3}) == outcome(stock, **{name: -3})
-    beyond = stock.config.vocab_size
+    hugging_face = make_hugging_face("t5-v1.1")
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+    assert outcome(ours, **{name: -3}) == outcome(hugging_face, **{name: -3})
+    beyond = hugging_face.config.vocab_size
     with pytest.raises(IndexError):
-        stock.generate(**batch(), max_new_tokens=5, **{name: beyond})
+        hugging_face.generate(**batch(), max_new_tokens=5, **{name: beyond})
     with pytest.raises(InputError, match=rf"got \[{beyond}\]; expected ids below {beyond}"):
         ours.generate(**batch(), max_new_tokens=5, **{name: beyond})

@@ -33,11 +33,11 @@ def tokens(model: Any, **more: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_boolean_masks_of_four_axes(own_pair: Any, heads: int) -> None:
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     mask = batch()["attention_mask"].bool()[:, None, None].expand(-1, heads, -1, -1)
     ids = {"input_ids": batch()["input_ids"], "decoder_input_ids": LABELS}
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=LABELS).logits
+        expected = hugging_face(**batch(), decoder_input_ids=LABELS).logits
         torch.testing.assert_close(ours(**ids, attention_mask=mask).logits, expected, atol=LOGITS_ATOL, rtol=1e-5)
         own = torch.ones(3, 1, 3, 3, dtype=torch.bool).tril()
         got = ours(**batch(), decoder_input_ids=LABELS, decoder_attention_mask=own).logits
@@ -45,9 +45,9 @@ def test_boolean_masks_of_four_axes(own_pair: Any, heads: int) -> None:
 
 
 def test_static_cache_of_the_users(own_pair: Any) -> None:
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         cache = EncoderDecoderCache(
             StaticCache(config=model.config, max_cache_len=16), StaticCache(config=model.config, max_cache_len=11)
         )
@@ -78,11 +78,11 @@ def test_many_with_results_as_dictionaries() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
 def test_other_default_dtypes(own_pair: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, engine: str) -> None:
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     if engine == "stand-in":
         ours.session = stand_in_session(ours, monkeypatch)
     arguments: tuple[dict[str, Any], ...] = ({}, {"num_beams": 3}, {"decoder_input_ids": LABELS, "max_new_tokens": 4})
-    expected = [tokens(stock, **more) for more in arguments]
+    expected = [tokens(hugging_face, **more) for more in arguments]
     torch.set_default_dtype(dtype)
     try:
         assert [tokens(ours, **more) for more in arguments] == expected
@@ -96,26 +96,26 @@ def test_penalties_that_grow_beyond_numbers(
     own_pair: Any, monkeypatch: pytest.MonkeyPatch, factor: float, engine: str
 ) -> None:
     """For lengths that are never reached: ours looks at all of them beforehand."""
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     if engine == "stand-in":
         ours.session = stand_in_session(ours, monkeypatch)
     more = {"exponential_decay_length_penalty": (3, factor), "max_new_tokens": 6}
-    assert tokens(ours, **more) == tokens(stock, **more)
+    assert tokens(ours, **more) == tokens(hugging_face, **more)
 
 
 def test_early_stopping_that_equals_true(own_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     ours.session = stand_in_session(ours, monkeypatch)
     request = {**batch(4, 9, seed=0), "num_beams": 3, "max_new_tokens": 40, "length_penalty": 2.0}
     ends = [1, 8, 27, 34, 67, 69, 82, 88, 107, 122, 184, 189, 192, 199, 205]
     for early in (1, True, 1, False):
         more = {"early_stopping": early, "eos_token_id": ends, "pad_token_id": 3}
-        assert tokens(ours, **request, **more) == tokens(stock, **request, **more)
+        assert tokens(ours, **request, **more) == tokens(hugging_face, **request, **more)
 
 
 def test_forward_while_a_request_moves_on_to_a_larger_cache(own_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another thread does at that moment must not get the buffers that are still being read."""
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     ours.session = stand_in_session(ours, monkeypatch)
     request = {"max_new_tokens": 131, "min_new_tokens": 131}
     take_in, busy = step_buffers.Slot.take_in, []
@@ -127,12 +127,12 @@ def test_forward_while_a_request_moves_on_to_a_larger_cache(own_pair: Any, monke
         take_in(slot, state, mask_value)
 
     monkeypatch.setattr(step_buffers.Slot, "take_in", meanwhile)
-    assert tokens(ours, **request) == tokens(stock, **request) and busy
+    assert tokens(ours, **request) == tokens(hugging_face, **request) and busy
 
 
 def test_request_inside_of_a_streamer(own_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured selector keeps numbers of its own."""
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     ours.session = stand_in_session(ours, monkeypatch)
     tokens(ours, **batch(3, 9), max_new_tokens=140, repetition_penalty=1.3)
     prompt = torch.randint(2, 200, (3, 131), generator=torch.Generator().manual_seed(1))
@@ -151,5 +151,5 @@ def test_request_inside_of_a_streamer(own_pair: Any, monkeypatch: pytest.MonkeyP
             pass
 
     outer = {**batch(3, 9), "max_new_tokens": 30, "repetition_penalty": 1.9}
-    expected = tokens(stock, **outer)
+    expected = tokens(hugging_face, **outer)
     assert tokens(ours, **outer, streamer=Nested(ours)) == expected

@@ -24,7 +24,7 @@ from t5_trt.generation import decode_loop
 from tests.cases import ENDS, LateWatcher, prompt
 from tests.conftest import pair_of
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 from tests.tolerances import LOGITS_ATOL
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -158,14 +158,14 @@ def on_stand_in() -> Iterator[Any]:
     """A T5 v1.1 model on the TensorRT session, with reports that come late."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_loop, "Watcher", LateWatcher)
-        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+        ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
         ours.session = stand_in_session(ours, patch)
         yield ours
 
 
-def compare(stock: Any, ours: Any, arguments: dict[str, Any], code: Callable[..., dict[str, Any]]) -> None:
+def compare(hugging_face: Any, ours: Any, arguments: dict[str, Any], code: Callable[..., dict[str, Any]]) -> None:
     kepts, results = [], []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         kepts.append(Kept())
         results.append(run(model, {**arguments, **code(kepts[-1], arguments)}))
         run(model, {**arguments, "decoder_input_ids": prompt(4, 1, seed=8)})  # another call writes into none of it
@@ -200,11 +200,11 @@ def test_kept_tensors_of_other_families(kind: str, mode: str) -> None:
 
 
 def test_stop_strings_beside_a_criterion(shipped: tuple[Any, Any, Any]) -> None:
-    tokenizer, stock, ours = shipped
+    tokenizer, hugging_face, ours = shipped
     inputs = tokenizer(["ウチュウ", "ネコ"], padding=True, return_tensors="pt")
     for beams in (1, 3):
         kepts, rows = [], []
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             kepts.append(Kept())
             request = {"stop_strings": ["u"], "tokenizer": tokenizer, "num_beams": beams, "max_new_tokens": 20}
             rows.append(model.generate(**inputs, **request, **criterion(kepts[-1], {})))

@@ -33,8 +33,10 @@ def idle_slots(session: Any) -> list[Any]:
     return [slot for slots in idle.values() for slot in slots]
 
 
-def cuda_model(stock: Any, store: Path, precision: str = "fp32") -> Any:
-    return TRTT5ForConditionalGeneration.from_model(stock, backend="cuda", precision=precision, engine_cache_dir=store)
+def cuda_model(hugging_face: Any, store: Path, precision: str = "fp32") -> Any:
+    return TRTT5ForConditionalGeneration.from_model(
+        hugging_face, backend="cuda", precision=precision, engine_cache_dir=store
+    )
 
 
 #: name -> what makes a checkpoint overflow half precision

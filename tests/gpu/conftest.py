@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,12 +40,12 @@ def gpu_pair(store: Path, request: pytest.FixtureRequest) -> Any:
 
     @cache
     def make(kind: str, precision: str = "fp32") -> tuple[Any, Any]:
-        stock = make_stock(kind)
+        hugging_face = make_hugging_face(kind)
         ours = TRTT5ForConditionalGeneration.from_model(
-            stock, backend="tensorrt", precision=precision, decode=request.param, engine_cache_dir=store
+            hugging_face, backend="tensorrt", precision=precision, decode=request.param, engine_cache_dir=store
         )
         # sdpa and eager are both float32 here: TF32 is off by default for matrix products
-        return make_stock(kind).cuda(), ours
+        return make_hugging_face(kind).cuda(), ours
 
     torch.backends.cuda.matmul.allow_tf32 = False
     return make

@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")  # machines with a GPU may lack it, and the i
 
 from t5_trt import TRTT5ForConditionalGeneration  # noqa: E402
 from tests.adapters import CONFIGS, EVERYWHERE, QUIET, lora, peft_pair  # noqa: E402
-from tests.tiny_models import batch, make_stock, swollen  # noqa: E402
+from tests.tiny_models import batch, make_hugging_face, swollen  # noqa: E402
 
 pytestmark = QUIET
 TWO = {
@@ -34,14 +34,14 @@ def tokens(model: Any) -> list[Any]:
 @pytest.mark.parametrize("adapter", list(CONFIGS))
 def test_every_kind_of_adapter_gives_equal_tokens(kind: str, adapter: str, store: Path) -> None:
     options = {"backend": "cuda", "precision": "fp32", "engine_cache_dir": store}
-    theirs, mine, _ = peft_pair(make_stock(kind), {"default": CONFIGS[adapter]}, **options)
+    theirs, mine, _ = peft_pair(make_hugging_face(kind), {"default": CONFIGS[adapter]}, **options)
     assert tokens(theirs.cuda()) == tokens(mine)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_switching_writes_where_captured_graphs_read(precision: str, store: Path) -> None:
     options = {"backend": "cuda", "precision": precision, "engine_cache_dir": store}
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.1"), TWO, **options)
+    theirs, mine, ours = peft_pair(make_hugging_face("t5-v1.1"), TWO, **options)
     theirs.cuda()
     seen: dict[str, Any] = {}
     for name in ("default", "two", "default", "two"):
@@ -57,7 +57,7 @@ def test_switching_writes_where_captured_graphs_read(precision: str, store: Path
 
 def test_an_adapter_that_needs_other_factors_stays_in_range(store: Path) -> None:
     base = TRTT5ForConditionalGeneration.from_model(
-        swollen(make_stock("t5-v1.1"), 30.0, 1e3), backend="cuda", precision="fp16", engine_cache_dir=store
+        swollen(make_hugging_face("t5-v1.1"), 30.0, 1e3), backend="cuda", precision="fp16", engine_cache_dir=store
     )
     mine = peft.get_peft_model(base, lora(target_modules=["wo"])).eval()
     with torch.no_grad():

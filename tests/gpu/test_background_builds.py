@@ -10,7 +10,7 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.runtime.encoder_forms import EncoderForms
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 FIXED = {"max_new_tokens": 12, "min_new_tokens": 12}
 
@@ -30,15 +30,15 @@ def test_request_is_served_before_and_after_its_engine(
         return (1.0, 2.0) if winner == "engine" else (2.0, 1.0)
 
     monkeypatch.setattr(EncoderForms, "_times_ms", times)
-    stock = make_stock("t5-v1.1").cuda()
+    hugging_face = make_hugging_face("t5-v1.1").cuda()
     ours = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.1"),
+        make_hugging_face("t5-v1.1"),
         backend="tensorrt",
         precision="fp32",
         building="background",
         engine_cache_dir=tmp_path / "store",
     )
-    expected = stock.generate(**on_gpu(), **FIXED)
+    expected = hugging_face.generate(**on_gpu(), **FIXED)
     assert torch.equal(ours.generate(**on_gpu(), **FIXED), expected)
     forms = ours.session._forms
     assert "encoder" not in ours.session.loaded_graphs() and forms._begun
@@ -55,7 +55,7 @@ def test_auto_times_a_new_engine_against_the_kernels(tmp_path: Path) -> None:
     options = {"backend": "auto", "precision": "fp16", "engine_cache_dir": tmp_path / "store"}
     tokens = []
     for _ in range(2):  # the second model finds what the first one measured
-        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), **options)
+        ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), **options)
         assert (ours.session.backend, ours.session.steps_by) == ("tensorrt", "kernels")
         tokens.append(ours.generate(**on_gpu(), **FIXED))
     store = ours.session.engines.provider.store

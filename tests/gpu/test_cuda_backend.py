@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.gpu.cases import cuda_model, on_gpu
-from tests.tiny_models import KINDS, VOCAB, batch, make_stock, swollen
+from tests.tiny_models import KINDS, VOCAB, batch, make_hugging_face, swollen
 
 ARGUMENTS: tuple[dict[str, Any], ...] = (
     {},
@@ -33,11 +33,11 @@ def tokens_of(result: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_equal_hugging_face_in_float32(kind: str, store: Path) -> None:
-    stock, ours = make_stock(kind).cuda(), cuda_model(make_stock(kind), store)
+    hugging_face, ours = make_hugging_face(kind).cuda(), cuda_model(make_hugging_face(kind), store)
     for rows in (1, 3):
         for arguments in (*ARGUMENTS, {"decoder_input_ids": torch.tensor([[0, 5, 9]] * rows).cuda()}):
             torch.manual_seed(3)
-            expected = stock.generate(**inputs_on_gpu(rows), max_new_tokens=20, **arguments)
+            expected = hugging_face.generate(**inputs_on_gpu(rows), max_new_tokens=20, **arguments)
             torch.manual_seed(3)
             got = ours.generate(**inputs_on_gpu(rows), max_new_tokens=20, **arguments)
             assert torch.equal(tokens_of(got), tokens_of(expected)), arguments
@@ -47,20 +47,24 @@ def test_tokens_equal_hugging_face_in_float32(kind: str, store: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_forward_equals_hugging_face(kind: str, store: Path) -> None:
-    stock, ours = make_stock(kind).cuda(), cuda_model(make_stock(kind), store)
+    hugging_face, ours = make_hugging_face(kind).cuda(), cuda_model(make_hugging_face(kind), store)
     inputs = inputs_on_gpu() | {"decoder_input_ids": torch.randint(2, VOCAB, (3, 9)).cuda()}
-    expected, got = stock(**inputs).logits, ours(**inputs).logits
+    expected, got = hugging_face(**inputs).logits, ours(**inputs).logits
     assert float((got - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_long_output_grows_its_cache(store: Path) -> None:
-    stock, ours = make_stock("t5-v1.0").cuda(), cuda_model(make_stock("t5-v1.0"), store)
+    hugging_face, ours = make_hugging_face("t5-v1.0").cuda(), cuda_model(make_hugging_face("t5-v1.0"), store)
     options = {"max_new_tokens": 300, "min_new_tokens": 300}
-    assert torch.equal(ours.generate(**inputs_on_gpu(2), **options), stock.generate(**inputs_on_gpu(2), **options))
+    assert torch.equal(
+        ours.generate(**inputs_on_gpu(2), **options), hugging_face.generate(**inputs_on_gpu(2), **options)
+    )
 
 
 def test_all_is_captured_and_sizes_need_no_build(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours = cuda_model(make_stock("t5-v1.1"), tmp_path)  # a store of its own: other files of tests fill the shared one
+    ours = cuda_model(
+        make_hugging_face("t5-v1.1"), tmp_path
+    )  # a store of its own: other files of tests fill the shared one
     with caplog.at_level(logging.WARNING, "t5_trt"):
         for rows in range(1, 12):
             for arguments in ({}, {"num_beams": 2}):
@@ -70,12 +74,12 @@ def test_all_is_captured_and_sizes_need_no_build(tmp_path: Path, caplog: pytest.
 
 
 def test_half_precision_of_an_overflowing_checkpoint(store: Path) -> None:
-    stock = swollen(make_stock("t5-v1.1"), 30.0, 1e3)
-    ours = cuda_model(stock, store, "fp16")
+    hugging_face = swollen(make_hugging_face("t5-v1.1"), 30.0, 1e3)
+    ours = cuda_model(hugging_face, store, "fp16")
     with torch.no_grad():
         inputs = batch(3) | {"decoder_input_ids": torch.randint(2, VOCAB, (3, 9))}
         expected, got = (
-            stock(**inputs).logits,
+            hugging_face(**inputs).logits,
             ours(**{name: tensor.cuda() for name, tensor in inputs.items()}).logits.cpu(),
         )
     assert got.isfinite().all() and float((got - expected).norm() / expected.norm()) < 0.02
@@ -83,7 +87,7 @@ def test_half_precision_of_an_overflowing_checkpoint(store: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_gives_equal_bits_in_every_run(precision: str, store: Path) -> None:
-    ours = cuda_model(make_stock("t5-v1.1"), store, precision)
+    ours = cuda_model(make_hugging_face("t5-v1.1"), store, precision)
     results = [ours.generate(**inputs_on_gpu(), max_new_tokens=20, num_beams=3) for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)
 

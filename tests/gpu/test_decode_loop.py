@@ -19,9 +19,9 @@ from tests.tiny_models import VOCAB, batch
 @pytest.mark.parametrize("name", [*CORE, *MORE])
 def test_generates_as_hugging_face(gpu_pair: Any, name: str) -> None:
     """Draws too: the captured step draws what torch.multinomial does for the same seed."""
-    stock, ours = gpu_pair("t5-v1.1")
+    hugging_face, ours = gpu_pair("t5-v1.1")
     results = []
-    for model in (ours, stock):
+    for model in (ours, hugging_face):
         torch.manual_seed(11)
         results.append(model.generate(**on_gpu({**batch(), "max_new_tokens": 12, **{**CORE, **MORE}[name]})))
     assert_same(*results, atol=LOGITS_ATOL)
@@ -31,9 +31,9 @@ def test_generates_as_hugging_face(gpu_pair: Any, name: str) -> None:
 
 def test_generator_is_left_in_the_state_of_transformers_loop(gpu_pair: Any) -> None:
     """Steps beyond the end draw numbers; they are taken back, so that the next request draws the same in both."""
-    stock, ours = gpu_pair("t5-v1.1")
+    hugging_face, ours = gpu_pair("t5-v1.1")
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         torch.manual_seed(5)
         inputs = on_gpu(batch())
         ends = {"eos_token_id": list(range(1, 211, 6)), "pad_token_id": 3}
@@ -65,12 +65,12 @@ def test_device_form_equals_the_processor_of_transformers(processor: Any) -> Non
 
 def test_other_numbers_in_a_captured_step(gpu_pair: Any) -> None:
     """Nothing is captured anew for them, and what is drawn is what the Hugging Face class draws."""
-    stock, ours = gpu_pair("t5-v1.1")
+    hugging_face, ours = gpu_pair("t5-v1.1")
     captured = set()
     for numbers in ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.3, "top_p": 0.5}):
         request = {**on_gpu(batch()), **numbers, "do_sample": True, "repetition_penalty": numbers["temperature"]}
         results = []
-        for model in (ours, stock):
+        for model in (ours, hugging_face):
             torch.manual_seed(3)
             results.append(model.generate(**request, max_new_tokens=20).tolist())
         assert results[0] == results[1]
@@ -82,10 +82,10 @@ def test_other_numbers_in_a_captured_step(gpu_pair: Any) -> None:
 @pytest.mark.parametrize("name", ["greedy", "sampling", "sampling, several", "beams", "beam sampling", "temperature"])
 def test_repeated_request_reuses_its_preparation(gpu_pair: Any, name: str) -> None:
     """Not prepared again from the second one on."""
-    stock, ours = gpu_pair("t5-v1.1")
+    hugging_face, ours = gpu_pair("t5-v1.1")
     for seed in (5, 6, 7):
         results = []
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             torch.manual_seed(seed)
             request = {**batch(seed=seed), "max_new_tokens": 12, **{**CORE, **MORE}[name]}
             results.append(model.generate(**on_gpu(request)).tolist())

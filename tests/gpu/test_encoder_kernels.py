@@ -28,7 +28,7 @@ from tests.gpu.encoder_cases import (
     random_mask,
 )
 from tests.gpu.step_cases import SMALL
-from tests.tiny_models import KINDS, VOCAB, batch, make_stock
+from tests.tiny_models import KINDS, VOCAB, batch, make_hugging_face
 
 CASES = 24
 SEED = int(os.environ.get("T5_TRT_TEST_SEED", "0"))
@@ -92,10 +92,10 @@ def test_heads_are_split() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_encoder_is_as_near_to_hugging_face_as_that_of_torch(kind: str, precision: str, store: Path) -> None:
-    ours, inputs = cuda_model(make_stock(kind), store, precision), batch(5, 300)
+    ours, inputs = cuda_model(make_hugging_face(kind), store, precision), batch(5, 300)
     inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
     inputs["attention_mask"][1, 40:90] = 0
-    expected = make_stock(kind).cuda().encoder(**inputs).last_hidden_state.double()
+    expected = make_hugging_face(kind).cuda().encoder(**inputs).last_hidden_state.double()
     session = ours.session
     assert "encoder (kernels)" in session.loaded_graphs()
     by_torch = TorchEncoder(session.arch, session._weights, session.scaling, precision)
@@ -110,7 +110,7 @@ def test_encoder_is_as_near_to_hugging_face_as_that_of_torch(kind: str, precisio
 
 
 def test_captured_encoder_gives_the_same_bits_every_time(store: Path) -> None:
-    session = cuda_model(make_stock("t5-v1.1"), store, "fp16").session
+    session = cuda_model(make_hugging_face("t5-v1.1"), store, "fp16").session
     ids, mask = torch.randint(2, VOCAB, (3, 37), device="cuda"), torch.ones((3, 37), dtype=torch.int64, device="cuda")
     mask[1, 20:] = 0
     made = [session.encode(ids, None, mask)[0] for _ in range(6)]

@@ -28,7 +28,7 @@ from tests.cases import (
     write_data_of_head,
 )
 from tests.gpu.cases import LOGITS_ATOL, OVERFLOWING, cuda_model, on_gpu
-from tests.tiny_models import KINDS, batch, make_stock
+from tests.tiny_models import KINDS, batch, make_hugging_face
 
 ALL = {**CORE, **MORE}
 
@@ -39,7 +39,7 @@ def pair_of(store: Path) -> Any:
 
     @cache
     def make(kind: str) -> tuple[Any, Any]:
-        return make_stock(kind).cuda(), cuda_model(make_stock(kind), store)
+        return make_hugging_face(kind).cuda(), cuda_model(make_hugging_face(kind), store)
 
     torch.backends.cuda.matmul.allow_tf32 = False
     return make
@@ -85,11 +85,11 @@ def test_streamer_sees_every_token(pair_of: Any) -> None:
 @pytest.mark.parametrize("sample", [False, True])
 def test_assistants(pair_of: Any, store: Path, sample: bool) -> None:
     """A smaller Hugging Face model beside ours, ours beside a Hugging Face model, and both ours."""
-    stock, ours = pair_of("t5-v1.1")
-    small = make_stock("t5-v1.1", num_layers=1)
+    hugging_face, ours = pair_of("t5-v1.1")
+    small = make_hugging_face("t5-v1.1", num_layers=1)
     theirs, mine = copy.deepcopy(small).cuda(), cuda_model(small, store)
     results = []
-    for model, assistant in ((stock, theirs), (ours, theirs), (stock, mine), (ours, mine)):
+    for model, assistant in ((hugging_face, theirs), (ours, theirs), (hugging_face, mine), (ours, mine)):
         torch.manual_seed(4)
         request = {**on_gpu(batch(1)), "max_new_tokens": 15, "do_sample": sample}
         results.append(model.generate(**request, assistant_model=assistant).tolist())
@@ -97,18 +97,18 @@ def test_assistants(pair_of: Any, store: Path, sample: bool) -> None:
 
 
 def test_prompt_lookup(pair_of: Any) -> None:
-    stock, ours = pair_of("t5-v1.1")
+    hugging_face, ours = pair_of("t5-v1.1")
     request = {**on_gpu(batch(1)), "prompt_lookup_num_tokens": 3, "max_new_tokens": 15, "min_new_tokens": 15}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_encoder_outputs_given(pair_of: Any, beams: int) -> None:
-    stock, ours = pair_of("t5-v1.1")
+    hugging_face, ours = pair_of("t5-v1.1")
     inputs = on_gpu(batch())
-    expected = stock.generate(**inputs, num_beams=beams, max_new_tokens=9).tolist()
+    expected = hugging_face.generate(**inputs, num_beams=beams, max_new_tokens=9).tolist()
     with torch.no_grad():
-        for encoder in (ours.get_encoder(), stock.get_encoder()):
+        for encoder in (ours.get_encoder(), hugging_face.get_encoder()):
             given = {"encoder_outputs": encoder(**inputs), "attention_mask": inputs["attention_mask"]}
             assert ours.generate(**given, num_beams=beams, max_new_tokens=9).tolist() == expected
 
@@ -129,9 +129,9 @@ def test_returned_cache_goes_on(pair_of: Any) -> None:
 @torch.no_grad()
 def test_cached_pieces_equal_one_pass(pair_of: Any) -> None:
     """One token at a time, by the kernels, and several, by torch, over one cache that grows."""
-    stock, ours = pair_of("t5-v1.1")
+    hugging_face, ours = pair_of("t5-v1.1")
     inputs, ids = on_gpu(batch()), torch.randint(2, 200, (3, 75), device="cuda")
-    expected = stock(**inputs, decoder_input_ids=ids).logits
+    expected = hugging_face(**inputs, decoder_input_ids=ids).logits
     encoded, cache, made, place = ours.get_encoder()(**inputs), None, [], 0
     for count in (1, 1, 4, 1, 57, 1, 1, 9):
         piece = ids[:, place : place + count]
@@ -147,15 +147,15 @@ def test_cached_pieces_equal_one_pass(pair_of: Any) -> None:
 @pytest.mark.parametrize("enlarge", OVERFLOWING.values(), ids=OVERFLOWING)
 @torch.no_grad()
 def test_steps_of_overflowing_checkpoints_in_float16(store: Path, kind: str, enlarge: Any) -> None:
-    stock, ids = enlarge(make_stock(kind)), torch.randint(2, 200, (3, 6), device="cuda")
-    ours, inputs, cache, made = cuda_model(copy.deepcopy(stock), store, "fp16"), on_gpu(batch()), None, []
+    hugging_face, ids = enlarge(make_hugging_face(kind)), torch.randint(2, 200, (3, 6), device="cuda")
+    ours, inputs, cache, made = cuda_model(copy.deepcopy(hugging_face), store, "fp16"), on_gpu(batch()), None, []
     encoded = ours.get_encoder()(**inputs)
     for place in range(6):  # one token at a time: the kernels
         piece, mask = ids[:, place : place + 1], inputs["attention_mask"]
         out = ours(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=piece, **{CACHE: cache})
         cache = out[CACHE]
         made.append(out.logits)
-    got, expected = torch.cat(made, 1), stock.cuda()(**inputs, decoder_input_ids=ids).logits
+    got, expected = torch.cat(made, 1), hugging_face.cuda()(**inputs, decoder_input_ids=ids).logits
     assert got.isfinite().all() and float((got - expected).norm() / expected.norm()) < 0.02
 
 
@@ -165,22 +165,22 @@ def test_steps_of_overflowing_checkpoints_in_float16(store: Path, kind: str, enl
     ids=lambda change: change.__name__,
 )
 def test_changed_weights_are_followed(store: Path, change: Any) -> None:
-    stock, ours = make_stock("t5-v1.1"), cuda_model(make_stock("t5-v1.1"), store)
+    hugging_face, ours = make_hugging_face("t5-v1.1"), cuda_model(make_hugging_face("t5-v1.1"), store)
     texts = []
     for _ in range(2):
-        expected, got = both((copy.deepcopy(stock).cuda(), ours))
-        beams = both((copy.deepcopy(stock).cuda(), ours), num_beams=3)
+        expected, got = both((copy.deepcopy(hugging_face).cuda(), ours))
+        beams = both((copy.deepcopy(hugging_face).cuda(), ours), num_beams=3)
         assert got.tolist() == expected.tolist() and beams[1].tolist() == beams[0].tolist()
         texts.append((got.tolist(), beams[1].tolist()))
-        change(stock)
-        ours.load_state_dict(stock.state_dict()) if change is training_step else change(ours)
+        change(hugging_face)
+        ours.load_state_dict(hugging_face.state_dict()) if change is training_step else change(ours)
     assert texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_row_does_not_depend_on_its_batch(store: Path, precision: str) -> None:
     """Logits of ten steps, alone and in batches of 2 to 40, with one beam and with several: equal bits."""
-    session = cuda_model(make_stock("t5-v1.1"), store, precision).session
+    session = cuda_model(make_hugging_face("t5-v1.1"), store, precision).session
     inputs = on_gpu(batch(40, 37))
     # the encoder's products are cuBLAS's, which chooses by the batch: so all batches get the K/V of one encoding
     _, cross = session.encode(inputs["input_ids"], None, inputs["attention_mask"])
@@ -208,7 +208,7 @@ def test_same_call_gives_the_same_bits(store: Path, precision: str) -> None:
     requests = [{}, {"num_beams": 4}, {"do_sample": True}, {"max_new_tokens": 150, "min_new_tokens": 150}]
     runs = []
     for _ in range(2):
-        ours = cuda_model(make_stock("t5-v1.1"), store, precision)
+        ours = cuda_model(make_hugging_face("t5-v1.1"), store, precision)
         for _ in range(2):
             found = []
             for request in requests:

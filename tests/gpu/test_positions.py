@@ -12,7 +12,7 @@ import torch
 
 from t5_trt.compat import CACHE
 from tests.gpu.cases import LOGITS_ATOL, cuda_model, on_gpu
-from tests.tiny_models import KINDS, VOCAB, batch, make_stock
+from tests.tiny_models import KINDS, VOCAB, batch, make_hugging_face
 from tests.tolerances import LOSS_ATOL
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -24,7 +24,7 @@ def pair_of(store: Path) -> Any:
 
     @cache
     def make(kind: str, precision: str = "fp32") -> tuple[Any, Any]:
-        return make_stock(kind).cuda(), cuda_model(make_stock(kind), store, precision)
+        return make_hugging_face(kind).cuda(), cuda_model(make_hugging_face(kind), store, precision)
 
     torch.backends.cuda.matmul.allow_tf32 = False
     return make
@@ -113,10 +113,10 @@ def test_prompts_equal_hugging_face(pair_of: Any, kind: str, arguments: dict[str
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "umt5"])
 def test_verified_drafts_equal_hugging_face(pair_of: Any, kind: str) -> None:
     """Of prompt lookup and of an assistant, twice: captured when a number of positions comes again."""
-    stock, ours = pair_of(kind)
-    other = make_stock(kind, seed=3).cuda()
+    hugging_face, ours = pair_of(kind)
+    other = make_hugging_face(kind, seed=3).cuda()
     request = {**on_gpu(batch(1)), "max_new_tokens": 60, "min_new_tokens": 60}
-    expected = stock.generate(**request)
+    expected = hugging_face.generate(**request)
     for _ in range(2):
         assert torch.equal(ours.generate(**request, prompt_lookup_num_tokens=5), expected)
         assert torch.equal(ours.generate(**request, assistant_model=other), expected)
@@ -125,10 +125,10 @@ def test_verified_drafts_equal_hugging_face(pair_of: Any, kind: str) -> None:
 @torch.no_grad()
 def test_half_precision_is_as_close_to_float32_as_hugging_face(pair_of: Any) -> None:
     for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        stock, ours = pair_of("t5-v1.1", precision)
+        hugging_face, ours = pair_of("t5-v1.1", precision)
         given = on_gpu(batch()) | {"decoder_input_ids": tokens(3, 50)}
-        expected = stock(**given).logits
-        theirs, got = copy.deepcopy(stock).to(dtype)(**given).logits, ours(**given).logits
+        expected = hugging_face(**given).logits
+        theirs, got = copy.deepcopy(hugging_face).to(dtype)(**given).logits, ours(**given).logits
         assert float((got - expected).norm()) < 1.25 * float((theirs - expected).norm()), precision
 
 

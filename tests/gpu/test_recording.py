@@ -17,20 +17,20 @@ from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.generation.sampling import RowTokenSelector
 from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture
 from tests.gpu.cases import idle_slots
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 
 def on_gpu(rows: int = 3) -> dict[str, torch.Tensor]:
     return {name: tensor.cuda() for name, tensor in batch(rows).items()}
 
 
-def model(store: Path, stock: Any, decode: str) -> Any:
+def model(store: Path, hugging_face: Any, decode: str) -> Any:
     options = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
-    return TRTT5ForConditionalGeneration.from_model(stock, **options, engine_cache_dir=store)
+    return TRTT5ForConditionalGeneration.from_model(hugging_face, **options, engine_cache_dir=store)
 
 
 def test_everything_is_captured(store: Path, decode: str, caplog: pytest.LogCaptureFixture) -> None:
-    ours = model(store, make_stock("t5-v1.1"), decode)
+    ours = model(store, make_hugging_face("t5-v1.1"), decode)
     with caplog.at_level(logging.WARNING, "t5_trt"):
         for arguments in 2 * ({}, {"num_beams": 4}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}):
             ours.generate(**on_gpu(), max_new_tokens=9, **arguments)
@@ -77,17 +77,17 @@ def test_capture_that_fails(shared: bool) -> None:
 def test_token_selection_that_cannot_be_captured_runs_after_the_step(
     store: Path, decode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours, advance = model(store, make_stock("t5-v1.1"), decode), RowTokenSelector.advance
+    ours, advance = model(store, make_hugging_face("t5-v1.1"), decode), RowTokenSelector.advance
 
     def wait(selector: RowTokenSelector, logits: torch.Tensor, *others: Any) -> Any:
         logits.sum().item()
         return advance(selector, logits, *others)
 
     monkeypatch.setattr(RowTokenSelector, "advance", wait)
-    stock = make_stock("t5-v1.1").cuda()  # of its own: ours shares the parameters that it was made from
+    hugging_face = make_hugging_face("t5-v1.1").cuda()  # of its own: ours shares the parameters that it was made from
     for arguments in ({}, {"num_beams": 4}, {}, {"do_sample": True}):
         results = []
-        for each in (ours, stock):
+        for each in (ours, hugging_face):
             torch.manual_seed(3)
             results.append(each.generate(**on_gpu(), max_new_tokens=12, **arguments).tolist())
         assert results[0] == results[1]
@@ -96,7 +96,7 @@ def test_token_selection_that_cannot_be_captured_runs_after_the_step(
 
 def test_draws_beside_captures(store: Path, decode: str) -> None:
     """While a thread records for one model, another one draws for another: torch's generator refuses that by itself."""
-    drawing, recording = (model(store, make_stock("t5-v1.1", seed=seed), decode) for seed in (0, 4))
+    drawing, recording = (model(store, make_hugging_face("t5-v1.1", seed=seed), decode) for seed in (0, 4))
     inputs = on_gpu()
 
     def draw(times: int) -> list[Any]:

@@ -20,7 +20,7 @@ from t5_trt.serving.settings import SettingsReader
 from tests.row_cases import Alone
 from tests.row_cases import step as row_step
 from tests.serving_requests import LONG, PATIENCE_S, drawn_settings, source, until
-from tests.tiny_models import VOCAB, make_stock
+from tests.tiny_models import VOCAB, make_hugging_face
 
 REQUESTS = 200
 
@@ -32,7 +32,7 @@ def model_of(store: Path) -> Any:
     @cache
     def make(kind: str = "t5-v1.1", precision: str = "fp32") -> Any:
         return TRTT5ForConditionalGeneration.from_model(
-            make_stock(kind), backend="cuda", precision=precision, engine_cache_dir=store
+            make_hugging_face(kind), backend="cuda", precision=precision, engine_cache_dir=store
         )
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -250,10 +250,10 @@ def test_the_engine_survives_memory_that_runs_out(model_of: Any, monkeypatch: py
 def test_tensorrt_with_the_kernels_serves_rows_and_without_them_says_what_to_do(store: Path) -> None:
     pytest.importorskip("tensorrt")  # a part of the tests runs where there is none
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "engine_cache_dir": store}
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), decode="kernels", **options)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), decode="kernels", **options)
     with Engine(ours, max_rows=4) as engine:
         handles = [engine.submit(source(seed, 12), max_new_tokens=20) for seed in range(3)]
         for seed, handle in enumerate(handles):
             assert torch.equal(handle.result(5 * PATIENCE_S), alone(ours, source(seed, 12), max_new_tokens=20))
     with pytest.raises(BackendError, match=r"backend 'tensorrt': .*decode='kernels'"):
-        Engine(TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), decode="engine", **options))
+        Engine(TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), decode="engine", **options))

@@ -25,7 +25,7 @@ from t5_trt.runtime.step_buffers import Slot
 from t5_trt.tools.verify import block_errors, verify
 from tests.conftest import ROOT, SHIPPED
 from tests.gpu.cases import LOGITS_ATOL, OVERFLOWING, on_gpu
-from tests.tiny_models import KINDS, batch, large_logits, make_stock, swollen
+from tests.tiny_models import KINDS, batch, large_logits, make_hugging_face, swollen
 
 
 def test_runs_on_the_gpu(gpu_pair: Any) -> None:
@@ -36,7 +36,7 @@ def test_runs_on_the_gpu(gpu_pair: Any) -> None:
 
 def test_kernels_are_what_auto_takes(store: Path) -> None:
     ours = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.0"), backend="tensorrt", precision="fp32", engine_cache_dir=store
+        make_hugging_face("t5-v1.0"), backend="tensorrt", precision="fp32", engine_cache_dir=store
     )
     assert ours.session.steps_by == "kernels"
 
@@ -56,7 +56,7 @@ def test_kernels_and_engine_give_equal_tokens(tmp_path: Path) -> None:
     for decode in ("kernels", "engine"):
         options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
         ours = TRTT5ForConditionalGeneration.from_model(
-            make_stock("t5-v1.1"), **options, engine_cache_dir=tmp_path / decode
+            make_hugging_face("t5-v1.1"), **options, engine_cache_dir=tmp_path / decode
         )
         for name, arguments in requests.items():
             inputs = on_gpu(batch(1 if name == "assisted" else 3))
@@ -70,12 +70,12 @@ def test_kernels_and_engine_give_equal_tokens(tmp_path: Path) -> None:
 
 def test_keys_and_values_go_from_kernels_to_an_engine_and_back(store: Path) -> None:
     """In half precision, of a checkpoint that needs factors: an engine decodes what has hidden tokens."""
-    stock = swollen(make_stock("t5-v1.1"), 30.0, 1e3)
+    hugging_face = swollen(make_hugging_face("t5-v1.1"), 30.0, 1e3)
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp16", "decode": "kernels"}
-    ours = TRTT5ForConditionalGeneration.from_model(stock, **options, engine_cache_dir=store)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, **options, engine_cache_dir=store)
     ids, cache, got = torch.randint(2, 200, (3, 8)), None, []
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=ids).logits
+        expected = hugging_face(**batch(), decoder_input_ids=ids).logits
         for start, end in ((0, 1), (1, 2), (2, 4), (4, 5), (5, 8)):
             if start == 2:  # as where tokens are hidden
                 shown = torch.ones((3, end), dtype=torch.long).cuda()
@@ -90,9 +90,9 @@ def test_keys_and_values_go_from_kernels_to_an_engine_and_back(store: Path) -> N
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_greedy_equals_hugging_face(gpu_pair: Any, kind: str) -> None:
-    stock, ours = gpu_pair(kind)
+    hugging_face, ours = gpu_pair(kind)
     inputs = on_gpu(batch())
-    expected = stock.generate(**inputs, max_new_tokens=40, min_new_tokens=40)
+    expected = hugging_face.generate(**inputs, max_new_tokens=40, min_new_tokens=40)
     assert ours.generate(**inputs, max_new_tokens=40, min_new_tokens=40).tolist() == expected.tolist()
 
 
@@ -108,41 +108,41 @@ def test_greedy_equals_hugging_face(gpu_pair: Any, kind: str) -> None:
     ids=["beams", "beams, several", "sampling", "prompt", "two buckets"],
 )
 def test_requests_equal_hugging_face(gpu_pair: Any, arguments: dict[str, Any]) -> None:
-    stock, ours = gpu_pair("t5-v1.1")
+    hugging_face, ours = gpu_pair("t5-v1.1")
     request = {**on_gpu(batch()), "max_new_tokens": 12, **arguments}
     if "decoder_input_ids" in request:
         request["decoder_input_ids"] = request["decoder_input_ids"].cuda()
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         torch.manual_seed(3)
         results.append(model.generate(**request).tolist())
     assert results[0] == results[1]
 
 
 def test_logits_and_masks(gpu_pair: Any) -> None:
-    stock, ours = gpu_pair("t5-v1.1")
+    hugging_face, ours = gpu_pair("t5-v1.1")
     ids = torch.randint(2, 200, (3, 9), device="cuda")
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     with torch.no_grad():
-        expected = stock(**on_gpu(batch()), decoder_input_ids=ids, decoder_attention_mask=mask).logits
+        expected = hugging_face(**on_gpu(batch()), decoder_input_ids=ids, decoder_attention_mask=mask).logits
     got = ours(**on_gpu(batch()), decoder_input_ids=ids, decoder_attention_mask=mask).logits
     assert got.is_cuda
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=LOGITS_ATOL, rtol=1e-4)
 
 
 def test_inputs_on_the_cpu_are_taken(gpu_pair: Any) -> None:
-    stock, ours = gpu_pair("t5-v1.1")
-    expected = stock.generate(**on_gpu(batch()), max_new_tokens=6)
+    hugging_face, ours = gpu_pair("t5-v1.1")
+    expected = hugging_face.generate(**on_gpu(batch()), max_new_tokens=6)
     assert ours.generate(**batch(), max_new_tokens=6).tolist() == expected.cpu().tolist()
 
 
 def test_fp16_logits(gpu_pair: Any) -> None:
-    stock, ours = gpu_pair("t5-v1.1", "fp16")
+    hugging_face, ours = gpu_pair("t5-v1.1", "fp16")
     assert ours.dtype == torch.float16
     ids = torch.randint(2, 200, (3, 5), device="cuda")
     with torch.no_grad():
-        expected = stock(**on_gpu(batch()), decoder_input_ids=ids).logits
+        expected = hugging_face(**on_gpu(batch()), decoder_input_ids=ids).logits
     got = ours(**on_gpu(batch()), decoder_input_ids=ids).logits
     error = (got - expected).norm() / expected.norm()
     assert got.dtype == torch.float32 and error < 0.02
@@ -150,22 +150,26 @@ def test_fp16_logits(gpu_pair: Any) -> None:
 
 @pytest.mark.parametrize("enlarge", OVERFLOWING.values(), ids=OVERFLOWING)
 def test_fp16_of_overflowing_checkpoints(store: Path, enlarge: Any) -> None:
-    stock = enlarge(make_stock("t5-v1.1"))
-    ours = TRTT5ForConditionalGeneration.from_model(stock, backend="tensorrt", precision="fp16", engine_cache_dir=store)
+    hugging_face = enlarge(make_hugging_face("t5-v1.1"))
+    ours = TRTT5ForConditionalGeneration.from_model(
+        hugging_face, backend="tensorrt", precision="fp16", engine_cache_dir=store
+    )
     ids = torch.randint(2, 200, (3, 5))
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=ids).logits
+        expected = hugging_face(**batch(), decoder_input_ids=ids).logits
     got = ours(**batch(), decoder_input_ids=ids).logits
     assert got.isfinite().all() and (got.cpu() - expected).norm() / expected.norm() < 0.02
 
 
 def test_fp16_of_given_embeddings_out_of_range(store: Path) -> None:
-    stock = large_logits(make_stock("t5-v1.1"), 2.0**18)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, backend="tensorrt", precision="fp16", engine_cache_dir=store)
+    hugging_face = large_logits(make_hugging_face("t5-v1.1"), 2.0**18)
+    ours = TRTT5ForConditionalGeneration.from_model(
+        hugging_face, backend="tensorrt", precision="fp16", engine_cache_dir=store
+    )
     inputs = batch(padding="none")
     with torch.no_grad():
-        embeds = stock.shared(inputs.pop("input_ids"))
-        expected = stock.encoder(inputs_embeds=embeds, **inputs).last_hidden_state
+        embeds = hugging_face.shared(inputs.pop("input_ids"))
+        expected = hugging_face.encoder(inputs_embeds=embeds, **inputs).last_hidden_state
     got = ours.encoder(inputs_embeds=embeds, **inputs).last_hidden_state.float().cpu()
     assert not embeds.half().isfinite().all() and (got - expected).norm() / expected.norm() < 0.02
 
@@ -175,17 +179,19 @@ def test_two_models_in_two_threads(store: Path) -> None:
     kinds = ("t5-v1.0", "t5-v1.1")
     requests: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"max_new_tokens": 150, "min_new_tokens": 150}]
     fixed = {**on_gpu(batch()), "max_new_tokens": 12}
-    stocks = [make_stock(kind) for kind in kinds]  # not in the threads: they share torch's seed
-    expected = [[make_stock(kind).cuda().generate(**{**fixed, **more}).tolist() for more in requests] for kind in kinds]
+    hugging_face_models = [make_hugging_face(kind) for kind in kinds]  # not in the threads: they share torch's seed
+    expected = [
+        [make_hugging_face(kind).cuda().generate(**{**fixed, **more}).tolist() for more in requests] for kind in kinds
+    ]
 
-    def run(stock: Any) -> list[Any]:
+    def run(hugging_face: Any) -> list[Any]:
         ours = TRTT5ForConditionalGeneration.from_model(
-            stock, backend="tensorrt", precision="fp32", engine_cache_dir=store
+            hugging_face, backend="tensorrt", precision="fp32", engine_cache_dir=store
         )
         return [[ours.generate(**{**fixed, **more}).tolist() for more in requests] for _ in range(3)]
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(run, stocks)) == [[rows] * 3 for rows in expected]
+        assert list(pool.map(run, hugging_face_models)) == [[rows] * 3 for rows in expected]
 
 
 def test_step_buffers_are_reused(gpu_pair: Any) -> None:
@@ -206,7 +212,7 @@ def test_step_buffers_are_reused(gpu_pair: Any) -> None:
 
 def test_deleted_model_is_freed_at_once(store: Path, decode: str) -> None:
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), **options, engine_cache_dir=store)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), **options, engine_cache_dir=store)
     for beams in (1, 4):
         ours.generate(**on_gpu(batch()), max_new_tokens=5, num_beams=beams)
     gone = [weakref.ref(kept) for kept in (ours, ours.session, ours.session.engines.weights)]
@@ -232,9 +238,9 @@ def test_second_process_loads_from_the_store(tmp_path: Path) -> None:
     code = (
         "import json, sys, logging, time\n"
         "logging.basicConfig(level=logging.INFO)\n"
-        "from tests.tiny_models import make_stock, batch\n"
+        "from tests.tiny_models import make_hugging_face, batch\n"
         "from t5_trt import TRTT5ForConditionalGeneration as T\n"
-        f"m = T.from_model(make_stock('t5-v1.1'), backend='tensorrt', precision='fp32', engine_cache_dir={str(tmp_path / 'store')!r})\n"
+        f"m = T.from_model(make_hugging_face('t5-v1.1'), backend='tensorrt', precision='fp32', engine_cache_dir={str(tmp_path / 'store')!r})\n"
         "s = time.time(); m.generate(**batch(), max_new_tokens=5)\n"
         "print(json.dumps(time.time() - s))\n"
     )
@@ -273,7 +279,7 @@ def test_forked_after_the_gpu_was_used(gpu_pair: Any) -> None:
 def test_beyond_the_configured_shapes(store: Path) -> None:
     build = BuildConfig(max_source_tokens=32)
     model = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.0"), backend="tensorrt", engine_cache_dir=store, strict=True, build=build
+        make_hugging_face("t5-v1.0"), backend="tensorrt", engine_cache_dir=store, strict=True, build=build
     )
     with pytest.raises(StrictModeError, match=r"needs max_source_tokens = 40.*for 32"):
         model.generate(**batch(1, 40), max_new_tokens=2)
@@ -297,7 +303,7 @@ def test_too_little_memory_then_smaller(gpu_pair: Any, monkeypatch: pytest.Monke
 def test_too_little_memory_while_building(tmp_path: Path) -> None:
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": "engine"}
     model = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.0"), **options, engine_cache_dir=tmp_path / "store"
+        make_hugging_face("t5-v1.0"), **options, engine_cache_dir=tmp_path / "store"
     )
     free, _ = torch.cuda.mem_get_info()
     hog = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda")  # less than a CUDA context takes
@@ -306,7 +312,7 @@ def test_too_little_memory_while_building(tmp_path: Path) -> None:
     assert not list((tmp_path / "store").glob(".building*"))
     del hog
     torch.cuda.empty_cache()
-    expected = make_stock("t5-v1.0").cuda().generate(**on_gpu(batch()), max_new_tokens=3)
+    expected = make_hugging_face("t5-v1.0").cuda().generate(**on_gpu(batch()), max_new_tokens=3)
     assert model.generate(**on_gpu(batch()), max_new_tokens=3).tolist() == expected.tolist()
 
 
@@ -316,9 +322,9 @@ def test_checkpoints_share_engines(tmp_path: Path) -> None:
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": "engine"}
     for seed in (7, 8):
         ours = TRTT5ForConditionalGeneration.from_model(
-            make_stock("t5-v1.1", seed=seed), **options, engine_cache_dir=store.root
+            make_hugging_face("t5-v1.1", seed=seed), **options, engine_cache_dir=store.root
         )
-        expected = make_stock("t5-v1.1", seed=seed).cuda().generate(**on_gpu(batch()), max_new_tokens=9)
+        expected = make_hugging_face("t5-v1.1", seed=seed).cuda().generate(**on_gpu(batch()), max_new_tokens=9)
         assert ours.generate(**on_gpu(batch()), max_new_tokens=9).tolist() == expected.tolist()
         keys.append({entry.key for entry in store.entries()})
     assert keys[0] == keys[1] and len(keys[0]) == 2
@@ -328,7 +334,7 @@ def test_saved_engines_are_used(tmp_path: Path, decode: str, caplog: pytest.LogC
     """A checkpoint saved with its engines runs from an empty store without a build; kernels are compiled into it."""
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp32", "decode": decode}
     first = TRTT5ForConditionalGeneration.from_model(
-        make_stock("t5-v1.1"), **options, engine_cache_dir=tmp_path / "one"
+        make_hugging_face("t5-v1.1"), **options, engine_cache_dir=tmp_path / "one"
     )
     expected = first.generate(**on_gpu(batch()), max_new_tokens=9).tolist()
     first.save_pretrained(tmp_path / "model", include_engines=True)
@@ -343,7 +349,7 @@ def test_saved_engines_are_used(tmp_path: Path, decode: str, caplog: pytest.LogC
 
 def test_new_engines_are_checked(tmp_path: Path, decode: str, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"backend": "tensorrt", "precision": "fp16", "decode": decode}
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), **options, engine_cache_dir=tmp_path)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), **options, engine_cache_dir=tmp_path)
     with caplog.at_level(logging.DEBUG, "t5_trt"):
         prompt = torch.tensor([[0, 5, 6]] * 3).cuda()
         ours.generate(**on_gpu(batch()), num_beams=2, max_new_tokens=3, decoder_input_ids=prompt)
@@ -363,12 +369,12 @@ def test_shipped_model(store: Path, decode: str) -> None:
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    stock = T5ForConditionalGeneration.from_pretrained(SHIPPED).cuda().eval()
+    hugging_face = T5ForConditionalGeneration.from_pretrained(SHIPPED).cuda().eval()
     ours = TRTT5ForConditionalGeneration.from_pretrained(
         SHIPPED, backend="tensorrt", precision="fp32", decode=decode, engine_cache_dir=store
     )
     lines = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
     inputs = tokenizer(lines[:7], return_tensors="pt", padding=True).to("cuda")
     for beams in (1, 4):
-        expected = stock.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist()
+        expected = hugging_face.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist()
         assert ours.generate(**inputs, num_beams=beams, max_new_tokens=96).tolist() == expected

@@ -29,8 +29,8 @@ def dims(value: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("precision", list(REAL_TYPES))
 def test_graph_is_valid_and_as_declared(pair: tuple[Any, Any], graph: str, precision: str, tmp_path: Path) -> None:
-    stock, ours = pair
-    weights, real = stock.state_dict(), real_type(precision)
+    hugging_face, ours = pair
+    weights, real = hugging_face.state_dict(), real_type(precision)
     model = build_host_graph(graph, ours.architecture, weights, real)
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     assert (tmp_path / "model.onnx.data").stat().st_size > 10_000
@@ -70,16 +70,16 @@ def test_device_graph_is_flat_and_takes_the_weights(pair: tuple[Any, Any], graph
 
 
 def test_every_tensor_of_the_checkpoint_is_in_one_group(pair: tuple[Any, Any]) -> None:
-    stock, ours = pair
+    hugging_face, ours = pair
     made = parameters(ours.architecture)
     used = {key for group in made.values() for key in (*group.parts, *filter(None, [group.norm]))}
-    tensors = {tensor.data_ptr(): key for key, tensor in stock.state_dict().items()}
-    assert {stock.state_dict()[key].data_ptr() for key in used} == set(tensors)
+    tensors = {tensor.data_ptr(): key for key, tensor in hugging_face.state_dict().items()}
+    assert {hugging_face.state_dict()[key].data_ptr() for key in used} == set(tensors)
 
 
 def test_materialized_group(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
-    weights, name = stock.state_dict(), "decoder.block.1.layer.0.SelfAttention.qkv"
+    hugging_face, ours = v11
+    weights, name = hugging_face.state_dict(), "decoder.block.1.layer.0.SelfAttention.qkv"
     made = materialize(parameters(ours.architecture)[name], weights, torch.float32, torch.device("cpu"))
     stream = torch.randn(5, ours.architecture.d_model)
     norm = weights["decoder.block.1.layer.0.layer_norm.weight"]
@@ -90,12 +90,12 @@ def test_materialized_group(v11: tuple[Any, Any]) -> None:
 
 
 def test_external_data_holds_the_weights(v11: tuple[Any, Any], tmp_path: Path) -> None:
-    stock, ours = v11
-    model = build_host_graph("encoder", ours.architecture, stock.state_dict(), ir.DataType.FLOAT)
+    hugging_face, ours = v11
+    model = build_host_graph("encoder", ours.architecture, hugging_face.state_dict(), ir.DataType.FLOAT)
     ir.save(model, tmp_path / "encoder.onnx", external_data="encoder.onnx.data")
     loaded = {i.name: i for i in onnx.load(str(tmp_path / "encoder.onnx")).graph.initializer}
     key = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
-    assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(loaded[key])), stock.state_dict()[key])
+    assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(loaded[key])), hugging_face.state_dict()[key])
 
 
 def test_same_bytes_in_every_process(v10: tuple[Any, Any]) -> None:
@@ -111,8 +111,8 @@ def test_same_bytes_in_every_process(v10: tuple[Any, Any]) -> None:
 
 def digests() -> list[str]:
     """Of a graph of each form."""
-    stock, ours = pair_of("t5-v1.0")
-    host = build_host_graph("decoder_queries", ours.architecture, stock.state_dict(), ir.DataType.FLOAT)
+    hugging_face, ours = pair_of("t5-v1.0")
+    host = build_host_graph("decoder_queries", ours.architecture, hugging_face.state_dict(), ir.DataType.FLOAT)
     device = build_device_graph("decoder_queries", ours.architecture, ir.DataType.FLOAT)
     texts = [ir.to_proto(graph).SerializeToString(deterministic=True) for graph in (host, device)]
     return [hashlib.sha256(text).hexdigest() for text in texts]

@@ -17,22 +17,22 @@ from t5_trt.runtime import int8_weights
 from t5_trt.runtime.int8_weights import products_saturate, weights_digest
 from tests.conftest import ROOT, SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import KINDS, batch, make_stock
+from tests.tiny_models import KINDS, batch, make_hugging_face
 
 #: relative error (L2) of the logits of the tiny models, whose large random weights amplify rounding; seen: 0.10 to 0.13
 LOGITS_RELATIVE = 0.2
 WEIGHT_ONLY_RELATIVE = 0.15  # the same with activations in half precision; seen: 0.03 to 0.12
 
 
-def on_int8(stock: Any, folder: Path, **options: Any) -> Any:
+def on_int8(hugging_face: Any, folder: Path, **options: Any) -> Any:
     return TRTT5ForConditionalGeneration.from_model(
-        stock, precision="int8", engine_cache_dir=folder, num_threads=1, **options
+        hugging_face, precision="int8", engine_cache_dir=folder, num_threads=1, **options
     )
 
 
 def test_rounding() -> None:
     """Every column has its own scale; the error is at most half of it."""
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"))
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"))
     made = dict(quantize(ours.architecture, ours.state_dict()))
     matrix = ours.state_dict()["decoder.block.1.layer.2.DenseReluDense.wo.weight"]
     name = "decoder.block.1.layer.2.DenseReluDense.wo"
@@ -49,11 +49,11 @@ def test_rounding() -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_logits_of_every_kind(kind: str, tmp_path: Path) -> None:
-    stock = make_stock(kind)
-    ours = on_int8(stock, tmp_path)
+    hugging_face = make_hugging_face(kind)
+    ours = on_int8(hugging_face, tmp_path)
     ids = torch.randint(2, 200, (3, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=ids).logits
+        expected = hugging_face(**batch(), decoder_input_ids=ids).logits
     got = ours(**batch(), decoder_input_ids=ids).logits
     assert ours.session.precision == "int8"
     assert 1e-4 < (got - expected).norm() / expected.norm() < LOGITS_RELATIVE
@@ -61,10 +61,10 @@ def test_logits_of_every_kind(kind: str, tmp_path: Path) -> None:
 
 def test_widths_that_an_old_runtime_gets_wrong(tmp_path: Path) -> None:
     """72 columns and 33 rows: ONNX Runtime 1.23 left some of them unwritten on processors with AMX."""
-    stock = make_stock("mt5", d_kv=24, num_heads=3, d_ff=72, vocab_size=216)
-    ours = on_int8(stock, tmp_path)
+    hugging_face = make_hugging_face("mt5", d_kv=24, num_heads=3, d_ff=72, vocab_size=216)
+    ours = on_int8(hugging_face, tmp_path)
     with torch.no_grad():
-        expected = stock.encoder(**batch(3, 40)).last_hidden_state
+        expected = hugging_face.encoder(**batch(3, 40)).last_hidden_state
     got = ours.get_encoder()(**batch(3, 40)).last_hidden_state
     assert (got - expected).norm() / expected.norm() < LOGITS_RELATIVE
     assert ours(**batch(), decoder_input_ids=torch.zeros(3, 20, dtype=torch.long)).logits.shape == (3, 20, 216)
@@ -73,11 +73,11 @@ def test_widths_that_an_old_runtime_gets_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
 def test_generates(tmp_path: Path, arguments: dict[str, Any]) -> None:
     """Two of three first tokens at least are those of float32; prompt, loop and cache work."""
-    stock = make_stock("t5-v1.1")
-    ours = on_int8(stock, tmp_path)
+    hugging_face = make_hugging_face("t5-v1.1")
+    ours = on_int8(hugging_face, tmp_path)
     prompt = torch.tensor([[0, 5, 6, 7]] * 3)
     results = []
-    for model in (ours, stock):
+    for model in (ours, hugging_face):
         torch.manual_seed(4)
         results.append(
             model.generate(**batch(), decoder_input_ids=prompt, max_new_tokens=8, min_new_tokens=8, **arguments)
@@ -92,12 +92,12 @@ def test_kept_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     made = []
     monkeypatch.setattr(int8_weights, "quantize", lambda *args: made.append(1) or quantize(*args))
     for seed, count in ((0, 1), (0, 1), (1, 2)):
-        on_int8(make_stock("t5-v1.0", seed=seed), tmp_path).generate(**batch(), max_new_tokens=3)
+        on_int8(make_hugging_face("t5-v1.0", seed=seed), tmp_path).generate(**batch(), max_new_tokens=3)
         assert len(made) == count
     entries = EngineStore(tmp_path).entries()
     assert [entry.manifest["graph"] for entry in entries] == ["int8 weights"] * 2
     (entries[0].folder / PLAN).write_bytes(b"damaged")
-    on_int8(make_stock("t5-v1.0", seed=1), tmp_path).generate(**batch(), max_new_tokens=3)
+    on_int8(make_hugging_face("t5-v1.0", seed=1), tmp_path).generate(**batch(), max_new_tokens=3)
     assert len(made) == 3
 
 
@@ -116,11 +116,11 @@ def test_size_and_accuracy_of_the_shipped_model(shipped: tuple[Any, Any, Any], t
 
 
 def test_unsigned_where_products_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, results = make_stock("t5-v1.1"), []
+    hugging_face, results = make_hugging_face("t5-v1.1"), []
     ids = torch.randint(2, 200, (3, 5))
     for saturate in (True, False):
         monkeypatch.setattr(int8_weights, "products_saturate", lambda saturate=saturate: saturate)
-        ours = on_int8(stock, tmp_path)
+        ours = on_int8(hugging_face, tmp_path)
         results.append(ours(**batch(), decoder_input_ids=ids).logits)
         matrix = ours.session._quantized["decoder.block.0.layer.2.DenseReluDense.wo.int8"]
         assert matrix.dtype == (torch.uint8 if saturate else torch.int8)
@@ -139,7 +139,9 @@ def test_which_processors_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_digest_follows_the_weights() -> None:
-    first, second = (TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", seed=seed)) for seed in (0, 1))
+    first, second = (
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1", seed=seed)) for seed in (0, 1)
+    )
     digests = {weights_digest(model.architecture, model.state_dict()) for model in (first, first, second)}
     assert len(digests) == 2
 
@@ -157,16 +159,16 @@ def test_digest_follows_the_weights() -> None:
 )
 def test_weight_only_graphs(kind: str, scaling: Fp16Scaling, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs of GPU engines with 8-bit weights, computed by torch: activations stay in half precision."""
-    stock = make_stock(kind)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face(kind)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch, precision="int8", scaling=scaling)
     ids = torch.randint(2, 200, (3, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=ids).logits
+        expected = hugging_face(**batch(), decoder_input_ids=ids).logits
     got = ours(**batch(), decoder_input_ids=ids).logits
     assert 1e-3 < (got - expected).norm() / expected.norm() < WEIGHT_ONLY_RELATIVE
 
 
 def test_refused_precisions() -> None:
     with pytest.raises(InputError, match="'fp32' or 'int8'"):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="onnxruntime", precision="fp16")
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="onnxruntime", precision="fp16")

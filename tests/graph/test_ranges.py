@@ -26,7 +26,7 @@ from t5_trt.runtime.select import best_precision
 from t5_trt.tools.random_models import random_t5
 from tests.conftest import SHIPPED
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_stock, swollen
+from tests.tiny_models import FACTORS, KINDS, batch, large_logits, make_hugging_face, swollen
 from tests.torch_graph import NotFiniteError
 
 HALF_RELATIVE = (
@@ -67,13 +67,13 @@ def test_overflowing_checkpoints(kind: str, factors: Any, monkeypatch: pytest.Mo
     """Plain half precision fails on them; folded, every value of every node is finite and the logits are right."""
     if kind == "few-buckets" and factors[0] > 1e3:
         factors = (100.0, 1e4)  # gelu between its matrices: its inside cannot be scaled
-    stock = swollen(make_stock(kind), *factors)
-    expected = logits(stock)
-    half = logits(copy.deepcopy(stock).half())
+    hugging_face = swollen(make_hugging_face(kind), *factors)
+    expected = logits(hugging_face)
+    half = logits(copy.deepcopy(hugging_face).half())
     assert not half.isfinite().all() or relative(half, expected) > 0.5
     if factors[0] == 3e4:  # inside a layer
         assert half.isnan().any()
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch, precision="fp16")
     with pytest.raises(NotFiniteError):
         logits(ours)
@@ -89,34 +89,34 @@ def test_extreme_values(least: float | None, monkeypatch: pytest.MonkeyPatch) ->
     """A stream of 6e8 over an embedding of 0.2; where bounds would cost too much precision activations are observed."""
     if least is not None:
         monkeypatch.setattr(fp16_scaling, "_LEAST", least)
-    stock = swollen(make_stock("mt5"), *EXTREME)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = swollen(make_hugging_face("mt5"), *EXTREME)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     assert find_scaling(ours.architecture, ours.state_dict()).certain == (least is None)
     ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling_of(ours))
-    assert relative(logits(ours), logits(stock)) < HALF_RELATIVE
+    assert relative(logits(ours), logits(hugging_face)) < HALF_RELATIVE
 
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1"])
 def test_tokens_and_given_embeddings(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy steps over a half precision cache, and embeddings that come from outside."""
-    stock = swollen(make_stock(kind), 100.0, 1e4)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = swollen(make_hugging_face(kind), 100.0, 1e4)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling_of(ours))
     request = {**batch(), "max_new_tokens": 6, "min_new_tokens": 6}
     got = ours.generate(**request, output_scores=True, return_dict_in_generate=True)
-    scores = stock.generate(**request, output_scores=True, return_dict_in_generate=True).scores
+    scores = hugging_face.generate(**request, output_scores=True, return_dict_in_generate=True).scores
     assert relative(got.scores[0][:, 2:], scores[0][:, 2:]) < HALF_RELATIVE and len(got.scores) == 6
-    assert relative(encoded_embeds(ours).float(), encoded_embeds(stock)) < HALF_RELATIVE
+    assert relative(encoded_embeds(ours).float(), encoded_embeds(hugging_face)) < HALF_RELATIVE
 
 
 @pytest.mark.parametrize("factors", [{}, {"inner": 2.0**15}, {"stream": 2.0**12}], ids=str)
 def test_t5_base_shapes(factors: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve layers of published width; four tokens, because torch computes float16 slowly on some CPUs."""
-    stock = larger(random_t5("t5-base"), **factors)
+    hugging_face = larger(random_t5("t5-base"), **factors)
     ids, tokens = torch.arange(100, 116)[None], torch.tensor([[0, 8, 9, 10]])
     with torch.no_grad():
-        expected = stock(input_ids=ids, decoder_input_ids=tokens).logits
-    ours = TRTT5ForConditionalGeneration.from_model(stock)
+        expected = hugging_face(input_ids=ids, decoder_input_ids=tokens).logits
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face)
     ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling_of(ours))
     got = ours(input_ids=ids, decoder_input_ids=tokens).logits
     assert relative(got, expected) < HALF_RELATIVE
@@ -126,10 +126,10 @@ def test_t5_base_shapes(factors: dict[str, float], monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings and a head (often the same tensor) whose values, or whose products, are beyond half precision."""
-    stock = large_logits(make_stock(kind), factor)
-    expected = logits(stock)
-    assert not logits(copy.deepcopy(stock).half()).isfinite().all()
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = large_logits(make_hugging_face(kind), factor)
+    expected = logits(hugging_face)
+    assert not logits(copy.deepcopy(hugging_face).half()).isfinite().all()
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch, precision="fp16")
     with pytest.raises(NotFiniteError):
         logits(ours)
@@ -137,15 +137,15 @@ def test_large_embeddings_and_logits(kind: str, factor: float, monkeypatch: pyte
     assert scaling.branches["lm_head"] < 1 and (scaling.embedding < 1) == (factor == 2**18)
     ours.session = stand_in_session(ours, monkeypatch, precision="fp16", scaling=scaling)
     assert relative(logits(ours), expected) < HALF_RELATIVE
-    assert relative(encoded_embeds(ours).float(), encoded_embeds(stock)) < HALF_RELATIVE
+    assert relative(encoded_embeds(ours).float(), encoded_embeds(hugging_face)) < HALF_RELATIVE
     ours.session = stand_in_session(ours, monkeypatch, scaling=scaling)
     assert relative(logits(ours), expected) < FOLDED_RELATIVE
 
 
 def test_streams_have_their_own_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `compare` shows of layers is not multiplied by the stream's factor."""
-    stock = large_logits(make_stock("t5-v1.1"), 2.0**18)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = large_logits(make_hugging_face("t5-v1.1"), 2.0**18)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     plain, folded = (
         stand_in_session(ours, monkeypatch, scaling=scaling).layer_outputs(ENCODER, batch())
         for scaling in (Fp16Scaling(), scaling_of(ours))
@@ -155,7 +155,7 @@ def test_streams_have_their_own_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_stands_between_the_last_norm_and_the_head() -> None:
     """TensorRT 8.5 is free to multiply after the product, where half precision may have no room."""
-    arch = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0")).architecture
+    arch = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0")).architecture
     graph = build_device_graph(STEP, arch, ir.DataType.FLOAT16, fixed={"B": 1, "N": 1, "R": 1, "S": 32, "T": 64}).graph
     nodes = [node.op_type for node in graph if (node.name or "").startswith("lm_head/")]
     assert arch.output_scale < 1 and nodes[-5:] == ["Div", "Cast", "MatMul", "Reshape", "Cast"] and "Mul" not in nodes
@@ -164,22 +164,22 @@ def test_nothing_stands_between_the_last_norm_and_the_head() -> None:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_bounds_hold(kind: str) -> None:
     """What is observed stays below them, for ordinary and for large weights."""
-    for stock in (make_stock(kind), swollen(make_stock(kind), 30.0, 1e3)):
-        ours = TRTT5ForConditionalGeneration.from_model(stock)
+    for hugging_face in (make_hugging_face(kind), swollen(make_hugging_face(kind), 30.0, 1e3)):
+        ours = TRTT5ForConditionalGeneration.from_model(hugging_face)
         bounds = bound(ours.architecture, ours.state_dict())
-        seen = observe(stock, [batch(), batch(2, 30, seed=7)])
+        seen = observe(hugging_face, [batch(), batch(2, 30, seed=7)])
         assert all(
             seen.branches[name] <= largest < 1e5 * seen.branches[name] for name, largest in bounds.branches.items()
         )
         assert set(seen.branches) == set(bounds.branches)
         assert all(seen.inner[layer] <= largest for layer, largest in bounds.inner.items())
-        scales = stock.config.feed_forward_proj != "gelu"
+        scales = hugging_face.config.feed_forward_proj != "gelu"
         assert len(bounds.inner) == (len(seen.inner) if scales else 0)
 
 
 def test_ordinary_checkpoints_are_left_alone() -> None:
-    for stock in (make_stock("t5-v1.1"), random_t5("t5-base")):
-        ours = TRTT5ForConditionalGeneration.from_model(stock)
+    for hugging_face in (make_hugging_face("t5-v1.1"), random_t5("t5-base")):
+        ours = TRTT5ForConditionalGeneration.from_model(hugging_face)
         assert find_scaling(ours.architecture, ours.state_dict()) == Fp16Scaling()
 
 
@@ -202,7 +202,7 @@ def test_factors() -> None:
 
 
 def test_seen_ranges_get_headroom() -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"))
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"))
     bounds = bound(ours.architecture, ours.state_dict())
     seen = Ranges(dict.fromkeys(bounds.branches, 1e6), dict.fromkeys(bounds.inner, 1e5))
     scaling = find_scaling(ours.architecture, ours.state_dict(), seen)
@@ -238,14 +238,14 @@ def test_bad_calibration() -> None:
 
 
 def test_observed_names() -> None:
-    stock = make_stock("t5-v1.1")
-    seen = observe(stock, random_batches(200), max_new_tokens=2)
+    hugging_face = make_hugging_face("t5-v1.1")
+    seen = observe(hugging_face, random_batches(200), max_new_tokens=2)
     assert {"encoder.block.0.layer.0.SelfAttention.o", "decoder.block.1.layer.2.DenseReluDense.wo"} < set(seen.branches)
     assert set(seen.inner) == {
         f"{stack}.block.{n}.layer.{k}" for stack, k in (("encoder", 1), ("decoder", 2)) for n in (0, 1)
     }
     assert min(*seen.branches.values(), *seen.inner.values()) > 0
-    assert not any(module._forward_hooks for module in stock.modules())
+    assert not any(module._forward_hooks for module in hugging_face.modules())
 
 
 def test_precision_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from t5_trt.engine.profiles import Shapes, fixed_axes
 from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.parameters import materialize, parameters
 from t5_trt.graph.relative_positions import distance_buckets, longest_sequence
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 from tests.torch_graph import TorchGraph
 
 #: (buckets, max_distance): usual ones, odd ones, the fewest, a maximum among the exact buckets of one stack or both, a huge one
@@ -58,26 +58,26 @@ def test_longest_sequence_is_the_last_that_hugging_face_takes(buckets: int, limi
 def test_logits_and_beams_equal_hugging_face(kind: str, buckets: int, limit: int) -> None:
     """Distances up to 35 in the decoder and 30 in the encoder; the second forward and the beams decode step by step."""
     changes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": limit}
-    stock = make_stock(kind, **changes)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face(kind, **changes)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     tokens = min(ours.architecture.longest_target or 36, 36)
     request = batch(rows=2, tokens=31)
     decoder = batch(rows=2, tokens=tokens, seed=6, padding="none")["input_ids"]
     with torch.no_grad():
-        expected = stock(**request, decoder_input_ids=decoder).logits
+        expected = hugging_face(**request, decoder_input_ids=decoder).logits
         torch.testing.assert_close(ours(**request, decoder_input_ids=decoder).logits, expected, atol=1e-3, rtol=1e-3)
     options = {"num_beams": 2, "max_new_tokens": tokens - 1, "min_new_tokens": tokens - 1}
-    assert torch.equal(ours.generate(**request, **options), stock.generate(**request, **options))
+    assert torch.equal(ours.generate(**request, **options), hugging_face.generate(**request, **options))
 
 
 @pytest.mark.parametrize(("buckets", "limit"), [(64, 20), (7, 5)])
 def test_device_graph_equals_hugging_face(buckets: int, limit: int) -> None:
     """The encoder and a decoder step at position 34, as TensorRT gets them, run node by node."""
     changes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": limit}
-    stock = make_stock("t5-v1.0", **changes)
-    arch = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1).architecture
+    hugging_face = make_hugging_face("t5-v1.0", **changes)
+    arch = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1).architecture
     weights = {
-        name: materialize(parameter, stock.state_dict(), torch.float32, torch.device("cpu"))
+        name: materialize(parameter, hugging_face.state_dict(), torch.float32, torch.device("cpu"))
         for name, parameter in parameters(arch).items()
     }
 
@@ -90,8 +90,8 @@ def test_device_graph_equals_hugging_face(buckets: int, limit: int) -> None:
     source, target = (batch(rows=1, tokens=40, seed=seed, padding="none")["input_ids"] for seed in (1, 2))
     mask, target = torch.ones_like(source), target[:, :35]
     with torch.no_grad():
-        before = stock(input_ids=source, decoder_input_ids=target[:, :-1], use_cache=True)
-        expected = stock(input_ids=source, decoder_input_ids=target)
+        before = hugging_face(input_ids=source, decoder_input_ids=target[:, :-1], use_cache=True)
+        expected = hugging_face(input_ids=source, decoder_input_ids=target)
     encoded = run("encoder", input_ids=source, attention_mask=mask)
     states = encoded["encoder_hidden_states"].view_as(expected.encoder_last_hidden_state)
     torch.testing.assert_close(states, expected.encoder_last_hidden_state, atol=1e-4, rtol=1e-4)
@@ -111,12 +111,12 @@ def test_device_graph_equals_hugging_face(buckets: int, limit: int) -> None:
 def test_longer_sequences_than_buckets_are_refused() -> None:
     """Hugging Face's class fails with an IndexError there."""
     changes = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 8}
-    stock = make_stock("t5-v1.0", **changes)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.0", **changes)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     fitting, longer = batch(tokens=8, padding="none"), batch(tokens=9, padding="none")
-    assert torch.equal(ours.generate(**fitting, max_new_tokens=6), stock.generate(**fitting, max_new_tokens=6))
+    assert torch.equal(ours.generate(**fitting, max_new_tokens=6), hugging_face.generate(**fitting, max_new_tokens=6))
     with pytest.raises(IndexError):
-        stock.generate(**longer, max_new_tokens=6)
+        hugging_face.generate(**longer, max_new_tokens=6)
     with pytest.raises(InputError, match=r"got 9 source tokens; expected at most 8: .*relative_attention_max_distance"):
         ours.generate(**longer, max_new_tokens=6)
     assert ours.architecture.longest_target is not None

@@ -25,7 +25,7 @@ from t5_trt.runtime.kernel_encoder import KernelEncoder, open_encoder
 from t5_trt.runtime.torch_layers import NO_KEY, TorchEncoder
 from tests.kernels.compiled import BASE, GATED, LARGE, ODD, WIDE, usage
 from tests.kernels.emulation import EmulatedKernels
-from tests.tiny_models import KINDS, batch, make_stock, swollen
+from tests.tiny_models import KINDS, batch, make_hugging_face, swollen
 
 CPU = torch.device("cpu")
 #: largest error of what half precision rounds once, beside the largest value
@@ -159,7 +159,7 @@ def test_residual_sum_and_norm(emulated: Callable[..., EmulatedKernels], arch: A
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "few-buckets", "ul2"])
 def test_activations(emulated: Callable[..., EmulatedKernels], kind: str) -> None:
     """relu, gated gelu_new, gelu, gated silu."""
-    arch: Architecture = TRTT5ForConditionalGeneration.from_model(make_stock(kind)).architecture
+    arch: Architecture = TRTT5ForConditionalGeneration.from_model(make_hugging_face(kind)).architecture
     inner = torch.randn((5, arch.d_ff * (1 + arch.gated)), generator=torch.Generator().manual_seed(0)).half()
     expected = reference.activate_inner(inner.double(), arch.activation, gated=arch.gated)
     assert error(emulated(arch).activate(inner), expected) < 1e-3
@@ -173,9 +173,9 @@ def test_heads_are_split(emulated: Callable[..., EmulatedKernels]) -> None:
 class Encoders:
     """A Hugging Face model's encoder by kernels and by torch, in float16."""
 
-    def __init__(self, stock: Any, emulated: Callable[..., EmulatedKernels]) -> None:
-        self.arch: Architecture = TRTT5ForConditionalGeneration.from_model(stock).architecture
-        weights = stock.state_dict()
+    def __init__(self, hugging_face: Any, emulated: Callable[..., EmulatedKernels]) -> None:
+        self.arch: Architecture = TRTT5ForConditionalGeneration.from_model(hugging_face).architecture
+        weights = hugging_face.state_dict()
         parts = self.arch, DeviceWeights(self.arch, weights, torch.float16, CPU, find_scaling(self.arch, weights))
         self.kernels = KernelEncoder(emulated(self.arch), *parts, find_scaling(self.arch, weights), "fp16")
         self.torch = TorchEncoder(*parts, find_scaling(self.arch, weights), "fp16")
@@ -184,14 +184,14 @@ class Encoders:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_encoder_equals_hugging_face(emulated: Callable[..., EmulatedKernels], kind: str) -> None:
-    stock, inputs = make_stock(kind), batch(3)
-    ours = Encoders(stock, emulated)
+    hugging_face, inputs = make_hugging_face(kind), batch(3)
+    ours = Encoders(hugging_face, emulated)
     inputs["attention_mask"][1, 1] = 0
-    expected = stock.encoder(**inputs).last_hidden_state
+    expected = hugging_face.encoder(**inputs).last_hidden_state
     hidden = ours.kernels.run(inputs["input_ids"], None, inputs["attention_mask"])
     assert hidden.dtype == torch.float16 and distance(hidden, expected) < 4e-3
     assert error(ours.kernels.cross(hidden), ours.torch.cross(hidden)) < 1e-3
-    embeds = stock.get_input_embeddings()(inputs["input_ids"])
+    embeds = hugging_face.get_input_embeddings()(inputs["input_ids"])
     before = embeds.clone()
     assert distance(ours.kernels.run(None, embeds, inputs["attention_mask"]), expected) < 4e-3
     assert torch.equal(embeds, before), "given embeddings are the caller's"
@@ -202,16 +202,16 @@ def test_encoder_equals_hugging_face(emulated: Callable[..., EmulatedKernels], k
 
 @torch.no_grad()
 def test_overflowing_checkpoint_stays_finite(emulated: Callable[..., EmulatedKernels]) -> None:
-    stock, inputs = swollen(make_stock("t5-v1.1"), 30.0, 1e3), batch(3)
-    ours = Encoders(stock, emulated)
+    hugging_face, inputs = swollen(make_hugging_face("t5-v1.1"), 30.0, 1e3), batch(3)
+    ours = Encoders(hugging_face, emulated)
     hidden = ours.kernels.run(inputs["input_ids"], None, inputs["attention_mask"])
-    assert distance(hidden, stock.encoder(**inputs).last_hidden_state) < 0.02
+    assert distance(hidden, hugging_face.encoder(**inputs).last_hidden_state) < 0.02
 
 
 @torch.no_grad()
 def test_padded_size_gives_what_the_exact_one_gives(emulated: Callable[..., EmulatedKernels]) -> None:
     """A captured encoder is padded to a multiple of 16."""
-    encoder, ids = Encoders(make_stock("t5-v1.0"), emulated).kernels, torch.randint(2, 90, (2, 21))
+    encoder, ids = Encoders(make_hugging_face("t5-v1.0"), emulated).kernels, torch.randint(2, 90, (2, 21))
     mask = torch.ones_like(ids)
     mask[1] = 0
     captured = CapturedEncoder(
@@ -225,9 +225,9 @@ def test_what_the_kernels_do_not_take_goes_to_torch(tmp_path: Path) -> None:
     assert "d_kv is 20" in str(refusal(replace(BASE, d_kv=20), torch.float16))
     assert "d_model is 16384" in str(refusal(replace(BASE, d_model=16384), torch.float16))
     assert refusal(ODD, torch.bfloat16) is None
-    stock = make_stock("t5-v1.0")
-    arch: Architecture = TRTT5ForConditionalGeneration.from_model(stock).architecture
-    weights = DeviceWeights(arch, stock.state_dict(), torch.float16, CPU)
+    hugging_face = make_hugging_face("t5-v1.0")
+    arch: Architecture = TRTT5ForConditionalGeneration.from_model(hugging_face).architecture
+    weights = DeviceWeights(arch, hugging_face.state_dict(), torch.float16, CPU)
     assert (
         type(open_encoder(arch, weights, Fp16Scaling(), "fp16", torch.float16, EngineStore(tmp_path))) is TorchEncoder
     )

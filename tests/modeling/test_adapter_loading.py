@@ -19,7 +19,7 @@ from t5_trt import TRTT5ForConditionalGeneration, prebuild
 from t5_trt.errors import CheckpointError, InputError
 from tests.adapters import QUIET, compare, lora, randomize, save_adapters
 from tests.hub_folders import put_into_cache
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 pytestmark = QUIET
 CONFIGS = {
@@ -105,9 +105,9 @@ def test_transformers_methods_switch_and_delete(folder: Path) -> None:
 
 
 def test_added_adapters_are_saved_as_the_hugging_face_class_saves_them(tmp_path: Path) -> None:
-    stock = make_stock("t5-v1.1")
-    stock.config.tie_word_embeddings = False
-    stock.save_pretrained(tmp_path / "base")
+    hugging_face = make_hugging_face("t5-v1.1")
+    hugging_face.config.tie_word_embeddings = False
+    hugging_face.save_pretrained(tmp_path / "base")
     models = both(tmp_path / "base")
     for name, model in zip(("theirs", "ours"), models, strict=True):
         torch.manual_seed(2)

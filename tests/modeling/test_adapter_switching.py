@@ -15,7 +15,7 @@ from t5_trt.graph.parameters import parameters
 from t5_trt.runtime import onnxruntime_session
 from t5_trt.serving import Engine
 from tests.adapters import BATCH, LABELS, QUIET, compare, logits, lora, peft_pair, tokens
-from tests.tiny_models import make_stock, swollen
+from tests.tiny_models import make_hugging_face, swollen
 from tests.tolerances import LOGITS_ATOL
 
 pytestmark = QUIET
@@ -42,7 +42,7 @@ def test_switching_back_gives_the_first_bits_again_without_a_new_graph(kind: str
         "default": lora(target_modules=["q", "wo", "lm_head"]),
         "two": lora(target_modules=["q", "lm_head"], use_dora=True),
     }
-    theirs, mine, ours = peft_pair(make_stock(kind), configs)
+    theirs, mine, ours = peft_pair(make_hugging_face(kind), configs)
     seen: dict[str, Any] = {}
     session, loaded = None, 0
     for name in ("default", "two", "default", "two"):
@@ -59,12 +59,12 @@ def test_switching_back_gives_the_first_bits_again_without_a_new_graph(kind: str
 
 
 def test_without_its_adapters_a_model_writes_what_it_wrote_before() -> None:
-    stock = make_stock("t5-v1.1")
-    theirs, mine, ours = peft_pair(stock, TWO)
+    hugging_face = make_hugging_face("t5-v1.1")
+    theirs, mine, ours = peft_pair(hugging_face, TWO)
     compare(theirs, mine)
     with theirs.disable_adapter(), mine.disable_adapter():
         compare(theirs, mine)
-        assert tokens(mine) == tokens(stock)
+        assert tokens(mine) == tokens(hugging_face)
     compare(theirs, mine)
     session = ours.session
     for model in (theirs, mine):
@@ -79,7 +79,7 @@ def test_without_its_adapters_a_model_writes_what_it_wrote_before() -> None:
 
 
 def test_memory_is_taken_for_adapted_matrices_only() -> None:
-    _, mine, ours = peft_pair(make_stock("t5-v1.1"), TWO)
+    _, mine, ours = peft_pair(make_hugging_face("t5-v1.1"), TWO)
     tokens(mine), tokens(mine, "beams")
     own = {parameter.data_ptr() for parameter in mine.parameters()}
     read = ours.session._weights
@@ -96,7 +96,7 @@ def test_memory_is_taken_for_adapted_matrices_only() -> None:
     "optimizer", [{"cls": torch.optim.SGD}, {"cls": torch.optim.AdamW, "fused": True}], ids=["sgd", "fused"]
 )
 def test_changes_of_adapters_are_followed(optimizer: dict[str, Any]) -> None:
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.0"), TWO)
+    theirs, mine, ours = peft_pair(make_hugging_face("t5-v1.0"), TWO)
     compare(theirs, mine)
     session = ours.session
     options = dict(optimizer)
@@ -119,7 +119,7 @@ def test_changes_of_adapters_are_followed(optimizer: dict[str, Any]) -> None:
 
 
 def test_engines_that_were_opened_in_inference_mode_follow_outside_of_it() -> None:
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.0"), TWO)
+    theirs, mine, ours = peft_pair(make_hugging_face("t5-v1.0"), TWO)
     with torch.inference_mode():
         tokens(mine)
     session = ours.session
@@ -132,7 +132,7 @@ def test_engines_that_were_opened_in_inference_mode_follow_outside_of_it() -> No
 
 
 def test_merged_adapters_are_followed() -> None:
-    theirs, mine, _ = peft_pair(make_stock("t5-v1.0"), TWO)
+    theirs, mine, _ = peft_pair(make_hugging_face("t5-v1.0"), TWO)
     both = (theirs, mine)
     compare(theirs, mine)
     for model in both:
@@ -154,7 +154,7 @@ def test_merged_adapters_are_followed() -> None:
 
 
 def test_adapters_of_other_layers_can_come_later() -> None:
-    theirs, mine, _ = peft_pair(make_stock("t5-v1.0"), {"default": lora()})
+    theirs, mine, _ = peft_pair(make_hugging_face("t5-v1.0"), {"default": lora()})
     compare(theirs, mine)
     for model in (theirs, mine):
         torch.manual_seed(5)
@@ -167,7 +167,7 @@ def test_adapters_of_other_layers_can_come_later() -> None:
 
 
 def test_encoder_output_of_another_adapter_gets_the_keys_of_the_active_one() -> None:
-    theirs, mine, _ = peft_pair(make_stock("t5-v1.0"), TWO)
+    theirs, mine, _ = peft_pair(make_hugging_face("t5-v1.0"), TWO)
     with torch.no_grad():
         kept = [model.get_encoder()(**BATCH) for model in (theirs, mine)]
         for model in (theirs, mine):
@@ -182,8 +182,8 @@ def test_encoder_output_of_another_adapter_gets_the_keys_of_the_active_one() -> 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1"])
 def test_8_bit_matrices_are_rounded_with_the_active_adapter_in_them(kind: str, tmp_path: Path) -> None:
     options = {"precision": "int8", "engine_cache_dir": tmp_path}
-    stock = make_stock(kind)
-    theirs, mine, ours = peft_pair(stock, TWO, **options)
+    hugging_face = make_hugging_face(kind)
+    theirs, mine, ours = peft_pair(hugging_face, TWO, **options)
     for name in ("two", "default"):
         theirs.set_adapter(name), mine.set_adapter(name)
         merged = copy.deepcopy(theirs).merge_and_unload()
@@ -197,9 +197,9 @@ def test_8_bit_matrices_are_rounded_with_the_active_adapter_in_them(kind: str, t
 
 
 def test_fp16_factors_go_by_the_active_adapter() -> None:
-    stock = make_stock("t5-v1.1")
+    hugging_face = make_hugging_face("t5-v1.1")
     theirs, mine, ours = peft_pair(
-        swollen(stock, 30.0, 10.0), {"default": lora(target_modules=["wo"]), "two": lora(target_modules=["wo"])}
+        swollen(hugging_face, 30.0, 10.0), {"default": lora(target_modules=["wo"]), "two": lora(target_modules=["wo"])}
     )
     for model in (theirs, mine):
         for name, parameter in model.named_parameters():
@@ -215,7 +215,7 @@ def test_fp16_factors_go_by_the_active_adapter() -> None:
 
 
 def test_a_serving_engine_runs_the_active_adapter() -> None:
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.0"), TWO)
+    theirs, mine, ours = peft_pair(make_hugging_face("t5-v1.0"), TWO)
     for name in ("two", "default"):
         theirs.set_adapter(name), mine.set_adapter(name)
         with Engine(ours, max_rows=4) as engine:

@@ -10,7 +10,7 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from tests.adapters import BATCH, CONFIGS, LABELS, QUIET, compare, lora, peft_pair, tokens
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 pytestmark = QUIET
 
@@ -24,7 +24,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("adapter", list(CONFIGS))
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_adapters_are_those_of_the_hugging_face_class(adapter: str, training: bool) -> None:
-    theirs, mine, _ = peft_pair(make_stock("t5-v1.1"), {"default": CONFIGS[adapter]})
+    theirs, mine, _ = peft_pair(make_hugging_face("t5-v1.1"), {"default": CONFIGS[adapter]})
     wanted, found = (gradients(model.train(training)) for model in (theirs, mine))
     assert wanted.keys() == found.keys() and len(wanted) > 4
     if not training:  # no dropout: nothing is drawn
@@ -33,7 +33,7 @@ def test_gradients_of_adapters_are_those_of_the_hugging_face_class(adapter: str,
 
 
 def test_losses_on_logits_of_engines_reach_adapters() -> None:
-    theirs, mine, _ = peft_pair(make_stock("t5-v1.0"), {"default": lora()})
+    theirs, mine, _ = peft_pair(make_hugging_face("t5-v1.0"), {"default": lora()})
     for model in (theirs, mine):
         model(**BATCH, decoder_input_ids=LABELS).logits.float().square().mean().backward()
     pairs = zip(theirs.named_parameters(), mine.named_parameters(), strict=True)
@@ -43,7 +43,7 @@ def test_losses_on_logits_of_engines_reach_adapters() -> None:
 
 
 def test_seq2seq_trainer_trains_and_predicts_as_with_the_hugging_face_class(tmp_path: Path) -> None:
-    models = peft_pair(make_stock("t5-v1.0", dropout_rate=0.0), {"default": lora()})
+    models = peft_pair(make_hugging_face("t5-v1.0", dropout_rate=0.0), {"default": lora()})
     rows = [
         {"input_ids": ids, "attention_mask": mask, "labels": labels}
         for ids, mask, labels in zip(BATCH["input_ids"], BATCH["attention_mask"], LABELS, strict=True)

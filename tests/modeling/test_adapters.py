@@ -20,7 +20,7 @@ from transformers import T5EncoderModel
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration
 from t5_trt.errors import InputError, StrictModeError, UnsupportedModelError
 from tests.adapters import BATCH, CONFIGS, LABELS, QUIET, compare, logits, lora, peft_pair, randomize, tokens
-from tests.tiny_models import KINDS, make_stock
+from tests.tiny_models import KINDS, make_hugging_face
 
 pytestmark = QUIET
 
@@ -28,11 +28,11 @@ pytestmark = QUIET
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("adapter", list(CONFIGS))
 def test_every_kind_of_adapter_gives_equal_results_in_every_family(kind: str, adapter: str) -> None:
-    stock = make_stock(kind)
-    theirs, mine, ours = peft_pair(stock, {"default": CONFIGS[adapter]})
+    hugging_face = make_hugging_face(kind)
+    theirs, mine, ours = peft_pair(hugging_face, {"default": CONFIGS[adapter]})
     compare(theirs, mine)
     assert ours.last_generation_path.loop == "device"
-    assert tokens(theirs) != tokens(stock)  # the adapter matters
+    assert tokens(theirs) != tokens(hugging_face)  # the adapter matters
     if adapter in ("lora", "ia3"):
         for mode in ("beams", "sampling"):
             assert tokens(theirs, mode) == tokens(mine, mode)
@@ -58,15 +58,15 @@ def test_every_kind_of_adapter_gives_equal_results_in_every_family(kind: str, ad
     ids=["modules_to_save", "token_indices", "bias", "shared", "loha", "norms", "prompt", "prefix"],
 )
 def test_what_else_peft_trains_gives_equal_results(kind: str, config: Any) -> None:
-    theirs, mine, _ = peft_pair(make_stock(kind), {"default": config})
+    theirs, mine, _ = peft_pair(make_hugging_face(kind), {"default": config})
     compare(theirs, mine)
     assert tokens(theirs, "beams") == tokens(mine, "beams")
 
 
 def test_adapters_in_half_precision_are_added_in_float32() -> None:
-    stock = make_stock("t5-v1.1")
-    theirs, _, _ = peft_pair(stock, {"default": lora()})
-    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock).half(), num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1")
+    theirs, _, _ = peft_pair(hugging_face, {"default": lora()})
+    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face).half(), num_threads=1)
     mine = get_peft_model(ours, lora()).eval()
     mine.load_state_dict(theirs.half().state_dict())
     found = logits(mine)
@@ -75,11 +75,13 @@ def test_adapters_in_half_precision_are_added_in_float32() -> None:
 
 
 def test_encoder_only_models_run_adapters() -> None:
-    whole = make_stock("t5-v1.1")
-    stock = T5EncoderModel(copy.deepcopy(whole.config)).eval()
-    stock.load_state_dict(whole.state_dict(), strict=False)
-    ours = TRTT5EncoderModel.from_model(copy.deepcopy(stock), num_threads=1)
-    theirs, mine = (get_peft_model(model, lora(task_type="FEATURE_EXTRACTION")).eval() for model in (stock, ours))
+    whole = make_hugging_face("t5-v1.1")
+    hugging_face = T5EncoderModel(copy.deepcopy(whole.config)).eval()
+    hugging_face.load_state_dict(whole.state_dict(), strict=False)
+    ours = TRTT5EncoderModel.from_model(copy.deepcopy(hugging_face), num_threads=1)
+    theirs, mine = (
+        get_peft_model(model, lora(task_type="FEATURE_EXTRACTION")).eval() for model in (hugging_face, ours)
+    )
     mine.load_state_dict(randomize(theirs, 1).state_dict())
     with torch.no_grad():
         wanted, found = (model(**BATCH).last_hidden_state for model in (theirs, mine))
@@ -89,7 +91,7 @@ def test_encoder_only_models_run_adapters() -> None:
 
 
 def test_encoder_that_was_taken_out_keeps_its_adapter() -> None:
-    theirs, _, ours = peft_pair(make_stock("t5-v1.0"), {"default": lora()})
+    theirs, _, ours = peft_pair(make_hugging_face("t5-v1.0"), {"default": lora()})
     encoder = copy.deepcopy(ours.encoder)
     with torch.no_grad():
         wanted = theirs.get_base_model().encoder(**BATCH).last_hidden_state
@@ -97,7 +99,7 @@ def test_encoder_that_was_taken_out_keeps_its_adapter() -> None:
 
 
 def test_copies_and_pickles_keep_their_adapters() -> None:
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.0"), {"default": lora(), "two": lora(target_modules=["k"])})
+    theirs, mine, ours = peft_pair(make_hugging_face("t5-v1.0"), {"default": lora(), "two": lora(target_modules=["k"])})
     compare(theirs, mine)
     for made in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), copy.deepcopy(ours)):
         compare(theirs, made)
@@ -108,7 +110,7 @@ def test_copies_and_pickles_keep_their_adapters() -> None:
 
 
 def test_a_model_that_has_adapters_can_be_wrapped() -> None:
-    theirs, _, _ = peft_pair(make_stock("mt5"), {"default": lora(), "two": lora(target_modules=["k"])})
+    theirs, _, _ = peft_pair(make_hugging_face("mt5"), {"default": lora(), "two": lora(target_modules=["k"])})
     inner = theirs.get_base_model()
     ours = TRTT5ForConditionalGeneration.from_model(inner, num_threads=1)
     compare(theirs, ours)
@@ -120,14 +122,16 @@ def test_a_model_that_has_adapters_can_be_wrapped() -> None:
 
 def test_each_row_may_have_an_adapter_of_its_own() -> None:
     """By the Hugging Face model, which the layers' hooks reach."""
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.0"), {"default": lora(), "two": lora(target_modules=["k", "wo"])})
+    theirs, mine, ours = peft_pair(
+        make_hugging_face("t5-v1.0"), {"default": lora(), "two": lora(target_modules=["k", "wo"])}
+    )
     names = ["two", "default", "__base__"]
     compare(theirs, mine, adapter_names=names)
     assert ours.last_generation_path.reason == "adapter_names"
     assert tokens(theirs, "beams", adapter_names=names) == tokens(mine, "beams", adapter_names=names)
     compare(theirs, mine)
     assert ours.last_generation_path.loop == "device"
-    strict = get_peft_model(TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), strict=True), lora())
+    strict = get_peft_model(TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), strict=True), lora())
     with pytest.raises(StrictModeError, match="adapter_names"):
         logits(strict.eval(), adapter_names=["default"] * 3)
 
@@ -142,14 +146,14 @@ def test_each_row_may_have_an_adapter_of_its_own() -> None:
     ids=["bias", "embeddings", "block"],
 )  # fmt: skip
 def test_adapters_that_are_more_than_other_weights_are_refused_by_name(config: Any, words: str) -> None:
-    _, mine, _ = peft_pair(make_stock("t5-v1.0"), {"default": config})
+    _, mine, _ = peft_pair(make_hugging_face("t5-v1.0"), {"default": config})
     for _ in range(2):
         with pytest.raises(UnsupportedModelError, match=words):
             tokens(mine)
 
 
 def test_layers_whose_forward_pass_is_no_product_are_refused() -> None:
-    _, mine, ours = peft_pair(make_stock("t5-v1.0"), {"default": lora()})
+    _, mine, ours = peft_pair(make_hugging_face("t5-v1.0"), {"default": lora()})
     layer = ours.encoder.block[0].layer[0].SelfAttention.q
     layer.forward = lambda states: layer.base_layer(states).tanh()
     with pytest.raises(UnsupportedModelError, match="forward pass was exchanged"):

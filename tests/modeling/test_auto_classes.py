@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from t5_trt import CheckpointError, TRTT5EncoderModel, TRTT5ForConditionalGeneration, modeling
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 from tests.tolerances import HIDDEN_ATOL
 
 FAMILIES = {
@@ -57,15 +57,18 @@ def register(auto: Any, config: Any, model: Any) -> None:
 @pytest.mark.parametrize("kind", list(FAMILIES))
 def test_registered_with_auto_classes(kind: str, tmp_path: Path) -> None:
     config, whole, encoder = FAMILIES[kind]
-    stock = make_stock(kind)
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face(kind)
+    hugging_face.save_pretrained(tmp_path)
     register(AutoModelForSeq2SeqLM, config, TRTT5ForConditionalGeneration)
     ours = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert isinstance(ours, TRTT5ForConditionalGeneration) and isinstance(ours, whole) and ours.config_class is config
-    assert ours.generate(**batch(), max_new_tokens=5).tolist() == stock.generate(**batch(), max_new_tokens=5).tolist()
-    assert isinstance(AutoModelForSeq2SeqLM.from_config(stock.config), TRTT5ForConditionalGeneration)
+    assert (
+        ours.generate(**batch(), max_new_tokens=5).tolist()
+        == hugging_face.generate(**batch(), max_new_tokens=5).tolist()
+    )
+    assert isinstance(AutoModelForSeq2SeqLM.from_config(hugging_face.config), TRTT5ForConditionalGeneration)
     with torch.no_grad():
-        expected = stock.encoder(**batch())[0]
+        expected = hugging_face.encoder(**batch())[0]
     for auto in (AutoModel, AutoModelForTextEncoding):
         register(auto, config, TRTT5EncoderModel)
         ours = auto.from_pretrained(tmp_path)
@@ -78,26 +81,26 @@ class Mine(TRTT5ForConditionalGeneration):
 
 
 def test_derived_class_is_registered(tmp_path: Path) -> None:
-    make_stock("mt5").save_pretrained(tmp_path)
+    make_hugging_face("mt5").save_pretrained(tmp_path)
     register(AutoModelForSeq2SeqLM, MT5Config, Mine)
     assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), Mine)
 
 
 @pytest.mark.parametrize("kind", list(FAMILIES))
 def test_report_about_the_loading(kind: str, tmp_path: Path) -> None:
-    make_stock(kind).save_pretrained(tmp_path)
+    make_hugging_face(kind).save_pretrained(tmp_path)
     for ours, theirs in zip((TRTT5ForConditionalGeneration, TRTT5EncoderModel), FAMILIES[kind][1:], strict=True):
-        stock, expected = theirs.from_pretrained(tmp_path, output_loading_info=True)
+        hugging_face, expected = theirs.from_pretrained(tmp_path, output_loading_info=True)
         model, info = ours.from_pretrained(tmp_path, output_loading_info=True)
         assert isinstance(model, ours) and info == expected
-        assert set(model.state_dict()) == set(stock.state_dict())
+        assert set(model.state_dict()) == set(hugging_face.state_dict())
 
 
 def test_report_names_what_is_missing(tmp_path: Path) -> None:
     """Without the report such a checkpoint is refused."""
-    stock = make_stock("t5-v1.1")
-    state = {name: tensor for name, tensor in stock.state_dict().items() if "block.1.layer.0" not in name}
-    stock.save_pretrained(tmp_path, state_dict=state)
+    hugging_face = make_hugging_face("t5-v1.1")
+    state = {name: tensor for name, tensor in hugging_face.state_dict().items() if "block.1.layer.0" not in name}
+    hugging_face.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(CheckpointError, match="lacks 10 of the model's tensors"):
         TRTT5ForConditionalGeneration.from_pretrained(tmp_path)
     _, expected = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
@@ -112,7 +115,7 @@ def test_report_names_what_is_missing(tmp_path: Path) -> None:
 def test_mismatched_tensors_are_newly_initialised(
     kind: str, changes: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make_stock(kind).save_pretrained(tmp_path)
+    make_hugging_face(kind).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="do not fit its config"):
         TRTT5ForConditionalGeneration.from_pretrained(tmp_path, **changes)
     results = []
@@ -124,16 +127,19 @@ def test_mismatched_tensors_are_newly_initialised(
             tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, attn_implementation="eager", **changes
         )
         results.append((model.eval(), info, "MISMATCH" in caplog.text))
-    (stock, expected, _), (ours, info, warned) = results
+    (hugging_face, expected, _), (ours, info, warned) = results
     assert info == expected and info["mismatched_keys"] and warned
-    for name, parameter in stock.named_parameters():
+    for name, parameter in hugging_face.named_parameters():
         assert torch.equal(dict(ours.named_parameters())[name], parameter), name
-    assert ours.generate(**batch(), max_new_tokens=5).tolist() == stock.generate(**batch(), max_new_tokens=5).tolist()
+    assert (
+        ours.generate(**batch(), max_new_tokens=5).tolist()
+        == hugging_face.generate(**batch(), max_new_tokens=5).tolist()
+    )
 
 
 @pytest.mark.parametrize("kind", list(FAMILIES))
 def test_random_weights_of_a_seed_are_equal(kind: str) -> None:
-    config = make_stock(kind).config
+    config = make_hugging_face(kind).config
     for ours, theirs in zip((TRTT5ForConditionalGeneration, TRTT5EncoderModel), FAMILIES[kind][1:], strict=True):
         states = []
         for made in (ours, theirs):
@@ -143,10 +149,10 @@ def test_random_weights_of_a_seed_are_equal(kind: str) -> None:
 
 
 def test_transformers_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
-    make_stock("t5-v1.1", vocab_size=384).save_pretrained(tmp_path / "model")
-    stock = T5EncoderModel.from_pretrained(tmp_path / "model")
+    make_hugging_face("t5-v1.1", vocab_size=384).save_pretrained(tmp_path / "model")
+    hugging_face = T5EncoderModel.from_pretrained(tmp_path / "model")
     ours = TRTT5EncoderModel.from_pretrained(tmp_path / "model")
-    pipes = [pipeline("feature-extraction", model=model, tokenizer=ByT5Tokenizer()) for model in (stock, ours)]
+    pipes = [pipeline("feature-extraction", model=model, tokenizer=ByT5Tokenizer()) for model in (hugging_face, ours)]
     expected = torch.tensor(pipes[0]("a text"))
     torch.testing.assert_close(torch.tensor(pipes[1]("a text")), expected, atol=HIDDEN_ATOL, rtol=1e-4)
     pipes[1].save_pretrained(tmp_path / "pipe")
@@ -158,7 +164,7 @@ def test_transformers_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", list(FAMILIES))
 def test_classes_are_found_where_earlier_pipelines_name_them(kind: str, tmp_path: Path) -> None:
     """diffusers writes a class's module into ``model_index.json``; `t5_trt.modeling` was one and is a package now."""
-    make_stock(kind).save_pretrained(tmp_path)
+    make_hugging_face(kind).save_pretrained(tmp_path)
     saved = type(TRTT5EncoderModel.from_pretrained(tmp_path))
     assert getattr(modeling, saved.__name__) is saved and issubclass(saved, modeling.PreTrainedModel)
 
@@ -167,7 +173,7 @@ def test_classes_are_found_where_earlier_pipelines_name_them(kind: str, tmp_path
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 def test_diffusion_pipeline_is_saved_and_loaded(kind: str, dtype: Any, tmp_path: Path) -> None:
     diffusers: Any = pytest.importorskip("diffusers", reason="not in the set of oldest versions")
-    make_stock(kind, vocab_size=384).save_pretrained(tmp_path / "model")
+    make_hugging_face(kind, vocab_size=384).save_pretrained(tmp_path / "model")
     ours = TRTT5EncoderModel.from_pretrained(tmp_path / "model", num_threads=1)
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=64,
@@ -205,7 +211,7 @@ def test_diffusion_pipeline_is_saved_and_loaded(kind: str, dtype: Any, tmp_path:
 def test_sentence_encoder_is_saved_and_loaded(half: bool, tmp_path: Path) -> None:
     library: Any = pytest.importorskip("sentence_transformers", reason="not in the set of oldest versions")
     parts: Any = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
-    make_stock("t5-v1.1", vocab_size=384).save_pretrained(tmp_path / "model")
+    make_hugging_face("t5-v1.1", vocab_size=384).save_pretrained(tmp_path / "model")
     ByT5Tokenizer().save_pretrained(tmp_path / "model")
 
     def made(model: Any) -> Any:
@@ -215,12 +221,12 @@ def test_sentence_encoder_is_saved_and_loaded(half: bool, tmp_path: Path) -> Non
         return library.SentenceTransformer(modules=modules, device="cpu")
 
     ours = made(TRTT5EncoderModel.from_pretrained(tmp_path / "model", num_threads=1))
-    stock = made(T5EncoderModel.from_pretrained(tmp_path / "model", dtype=torch.float32))
-    stock[2].load_state_dict(ours[2].state_dict())
+    hugging_face = made(T5EncoderModel.from_pretrained(tmp_path / "model", dtype=torch.float32))
+    hugging_face[2].load_state_dict(ours[2].state_dict())
     texts, tolerance = ["a text", "another one"], 0.02 if half else HIDDEN_ATOL
     if half:
-        ours, stock = ours.bfloat16(), stock.bfloat16()
-    expected = stock.encode(texts, convert_to_tensor=True)
+        ours, hugging_face = ours.bfloat16(), hugging_face.bfloat16()
+    expected = hugging_face.encode(texts, convert_to_tensor=True)
     got = ours.encode(texts, convert_to_tensor=True)
     assert got.dtype is expected.dtype
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)

@@ -17,7 +17,7 @@ from transformers.utils import generic
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE, orders_drawn_beams
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 NAMES = ("cache", "past_key_values", "cache_params")
 ONE = torch.zeros(3, 1, dtype=torch.long)
@@ -66,8 +66,8 @@ def outcome(call: Callable[..., Any], model: Any, names: tuple[str, ...]) -> dic
 def test_every_name_does_what_it_does_in_the_hugging_face_class(
     v11: tuple[Any, Any], call: Callable[..., Any], names: tuple[str, ...]
 ) -> None:
-    stock = make_stock("t5-v1.1", attention="eager") if call is call_generate_with_attentions else v11[0]
-    expected = outcome(call, stock, names)
+    hugging_face = make_hugging_face("t5-v1.1", attention="eager") if call is call_generate_with_attentions else v11[0]
+    expected = outcome(call, hugging_face, names)
     assert outcome(call, v11[1], names) == expected
     if names == (CACHE,):
         assert not expected["warnings"] and "Error" not in expected["result"]
@@ -89,8 +89,8 @@ def test_warnings_show_the_line_that_used_an_old_name(v11: tuple[Any, Any]) -> N
 @pytest.mark.parametrize("name", ["forward", "prepare_inputs_for_generation"])
 def test_signatures(pair: tuple[Any, Any], name: str) -> None:
     """Ours has that one's parameters in its order; those that the Hugging Face class takes as kwargs come behind them."""
-    stock, ours = (list(inspect.signature(getattr(model, name)).parameters) for model in pair)
-    assert ours[: len(stock) - 1] == stock[:-1] and ours[-1] == stock[-1] == "kwargs"
+    hugging_face, ours = (list(inspect.signature(getattr(model, name)).parameters) for model in pair)
+    assert ours[: len(hugging_face) - 1] == hugging_face[:-1] and ours[-1] == hugging_face[-1] == "kwargs"
     assert CACHE in ours and sum(known in ours for known in NAMES) == 1
 
 
@@ -122,7 +122,7 @@ def test_names_in_results(v11: tuple[Any, Any], arguments: dict[str, Any]) -> No
 
 def test_no_old_name_is_used_inside(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs log the use of an old name once in a process, and arguments warn: neither comes from this library."""
-    stock, ours = v11
+    hugging_face, ours = v11
     monkeypatch.setattr(generic.logger, "warning_once", lambda text: pytest.fail(text), raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
@@ -130,7 +130,7 @@ def test_no_old_name_is_used_inside(v11: tuple[Any, Any], monkeypatch: pytest.Mo
             out = ours.generate(**batch(), max_new_tokens=4, return_dict_in_generate=True, **arguments)
         out = ours(**batch(), decoder_input_ids=ONE)
         ours(**batch(), decoder_input_ids=ONE, output_attentions=True, **{CACHE: out[CACHE]})
-        ours.generate(**batch(1), max_new_tokens=8, assistant_model=stock)
+        ours.generate(**batch(1), max_new_tokens=8, assistant_model=hugging_face)
         ours.generate(**batch(1), max_new_tokens=8, prompt_lookup_num_tokens=2)
 
 
@@ -150,7 +150,7 @@ def test_positional_cache(v11: tuple[Any, Any]) -> None:
 
 
 def test_errors_name_the_argument_as_it_is_called(v11: tuple[Any, Any]) -> None:
-    other = TRTT5ForConditionalGeneration.from_model(make_stock("byt5"), num_threads=1)
+    other = TRTT5ForConditionalGeneration.from_model(make_hugging_face("byt5"), num_threads=1)
     foreign = EncoderDecoderCache(DynamicCache(), DynamicCache())
     v11[1](**batch(), decoder_input_ids=ONE, **{CACHE: foreign})
     with pytest.raises(InputError, match=f"^{CACHE} holds 2 layers; the decoder has 1. Pass {CACHE}=None"):
@@ -164,11 +164,11 @@ def test_probe_leaves_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     orders_drawn_beams.__wrapped__()
     assert torch.equal(torch.rand(3), expected)
-    stock = T5ForConditionalGeneration._get_top_k_continuations
+    hugging_face = T5ForConditionalGeneration._get_top_k_continuations
     for descending in (True, False):
 
         def changed(self: Any, descending: bool = descending, **arguments: Any) -> Any:
-            scores, *more = stock(self, **arguments)
+            scores, *more = hugging_face(self, **arguments)
             return (scores.sort(descending=descending).values, *more)
 
         monkeypatch.setattr(generation.GenerationMixin, "_get_top_k_continuations", changed)

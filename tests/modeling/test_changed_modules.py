@@ -24,7 +24,7 @@ from t5_trt import (
 from tests.cases import (
     LABELS,
 )
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 REQUEST = {**batch(), "max_new_tokens": 8}
 
@@ -35,8 +35,8 @@ def tokens(model: Any, **more: Any) -> list[list[int]]:
 
 def test_code_of_the_users_is_called_in_generate(own_pair: Any) -> None:
     """An exchanged forward(), hooks on the model, prepare_inputs_for_generation: Transformers' loop calls them."""
-    stock, ours = own_pair
-    expected = tokens(stock)
+    hugging_face, ours = own_pair
+    expected = tokens(hugging_face)
 
     def negated(forward: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -78,13 +78,13 @@ def test_modes_and_dropout_of_modules(own_pair: Any) -> None:
 
 def test_exchanged_after_sizes_were_read(own_pair: Any) -> None:
     """Training reads sizes without opening engines; what is exchanged after it counts."""
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     for model in own_pair:
         model(**batch(), labels=LABELS, output_attentions=model is ours)
         model.set_output_embeddings(nn.Linear(64, 211, bias=False))
         with torch.no_grad():
-            model.lm_head.weight.copy_(stock.shared.weight.flip(0))
-    assert tokens(ours) == tokens(stock)
+            model.lm_head.weight.copy_(hugging_face.shared.weight.flip(0))
+    assert tokens(ours) == tokens(hugging_face)
 
 
 class Adapter(nn.Module):
@@ -116,31 +116,33 @@ def test_exchanged_modules_are_refused(own_pair: Any, warm: bool) -> None:
 
 
 def test_embeddings_that_differ_are_refused(tmp_path: Path) -> None:
-    stock = make_stock("t5-v1.1")
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face("t5-v1.1")
+    hugging_face.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
     for factor in (1, -1):
         state["decoder.embed_tokens.weight"] = state["shared.weight"].clone() * factor
         save_file(state, path, metadata={"format": "pt"})
         if factor == 1:
-            assert tokens(TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)) == tokens(stock)
+            assert tokens(TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)) == tokens(
+                hugging_face
+            )
             continue
-        again = type(stock).from_pretrained(tmp_path, dtype=torch.float32)
+        again = type(hugging_face).from_pretrained(tmp_path, dtype=torch.float32)
         if not torch.equal(again.decoder.embed_tokens.weight, again.shared.weight):  # older Transformers tie them
             with pytest.raises(UnsupportedModelError, match=r"decoder.embed_tokens.weight has other values"):
                 TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)
 
 
 def test_reference_generates_by_the_models_settings(own_pair: Any) -> None:
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     inner = {"output_attentions": True, "return_dict_in_generate": True}
     for settings in ({"max_new_tokens": 5, "num_beams": 3}, {"max_new_tokens": 7, "no_repeat_ngram_size": 2}):
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             model.generation_config = GenerationConfig(decoder_start_token_id=0, pad_token_id=0, **settings)
         inputs = batch()
-        expected = stock.generate(**inputs)
-        stock.set_attn_implementation("eager")
+        expected = hugging_face.generate(**inputs)
+        hugging_face.set_attn_implementation("eager")
         assert ours.generate(**inputs, **inner).sequences.tolist() == expected.tolist()
         assert compare(ours, ours.reference, [inputs]).share == 1.0
         ours.generation_config.output_attentions = True
@@ -151,7 +153,7 @@ def test_reference_generates_by_the_models_settings(own_pair: Any) -> None:
 
 
 def test_settings_of_the_config_as_arguments(tmp_path: Path) -> None:
-    make_stock("t5-v1.1").save_pretrained(tmp_path)
+    make_hugging_face("t5-v1.1").save_pretrained(tmp_path)
     ours = TRTT5ForConditionalGeneration.from_pretrained(
         tmp_path, dropout_rate=0.25, use_cache=False, decoder_start_token_id=5, num_threads=1
     )
@@ -169,7 +171,7 @@ def test_from_model_of_something_else(wrong: Any) -> None:
     with pytest.raises(InputError, match="expected a Transformers model"):
         TRTT5ForConditionalGeneration.from_model(wrong)
     with pytest.raises(UnsupportedModelError, match="tensors are not those of TRTT5Encoder"):
-        TRTT5EncoderModel.from_model(make_stock("t5-v1.1"))
+        TRTT5EncoderModel.from_model(make_hugging_face("t5-v1.1"))
 
 
 class Derived(TRTT5ForConditionalGeneration):
@@ -180,17 +182,17 @@ class Derived(TRTT5ForConditionalGeneration):
 
 
 def test_classes_derived_from_ours(tmp_path: Path) -> None:
-    stock = make_stock("mt5")
-    stock.save_pretrained(tmp_path)
+    hugging_face = make_hugging_face("mt5")
+    hugging_face.save_pretrained(tmp_path)
     made = [
         Derived.from_pretrained(tmp_path, num_threads=1),
-        Derived.from_model(stock, num_threads=1),
-        Derived(stock.config),
+        Derived.from_model(hugging_face, num_threads=1),
+        Derived(hugging_face.config),
     ]
     for ours in made:
-        assert isinstance(ours, Derived) and isinstance(ours, type(stock)) and ours.shout() == "x"
+        assert isinstance(ours, Derived) and isinstance(ours, type(hugging_face)) and ours.shout() == "x"
     assert type(made[0]) is type(made[2]) and type(made[0]).__name__ == "Derived"
     again = [pickle.loads(pickle.dumps(made[0])), copy.deepcopy(made[0])]
     for ours in (*made[:2], *again):
-        assert isinstance(ours, Derived) and tokens(ours) == tokens(stock)
+        assert isinstance(ours, Derived) and tokens(ours) == tokens(hugging_face)
     assert isinstance(made[2].generate(**REQUEST), torch.Tensor)

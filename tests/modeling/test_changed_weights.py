@@ -27,7 +27,7 @@ from tests.cases import (
     write_data_of_head,
 )
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 from tests.tolerances import LOGITS_ATOL
 
 REQUEST = {**batch(), "max_new_tokens": 8}
@@ -42,53 +42,53 @@ def trainable(model: nn.Module) -> list[str]:
 
 
 def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:
-    stock = make_stock("t5-v1.1")
-    for parameter in stock.encoder.parameters():
+    hugging_face = make_hugging_face("t5-v1.1")
+    for parameter in hugging_face.encoder.parameters():
         parameter.requires_grad_(False)
-    expected = trainable(stock)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    assert 0 < len(expected) < len(list(stock.parameters())) and trainable(ours) == expected
+    expected = trainable(hugging_face)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+    assert 0 < len(expected) < len(list(hugging_face.parameters())) and trainable(ours) == expected
     ours.save_pretrained(tmp_path)
     ours(**batch(), labels=LABELS, output_attentions=True)
-    assert trainable(ours.reference) == trainable(ours) == trainable(stock) == expected
+    assert trainable(ours.reference) == trainable(ours) == trainable(hugging_face) == expected
 
 
 @pytest.mark.parametrize("change", [scale_weights, exchange_head, write_data_of_head, scale_row, load_decoder])
 @pytest.mark.parametrize("engine", ["onnxruntime", "stand-in"])
 def test_changed_weights_are_used(own_pair: Any, monkeypatch: pytest.MonkeyPatch, engine: str, change: Any) -> None:
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     if engine == "stand-in":
         monkeypatch.setattr("t5_trt.modeling.runner.open_session", lambda *_, **__: stand_in_session(ours, monkeypatch))
     before = tokens(ours), tokens(ours, num_beams=3)
-    assert before == (tokens(stock), tokens(stock, num_beams=3))
+    assert before == (tokens(hugging_face), tokens(hugging_face, num_beams=3))
     session = ours.session
     assert ours.session is session
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         change(model)
     after = tokens(ours), tokens(ours, num_beams=3)
-    assert after == (tokens(stock), tokens(stock, num_beams=3))
+    assert after == (tokens(hugging_face), tokens(hugging_face, num_beams=3))
     assert before != after and ours.session is not session
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=LABELS).logits
+        expected = hugging_face(**batch(), decoder_input_ids=LABELS).logits
         torch.testing.assert_close(
             ours(**batch(), decoder_input_ids=LABELS).logits, expected, atol=LOGITS_ATOL, rtol=1e-5
         )
-        change(stock), change(ours)
-        states = stock.get_encoder()(**batch()).last_hidden_state
+        change(hugging_face), change(ours)
+        states = hugging_face.get_encoder()(**batch()).last_hidden_state
         torch.testing.assert_close(ours.get_encoder()(**batch()).last_hidden_state, states, atol=LOGITS_ATOL, rtol=1e-5)
 
 
 def test_generates_between_training_steps() -> None:
     """The weights of the last step, as ``Seq2SeqTrainer(predict_with_generate=True)`` wants them."""
-    stock = make_stock("t5-v1.1", dropout_rate=0.0)
-    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1", dropout_rate=0.0)
+    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
     seen = []
     for _ in range(3):
-        assert tokens(ours) == tokens(stock)
+        assert tokens(ours) == tokens(hugging_face)
         seen.append(tokens(ours))
-        training_step(stock), training_step(ours)
+        training_step(hugging_face), training_step(ours)
     assert seen[0] != seen[-1]
-    for name, parameter in stock.named_parameters():
+    for name, parameter in hugging_face.named_parameters():
         torch.testing.assert_close(dict(ours.named_parameters())[name], parameter, atol=1e-4, rtol=1e-4)
 
 
@@ -104,11 +104,11 @@ def test_fused_optimizers_are_noticed(own_pair: Any, kind: str) -> None:
 
 def test_encoder_outputs_of_another_decoder(own_pair: Any) -> None:
     """K/V that came with encoder outputs are not used after the decoder was trained, nor by another model."""
-    stock, ours = own_pair
-    other = make_stock("t5-v1.1", seed=3)
-    other.encoder.load_state_dict(stock.encoder.state_dict())
+    hugging_face, ours = own_pair
+    other = make_hugging_face("t5-v1.1", seed=3)
+    other.encoder.load_state_dict(hugging_face.encoder.state_dict())
     theirs = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(other), num_threads=1)
-    outputs = [model.get_encoder()(**batch()) for model in (stock, ours)]
+    outputs = [model.get_encoder()(**batch()) for model in (hugging_face, ours)]
     request = {"attention_mask": batch()["attention_mask"], "max_new_tokens": 8}
 
     def made(model: Any, states: Any, **more: Any) -> list[list[int]]:
@@ -117,10 +117,10 @@ def test_encoder_outputs_of_another_decoder(own_pair: Any) -> None:
     for beams in (1, 3):
         assert made(theirs, outputs[1], num_beams=beams) == made(other, outputs[0], num_beams=beams)
     with torch.no_grad():
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             for parameter in model.decoder.parameters():
                 parameter.mul_(1.2)
-    assert made(ours, outputs[1]) == made(stock, outputs[0])
+    assert made(ours, outputs[1]) == made(hugging_face, outputs[0])
 
 
 def test_training_while_another_thread_generates(own_pair: Any) -> None:
@@ -151,10 +151,10 @@ def test_training_while_another_thread_generates(own_pair: Any) -> None:
 
 
 def test_gradients_outside_of_training_mode(own_pair: Any) -> None:
-    stock, ours = own_pair
+    hugging_face, ours = own_pair
     for model in own_pair:
         model(**batch(), labels=LABELS).loss.backward()
-    for (name, left), right in zip(stock.named_parameters(), ours.parameters(), strict=True):
+    for (name, left), right in zip(hugging_face.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(right.grad, left.grad, atol=1e-4, rtol=1e-3, msg=name)
     for model in own_pair:
         states = model.get_encoder()(**batch()).last_hidden_state.detach().requires_grad_()
@@ -164,7 +164,7 @@ def test_gradients_outside_of_training_mode(own_pair: Any) -> None:
         assert states.grad is not None
     with torch.no_grad():
         assert not ours(**batch(), labels=LABELS).loss.requires_grad
-    strict = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1, strict=True)
+    strict = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1, strict=True)
     with pytest.raises(StrictModeError, match=r"backward\(\)"):
         strict(**batch(), labels=LABELS).loss.backward()
     with pytest.raises(StrictModeError, match="training mode"):
@@ -181,7 +181,7 @@ def test_dropout_without_gradients(own_pair: Any) -> None:
 
 
 def test_deleted_models_are_freed_at_once() -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", d_model=256, d_ff=512), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1", d_model=256, d_ff=512), num_threads=1)
     for more in ({}, {"num_beams": 3}, {"decoder_input_ids": LABELS}):
         tokens(ours, **more)
     gone = [weakref.ref(ours), weakref.ref(ours.session), *map(weakref.ref, ours.session._weights.values())]

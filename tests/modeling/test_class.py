@@ -15,7 +15,7 @@ import t5_trt
 from t5_trt import BackendError, CheckpointError, InputError, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.runtime.onnxruntime_session import SHARED_FROM_BYTES
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 REQUEST = {**batch(), "max_new_tokens": 8}
 
@@ -25,19 +25,19 @@ def test_public_names() -> None:
 
 
 def test_instance_checks(pair: tuple[Any, Any]) -> None:
-    stock, ours = pair
-    for kind in (PreTrainedModel, GenerationMixin, torch.nn.Module, type(stock), TRTT5ForConditionalGeneration):
+    hugging_face, ours = pair
+    for kind in (PreTrainedModel, GenerationMixin, torch.nn.Module, type(hugging_face), TRTT5ForConditionalGeneration):
         assert isinstance(ours, kind)
     assert ours.can_generate() and ours.config.is_encoder_decoder
     assert ours.device == torch.device("cpu") and ours.dtype == torch.float32 and not ours.training
-    assert ours.num_parameters() == stock.num_parameters()
+    assert ours.num_parameters() == hugging_face.num_parameters()
     assert ours.main_input_name == "input_ids"
 
 
 def test_weights_are_not_held_twice() -> None:
     """Parameters, reference model and ONNX Runtime share memory, for every matrix that is large enough to matter."""
-    stock = make_stock("t5-v1.1", d_model=256, d_ff=512)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.1", d_model=256, d_ff=512)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
     ours.generate(**REQUEST)
     parameters = dict(ours.named_parameters())
     assert {name: p.data_ptr() for name, p in parameters.items()} == {
@@ -78,7 +78,7 @@ def test_moves(fresh: Any) -> None:
 
 
 def test_strict_has_no_reference() -> None:
-    strict = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), strict=True)
+    strict = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), strict=True)
     with pytest.raises(StrictModeError, match="strict=False"):
         _ = strict.reference
 
@@ -101,7 +101,7 @@ def test_copies(fresh: Any) -> None:
 
 
 def test_changed_weights_change_the_result(fresh: Any) -> None:
-    other = make_stock("t5-v1.1", seed=77)
+    other = make_hugging_face("t5-v1.1", seed=77)
     before = fresh.generate(**REQUEST).tolist()
     fresh.load_state_dict(other.state_dict())
     after = fresh.generate(**REQUEST).tolist()
@@ -124,7 +124,7 @@ def test_from_config() -> None:
 
 def test_from_model_refuses_other_weights() -> None:
     with pytest.raises(InputError, match=r"float64 on cpu.*expected float32, float16 or bfloat16 on cpu"):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0").double())
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0").double())
 
 
 def test_save_to_a_place_that_cannot_be(fresh: Any, tmp_path: Path) -> None:
@@ -135,22 +135,22 @@ def test_save_to_a_place_that_cannot_be(fresh: Any, tmp_path: Path) -> None:
 
 
 def test_prepacked_weights_and_threads() -> None:
-    stock = make_stock("t5-v1.1")
-    packed = TRTT5ForConditionalGeneration.from_model(stock, prepack_weights=True, num_threads=2)
+    hugging_face = make_hugging_face("t5-v1.1")
+    packed = TRTT5ForConditionalGeneration.from_model(hugging_face, prepack_weights=True, num_threads=2)
     assert packed.session.num_threads == 2
     for beams in (1, 4):
-        expected = stock.generate(**REQUEST, num_beams=beams).tolist()
+        expected = hugging_face.generate(**REQUEST, num_beams=beams).tolist()
         assert packed.generate(**REQUEST, num_beams=beams).tolist() == expected
 
 
 def test_several_rows_are_packed_when_they_come(fresh: Any) -> None:
     """And a request of one row that began before goes on as it was."""
-    stock = fresh.reference
+    hugging_face = fresh.reference
     one, sources = torch.zeros(1, 1, dtype=torch.long), batch(1)
     first = fresh(**sources, decoder_input_ids=one)
     assert list(fresh.session._sessions) == [("encoder", False), ("decoder_step", False)]
     several = fresh.generate(**batch(), num_beams=2, max_new_tokens=6).tolist()
-    assert several == stock.generate(**batch(), num_beams=2, max_new_tokens=6).tolist()
+    assert several == hugging_face.generate(**batch(), num_beams=2, max_new_tokens=6).tolist()
     assert ("decoder_step", True) in fresh.session._sessions
     second = fresh(
         encoder_outputs=(first.encoder_last_hidden_state,),
@@ -159,7 +159,7 @@ def test_several_rows_are_packed_when_they_come(fresh: Any) -> None:
         **{CACHE: first[CACHE]},
     )
     with torch.no_grad():
-        expected = stock(**sources, decoder_input_ids=torch.zeros(1, 2, dtype=torch.long)).logits[:, -1:]
+        expected = hugging_face(**sources, decoder_input_ids=torch.zeros(1, 2, dtype=torch.long)).logits[:, -1:]
     torch.testing.assert_close(second.logits, expected, atol=1e-4, rtol=1e-4)
     assert fresh.session.loaded_graphs().count("decoder_step") == 1
 
@@ -198,8 +198,8 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
 
     data = [{"input_ids": list(range(2, 6 + n)), "labels": [5, 6, 7, 1]} for n in range(5)]
     results = []
-    stock = make_stock("t5-v1.1")
-    for model in (stock, TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)):
+    hugging_face = make_hugging_face("t5-v1.1")
+    for model in (hugging_face, TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)):
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(tmp_path), predict_with_generate=True, per_device_eval_batch_size=2, use_cpu=True,
             report_to=[], generation_max_length=9, disable_tqdm=True,

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 from tests.tolerances import HIDDEN_ATOL, LOGITS_ATOL
 
 LABELS = torch.tensor([[5, 6, 7]] * 3)
@@ -27,8 +27,8 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 def pair_of(kind: str = "t5-v1.1") -> tuple[Any, Any]:
-    stock = make_stock(kind, dropout_rate=0.0)
-    return stock, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    hugging_face = make_hugging_face(kind, dropout_rate=0.0)
+    return hugging_face, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
 
 
 def whole(model: Any, backend: str) -> Any:
@@ -58,29 +58,31 @@ def encoder_in_place(model: Any, backend: str) -> Any:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("way", [whole, forward_exchanged, in_place, by_generate, encoder_in_place])
 def test_compiled_models_give_equal_results(way: Callable[..., Any], backend: str) -> None:
-    stock, ours = pair_of()
+    hugging_face, ours = pair_of()
     compiled = way(ours, backend)
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=LABELS)
+        expected = hugging_face(**batch(), decoder_input_ids=LABELS)
         out = compiled(**batch(), decoder_input_ids=LABELS)
         torch.testing.assert_close(out.logits, expected.logits, atol=LOGITS_ATOL, rtol=1e-4)
     for more in ({}, {"num_beams": 3}):
         request = {**batch(), "max_new_tokens": 6, **more}
-        assert compiled.generate(**request).tolist() == stock.generate(**request).tolist()
-    for model in (stock, compiled):
+        assert compiled.generate(**request).tolist() == hugging_face.generate(**request).tolist()
+    for model in (hugging_face, compiled):
         model(**batch(), labels=LABELS).loss.backward()
-    torch.testing.assert_close(ours.shared.weight.grad, stock.shared.weight.grad, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(ours.shared.weight.grad, hugging_face.shared.weight.grad, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "mt5", "umt5"])
 def test_first_call_of_every_family_can_be_a_compiled_one(kind: str) -> None:
-    stock, ours = pair_of(kind)
+    hugging_face, ours = pair_of(kind)
     request = {**batch(), "max_new_tokens": 4}
-    assert torch.compile(ours.generate, backend="eager")(**request).tolist() == stock.generate(**request).tolist()
+    assert (
+        torch.compile(ours.generate, backend="eager")(**request).tolist() == hugging_face.generate(**request).tolist()
+    )
 
 
 def test_inside_of_a_compiled_module(tmp_path: Any) -> None:
-    make_stock("t5-v1.1").save_pretrained(tmp_path)
+    make_hugging_face("t5-v1.1").save_pretrained(tmp_path)
     dense = nn.Linear(64, 8)
 
     class Sentence(nn.Module):
@@ -92,11 +94,11 @@ def test_inside_of_a_compiled_module(tmp_path: Any) -> None:
             encoded: torch.Tensor = self.dense(self.inner(**inputs).last_hidden_state.mean(1))
             return encoded
 
-    stock = Sentence(T5EncoderModel.from_pretrained(tmp_path).eval())
+    hugging_face = Sentence(T5EncoderModel.from_pretrained(tmp_path).eval())
     ours = torch.compile(Sentence(TRTT5EncoderModel.from_pretrained(tmp_path, num_threads=1)), backend="aot_eager")
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(ours(**batch()), stock(**batch()), atol=HIDDEN_ATOL, rtol=1e-4)
+            torch.testing.assert_close(ours(**batch()), hugging_face(**batch()), atol=HIDDEN_ATOL, rtol=1e-4)
 
 
 def test_compiled_models_can_be_copied() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
 
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 from tests.tolerances import HIDDEN_ATOL
 
 REQUEST = {**batch(), "max_new_tokens": 6}
@@ -27,34 +27,34 @@ ENCODERS = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 def whole_model(kind: str = "t5-v1.1") -> tuple[Any, Any]:
-    stock = make_stock(kind, attention="eager", dropout_rate=0.0)
-    return stock, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    hugging_face = make_hugging_face(kind, attention="eager", dropout_rate=0.0)
+    return hugging_face, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
 
 
 def encoder_model(kind: str = "t5-v1.1") -> tuple[Any, Any]:
-    whole = make_stock(kind, attention="eager", dropout_rate=0.0)
-    stock = ENCODERS.get(kind, T5EncoderModel)(copy.deepcopy(whole.encoder.config)).eval()
-    stock.load_state_dict(
+    whole = make_hugging_face(kind, attention="eager", dropout_rate=0.0)
+    hugging_face = ENCODERS.get(kind, T5EncoderModel)(copy.deepcopy(whole.encoder.config)).eval()
+    hugging_face.load_state_dict(
         {name: t for name, t in whole.state_dict().items() if name.split(".")[0] in ("shared", "encoder")}
     )
-    return stock, TRTT5EncoderModel.from_model(copy.deepcopy(stock), num_threads=1)
+    return hugging_face, TRTT5EncoderModel.from_model(copy.deepcopy(hugging_face), num_threads=1)
 
 
-def check_encoder(encoder: Any, stock: Any) -> None:
+def check_encoder(encoder: Any, hugging_face: Any) -> None:
     """Equal states; hidden states and gradients, too."""
     with torch.no_grad():
-        expected = stock.encoder(**batch(), output_hidden_states=True)
+        expected = hugging_face.encoder(**batch(), output_hidden_states=True)
         got = encoder(**batch())
         torch.testing.assert_close(got[0], expected[0], atol=HIDDEN_ATOL, rtol=1e-4)
         inner = encoder(**batch(), output_hidden_states=True).hidden_states
         torch.testing.assert_close(inner, expected.hidden_states, atol=HIDDEN_ATOL, rtol=1e-4)
         assert isinstance(encoder(**batch(), return_dict=False), tuple)
-    for each in (encoder, stock.encoder):
+    for each in (encoder, hugging_face.encoder):
         each.train().zero_grad()
         each(**batch())[0].square().sum().backward()
         each.eval()
     torch.testing.assert_close(
-        encoder.embed_tokens.weight.grad, stock.encoder.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3
+        encoder.embed_tokens.weight.grad, hugging_face.encoder.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3
     )
 
 
@@ -81,86 +81,86 @@ CASES += [(encoder_model, itself, "umt5"), (encoder_model, by_pickle, "mt5"), (e
 
 @pytest.mark.parametrize(("make", "way", "kind"), CASES)
 def test_encoder_outlives_its_model(make: Callable[..., Any], way: Callable[..., Any], kind: str) -> None:
-    stock, ours = make(kind)
+    hugging_face, ours = make(kind)
     if way is itself:  # after use, too
         ours.get_encoder()(**batch())
     encoder = way(ours.get_encoder())
     del ours
-    check_encoder(encoder, stock)
+    check_encoder(encoder, hugging_face)
 
 
 @pytest.mark.parametrize("way", [by_deepcopy, by_pickle, by_copy])
 def test_copied_encoder_beside_its_model(way: Callable[..., Any]) -> None:
-    stock, ours = whole_model()
+    hugging_face, ours = whole_model()
     encoder = way(ours.encoder)
-    check_encoder(encoder, stock)
-    assert ours.generate(**REQUEST).tolist() == stock.generate(**REQUEST).tolist()
+    check_encoder(encoder, hugging_face)
+    assert ours.generate(**REQUEST).tolist() == hugging_face.generate(**REQUEST).tolist()
 
 
 def test_encoder_alone_follows_its_own_changes() -> None:
-    stock, ours = whole_model()
+    hugging_face, ours = whole_model()
     encoder = ours.get_encoder()
     del ours
     encoder(**batch())
-    for each in (encoder, stock.encoder):
+    for each in (encoder, hugging_face.encoder):
         with torch.no_grad():
             each.block[1].layer[0].SelfAttention.q.weight.mul_(1.5)
         torch.manual_seed(3)
         each.embed_tokens = nn.Embedding(211, 64)
-    check_encoder(encoder, stock)
-    stock.encoder.to(torch.bfloat16)
+    check_encoder(encoder, hugging_face)
+    hugging_face.encoder.to(torch.bfloat16)
     assert encoder.to(torch.bfloat16)(**batch())[0].dtype is torch.bfloat16
 
 
 def test_encoder_that_a_model_has_exchanged() -> None:
     """It has its own weights, and not those of the encoder that came after it."""
-    stock, ours = whole_model()
-    other = make_stock("t5-v1.1", seed=4, attention="eager", dropout_rate=0.0)
+    hugging_face, ours = whole_model()
+    other = make_hugging_face("t5-v1.1", seed=4, attention="eager", dropout_rate=0.0)
     first, ours.encoder = ours.encoder, copy.deepcopy(other.encoder)
     ours.set_input_embeddings(other.shared)
-    check_encoder(first, stock)
-    stock.encoder = other.encoder
-    stock.set_input_embeddings(other.shared)
-    assert ours.generate(**REQUEST).tolist() == stock.generate(**REQUEST).tolist()
+    check_encoder(first, hugging_face)
+    hugging_face.encoder = other.encoder
+    hugging_face.set_input_embeddings(other.shared)
+    assert ours.generate(**REQUEST).tolist() == hugging_face.generate(**REQUEST).tolist()
 
 
 @pytest.mark.parametrize("make", [whole_model, encoder_model])
 @pytest.mark.parametrize("gone", ["copy", "original"])
 def test_shallow_copies_do_not_depend_on_each_other(make: Callable[..., Any], gone: str) -> None:
-    stock, ours = make()
+    hugging_face, ours = make()
     twin = copy.copy(ours)
     assert twin.shared.weight is ours.shared.weight and type(twin) is type(ours)
     for model in (ours, twin, ours):
         torch.testing.assert_close(
-            model.get_encoder()(**batch())[0], stock.encoder(**batch())[0], atol=HIDDEN_ATOL, rtol=1e-4
+            model.get_encoder()(**batch())[0], hugging_face.encoder(**batch())[0], atol=HIDDEN_ATOL, rtol=1e-4
         )
         assert model.get_encoder()._find_runner().model is model
     left = ours if gone == "copy" else twin
     del model, ours, twin
     if make is whole_model:
-        assert left.generate(**REQUEST).tolist() == stock.generate(**REQUEST).tolist()
-    check_encoder(left.encoder, stock)
-    check_encoder(left.get_encoder(), stock)
+        assert left.generate(**REQUEST).tolist() == hugging_face.generate(**REQUEST).tolist()
+    check_encoder(left.encoder, hugging_face)
+    check_encoder(left.get_encoder(), hugging_face)
 
 
 @pytest.mark.parametrize("part", ["decoder", "lm_head", "shared", "encoder.block"])
 def test_parts_can_be_copied(part: str) -> None:
-    stock, ours = whole_model()
+    hugging_face, ours = whole_model()
     ours.generate(**REQUEST)
-    expected = stock.get_submodule(part).state_dict()
+    expected = hugging_face.get_submodule(part).state_dict()
     for way in (by_deepcopy, by_pickle, by_copy):
         assert all(torch.equal(t, expected[name]) for name, t in way(ours.get_submodule(part)).state_dict().items())
 
 
 @pytest.mark.parametrize("make", [whole_model, encoder_model])
 def test_inside_of_another_module(make: Callable[..., Any], tmp_path: Path) -> None:
-    stock, ours = make()
+    hugging_face, ours = make()
 
     def run(model: Any) -> torch.Tensor:
         states: torch.Tensor = model.get_encoder()(**batch())[0]
         return states
 
-    expected = run(stock).detach()
+    expected = run(hugging_face).detach()
     outer = nn.ModuleDict({"inner": ours, "dense": nn.Linear(64, 8)})
     torch.save(outer, tmp_path / "outer.pt")
     del ours
@@ -173,14 +173,16 @@ def test_inside_of_another_module(make: Callable[..., Any], tmp_path: Path) -> N
     taken = nn.Sequential(outer["inner"].encoder)
     del outer, each
     torch.testing.assert_close(
-        taken(batch()["input_ids"])[0], stock.encoder(batch()["input_ids"])[0], atol=HIDDEN_ATOL, rtol=1e-4
+        taken(batch()["input_ids"])[0], hugging_face.encoder(batch()["input_ids"])[0], atol=HIDDEN_ATOL, rtol=1e-4
     )
 
 
 def test_pickled_encoder_in_another_process(tmp_path: Path) -> None:
-    stock, ours = whole_model()
+    hugging_face, ours = whole_model()
     path = tmp_path / "encoder.pt"
-    torch.save({"encoder": ours.encoder, "expected": stock.encoder(**batch())[0].detach(), "batch": batch()}, path)
+    torch.save(
+        {"encoder": ours.encoder, "expected": hugging_face.encoder(**batch())[0].detach(), "batch": batch()}, path
+    )
     code = (
         "import sys, torch; saved = torch.load(sys.argv[1], weights_only=False);"
         "torch.testing.assert_close(saved['encoder'](**saved['batch'])[0], saved['expected'], atol=1e-4, rtol=1e-4)"

@@ -16,7 +16,7 @@ from t5_trt.engine.store import EngineStore
 from tests.conftest import SHIPPED
 from tests.rtx_plans import provider
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import KINDS, batch, make_stock
+from tests.tiny_models import KINDS, batch, make_hugging_face
 from tests.tolerances import HIDDEN_ATOL
 
 STOCK = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
@@ -24,38 +24,40 @@ STOCK = {"mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 
 def saved(kind: str, folder: Path, *, complete: bool) -> tuple[Any, Path]:
     """(Hugging Face encoder, folder of a checkpoint with or without decoder weights)."""
-    make_stock(kind).save_pretrained(folder / "complete")
-    stock = STOCK.get(kind, T5EncoderModel).from_pretrained(folder / "complete", attn_implementation="eager").eval()
-    stock.save_pretrained(folder / "encoder")
-    return stock, folder / ("complete" if complete else "encoder")
+    make_hugging_face(kind).save_pretrained(folder / "complete")
+    hugging_face = (
+        STOCK.get(kind, T5EncoderModel).from_pretrained(folder / "complete", attn_implementation="eager").eval()
+    )
+    hugging_face.save_pretrained(folder / "encoder")
+    return hugging_face, folder / ("complete" if complete else "encoder")
 
 
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "encoder only"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_states_equal_hugging_face(kind: str, complete: bool, tmp_path: Path) -> None:
-    stock, folder = saved(kind, tmp_path, complete=complete)
+    hugging_face, folder = saved(kind, tmp_path, complete=complete)
     ours = TRTT5EncoderModel.from_pretrained(folder, num_threads=1)
-    assert isinstance(ours, type(stock)) and ours.architecture.decoder_layers == 0
+    assert isinstance(ours, type(hugging_face)) and ours.architecture.decoder_layers == 0
     for inputs in (batch(), batch(1, 40), {"input_ids": batch(2, 9, padding="none")["input_ids"]}):
         with torch.no_grad():
-            expected = stock(**inputs).last_hidden_state
+            expected = hugging_face(**inputs).last_hidden_state
         got = ours(**inputs)
         keep = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         torch.testing.assert_close(got.last_hidden_state[keep], expected[keep], atol=HIDDEN_ATOL, rtol=1e-5)
     assert got.to_tuple()[0] is got.last_hidden_state and isinstance(ours(**inputs, return_dict=False), tuple)
-    assert set(ours.state_dict()) == set(stock.state_dict())
+    assert set(ours.state_dict()) == set(hugging_face.state_dict())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_on_the_tensorrt_session(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded buffers, half precision, embeddings from outside; no decoder engine is asked for."""
-    stock, folder = saved("t5-v1.1", tmp_path, complete=False)
+    hugging_face, folder = saved("t5-v1.1", tmp_path, complete=False)
     ours = TRTT5EncoderModel.from_pretrained(folder, num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch, precision=precision, scaling=ours.fp16_scaling(precision))
     inputs = batch()
     keep = inputs["attention_mask"].bool()
     with torch.no_grad():
-        expected, embeds = stock(**inputs).last_hidden_state, stock.shared(inputs["input_ids"])
+        expected, embeds = hugging_face(**inputs).last_hidden_state, hugging_face.shared(inputs["input_ids"])
     for form in (inputs, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}):
         got = ours(**form).last_hidden_state.float()
         assert (got[keep] - expected[keep]).norm() / expected[keep].norm() < (0.02 if precision == "fp16" else 1e-5)
@@ -63,10 +65,10 @@ def test_on_the_tensorrt_session(precision: str, tmp_path: Path, monkeypatch: py
 
 
 def test_int8_and_the_store(tmp_path: Path) -> None:
-    stock, folder = saved("t5-v1.0", tmp_path, complete=False)
+    hugging_face, folder = saved("t5-v1.0", tmp_path, complete=False)
     ours = TRTT5EncoderModel.from_pretrained(folder, precision="int8", engine_cache_dir=tmp_path / "store")
     with torch.no_grad():
-        expected = stock(**batch()).last_hidden_state
+        expected = hugging_face(**batch()).last_hidden_state
     assert 1e-4 < (ours(**batch()).last_hidden_state - expected).norm() / expected.norm() < 0.2
     assert len(EngineStore(tmp_path / "store").entries()) == 1
 
@@ -80,10 +82,10 @@ def test_engine_for_gpus(tmp_path: Path) -> None:
 
 
 def test_what_engines_cannot_give(tmp_path: Path) -> None:
-    stock, folder = saved("t5-v1.1", tmp_path, complete=True)
+    hugging_face, folder = saved("t5-v1.1", tmp_path, complete=True)
     ours = TRTT5EncoderModel.from_pretrained(folder, num_threads=1)
     with torch.no_grad():
-        expected = stock(**batch(), output_attentions=True, output_hidden_states=True)
+        expected = hugging_face(**batch(), output_attentions=True, output_hidden_states=True)
         got = ours(**batch(), output_attentions=True, output_hidden_states=True)
     torch.testing.assert_close(got.attentions, expected.attentions, atol=HIDDEN_ATOL, rtol=1e-5)
     assert len(got.hidden_states) == 3
@@ -95,13 +97,13 @@ def test_what_engines_cannot_give(tmp_path: Path) -> None:
 
 
 def test_saved_copied_and_wrapped(tmp_path: Path) -> None:
-    stock, folder = saved("t5-v1.1", tmp_path, complete=True)
+    hugging_face, folder = saved("t5-v1.1", tmp_path, complete=True)
     ours = TRTT5EncoderModel.from_pretrained(folder, num_threads=1)
     expected = ours(**batch()).last_hidden_state
     ours.save_pretrained(tmp_path / "again")
     others = [
         TRTT5EncoderModel.from_pretrained(tmp_path / "again"),
-        TRTT5EncoderModel.from_model(stock),
+        TRTT5EncoderModel.from_model(hugging_face),
         copy.deepcopy(ours),
         pickle.loads(pickle.dumps(ours)),
     ]

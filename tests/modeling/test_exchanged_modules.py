@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from t5_trt import TRTT5EncoderModel, TRTT5ForConditionalGeneration, UnsupportedModelError
-from tests.tiny_models import VOCAB, batch, make_stock
+from tests.tiny_models import VOCAB, batch, make_hugging_face
 from tests.tolerances import HIDDEN_ATOL, LOGITS_ATOL
 
 LABELS = torch.tensor([[5, 6, 7]] * 3)
@@ -18,8 +18,8 @@ KINDS = ["t5-v1.0", "t5-v1.1", "mt5", "umt5"]
 
 
 def pair_of(kind: str) -> tuple[Any, Any]:
-    stock = make_stock(kind, attention="eager", dropout_rate=0.0)
-    return stock, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    hugging_face = make_hugging_face(kind, attention="eager", dropout_rate=0.0)
+    return hugging_face, TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
 
 
 def resized(model: Any) -> None:
@@ -71,68 +71,71 @@ def torch_norms(model: Any) -> None:
 CHANGES = [resized, shrunk, set_embeddings, one_module_for_all, tied_head, own_head, no_dropout, torch_norms]
 
 
-def check_same_results(stock: Any, ours: Any) -> None:
+def check_same_results(hugging_face: Any, ours: Any) -> None:
     """Tokens, logits, hidden states, and the loss with its gradients, in both modes."""
     request = {**batch(), "max_new_tokens": 6}
     for more in ({}, {"num_beams": 3}):
-        assert ours.generate(**request, **more).tolist() == stock.generate(**request, **more).tolist()
+        assert ours.generate(**request, **more).tolist() == hugging_face.generate(**request, **more).tolist()
     with torch.no_grad():
-        left, right = (model(**batch(), decoder_input_ids=LABELS, output_hidden_states=True) for model in (ours, stock))
+        left, right = (
+            model(**batch(), decoder_input_ids=LABELS, output_hidden_states=True) for model in (ours, hugging_face)
+        )
         plain = ours(**batch(), decoder_input_ids=LABELS)
     torch.testing.assert_close(plain.logits, right.logits, atol=LOGITS_ATOL, rtol=1e-4)
     torch.testing.assert_close(left.decoder_hidden_states, right.decoder_hidden_states, atol=HIDDEN_ATOL, rtol=1e-4)
     for mode in (False, True):
         losses = []
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             model.train(mode).zero_grad()
             losses.append(model(**batch(), labels=LABELS).loss)
             losses[-1].backward()
         torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-4)
         found = dict(ours.named_parameters())
-        for name, parameter in stock.named_parameters():
+        for name, parameter in hugging_face.named_parameters():
             torch.testing.assert_close(found[name].grad, parameter.grad, atol=1e-4, rtol=1e-3, msg=name)
-        ours.eval(), stock.eval()
+        ours.eval(), hugging_face.eval()
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["after use", "before use"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_exchanged_modules_give_equal_results(change: Any, warm: bool) -> None:
     kind = KINDS[CHANGES.index(change) % len(KINDS)]
-    stock, ours = pair_of(kind)
+    hugging_face, ours = pair_of(kind)
     if warm:
         ours.generate(**batch(), max_new_tokens=2)
         assert ours.reference is ours.reference
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         change(model)
-    check_same_results(stock, ours)
+    check_same_results(hugging_face, ours)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family_trains_after_a_resize(kind: str) -> None:
-    stock, ours = pair_of(kind)
+    hugging_face, ours = pair_of(kind)
     for step in range(2):
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             resized(model) if step == 0 else None
             model.train().zero_grad()
             model(**batch(), labels=LABELS).loss.backward()
             torch.optim.SGD(model.parameters(), lr=0.01).step()
             model.eval()
         assert (
-            ours.generate(**batch(), max_new_tokens=6).tolist() == stock.generate(**batch(), max_new_tokens=6).tolist()
+            ours.generate(**batch(), max_new_tokens=6).tolist()
+            == hugging_face.generate(**batch(), max_new_tokens=6).tolist()
         )
 
 
 def test_encoder_model_with_other_embeddings(tmp_path: Any) -> None:
-    make_stock("t5-v1.1").save_pretrained(tmp_path)
+    make_hugging_face("t5-v1.1").save_pretrained(tmp_path)
     from transformers import T5EncoderModel
 
-    stock = T5EncoderModel.from_pretrained(tmp_path).eval()
+    hugging_face = T5EncoderModel.from_pretrained(tmp_path).eval()
     ours = TRTT5EncoderModel.from_pretrained(tmp_path, num_threads=1)
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         resized(model)
         set_embeddings(model)
     with torch.no_grad():
-        expected = stock(**batch(), output_hidden_states=True)
+        expected = hugging_face(**batch(), output_hidden_states=True)
         torch.testing.assert_close(ours(**batch())[0], expected[0], atol=HIDDEN_ATOL, rtol=1e-4)
         inner = ours(**batch(), output_hidden_states=True).hidden_states
     torch.testing.assert_close(inner, expected.hidden_states, atol=HIDDEN_ATOL, rtol=1e-4)

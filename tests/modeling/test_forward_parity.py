@@ -13,16 +13,16 @@ from transformers.modeling_outputs import BaseModelOutput
 from t5_trt import StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation.kv_cache import EngineCache
-from tests.tiny_models import batch, make_stock, tokens
+from tests.tiny_models import batch, make_hugging_face, tokens
 from tests.tolerances import HIDDEN_ATOL, LOGITS_ATOL, LOSS_ATOL
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 130])
 def test_logits(pair: tuple[Any, Any], count: int) -> None:
-    stock, ours = pair
+    hugging_face, ours = pair
     request = {**batch(), "decoder_input_ids": tokens(3, count)}
     with torch.no_grad():
-        expected, got = stock(**request), ours(**request)
+        expected, got = hugging_face(**request), ours(**request)
     assert got.logits.dtype == torch.float32 and got.logits.shape == expected.logits.shape
     torch.testing.assert_close(got.logits, expected.logits, atol=LOGITS_ATOL, rtol=1e-5)
     torch.testing.assert_close(
@@ -31,11 +31,11 @@ def test_logits(pair: tuple[Any, Any], count: int) -> None:
 
 
 def test_loss_and_ignored_labels(pair: tuple[Any, Any]) -> None:
-    stock, ours = pair
+    hugging_face, ours = pair
     labels = tokens(3, 6)
     labels[1, 4:] = -100
     with torch.no_grad():
-        expected, got = stock(**batch(), labels=labels), ours(**batch(), labels=labels)
+        expected, got = hugging_face(**batch(), labels=labels), ours(**batch(), labels=labels)
     torch.testing.assert_close(got.loss, expected.loss, atol=LOSS_ATOL, rtol=1e-5)
     torch.testing.assert_close(got.logits, expected.logits, atol=LOGITS_ATOL, rtol=1e-5)
 
@@ -43,11 +43,11 @@ def test_loss_and_ignored_labels(pair: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("pieces", [(1, 1, 1), (4, 1, 3), (3, 70, 1)])
 def test_cached_pieces_equal_one_pass(pair: tuple[Any, Any], pieces: tuple[int, ...]) -> None:
     """Any split of the decoder's input, across a bucket's edge too, gives the logits of one pass."""
-    stock, ours = pair
+    hugging_face, ours = pair
     ids = tokens(3, sum(pieces))
     inputs = batch()
     with torch.no_grad():
-        expected = stock(**inputs, decoder_input_ids=ids).logits
+        expected = hugging_face(**inputs, decoder_input_ids=ids).logits
         encoded, cache, start, parts = ours.get_encoder()(**inputs), None, 0, []
         for count in pieces:
             out = ours(
@@ -63,13 +63,13 @@ def test_cached_pieces_equal_one_pass(pair: tuple[Any, Any], pieces: tuple[int, 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_decoder_padding(v11: tuple[Any, Any], count: int) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     mask = torch.ones(3, 4 + count, dtype=torch.long)
     mask[1, :2] = 0
     mask[2, 2] = 0
     ids, inputs = tokens(3, 4 + count), batch()
     with torch.no_grad():
-        expected = stock(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask).logits
+        expected = hugging_face(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask).logits
         first = ours(**inputs, decoder_input_ids=ids[:, :4], decoder_attention_mask=mask[:, :4])
         rest = ours(
             encoder_outputs=(first.encoder_last_hidden_state,),
@@ -84,12 +84,12 @@ def test_decoder_padding(v11: tuple[Any, Any], count: int) -> None:
 
 
 def test_inputs_embeds_and_encoder_outputs(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     inputs, ids = batch(), tokens(3, 5)
     mask = inputs["attention_mask"]
     with torch.no_grad():
-        expected = stock(**inputs, decoder_input_ids=ids)
-        embeds = stock.shared(inputs["input_ids"])
+        expected = hugging_face(**inputs, decoder_input_ids=ids)
+        embeds = hugging_face.shared(inputs["input_ids"])
         hidden = expected.encoder_last_hidden_state
         forms: list[dict[str, Any]] = [
             {"inputs_embeds": embeds},
@@ -103,10 +103,10 @@ def test_inputs_embeds_and_encoder_outputs(v11: tuple[Any, Any]) -> None:
 
 
 def test_tuple_result_and_no_cache(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     request = {**batch(), "decoder_input_ids": tokens(3, 2), "use_cache": False, "return_dict": False}
     with torch.no_grad():
-        expected, got = stock(**request), ours(**request)
+        expected, got = hugging_face(**request), ours(**request)
     assert isinstance(got, tuple) and len(got) == len(expected) == 2
     assert CACHE not in ours(**{**request, "return_dict": True})
 
@@ -121,12 +121,12 @@ def test_bool_int32_and_float_masks(v10: tuple[Any, Any]) -> None:
 
 
 def test_one_source_for_many_decoder_rows(v10: tuple[Any, Any]) -> None:
-    stock, ours = v10
+    hugging_face, ours = v10
     one = batch(1)
     repeated = {name: tensor.repeat(4, 1) for name, tensor in one.items()}
     ids = tokens(4, 3)
     with torch.no_grad():
-        expected = stock(**repeated, decoder_input_ids=ids).logits
+        expected = hugging_face(**repeated, decoder_input_ids=ids).logits
     torch.testing.assert_close(ours(**one, decoder_input_ids=ids).logits, expected, atol=LOGITS_ATOL, rtol=1e-5)
 
 
@@ -142,29 +142,29 @@ def test_one_source_for_many_decoder_rows(v10: tuple[Any, Any]) -> None:
 def test_what_engines_cannot_give(
     v11: tuple[Any, Any], extra: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    stock, ours = make_stock("t5-v1.1", attention="eager"), v11[1]
+    hugging_face, ours = make_hugging_face("t5-v1.1", attention="eager"), v11[1]
     ours._runner._reference = None
     if "decoder_attention_mask" in extra:
         extra = {"decoder_attention_mask": (1 - extra["decoder_attention_mask"]) * torch.finfo(torch.float32).min}
     request = {**batch(), "decoder_input_ids": tokens(3, 4), **extra}
     with torch.no_grad(), caplog.at_level(logging.WARNING, "t5_trt"):
-        expected = stock(**request)
+        expected = hugging_face(**request)
         got = ours(**request)
         ours(**request)
     assert len([record for record in caplog.records if "Hugging Face model" in record.message]) == 1
     torch.testing.assert_close(got.logits, expected.logits, atol=LOGITS_ATOL, rtol=1e-5)
     if "output_attentions" in extra:
         assert len(got.cross_attentions) == 2
-    strict = TRTT5ForConditionalGeneration.from_model(stock, strict=True)
+    strict = TRTT5ForConditionalGeneration.from_model(hugging_face, strict=True)
     with torch.no_grad(), pytest.raises(StrictModeError, match="strict"):
         strict(**request)
 
 
 def test_attentions_with_an_engine_cache(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
+    hugging_face, ours = v11
     ids = tokens(3, 5)
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=ids).logits[:, 4:]
+        expected = hugging_face(**batch(), decoder_input_ids=ids).logits[:, 4:]
         first = ours(**batch(), decoder_input_ids=ids[:, :4])
         last = ours(**batch(), decoder_input_ids=ids[:, 4:], **{CACHE: first[CACHE]}, output_attentions=True)
     torch.testing.assert_close(last.logits, expected, atol=LOGITS_ATOL, rtol=1e-5)
@@ -172,12 +172,12 @@ def test_attentions_with_an_engine_cache(v11: tuple[Any, Any]) -> None:
 
 
 def test_gradients_come_from_the_hugging_face_model(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
-    embeds = stock.shared(batch()["input_ids"]).detach().requires_grad_()
+    hugging_face, ours = v11
+    embeds = hugging_face.shared(batch()["input_ids"]).detach().requires_grad_()
     ours(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], labels=tokens(3, 4)).loss.backward()
     got = embeds.grad.clone()
     embeds.grad = None
-    stock(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], labels=tokens(3, 4)).loss.backward()
+    hugging_face(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], labels=tokens(3, 4)).loss.backward()
     torch.testing.assert_close(got, embeds.grad)
 
 
@@ -203,18 +203,18 @@ def test_cache_is_described_as_in_the_hugging_face_class(v11: tuple[Any, Any]) -
     names = [name for name, value in vars(EncoderDecoderCache).items() if isinstance(value, property)]
     assert {"is_sliding", "is_croppable", "is_compileable"} <= set(names)
     with torch.no_grad():
-        stock, ours = (model(**batch(), decoder_input_ids=tokens(3, 2))[CACHE] for model in v11)
+        hugging_face, ours = (model(**batch(), decoder_input_ids=tokens(3, 2))[CACHE] for model in v11)
     for name in names:
-        assert name in vars(EngineCache) and getattr(ours, name) == getattr(stock, name), name
+        assert name in vars(EngineCache) and getattr(ours, name) == getattr(hugging_face, name), name
 
 
 def test_cache_operations(v11: tuple[Any, Any]) -> None:
     """reorder, crop, repeat and select act on the engine cache as on that one."""
     import copy
 
-    stock, ours = v11
+    hugging_face, ours = v11
     caches, outputs = [], []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         with torch.no_grad():
             out = model(**batch(), decoder_input_ids=tokens(3, 4))
             cache = copy.deepcopy(out[CACHE])

@@ -14,23 +14,23 @@ from transformers import T5EncoderModel
 from t5_trt import InputError, StrictModeError, TRTT5EncoderModel, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.modeling.runner import ModelRunner
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 TARGET = batch(tokens=7, seed=8, padding="none")["input_ids"]
 
 
 def pair_with_own_weights(kind: str = "t5-v1.1", **options: Any) -> tuple[Any, Any]:
     """A Hugging Face model, and ours over equal weights of its own."""
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock(kind), num_threads=1, **options)
-    return make_stock(kind, attention="eager"), ours
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face(kind), num_threads=1, **options)
+    return make_hugging_face(kind, attention="eager"), ours
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def assert_same_gradients(ours: Any, stock: Any) -> None:
-    expected, got = gradients(stock), gradients(ours)
+def assert_same_gradients(ours: Any, hugging_face: Any) -> None:
+    expected, got = gradients(hugging_face), gradients(ours)
     assert expected and got.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(
@@ -85,32 +85,32 @@ LOSSES = (
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_equal_hugging_face(kind: str, loss: Callable[[Any], torch.Tensor]) -> None:
-    stock, ours = pair_with_own_weights(kind)
-    expected, got = loss(stock), loss(ours)
+    hugging_face, ours = pair_with_own_weights(kind)
+    expected, got = loss(hugging_face), loss(ours)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     expected.backward()
     got.backward()
-    assert_same_gradients(ours, stock)
+    assert_same_gradients(ours, hugging_face)
 
 
 def test_frozen_parameters_get_no_gradients() -> None:
-    stock, ours = pair_with_own_weights()
-    for model in (stock, ours):
+    hugging_face, ours = pair_with_own_weights()
+    for model in (hugging_face, ours):
         model.encoder.requires_grad_(False)
         assert not model.encoder(**batch())[0].requires_grad
         model.decoder.block[0].requires_grad_(False)
         loss_on_logits(model).backward()
     assert not any(name.startswith(("encoder.", "decoder.block.0.")) for name in gradients(ours))
-    assert_same_gradients(ours, stock)
+    assert_same_gradients(ours, hugging_face)
 
 
 def test_requires_grad_equals_hugging_face() -> None:
-    stock, ours = pair_with_own_weights()
+    hugging_face, ours = pair_with_own_weights()
     for enabled, frozen in ((True, False), (False, False), (True, True)):
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             model.requires_grad_(not frozen)
         with torch.set_grad_enabled(enabled):
-            outputs = [model(**batch(), decoder_input_ids=TARGET) for model in (stock, ours)]
+            outputs = [model(**batch(), decoder_input_ids=TARGET) for model in (hugging_face, ours)]
         for name in ("logits", "encoder_last_hidden_state"):
             expected, got = (output[name].requires_grad for output in outputs)
             assert got == expected == (enabled and not frozen), name
@@ -119,11 +119,11 @@ def test_requires_grad_equals_hugging_face() -> None:
 
 
 def test_an_encoder_model_is_trained() -> None:
-    stock = T5EncoderModel(make_stock("t5-v1.1").config).eval()
-    ours = TRTT5EncoderModel.from_model(copy.deepcopy(stock), num_threads=1)
-    for model in (stock, ours):
+    hugging_face = T5EncoderModel(make_hugging_face("t5-v1.1").config).eval()
+    ours = TRTT5EncoderModel.from_model(copy.deepcopy(hugging_face), num_threads=1)
+    for model in (hugging_face, ours):
         model(**batch()).last_hidden_state.square().mean().backward()
-    assert_same_gradients(ours, stock)
+    assert_same_gradients(ours, hugging_face)
 
 
 def test_a_custom_loss_trains() -> None:
@@ -141,9 +141,9 @@ def test_a_custom_loss_trains() -> None:
 
 
 def test_autograd_grad_and_a_retained_graph() -> None:
-    stock, ours = pair_with_own_weights()
+    hugging_face, ours = pair_with_own_weights()
     found = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         loss = loss_on_logits(model)
         (first,) = torch.autograd.grad(loss, [model.shared.weight], retain_graph=True)
         (again,) = torch.autograd.grad(loss, [model.shared.weight])
@@ -156,12 +156,12 @@ def test_autograd_grad_and_a_retained_graph() -> None:
 
 def test_the_mode_of_the_forward_pass_counts() -> None:
     """Dropout that is switched on before backward() has no effect on gradients, and stays switched on."""
-    stock, ours = pair_with_own_weights()
-    losses = [loss_on_logits(model) for model in (stock, ours)]
-    for model, loss in zip((stock, ours), losses, strict=True):
+    hugging_face, ours = pair_with_own_weights()
+    losses = [loss_on_logits(model) for model in (hugging_face, ours)]
+    for model, loss in zip((hugging_face, ours), losses, strict=True):
         model.train()
         loss.backward()
-    assert_same_gradients(ours, stock)
+    assert_same_gradients(ours, hugging_face)
     assert all(module.training for module in ours.modules())
 
 
@@ -176,11 +176,11 @@ def test_logits_may_be_written_to() -> None:
 
 
 def test_embeddings_that_require_gradients() -> None:
-    stock, ours = pair_with_own_weights()
-    for model in (stock, ours):
+    hugging_face, ours = pair_with_own_weights()
+    for model in (hugging_face, ours):
         model.requires_grad_(False)
     found = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         embeds = model.shared(batch()["input_ids"]).detach().requires_grad_()
         model(inputs_embeds=embeds, decoder_input_ids=TARGET).logits.square().mean().backward()
         found.append(embeds.grad)
@@ -188,12 +188,12 @@ def test_embeddings_that_require_gradients() -> None:
 
 
 def test_given_embeddings_train_all_but_the_embedding() -> None:
-    stock, ours = pair_with_own_weights()
-    for model in (stock, ours):
+    hugging_face, ours = pair_with_own_weights()
+    for model in (hugging_face, ours):
         embeds = model.shared(batch()["input_ids"]).detach()
         model.encoder(inputs_embeds=embeds)[0].square().mean().backward()
     assert ours.shared.weight.grad is None
-    assert_same_gradients(ours, stock)
+    assert_same_gradients(ours, hugging_face)
 
 
 def test_inference_without_no_grad_stays_on_engines(caplog: pytest.LogCaptureFixture) -> None:
@@ -219,8 +219,8 @@ def test_inference_tensors_as_inputs() -> None:
 
 
 def test_changed_inputs_are_noticed() -> None:
-    stock, ours = pair_with_own_weights()
-    for model in (stock, ours):
+    hugging_face, ours = pair_with_own_weights()
+    for model in (hugging_face, ours):
         target = TARGET.clone()
         logits = model(**batch(), decoder_input_ids=target).logits
         target[0, 0] = 5

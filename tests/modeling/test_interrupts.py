@@ -45,7 +45,7 @@ def shipped() -> tuple[Any, Any]:
 
 def calls(shipped: tuple[Any, Any], folder: Path) -> dict[str, Callable[[], Any]]:
     """Name -> a call that gives something to compare."""
-    stock, ours = pair_of("t5-v1.1")
+    hugging_face, ours = pair_of("t5-v1.1")
     model, tokenizer = shipped
     texts = ["とうきょう", "おおさか", "きょうと"]
     request = {**batch(), "max_new_tokens": 24, "min_new_tokens": 24}
@@ -63,7 +63,7 @@ def calls(shipped: tuple[Any, Any], folder: Path) -> dict[str, Callable[[], Any]
         return list(streamer)
 
     return {
-        "from_model": lambda: loaded(TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)),
+        "from_model": lambda: loaded(TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)),
         "from_pretrained": lambda: TRTT5ForConditionalGeneration.from_pretrained(
             SHIPPED, num_threads=1
         ).num_parameters(),

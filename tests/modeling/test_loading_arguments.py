@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 v1.1 model, saved."""
     made = tmp_path_factory.mktemp("model")
-    make_stock("t5-v1.1").save_pretrained(made)
+    make_hugging_face("t5-v1.1").save_pretrained(made)
     return made
 
 
@@ -75,11 +75,11 @@ def test_ignored_arguments_are_logged(options: dict[str, Any], folder: Path, cap
     model = load(folder, **options)
     assert f"{next(iter(options))}=" in caplog.text and "is not used" in caplog.text
     assert torch.equal(
-        model.generate(**batch(), max_new_tokens=4), make_stock("t5-v1.1").generate(**batch(), max_new_tokens=4)
+        model.generate(**batch(), max_new_tokens=4), make_hugging_face("t5-v1.1").generate(**batch(), max_new_tokens=4)
     )
 
 
 def test_loading_on_the_meta_device_is_refused_in_hugging_face_s_words(tmp_path: Path) -> None:
-    make_stock("t5-v1.1").save_pretrained(tmp_path)
+    make_hugging_face("t5-v1.1").save_pretrained(tmp_path)
     with torch.device("meta"), pytest.raises(RuntimeError, match="meta device"):
         TRTT5ForConditionalGeneration.from_pretrained(tmp_path)

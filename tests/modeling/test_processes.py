@@ -21,7 +21,7 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.runtime.open_session import open_session
 from t5_trt.runtime.select import Placement
 from tests.conftest import ROOT, SHIPPED
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 HEADER = f"""
 import multiprocessing, os, signal, sys, threading, time
@@ -147,7 +147,7 @@ def test_cold_store_of_8_processes(tmp_path: Path) -> None:
 
 def test_moved_to_shared_memory() -> None:
     """share_memory() frees the place where ONNX Runtime read the weights; the model used to crash there."""
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", d_model=256, d_ff=512), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1", d_model=256, d_ff=512), num_threads=1)
     request = {**batch(), "max_new_tokens": 8}
     expected = ours.generate(**request).tolist()
     held = ours(**batch(), decoder_input_ids=torch.zeros(3, 1, dtype=torch.long), use_cache=True)
@@ -162,7 +162,7 @@ def test_moved_to_shared_memory() -> None:
 
 def test_eight_threads_on_one_model() -> None:
     """generate() of several kinds, forward and the encoder at once, the engines being opened by whoever comes first."""
-    stock = make_stock("t5-v1.1")
+    hugging_face = make_hugging_face("t5-v1.1")
     inputs, more = batch(), {"max_new_tokens": 10}
     prompt = torch.randint(2, 200, (3, 5), generator=torch.Generator().manual_seed(0))
     kinds = [
@@ -176,14 +176,14 @@ def test_eight_threads_on_one_model() -> None:
         lambda model: model.generate(input_ids=inputs["input_ids"][:1], **more, do_sample=False),
     ]
     with torch.no_grad():
-        expected = [kind(stock) for kind in kinds]
+        expected = [kind(hugging_face) for kind in kinds]
 
     def work(index: int) -> list[Any]:
         with torch.no_grad():
             return [kinds[(index + turn) % len(kinds)](ours) for turn in range(2 * len(kinds))]
 
     for _ in range(2):
-        ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+        ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(work, range(8)))
         for index, results in enumerate(answers):

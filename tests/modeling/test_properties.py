@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from t5_trt import CheckpointError, InputError, T5TRTError, TRTT5ForConditionalGeneration, UnsupportedModelError
 from t5_trt.cli import app
 from t5_trt.engine.store import EngineStore, read_engine
-from tests.tiny_models import SIZES, VOCAB, batch, make_stock
+from tests.tiny_models import SIZES, VOCAB, batch, make_hugging_face
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 HEADS = SIZES["num_heads"]
@@ -36,8 +36,8 @@ def cases(count: int) -> Any:
 
 @pytest.fixture(scope="module")
 def models() -> tuple[Any, Any]:
-    stock = make_stock("t5-v1.0")
-    return stock, TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+    hugging_face = make_hugging_face("t5-v1.0")
+    return hugging_face, TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
 
 
 @st.composite
@@ -90,7 +90,7 @@ def is_right(call: dict[str, Any]) -> bool:
 @cases(600)
 @given(call=calls())
 def test_forward(models: tuple[Any, Any], call: dict[str, Any]) -> None:
-    stock, ours = models
+    hugging_face, ours = models
     right = is_right(call)
     try:
         got = ours(**call).logits
@@ -101,7 +101,7 @@ def test_forward(models: tuple[Any, Any], call: dict[str, Any]) -> None:
     for name in call.keys() - wide.keys():  # of two axes, anything but 0 is a token
         wide[name] = call[name] if call[name].dim() == 4 else (call[name] != 0).long()
     with torch.no_grad():
-        expected = stock(**wide).logits
+        expected = hugging_face(**wide).logits
     hidden = wide.get("decoder_attention_mask")
     if hidden is not None and hidden.dim() == 2:  # what padding before the first token gives means nothing
         seen = hidden.cumsum(1) > 0
@@ -136,13 +136,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 )
 def test_generate(models: tuple[Any, Any], ids: torch.Tensor, options: dict[str, Any]) -> None:
     """What the Hugging Face class refuses is refused, what it does is done."""
-    stock, ours = models
+    hugging_face, ours = models
     if len(options) > 5:  # most large sets are refused for the same few reasons
         options = dict(list(options.items())[:5])
     arguments = {"max_new_tokens": 5, "do_sample": False, **options}
     expected: Any = None
     with contextlib.suppress(Exception):
-        expected = stock.generate(ids, **arguments)
+        expected = hugging_face.generate(ids, **arguments)
     try:
         got = ours.generate(ids, **arguments)
     except (T5TRTError, ValueError, TypeError, IndexError, RuntimeError, AttributeError, ZeroDivisionError):
@@ -155,7 +155,7 @@ def test_generate(models: tuple[Any, Any], ids: torch.Tensor, options: dict[str,
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "checkpoint"
-    make_stock("t5-v1.0").save_pretrained(folder)
+    make_hugging_face("t5-v1.0").save_pretrained(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from t5_trt.runtime.device_weights import DeviceWeights
 from tests.adapters import EVERYWHERE, QUIET, compare, logits, lora, peft_pair, tokens
 from tests.stand_in_kernels import Recording, TorchSteps
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 pytestmark = QUIET
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def open_cuda(ours: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, precisio
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "mt5", "umt5"])
 def test_cuda_session_follows_adapters_in_place(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, mine, ours = peft_pair(make_stock(kind), CONFIGS)
+    theirs, mine, ours = peft_pair(make_hugging_face(kind), CONFIGS)
     session = open_cuda(ours, tmp_path, monkeypatch, "fp32")
     compare(theirs, mine)
     first = logits(mine)
@@ -66,7 +66,7 @@ def test_switches_between_known_adapters_replay_one_graph_for_each_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = {"default": lora(), "two": lora(), "wide": lora(r=6)}
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.1"), configs)
+    theirs, mine, ours = peft_pair(make_hugging_face("t5-v1.1"), configs)
     session = open_cuda(ours, tmp_path, monkeypatch, "fp32")
     captured: list[Any] = []
     computed: list[str] = []
@@ -95,7 +95,7 @@ def test_switches_between_known_adapters_replay_one_graph_for_each_kind(
 def test_half_precision_is_opened_anew_where_an_adapter_needs_other_factors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, mine, ours = peft_pair(make_stock("t5-v1.1"), {"default": lora(), "two": lora(target_modules=["wo"])})
+    _, mine, ours = peft_pair(make_hugging_face("t5-v1.1"), {"default": lora(), "two": lora(target_modules=["wo"])})
     session = open_cuda(ours, tmp_path, monkeypatch, "fp16")
     opened: list[Any] = []
     monkeypatch.setattr("t5_trt.modeling.runner.open_session", lambda *args, **options: opened.append(args) or session)
@@ -109,7 +109,7 @@ def test_half_precision_is_opened_anew_where_an_adapter_needs_other_factors(
 
 
 def test_tensorrt_session_follows_adapters_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, mine, ours = peft_pair(make_stock("t5-v1.1"), CONFIGS)
+    theirs, mine, ours = peft_pair(make_hugging_face("t5-v1.1"), CONFIGS)
     ours.session  # noqa: B018 - takes note of the weights
     ours._runner._adapted = AdaptedWeights(ours)
     session = ours.session = stand_in_session(ours, monkeypatch)
@@ -124,7 +124,7 @@ def test_tensorrt_session_follows_adapters_in_place(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "umt5"])
 @pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)])
 def test_each_weight_written_in_place_is_what_it_is_made_into(kind: str, dtype: torch.dtype, int8: bool) -> None:
-    _, _, ours = peft_pair(make_stock(kind), {"default": lora()})
+    _, _, ours = peft_pair(make_hugging_face(kind), {"default": lora()})
     scaling, arch = ours.fp16_scaling("fp16"), ours.architecture
     weights = {key: tensor.clone() for key, tensor in AdaptedWeights(ours).items()}
     keys = {key for parameter in parameters(arch).values() for key in (*parameter.parts, parameter.norm) if key}

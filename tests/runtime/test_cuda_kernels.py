@@ -24,7 +24,7 @@ from t5_trt.runtime.session import Mailbox
 from t5_trt.runtime.step_buffers import reorder_rows
 from tests.cases import CORE, MORE, OTHER_LOOP, assert_same, hugging_face_result, run
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 
 @pytest.mark.parametrize(("entries", "unused", "beams"), [(1, 0, 4), (3, 1, 2), (2, 0, 5), (1, 0, 16)])
@@ -56,7 +56,7 @@ NAMES = [name for name in {**CORE, **MORE} if name not in OTHER_LOOP]
 def on_stand_in() -> Iterator[Any]:
     """A T5 v1.1 model on the TensorRT session."""
     with pytest.MonkeyPatch.context() as patch:
-        ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+        ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
         ours.session = stand_in_session(ours, patch)
         yield ours
 

@@ -25,7 +25,7 @@ from t5_trt.errors import T5TRTError
 from t5_trt.runtime import select
 from t5_trt.runtime.select import choose, resolve
 from tests.conftest import SHIPPED
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 Problem = dict[str, Any]
 #: what keeps kernels from running -> how it is simulated, settings, the error's kind where kernels were asked for, words
@@ -76,11 +76,11 @@ def test_engine_where_kernels_cannot_run(
 ) -> None:  # fmt: skip
     """With one warning; asking for it is quiet, and asking for kernels an error."""
     tensorrt(**machine)
-    stock = make_stock("t5-v1.1", d_kv=machine.get("d_kv", 16))
-    TRTT5ForConditionalGeneration.from_model(stock, **settings, decode="engine")
+    hugging_face = make_hugging_face("t5-v1.1", d_kv=machine.get("d_kv", 16))
+    TRTT5ForConditionalGeneration.from_model(hugging_face, **settings, decode="engine")
     assert not warnings_of(caplog)
     for _ in range(2):
-        ours = TRTT5ForConditionalGeneration.from_model(stock, **settings)
+        ours = TRTT5ForConditionalGeneration.from_model(hugging_face, **settings)
         assert "backend=tensorrt" in repr(ours) and "decode=engine" in repr(ours)
     (message,) = warnings_of(caplog)
     assert message.startswith("decoder steps are run by a TensorRT engine and not by the library's own kernels: ")
@@ -89,7 +89,7 @@ def test_engine_where_kernels_cannot_run(
         with pytest.raises(
             kind, match=f"decode='kernels' cannot be had here: .*{words}.*Or use decode='auto' or 'engine'"
         ):
-            TRTT5ForConditionalGeneration.from_model(stock, **settings, backend=backend, decode="kernels")
+            TRTT5ForConditionalGeneration.from_model(hugging_face, **settings, backend=backend, decode="kernels")
 
 
 def test_encoder_has_no_steps_to_warn_of(tensorrt: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,7 +114,7 @@ def test_settings_that_a_backend_does_not_have_are_refused(
     with pytest.raises(InputError, match=words):
         TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, backend=backend, decode=decode)
     with pytest.raises(InputError, match=words):
-        TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend=backend, decode=decode)
+        TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend=backend, decode=decode)
 
 
 def test_what_each_backend_takes(tensorrt: Any) -> None:
@@ -144,7 +144,7 @@ def test_copies_keep_it(tensorrt: Any) -> None:
 def test_conversion_chooses_anew(tensorrt: Any, caplog: pytest.LogCaptureFixture) -> None:
     """float32's vectors are of 4, half precision's of 8."""
     tensorrt()
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1", d_kv=20), precision="fp32")
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1", d_kv=20), precision="fp32")
     assert "precision=fp32, decode=kernels" in repr(ours) and not warnings_of(caplog)
     ours.half()
     assert "precision=fp16, decode=engine" in repr(ours) and len(warnings_of(caplog)) == 1

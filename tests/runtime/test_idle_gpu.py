@@ -26,7 +26,7 @@ from t5_trt.cli import app
 from t5_trt.engine import tensorrt_api
 from t5_trt.runtime import select
 from tests.conftest import SHIPPED
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 TENSORRT = r'`pip install "t5-trt\[cu13\]"`'
 
@@ -88,13 +88,13 @@ def test_device_map_that_leaves_the_choice(gpu: None, caplog: pytest.LogCaptureF
 
 
 def test_model_from_memory(gpu: None, caplog: pytest.LogCaptureFixture) -> None:
-    TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"))
+    TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"))
     assert len(warnings_of(caplog)) == 1
 
 
 def test_model_from_a_config(gpu: None, caplog: pytest.LogCaptureFixture) -> None:
     """It is placed when it first runs."""
-    ours = TRTT5ForConditionalGeneration(make_stock("t5-v1.0").config)
+    ours = TRTT5ForConditionalGeneration(make_hugging_face("t5-v1.0").config)
     ours(**batch(), decoder_input_ids=torch.zeros((3, 1), dtype=torch.long))
     assert len(warnings_of(caplog)) == 1
 
@@ -132,7 +132,7 @@ def test_gpu_that_was_asked_for(gpu: None, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
 def test_moves_to_the_gpu(gpu: None, backend: str) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend=backend)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend=backend)
     for move in (lambda: ours.to("cuda"), ours.cuda, lambda: ours.to(torch.device("cuda", 0), torch.float16)):
         with pytest.raises(BackendError, match=f"runs on cpu .*{TENSORRT}.*from_pretrained"):
             move()
@@ -143,7 +143,7 @@ def test_rtx_on_a_gpu_that_it_does_not_run_on(
 ) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt_rtx")
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"))
+    TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"))
     (message,) = warnings_of(caplog)
     assert 'this GPU has 9.0. Install TensorRT instead with `pip install "t5-trt[cu13]"`' in message
 
@@ -197,10 +197,10 @@ def test_setting_that_leaves_the_gpu_idle_without_tensorrt(kernels: None, caplog
 
 def test_model_that_the_kernels_do_not_take(kernels: None, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """It falls to the CPU with the reason, also from a folder, in bfloat16 and from a config; asking for the GPU is an error."""
-    stock = make_stock("t5-v1.1", d_kv=20)  # no multiple of 8; of 4, so that float32 would do
-    stock.to(torch.bfloat16).save_pretrained(tmp_path)
+    hugging_face = make_hugging_face("t5-v1.1", d_kv=20)  # no multiple of 8; of 4, so that float32 would do
+    hugging_face.to(torch.bfloat16).save_pretrained(tmp_path)
     for make in (
-        lambda **options: TRTT5ForConditionalGeneration.from_model(stock, **options),
+        lambda **options: TRTT5ForConditionalGeneration.from_model(hugging_face, **options),
         lambda **options: TRTT5ForConditionalGeneration.from_pretrained(tmp_path, **options),
     ):
         ours = make()
@@ -210,7 +210,7 @@ def test_model_that_the_kernels_do_not_take(kernels: None, caplog: pytest.LogCap
         with pytest.raises(InputError, match="d_kv is 20"):
             make(decode="kernels")
         assert make(precision="fp32").device.type == "cuda"
-    assert TRTT5ForConditionalGeneration(stock.config).device.type == "cpu"
+    assert TRTT5ForConditionalGeneration(hugging_face.config).device.type == "cpu"
     (message,) = warnings_of(caplog)
     assert "the kernels do not take this model: d_kv is 20" in message and "the GPU is idle" in message
     assert TRTT5EncoderModel.from_pretrained(tmp_path).device.type == "cuda"  # it has no steps
@@ -238,7 +238,7 @@ def test_tensorrt_that_was_asked_for_stays_an_error(kernels: None) -> None:
 
 
 def test_move_to_the_gpu_that_kernels_could_use(kernels: None) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.0"), backend="onnxruntime")
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="onnxruntime")
     with pytest.raises(
         BackendError, match=r"runs on cpu with the backend 'onnxruntime'\. Choose the device when loading"
     ):

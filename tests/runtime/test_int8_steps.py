@@ -19,7 +19,7 @@ from t5_trt.runtime import open_session as opening
 from t5_trt.runtime.select import Placement, choose
 from tests.conftest import ROOT, SHIPPED
 from tests.stand_in_kernels import Recording, TorchSteps
-from tests.tiny_models import KINDS, VOCAB, batch, make_stock
+from tests.tiny_models import KINDS, VOCAB, batch, make_hugging_face
 
 CPU = torch.device("cpu")
 
@@ -41,13 +41,13 @@ def open_cuda(ours: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, precisio
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_logits_are_near_float32(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = make_stock(kind)
-    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    hugging_face = make_hugging_face(kind)
+    ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
     session = open_cuda(ours, tmp_path, monkeypatch)
     inputs = batch() | {
         "decoder_input_ids": torch.randint(2, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
     }
-    expected, got = stock(**inputs).logits, ours(**inputs).logits.float()
+    expected, got = hugging_face(**inputs).logits, ours(**inputs).logits.float()
     assert 1e-4 < float((got - expected).norm() / expected.norm()) < 0.05
     assert session.precision == "int8" and session.dtype == torch.float16
 
@@ -64,9 +64,9 @@ def test_sentences_of_the_shipped_model(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_matrices_take_half_of_the_memory_of_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, taken = make_stock("t5-v1.1", d_model=256, d_ff=1024), {}
+    hugging_face, taken = make_hugging_face("t5-v1.1", d_model=256, d_ff=1024), {}
     for precision in ("fp16", "int8"):
-        ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+        ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
         taken[precision] = open_cuda(ours, tmp_path, monkeypatch, precision)._steps.weight_bytes
     assert 0.5 < taken["int8"] / taken["fp16"] < 0.56
 
@@ -123,7 +123,7 @@ def test_session_beside_tensorrt(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(opening, "EngineProvider", lambda *args, **kwargs: given.update(kwargs))
     monkeypatch.setattr(opening, "TrtSession", lambda *args, **kwargs: given.update(session=kwargs) or "session")
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), backend="onnxruntime")
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), backend="onnxruntime")
     placement = Placement("tensorrt", "int8", CPU, torch.float16, "tensorrt", "", decode="kernels")
     arch, config = ours.architecture, RuntimeConfig(engine_cache_dir=tmp_path)
     seen: Any = None

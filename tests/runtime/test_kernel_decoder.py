@@ -41,10 +41,10 @@ def test_tokens_equal_hugging_face(pair: tuple[Any, Any], rows: int, arguments: 
 @torch.no_grad()
 def test_source_without_any_shown_token(pair: tuple[Any, Any]) -> None:
     """It attends to its tokens equally, and not to what fills up the encoder's buffers, in the first call and in later ones."""
-    stock, ours = pair
+    hugging_face, ours = pair
     inputs = batch()
     inputs["attention_mask"][1] = 0
-    expected = stock.get_encoder()(**inputs).last_hidden_state
+    expected = hugging_face.get_encoder()(**inputs).last_hidden_state
     results = [ours.get_encoder()(**inputs).last_hidden_state for _ in range(3)]
     torch.testing.assert_close(results[0], expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

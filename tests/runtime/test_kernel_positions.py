@@ -13,7 +13,7 @@ from t5_trt.runtime import kernel_decoder, kernel_positions
 from t5_trt.runtime.kernel_positions import positions_at_once
 from t5_trt.runtime.torch_layers import TorchDecoder
 from tests.stand_in_kernels import kernels_pair
-from tests.tiny_models import VOCAB, batch, make_stock
+from tests.tiny_models import VOCAB, batch, make_hugging_face
 from tests.tolerances import LOGITS_ATOL, LOSS_ATOL
 
 
@@ -58,10 +58,10 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @torch.no_grad()
 def test_logits_and_loss_of_labels_equal_hugging_face(pair: Any, kind: str) -> None:
-    stock, ours = pair(kind)
+    hugging_face, ours = pair(kind)
     labels = tokens(3, 20)
     labels[1, 12:] = -100
-    results = [model(**batch(), labels=labels) for model in (stock, ours)]
+    results = [model(**batch(), labels=labels) for model in (hugging_face, ours)]
     close(results[1].logits, results[0].logits)
     torch.testing.assert_close(results[1].loss, results[0].loss, atol=LOSS_ATOL, rtol=1e-5)
 
@@ -69,10 +69,10 @@ def test_logits_and_loss_of_labels_equal_hugging_face(pair: Any, kind: str) -> N
 @torch.no_grad()
 def test_cache_is_extended_and_cropped(pair: Any) -> None:
     """By one position and by several in turns, past the room of the first buffers; cropped tokens are written over."""
-    stock, ours = pair()
+    hugging_face, ours = pair()
     fed = tokens(3, 90)
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         kept, cache = [], None
         for start, end in ((0, 7), (7, 8), (8, 40), (40, 41), (41, 90)):
             out = model(**batch(), decoder_input_ids=fed[:, start:end], **{CACHE: cache})
@@ -91,26 +91,26 @@ def test_long_prompts_are_decoded_piece_by_piece(
     pair: Any, monkeypatch: pytest.MonkeyPatch, captured: list[str], beams: int
 ) -> None:
     monkeypatch.setattr(kernel_positions, "MOST_ROWS", 24)
-    stock, ours = pair()
+    hugging_face, ours = pair()
     rows, source = 2 * beams, batch(2)
-    states = stock.get_encoder()(**source).last_hidden_state
+    states = hugging_face.get_encoder()(**source).last_hidden_state
     _, cross = ours.session.encode(source["input_ids"], None, source["attention_mask"])
     state = ours.session.start(cross.for_beams(beams), 8, source["attention_mask"])
     most = 24 // rows
     fed = tokens(rows, 2 * most + 1)
     given = {"encoder_outputs": (states.repeat_interleave(beams, 0),)}
     mask = source["attention_mask"].repeat_interleave(beams, 0)
-    close(ours.session.decode(state, fed), stock(**given, attention_mask=mask, decoder_input_ids=fed).logits)
+    close(ours.session.decode(state, fed), hugging_face(**given, attention_mask=mask, decoder_input_ids=fed).logits)
     assert captured == [f"{most} positions"] and state.length == 2 * most + 1
 
 
 @torch.no_grad()
 def test_positions_follow_beams_that_have_moved(pair: Any) -> None:
     """Keys and values that the last steps left in other beams' caches."""
-    stock, ours = pair()
+    hugging_face, ours = pair()
     source = batch(2)
     mask = source["attention_mask"]
-    states = stock.get_encoder()(**source).last_hidden_state.repeat_interleave(2, 0)
+    states = hugging_face.get_encoder()(**source).last_hidden_state.repeat_interleave(2, 0)
     given = {"encoder_outputs": (states,), "attention_mask": mask.repeat_interleave(2, 0)}
     _, cross = ours.session.encode(source["input_ids"], None, mask)
     state = ours.session.start(cross.for_beams(2), 8, mask)
@@ -120,40 +120,40 @@ def test_positions_follow_beams_that_have_moved(pair: Any) -> None:
     slot.ancestors.copy_((parents % 2)[:, None])
     state.ancestors = slot.ancestors
     more = tokens(4, 3, seed=2)
-    expected = stock(**given, decoder_input_ids=torch.cat((fed[parents], more), 1)).logits[:, 5:]
+    expected = hugging_face(**given, decoder_input_ids=torch.cat((fed[parents], more), 1)).logits[:, 5:]
     close(ours.session.decode(state, more), expected)
 
 
 @torch.no_grad()
 def test_many_sequences_are_decoded_one_position_at_a_time(pair: Any) -> None:
-    stock, ours = pair()
+    hugging_face, ours = pair()
     source, fed = batch(1), tokens(300, 2)
-    states = stock.get_encoder()(**source).last_hidden_state
+    states = hugging_face.get_encoder()(**source).last_hidden_state
     _, cross = ours.session.encode(source["input_ids"], None, source["attention_mask"])
     state = ours.session.start(cross.for_beams(300), 4)
-    expected = stock(encoder_outputs=(states.expand(300, -1, -1),), decoder_input_ids=fed).logits
+    expected = hugging_face(encoder_outputs=(states.expand(300, -1, -1),), decoder_input_ids=fed).logits
     close(ours.session.decode(state, fed), expected)
     assert not state.binding.slot.several
 
 
 @torch.no_grad()
 def test_captured_when_a_number_of_positions_comes_again(pair: Any, captured: list[str]) -> None:
-    stock, ours = pair()
+    hugging_face, ours = pair()
     for seed in range(3):
         for count in (5, 2) if seed == 0 else (5,):
             fed = tokens(3, count, seed)
-            close(ours(**batch(), decoder_input_ids=fed).logits, stock(**batch(), decoder_input_ids=fed).logits)
+            close(ours(**batch(), decoder_input_ids=fed).logits, hugging_face(**batch(), decoder_input_ids=fed).logits)
     assert captured == ["5 positions"]
 
 
 @torch.no_grad()
 def test_hidden_tokens_of_the_decoder(pair: Any) -> None:
     """They go to torch, over the cache that kernels made, and kernels go on over theirs."""
-    stock, ours = pair()
+    hugging_face, ours = pair()
     fed, mask = tokens(3, 9), torch.ones((3, 9), dtype=torch.long)
     mask[1, 3] = mask[2, 5] = 0
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         kept, cache = [], None
         for start, end in ((0, 3), (3, 6), (6, 7), (7, 9)):
             masked = {"decoder_attention_mask": mask[:, :end]}
@@ -170,11 +170,11 @@ def test_hidden_tokens_of_the_decoder(pair: Any) -> None:
     ids=["prompt lookup", "assistant", "no cache"],
 )
 def test_tokens_of_verified_drafts_equal_hugging_face(pair: Any, arguments: dict[str, Any]) -> None:
-    stock, ours = pair()
+    hugging_face, ours = pair()
     if "assistant" in arguments:
-        arguments = {"assistant_model": make_stock("t5-v1.1", seed=3)}
+        arguments = {"assistant_model": make_hugging_face("t5-v1.1", seed=3)}
     request = {**batch(1), "max_new_tokens": 14, "min_new_tokens": 14}
-    assert ours.generate(**request, **arguments).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request, **arguments).tolist() == hugging_face.generate(**request).tolist()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)

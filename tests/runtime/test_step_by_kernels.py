@@ -22,7 +22,7 @@ from t5_trt.runtime.select import Placement
 from t5_trt.runtime.torch_layers import TorchDecoder
 from tests.stand_in_kernels import Recording, TorchSteps, kernels_pair
 from tests.stand_in_tensorrt import stand_in_session
-from tests.tiny_models import KINDS, batch, large_logits, make_stock, swollen
+from tests.tiny_models import KINDS, batch, large_logits, make_hugging_face, swollen
 from tests.tolerances import LOGITS_ATOL
 
 HALF_RELATIVE = 0.02
@@ -40,8 +40,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(captured_encoder, "capture", Recording)
     monkeypatch.setattr(weight_updates, "capture", Recording)
 
-    def of(stock: Any, precision: str = "fp32", **options: Any) -> tuple[Any, Any]:
-        ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1)
+    def of(hugging_face: Any, precision: str = "fp32", **options: Any) -> tuple[Any, Any]:
+        ours = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1)
         dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
         arch, scaling, cpu = ours.architecture, ours.fp16_scaling(precision), torch.device("cpu")
         maker = StepWeightsMaker(arch, ours.state_dict(), dtype, cpu, scaling)
@@ -51,7 +51,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ours.session = stand_in_session(
             ours, monkeypatch, precision=precision, scaling=scaling, kernels=steps, **options
         )
-        return stock, ours
+        return hugging_face, ours
 
     return of
 
@@ -63,11 +63,11 @@ def asked(ours: Any) -> list[str]:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_greedy_and_beams_build_an_encoder_only(make: Any, kind: str) -> None:
-    stock, ours = make(make_stock(kind))
+    hugging_face, ours = make(make_hugging_face(kind))
     for rows in (3, 1):  # engines have 4 rows, kernels as many as there are
         for arguments in ({}, {"num_beams": 3}):
             request = {**batch(rows), "max_new_tokens": 20, **arguments}
-            assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+            assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
             assert ours.last_generation_path.loop == "device"
     assert asked(ours) == ["encoder", "encoder"]
     assert ours.session.loaded_graphs() == ("encoder", "decoder step (kernels)") and ours.session.steps_by == "kernels"
@@ -87,10 +87,10 @@ def test_greedy_and_beams_build_an_encoder_only(make: Any, kind: str) -> None:
     ids=["beams, several", "sampling", "prompt", "prompt, beams", "long prompt", "growing cache", "no cache"],
 )
 def test_requests_equal_hugging_face(make: Any, arguments: dict[str, Any]) -> None:
-    stock, ours = make(make_stock("t5-v1.1"))
+    hugging_face, ours = make(make_hugging_face("t5-v1.1"))
     for seed in (3, 4):  # the second request uses the buffers of the first
         results = []
-        for model in (stock, ours):
+        for model in (hugging_face, ours):
             torch.manual_seed(seed)
             results.append(model.generate(**{**batch(seed=seed), "max_new_tokens": 12, **arguments}).tolist())
         assert results[0] == results[1]
@@ -98,10 +98,10 @@ def test_requests_equal_hugging_face(make: Any, arguments: dict[str, Any]) -> No
 
 
 def test_assisted_generation_takes_tokens_back(make: Any) -> None:
-    stock, ours = make(make_stock("t5-v1.1"))
-    other = make_stock("t5-v1.1", seed=3)
+    hugging_face, ours = make(make_hugging_face("t5-v1.1"))
+    other = make_hugging_face("t5-v1.1", seed=3)
     request = {**batch(1), "max_new_tokens": 20, "min_new_tokens": 20}
-    expected = stock.generate(**request).tolist()
+    expected = hugging_face.generate(**request).tolist()
     assert ours.generate(**request, prompt_lookup_num_tokens=3).tolist() == expected
     assert ours.generate(**request, assistant_model=other).tolist() == expected
     assert set(asked(ours)) == {"encoder"}
@@ -109,13 +109,13 @@ def test_assisted_generation_takes_tokens_back(make: Any) -> None:
 
 def test_steps_and_several_positions_in_turns(make: Any) -> None:
     """Forward calls over one cache, with masks of the decoder's own tokens and a mask of the source that changes."""
-    stock, ours = make(make_stock("t5-v1.1"))
+    hugging_face, ours = make(make_hugging_face("t5-v1.1"))
     mask = batch()["attention_mask"].clone()
     own = torch.ones((3, 9), dtype=torch.long)
     own[1, :2] = 0
     ids = torch.randint(2, 200, (3, 9), generator=torch.Generator().manual_seed(4))
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         kept, cache = [], None
         with torch.no_grad():
             states = (model.get_encoder()(**batch()).last_hidden_state,)
@@ -144,10 +144,10 @@ def test_steps_and_several_positions_in_turns(make: Any) -> None:
 @pytest.mark.parametrize("enlarge", [lambda s: swollen(s, 30.0, 1e3), lambda s: large_logits(s, 2.0**18)])
 def test_half_precision_of_overflowing_checkpoints(make: Any, enlarge: Any) -> None:
     """Keys and values go from the kernels to an engine and back in the scale that both know."""
-    stock, ours = make(enlarge(make_stock("t5-v1.1")), "fp16")
+    hugging_face, ours = make(enlarge(make_hugging_face("t5-v1.1")), "fp16")
     ids = torch.tensor([[0, 9, 8, 7, 6, 5, 4]] * 3)
     with torch.no_grad():
-        expected = stock(**batch(), decoder_input_ids=ids).logits
+        expected = hugging_face(**batch(), decoder_input_ids=ids).logits
         got, cache = [], None
         for start, end in ((0, 1), (1, 2), (2, 4), (4, 5), (5, 7)):
             if start == 2:  # as where tokens are hidden
@@ -164,7 +164,7 @@ def test_half_precision_of_overflowing_checkpoints(make: Any, enlarge: Any) -> N
 
 def test_decoder_weights_are_there_once(make: Any) -> None:
     """Engines get theirs when one is used that reads them; the embedding is the same memory."""
-    _, ours = make(make_stock("t5-v1.1"))
+    _, ours = make(make_hugging_face("t5-v1.1"))
     weights, steps = ours.session.engines.weights, ours.session._steps
     ours.generate(**batch(), max_new_tokens=4)
     own = {name for name in parameters(ours.architecture) if name.startswith("decoder.block")} | {LM_HEAD}
@@ -180,14 +180,14 @@ def test_decoder_weights_are_there_once(make: Any) -> None:
 
 def test_new_engines_are_checked(make: Any) -> None:
     """Encoder and decoder with hidden tokens; the state that is being decoded stays what it is meanwhile."""
-    stock = make_stock("t5-v1.1")
-    reference = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(stock), num_threads=1).session
-    _, ours = make(stock, reference=reference)
+    hugging_face = make_hugging_face("t5-v1.1")
+    reference = TRTT5ForConditionalGeneration.from_model(copy.deepcopy(hugging_face), num_threads=1).session
+    _, ours = make(hugging_face, reference=reference)
     engines, errors = ours.session.engines, {}
     measure = engines._check
     engines._check = lambda graph, shapes: errors.setdefault(graph, measure(graph, shapes))
     with torch.no_grad():
-        results = [model(**batch(), **HIDING).logits for model in (ours, stock)]
+        results = [model(**batch(), **HIDING).logits for model in (ours, hugging_face)]
     shown = HIDING["decoder_attention_mask"].bool()
     torch.testing.assert_close(results[0][shown], results[1][shown], atol=LOGITS_ATOL, rtol=1e-5)
     assert set(errors) == {"encoder", "decoder_queries"} and all(0 <= found.error < 1e-4 for found in errors.values())
@@ -197,9 +197,9 @@ def test_memory_that_runs_out(make: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     """Idle buffers of both kinds are given back, and the next request works."""
     from t5_trt import BackendError
 
-    stock, ours = make(make_stock("t5-v1.1"))
+    hugging_face, ours = make(make_hugging_face("t5-v1.1"))
     prompt = {"decoder_input_ids": torch.tensor([[0, 5, 6]] * 3), "max_new_tokens": 5}
-    expected = stock.generate(**batch(), **prompt).tolist()
+    expected = hugging_face.generate(**batch(), **prompt).tolist()
     assert ours.generate(**batch(), **prompt).tolist() == expected
     session = ours.session
     monkeypatch.setattr(cuda_graph, "free_unused", lambda: None)
@@ -217,15 +217,15 @@ def test_memory_that_runs_out(make: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_cache_that_outlives_its_engines(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights change between two steps: the next one reads new weights, over the keys and values that are there."""
-    stock, ours = make(make_stock("t5-v1.1"))
+    hugging_face, ours = make(make_hugging_face("t5-v1.1"))
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         with torch.no_grad():
             out = model(**batch(), decoder_input_ids=torch.zeros(3, 1, dtype=torch.long))
             for parameter in model.decoder.block[1].layer[2].parameters():
                 parameter.mul_(0.5)
         if model is ours:
-            _, again = make(stock)
+            _, again = make(hugging_face)
             ours.session, ours._runner._session_weights = again.session, None
         with torch.no_grad():
             fed = {"decoder_input_ids": torch.tensor([[7], [8], [9]]), "attention_mask": batch()["attention_mask"]}
@@ -242,7 +242,7 @@ def test_session_that_opens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dec
     monkeypatch.setattr(opening, "EngineProvider", lambda *args, **kwargs: None)
     monkeypatch.setattr(opening, "TrtSession", lambda *args, **kwargs: given.update(kwargs) or "session")
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"))
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"))
     cpu = torch.device("cpu")
     placement = Placement("tensorrt", "fp32", cpu, torch.float32, "tensorrt", "", decode=decode)
     config = RuntimeConfig(engine_cache_dir=tmp_path)

@@ -17,7 +17,7 @@ from t5_trt.kernels.weights import unpack_matrix
 from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.torch_layers import TorchDecoder, TorchEncoder
-from tests.tiny_models import KINDS, VOCAB, batch, make_stock, swollen
+from tests.tiny_models import KINDS, VOCAB, batch, make_hugging_face, swollen
 
 CPU = torch.device("cpu")
 
@@ -25,10 +25,10 @@ CPU = torch.device("cpu")
 class Layers:
     """A Hugging Face model and the parts of the backend over its weights."""
 
-    def __init__(self, stock: Any, dtype: torch.dtype = torch.float32) -> None:
-        self.stock = stock
-        self.arch: Architecture = TRTT5ForConditionalGeneration.from_model(stock).architecture
-        weights, self.precision = stock.state_dict(), "fp16" if dtype == torch.float16 else "fp32"
+    def __init__(self, hugging_face: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.hugging_face = hugging_face
+        self.arch: Architecture = TRTT5ForConditionalGeneration.from_model(hugging_face).architecture
+        weights, self.precision = hugging_face.state_dict(), "fp16" if dtype == torch.float16 else "fp32"
         self.scaling = find_scaling(self.arch, weights) if dtype == torch.float16 else Fp16Scaling()
         self.step: StepWeights = StepWeightsMaker(self.arch, weights, dtype, CPU, self.scaling).make()
         self.encoder = TorchEncoder(
@@ -52,9 +52,9 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_encoder_and_decoder_equal_hugging_face(kind: str) -> None:
-    layers, inputs = Layers(make_stock(kind)), batch(3)
+    layers, inputs = Layers(make_hugging_face(kind)), batch(3)
     tokens = torch.randint(2, VOCAB, (3, 7))
-    expected = layers.stock(**inputs, decoder_input_ids=tokens)
+    expected = layers.hugging_face(**inputs, decoder_input_ids=tokens)
     hidden = layers.encoder.run(inputs["input_ids"], None, inputs["attention_mask"])
     shown = inputs["attention_mask"].bool()
     assert error(hidden[shown], expected.encoder_last_hidden_state[shown]) < 1e-5
@@ -67,10 +67,10 @@ def test_encoder_and_decoder_equal_hugging_face(kind: str) -> None:
 
 @torch.no_grad()
 def test_beams_share_their_source() -> None:
-    layers, inputs = Layers(make_stock("t5-v1.1")), batch(2)
+    layers, inputs = Layers(make_hugging_face("t5-v1.1")), batch(2)
     tokens = torch.randint(2, VOCAB, (6, 3))
     repeated = {name: tensor.repeat_interleave(3, 0) for name, tensor in inputs.items()}
-    expected = layers.stock(**repeated, decoder_input_ids=tokens).logits
+    expected = layers.hugging_face(**repeated, decoder_input_ids=tokens).logits
     cross = layers.encoder.cross(layers.encoder.run(inputs["input_ids"], None, inputs["attention_mask"]))
     logits, _ = layers.decoder.run(tokens, layers.empty_cache(6), cross, additive(inputs["attention_mask"]), 3, None)
     assert error(logits, expected) < 1e-5
@@ -78,9 +78,9 @@ def test_beams_share_their_source() -> None:
 
 @torch.no_grad()
 def test_hidden_tokens_of_the_decoder() -> None:
-    layers, inputs = Layers(make_stock("t5-v1.0")), batch(3)
+    layers, inputs = Layers(make_hugging_face("t5-v1.0")), batch(3)
     tokens, mask = torch.randint(2, VOCAB, (3, 5)), torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [1, 0, 0, 1, 1]])
-    expected = layers.stock(**inputs, decoder_input_ids=tokens, decoder_attention_mask=mask).logits
+    expected = layers.hugging_face(**inputs, decoder_input_ids=tokens, decoder_attention_mask=mask).logits
     cross = layers.encoder.cross(layers.encoder.run(inputs["input_ids"], None, inputs["attention_mask"]))
     logits, _ = layers.decoder.run(tokens, layers.empty_cache(3), cross, additive(inputs["attention_mask"]), 1, mask)
     assert error(logits[mask.bool()], expected[mask.bool()]) < 1e-5
@@ -88,25 +88,25 @@ def test_hidden_tokens_of_the_decoder() -> None:
 
 @torch.no_grad()
 def test_overflowing_checkpoint_stays_finite_in_half_precision() -> None:
-    stock, inputs = swollen(make_stock("t5-v1.1"), 30.0, 1e3), batch(3)
-    layers, tokens = Layers(stock, torch.float16), torch.randint(2, VOCAB, (3, 5))
+    hugging_face, inputs = swollen(make_hugging_face("t5-v1.1"), 30.0, 1e3), batch(3)
+    layers, tokens = Layers(hugging_face, torch.float16), torch.randint(2, VOCAB, (3, 5))
     assert layers.scaling != Fp16Scaling()
     hidden = layers.encoder.run(inputs["input_ids"], None, inputs["attention_mask"])
     logits, _ = layers.decoder.run(
         tokens, layers.empty_cache(3), layers.encoder.cross(hidden), additive(inputs["attention_mask"]), 1, None
     )
-    assert error(logits, stock(**inputs, decoder_input_ids=tokens).logits) < 0.02
+    assert error(logits, hugging_face(**inputs, decoder_input_ids=tokens).logits) < 0.02
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_kernel_references_make_a_step(kind: str) -> None:
     """A step put together from the references of the kernels, so that what the kernels are compared with is right itself."""
-    layers, inputs = Layers(make_stock(kind)), batch(2)
+    layers, inputs = Layers(make_hugging_face(kind)), batch(2)
     arch, heads, width = layers.arch, layers.arch.num_heads, layers.arch.d_kv
     tokens = torch.randint(2, VOCAB, (4, 6))  # two beams of each source
     repeated = {name: tensor.repeat_interleave(2, 0) for name, tensor in inputs.items()}
-    expected = layers.stock(**repeated, decoder_input_ids=tokens).logits[:, -1]
+    expected = layers.hugging_face(**repeated, decoder_input_ids=tokens).logits[:, -1]
     hidden = layers.encoder.run(inputs["input_ids"], None, inputs["attention_mask"])
     cross, mask = layers.encoder.cross(hidden), additive(inputs["attention_mask"])[:, 0, 0]
     _, cache = layers.decoder.run(tokens[:, :-1], layers.empty_cache(4), cross, mask[:, None, None], 2, None)

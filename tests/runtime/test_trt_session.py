@@ -23,7 +23,7 @@ from t5_trt.runtime import cuda_graph, device_weights, engine_step, tensorrt_enc
 from t5_trt.runtime.cuda_graph import CaptureError
 from t5_trt.tools.verify import block_errors, verify
 from tests.stand_in_tensorrt import StandInContext, stand_in_session
-from tests.tiny_models import KINDS, batch, make_stock
+from tests.tiny_models import KINDS, batch, make_hugging_face
 from tests.tolerances import LOGITS_ATOL
 
 
@@ -32,19 +32,19 @@ def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
     """(Hugging Face model, model whose session is a TrtSession on the stand-in)."""
 
     def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
-        stock = make_stock(kind)
-        ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
+        hugging_face = make_hugging_face(kind)
+        ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
         ours.session = stand_in_session(ours, monkeypatch, settings, strict=strict)
-        return stock, ours
+        return hugging_face, ours
 
     return make
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_greedy(make_pair: Any, kind: str) -> None:
-    stock, ours = make_pair(kind)
+    hugging_face, ours = make_pair(kind)
     request = {**batch(), "max_new_tokens": 40, "min_new_tokens": 40}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
 
 
 @pytest.mark.parametrize(
@@ -61,29 +61,29 @@ def test_greedy(make_pair: Any, kind: str) -> None:
     ids=["beams", "beams, several", "sampling", "prompt", "two buckets", "beams, two buckets", "no cache"],
 )
 def test_requests(make_pair: Any, arguments: dict[str, Any]) -> None:
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         torch.manual_seed(3)
         results.append(model.generate(**{**batch(), "max_new_tokens": 12, **arguments}).tolist())
     assert results[0] == results[1]
 
 
 def test_prompt_lookup_takes_tokens_back(make_pair: Any) -> None:
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     request = {**batch(1), "prompt_lookup_num_tokens": 3, "max_new_tokens": 20, "min_new_tokens": 20}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
 
 
 def test_decoder_mask_precomputed_states_and_embeds(make_pair: Any) -> None:
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     ids = torch.randint(2, 200, (3, 9))
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     inputs = batch()
     with torch.no_grad():
-        expected = stock(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask)
-        states, embeds = expected.encoder_last_hidden_state, stock.shared(inputs["input_ids"])
+        expected = hugging_face(**inputs, decoder_input_ids=ids, decoder_attention_mask=mask)
+        states, embeds = expected.encoder_last_hidden_state, hugging_face.shared(inputs["input_ids"])
     for form in ({"input_ids": inputs["input_ids"]}, {"encoder_outputs": (states,)}, {"inputs_embeds": embeds}):
         got = ours(**form, attention_mask=inputs["attention_mask"], decoder_input_ids=ids, decoder_attention_mask=mask)
         keep = mask.bool()
@@ -93,7 +93,7 @@ def test_decoder_mask_precomputed_states_and_embeds(make_pair: Any) -> None:
 
 def test_deleted_model_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its GPU memory does not wait for the garbage collector."""
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
     session = ours.session = stand_in_session(ours, monkeypatch, reference=ours.session)
     for beams in (1, 3):
         ours.generate(**batch(), max_new_tokens=5, num_beams=beams)
@@ -127,7 +127,7 @@ def test_step_buffers_are_reused(make_pair: Any) -> None:
 
 def test_two_kinds_of_request_take_turns_in_one_captured_step(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They differ in a number; what was found out about a kind is used again, and nothing of the other kind."""
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     fingerprints: list[Any] = []
     monkeypatch.setattr(
         requests, "fingerprint", lambda processor: fingerprints.append(processor) or fingerprint(processor)
@@ -135,7 +135,7 @@ def test_two_kinds_of_request_take_turns_in_one_captured_step(make_pair: Any, mo
     for seed in range(3):
         for temperature in (0.6, 2.5):
             results = []
-            for model in (stock, ours):
+            for model in (hugging_face, ours):
                 torch.manual_seed(seed)
                 request = {**batch(seed=seed), "max_new_tokens": 12, "do_sample": True, "temperature": temperature}
                 results.append(model.generate(**request).tolist())
@@ -146,7 +146,7 @@ def test_two_kinds_of_request_take_turns_in_one_captured_step(make_pair: Any, mo
 
 
 def test_one_mask_is_made_for_a_request(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     real, made = tensorrt_session.TrtSession.cross_bias, []
     monkeypatch.setattr(tensorrt_session.TrtSession, "cross_bias", lambda *args: made.append(1) or real(*args))
     inputs = batch()
@@ -155,20 +155,20 @@ def test_one_mask_is_made_for_a_request(make_pair: Any, monkeypatch: pytest.Monk
         for arguments in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}):
             del made[:]
             request = {**given, "max_new_tokens": 8, **arguments}
-            assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+            assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
             assert len(made) == 1, (list(given), arguments)
         del made[:]
         start = torch.zeros(3, 1, dtype=torch.long)
         with torch.no_grad():
-            expected = stock(**given, decoder_input_ids=start).logits
+            expected = hugging_face(**given, decoder_input_ids=start).logits
         torch.testing.assert_close(ours(**given, decoder_input_ids=start).logits, expected, atol=LOGITS_ATOL, rtol=1e-5)
         assert len(made) == 1
 
 
 def test_changed_mask_and_rearranged_rows(make_pair: Any) -> None:
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     results = []
-    for model in (stock, ours):
+    for model in (hugging_face, ours):
         with torch.no_grad():
             out = model(**batch(), decoder_input_ids=torch.tensor([[0, 4], [0, 5], [0, 6]]))
             cache = out[CACHE]
@@ -186,20 +186,20 @@ def test_changed_mask_and_rearranged_rows(make_pair: Any) -> None:
 
 
 def test_few_engines_serve_all_lengths(make_pair: Any) -> None:
-    stock, ours = make_pair("t5-v1.0")
+    hugging_face, ours = make_pair("t5-v1.0")
     for rows, tokens in ((1, 3), (1, 17), (1, 32), (2, 20), (2, 31)):
         request = {**batch(rows, tokens, padding="right"), "max_new_tokens": 5}
-        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+        assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
     asked = ours.session.stand_in.asked
     assert len(asked) == len(set(asked)) == 4  # encoder and step, for batches of 1 and 2
 
 
 def test_dynamic_axes_need_one_engine(make_pair: Any) -> None:
     settings = BuildConfig(dynamic=("B", "S", "T"), max_batch=4, max_source_tokens=64, max_target_tokens=256)
-    stock, ours = make_pair("t5-v1.1", settings)
+    hugging_face, ours = make_pair("t5-v1.1", settings)
     for rows, tokens, new in ((1, 3, 5), (3, 40, 5), (4, 20, 140)):
         request = {**batch(rows, tokens), "max_new_tokens": new, "min_new_tokens": new}
-        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+        assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
     assert [graph for graph, _ in ours.session.stand_in.asked] == ["encoder", "decoder_step"]
 
 
@@ -207,31 +207,31 @@ def test_changed_weights_in_one_folder(make_pair: Any, monkeypatch: pytest.Monke
     """A checkpoint that is trained on and saved again under the same name: the same engine, the new weights' tokens."""
     plans, tokens = [], []
     for seed in (0, 1):
-        make_stock("t5-v1.1", seed=seed).save_pretrained(tmp_path)
-        stock = T5ForConditionalGeneration.from_pretrained(tmp_path)
+        make_hugging_face("t5-v1.1", seed=seed).save_pretrained(tmp_path)
+        hugging_face = T5ForConditionalGeneration.from_pretrained(tmp_path)
         ours = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, num_threads=1)
         ours.session = stand_in_session(ours, monkeypatch)
         tokens.append(ours.generate(**batch(), max_new_tokens=20).tolist())
-        assert tokens[-1] == stock.generate(**batch(), max_new_tokens=20).tolist()
+        assert tokens[-1] == hugging_face.generate(**batch(), max_new_tokens=20).tolist()
         plans.append(ours.session.stand_in.plan("decoder_step", Shapes(B=4)))
     assert plans[0] == plans[1] and tokens[0] != tokens[1]
 
 
 def test_engines_serve_every_checkpoint_and_share_weights(make_pair: Any) -> None:
     """Engines hold no weights: changed weights give changed tokens, and all engines read the same memory."""
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     ours.generate(**batch(2), max_new_tokens=3)
     size = ours.session.engines.weights.nbytes
     ours.generate(**batch(5), num_beams=2, max_new_tokens=3)
     assert (
         ours.session.engines.weights.nbytes
         == size
-        == pytest.approx(4 * sum(p.numel() for p in stock.parameters()), rel=0.1)
+        == pytest.approx(4 * sum(p.numel() for p in hugging_face.parameters()), rel=0.1)
     )
 
 
 def checked_session(monkeypatch: pytest.MonkeyPatch) -> Any:
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
     ours.session = stand_in_session(ours, monkeypatch, reference=ours.session)
     return ours
 
@@ -241,12 +241,12 @@ def test_new_engines_are_compared_with_the_reference(monkeypatch: pytest.MonkeyP
     engines, errors = ours.session.engines, {}
     measure = engines._check
     engines._check = lambda graph, shapes: errors.setdefault((graph, shapes), measure(graph, shapes))
-    stock = make_stock("t5-v1.1")
+    hugging_face = make_hugging_face("t5-v1.1")
     request = {**batch(), "num_beams": 2, "max_new_tokens": 9, "decoder_input_ids": torch.tensor([[0, 5, 6]] * 3)}
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
-    states = stock.get_encoder()(**batch()).last_hidden_state.detach()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
+    states = hugging_face.get_encoder()(**batch()).last_hidden_state.detach()
     ours(encoder_outputs=(states,), attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
-    embeds = stock.shared(batch()["input_ids"]).detach()
+    embeds = hugging_face.shared(batch()["input_ids"]).detach()
     ours(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
     assert {graph for graph, _ in errors} == set(GRAPHS)
     assert all(0 <= found.error < 1e-4 for found in errors.values()), errors
@@ -278,7 +278,7 @@ def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, o
         ours.generate(**batch(), max_new_tokens=5)
     assert len(ours.session.stand_in.discarded) == 1
     monkeypatch.setattr(StandInContext, "run", right)
-    expected = make_stock("t5-v1.1").generate(**batch(), max_new_tokens=5)
+    expected = make_hugging_face("t5-v1.1").generate(**batch(), max_new_tokens=5)
     assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()
 
 
@@ -317,10 +317,10 @@ def test_error_after_every_block(make_pair: Any) -> None:
 
 
 def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> None:
-    stock, ours = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32))
+    hugging_face, ours = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32))
     request = {**batch(1, 40), "max_new_tokens": 3}
     with caplog.at_level(logging.WARNING, "t5_trt"):
-        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+        assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
     assert (
         caplog.text.count("needs max_source_tokens = 40; engines were configured for 32: an engine for 64 is used") == 1
     )
@@ -333,7 +333,7 @@ def test_step_that_cannot_be_captured_runs_uncaptured(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It runs kernel by kernel then."""
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
 
     def refuse(work: Any, device: torch.device, memory: Any) -> Any:
         work()
@@ -342,14 +342,14 @@ def test_step_that_cannot_be_captured_runs_uncaptured(
     monkeypatch.setattr(engine_step, "capture", refuse)
     for arguments in ({}, {"num_beams": 2}, {}):
         request = {**batch(), "max_new_tokens": 9, **arguments}
-        assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+        assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
     assert caplog.text.count("the decoder step is not captured") == 2
     assert caplog.text.count("the token selection is not captured") == 2
 
 
 def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was captured before does not read weights that were given back; the next request works."""
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     held = ours(**batch(1), decoder_input_ids=torch.zeros(1, 1, dtype=torch.long))
     real = device_weights.materialize
 
@@ -366,10 +366,10 @@ def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypat
         ours.generate(**request)
     assert not ours.session._encoders._captured and not ours.session.engines.weights._made
     monkeypatch.setattr(device_weights, "materialize", real)
-    assert ours.generate(**request).tolist() == stock.generate(**request).tolist()
+    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
     step = {"attention_mask": batch(1)["attention_mask"], "decoder_input_ids": torch.tensor([[7]])}
     with torch.no_grad():
-        expected = stock(**batch(1), decoder_input_ids=torch.tensor([[0, 7]])).logits[:, 1:]
+        expected = hugging_face(**batch(1), decoder_input_ids=torch.tensor([[0, 7]])).logits[:, 1:]
     states = (held.encoder_last_hidden_state,)
     got = ours(encoder_outputs=states, **step, **{CACHE: held[CACHE]}).logits
     torch.testing.assert_close(got, expected, atol=LOGITS_ATOL, rtol=0)
@@ -384,24 +384,27 @@ def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_encoders_are_captured_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     captured, capture = [], tensorrt_encoder.capture
     monkeypatch.setattr(tensorrt_encoder, "capture", lambda *args: captured.append(1) or capture(*args))
     sources = [batch(4, 30), batch(3, 11, padding="none"), batch(4, 17, seed=1), batch(1, 5), batch(4, 300)]
     results = [encoded(ours, inputs) for inputs in sources]
     assert len(captured) == 2  # [4, 32] and [1, 32]; [4, 512] is too long
     for inputs, result in zip(sources, results, strict=True):
-        torch.testing.assert_close(result, encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
-    embeds = {"inputs_embeds": torch.randn(2, 9, stock.config.d_model), "attention_mask": batch(2, 9)["attention_mask"]}
-    torch.testing.assert_close(encoded(ours, embeds), encoded(stock, embeds), atol=LOGITS_ATOL, rtol=0)
+        torch.testing.assert_close(result, encoded(hugging_face, inputs), atol=LOGITS_ATOL, rtol=0)
+    embeds = {
+        "inputs_embeds": torch.randn(2, 9, hugging_face.config.d_model),
+        "attention_mask": batch(2, 9)["attention_mask"],
+    }
+    torch.testing.assert_close(encoded(ours, embeds), encoded(hugging_face, embeds), atol=LOGITS_ATOL, rtol=0)
 
 
 def test_few_captured_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
-    stock, ours = make_pair("t5-v1.0")
+    hugging_face, ours = make_pair("t5-v1.0")
     for rows in (1, 2, 3, 1):
         inputs = batch(rows)
-        torch.testing.assert_close(encoded(ours, inputs), encoded(stock, inputs), atol=LOGITS_ATOL, rtol=0)
+        torch.testing.assert_close(encoded(ours, inputs), encoded(hugging_face, inputs), atol=LOGITS_ATOL, rtol=0)
     assert [shapes.B for _, shapes in ours.session._encoders._captured] == [4, 1]
 
 
@@ -409,7 +412,7 @@ def test_encoder_that_cannot_be_captured_runs_uncaptured(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It runs kernel by kernel then, and recording it is not tried again; without memory it is an error of ours."""
-    stock, ours = make_pair("t5-v1.1")
+    hugging_face, ours = make_pair("t5-v1.1")
     tries = []
 
     def refuse(*args: Any) -> Any:
@@ -418,7 +421,7 @@ def test_encoder_that_cannot_be_captured_runs_uncaptured(
 
     monkeypatch.setattr(tensorrt_encoder, "capture", refuse)
     for _ in range(2):
-        torch.testing.assert_close(encoded(ours, batch()), encoded(stock, batch()), atol=LOGITS_ATOL, rtol=0)
+        torch.testing.assert_close(encoded(ours, batch()), encoded(hugging_face, batch()), atol=LOGITS_ATOL, rtol=0)
     assert len(tries) == 1 and caplog.text.count("the encoder is not captured") == 1
 
     def full(*args: Any) -> Any:

@@ -22,7 +22,7 @@ from t5_trt.runtime import open_session as opening
 from t5_trt.runtime import select
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.select import Placement
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 META = torch.device("meta")
 
@@ -82,9 +82,9 @@ class Live(TorchDispatchMode):
 
 def in_half(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
     """The architecture of a model with so many layers and its state dict as in a checkpoint in bfloat16."""
-    stock = make_stock("t5-v1.1", num_layers=layers)
-    arch = TRTT5ForConditionalGeneration.from_model(stock).architecture
-    return arch, {key: tensor.bfloat16() for key, tensor in stock.state_dict().items()}
+    hugging_face = make_hugging_face("t5-v1.1", num_layers=layers)
+    arch = TRTT5ForConditionalGeneration.from_model(hugging_face).architecture
+    return arch, {key: tensor.bfloat16() for key, tensor in hugging_face.state_dict().items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -121,7 +121,7 @@ def test_room_beside_the_weights_does_not_grow_with_layers() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads the kernel's list of mappings")
 def test_parameters_are_pages_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """So the host's memory for them can be taken back at any time, and nothing is read before it is needed."""
-    make_stock("t5-v1.1").bfloat16().save_pretrained(tmp_path)
+    make_hugging_face("t5-v1.1").bfloat16().save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

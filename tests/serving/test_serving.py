@@ -83,11 +83,11 @@ def test_random_requests_get_the_tokens_of_generate_alone(v11: tuple[Any, Any]) 
 
 
 def test_every_kind_of_model_is_served(pair: tuple[Any, Any]) -> None:
-    stock, ours = pair
+    hugging_face, ours = pair
     with Engine(ours, max_rows=3) as engine:
         handles = [engine.submit(source(seed, 4 + 9 * seed), max_new_tokens=12) for seed in range(4)]
         for seed, handle in enumerate(handles):
-            expected = stock.generate(torch.tensor([source(seed, 4 + 9 * seed)]), max_new_tokens=12)
+            expected = hugging_face.generate(torch.tensor([source(seed, 4 + 9 * seed)]), max_new_tokens=12)
             assert torch.equal(handle.result(PATIENCE_S), expected)
 
 

@@ -16,7 +16,7 @@ from t5_trt.serving import Engine, running
 from t5_trt.serving.sources import by_length
 from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
 from tests.stand_in_kernels import kernels_pair
-from tests.tiny_models import make_stock
+from tests.tiny_models import make_hugging_face
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_step_by_an_engine_is_refused_with_what_to_do(monkeypatch: pytest.Monk
     from t5_trt import TRTT5ForConditionalGeneration
     from tests.stand_in_tensorrt import stand_in_session
 
-    ours = TRTT5ForConditionalGeneration.from_model(make_stock("t5-v1.1"), num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
     ours.session  # noqa: B018 - takes note of the weights
     ours.session = stand_in_session(ours, monkeypatch)
     with pytest.raises(BackendError, match=r"backend 'tensorrt': .*decode='kernels'.*backend='cuda'"):

@@ -14,19 +14,19 @@ import torch
 from t5_trt import InputError, TRTT5ForConditionalGeneration, cli, compare
 from t5_trt.tools import verify
 from tests.conftest import SHIPPED
-from tests.tiny_models import batch, make_stock
+from tests.tiny_models import batch, make_hugging_face
 
 
 def test_equal_models(v11: tuple[Any, Any]) -> None:
-    stock, ours = v11
-    found = compare(ours, stock, [batch(), batch(2, 20)], max_new_tokens=9, num_beams=2)
+    hugging_face, ours = v11
+    found = compare(ours, hugging_face, [batch(), batch(2, 20)], max_new_tokens=9, num_beams=2)
     assert found.sequences == found.equal == 5 and found.share == 1.0 and found.first_difference is None
     assert 0 < found.mean_logit_error < found.max_logit_error < 1e-3 and found.relative_logit_error < 1e-4
     assert abs(found.kl_divergence) < 1e-5 and found.activations == ()
 
 
 def test_other_weights_differ(v11: tuple[Any, Any]) -> None:
-    found = compare(v11[1], make_stock("t5-v1.1", seed=3), [batch()], max_new_tokens=9)
+    found = compare(v11[1], make_hugging_face("t5-v1.1", seed=3), [batch()], max_new_tokens=9)
     assert found.equal == 0 and found.share == 0.0 and found.first_difference == (0, 1)
     assert found.kl_divergence > 0.1 and found.relative_logit_error > 0.1
 
@@ -51,13 +51,13 @@ def test_two_precisions_on_texts(tmp_path: Path) -> None:
 
 def test_activations_that_half_precision_cannot_hold() -> None:
     """The table shows what engines would keep: above the limit in float32, below it folded."""
-    stock = make_stock("t5-v1.1")
+    hugging_face = make_hugging_face("t5-v1.1")
     with torch.no_grad():
-        for name, parameter in stock.named_parameters():
+        for name, parameter in hugging_face.named_parameters():
             if name.endswith(".wo.weight"):
                 parameter.mul_(1e5)
-    ours = TRTT5ForConditionalGeneration.from_model(stock, num_threads=1)
-    rows = compare(ours, stock, [batch()], max_new_tokens=3, activations=True).activations
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+    rows = compare(ours, hugging_face, [batch()], max_new_tokens=3, activations=True).activations
     assert max(row.largest for row in rows) > 65504 and all(row.half_share < 1.0 for row in rows)
 
 
@@ -81,7 +81,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint without a tokenizer."""
     made = tmp_path_factory.mktemp("checkpoint")
-    make_stock("t5-v1.1").save_pretrained(made)
+    make_hugging_face("t5-v1.1").save_pretrained(made)
     return made
 
 

@@ -25,7 +25,8 @@ class DeviceFactors:
     def __init__(self, layers: Mapping[str, Any]) -> None:
         self._layers = layers
         self._memory: dict[Hashable, tuple[torch.Tensor, dict[str, LowRank]]] = {}
-        self._kept: dict[Hashable, torch.Tensor] = {}
+        # with the tensors that they were made of: as long as those live, no others get their addresses
+        self._kept: dict[Hashable, tuple[list[torch.Tensor], torch.Tensor]] = {}
         self._current: dict[str, LowRank] = {}
 
     def load(self, device: torch.device) -> Hashable | None:
@@ -62,8 +63,8 @@ class DeviceFactors:
         if state not in self._kept:
             while len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[state] = _joined(tensors, device)
-        return self._kept[state]
+            self._kept[state] = tensors, _joined(tensors, device)
+        return self._kept[state][1]
 
     def forget(self) -> None:
         """Treat all factors as changed: fused optimizers do not increment tensor versions."""

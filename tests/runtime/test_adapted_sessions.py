@@ -12,7 +12,7 @@ import torch
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.parameters import parameters
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.modeling import adapters
+from t5_trt.modeling import adapter_factors, adapters
 from t5_trt.modeling.adapters import AdaptedWeights
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder, weight_updates
 from t5_trt.runtime.device_weights import DeviceWeights
@@ -90,6 +90,19 @@ def test_switches_between_known_adapters_replay_one_graph_for_each_kind(
                     parameter.mul_(1.5)
     compare(theirs, mine)
     assert len(captured) == 3 and not torch.equal(logits(mine), first["default"])
+
+
+def test_factors_at_the_addresses_of_deleted_ones_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of adapters that are deleted before others of their shape are loaded: equal addresses and versions, other values."""
+    monkeypatch.setattr(adapter_factors, "low_rank_update", lambda layer: layer)
+    layers: dict[str, Any] = {}
+    factors = adapter_factors.DeviceFactors(layers)
+    for value in range(20):
+        layers["q.weight"] = None  # the memory is free
+        layers["q.weight"] = [(torch.full((64, 4), float(value)), torch.full((4, 64), float(-value)), 1.0)]
+        assert factors.load(CPU) is not None
+        ((up, down, _),) = factors["q.weight"]
+        assert (up == value).all() and (down == -value).all()
 
 
 def test_half_precision_is_opened_anew_where_an_adapter_needs_other_factors(

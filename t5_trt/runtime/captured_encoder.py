@@ -18,7 +18,7 @@ logger = logging.getLogger("t5_trt")
 
 #: an encoder is captured up to this many source tokens of a batch, with padding: beyond it the GPU is slower than the host
 CAPTURED_TOKENS = 4096
-#: part of the GPU's memory that results of captured encoders may take; the least recently used are dropped
+#: part of the GPU's memory that buffers of all sizes may take; the least recently used are dropped
 PART_KEPT = 1 / 50
 #: lengths are padded to a multiple of this, so that texts of similar lengths share a graph
 LENGTH_STEP = 16
@@ -38,8 +38,8 @@ class CapturedSize:
 
     @property
     def nbytes(self) -> int:
-        """Of results that are kept."""
-        return sum(each.nbytes for each in (self.hidden, self.cross) if each is not None)
+        """Of all buffers."""
+        return sum(each.nbytes for each in (self.ids, self.mask, self.hidden, self.cross) if each is not None)
 
 
 class CapturedEncoder:
@@ -68,6 +68,7 @@ class CapturedEncoder:
         if size is None:
             zeros = partial(torch.zeros, (batch, room), dtype=torch.int64, device=self._device)
             size = self._sizes[batch, room] = CapturedSize(zeros(), zeros())
+            self._drop_oldest()
         else:
             self._sizes.move_to_end((batch, room))
         if length < room:

@@ -97,12 +97,11 @@ class KernelRowBuffers(RowBuffers):
         """See `RowBuffers.feed`; the GPU gets them with the step."""
         if self._copied is not None:
             self._copied.synchronize()  # what is still being copied must stay as it is
-        count, rows = self.count, self.rows
-        self._written[0, :count], self._written[3, :count] = tokens, self._own[:count]
+        count = self.count
+        self._written[0, :count], self._written[0, count:], self._written[3] = tokens, 0, self._own
         if places is not None:
             given = np.array(places, dtype=np.int32)
             self._written[3, :count] = np.where(given < 0, self._own[:count], given)
-        self._written[0, count:], self._written[3, count:] = 0, self._own[count:rows]
 
     def hand_over(self) -> None:
         """Copy the numbers of the rows in use to the GPU; those of all others are 0."""

@@ -36,6 +36,8 @@ from t5_trt.tools.records import Record
 SOURCE, NEW = (16, 512), (16, 256)
 #: requests of a run, for each client
 PER_CLIENT = 6
+#: runs of the engine before it is measured
+WARM_UPS = 4
 #: arrivals, as a multiple of the requests that the engine can serve
 CROWDED, EASY = 1.5, 0.7
 
@@ -159,9 +161,10 @@ def measure(model: Any, clients: int, lengths: str, rounds: int, per_client: int
             "engine": lambda requests: served(engine, requests),
             "static": lambda requests: in_batches(model, requests, clients),
         }
-        crowd = arrivals(count, 1e6, lengths, clients)  # all at once: captures, and what the engine can serve
-        for way in ways.values():
-            way(crowd)
+        for seed in range(clients, clients + WARM_UPS):  # captures: sizes of encoders are captured when they come again
+            crowd = arrivals(count, 1e6, lengths, seed)
+            ways["engine"](crowd)
+        ways["static"](crowd)
         capacity = count / ways["engine"](crowd).wall
         rates: dict[str, list[float]] = {name: [] for name in ways}
         found: Record = {"capacity_requests_per_s": round(capacity, 1)}

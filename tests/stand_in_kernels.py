@@ -21,7 +21,7 @@ from tests.tiny_models import make_hugging_face
 class Recording:
     """In place of a CUDA graph, after a warm-up that draws nothing from the user's generator."""
 
-    def __init__(self, work: Any, *_: Any, draws: bool = True) -> None:
+    def __init__(self, work: Any, *_: Any, draws: bool = True, stream: Any = None) -> None:
         with torch.random.fork_rng(devices=[], enabled=draws):
             work()
         self.replay = work

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture
+from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture, outside_capture
+from t5_trt.runtime.row_sources import EncoderStream
 from t5_trt.runtime.torch_layers import NO_KEY
 
 logger = logging.getLogger("t5_trt")
@@ -43,17 +44,18 @@ class CapturedSize:
 
 
 class CapturedEncoder:
-    """Runs an encoder as a CUDA graph if its size was seen before.
+    """Runs an encoder as a CUDA graph if its size was seen before. Calls in different streams must be ordered.
 
     The first request of a size runs kernel by kernel, which is as fast as a capture; later ones use a graph.
 
     Args:
         encode: (ids int64 [B, S], mask int64 [B, S]) -> (hidden states [B, S, E], cross-attention K/V [L, 2, B, H, S, D]).
         device: the GPU.
+        beside: of the encoder.
     """
 
-    def __init__(self, encode: Encode, device: torch.device) -> None:
-        self._encode, self._device = encode, device
+    def __init__(self, encode: Encode, device: torch.device, beside: EncoderStream) -> None:
+        self._encode, self._device, self._beside = encode, device, beside
         self._sizes: OrderedDict[tuple[int, int], CapturedSize] = OrderedDict()
         self._memory = GraphMemory()
 
@@ -87,6 +89,8 @@ class CapturedEncoder:
 
     def clear(self) -> None:
         """Drop all graphs and buffers."""
+        if self._sizes:
+            self._wait()
         self._sizes.clear()
 
     def _capture(self, size: CapturedSize) -> bool:
@@ -100,7 +104,7 @@ class CapturedEncoder:
             size.cross.copy_(cross)
 
         try:
-            size.graph = capture(work, self._device, self._memory, draws=False)
+            size.graph = capture(work, self._device, self._memory, draws=False, stream=self._beside.stream)
         except CaptureError as error:
             logger.warning("the encoder is not captured (%s); it runs kernel by kernel.", str(error))
             return False
@@ -112,4 +116,11 @@ class CapturedEncoder:
             return
         most = PART_KEPT * torch.cuda.get_device_properties(self._device).total_memory
         while len(self._sizes) > 1 and sum(size.nbytes for size in self._sizes.values()) > most:
+            self._wait()
             self._sizes.popitem(last=False)
+
+    def _wait(self) -> None:
+        """Wait for the GPU: what is freed may have been used last in another stream than the one that it was allocated for."""
+        if self._device.type == "cuda":
+            with outside_capture():
+                torch.cuda.synchronize(self._device)

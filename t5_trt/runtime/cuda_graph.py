@@ -45,12 +45,23 @@ class GraphMemory:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures: torch keeps freed memory, and cuBLAS a workspace, for every stream that was ever used."""
+    """The stream of most captures: torch keeps freed memory, and cuBLAS a workspace, for every stream that was ever used."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
+@cache
+def urgent_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of high priority, which the kernels of a graph that is captured in it have wherever it runs."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
 def capture(
-    work: Callable[[], None], device: torch.device, memory: GraphMemory | None = None, *, draws: bool = True
+    work: Callable[[], None],
+    device: torch.device,
+    memory: GraphMemory | None = None,
+    *,
+    draws: bool = True,
+    stream: torch.cuda.Stream | None = None,
 ) -> torch.cuda.CUDAGraph:
     """Run `work` a few times on a side stream, then capture it.
 
@@ -60,6 +71,8 @@ def capture(
         device: of the GPU.
         memory: shared with other graphs; None gives the graph its own.
         draws: the work may draw random numbers. False leaves torch's generators alone, which another thread may be seeding.
+        stream: to capture in. Graphs with products that were captured in one stream share a workspace of cuBLAS, so they must not
+            run at the same time; None takes the stream of graphs that never do.
 
     Returns:
         The graph. Replaying it runs what was captured with whatever the buffers then hold.
@@ -70,7 +83,7 @@ def capture(
     """
     memory = memory or GraphMemory()
     with _capturing():
-        side, before = _side_stream(device), torch.cuda.current_stream(device)
+        side, before = stream or _side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(before)
         with (
             torch.random.fork_rng([device], enabled=draws),

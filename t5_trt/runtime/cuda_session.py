@@ -23,6 +23,7 @@ from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.kernel_rows import KernelRowBuffers
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
+from t5_trt.runtime.row_sources import RowSources
 from t5_trt.runtime.session import GenerationStep, TokenSelector
 from t5_trt.runtime.torch_layers import TorchDecoder
 from t5_trt.runtime.weight_updates import WeightUpdates
@@ -62,7 +63,7 @@ class CudaSession:
         self.updates = 0
         self._weights = DeviceWeights(arch, weights, self.dtype, device, scaling)
         self._encoder = GpuEncoder(open_encoder(arch, self._weights, scaling, precision, self.dtype, store), device)
-        self._order = StreamOrder(device)
+        self._order, self._encoding = StreamOrder(device), StreamOrder(device)  # of the session, of its encoder
         self._lock = threading.RLock()
         self._hidden = mask_value(real_type(precision))
         self._updates = WeightUpdates(device)
@@ -74,6 +75,7 @@ class CudaSession:
             self._weights.share(EMBEDDING, steps.embedding)
             self._queries = TorchDecoder(arch, steps.weights, scaling, precision)
             self._steps = steps
+        self._encoding.follow()  # weights may still be on their way in this stream
 
     def encode(
         self,
@@ -84,11 +86,13 @@ class CudaSession:
     ) -> tuple[torch.Tensor, CrossStates]:
         """See `t5_trt.runtime.session.Session.encode`."""
         with self._at_work():
+            self._encoding.follow()
             return self._encoder.encode(input_ids, inputs_embeds, attention_mask)
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
         """See `t5_trt.runtime.session.Session.project_cross`."""
         with self._at_work():
+            self._encoding.follow()
             return self._encoder.project(hidden.to(self.dtype))
 
     def start(
@@ -138,6 +142,7 @@ class CudaSession:
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in place, where captured graphs read."""
         with self._at_work():
+            self._encoding.follow()
             self.updates += 1
             self._updates.apply(changed, self._write)
         return True
@@ -178,6 +183,14 @@ class CudaSession:
         assert self._steps is not None
         with self._at_work():
             return self._steps.row_buffers(rows)
+
+    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
+        """See `t5_trt.runtime.row_buffers.RowSession.encode_rows`: in the encoder's stream."""
+        beside = self._encoder.beside
+        with beside.current(), taking_turns(self._lock, self._encoding, self._forget):
+            ids, mask = beside.upload(ids_and_mask)
+            _, cross = self._encoder.encode(ids, None, mask)
+            return beside.sources(cross.kv, self.cross_bias(mask, cross)[:, 0, 0])
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""

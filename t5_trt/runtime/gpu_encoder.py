@@ -8,6 +8,7 @@ import torch
 
 from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.kv_buffers import CrossStates
+from t5_trt.runtime.row_sources import EncoderStream
 from t5_trt.runtime.torch_layers import TorchEncoder
 
 
@@ -17,11 +18,14 @@ class GpuEncoder:
     Args:
         form: computes, by kernels or by torch.
         device: the GPU.
+
+    Attributes:
+        beside: the stream of sources that are encoded beside steps.
     """
 
     def __init__(self, form: TorchEncoder, device: torch.device) -> None:
-        self.form = form
-        self._captured = CapturedEncoder(partial(_both, form), device)
+        self.form, self.beside = form, EncoderStream(device)
+        self._captured = CapturedEncoder(partial(_both, form), device, self.beside)
 
     def encode(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor

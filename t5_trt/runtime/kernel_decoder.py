@@ -23,7 +23,7 @@ from t5_trt.kernels.compile import stored_cubin
 from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep, constants
 from t5_trt.kernels.step_memory import StepBuffers, StepInputs
 from t5_trt.kernels.step_weights import StepWeightsMaker
-from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, NotCaptured, capture
+from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, NotCaptured, capture, urgent_stream
 from t5_trt.runtime.kernel_positions import PROGRAMS_KEPT, PositionsStep, positions_at_once
 from t5_trt.runtime.kernel_rows import KernelRowBuffers, padded_count
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
@@ -236,14 +236,16 @@ class KernelDecoder:
             rows.take_tokens(count)
             self._run_rows(rows, step, best_only)
 
-        return self._captured_alone(work, f"{count} rows")
+        # sources are encoded beside it, and every row waits for it
+        urgent = urgent_stream(self._device) if self._device.type == "cuda" else None
+        return self._captured_alone(work, f"{count} rows", urgent)
 
-    def _captured_alone(self, work: Callable[[], None], what: str) -> Any:
+    def _captured_alone(self, work: Callable[[], None], what: str, stream: torch.cuda.Stream | None = None) -> Any:
         """A CUDA graph of a step that allocates nothing. Warm-ups are the step that is due: they write what it will write."""
         started = time.perf_counter()
         try:
             # without shared memory: such graphs may all go at once, with which torch would give the memory up
-            graph: Any = capture(work, self._device, draws=False)
+            graph: Any = capture(work, self._device, draws=False, stream=stream)
         except CaptureError as error:
             logger.warning("the step of %s is not captured (%s); it runs kernel by kernel.", what, str(error))
             graph = NotCaptured(work)

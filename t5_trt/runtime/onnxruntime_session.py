@@ -26,6 +26,7 @@ from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
 from t5_trt.runtime.row_buffers import RowBuffers
+from t5_trt.runtime.row_sources import RowSources, encode_in_turn
 from t5_trt.runtime.session import TokenSelector
 
 #: smaller tensors are embedded in the ONNX model, where graph optimizers can read their values
@@ -166,6 +167,10 @@ class OrtSession:
         """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
         real, hidden = torch.float32, mask_value(ir.DataType.FLOAT)
         return RowBuffers(self.arch, rows, dtype=real, bias_dtype=real, hidden=hidden, device=self.device)
+
+    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
+        """See `t5_trt.runtime.row_buffers.RowSession.encode_rows`."""
+        return encode_in_turn(self, ids_and_mask)
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""

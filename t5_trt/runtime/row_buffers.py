@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, bucket_length
+from t5_trt.runtime.row_sources import RowSources
 from t5_trt.runtime.session import Session
 
 SMALLEST_SOURCE = 16
@@ -68,8 +70,8 @@ class RowBuffers:
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.bindings: dict[Hashable, object] = {}
-        self._lengths = [0] * rows  # positions, on the host
-        self._sources = [0] * rows
+        self._lengths = np.zeros(rows, np.int32)  # positions, on the host
+        self._sources = np.zeros(rows, np.int32)
         heads = torch.arange(arch.decoder_layers * 2 * rows * arch.num_heads, device=device)
         self._heads = heads.view(-1, rows, arch.num_heads)  # place of each head's first token, in units of T tokens
 
@@ -85,20 +87,25 @@ class RowBuffers:
 
     def position(self, row: int) -> int:
         """Tokens in a row's cache."""
-        return self._lengths[row]
+        return int(self._lengths[row])
 
-    def add(self, cross: torch.Tensor, cross_bias: torch.Tensor) -> int:
-        """Take a free row for a source; its cache is empty.
+    def add(self, cross: torch.Tensor, cross_bias: torch.Tensor, row: int | None = None) -> int:
+        """Take a row for a source; its cache is empty.
 
         Args:
             cross: [L, 2, H, s, D].
             cross_bias: [s].
+            row: in use, for a source that is over; None takes a free one.
 
         Returns:
-            The row, which is `count` - 1 afterwards.
+            The row; a free one is `count` - 1 afterwards.
         """
-        row, length = self.count, cross.shape[3]
-        self.count += 1
+        length = cross.shape[3]
+        if row is None:
+            row = self.count
+            self.count += 1
+        else:
+            self._clear(row)
         self._sources[row], self._lengths[row] = length, 0
         self._fit_sources()
         self.cross[:, :, row, :, :length] = cross
@@ -116,16 +123,20 @@ class RowBuffers:
             The row that moved, which is `row` if none did.
         """
         last = self.count - 1
-        if self.reads_empty_places:  # 0 * NaN would be NaN in another request
-            self.kv[:, :, row, :, : self._lengths[row]] = 0
+        self._clear(row)
         if row != last:
             self._move(last, row)
         self.count = last
         return last
 
+    def _clear(self, row: int) -> None:
+        """Remove what a row has written."""
+        if self.reads_empty_places:  # 0 * NaN would be NaN in another request
+            self.kv[:, :, row, :, : self.position(row)] = 0
+
     def _move(self, last: int, row: int) -> None:
         """Let a free row take over what the last one holds."""
-        length, source = self._lengths[last], self._sources[last]
+        length, source = self.position(last), int(self._sources[last])
         self.kv[:, :, row, :, :length] = self.kv[:, :, last, :, :length]
         if self.reads_empty_places:
             self.kv[:, :, last, :, :length] = 0
@@ -151,7 +162,7 @@ class RowBuffers:
 
     def fit(self) -> None:
         """Make room for one more token of the longest row in use; give up room that no row needs."""
-        tokens = bucket_length(max(self._lengths[: self.count], default=0) + 1, self.smallest[0])
+        tokens = bucket_length(int(self._lengths[: self.count].max(initial=0)) + 1, self.smallest[0])
         if tokens > self.capacity or tokens * self.slack < self.capacity:
             kv = self.kv.new_zeros((*self.kv.shape[:4], tokens, self.kv.shape[5]))
             kept = min(tokens, self.capacity)
@@ -175,11 +186,10 @@ class RowBuffers:
 
     def advance(self) -> None:
         """Count one more token for the rows in use, whose K and V are in their places."""
-        for row in range(self.count):
-            self._lengths[row] += 1
+        self._lengths[: self.count] += 1
 
     def _fit_sources(self) -> None:
-        source = bucket_length(max(self._sources[: self.count], default=0), self.smallest[1])
+        source = bucket_length(int(self._sources[: self.count].max(initial=0)), self.smallest[1])
         if self.source_capacity // self.slack <= source <= self.source_capacity:
             return
         kept, used = min(source, self.source_capacity), slice(self.count)
@@ -213,6 +223,14 @@ class RowSession(Session, Protocol):
 
     def row_buffers(self, rows: int) -> RowBuffers:
         """New buffers for up to so many rows; where kernels are to be compiled for them, this waits for it."""
+        ...
+
+    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
+        """Encode sources for rows. On a GPU this returns before it is done, and may run beside steps.
+
+        Args:
+            ids_and_mask: int64 [2, B, S] on the CPU.
+        """
         ...
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:

@@ -32,6 +32,7 @@ from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
 from t5_trt.runtime.kernel_rows import KernelRowBuffers
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
+from t5_trt.runtime.row_sources import RowSources, encode_in_turn
 from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 from t5_trt.runtime.step_buffers import Slot, cache_rows, made_rows
 from t5_trt.runtime.step_decoder import StepDecoder
@@ -285,6 +286,10 @@ class TrtSession:
         assert self._kernels is not None
         with self._at_work():
             return self._kernels.row_buffers(rows)
+
+    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
+        """See `t5_trt.runtime.row_buffers.RowSession.encode_rows`."""
+        return encode_in_turn(self, ids_and_mask)
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""

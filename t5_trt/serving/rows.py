@@ -27,6 +27,7 @@ class Row:
         token: the last one that is known, which the next step decodes unless one is on its way.
         place: of the row in the step that makes its next token; -1 while none does.
         left: tokens that may still come.
+        vacant: its place is free.
         over: the request has ended, whatever is on its way.
     """
 
@@ -40,7 +41,7 @@ class Row:
         self._made: list[int] = []
         self.plain = not job.prepared.do_sample and not job.prepared.processors
         self.token = job.prepared.prompt[-1]
-        self.place, self.over = -1, False
+        self.place, self.vacant, self.over = -1, False, False
         self.left = job.prepared.limit - len(job.prepared.prompt)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,8 @@ class RunningRows:
         count: gets numbers of steps and of tokens.
 
     Attributes:
-        rows: in use, in the order of the buffers.
+        rows: in the order of the buffers; between two steps some are vacant, and their places go to new requests or are closed.
+        active: number of rows that decode.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class RunningRows:
         count: Callable[[int, int], None],
     ) -> None:
         self.rows: list[Row] = []
+        self.active = 0
+        self._holes: list[int] = []  # places of vacant rows
+        self._place: int | None = None  # of the row that `add` gave last; None behind all others
         self._leaving: list[Row] = []  # have no place any more; their last tokens are on their way
         self._choosing = 0  # rows that do not always take the token of the largest logit
         self._started: StartedStep | None = None  # the step whose tokens nobody has seen
@@ -62,60 +66,69 @@ class RunningRows:
 
     def __len__(self) -> int:
         """The number of requests that have not ended."""
-        return len(self.rows) + len(self._leaving)
+        return self.active + len(self._leaving)
 
     @property
     def busy(self) -> bool:
         """Whether there is something to do: rows, or a step whose tokens nobody has seen."""
-        return bool(self.rows) or self._started is not None
+        return self.active > 0 or self._started is not None
 
     @property
     def free(self) -> int:
         """Places that nobody has."""
-        return self._most - len(self.rows)
+        return self._most - self.active
 
     def add(self, job: Job) -> None:
         """Give a request a free place; `take_in` must follow."""
         row = Row(job, self._processors)
-        self.rows.append(row)
+        self.active += 1
         self._choosing += not row.plain
+        self._place = self._holes.pop() if self._holes else None
+        if self._place is None:
+            self.rows.append(row)
+        else:
+            self.rows[self._place] = row
 
     def take_in(self, source: EncodedSource) -> None:
-        """Have the last row decode from a source."""
-        self._buffers.add(source.cross, source.bias)
+        """Have the row of the last `add` decode from a source."""
+        self._buffers.add(source.cross, source.bias, self._place)
 
     def make_room(self) -> None:
         """Free the places of rows whose last token is on its way, and end those that must not go on."""
-        for row in list(self.rows):
+        for row in self.rows:
             job = row.job
             if row.place >= 0 and row.left == 1:
-                self._free(row)
-                self._leaving.append(row)
-            elif job.cancelled or job.deadline is not None or self._limited:
+                if not row.vacant:
+                    self._free(row)
+                    self._leaving.append(row)
+            elif (job.cancelled or job.deadline is not None or self._limited) and not row.vacant:
                 reason = job.overdue() or self._too_long(row)
                 if reason is not None:
                     self._leave(row, error=reason)
 
     def step(self, *, on_gpu: bool) -> None:
         """Decode one token of every row, and tell what steps have made; what is told waits in the outbox while rows decode on a GPU."""
-        if self.rows and self._buffers.remembers_tokens and not self._limited and not self._choosing:
+        if self.active and self._buffers.remembers_tokens and not self._limited and not self._choosing:
             before, self._started = self._started, self._start()
             self._tell(before)
             self._outbox.send()
             return
         self._tell(self._started)
-        if self.rows:
+        if self.active:
             self._started = self._start()
             if on_gpu:
                 self._outbox.send()
             self._tell(self._started)
-        if not (on_gpu and self.rows):
+        if not (on_gpu and self.active):
             self._outbox.send()
+        if not self.active:
+            self._close_holes()  # rows hold their requests
 
     def fail(self) -> list[Job]:
         """Give up all rows; return their requests."""
-        jobs = [row.job for row in (*self.rows, *self._leaving)]
-        self.rows, self._leaving, self._started, self._choosing = [], [], None, 0
+        jobs = [row.job for row in (*(row for row in self.rows if not row.vacant), *self._leaving)]
+        self.rows, self._holes, self._leaving, self._started = [], [], [], None
+        self.active = self._choosing = 0
         return jobs
 
     def renew(self) -> None:
@@ -125,6 +138,7 @@ class RunningRows:
 
     def _start(self) -> StartedStep:
         """Start a step of all rows; on a GPU this waits for nothing but tokens that logits processors look at."""
+        self._close_holes()
         rows, buffers = self.rows, self._buffers
         buffers.fit()
         buffers.feed([row.token for row in rows], [row.place for row in rows] if buffers.remembers_tokens else None)
@@ -180,12 +194,19 @@ class RunningRows:
         self._end(row.job, result, error)
 
     def _free(self, row: Row) -> None:
-        """Free the place of a row; the last one takes it."""
-        place = self.rows.index(row)
-        self._buffers.remove(place)
+        """Free the place of a row."""
+        row.vacant = True
+        self.active -= 1
+        self._holes.append(self.rows.index(row))
         self._choosing -= not row.plain
-        self.rows[place] = self.rows[-1]
-        self.rows.pop()
+
+    def _close_holes(self) -> None:
+        """Let the last rows take the places that nobody has taken."""
+        for place in sorted(self._holes, reverse=True):
+            self._buffers.remove(place)
+            self.rows[place] = self.rows[-1]
+            self.rows.pop()
+        self._holes = []
 
     def _too_long(self, row: Row) -> BaseException | None:
         if not self._limited:

@@ -21,15 +21,17 @@ from t5_trt.serving.groups import GroupRunner, at_home, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
 from t5_trt.serving.running import RunningRows
-from t5_trt.serving.sources import EncodedSource, by_length, encode
+from t5_trt.serving.sources import EncodedSource, EncodingBatch, by_length
 from t5_trt.serving.stats import Stats
 
 logger = logging.getLogger("t5_trt")
 
 #: most source tokens that are encoded between two steps (more only for a single longer source): rows in use wait meanwhile
 ENCODED_TOKENS = 1024
-#: and on a GPU, which small batches leave idle; there as many requests beyond the free rows are encoded as are a quarter of the rows
+#: and that are being encoded beside the steps on a GPU; there as many requests beyond the free rows are encoded as are a quarter of the rows
 ENCODED_TOKENS_GPU = 4096
+#: requests beyond the free rows that are begun together, or half of all such; small batches leave a GPU idle
+AHEAD_TOGETHER = 8
 #: requests of such a batch at most, as TensorRT's engines have by default; see `by_length`
 ENCODED_ROWS_GPU, LEAST_TOKENS_GPU = 32, 1024
 #: how often waiting groups are looked through for cancelled ones while no row is in use
@@ -62,7 +64,7 @@ class Scheduler:
 
     def __init__(self, model: Any, session: RowSession, max_rows: int, max_waiting: int) -> None:
         self._session, self._max_rows, self._max_waiting = session, max_rows, max_waiting
-        self._entering: list[list[Job]] = []  # batches that have left the queue and are being encoded
+        self._entering: deque[EncodingBatch] = deque()  # what has left the queue and is being encoded
         self._ready: deque[EncodedSource] = deque()  # and have no rows yet
         self._on_gpu = session.device.type == "cuda"
         self._outbox = Outbox()
@@ -108,7 +110,7 @@ class Scheduler:
     def stats(self) -> Stats:
         """The current counts."""
         with self._lock:
-            running = len(self._running) + sum(map(len, self._entering))
+            running = len(self._running) + sum(len(batch.jobs) for batch in self._entering)
             running += self._groups.running is not None
             return replace(self._stats, waiting=self._without_rows(), running=running)
 
@@ -182,7 +184,7 @@ class Scheduler:
 
     def _has_work(self) -> bool:
         """Wait until there is something to do; False after `stop`."""
-        while not (self._running.busy or self._waiting or self._ready or self._stopped):
+        while not (self._running.busy or self._waiting or self._entering or self._ready or self._stopped):
             try:
                 self._calls.get(timeout=_LOOK_S if self._groups.waiting else None)
             except Empty:
@@ -199,26 +201,29 @@ class Scheduler:
                 self._leave_queues()
                 self._next_look = time.monotonic() + _QUEUE_LOOK_S
             sizes = (LEAST_TOKENS_GPU, CAPTURED_TOKENS) if self._on_gpu else (0, None)
-            self._entering = by_length(self._arrivals(), *sizes)
-        while self._entering:
-            self._encode(self._entering[0])
+            begun = len(self._entering)
+            self._entering += [EncodingBatch(jobs) for jobs in by_length(self._arrivals(), *sizes)]
+        self._begin_encoding(begun)
+        self._end_encoding()
         self._take_rows()
         self._running.step(on_gpu=self._on_gpu)
 
     def _arrivals(self) -> list[Job]:
-        """Take waiting requests for the free rows, and on a GPU some more, if there is a free one. The lock is held."""
+        """Take waiting requests for the free rows, and on a GPU some more, for rows that will be free. The lock is held."""
         jobs: list[Job] = []
-        free, tokens = self._running.free - len(self._ready), 0
-        if free <= 0:
-            return jobs
-        most, limit = free, ENCODED_TOKENS
+        entering = [job.input_ids.shape[1] for batch in self._entering for job in batch.jobs]
+        most = self._running.free - len(self._ready) - len(entering)
+        limit, tokens = ENCODED_TOKENS, sum(entering)
         if self._on_gpu:
-            most, limit = min(free + self._max_rows // 4, ENCODED_ROWS_GPU), ENCODED_TOKENS_GPU
+            ahead = self._max_rows // 4
+            if most <= 0 and (entering or most + ahead < min(ahead, max(AHEAD_TOGETHER, ahead // 2))):
+                return jobs
+            most, limit = min(most + ahead, ENCODED_ROWS_GPU), ENCODED_TOKENS_GPU
         while self._waiting and len(jobs) < most:
             job = self._waiting[0]
             if job.overdue() is None:
                 tokens += job.input_ids.shape[1]
-                if jobs and tokens > limit:
+                if (jobs or entering) and tokens > limit:
                     break
                 jobs.append(job)
             else:
@@ -240,18 +245,26 @@ class Scheduler:
         job.finish(error=job.overdue())
         self._stats = self._stats.ended(job.error)
 
-    def _encode(self, jobs: list[Job]) -> None:
-        """Encode the sources of a batch that is entering."""
-        try:
-            made = encode(self._session, jobs, in_common_sizes=self._on_gpu)
-        except Exception as error:
-            made = []
-            for job in jobs:
-                self._end(job, error=error)
-        with self._lock:
-            self._entering.pop(0)
-            self._ready += made
-        self._outbox.send()
+    def _begin_encoding(self, begun: int) -> None:
+        """Have batches encoded that are entering, behind a number of those that are being encoded already."""
+        while begun < len(self._entering):
+            try:
+                self._entering[begun] = self._entering[begun].begun(self._session, in_common_sizes=self._on_gpu)
+                begun += 1
+            except Exception as error:
+                for job in self._entering[begun].jobs:
+                    self._end(job, error=error)
+                with self._lock:
+                    del self._entering[begun]
+                self._outbox.send()
+
+    def _end_encoding(self) -> None:
+        """Take sources that are encoded; only where no row decodes, steps wait for the first batch."""
+        while self._entering and (self._entering[0].done or not (self._running.active or self._ready)):
+            sources = self._entering[0].split()
+            with self._lock:
+                self._entering.popleft()
+                self._ready += sources
 
     def _take_rows(self) -> None:
         """Give free rows to requests that are encoded."""
@@ -267,8 +280,8 @@ class Scheduler:
             self._running.take_in(source)
 
     def _fail_rows(self, error: BaseException) -> None:
-        jobs = [*self._running.fail(), *(job for batch in self._entering for job in batch)]
-        self._entering = []
+        jobs = [*self._running.fail(), *(job for batch in self._entering for job in batch.jobs)]
+        self._entering.clear()
         for job in jobs:
             self._end(job, error=error)
 

@@ -11,6 +11,7 @@ from t5_trt.engine.profiles import power_of_two
 from t5_trt.runtime.captured_encoder import CAPTURED_TOKENS
 from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
+from t5_trt.runtime.row_sources import RowSources
 from t5_trt.serving.handle import Job
 
 
@@ -29,28 +30,53 @@ class EncodedSource:
     bias: torch.Tensor
 
 
-def encode(session: RowSession, jobs: Sequence[Job], *, in_common_sizes: bool) -> list[EncodedSource]:
-    """Encode sources together.
+@dataclass(frozen=True)
+class EncodingBatch:
+    """Requests whose sources are being encoded together.
 
-    Args:
-        session: of the model.
-        jobs: requests with sources of about the same length.
-        in_common_sizes: pad small batches to sizes that many have, as encoders on a GPU are captured by size.
+    Attributes:
+        jobs: the requests.
+        sources: of them, in their order; None before the encoder has been given them.
     """
-    lengths = [job.input_ids.shape[1] for job in jobs]
-    rows, tokens = len(jobs), max(lengths)
-    if in_common_sizes:
-        rows, tokens = _common_size(rows, tokens)
-    ids_and_mask = torch.zeros((2, rows, tokens), dtype=torch.int64)
-    for place, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
-        ids_and_mask[0, place, :length], ids_and_mask[1, place, :length] = job.input_ids[0], job.attention_mask[0]
-    ids, mask = ids_and_mask.to(session.device)
-    _, cross = session.encode(ids, None, mask, 1)
-    bias = session.cross_bias(mask, cross)
-    return [
-        EncodedSource(job, cross.kv[:, :, place, :, :length], bias[place, 0, 0, :length])
-        for place, (job, length) in enumerate(zip(jobs, lengths, strict=True))
-    ]
+
+    jobs: Sequence[Job]
+    sources: RowSources | None = None
+
+    def begun(self, session: RowSession, *, in_common_sizes: bool) -> EncodingBatch:
+        """Have a session encode them.
+
+        Args:
+            session: of the model.
+            in_common_sizes: pad small batches to sizes that many have, as encoders on a GPU are captured by size.
+        """
+        lengths = self._lengths
+        rows, tokens = len(lengths), max(lengths)
+        if in_common_sizes:
+            rows, tokens = _common_size(rows, tokens)
+        ids_and_mask = torch.zeros((2, rows, tokens), dtype=torch.int64)
+        ids, mask = ids_and_mask.numpy()
+        for place, (job, length) in enumerate(zip(self.jobs, lengths, strict=True)):
+            ids[place, :length], mask[place, :length] = job.input_ids[0].numpy(), job.attention_mask[0].numpy()
+        return EncodingBatch(self.jobs, session.encode_rows(ids_and_mask))
+
+    @property
+    def done(self) -> bool:
+        """Whether the sources are encoded; this does not wait."""
+        return self.sources is not None and self.sources.done
+
+    def split(self) -> list[EncodedSource]:
+        """What each row will read. On a GPU the current stream waits for it, the host does not."""
+        assert self.sources is not None
+        self.sources.follow()
+        cross, bias = self.sources.cross, self.sources.bias
+        return [
+            EncodedSource(job, cross[:, :, place, :, :length], bias[place, :length])
+            for place, (job, length) in enumerate(zip(self.jobs, self._lengths, strict=True))
+        ]
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [job.input_ids.shape[1] for job in self.jobs]
 
 
 def by_length(jobs: Sequence[Job], least_tokens: int = 0, most_tokens: int | None = None) -> list[list[Job]]:

@@ -96,6 +96,72 @@ def test_many_rows_have_the_bits_of_few(model_of: Any) -> None:
     step(session, rows, inside)
 
 
+def test_a_row_taken_over_has_the_bits_of_a_cache_of_its_own(model_of: Any) -> None:
+    session = model_of(precision="fp16").session
+    rows, inside = session.row_buffers(3), [Alone(session, length, length) for length in (12, 150, 7)]
+    for each in inside:
+        each.enter(rows)
+    for _ in range(3):
+        step(session, rows, inside)
+    inside[1] = Alone(session, 9, 5)
+    rows.add(inside[1].kv, inside[1].bias, 1)
+    for _ in range(3):
+        step(session, rows, inside)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_sources_are_encoded_beside_steps_without_waiting(model_of: Any, precision: str) -> None:
+    """The bits are those of the session's other form, and the host waits for nothing once a size is captured."""
+    session = model_of(precision=precision).session
+    given = torch.stack((torch.randint(2, VOCAB, (4, 32)), torch.ones((4, 32), dtype=torch.int64)))
+    given[1, 1, 20:] = 0
+    ids, mask = given.cuda()
+    for _ in range(2):  # the second one is captured
+        session.encode_rows(given)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sources = session.encode_rows(given)
+        sources.follow()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    copied = sources.cross.clone(), sources.bias.clone()
+    _, cross = session.encode(ids, None, mask)
+    assert torch.equal(copied[0], cross.kv) and sources.done
+    assert torch.equal(copied[1], session.cross_bias(mask, cross)[:, 0, 0])
+
+
+def test_rows_decode_while_the_encoder_is_busy(model_of: Any) -> None:
+    ours = model_of()
+    wanted = alone(ours, source(1, 20), max_new_tokens=9)
+    with Engine(ours, max_rows=4) as engine:
+        for _ in range(3):
+            engine.submit(source(1, 20), max_new_tokens=9).result(PATIENCE_S)
+        long = engine.submit(source(), **LONG)
+        until(lambda: len(long.tokens) > 5)
+        with ours.session._encoder.beside.current():
+            torch.cuda._sleep(1_000_000_000)  # about half a second
+        late, before = engine.submit(source(1, 20), max_new_tokens=9), len(long.tokens)
+        until(lambda: len(long.tokens) > before + 100)
+        assert not late.tokens
+        assert torch.equal(late.result(PATIENCE_S), wanted)
+
+
+def test_engines_of_two_models_run_side_by_side(model_of: Any) -> None:
+    """Each with an encoder's stream of its own, beside `generate()` on the default stream."""
+    models = [model_of("t5-v1.1"), model_of("t5-v1.0")]
+    requests = [source(seed, 5 + 9 * seed) for seed in range(24)]
+    wanted = [[alone(model, ids, max_new_tokens=20) for ids in requests] for model in models]
+    with Engine(models[0], max_rows=6) as first, Engine(models[1], max_rows=6) as second:
+        for _ in range(3):
+            handles = [[engine.submit(ids, max_new_tokens=20) for ids in requests] for engine in (first, second)]
+            for model, results in zip(models, wanted, strict=True):
+                assert torch.equal(alone(model, requests[9], max_new_tokens=20), results[9])
+            for mine, results in zip(handles, wanted, strict=True):
+                for handle, result in zip(mine, results, strict=True):
+                    assert torch.equal(handle.result(PATIENCE_S), result)
+
+
 def test_best_tokens_are_those_of_the_logits(model_of: Any) -> None:
     session = model_of(precision="fp16").session
     rows, inside = session.row_buffers(5), [Alone(session, length, length) for length in (3, 150, 9)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from t5_trt.errors import BackendError, RequestCancelledError
 from t5_trt.runtime.kernel_rows import FetchedTokens
+from t5_trt.runtime.row_buffers import RowBuffers
+from t5_trt.runtime.row_sources import RowSources
 from t5_trt.serving import Engine, running
 from t5_trt.serving.sources import by_length
 from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
@@ -50,8 +53,8 @@ def test_random_requests_get_the_tokens_of_generate_alone(ours: Any) -> None:
 
 def test_more_sources_are_encoded_than_there_are_free_rows(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     session, sizes = ours.session, []
-    encode = session.encode
-    monkeypatch.setattr(session, "encode", lambda ids, *rest: sizes.append(tuple(ids.shape)) or encode(ids, *rest))
+    encode = session.encode_rows
+    monkeypatch.setattr(session, "encode_rows", lambda given: sizes.append(tuple(given[0].shape)) or encode(given))
     with engine_as_on_a_gpu(ours, max_rows=8) as engine:
         long = [engine.submit(source(seed), **LONG) for seed in range(7)]
         until(lambda: engine.stats().running == 7 and engine.stats().steps > 8)
@@ -62,10 +65,80 @@ def test_more_sources_are_encoded_than_there_are_free_rows(ours: Any, monkeypatc
             job.wait(None, PATIENCE_S)
         for handle in long:
             handle.cancel()
-    # one free row and a quarter of 8: three of them, in a size of powers of two; none are encoded while some are ready
-    assert sizes == [(4, 16), (4, 16)]
+    # one free row and a quarter of 8: three of them, in a size of powers of two; then a quarter of 8 once those have rows; then the rest
+    assert sizes == [(4, 16), (2, 16), (1, 16)]
     for seed, job in enumerate(made):
         assert torch.equal(job.sequences, alone(ours, source(seed, 9), max_new_tokens=6))
+
+
+class Held(RowSources):
+    """Sources that are not encoded before they are let go."""
+
+    held = threading.Event()
+    followed: ClassVar[list[int]] = []
+
+    @property
+    def done(self) -> bool:
+        return not self.held.is_set()
+
+    def follow(self) -> None:
+        self.followed.append(len(self.bias))
+
+
+@pytest.fixture
+def held(ours: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The encoder of a GPU that takes as long as this is set."""
+    encode = ours.session.encode_rows
+
+    def encode_rows(given: torch.Tensor) -> Held:
+        sources = encode(given)
+        return Held(sources.cross, sources.bias)
+
+    monkeypatch.setattr(ours.session, "encode_rows", encode_rows)
+    Held.held.clear()
+    Held.followed.clear()
+    return Held.held
+
+
+def test_rows_decode_while_sources_are_encoded(ours: Any, held: Any) -> None:
+    with engine_as_on_a_gpu(ours, max_rows=4) as engine:
+        long = engine.submit(source(), **LONG)
+        until(lambda: len(long.tokens) > 2)
+        held.set()
+        late = [engine.submit(source(seed, 9), max_new_tokens=6) for seed in range(2)]
+        until(lambda: engine.stats().running == 3)
+        steps = engine.stats().steps
+        until(lambda: engine.stats().steps > steps + 20)
+        assert Held.followed == [1] and not any(handle.tokens for handle in late)
+        late[1].cancel()
+        held.clear()
+        found = late[0].result(PATIENCE_S)
+        with pytest.raises(RequestCancelledError):
+            late[1].result(PATIENCE_S)
+        assert not long.done
+    assert torch.equal(found, alone(ours, source(0, 9), max_new_tokens=6))
+
+
+def test_steps_wait_for_an_encoder_where_no_row_decodes(ours: Any, held: Any) -> None:
+    held.set()
+    with engine_as_on_a_gpu(ours, max_rows=4) as engine:
+        handles = [engine.submit(source(seed, 9), max_new_tokens=6) for seed in range(3)]
+        for seed, handle in enumerate(handles):
+            assert torch.equal(handle.result(PATIENCE_S), alone(ours, source(seed, 9), max_new_tokens=6))
+
+
+def test_a_new_request_takes_the_place_of_one_that_is_over(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[int] = []
+    remove = RowBuffers.remove
+    monkeypatch.setattr(RowBuffers, "remove", lambda rows, row: moves.append(row) or remove(rows, row))
+    requests = [(source(seed, 9), 3 + seed % 4) for seed in range(20)]
+    with engine_as_on_a_gpu(ours, max_rows=2) as engine:
+        handles = [engine.submit(ids, max_new_tokens=count) for ids, count in requests]
+        results = [handle.result(PATIENCE_S) for handle in handles]
+        until(lambda: engine.stats().running == 0)
+    for (ids, count), result in zip(requests, results, strict=True):
+        assert torch.equal(result, alone(ours, ids, max_new_tokens=count))
+    assert len(moves) <= 4, "only where nobody waits"
 
 
 def test_small_batches_are_encoded_with_longer_ones() -> None:

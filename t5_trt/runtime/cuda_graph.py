@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -146,14 +146,14 @@ class StreamOrder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._last: torch.cuda.Stream | None = None
 
     def follow(self) -> None:
         """Make torch's current stream wait for the previous one, if they differ; the host does not wait."""
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(self.device)
         if self._last is not None and stream != self._last:
             stream.wait_stream(self._last)
         self._last = stream
@@ -199,6 +199,11 @@ def out_of_memory(error: Exception) -> BackendError:
     )
 
 
+def at_home(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a model's GPU the thread's current one: kernels and engines are loaded and started there. Nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[], None]) -> Iterator[None]:
     """Give a session its turn on the GPU: one thread at a time, streams in order.
@@ -211,7 +216,7 @@ def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[],
     Raises:
         BackendError: GPU memory ran out.
     """
-    with lock:
+    with lock, at_home(order.device):
         order.follow()
         try:
             yield

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t5_trt.errors import BackendError, InputError
-from t5_trt.tools.records import OURS, RIVALS, Record
+from t5_trt.tools.records import CTRANSLATE2, OURS, RIVALS, Record
 
 PICTURES = (".png", ".svg", ".pdf")
 AXES = {"batch": "batch", "source_tokens": "source tokens", "new_tokens": "new tokens", "num_beams": "beams"}
@@ -30,6 +30,7 @@ LEGEND = {
     "hf_eager_fp32": "Hugging Face, eager, float32",
     "hf_eager_fp16": "Hugging Face, eager, float16",
     "hf_compiled_fp16": "Hugging Face, static cache and torch.compile, float16",
+    **{name: name.replace("ctranslate2_", "CTranslate2, ") for name in CTRANSLATE2},
 }
 #: a shade and a marker for each line of a model, distinguishable without colours
 _LOOKS = {
@@ -37,6 +38,7 @@ _LOOKS = {
     "hf_eager_fp32": (("#d55e00", "s"), ("#f0a468", "D"), ("#7a3600", "P"), ("#b8860b", "X")),
     "hf_eager_fp16": (("#cc79a7", "D"), ("#e8b7d2", "P"), ("#7d3f62", "X")),
     "hf_compiled_fp16": (("#6b6b6b", "P"), ("#a8a8a8", "X"), ("#2b2b2b", "d")),
+    **dict.fromkeys(CTRANSLATE2, (("#8c510a", "*"), ("#c9a15a", "p"), ("#543005", "h"))),
 }
 
 

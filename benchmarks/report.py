@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,19 @@ def serving_plot(readme: Path, write: bool) -> str:
     return _picture(readme, write, "serving.png", "Serving on an H200", records, draw_serving)
 
 
+def gpu_curves(readme: Path, write: bool) -> str:
+    """The picture of whole calls on an H200 over batch, source length and new tokens, and the line that shows it."""
+    records = [record for record in read_records(RESULTS / KERNEL_RECORDS) if record.get("part") == "curves"]
+    return _picture(
+        readme,
+        write,
+        "gpu-curves.png",
+        "generate() on an H200 beside its peers",
+        records,
+        partial(draw_records, rates=True),
+    )
+
+
 def _picture(
     readme: Path,
     write: bool,
@@ -180,6 +194,7 @@ SECTIONS: dict[str, Callable[[Path, bool], str]] = {
     "cuda-speed": cuda_speed,
     "gpu-speed": gpu_speed,
     "gpu-speed-plot": gpu_speed_plot,
+    "gpu-curves": gpu_curves,
     "serving-plot": serving_plot,
 }
 

@@ -80,7 +80,6 @@ def test_warm_ups_then_a_capture(calls: list[Any]) -> None:
     assert ("capture", 2) in calls  # a memory of its own
 
 
-@pytest.mark.usefixtures("calls")
 def test_each_memory_has_a_stream_of_its_own(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """So cuBLAS's workspace, which torch allocates once for a stream, lies in that memory."""
     streams: list[Any] = []
@@ -99,6 +98,7 @@ def test_each_memory_has_a_stream_of_its_own(calls: list[Any], monkeypatch: pyte
     assert streams[0] is streams[1] and len({id(stream) for stream in streams}) == 3
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("draws", [True, False])
 def test_work_that_draws_nothing_leaves_the_generators_to_other_threads(
     monkeypatch: pytest.MonkeyPatch, draws: bool

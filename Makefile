@@ -52,7 +52,7 @@ NOT_FOR_OLDEST = tests/audit tests/benchmarks tests/kernels tests/serving/http t
     $(addprefix tests/engine/test_,faults.py rtx_build.py store.py) tests/examples/test_ray.py tests/examples/test_ray_serve.py tests/examples/test_triton.py \
     $(addprefix tests/test_,benchmarks.py documents.py imports.py install.py other_systems.py package.py release.py structure.py) \
     $(addprefix tests/runtime/test_,buffers.py cuda_*.py encoder_forms.py idle_gpu.py kernel_*.py row_positions.py torch_layers.py) \
-    tests/runtime/test_trt_session.py tests/tools/test_bench.py
+    $(addprefix tests/runtime/test_,captured_engines.py engine_checks.py trt_session.py) tests/tools/test_bench.py
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '%')
 

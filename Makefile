@@ -17,10 +17,12 @@ test: $(VENV)/installed
 coverage:
 	$(MAKE) test COVERAGE=1
 
+# types for the oldest and the newest Python: what a version between them lacks, one of them lacks too
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10
+	$(BIN)/mypy --python-version 3.13
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
@@ -46,13 +48,14 @@ sanitize: $(VENV)/installed
 	$(BIN)/python -m benchmarks.sanitize --out build/sanitize
 
 # the suite on the oldest supported versions, in an environment of its own. Left out is what does not depend on the versions of
-# Transformers and ONNX Runtime: tools, packaging, documents, stores of files, HTTP around generate(), what is compiled or built for
+# Transformers and ONNX Runtime: tools, the command's errors, packaging, documents, stores of files, HTTP around generate(), what is compiled or built for
 # GPUs and the sessions over it (graphs are compared, and the 77 sets of arguments run on stand-ins, in tests that stay)
 NOT_FOR_OLDEST = tests/audit tests/benchmarks tests/kernels tests/serving/http tests/serving/test_serving_ends.py tests/cli/test_serve.py \
     $(addprefix tests/engine/test_,faults.py rtx_build.py store.py) tests/examples/test_ray.py tests/examples/test_ray_serve.py tests/examples/test_triton.py \
     $(addprefix tests/test_,benchmarks.py documents.py imports.py install.py other_systems.py package.py release.py structure.py) \
     $(addprefix tests/runtime/test_,buffers.py cuda_*.py encoder_forms.py idle_gpu.py kernel_*.py row_positions.py torch_layers.py) \
-    tests/runtime/test_trt_session.py tests/tools/test_bench.py
+    $(addprefix tests/runtime/test_,captured_engines.py engine_checks.py step_by_kernels.py trt_session.py) tests/tools/test_bench.py \
+    $(addprefix tests/cli/test_,build_and_cache.py failures.py) tests/serving/test_serving_by_kernels.py
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '%')
 
@@ -61,13 +64,14 @@ oldest: .venv-oldest/installed
 	rm -rf .venv-oldest
 	$(PYTHON) -m venv --without-pip .venv-oldest
 	cp --archive --link $(VENV)/lib/. .venv-oldest/lib/
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
+# pip compiles nothing, which would take two thirds of its time, with one core: what is imported is compiled then
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:

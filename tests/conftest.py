@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -34,6 +35,12 @@ LONG_FILES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end: searching half a million objects takes the garbage collector 0.25 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Files and functions of the library stay short enough to read."""
+"""Files, and functions of the library, stay short enough to read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "t5_trt"
+FOLDERS = ("t5_trt", "tests", "benchmarks", "examples", "audit")
 LONGEST_FILE = 400
 #: lines of code, with the signature and without the docstring: one line for each argument of a public function is no reason to split it
 LONGEST_FUNCTION = 50
@@ -26,9 +27,10 @@ def functions(node: ast.AST, owner: str = "") -> Iterator[tuple[str, int]]:
 
 
 def test_files_have_at_most_400_lines() -> None:
-    sources = [path for path in PACKAGE.rglob("*") if path.suffix in {".py", ".cu", ".cuh"}]
+    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    sources = [path for path in found if path.suffix in {".py", ".cu", ".cuh"}]
     lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
-    assert len(lines) > 100
+    assert len(lines) > 200
     assert not {name: count for name, count in lines.items() if count > LONGEST_FILE}
 
 

@@ -20,7 +20,7 @@ from tests.ray_cluster import example, local_cluster, processes, ray
 pytest.importorskip("ray.data", reason="ray is installed without Ray Data: pip install 't5-trt[ray]'")
 
 LINES = (ROOT / "examples" / "data" / "kana.txt").read_text(encoding="utf-8").split("\n")[:-1]
-TIMES = 10
+TIMES = 5
 SHARD_LINES = 4
 SHARDS = len(LINES) * TIMES // SHARD_LINES
 OPTIONS = ["--workers", "2", "--shard-lines", str(SHARD_LINES), "--batch-size", "4", "--max-new-tokens", "90"]

@@ -52,7 +52,7 @@ def test_weights_are_not_held_twice() -> None:
 
 
 def test_engines_are_opened_lazily(fresh: Any) -> None:
-    assert fresh._runner.session is None
+    assert "engines=(none opened yet)" in repr(fresh)
     fresh.generate(**REQUEST)
     assert fresh.session.loaded_graphs() == ("encoder", "decoder_step")
     fresh(**batch(), decoder_input_ids=torch.zeros(3, 4, dtype=torch.long))
@@ -95,7 +95,7 @@ def test_copies(fresh: Any) -> None:
     expected = fresh.generate(**REQUEST).tolist()
     fresh.reference.eval()
     for twin in (copy.deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
-        assert twin._runner.session is None and twin.encoder is not fresh.encoder
+        assert "engines=(none opened yet)" in repr(twin) and twin.encoder is not fresh.encoder
         assert twin.generate(**REQUEST).tolist() == expected
         assert twin.shared.weight.data_ptr() != fresh.shared.weight.data_ptr()
 

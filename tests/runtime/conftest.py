@@ -1,4 +1,4 @@
-"""Token selection by CUDA kernels on a CPU: their sources, compiled by the C++ compiler, threads one after the other."""
+"""For a CPU: models on stand-in TensorRT engines, and kernels that the C++ compiler compiled, threads one after the other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from t5_trt import kernels
+from t5_trt import BuildConfig, TRTT5ForConditionalGeneration, kernels
 from t5_trt.runtime import cuda_kernels
+from tests.stand_in_tensorrt import stand_in_session
+from tests.tiny_models import make_hugging_face
 
 SHIM = """
 #include <cmath>
@@ -114,3 +116,16 @@ def steps(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         real = getattr(cuda_kernels, step)
         monkeypatch.setattr(cuda_kernels, step, lambda *a, real=real, **k: done.append(real(*a, **k)) or done[-1])
     return done
+
+
+@pytest.fixture
+def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(Hugging Face model, model whose session is a TrtSession on the stand-in)."""
+
+    def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
+        hugging_face = make_hugging_face(kind)
+        ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+        ours.session = stand_in_session(ours, monkeypatch, settings, strict=strict)
+        return hugging_face, ours
+
+    return make

@@ -8,36 +8,19 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from t5_trt import BackendError, BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
+from t5_trt import BuildConfig, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.engine.profiles import Shapes
 from t5_trt.generation import request as requests
 from t5_trt.generation.processors import fingerprint
-from t5_trt.graph.signature import GRAPHS
-from t5_trt.runtime import cuda_graph, device_weights, engine_step, tensorrt_encoder, tensorrt_session
-from t5_trt.runtime.cuda_graph import CaptureError
-from t5_trt.tools.verify import block_errors, verify
-from tests.stand_in_tensorrt import StandInContext, stand_in_session
+from t5_trt.runtime import tensorrt_session
+from tests.stand_in_tensorrt import stand_in_session
 from tests.tiny_models import KINDS, batch, make_hugging_face
 from tests.tolerances import LOGITS_ATOL
-
-
-@pytest.fixture
-def make_pair(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(Hugging Face model, model whose session is a TrtSession on the stand-in)."""
-
-    def make(kind: str, settings: BuildConfig | None = None, *, strict: bool = False) -> tuple[Any, Any]:
-        hugging_face = make_hugging_face(kind)
-        ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
-        ours.session = stand_in_session(ours, monkeypatch, settings, strict=strict)
-        return hugging_face, ours
-
-    return make
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -230,92 +213,6 @@ def test_engines_serve_every_checkpoint_and_share_weights(make_pair: Any) -> Non
     )
 
 
-def checked_session(monkeypatch: pytest.MonkeyPatch) -> Any:
-    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1)
-    ours.session = stand_in_session(ours, monkeypatch, reference=ours.session)
-    return ours
-
-
-def test_new_engines_are_compared_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = checked_session(monkeypatch)
-    engines, errors = ours.session.engines, {}
-    measure = engines._check
-    engines._check = lambda graph, shapes: errors.setdefault((graph, shapes), measure(graph, shapes))
-    hugging_face = make_hugging_face("t5-v1.1")
-    request = {**batch(), "num_beams": 2, "max_new_tokens": 9, "decoder_input_ids": torch.tensor([[0, 5, 6]] * 3)}
-    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
-    states = hugging_face.get_encoder()(**batch()).last_hidden_state.detach()
-    ours(encoder_outputs=(states,), attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
-    embeds = hugging_face.shared(batch()["input_ids"]).detach()
-    ours(inputs_embeds=embeds, attention_mask=batch()["attention_mask"], decoder_input_ids=torch.tensor([[0]] * 3))
-    assert {graph for graph, _ in errors} == set(GRAPHS)
-    assert all(0 <= found.error < 1e-4 for found in errors.values()), errors
-
-
-@pytest.mark.parametrize(
-    ("output", "named"),
-    [
-        ("logits", "logits"),
-        ("new_qkv_1", "new_[kv]_1"),
-        ("cross_kv", r"cross_[kv]_\d"),
-        ("encoder_hidden_states", "encoder_hidden_states"),
-    ],
-)
-def test_engine_that_mixes_up_rows_is_refused(monkeypatch: pytest.MonkeyPatch, output: str, named: str) -> None:
-    """TensorRT 8.5 built such engines: the first row right, the others each other's."""
-    right = StandInContext.run
-
-    def wrong(self: Any) -> None:
-        right(self)
-        for node, is_input in self.engine.io:
-            if node.name == output and not is_input:
-                rows = self.memory(node, tuple(node.shape)).reshape(-1, node.shape[-1])
-                rows[1:] = rows[1:][::-1].copy()
-
-    monkeypatch.setattr(StandInContext, "run", wrong)
-    ours = checked_session(monkeypatch)
-    with pytest.raises(BackendError, match=rf"computes wrong values: \w+ B4 .* in {named} .*check_engines=False"):
-        ours.generate(**batch(), max_new_tokens=5)
-    assert len(ours.session.stand_in.discarded) == 1
-    monkeypatch.setattr(StandInContext, "run", right)
-    expected = make_hugging_face("t5-v1.1").generate(**batch(), max_new_tokens=5)
-    assert ours.generate(**batch(), max_new_tokens=5).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize(
-    ("value", "named"), [(np.inf, "inf in logits against"), (np.nan, r"inf in logits \(NaN\) against")]
-)
-def test_engine_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch, value: float, named: str) -> None:
-    """NaN is told from infinity: it has other causes."""
-    right = StandInContext.run
-
-    def wrong(self: Any) -> None:
-        right(self)
-        for node, is_input in self.engine.io:
-            if node.name == "logits" and not is_input:
-                self.memory(node, tuple(node.shape))[0, :5] = value
-
-    monkeypatch.setattr(StandInContext, "run", wrong)
-    with pytest.raises(BackendError, match=named):
-        checked_session(monkeypatch).generate(**batch(), max_new_tokens=5)
-
-
-def test_error_after_every_block(make_pair: Any) -> None:
-    """Through the tapped engines, and with a fault in one block the table points at it."""
-    _, ours = make_pair("t5-v1.1")
-    tokens = torch.tensor([[0, 4, 5, 6]] * 3)
-    errors = block_errors(ours, batch(), tokens)
-    assert [e.name for e in errors] == ["encoder.block.0", "encoder output", "decoder.block.0", "logits"]
-    assert all(e.relative_error < 1e-5 and e.max_error < 1e-3 for e in errors)
-    assert verify(ours, [batch(), batch(1, 30)], max_new_tokens=9, num_beams=2).equal == 4
-    wrong = ours.session.engines.weights["decoder.block.0.layer.2.DenseReluDense.wo"]
-    wrong[3] += 0.5
-    errors = block_errors(ours, batch(), tokens)
-    assert [e.relative_error > 1e-4 for e in errors] == [False, False, True, True]
-    found = verify(ours, [batch()], max_new_tokens=9)
-    assert found.equal < 3 and found.first_difference is not None and found.max_logit_error > 0.01
-
-
 def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> None:
     hugging_face, ours = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32))
     request = {**batch(1, 40), "max_new_tokens": 3}
@@ -327,107 +224,3 @@ def test_beyond_the_limits(make_pair: Any, caplog: pytest.LogCaptureFixture) -> 
     _, strict = make_pair("t5-v1.0", BuildConfig(max_source_tokens=32), strict=True)
     with pytest.raises(StrictModeError, match=r"needs max_source_tokens = 40"):
         strict.generate(**request)
-
-
-def test_step_that_cannot_be_captured_runs_uncaptured(
-    make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It runs kernel by kernel then."""
-    hugging_face, ours = make_pair("t5-v1.1")
-
-    def refuse(work: Any, device: torch.device, memory: Any) -> Any:
-        work()
-        raise CaptureError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(engine_step, "capture", refuse)
-    for arguments in ({}, {"num_beams": 2}, {}):
-        request = {**batch(), "max_new_tokens": 9, **arguments}
-        assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
-    assert caplog.text.count("the decoder step is not captured") == 2
-    assert caplog.text.count("the token selection is not captured") == 2
-
-
-def test_memory_that_runs_out_while_weights_are_loaded(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was captured before does not read weights that were given back; the next request works."""
-    hugging_face, ours = make_pair("t5-v1.1")
-    held = ours(**batch(1), decoder_input_ids=torch.zeros(1, 1, dtype=torch.long))
-    real = device_weights.materialize
-
-    def full(parameter: Any, *arguments: Any) -> torch.Tensor:
-        if any("decoder.block.1.layer.2" in part for part in parameter.parts):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(parameter, *arguments)
-
-    ours.session.engines.weights._made.clear()
-    monkeypatch.setattr(device_weights, "materialize", full)
-    monkeypatch.setattr(cuda_graph, "free_unused", lambda: None)
-    request = {**batch(), "max_new_tokens": 5}
-    with pytest.raises(BackendError, match=r"GPU memory ran out \(the weights take 0.00 GB as float32"):
-        ours.generate(**request)
-    assert not ours.session._encoders._captured and not ours.session.engines.weights._made
-    monkeypatch.setattr(device_weights, "materialize", real)
-    assert ours.generate(**request).tolist() == hugging_face.generate(**request).tolist()
-    step = {"attention_mask": batch(1)["attention_mask"], "decoder_input_ids": torch.tensor([[7]])}
-    with torch.no_grad():
-        expected = hugging_face(**batch(1), decoder_input_ids=torch.tensor([[0, 7]])).logits[:, 1:]
-    states = (held.encoder_last_hidden_state,)
-    got = ours(encoder_outputs=states, **step, **{CACHE: held[CACHE]}).logits
-    torch.testing.assert_close(got, expected, atol=LOGITS_ATOL, rtol=0)
-
-
-def encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Hidden states of tokens that a mask shows, one after the other."""
-    with torch.no_grad():
-        states = model.get_encoder()(**inputs).last_hidden_state
-    return states[inputs["attention_mask"].bool()]
-
-
-def test_encoders_are_captured_for_short_sources(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for each bucket; nothing of a longer source is left to a shorter one, and results stay what they were."""
-    hugging_face, ours = make_pair("t5-v1.1")
-    captured, capture = [], tensorrt_encoder.capture
-    monkeypatch.setattr(tensorrt_encoder, "capture", lambda *args: captured.append(1) or capture(*args))
-    sources = [batch(4, 30), batch(3, 11, padding="none"), batch(4, 17, seed=1), batch(1, 5), batch(4, 300)]
-    results = [encoded(ours, inputs) for inputs in sources]
-    assert len(captured) == 2  # [4, 32] and [1, 32]; [4, 512] is too long
-    for inputs, result in zip(sources, results, strict=True):
-        torch.testing.assert_close(result, encoded(hugging_face, inputs), atol=LOGITS_ATOL, rtol=0)
-    embeds = {
-        "inputs_embeds": torch.randn(2, 9, hugging_face.config.d_model),
-        "attention_mask": batch(2, 9)["attention_mask"],
-    }
-    torch.testing.assert_close(encoded(ours, embeds), encoded(hugging_face, embeds), atol=LOGITS_ATOL, rtol=0)
-
-
-def test_few_captured_encoders_are_kept(make_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_encoder, "TOKENS_KEPT", 160)  # [1, 32] and [4, 32], not [2, 32] as well
-    hugging_face, ours = make_pair("t5-v1.0")
-    for rows in (1, 2, 3, 1):
-        inputs = batch(rows)
-        torch.testing.assert_close(encoded(ours, inputs), encoded(hugging_face, inputs), atol=LOGITS_ATOL, rtol=0)
-    assert [shapes.B for _, shapes in ours.session._encoders._captured] == [4, 1]
-
-
-def test_encoder_that_cannot_be_captured_runs_uncaptured(
-    make_pair: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It runs kernel by kernel then, and recording it is not tried again; without memory it is an error of ours."""
-    hugging_face, ours = make_pair("t5-v1.1")
-    tries = []
-
-    def refuse(*args: Any) -> Any:
-        tries.append(1)
-        raise CaptureError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(tensorrt_encoder, "capture", refuse)
-    for _ in range(2):
-        torch.testing.assert_close(encoded(ours, batch()), encoded(hugging_face, batch()), atol=LOGITS_ATOL, rtol=0)
-    assert len(tries) == 1 and caplog.text.count("the encoder is not captured") == 1
-
-    def full(*args: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(tensorrt_encoder, "capture", full)
-    monkeypatch.setattr(cuda_graph, "free_unused", lambda: None)
-    with pytest.raises(BackendError, match="GPU memory ran out"):
-        encoded(ours, batch(1))

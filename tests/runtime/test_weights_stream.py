@@ -127,7 +127,7 @@ def test_parameters_are_pages_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(select, "missing_bindings", lambda: None)
     ours = TRTT5ForConditionalGeneration.from_pretrained(tmp_path, backend="cuda")
-    assert ours._runner.session is None and {each.dtype for each in ours.parameters()} == {torch.bfloat16}
+    assert "engines=(none opened yet)" in repr(ours) and {each.dtype for each in ours.parameters()} == {torch.bfloat16}
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")]
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     for name, parameter in ours.named_parameters():

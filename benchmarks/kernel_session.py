@@ -40,6 +40,7 @@ BARE_TESTS = (
     "test_adapters.py",
     "test_serving.py",
     "test_positions.py",
+    "test_two_gpus.py",
 )
 ENGINE_TESTS = ("test_background_builds.py", "test_recording.py", "test_decode_loop.py", "test_tensorrt.py")
 #: building engines keeps one core busy each; more processes than this wait for the GPU

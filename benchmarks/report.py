@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,6 @@ from t5_trt.tools.records import Record, read_records
 
 RESULTS = ROOT / "benchmarks" / "results"
 CPU_RECORDS, CPU_PLOT_RECORDS = "cpu-onnxruntime.json", "cpu-bench.json"
-GPU_RECORDS, GPU_PEER_RECORDS = "h100-trt8.5.3.json", "h200-trt8.5.3.json"
-#: stages of `benchmarks/engine_calls.py` whose records are in the table, and the one that is drawn
-GPU_STAGES, GPU_CURVES = ("engine_calls loops", "engine_calls compiled"), "engine_calls curves"
-GPU_PEER_STAGES = ("peers",)
 #: of `benchmarks/kernel_session.py`; as long as there are none, the first ones of the backend "cuda"
 KERNEL_RECORDS = "h200.json"
 #: who else runs T5 in the precision of ours: names in records, less precision and unit -> names in the table
@@ -37,9 +34,15 @@ COLUMNS = (
     "model", "precision", "batch", "beams", "processor", "Hugging Face eager fp32 ms", "t5_trt ms", "times as fast",
 )  # fmt: skip
 GPU_COLUMNS = (
-    "batch", "beams", "new tokens", "t5_trt fp16 ms", "fastest fp16 peer", "its ms", "times as fast",
-    "Hugging Face eager fp32 ms", "times as fast as that", "tokens per s",
-)  # fmt: skip
+    "batch",
+    "source tokens",
+    "new tokens",
+    "t5_trt ms",
+    "fastest peer",
+    "its ms",
+    "times as fast",
+    "tokens per s",
+)
 
 
 def speed_table(records: Sequence[Record]) -> str:
@@ -61,35 +64,23 @@ def speed_table(records: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *rows.values()])
 
 
-def gpu_speed_table(records: Sequence[Record], stages: Sequence[str] = GPU_STAGES) -> str:
-    """A markdown table of whole calls on a GPU in float16; the last record of a case counts.
-
-    Ours is compared with the fastest of `PEERS` in float16 that the records of a case have, and with Hugging Face's class in float32.
-    """
-    cases: dict[tuple[int, int, int], Record] = {}
-    for record in records:
-        if record.get("stage") in stages:
-            case = cases.setdefault((record["batch"], record["num_beams"], record["new_tokens"]), {})
-            case |= {name: value for name, value in record.items() if name.endswith("_ms")}
-    lines = [GPU_COLUMNS, tuple("---" if column == "fastest fp16 peer" else "---:" for column in GPU_COLUMNS)]
-    for (batch, beams, tokens), case in cases.items():
-        peers = [(case[f"{name}_fp16_ms"], shown) for name, shown in PEERS.items() if f"{name}_fp16_ms" in case]
-        if "ours_ms" in case and "hf_eager_fp32_ms" in case and peers:
-            ours, eager, (fastest, peer) = case["ours_ms"], case["hf_eager_fp32_ms"], min(peers)
-            compared = (peer, f"{fastest:.0f}", f"{fastest / ours:.1f}", f"{eager:.0f}", f"{eager / ours:.1f}")
-            per_second = f"{batch * tokens / ours * 1e3:.0f}"
-            lines.append((str(batch), str(beams), str(tokens), f"{ours:.0f}", *compared, per_second))
+def gpu_peers_table(records: Sequence[Record]) -> str:
+    """A markdown table of what `benchmarks/curves.py` measured: ours beside the fastest of `PEERS` in the same precision and run."""
+    lines = [GPU_COLUMNS, tuple("---" if column == "fastest peer" else "---:" for column in GPU_COLUMNS)]
+    curves = [record for record in records if record.get("part") == "curves"]
+    for record in sorted(curves, key=lambda each: (each["source_tokens"], each["new_tokens"], each["batch"])):
+        peers = [(record[f"{name}_fp16_ms"], shown) for name, shown in PEERS.items() if f"{name}_fp16_ms" in record]
+        if "ours_ms" in record and peers:
+            ours, (fastest, peer) = record["ours_ms"], min(peers)
+            sizes = (str(record[name]) for name in ("batch", "source_tokens", "new_tokens"))
+            times = f"{fastest / ours:.1f}", f"{record['batch'] * record['new_tokens'] / ours * 1e3:.0f}"
+            lines.append((*sizes, f"{ours:.1f}", peer, f"{fastest:.0f}", *times))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def gpu_speed(readme: Path, write: bool) -> str:
-    """The table of times on an H100."""
-    return gpu_speed_table(read_records(RESULTS / GPU_RECORDS))
-
-
 def gpu_peers(readme: Path, write: bool) -> str:
-    """The table of times on an H200, with CTranslate2."""
-    return gpu_speed_table(read_records(RESULTS / GPU_PEER_RECORDS), GPU_PEER_STAGES)
+    """The table of times on an H200 beside the fastest peer."""
+    return gpu_peers_table(read_records(RESULTS / KERNEL_RECORDS))
 
 
 def cuda_speed(readme: Path, write: bool) -> str:
@@ -142,17 +133,23 @@ def cpu_speed_plot(readme: Path, write: bool) -> str:
     )
 
 
-def gpu_speed_plot(readme: Path, write: bool) -> str:
-    """The picture of times on a GPU, and the line that shows it."""
-    records = read_records(RESULTS / GPU_RECORDS)
-    curves = [record for record in records if record.get("stage") == GPU_CURVES]
-    return _picture(readme, write, "gpu-speed.png", "Time of generate() on an H100", curves)
-
-
 def serving_plot(readme: Path, write: bool) -> str:
     """The picture of serving on a GPU, and the line that shows it."""
     records = [record for record in read_records(RESULTS / KERNEL_RECORDS) if record.get("part") == "serving"]
     return _picture(readme, write, "serving.png", "Serving on an H200", records, draw_serving)
+
+
+def gpu_curves(readme: Path, write: bool) -> str:
+    """The picture of whole calls on an H200 over batch, source length and new tokens, and the line that shows it."""
+    records = [record for record in read_records(RESULTS / KERNEL_RECORDS) if record.get("part") == "curves"]
+    return _picture(
+        readme,
+        write,
+        "gpu-curves.png",
+        "generate() on an H200 beside its peers",
+        records,
+        partial(draw_records, rates=True),
+    )
 
 
 def _picture(
@@ -178,8 +175,7 @@ SECTIONS: dict[str, Callable[[Path, bool], str]] = {
     "cpu-speed-plot": cpu_speed_plot,
     "gpu-peers": gpu_peers,
     "cuda-speed": cuda_speed,
-    "gpu-speed": gpu_speed,
-    "gpu-speed-plot": gpu_speed_plot,
+    "gpu-curves": gpu_curves,
     "serving-plot": serving_plot,
 }
 

@@ -17,7 +17,9 @@ from t5_trt.config import BACKENDS, DECODE, PRECISIONS
 from t5_trt.errors import InputError
 
 
-def _choice(choices: tuple[str, ...]) -> Callable[[Optional[str]], Optional[str]]:  # noqa: UP045 - typer reads it at run time
+def choice(choices: tuple[str, ...]) -> Callable[[Optional[str]], Optional[str]]:  # noqa: UP045 - typer reads it at run time
+    """A check of an option's value, which lists the choices where it is another word."""
+
     def check(value: Optional[str]) -> Optional[str]:  # noqa: UP045
         if value is not None and value not in choices:
             raise typer.BadParameter(f"{value!r} is none of {', '.join(choices)}.")
@@ -34,15 +36,15 @@ def _finite(value: Optional[float]) -> Optional[float]:  # noqa: UP045
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="hub id or folder of a checkpoint")]
 CacheDir = Annotated[Optional[Path], typer.Option("--cache-dir", help="folder of engines; default T5_TRT_CACHE")]  # noqa: UP045
-Backend = Annotated[str, typer.Option(help=", ".join(BACKENDS), callback=_choice(BACKENDS))]
-Precision = Annotated[str, typer.Option(help=f"of ours: {', '.join(PRECISIONS)}", callback=_choice(PRECISIONS))]
+Backend = Annotated[str, typer.Option(help=", ".join(BACKENDS), callback=choice(BACKENDS))]
+Precision = Annotated[str, typer.Option(help=f"of ours: {', '.join(PRECISIONS)}", callback=choice(PRECISIONS))]
 Decode = Annotated[
-    str, typer.Option(help=f"who does a decoder step on a GPU: {', '.join(DECODE)}", callback=_choice(DECODE))
+    str, typer.Option(help=f"who does a decoder step on a GPU: {', '.join(DECODE)}", callback=choice(DECODE))
 ]
-EnginePrecision = Annotated[str, typer.Option(help=", ".join(PRECISIONS[1:]), callback=_choice(PRECISIONS[1:]))]
+EnginePrecision = Annotated[str, typer.Option(help=", ".join(PRECISIONS[1:]), callback=choice(PRECISIONS[1:]))]
 Flavor = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="tensorrt or rtx; default: what is installed", callback=_choice(("tensorrt", "rtx"))),
+    typer.Option(help="tensorrt or rtx; default: what is installed", callback=choice(("tensorrt", "rtx"))),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from t5_trt.cli.arguments import Backend, Decode, ListCommand, Precision, read_lines
+from t5_trt.cli.arguments import Backend, Decode, ListCommand, Precision, choice, read_lines
 from t5_trt.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ _Numbers = Optional[list[int]]  # noqa: UP045
 _DoSample = Annotated[bool, typer.Option("--do-sample", help="draw tokens, with the same seed in all calls")]
 _OursOnly = Annotated[
     bool, typer.Option("--ours-only", "--no-stock", help="leave Hugging Face's class out; tokens are not compared")
+]
+_Against = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="time this tool too, in the precision of ours: ctranslate2", callback=choice(("ctranslate2",))),
 ]
 _Texts = Annotated[
     Optional[Path],  # noqa: UP045
@@ -61,22 +65,18 @@ def bench(
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default torch's")] = None,  # noqa: UP045
     texts: _Texts = None,
     ours_only: _OursOnly = False,
+    against: _Against = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="file to append the records to")] = None,  # noqa: UP045
     plot: _Picture = None,
 ) -> None:
-    """Time generate() against Hugging Face's own class, and compare the tokens.
+    """Time generate() against Hugging Face's own class, and CTranslate2 if it is named, and compare the tokens.
 
     Every combination of the listed values is a case. First calls, in which engines are built, are reported apart.
     """
-    from rich.console import Console
-
-    from t5_trt.tools.plot import draw_records
-    from t5_trt.tools.records import print_records
-
     if texts is not None and source_tokens:
         raise InputError("--source-tokens got values beside --texts; the texts decide. Leave one of the two out.")
     lines = None if texts is None else read_lines("--texts", texts)
-    _check_before_measuring(model, json_file, plot)
+    _check_before_measuring(model, json_file, plot, against)
 
     import transformers
 
@@ -88,9 +88,17 @@ def bench(
         for source, new, beams, rows in sizes
     ]
     transformers.logging.set_verbosity_error()  # Transformers warns about max_length in every call
-    chosen = {"backend": backend, "precision": precision, "decode": decode}
+    chosen = {"backend": backend, "precision": precision, "decode": decode, "against": against}
     benchmark = load_benchmark(model, hugging_face=not ours_only, texts=lines is not None, threads=threads, **chosen)
-    records = _measured(benchmark, cases, runs, lines, json_file)
+    _show(_measured(benchmark, cases, runs, lines, json_file), plot)
+
+
+def _show(records: list[dict[str, Any]], plot: Path | None) -> None:
+    from rich.console import Console
+
+    from t5_trt.tools.plot import draw_records
+    from t5_trt.tools.records import print_records
+
     # do not wrap lines in a pipe
     print_records(records, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))
     if plot is not None:
@@ -98,12 +106,15 @@ def bench(
         typer.echo(f"plot: {plot}", err=True)
 
 
-def _check_before_measuring(model: str, json_file: Path | None, plot: Path | None) -> None:
-    """Check the model name and the output files before hours of measuring."""
+def _check_before_measuring(model: str, json_file: Path | None, plot: Path | None, against: str | None) -> None:
+    """Check the model name, the output files and the peer before hours of measuring."""
     from t5_trt.checkpoint.model_names import check_model_name
+    from t5_trt.tools.ctranslate2_peer import import_ctranslate2
     from t5_trt.tools.plot import check_picture
     from t5_trt.tools.records import read_records
 
+    if against:
+        import_ctranslate2()
     if json_file is not None:
         read_records(json_file)
     if plot is not None:

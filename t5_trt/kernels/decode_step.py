@@ -16,22 +16,13 @@ import torch
 
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.kernels.compile import bindings, checked
+from t5_trt.kernels.division import attention_warps, divide_products
 from t5_trt.kernels.launching import LoadedModule, launch
 from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights, padded, tiles
 
 STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: keys of one head that a CTA of an attention kernel takes (``CHUNK`` in ``attention.cuh``)
 CHUNK = 128
-#: shared memory that a CTA of ``output_head`` may take for its rows; every GPU from compute capability 8.0 on has 99 KB
-SHARED_BYTES = 64 * 1024
-#: and where a GPU has 227 KB
-LARGE_SHARED_BYTES = 200 * 1024
-#: major compute capabilities whose GPUs have it
-LARGE_SHARED = (9, 10)
-#: from how many rows on such a GPU takes that much, and makes the widest products of a layer by ``tiled_product.cuh``
-TILED_ROWS = 33
-#: d_model of models for which 17 to 64 rows had better share one load of the weights for every 32 of them
-LARGE_MODEL = 1024
 KERNELS = (
     "embed", "project_qkv", "attend_self", "add_attention", "project_query", "attend_cross", "feed_forward_in",
     "feed_forward_out", "output_head",
@@ -69,27 +60,12 @@ def constants(
         beams: rows that share a source.
         int8: matrices are in 8 bits, and all else is float16.
     """
-    # sizes at which sharing a weight load among rows beats more CTAs (measured on an H200, docs/performance.md)
-    large = capability in LARGE_SHARED and dtype != torch.float32
-    row_tiles = 1 if rows <= 8 else 2 if rows <= 64 or dtype == torch.float32 else 4
-    if large and 16 < rows <= 64 and arch.d_model >= LARGE_MODEL:
-        row_tiles = 4
-    head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
-    room = LARGE_SHARED_BYTES if large and rows > 16 else SHARED_BYTES
-    while head_row_tiles > 1 and head_row_tiles * tiles(arch.d_model) * 256 > room:
-        head_row_tiles //= 2
     return (
         model_constants(arch, dtype)
         | ({"INT8": 1} if int8 else {})
-        | {
-            "V": arch.vocab_size,
-            "ROW_TILES": row_tiles,
-            "TILED": 0 if rows < TILED_ROWS or not large else 2 if rows <= 64 else 4,
-            "HEAD_ROW_TILES": row_tiles if dtype == torch.float32 else head_row_tiles,
-            # 16 warps leave too few registers to convert 8-bit weights
-            "HEAD_WARPS": 16 if head_row_tiles > 8 and dtype != torch.float32 and not int8 else 8,
-            "ATTENTION_WARPS": attention_warps(rows, beams),
-        }
+        | {"V": arch.vocab_size}
+        | divide_products(arch, dtype, rows, capability, int8=int8)
+        | {"ATTENTION_WARPS": attention_warps(arch.num_heads * rows, beams)}
     )
 
 
@@ -104,11 +80,6 @@ def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
         "GATED": int(arch.gated),
         "ACTIVATION": ACTIVATION_NUMBERS[arch.activation],
     }
-
-
-def attention_warps(rows: int, beams: int = 1) -> int:
-    """Number of warps for the keys of one head of one row. Results do not depend on it."""
-    return 8 if rows <= 32 or beams > 1 else 4
 
 
 def has_shared_attention(constants: Mapping[str, int]) -> bool:

@@ -67,7 +67,7 @@ __device__ __forceinline__ bool hides_at(const unsigned char* hidden, const doub
 //   weights [V][E]; logits float32 [rows][V] or null; best uint64 [rows] or null; position int32 [rows]
 #if STORAGE == FLOAT32
 constexpr int HEAD_WIDE = 2, HEAD_ROWS = ROWS;
-typedef Product<(V_TILES + 1) / 2 * 2, HEAD_WIDE, E_K, HEAD_WARPS, true> HeadProduct;
+typedef Product<(V_TILES + 1) / 2 * 2, HEAD_WIDE, ROW_TILES, E_K, HEAD_WARPS, true> HeadProduct;
 constexpr int HEAD_SHARED = HeadProduct::SHARED;
 
 // Grid (pairs of output tiles, row groups).
@@ -98,21 +98,27 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     });
 }
 #else
-constexpr int HEAD_HELD = HEAD_WARPS > 8 ? 8 : 16;  // k tiles whose weights are in registers
+// k tiles whose weights are in registers, and whose rows are copied together
+constexpr int HEAD_STEP = least(HEAD_WARPS > 8 || (INT8 && HEAD_ROW_TILES > 2) ? 8 : 16, HEAD_ROOM / (3 * HEAD_ROW_TILES * BLOCK));
 constexpr int HEAD_WIDE = HEAD_WARPS, HEAD_ROWS = HEAD_ROW_TILES * 8;
-constexpr int HEAD_SHARED = HEAD_ROW_TILES * E_K * BLOCK;
+constexpr int HEAD_STEPS = (E_K + HEAD_STEP - 1) / HEAD_STEP, HEAD_SLOT = HEAD_ROW_TILES * HEAD_STEP * BLOCK;
+constexpr int HEAD_DEPTH = least(HEAD_STEPS, HEAD_ROOM / HEAD_SLOT);                // steps that shared memory holds
+constexpr int HEAD_LEAD = HEAD_STEPS > HEAD_DEPTH ? HEAD_DEPTH - 1 : HEAD_DEPTH;  // of which so many are on their way
+constexpr int HEAD_SHARED = HEAD_DEPTH * HEAD_SLOT;
+static_assert(HEAD_LEAD > 0, "shared memory of output_head");
 
-// Start to copy the k tiles from FIRST to END of the CTA's rows into shared memory, as one group.
-template <int FIRST, int END> __device__ __forceinline__ void copy_head_rows(const stored* copy, int row0, int rows)
+// Start to copy a step of the CTA's rows into shared memory, as a group.
+__device__ __forceinline__ void copy_head_rows(int step, const stored* copy, int row0, int rows)
 {
-    constexpr int A_TILE = (END - FIRST) * ROW_PIECES, PIECES = HEAD_ROW_TILES * A_TILE;  // of 16 bytes
-    const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    const uint4* from = (const uint4*)copy + (long long)(row0 >> 3) * E_K * ROW_PIECES;
-    for (int i = threadIdx.x; i < PIECES; i += HEAD_WARPS * 32) {
-        const int tile = i / most(A_TILE, 1), piece = tile * E_K * ROW_PIECES + FIRST * ROW_PIECES + i % most(A_TILE, 1);
-        copy_async(to + piece * 16, from + piece, row0 + tile * 8 < rows);
+    const int pieces = least(HEAD_STEP, E_K - step * HEAD_STEP) * ROW_PIECES;  // of 16 bytes, of a row tile
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + step % HEAD_DEPTH * HEAD_SLOT;
+    const uint4* from = (const uint4*)copy + ((long long)(row0 >> 3) * E_K + step * HEAD_STEP) * ROW_PIECES;
+#pragma unroll
+    for (int i = threadIdx.x; i < HEAD_ROW_TILES * HEAD_STEP * ROW_PIECES; i += HEAD_WARPS * 32) {
+        const int tile = i / (HEAD_STEP * ROW_PIECES), piece = i % (HEAD_STEP * ROW_PIECES);
+        if (E_K % HEAD_STEP == 0 || piece < pieces)
+            copy_async(to + i * 16, from + (long long)tile * E_K * ROW_PIECES + piece, row0 + tile * 8 < rows);
     }
-    end_group();
 }
 
 // A warp makes a tile of 16 outputs with all of k, from a copy of the stream in shared memory. Grid (HEAD_WARPS output tiles, groups of HEAD_ROWS).
@@ -124,9 +130,9 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     __shared__ float factors[HEAD_ROWS];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile = blockIdx.x * HEAD_WARPS + warp, row0 = blockIdx.y * HEAD_ROWS;
     const bool has = tile < V_TILES;
-    uint4 held[HEAD_HELD];
+    uint4 held[HEAD_STEP];
 #pragma unroll
-    for (int i = 0; i < HEAD_HELD; ++i)
+    for (int i = 0; i < HEAD_STEP; ++i)
         if (has && i < E_K)
             held[i] = load_weights(weights_at<E_K>(weights, tile, i), lane);
     float output_scales[2] = {1.f, 1.f};  // of this lane's outputs
@@ -138,27 +144,32 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
 #endif
     let_next_start();
     wait_for_inputs();
-    copy_head_rows<0, least(HEAD_HELD, E_K)>(copy, row0, rows);
-    copy_head_rows<least(HEAD_HELD, E_K), E_K>(copy, row0, rows);
+#pragma unroll
+    for (int step = 0; step < HEAD_LEAD; ++step) {
+        copy_head_rows(step, copy, row0, rows);
+        end_group();
+    }
     norm_factors<HEAD_WARPS * 32, HEAD_ROWS>({squares, scales, nullptr, epsilon}, row0, rows, factors);
     float sums[HEAD_ROW_TILES][4] = {};
 #pragma unroll 1
-    for (int base = 0; base < E_K; base += HEAD_HELD) {
-        if (base == 0)
-            wait_for_group<1>();
-        else
-            wait_for_group<0>();
-        __syncthreads();
+    for (int step = 0; step < HEAD_STEPS; ++step) {
+        const int base = step * HEAD_STEP;
+        wait_for_group<HEAD_LEAD - 1>();
+        __syncthreads();  // other threads have copied a part, and are done with the step before
+        if (HEAD_STEPS > HEAD_DEPTH && step + HEAD_LEAD < HEAD_STEPS)
+            copy_head_rows(step + HEAD_LEAD, copy, row0, rows);
+        end_group();  // an empty one, too: the wait counts groups
+        const Rows* x = (const Rows*)(shared + step % HEAD_DEPTH * HEAD_SLOT) + lane;
 #pragma unroll
-        for (int i = 0; i < HEAD_HELD; ++i) {
-            if (base + i < E_K) {
+        for (int i = 0; i < HEAD_STEP; ++i) {
+            if (E_K % HEAD_STEP == 0 || base + i < E_K) {
                 const Factor a(held[i]);
 #pragma unroll
                 for (int t = 0; t < HEAD_ROW_TILES; ++t)
-                    multiply_tiles(sums[t], a, ((const Rows*)shared)[(t * E_K + base + i) * 32 + lane]);
+                    multiply_tiles(sums[t], a, x[(t * HEAD_STEP + i) * 32]);
             }
-            if (has && base + i + HEAD_HELD < E_K)
-                held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_HELD), lane);
+            if (has && base + i + HEAD_STEP < E_K)
+                held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_STEP), lane);
         }
     }
 #pragma unroll

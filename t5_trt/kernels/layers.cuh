@@ -3,21 +3,19 @@
 #pragma once
 #include "tiled_product.cuh"
 
-template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED> using NarrowProduct = Product<TOTAL, OUT_TILES, K_TILES, PRODUCT_WARPS, NORMED>;
+template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, bool NORMED>
+using NarrowProduct = Product<TOTAL, OUT_TILES, OWN_ROW_TILES, K_TILES, PRODUCT_WARPS, NORMED>;
 #if TILED
-constexpr int WIDE = TILED;
 template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = TiledProduct<TOTAL, OUT_TILES, K_TILES, true>;
 #else
-// Fewer CTAs than SMs, and the stream read as seldom as registers allow (measured on an H200, docs/performance.md).
-constexpr int WIDE = STORAGE == FLOAT32 ? 1 : ROW_TILES == 2 ? 4 : 2;  // sums of four row tiles would not fit into shared memory
-template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, K_TILES, true>;
+template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, ROW_TILES, K_TILES, true>;
 #endif
-constexpr int QKV_WIDE = WIDE, IN_WIDE = GATED && STORAGE != FLOAT32 ? WIDE / 2 : WIDE;
+constexpr int QKV_WIDE = WIDE_TILES, IN_WIDE = GATED && STORAGE != FLOAT32 ? most(WIDE_TILES / 2, 1) : WIDE_TILES;
 typedef WideProduct<3 * HD_TILES, QKV_WIDE, E_K> QkvProduct;
-typedef NarrowProduct<E_TILES, 1, HD_K, false> AddProduct;
-typedef NarrowProduct<HD_TILES, 1, E_K, true> QueryProduct;
+typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, HD_K, false> AddProduct;
+typedef NarrowProduct<HD_TILES, QUERY_TILES, ROW_TILES, E_K, true> QueryProduct;
 typedef WideProduct<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_K> InProduct;
-typedef NarrowProduct<E_TILES, 1, FF_K, false> OutProduct;
+typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, FF_K, false> OutProduct;
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
 //   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];
@@ -57,10 +55,12 @@ extern "C" __global__ void __launch_bounds__(QueryProduct::THREADS, 1)
 project_query(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query, int rows,
               float epsilon)
 {
-    const int tile = blockIdx.x;
+    const int tile0 = blockIdx.x * QUERY_TILES;
     product<QueryProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(), [&](int output, int row, const float* y, int) {
-        if (row < rows)
-            query[(long long)row * HD_PAD + tile * 16 + output] = y[0];
+#pragma unroll
+        for (int i = 0; i < QUERY_TILES; ++i)
+            if (row < rows && (HD_TILES % QUERY_TILES == 0 || tile0 + i < HD_TILES))
+                query[(long long)row * HD_PAD + (tile0 + i) * 16 + output] = y[i];
     });
 }
 
@@ -78,19 +78,29 @@ template <class P>
 __device__ __forceinline__ void add_product(const uint4* weights, const stored* x, float* stream, stored* copy, float* squares,
                                             const float* scales, int rows, float factor)
 {
-    const int tile = blockIdx.x;
-    const auto at = [&](int output, int row) { return stream + (long long)row * E_PAD + tile * 16 + output; };
-    product<P>(weights, x, {}, rows,
-        [&](int output, int row) { return row < rows ? float2{__ldcg(at(output, row)), __ldcg(scales + row)} : float2{0.f, 0.f}; },
-        [&](int output, int row, const float* y, float2 before) {
-        const float sum = before.x + y[0] * factor;
-        if (row < rows) {
-            *at(output, row) = sum;
-            leave_copy(copy, row, tile * 16 + output, sum, before.y);
+    struct Before { float stream[ADD_TILES], scale; };
+    const int tile0 = blockIdx.x * ADD_TILES;
+    const auto at = [&](int i, int output, int row) { return stream + (long long)row * E_PAD + (tile0 + i) * 16 + output; };
+    const auto has = [&](int i, int row) { return row < rows && (E_TILES % ADD_TILES == 0 || tile0 + i < E_TILES); };
+    product<P>(weights, x, {}, rows, [&](int output, int row) {
+        Before read;
+#pragma unroll
+        for (int i = 0; i < ADD_TILES; ++i)
+            read.stream[i] = has(i, row) ? __ldcg(at(i, output, row)) : 0.f;
+        read.scale = row < rows ? __ldcg(scales + row) : 0.f;
+        return read;
+    }, [&](int output, int row, const float* y, const Before& before) {
+#pragma unroll
+        for (int i = 0; i < ADD_TILES; ++i) {
+            const float sum = before.stream[i] + y[i] * factor;
+            if (has(i, row)) {
+                *at(i, output, row) = sum;
+                leave_copy(copy, row, (tile0 + i) * 16 + output, sum, before.scale);
+            }
+            const float square = sum_lanes(sum * sum, 1, 16);
+            if (output == 0 && has(i, row))
+                squares[(long long)row * PARTIALS + tile0 + i] = square;
         }
-        const float square = sum_lanes(sum * sum, 1, 16);
-        if (output == 0 && row < rows)
-            squares[(long long)row * PARTIALS + tile] = square;
     });
 }
 

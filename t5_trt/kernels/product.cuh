@@ -1,6 +1,6 @@
 // Products of a weight matrix with the rows of a request: y[row][out] = sum over k of W[out][k] x[row][k].
 //
-// A CTA makes 16 * OUT_TILES outputs for ROWS rows. Its warps share k, each with a fixed range of k tiles. The sums of
+// A CTA makes 16 * OUT_TILES outputs for 8 * OWN_ROW_TILES rows. Its warps share k, each with a fixed range of k tiles. The sums of
 // each half of the warps are added in their order, then both: a result depends on neither the number of rows nor what the others hold.
 // Weights are stored tile by tile: [out tile][k tile][lane], 16 bytes a lane in the order of mma.m16n8k16's A fragments (float32:
 // two times 16 bytes; lane l has row l % 16 and 8 columns from l / 16 * 8; 8 bits: int8_weights.cuh). A k tile is 16 columns, of 8-bit weights
@@ -103,36 +103,43 @@ __host__ __device__ constexpr int even_part(int count, int limit)
     return largest_part(count, limit) * 2 >= limit ? largest_part(count, limit) : limit;
 }
 
-// TOTAL: tiles of outputs in all.
-template <int TOTAL, int OUT_TILES, int K_TILES, int WARPS, bool NORMED>
+// Most k tiles that registers hold; on older GPUs the compiler would spill some of 16.
+#if __CUDA_ARCH__ >= 900
+constexpr int MOST_HELD = 16;
+#else
+constexpr int MOST_HELD = 12;
+#endif
+
+// TOTAL: tiles of outputs in all. OWN_ROW_TILES: tiles of 8 rows of a CTA.
+template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int TILES = OUT_TILES, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = ROWS;
+    static constexpr int TILES = OUT_TILES, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
     static constexpr int MOST = (PER_WARP * OUT_TILES > 6 ? 4 : 6) / OUT_TILES;  // fewer where a loop holds on to addresses
-    static constexpr int SUMS = ROWS;           // of a lane: its output for every row
+    static constexpr int SUMS = OWN_ROWS;           // of a lane: its output for every row
     static constexpr bool STAGED = false;
 #else
     // more would not fit beside the sums; fewer where a loop holds on to the addresses of several tiles
 #if INT8
     // a k tile's rows take as many registers as its weights
-    static constexpr bool STAGED = ROW_TILES > 1 || PER_WARP * (OUT_TILES + 1) > 16;
-    static constexpr int MOST = least(12, 16 / OUT_TILES - ROW_TILES);
+    static constexpr bool STAGED = OWN_ROW_TILES > 1 || PER_WARP * (OUT_TILES + 1) > 16;
+    static constexpr int MOST = least(12, 16 / OUT_TILES - OWN_ROW_TILES);
 #else
-    static constexpr bool STAGED = ROW_TILES > 1;  // rows go through shared memory, so that all loads are under way at once
-    static constexpr int MOST = least(12, (PER_WARP * OUT_TILES > 24 && OUT_TILES > 1 ? 16 : 24) / OUT_TILES);
+    static constexpr bool STAGED = OWN_ROW_TILES > 1;  // rows go through shared memory, so that all loads are under way at once
+    static constexpr int MOST = least(MOST_HELD, (PER_WARP * OUT_TILES > 24 && OUT_TILES > 1 ? 16 : 24) / OUT_TILES);
 #endif
-    static constexpr int SUMS = ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
+    static constexpr int SUMS = OWN_ROW_TILES * 4;  // of a lane: an accumulator of mma for every row tile
 #endif
-    static constexpr int FITTING = STAGED ? SHARED_BYTES / (WARPS * ROW_TILES * BLOCK) : MOST;
+    static constexpr int FITTING = STAGED ? SHARED_BYTES / (WARPS * OWN_ROW_TILES * BLOCK) : MOST;
     static constexpr int LIMIT = least(PER_WARP, least(MOST, FITTING));
     static constexpr int HELD = K_TILES % WARPS ? LIMIT : even_part(PER_WARP, LIMIT);  // k tiles whose weights are in registers, and rows on their way
-    static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;  // that an SM has registers for: twice the loads
+    static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;
     static constexpr bool EVEN = K_TILES % WARPS == 0 && PER_WARP % HELD == 0;  // no k tile is missing anywhere
     static constexpr int STRIDE = 20;                 // of the sums of a row: 16, and no bank conflicts
-    static constexpr int PARTS = OUT_TILES * ROWS * STRIDE;
-    static constexpr int REGION = most(STAGED ? HELD * ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
+    static constexpr int PARTS = OUT_TILES * OWN_ROWS * STRIDE;
+    static constexpr int REGION = most(STAGED ? HELD * OWN_ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
     static constexpr int SHARED = WARPS * REGION;
     static_assert(SHARED <= SHARED_BYTES, "shared memory");
 
@@ -218,7 +225,7 @@ struct Product {
     __device__ __forceinline__ void multiply(int place, const float* x, int row0, int k_tile)
     {
 #pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
+        for (int row = 0; row < OWN_ROWS; ++row) {
             const float4* at = (const float4*)(x + (long long)(row0 + row) * (K_TILES * 16) + k_tile * 16 + (lane >> 4) * 8);
             const float4 a = __ldcg(at), b = __ldcg(at + 1);
 #pragma unroll
@@ -243,7 +250,7 @@ struct Product {
             wait_for_group<HELD - 1>();
             __syncwarp();  // other lanes have copied a part
             if (has(base + i))
-                multiply(i, (const Rows*)(region + i * ROW_TILES * BLOCK) + lane);
+                multiply(i, (const Rows*)(region + i * OWN_ROW_TILES * BLOCK) + lane);
             if constexpr (PER_WARP > HELD) {
                 __syncwarp();
                 load(i, base + i + HELD);
@@ -261,10 +268,10 @@ struct Product {
             if (there)
                 read[place] = row0 < rows ? __ldcg((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane) : Rows{};
         } else {
-            const unsigned to = (unsigned)__cvta_generic_to_shared(region) + place * ROW_TILES * BLOCK + lane * 16;
+            const unsigned to = (unsigned)__cvta_generic_to_shared(region) + place * OWN_ROW_TILES * BLOCK + lane * 16;
             if (there)
 #pragma unroll
-                for (int t = 0; t < ROW_TILES; t += 32 / ROW_PIECES) {  // a row tile's pieces by as many lanes
+                for (int t = 0; t < OWN_ROW_TILES; t += 32 / ROW_PIECES) {  // a row tile's pieces by as many lanes
                     const int tile = (row0 >> 3) + t + lane / ROW_PIECES;
                     copy_async(to + t * BLOCK, (const uint4*)x + ((long long)tile * K_TILES + k_tile) * ROW_PIECES + lane % ROW_PIECES, tile * 8 < rows);
                 }
@@ -276,20 +283,20 @@ struct Product {
     __device__ __forceinline__ void multiply(int place, const Rows* x)
     {
 #if INT8
-        Rows b[ROW_TILES];
+        Rows b[OWN_ROW_TILES];
 #pragma unroll
-        for (int t = 0; t < ROW_TILES; ++t)
+        for (int t = 0; t < OWN_ROW_TILES; ++t)
             b[t] = x[t * 32];
 #pragma unroll
         for (int tile = 0; tile < OUT_TILES; ++tile) {
             const Widened a(held[tile][place]);
 #pragma unroll
-            for (int t = 0; t < ROW_TILES; ++t)
+            for (int t = 0; t < OWN_ROW_TILES; ++t)
                 multiply_tiles(sums[tile] + t * 4, a, b[t]);
         }
 #else
 #pragma unroll
-        for (int t = 0; t < ROW_TILES; ++t) {
+        for (int t = 0; t < OWN_ROW_TILES; ++t) {
             const Rows b = x[t * 32];
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
@@ -307,10 +314,10 @@ struct Product {
         float* parts = (float*)region;
 #pragma unroll
         for (int tile = 0; tile < OUT_TILES; ++tile) {
-            float* own = parts + tile * ROWS * STRIDE;
+            float* own = parts + tile * OWN_ROWS * STRIDE;
 #if STORAGE == FLOAT32
 #pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
+            for (int row = 0; row < OWN_ROWS; ++row) {
                 const float sum = sums[tile][row] + __shfl_xor_sync(0xffffffffu, sums[tile][row], 16);
                 if (lane < 16)
                     own[row * STRIDE + lane] = sum;
@@ -331,7 +338,7 @@ struct Product {
         float sums[HALVES] = {};
 #pragma unroll
         for (int i = 0; i < WARPS; ++i)
-            sums[i / (WARPS / HALVES)] += ((const float*)(shared + i * REGION))[(tile * ROWS + row) * STRIDE + output];
+            sums[i / (WARPS / HALVES)] += ((const float*)(shared + i * REGION))[(tile * OWN_ROWS + row) * STRIDE + output];
         return sums[0] + sums[1];
     }
 };

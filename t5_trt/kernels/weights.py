@@ -37,9 +37,9 @@ def pack_matrix(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def unpack_matrix(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """The inverse of `pack_matrix`: the matrix [outputs, inputs]."""
+    """The inverse of `pack_matrix`: the matrix [outputs, inputs]; of 8-bit weights in float16."""
     if packed.dtype == torch.uint8:
-        return unpack_int8(packed, outputs, inputs)
+        return unpack_int8(packed, outputs, inputs).half()
     rows, columns = packed.shape[:2]
     if packed.dtype == torch.float32:
         parts = packed.view(rows, columns, 2, 2, 16, 4).permute(0, 4, 1, 3, 2, 5)
@@ -79,13 +79,13 @@ def pack_int8(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_int8(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """What `pack_int8` has rounded, in float16 [outputs, inputs]."""
+    """What `pack_int8` has rounded, in float32 [outputs, inputs]."""
     rows, columns = len(packed), -(-inputs // LARGE_TILE)
     numbers = (
         packed[:, : columns * 512].view(rows, columns, 8, 4, 8, 2).permute(0, 5, 2, 1, 3, 4).reshape(rows * 16, -1)
     )
     scales = packed[:, columns * 512 :][:, :64].contiguous().view(torch.float32).view(-1, 1)
-    return ((numbers.float() - 128) * scales)[:outputs, :inputs].half()
+    return ((numbers.float() - 128) * scales)[:outputs, :inputs]
 
 
 def pack_stack(matrices: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

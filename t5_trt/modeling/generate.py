@@ -27,6 +27,7 @@ from t5_trt.modeling.forward import EngineForward
 from t5_trt.modeling.generation_context import generating, generation_of
 from t5_trt.modeling.inputs import INNER_VALUES
 from t5_trt.modeling.runner import ModelRunner, ordinary_tensors
+from t5_trt.runtime.cuda_graph import at_home
 from t5_trt.validation import check_length, check_token_ids
 
 logger = logging.getLogger("t5_trt")
@@ -96,7 +97,7 @@ class EngineGeneration:
             _log_once(logging.WARNING, _TRAINING)
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         rows_per_source = max(_setting(name, kwargs, configs) or 1 for name in ("num_beams", "num_return_sequences"))
-        with self._runner.lock, generating(self._runner, rows_per_source, key):
+        with self._runner.lock, at_home(self.device), generating(self._runner, rows_per_source, key):
             wanted = [name for name in INNER_VALUES if _setting(name, kwargs, configs)]
             wanted += ["adapter_names"] if self._runner.rows_have_adapters() else []
             if wanted:

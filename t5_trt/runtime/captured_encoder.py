@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, capture, outside_capture
-from t5_trt.runtime.row_sources import EncoderStream
 from t5_trt.runtime.torch_layers import NO_KEY
 
 logger = logging.getLogger("t5_trt")
@@ -51,11 +50,10 @@ class CapturedEncoder:
     Args:
         encode: (ids int64 [B, S], mask int64 [B, S]) -> (hidden states [B, S, E], cross-attention K/V [L, 2, B, H, S, D]).
         device: the GPU.
-        beside: of the encoder.
     """
 
-    def __init__(self, encode: Encode, device: torch.device, beside: EncoderStream) -> None:
-        self._encode, self._device, self._beside = encode, device, beside
+    def __init__(self, encode: Encode, device: torch.device) -> None:
+        self._encode, self._device = encode, device
         self._sizes: OrderedDict[tuple[int, int], CapturedSize] = OrderedDict()
         self._memory = GraphMemory()
 
@@ -104,7 +102,7 @@ class CapturedEncoder:
             size.cross.copy_(cross)
 
         try:
-            size.graph = capture(work, self._device, self._memory, draws=False, stream=self._beside.stream)
+            size.graph = capture(work, self._device, self._memory, draws=False)
         except CaptureError as error:
             logger.warning("the encoder is not captured (%s); it runs kernel by kernel.", str(error))
             return False

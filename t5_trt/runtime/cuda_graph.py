@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from t5_trt.errors import BackendError, causes, raise_hidden_interrupt
+from t5_trt.kernels.compile import bindings, checked
 
 WARM_UPS = 3  # TensorRT allocates lazily in its first runs; that must be done before a capture
 #: held during captures: torch's allocator cannot serve two at once or release memory during one, nor can its generator draw
@@ -31,6 +32,17 @@ class GraphMemory:
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """A stream for these captures alone, so that cuBLAS's workspace, which torch allocates once for a stream, lies in this memory.
+
+        Any other may be freed while a graph still writes to it: torch.compile frees all workspaces before and after its own captures
+        (``clear_cublas_manager`` in ``torch/_inductor/cudagraph_trees.py``).
+        """
+        if self._stream is None:
+            self._stream = _own_stream(device)
+        return self._stream
 
     def take(self) -> Any:
         """The pool for the next capture."""
@@ -40,7 +52,19 @@ class GraphMemory:
 
     def give_up(self) -> None:
         """Use another pool for the following captures."""
-        self.pool = None
+        self.pool = self._stream = None
+
+
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else gets: torch deals its 32 out again and again."""
+    try:
+        driver = bindings("driver")
+    except BackendError:  # without our kernels: with TensorRT's engines alone
+        return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes torch's context current
+        made = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+    return torch.cuda.ExternalStream(int(made), device)  # type: ignore[no-untyped-call]
 
 
 @cache
@@ -71,8 +95,7 @@ def capture(
         device: of the GPU.
         memory: shared with other graphs; None gives the graph its own.
         draws: the work may draw random numbers. False leaves torch's generators alone, which another thread may be seeding.
-        stream: to capture in. Graphs with products that were captured in one stream share a workspace of cuBLAS, so they must not
-            run at the same time; None takes the stream of graphs that never do.
+        stream: to warm up in, and to capture in where there is no `memory`; None takes one of all models.
 
     Returns:
         The graph. Replaying it runs what was captured with whatever the buffers then hold.
@@ -81,9 +104,9 @@ def capture(
         CaptureError: the work ran, but could not be captured.
         torch.cuda.OutOfMemoryError: GPU memory ran out.
     """
-    memory = memory or GraphMemory()
     with _capturing():
         side, before = stream or _side_stream(device), torch.cuda.current_stream(device)
+        capturing, memory = (side, GraphMemory()) if memory is None else (memory.stream(device), memory)
         side.wait_stream(before)
         with (
             torch.random.fork_rng([device], enabled=draws),
@@ -99,7 +122,7 @@ def capture(
             # other threads may use the GPU meanwhile; freeing a graph here would become part of the capture
             with (
                 _no_collection(),
-                torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=pool, stream=capturing, capture_error_mode="thread_local"),
             ):
                 work()
         except BaseException as error:
@@ -146,14 +169,14 @@ class StreamOrder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._last: torch.cuda.Stream | None = None
 
     def follow(self) -> None:
         """Make torch's current stream wait for the previous one, if they differ; the host does not wait."""
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(self.device)
         if self._last is not None and stream != self._last:
             stream.wait_stream(self._last)
         self._last = stream
@@ -199,6 +222,11 @@ def out_of_memory(error: Exception) -> BackendError:
     )
 
 
+def at_home(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a model's GPU the thread's current one: kernels and engines are loaded and started there. Nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[], None]) -> Iterator[None]:
     """Give a session its turn on the GPU: one thread at a time, streams in order.
@@ -211,7 +239,7 @@ def taking_turns(lock: threading.RLock, order: StreamOrder, let_go: Callable[[],
     Raises:
         BackendError: GPU memory ran out.
     """
-    with lock:
+    with lock, at_home(order.device):
         order.follow()
         try:
             yield

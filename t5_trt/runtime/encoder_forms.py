@@ -11,13 +11,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from t5_trt.engine.profiles import Shapes
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.graph.signature import ENCODER
+from t5_trt.runtime.cuda_graph import at_home
 from t5_trt.runtime.gpu_encoder import GpuEncoder
 from t5_trt.runtime.tensorrt_encoder import Encoders
 from t5_trt.runtime.tensorrt_engines import Key, TrtEngines
@@ -146,7 +147,7 @@ class EncoderForms:
         own_is_faster = True
         if failure is None:
             try:
-                with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext(), self._judging():
+                with at_home(self._device), self._judging():
                     self._engines.load(*key)  # takes the session's turn only for its own runs
                     with self._turn():
                         own_is_faster = self._compare(key)

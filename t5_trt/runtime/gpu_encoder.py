@@ -25,7 +25,7 @@ class GpuEncoder:
 
     def __init__(self, form: TorchEncoder, device: torch.device) -> None:
         self.form, self.beside = form, EncoderStream(device)
-        self._captured = CapturedEncoder(partial(_both, form), device, self.beside)
+        self._captured = CapturedEncoder(partial(_both, form), device)
 
     def encode(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor

@@ -52,8 +52,6 @@ class RowSources:
 class EncoderStream:
     """The stream of one model's encoder beside its steps; nothing on a CPU.
 
-    Its graphs are captured in it, too: those of two models in one stream would share a workspace of cuBLAS, and could run at the same time.
-
     Args:
         device: of the model.
     """

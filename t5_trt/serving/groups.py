@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from t5_trt.errors import EngineClosedError
-from t5_trt.runtime.cuda_graph import outside_capture
+from t5_trt.runtime.cuda_graph import at_home, outside_capture
 from t5_trt.serving.handle import Job
 
 
@@ -108,11 +108,6 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
         if reason is not None:
             raise reason
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def at_home(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a model's GPU the thread's current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def closed() -> EngineClosedError:

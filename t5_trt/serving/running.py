@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 from t5_trt.generation.processors import CapturableProcessors
+from t5_trt.runtime.cuda_graph import at_home
 from t5_trt.runtime.row_buffers import RowSession
-from t5_trt.serving.groups import at_home
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
 from t5_trt.serving.rows import Row, StartedStep, device_processors

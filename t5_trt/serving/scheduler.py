@@ -16,8 +16,9 @@ import torch
 
 from t5_trt.errors import EngineClosedError, QueueFullError
 from t5_trt.runtime.captured_encoder import CAPTURED_TOKENS
+from t5_trt.runtime.cuda_graph import at_home
 from t5_trt.runtime.row_buffers import RowSession
-from t5_trt.serving.groups import GroupRunner, at_home, closed
+from t5_trt.serving.groups import GroupRunner, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
 from t5_trt.serving.running import RunningRows

@@ -1,6 +1,6 @@
-"""Times ``generate()`` on engines and in Hugging Face's class, and compares the tokens.
+"""Times ``generate()`` on engines, in Hugging Face's class and in CTranslate2, and compares the tokens.
 
-Both run in this process, on the same device, in turns. Results are records (dicts for JSON), which `t5_trt.tools.records` stores
+All run in this process, on the same device, in turns. Results are records (dicts for JSON), which `t5_trt.tools.records` stores
 and shows. Parts of a call are not timed here: see ``benchmarks/engines.py``.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import InputError
 from t5_trt.generation.search_settings import length_limit, one_search
 from t5_trt.modeling import TRTT5ForConditionalGeneration
+from t5_trt.tools.ctranslate2_peer import CTranslate2Model, import_ctranslate2
 from t5_trt.tools.environment import environment
 from t5_trt.tools.random_models import RANDOM, random_source, random_t5
 
@@ -68,7 +69,7 @@ class Benchmark:
     Attributes:
         name: of the model, for records.
         ours: the model on engines.
-        baselines: name in records, such as "hf_eager_fp32", -> Hugging Face's model on the same device.
+        baselines: name in records, such as "hf_eager_fp32" or "ctranslate2_int8", -> another model on the same device.
         left_out: name in records -> why that model is not measured.
         tokenizer: of the checkpoint, or None where its weights are random.
     """
@@ -81,7 +82,13 @@ class Benchmark:
 
 
 def load_benchmark(
-    model: str, *, hugging_face: bool = True, texts: bool = False, threads: int | None = None, **options: Any
+    model: str,
+    *,
+    hugging_face: bool = True,
+    texts: bool = False,
+    threads: int | None = None,
+    against: str | None = None,
+    **options: Any,
 ) -> Benchmark:
     """Load a model on engines, and Hugging Face's class with the same weights on the same device.
 
@@ -92,15 +99,21 @@ def load_benchmark(
         model: a folder, a hub id, or "random:" and a key of `SHAPES`.
         hugging_face: also load Hugging Face's class.
         texts: also load the tokenizer.
-        threads: CPU threads of both; None leaves torch's number.
+        threads: CPU threads of each; None leaves torch's number.
+        against: "ctranslate2" to load it too, in the precision of ours.
         options: as of ``from_pretrained``, such as ``backend`` and ``precision``.
 
     Raises:
-        InputError: there is no such random model, or `texts` with one.
+        InputError: there is no such random model, or `texts` with one; or CTranslate2 does not take this model or precision.
+        BackendError: CTranslate2 is not installed.
         T5TRTError: loading failed, see ``TRTT5ForConditionalGeneration.from_pretrained``.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if against not in (None, "ctranslate2"):
+        raise InputError(f"against got {against!r}; expected None or 'ctranslate2'.")
+    if against:
+        import_ctranslate2()
     shape = model.removeprefix(RANDOM) if model.startswith(RANDOM) else None
     if shape is not None and texts:
         raise InputError(
@@ -114,25 +127,36 @@ def load_benchmark(
         ours = TRTT5ForConditionalGeneration.from_pretrained(model, num_threads=threads, **options)
         name = Path(model).resolve().name if Path(model).is_dir() else model
         safe: dict[str, Any] = {"config": load_config(model), "trust_remote_code": False}
-        first = (
-            AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval() if hugging_face else None
-        )
+        first = None
+        if hugging_face or against:
+            first = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **safe).eval()
     benchmark = Benchmark(name, ours, {}, {}, load_tokenizer(model) if texts else None)
-    if hugging_face and ours.device.type == "cpu":
+    if hugging_face:
+        _add_hugging_face(benchmark, first)
+    if against:
+        precision, device = ours.session.precision, ours.device
+        benchmark.baselines[f"ctranslate2_{precision}"] = Baseline(CTranslate2Model(first, precision, device, threads))
+    return benchmark
+
+
+def _add_hugging_face(benchmark: Benchmark, first: Any) -> None:
+    """Add Hugging Face's models, made of one in float32 on the CPU."""
+    device = benchmark.ours.device
+    if device.type == "cpu":
         benchmark.baselines["hf_eager_fp32"] = Baseline(first)
         benchmark.left_out = {
             "hf_eager_fp16": "float16 is measured on GPUs only",
             "hf_compiled_fp16": "Transformers compiles generate() on GPUs only",
         }
-    elif hugging_face:  # copies: from_model shares the memory of `first`
-        half = copy.deepcopy(first).half().to(ours.device)
-        benchmark.baselines["hf_eager_fp32"] = Baseline(copy.deepcopy(first).to(ours.device))
-        benchmark.baselines["hf_eager_fp16"] = Baseline(half)
-        if find_spec("triton"):
-            benchmark.baselines["hf_compiled_fp16"] = Baseline(half, {"cache_implementation": "static"})
-        else:  # torch would notice only after half a minute, for every case
-            benchmark.left_out["hf_compiled_fp16"] = "torch.compile needs the package triton, which is not installed"
-    return benchmark
+        return
+    # copies: from_model shares the memory of `first`
+    half = copy.deepcopy(first).half().to(device)
+    benchmark.baselines["hf_eager_fp32"] = Baseline(copy.deepcopy(first).to(device))
+    benchmark.baselines["hf_eager_fp16"] = Baseline(half)
+    if find_spec("triton"):
+        benchmark.baselines["hf_compiled_fp16"] = Baseline(half, {"cache_implementation": "static"})
+    else:  # torch would notice only after half a minute, for every case
+        benchmark.left_out["hf_compiled_fp16"] = "torch.compile needs the package triton, which is not installed"
 
 
 def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str] | None = None) -> dict[str, Any]:
@@ -172,6 +196,7 @@ def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str
         "threads": torch.get_num_threads(),
         "runs": runs,
         **_speeds(case, times, first_call_s),
+        **_shares(tokens, running),
         "speedup": None if share is None else round(medians["hf_eager_fp32"] / medians["ours"], 2),
         "tokens_equal": None if share is None else share == 1.0,
         "tokens_equal_share": None if share is None else round(share, 4),
@@ -210,6 +235,16 @@ def _speeds(case: Case, times: dict[str, list[float]], first_call_s: dict[str, f
         record["tokens_per_s" if name == "ours" else f"{name}_tokens_per_s"] = per_s
         record["first_call_s" if name == "ours" else f"{name}_first_call_s"] = round(first_call_s[name], 2)
     return record
+
+
+def _shares(tokens: dict[str, torch.Tensor], running: Collection[str]) -> dict[str, float]:
+    """The fields of a record about equal tokens beside Hugging Face's, for other models than ours."""
+    if "hf_eager_fp32" not in running:
+        return {}
+    others = [name for name in running if name not in ("ours", "hf_eager_fp32")]
+    return {
+        f"{name}_tokens_equal_share": round(equal_share(tokens[name], tokens["hf_eager_fp32"]), 4) for name in others
+    }
 
 
 def equal_share(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t5_trt.errors import BackendError, InputError
-from t5_trt.tools.records import OURS, RIVALS, Record
+from t5_trt.tools.records import CTRANSLATE2, OURS, RIVALS, Record
 
 PICTURES = (".png", ".svg", ".pdf")
 AXES = {"batch": "batch", "source_tokens": "source tokens", "new_tokens": "new tokens", "num_beams": "beams"}
@@ -30,6 +30,7 @@ LEGEND = {
     "hf_eager_fp32": "Hugging Face, eager, float32",
     "hf_eager_fp16": "Hugging Face, eager, float16",
     "hf_compiled_fp16": "Hugging Face, static cache and torch.compile, float16",
+    **{name: name.replace("ctranslate2_", "CTranslate2, ") for name in CTRANSLATE2},
 }
 #: a shade and a marker for each line of a model, distinguishable without colours
 _LOOKS = {
@@ -37,6 +38,7 @@ _LOOKS = {
     "hf_eager_fp32": (("#d55e00", "s"), ("#f0a468", "D"), ("#7a3600", "P"), ("#b8860b", "X")),
     "hf_eager_fp16": (("#cc79a7", "D"), ("#e8b7d2", "P"), ("#7d3f62", "X")),
     "hf_compiled_fp16": (("#6b6b6b", "P"), ("#a8a8a8", "X"), ("#2b2b2b", "d")),
+    **dict.fromkeys(CTRANSLATE2, (("#8c510a", "*"), ("#c9a15a", "p"), ("#543005", "h"))),
 }
 
 
@@ -58,7 +60,7 @@ def check_picture(path: Path) -> None:
         raise BackendError(message + '`pip install "t5-trt[bench]"`.') from error
 
 
-def draw_records(records: Sequence[Record], path: Path) -> None:
+def draw_records(records: Sequence[Record], path: Path, *, rates: bool = False) -> None:
     """Write a picture of median latency: a panel for each of batch, new tokens, beams and source tokens that varies.
 
     A panel shows cases that differ only in its axis; of several such sets, the one with the most points. Later records replace earlier
@@ -67,6 +69,7 @@ def draw_records(records: Sequence[Record], path: Path) -> None:
     Args:
         records: at least one; models, precisions and machines become separate lines.
         path: ends in .png, .svg or .pdf.
+        rates: also a row of panels with tokens per second, of all rows of a batch together.
 
     Raises:
         InputError: there are no records, or as `check_picture`.
@@ -83,14 +86,16 @@ def draw_records(records: Sequence[Record], path: Path) -> None:
     ]  # older records lack the field: this was the only kind
     axes = [axis for axis in AXES if axis != "source_tokens" or not _of_texts(records)]
     varying = [axis for axis in axes if len({record[axis] for record in records}) > 1] or ["batch"]
-    figure = Figure(figsize=(max(6.4, 4.8 * len(varying)), 5.2), dpi=150, facecolor="white", layout="constrained")
+    size = (max(6.4, 4.8 * len(varying)), 9.2 if rates else 5.2)
+    figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(varying), squeeze=False)[0]
+    panels = figure.subplots(1 + rates, len(varying), squeeze=False)
     differing = [fact for fact in FACTS if len({str(record.get(fact)) for record in records}) > 1]
     looks = _looks(records, differing)
     shown: dict[str, Any] = {}
-    for panel, axis in zip(panels, varying, strict=True):
-        shown |= _draw_panel(panel, axis, _comparable(records, axis, axes), looks, differing)
+    for row, rate in zip(panels, (False, True), strict=False):
+        for panel, axis in zip(row, varying, strict=True):
+            shown |= _draw_panel(panel, axis, _comparable(records, axis, axes), looks, differing, rate=rate)
     shown = {label: shown[label] for _, label in looks if label in shown}
     titles = [str(value) for value in dict.fromkeys(record["model"] for record in records)]
     figure.suptitle(f"generate() of {', '.join(titles)}" if len(titles) < 3 else "generate()", fontsize=12)
@@ -137,32 +142,36 @@ def _label(record: Record, name: str, differing: Sequence[str]) -> str:
     return label
 
 
+def _tokens_per_s(record: Record, name: str) -> float:
+    return float(record["batch"] * record["new_tokens"] / record[f"{name}_ms"] * 1e3)
+
+
 def _draw_panel(
-    panel: Any, axis: str, records: Sequence[Record], looks: Any, differing: Sequence[str]
+    panel: Any, axis: str, records: Sequence[Record], looks: Any, differing: Sequence[str], *, rate: bool = False
 ) -> dict[str, Any]:
     handles: dict[str, Any] = {}
-    times: list[float] = []
+    values_shown: list[float] = []
     for name, label in looks:
         points = {
-            record[axis]: record[f"{name}_ms"]
+            record[axis]: _tokens_per_s(record, name) if rate else record[f"{name}_ms"]
             for record in records
             if f"{name}_ms" in record and _label(record, name, differing) == label
         }
         if points:
             found = [points[value] for value in sorted(points)]
             handles[label] = panel.plot(sorted(points), found, linewidth=2, markersize=7, **looks[name, label])[0]
-            times += found
+            values_shown += found
     values = sorted({record[axis] for record in records})
     if values[-1] >= 8 * values[0]:
         panel.set_xscale("log", base=2)
-    if max(times) > 20 * min(times):
+    if max(values_shown) > 20 * min(values_shown):
         panel.set_yscale("log")
     else:
         panel.set_ylim(bottom=0)
     panel.set_xticks(values, [str(value) for value in values])
     panel.minorticks_off()
     panel.set_xlabel("batch (rows)" if axis == "batch" else AXES[axis])
-    panel.set_ylabel("median time of the whole call (ms)")
+    panel.set_ylabel("tokens per second" if rate else "median time of the whole call (ms)")
     fixed = {label: records[0][other] for other, label in AXES.items() if other != axis}
     if _of_texts(records):
         fixed["source tokens"] = "of texts"

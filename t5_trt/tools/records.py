@@ -20,8 +20,14 @@ from t5_trt.errors import InputError
 
 Record = dict[str, Any]
 OURS = "ours"
-#: names in records -> names in tables and pictures
-RIVALS = {"hf_eager_fp32": "HF fp32", "hf_eager_fp16": "HF fp16", "hf_compiled_fp16": "HF compiled"}
+#: names in records -> names in tables
+CTRANSLATE2 = {f"ctranslate2_{precision}": f"CT2 {precision}" for precision in ("fp32", "fp16", "bf16", "int8")}
+RIVALS = {
+    "hf_eager_fp32": "HF fp32",
+    "hf_eager_fp16": "HF fp16",
+    "hf_compiled_fp16": "HF compiled",
+    **CTRANSLATE2,
+}
 
 
 def read_records(path: Path) -> list[Record]:
@@ -107,9 +113,10 @@ def _cells(record: Record, name: str) -> list[str | Text]:
     prefix = "" if name == OURS else f"{name}_"
     median, hugging_face = record[f"{name}_ms"], record.get("hf_eager_fp32_ms")
     equal: str | Text = ""
-    if name == OURS and record["tokens_equal"] is not None:
-        share = int(record["tokens_equal_share"] * 1000) / 10  # rounded down: 100% means all
-        equal = Text("yes", style="green") if record["tokens_equal"] else Text(f"{share:.1f}%", style="red")
+    found = record.get(f"{prefix}tokens_equal_share")
+    if found is not None:
+        share = int(found * 1000) / 10  # rounded down: 100% means all
+        equal = Text("yes", style="green") if found == 1.0 else Text(f"{share:.1f}%", style="red")
     return [
         _short(median),
         _short(record[f"{name}_p90_ms"]),

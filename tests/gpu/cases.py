@@ -33,9 +33,9 @@ def idle_slots(session: Any) -> list[Any]:
     return [slot for slots in idle.values() for slot in slots]
 
 
-def cuda_model(hugging_face: Any, store: Path, precision: str = "fp32") -> Any:
+def cuda_model(hugging_face: Any, store: Path, precision: str = "fp32", device: str = "cuda") -> Any:
     return TRTT5ForConditionalGeneration.from_model(
-        hugging_face, backend="cuda", precision=precision, engine_cache_dir=store
+        hugging_face, backend="cuda", precision=precision, device=device, engine_cache_dir=store
     )
 
 

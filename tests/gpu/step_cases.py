@@ -12,7 +12,7 @@ from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
 from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep, constants
 from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights
-from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_matrix
+from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_int8
 
 SMALL = Architecture(
     vocab_size=1003, d_model=256, d_kv=64, num_heads=4, d_ff=512, encoder_layers=1, decoder_layers=2, num_buckets=32,
@@ -49,7 +49,7 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 def rounded(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A matrix as the kernels have it."""
-    return unpack_matrix(pack_matrix(matrix, dtype), *matrix.shape) if dtype == torch.int8 else matrix
+    return unpack_int8(pack_matrix(matrix, dtype), *matrix.shape) if dtype == torch.int8 else matrix
 
 
 def buffers_of(arch: Architecture, dtype: torch.dtype, rows: int, chunks: int) -> StepBuffers:

@@ -96,3 +96,17 @@ def _entries(store: Path) -> Any:
     from t5_trt.engine.store import EngineStore
 
     return [entry for entry in EngineStore(store).entries() if "kernels" in entry.manifest]
+
+
+def test_graphs_survive_a_capture_of_torch_compile(store: Path) -> None:
+    """It frees the workspaces of cuBLAS in all streams."""
+    ours, inputs = cuda_model(make_hugging_face("t5-v1.0"), store, "fp16"), inputs_on_gpu()
+    expected = [ours.generate(**inputs, max_new_tokens=20) for _ in range(3)]  # captured at the second use
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    taken = [torch.full((2**20,), 7, device="cuda") for _ in range(64)]
+    for _ in range(3):
+        assert torch.equal(ours.generate(**inputs, max_new_tokens=20), expected[0])
+    torch.cuda.synchronize()
+    assert all(bool((each == 7).all()) for each in taken)

@@ -36,10 +36,11 @@ class EmulatedStep:
         rows: of a step, on a GPU of compute capability 9.0.
         int8: weights are in 8 bits, else float16.
         folder: for what is compiled.
+        division: constants in place of those that are chosen.
     """
 
-    def __init__(self, arch: Architecture, rows: int, *, int8: bool, folder: Path) -> None:
-        wanted = constants(arch, torch.float16, rows, 9, int8=int8)
+    def __init__(self, arch: Architecture, rows: int, *, int8: bool, folder: Path, **division: int) -> None:
+        wanted = constants(arch, torch.float16, rows, 9, int8=int8) | division
         text = host_source()
         source = f'#include "{Path(__file__).parent / "emulated_step.h"}"\n{text}\n' + "\n".join(
             entry(name, text) for name in KERNELS

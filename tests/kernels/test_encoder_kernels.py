@@ -22,7 +22,6 @@ from t5_trt.kernels.encoder import KERNELS, SOURCE, refusal, relative_bias
 from t5_trt.runtime.captured_encoder import CapturedEncoder
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_encoder import KernelEncoder, open_encoder
-from t5_trt.runtime.row_sources import EncoderStream
 from t5_trt.runtime.torch_layers import NO_KEY, TorchEncoder
 from tests.kernels.compiled import BASE, GATED, LARGE, ODD, WIDE, usage
 from tests.kernels.emulation import EmulatedKernels
@@ -218,7 +217,6 @@ def test_padded_size_gives_what_the_exact_one_gives(emulated: Callable[..., Emul
     captured = CapturedEncoder(
         lambda *given: (encoder.run(given[0], None, given[1]), torch.empty(0, 0, 0, 0, 32, 0)),
         CPU,
-        EncoderStream(CPU),
     )
     assert error(captured.run(ids, mask)[0], encoder.run(ids, None, mask)) < 2e-3
 

@@ -14,7 +14,8 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
-from t5_trt.kernels.decode_step import KERNELS, attention_warps, constants, has_shared_attention, refusal
+from t5_trt.kernels.decode_step import KERNELS, constants, has_shared_attention, refusal
+from t5_trt.kernels.division import attention_warps
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, ODD, WIDE, usage
 
@@ -40,7 +41,7 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
 
 
 def test_numbers_of_warps_that_are_chosen_compile() -> None:
-    assert {attention_warps(rows, beams) for rows in range(1, 129) for beams in (1, 4)} == {4, 8}
+    assert {attention_warps(12 * rows, beams) for rows in range(1, 257) for beams in (1, 4)} == {2, 4, 8}
 
 
 @pytest.mark.parametrize(
@@ -113,13 +114,27 @@ def test_token_selection_kernels_compile(name: str, options: dict[str, int], arc
     assert set(used) == {name} and (used[name][1] == 0 or options["BEAMS"] == MOST_BEAMS)
 
 
-def test_rows_of_a_wide_model_fit_into_shared_memory() -> None:
-    for size, tiles in ((768, 4), (1024, 4), (1280, 2), (2048, 2), (4096, 1)):
-        assert constants(replace(BASE, d_model=size), torch.float16, 32)["HEAD_ROW_TILES"] == tiles
-    for size, tiles in ((768, 4), (2048, 4), (4096, 2)):
-        assert constants(replace(BASE, d_model=size), torch.float16, 32, 9)["HEAD_ROW_TILES"] == tiles
-    for size, tiles in ((768, 16), (1024, 8), (2048, 4), (4096, 2)):
-        assert constants(replace(BASE, d_model=size), torch.float16, 128, 9)["HEAD_ROW_TILES"] == tiles
+def test_each_processor_has_a_cta_and_few_have_two() -> None:
+    names = ("ROW_TILES", "WIDE_TILES", "QUERY_TILES", "ADD_TILES", "ADD_ROW_TILES")
+
+    def chosen(arch: Architecture, rows: int, capability: int = 9) -> tuple[int, ...]:
+        wanted = constants(arch, torch.float16, rows, capability)
+        return tuple(wanted[name] for name in names)
+
+    assert [chosen(BASE, rows) for rows in (1, 32, 64, 128)] == [
+        (1, 2, 1, 1, 1),
+        (2, 4, 1, 1, 2),
+        (2, 2, 2, 2, 2),
+        (4, 4, 2, 2, 4),
+    ]
+    large = replace(BASE, d_model=1024, num_heads=16, d_ff=4096)
+    assert [chosen(large, rows) for rows in (1, 32, 64, 128)] == [
+        (1, 1, 1, 1, 1),
+        (4, 2, 1, 1, 2),
+        (4, 2, 1, 1, 4),
+        (4, 4, 2, 2, 4),
+    ]
+    assert chosen(BASE, 128, 8) == (4, 2, 1, 1, 4)  # other GPUs were not measured
 
 
 def test_size_without_kernels_is_named() -> None:

@@ -58,6 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(torch._C, name, refuse, raising=False)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices, enabled=True: nullcontext())
     monkeypatch.setattr(cuda_graph, "_failed", [])
+    monkeypatch.setattr(cuda_graph, "_own_stream", lambda device: Stream())
     cuda_graph._side_stream.cache_clear()
     return noted
 
@@ -77,6 +78,24 @@ def test_warm_ups_then_a_capture(calls: list[Any]) -> None:
     assert collects == 2 * [*[True] * WARM_UPS, False] and gc.isenabled()
     capture(work, DEVICE)
     assert ("capture", 2) in calls  # a memory of its own
+
+
+def test_each_memory_has_a_stream_of_its_own(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So cuBLAS's workspace, which torch allocates once for a stream, lies in that memory."""
+    streams: list[Any] = []
+
+    @contextmanager
+    def graph(captured: Any, *, stream: Any, **_: Any) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    first, second = GraphMemory(), GraphMemory()
+    for memory in (first, first, second):
+        capture(lambda: None, DEVICE, memory)
+    first.give_up()
+    capture(lambda: None, DEVICE, first)
+    assert streams[0] is streams[1] and len({id(stream) for stream in streams}) == 3
 
 
 @pytest.mark.usefixtures("calls")

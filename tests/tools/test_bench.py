@@ -19,7 +19,7 @@ from transformers import CompileConfig, GenerationConfig
 from typer.testing import CliRunner
 
 from benchmarks import report
-from benchmarks.report import gpu_speed_table
+from benchmarks.report import gpu_peers_table
 from t5_trt import BackendError, InputError, T5TRTError
 from t5_trt.cli import app
 from t5_trt.tools.benchmark import Baseline, Case, equal_share, load_benchmark, measure
@@ -282,37 +282,33 @@ def test_help_needs_no_torch() -> None:
     assert done.stdout.split()[-1] == "False"
 
 
-def test_table_of_a_gpu_leads_with_the_fastest_peer_in_the_same_precision() -> None:
-    """Ours and the compiled baseline come from different runs; what was measured otherwise is no row."""
-    case = {"stage": "engine_calls loops", "batch": 8, "num_beams": 4, "new_tokens": 100}
+def test_table_of_a_gpu_leads_with_the_fastest_peer() -> None:
+    """Small cases first; what was measured otherwise, or without a peer, is no row."""
+    case = {"part": "curves", "batch": 8, "source_tokens": 32, "new_tokens": 100}
     records: list[dict[str, Any]] = [
-        {**case, "ours_ms": 50.0, "hf_eager_fp32_ms": 1000.0},
-        {**case, "ours_ms": 40.0, "hf_eager_fp32_ms": 1000.0, "hf_eager_fp16_ms": 2000.0},
-        {**case, "stage": "engine_calls compiled", "hf_compiled_fp16_ms": 200.0},
-        {**case, "stage": "engines base", "ours_ms": 30.0, "hf_eager_fp32_ms": 1000.0},
+        {**case, "ours_ms": 40.0, "hf_eager_fp16_ms": 2000.0, "hf_compiled_fp16_ms": 200.0},
+        {**case, "ours_ms": 10.0, "batch": 1, "ctranslate2_fp16_ms": 120.0, "hf_eager_fp16_ms": 2000.0},
+        {**case, "part": "decode", "ours_ms": 30.0, "hf_eager_fp16_ms": 1000.0},
         {"compared": "something", "batch": 1},
-        {**case, "batch": 1, "ours_ms": 3.0},
-        {**case, "batch": 2, "ours_ms": 3.0, "hf_eager_fp32_ms": 9.0},  # nothing in the same precision
+        {**case, "batch": 2, "ours_ms": 3.0},
+        {**case, "batch": 3, "failed": {"ours_ms": "no"}, "hf_eager_fp16_ms": 9.0},
     ]
-    *_, row = gpu_speed_table(records).split("\n")
-    assert row == "| 8 | 4 | 100 | 40 | Hugging Face compiled | 200 | 5.0 | 1000 | 25.0 | 20000 |"
-    assert len(gpu_speed_table(records).split("\n")) == 3
-    *_, row = gpu_speed_table([*records, {**case, "ctranslate2_fp16_ms": 120.0}]).split("\n")
-    assert "| CTranslate2 | 120 | 3.0 |" in row
+    assert gpu_peers_table(records).split("\n")[2:] == [
+        "| 1 | 32 | 100 | 10.0 | CTranslate2 | 120 | 12.0 | 10000 |",
+        "| 8 | 32 | 100 | 40.0 | Hugging Face compiled | 200 | 5.0 | 20000 |",
+    ]
 
 
 def test_picture_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawn from the records of its stage; one that is missing makes a README out of date."""
+    """Drawn from the records of its part; one that is missing makes a README out of date."""
     drawn = read_records(report.RESULTS / report.CPU_PLOT_RECORDS)
-    others = [{"stage": "engines base", "batch": 1}]
-    (tmp_path / report.GPU_RECORDS).write_text(
-        json.dumps(others + [{"stage": "engine_calls curves", **each} for each in drawn])
-    )
+    others = [{"part": "decode", "batch": 1}]
+    (tmp_path / report.KERNEL_RECORDS).write_text(json.dumps(others + [{"part": "curves", **each} for each in drawn]))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert "missing" in report.gpu_speed_plot(tmp_path / "README.md", write=False)
-    line = report.gpu_speed_plot(tmp_path / "README.md", write=True)
-    assert line == report.gpu_speed_plot(tmp_path / "README.md", write=False) and "gpu-speed.png" in line
-    assert (tmp_path / "docs" / "images" / "gpu-speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "missing" in report.gpu_curves(tmp_path / "README.md", write=False)
+    line = report.gpu_curves(tmp_path / "README.md", write=True)
+    assert line == report.gpu_curves(tmp_path / "README.md", write=False) and "gpu-curves.png" in line
+    assert (tmp_path / "docs" / "images" / "gpu-curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_fills_a_readme(

@@ -1,0 +1,100 @@
+"""How the kernels of a decoder step divide their work among CTAs, by what was fastest on an H200 (docs/performance.md).
+
+Results do not depend on any of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from t5_trt.graph.architecture import Architecture
+from t5_trt.kernels.step_memory import tiles
+
+#: major compute capabilities whose GPUs have 227 KB of shared memory for a CTA; the others that are supported have 99 KB
+LARGE_SHARED = (9, 10)
+#: from how many rows on such a GPU makes the widest products of a layer by ``tiled_product.cuh``
+TILED_ROWS = 33
+#: d_model from which weights count for more than what follows them
+LARGE_MODEL = 1024
+#: multiprocessors of an H200, which each run one CTA of a product at a time
+PROCESSORS = 132
+KILOBYTE = 1024
+
+
+def divide_products(
+    arch: Architecture, dtype: torch.dtype, rows: int, capability: int, *, int8: bool = False
+) -> dict[str, int]:
+    """The constants of ``common.cuh`` that say how many outputs and rows a CTA of each product takes.
+
+    Args:
+        arch: of the model.
+        dtype: of weights and caches.
+        rows: of a step.
+        capability: the GPU's compute capability, its major number.
+        int8: matrices are in 8 bits.
+    """
+    half = dtype != torch.float32
+    large = half and capability in LARGE_SHARED
+    row_tiles = _row_tiles(arch, rows, half=half, large=large)
+    model, inner = tiles(arch.d_model), tiles(arch.num_heads * arch.d_kv)
+    # twice as many CTAs where half of the processors would have none
+    add_row_tiles = 2 if large and row_tiles == 4 and 2 * model * _groups(rows, row_tiles) <= PROCESSORS else row_tiles
+
+    def outputs(count: int, own_row_tiles: int) -> int:
+        """Two tiles of outputs a CTA where processors would have a second CTA to run."""
+        return 2 if large and row_tiles > 1 and count * _groups(rows, own_row_tiles) > PROCESSORS else 1
+
+    tiled = large and rows >= TILED_ROWS
+    return {
+        "ROW_TILES": row_tiles,
+        "TILED": int(tiled),
+        "WIDE_TILES": _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8),
+        "QUERY_TILES": outputs(inner, row_tiles),
+        "ADD_TILES": outputs(model, add_row_tiles),
+        "ADD_ROW_TILES": add_row_tiles,
+    } | _divide_head(rows, row_tiles, half=half, large=large, int8=int8)
+
+
+def _groups(rows: int, row_tiles: int) -> int:
+    return -(-rows // (8 * row_tiles))
+
+
+def _row_tiles(arch: Architecture, rows: int, *, half: bool, large: bool) -> int:
+    """Sizes at which sharing a load of the weights among rows beats more CTAs."""
+    if rows <= 8:
+        return 1
+    if large and 16 < rows <= 64 and arch.d_model >= LARGE_MODEL:
+        return 4
+    return 2 if rows <= 64 or not half else 4
+
+
+def _wide_tiles(arch: Architecture, rows: int, row_tiles: int, *, half: bool, tiled: bool, int8: bool) -> int:
+    """Tiles of outputs of a CTA of ``project_qkv`` and ``feed_forward_in``: the stream is read as seldom as registers allow."""
+    if tiled:  # four, unless most processors would have nothing to do
+        return 4 if 3 * tiles(arch.num_heads * arch.d_kv) // 4 * _groups(rows, 8) >= PROCESSORS // 2 else 2
+    if not half or (row_tiles == 1 and not int8 and arch.d_model >= LARGE_MODEL):
+        return 1
+    return 4 if row_tiles == 2 else 2  # sums of four row tiles would not fit into shared memory
+
+
+def _divide_head(rows: int, row_tiles: int, *, half: bool, large: bool, int8: bool) -> dict[str, int]:
+    head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
+    return {
+        "HEAD_ROW_TILES": head_row_tiles if half else row_tiles,
+        # 16 warps leave too few registers to convert 8-bit weights
+        "HEAD_WARPS": 16 if head_row_tiles > 8 and half and not int8 else 8,
+        # two CTAs on a processor, unless the rows of one fill it
+        "HEAD_ROOM": (200 if rows > 64 else 100 if rows > 16 else 64) * KILOBYTE if large else 64 * KILOBYTE,
+    }
+
+
+def attention_warps(heads: int, beams: int = 1) -> int:
+    """Number of warps for the keys of one head of one row.
+
+    Args:
+        heads: of all rows together.
+        beams: rows that share a source.
+    """
+    if heads <= 512 or (beams > 1 and heads <= 2048):
+        return 8
+    return 4 if heads <= 2048 or beams > 1 else 2

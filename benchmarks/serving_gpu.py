@@ -30,6 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.kernel_models import attempt, base_name, keep, named_backends, open_model, t5_base
+from t5_trt.runtime.cuda_session import CudaSession
+from t5_trt.runtime.row_sources import encode_in_turn
 from t5_trt.serving import Engine
 from t5_trt.tools.records import Record
 
@@ -196,7 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-client", type=int, default=PER_CLIENT, help="requests of a run, for each client")
     parser.add_argument("--seconds", type=float, default=100.0, help="after which no further case begins")
     parser.add_argument("--store", type=Path, default=Path("/var/tmp/t5_trt-kernel-engines"), help="of kernels")
+    parser.add_argument("--in-turn", action="store_true", help="encode in the stream of the steps, to compare")
     given = parser.parse_args(arguments)
+    if given.in_turn:
+        CudaSession.encode_rows = encode_in_turn  # type: ignore[assignment, method-assign]
     end, failed, hugging_face = time.monotonic() + given.seconds, False, t5_base(given.layers)
     for backend in named_backends(given.backends):
         model = open_model(backend, hugging_face, "fp16", given.store)

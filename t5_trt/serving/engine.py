@@ -103,6 +103,15 @@ class Engine:
         self._scheduler.submit(job)
         return handle
 
+    def check_open(self) -> None:
+        """Check that a request can be queued now: `submit` does it, too, but a request that is refused need not be tokenized.
+
+        Raises:
+            QueueFullError: the queue is full; the request counts as refused.
+            EngineClosedError: after `close`.
+        """
+        self._scheduler.check_open()
+
     def stats(self) -> Stats:
         """Counts of waiting, running and ended requests."""
         return self._scheduler.stats()

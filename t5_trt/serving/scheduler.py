@@ -27,8 +27,9 @@ from t5_trt.serving.stats import Stats
 
 logger = logging.getLogger("t5_trt")
 
-#: most source tokens that are encoded between two steps (more only for a single longer source): rows in use wait meanwhile
-ENCODED_TOKENS = 1024
+#: most source tokens that are encoded between two steps (more only for a single longer source): rows in use wait meanwhile. Where a row is
+#: free and more requests wait, up to half of the rows' number of them are encoded with it: few sources take little longer than one
+ENCODED_TOKENS, ENCODED_AHEAD = 1024, 256
 #: and that are being encoded beside the steps on a GPU; there as many requests beyond the free rows are encoded as are a quarter of the rows
 ENCODED_TOKENS_GPU = 4096
 #: requests beyond the free rows that are begun together, or half of all such; small batches leave a GPU idle
@@ -210,27 +211,37 @@ class Scheduler:
         self._running.step(on_gpu=self._on_gpu)
 
     def _arrivals(self) -> list[Job]:
-        """Take waiting requests for the free rows, and on a GPU some more, for rows that will be free. The lock is held."""
+        """Take waiting requests for the free rows, and some more for rows that will be free. The lock is held."""
         jobs: list[Job] = []
         entering = [job.input_ids.shape[1] for batch in self._entering for job in batch.jobs]
-        most = self._running.free - len(self._ready) - len(entering)
-        limit, tokens = ENCODED_TOKENS, sum(entering)
-        if self._on_gpu:
-            ahead = self._max_rows // 4
-            if most <= 0 and (entering or most + ahead < min(ahead, max(AHEAD_TOGETHER, ahead // 2))):
-                return jobs
-            most, limit = min(most + ahead, ENCODED_ROWS_GPU), ENCODED_TOKENS_GPU
+        free, tokens = self._running.free - len(self._ready) - len(entering), sum(entering)
+        most = self._most_arrivals(free, bool(entering))
         while self._waiting and len(jobs) < most:
             job = self._waiting[0]
             if job.overdue() is None:
                 tokens += job.input_ids.shape[1]
-                if (jobs or entering) and tokens > limit:
+                if (jobs or entering) and tokens > self._most_tokens(len(jobs) < free):
                     break
                 jobs.append(job)
             else:
                 self._drop(job)
             self._waiting.popleft()
         return jobs
+
+    def _most_arrivals(self, free: int, entering: bool) -> int:
+        """Requests to take out of the queue; `free` rows have none, fewer than 0 where more requests than rows are on their way."""
+        if not self._on_gpu:
+            return free + self._max_rows // 2 if free > 0 else 0
+        ahead = self._max_rows // 4
+        if free <= 0 and (entering or free + ahead < min(ahead, max(AHEAD_TOGETHER, ahead // 2))):
+            return 0
+        return min(free + ahead, ENCODED_ROWS_GPU)
+
+    def _most_tokens(self, has_row: bool) -> int:
+        """Source tokens that may be encoded with those of a request that has a row, or waits for one."""
+        if self._on_gpu:
+            return ENCODED_TOKENS_GPU
+        return ENCODED_TOKENS if has_row else min(ENCODED_TOKENS, ENCODED_AHEAD)
 
     def _leave_queues(self) -> None:
         """Take out requests without rows that must not go on. The lock is held."""

@@ -158,6 +158,7 @@ class Completion:
         self._created = int(time.time())
         self._answers: list[Answer] = []
         body.check(service)
+        service.engine.check_open()
         settings = service.limited(body.settings())
         for ids in [service.read(record, prompt, "prompt") for prompt in body.prompts]:
             for number in range(body.n or 1):

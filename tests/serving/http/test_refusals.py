@@ -134,7 +134,10 @@ def test_a_slow_body_gets_408_and_a_slow_request_504(shipped: tuple[Any, Any, An
         until(lambda: client.metric('t5_trt_errors_total{reason="timeout"}') == 3)
 
 
-def test_a_full_queue_gets_429_at_once(few: Client) -> None:
+@pytest.mark.parametrize(("path", "body"), [(PATH, {"prompt": "a"}), ("/generate", {"text": "a"})])
+def test_a_full_queue_gets_429_at_once(
+    few: Client, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, str]
+) -> None:
     connections = []
     for running, waiting in ((1, 0), (1, 1)):
         connections.append(few.open("/generate", LONG))
@@ -143,8 +146,9 @@ def test_a_full_queue_gets_429_at_once(few: Client) -> None:
                 (s := few.service.engine.stats()).running == running and s.waiting == waiting
             )
         )
+    monkeypatch.setattr(few.service, "_tokenizer", None)  # what is refused is not tokenized
     begin = time.monotonic()
-    status, headers, text = few.raw(PATH, {"prompt": "a"})
+    status, headers, text = few.raw(path, body)
     assert (status, json.loads(text)["error"]["code"]) == (429, "queue_full")
     assert int(headers["retry-after"]) >= 1 and time.monotonic() - begin < 1
     until(lambda: few.metric('t5_trt_errors_total{reason="queue_full"}') == 1)

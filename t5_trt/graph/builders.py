@@ -24,6 +24,8 @@ from t5_trt.graph.precision import TORCH_TYPES
 from t5_trt.graph.signature import Tensor
 
 FLOAT = ir.DataType.FLOAT
+#: the domain of ONNX Runtime's own operators
+CONTRIB = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class HostGraphBuilder(T5GraphBuilder):
         index: type of ids, positions and masks.
         fixed: axis letter -> size, for axes of fixed size.
         inputs: names of weights that are inputs of the graph instead, because their values change.
+        fused: multiply with an operator of ONNX Runtime's own, for streams of any number of axes.
     """
 
     packed = False
@@ -169,22 +172,37 @@ class HostGraphBuilder(T5GraphBuilder):
         index: ir.DataType = ir.DataType.INT64,
         fixed: Mapping[str, int] | None = None,
         inputs: Collection[str] = (),
+        *,
+        fused: bool = False,
     ) -> None:
         super().__init__(name, arch, real, index, fixed)
-        self._weights, self._changing = weights, inputs
+        self._weights, self._changing, self._fused = weights, inputs, fused
 
     def parameter(self, name: str) -> ir.Value:
         """See `T5GraphBuilder.parameter`."""
         return self._weight(name)
 
     def project(self, stream: ir.Value, group: str) -> Projection:
-        """See `T5GraphBuilder.project`: ``[rows, in] @ [out, in]^T`` for each matrix, in the checkpoint's own layout."""
+        """See `T5GraphBuilder.project`."""
         parameter = self.groups[group]
         if parameter.norm is not None:
             stream = self.rms_norm(stream, self._weight(parameter.norm))
         if parameter.scale != 1.0:
             stream = self.op("Mul", stream, self.scalar(parameter.scale))
-        return Projection([self.op("Gemm", stream, self._weight(key), transB=1) for key in parameter.parts], None)
+        return Projection(self.products(stream, group), None)
+
+    def products(self, stream: ir.Value, group: str, *, together: bool = False) -> Sequence[ir.Value]:
+        """The products of a normed and scaled stream with each matrix of a group, in the checkpoint's own layout.
+
+        Args:
+            stream: [rows, in]; any leading axes if `fused`.
+            group: of `t5_trt.graph.parameters`.
+            together: give one value with all products side by side where the matrices are stored as one.
+        """
+        keys = self.groups[group].parts
+        if self._fused:
+            return [self.foreign(CONTRIB, "FusedMatMul", 1, stream, self._weight(key), transB=1)[0] for key in keys]
+        return [self.op("Gemm", stream, self._weight(key), transB=1) for key in keys]
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
         """See `T5GraphBuilder.flat`: [rows, width], as Gemm wants it."""

@@ -49,9 +49,9 @@ def build_host_graph(
         fused: write the decoder step in operators of ONNX Runtime's own; see `t5_trt.graph.fused_step`. It has no debug outputs.
     """
     form = (
-        HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs, fused=fused)
+        HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs)
         if quantized is None
-        else Int8HostGraphBuilder(graph, arch, weights, quantized, inputs, fused=fused)
+        else Int8HostGraphBuilder(graph, arch, weights, quantized, inputs)
     )
     if fused:
         assert graph == STEP

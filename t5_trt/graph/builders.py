@@ -158,7 +158,6 @@ class HostGraphBuilder(T5GraphBuilder):
         index: type of ids, positions and masks.
         fixed: axis letter -> size, for axes of fixed size.
         inputs: names of weights that are inputs of the graph instead, because their values change.
-        fused: multiply with an operator of ONNX Runtime's own, for streams of any number of axes.
     """
 
     packed = False
@@ -172,11 +171,9 @@ class HostGraphBuilder(T5GraphBuilder):
         index: ir.DataType = ir.DataType.INT64,
         fixed: Mapping[str, int] | None = None,
         inputs: Collection[str] = (),
-        *,
-        fused: bool = False,
     ) -> None:
         super().__init__(name, arch, real, index, fixed)
-        self._weights, self._changing, self._fused = weights, inputs, fused
+        self._weights, self._changing = weights, inputs
 
     def parameter(self, name: str) -> ir.Value:
         """See `T5GraphBuilder.parameter`."""
@@ -195,14 +192,11 @@ class HostGraphBuilder(T5GraphBuilder):
         """The products of a normed and scaled stream with each matrix of a group, in the checkpoint's own layout.
 
         Args:
-            stream: [rows, in]; any leading axes if `fused`.
+            stream: [rows, in].
             group: of `t5_trt.graph.parameters`.
             together: give one value with all products side by side where the matrices are stored as one.
         """
-        keys = self.groups[group].parts
-        if self._fused:
-            return [self.foreign(CONTRIB, "FusedMatMul", 1, stream, self._weight(key), transB=1)[0] for key in keys]
-        return [self.op("Gemm", stream, self._weight(key), transB=1) for key in keys]
+        return [self.op("Gemm", stream, self._weight(key), transB=1) for key in self.groups[group].parts]
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
         """See `T5GraphBuilder.flat`: [rows, width], as Gemm wants it."""

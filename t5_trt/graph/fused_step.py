@@ -15,7 +15,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.blocks import activation
 from t5_trt.graph.builders import CONTRIB, HostGraphBuilder
 from t5_trt.graph.ops import Dim
-from t5_trt.graph.parameters import EMBEDDING, LM_HEAD
+from t5_trt.graph.parameters import LM_HEAD
 from t5_trt.graph.relative_bias import RelativeBias
 from t5_trt.graph.signature import STEP, signature
 
@@ -42,7 +42,7 @@ def build_fused_step(graph: HostGraphBuilder) -> ir.Model:
     """Write the step; see `t5_trt.graph.signature.signature` for inputs and outputs.
 
     Args:
-        graph: an empty, fused form of a model that `can_fuse` allows.
+        graph: an empty form of a model that `can_fuse` allows.
     """
     arch = graph.arch
     declared = signature(STEP, arch, in_place=True)
@@ -51,7 +51,7 @@ def build_fused_step(graph: HostGraphBuilder) -> ir.Model:
     relative = RelativeBias(graph, bidirectional=False)
     distances = _distances(graph, inputs, relative.limit)
     biases: dict[str, ir.Value] = {}
-    stream: ir.Value = graph.op("Gather", graph.parameter(EMBEDDING), inputs["decoder_input_ids"], axis=0)  # [R, 1, E]
+    stream = graph.stream(inputs["decoder_input_ids"], (frame.rows, 1))  # [R, E]
     branch: ir.Value | None = None
     outputs: dict[str, ir.Value] = {}
     for layer in range(arch.decoder_layers):
@@ -64,7 +64,9 @@ def build_fused_step(graph: HostGraphBuilder) -> ir.Model:
             group = f"{block}.0.SelfAttention.qkv"
             normed, stream = _add_and_norm(graph, stream, branch, group)
             past = (inputs[f"past_k_{layer}"], inputs[f"past_v_{layer}"])
-            mixed, *present = _self_attention(graph, frame, graph.products(normed, group, together=True), past, biases[table])
+            mixed, *present = _self_attention(
+                graph, frame, graph.products(normed, group, together=True), past, biases[table]
+            )
             outputs |= {f"present_{kind}_{layer}": value for kind, value in zip("kv", present, strict=True)}
             (branch,) = graph.products(mixed, f"{block}.0.SelfAttention.o")
         with graph.scope(f"{block}.1"):
@@ -81,7 +83,8 @@ def build_fused_step(graph: HostGraphBuilder) -> ir.Model:
             (branch,) = graph.products(inner, f"{dense}.wo")
     with graph.scope(LM_HEAD):
         normed, _ = _add_and_norm(graph, stream, branch, LM_HEAD)
-        (outputs["logits"],) = graph.products(normed, LM_HEAD)
+        (logits,) = graph.products(normed, LM_HEAD)
+        outputs["logits"] = graph.reshape(logits, -1, 1, arch.vocab_size)
     return graph.finish(outputs, declared.outputs)
 
 
@@ -128,19 +131,22 @@ def _add_and_norm(
 def _self_attention(
     graph: HostGraphBuilder, frame: _Frame, made: Sequence[ir.Value], past: tuple[ir.Value, ir.Value], bias: ir.Value
 ) -> Sequence[ir.Value]:
-    """Self-attention of one token for each row: [R, 1, H * D], and the cache's K and V with the new token in them.
+    """Self-attention of one token for each row: [R, H * D], and the cache's K and V with the new token in them.
 
     Args:
         graph: to add the node to.
         frame: of the step.
-        made: q, k and v, [R, 1, H * D] each, or all of them side by side as one value.
+        made: q, k and v, [R, H * D] each, or all of them side by side as one value.
         past: K and V, [R, H, T, D].
         bias: relative bias, [P, H, 1, T].
     """
-    query, key, value = made if len(made) == 3 else (made[0], None, None)
+    heads, width = graph.arch.num_heads, graph.arch.num_heads * graph.arch.d_kv
+    if len(made) == 3:
+        query, key, value = (graph.reshape(part, -1, 1, width) for part in made)
+    else:
+        query, key, value = graph.reshape(made[0], -1, 1, 3 * width), None, None
     unused = (None, None, None)  # rotary embeddings
-    heads = graph.arch.num_heads
-    return graph.foreign(
+    mixed, *present = graph.foreign(
         CONTRIB,
         "GroupQueryAttention",
         3,
@@ -149,12 +155,13 @@ def _self_attention(
         kv_num_heads=heads,
         scale=1.0,
     )
+    return graph.reshape(mixed, -1, width), *present
 
 
 def _cross_attention(
     graph: HostGraphBuilder, frame: _Frame, normed: ir.Value, attention: str, cross: tuple[ir.Value, ir.Value]
 ) -> ir.Value:
-    """Cross-attention without norm and residual, [R, 1, E]; beams are the query positions of a batch entry."""
+    """Cross-attention without norm and residual, [R, E]; beams are the query positions of a batch entry."""
     heads, width = graph.arch.num_heads, graph.arch.num_heads * graph.arch.d_kv
     (query,) = graph.products(normed, f"{attention}.q")
     (mixed,) = graph.foreign(
@@ -165,5 +172,5 @@ def _cross_attention(
         num_heads=heads,
         scale=1.0,
     )
-    (branch,) = graph.products(graph.reshape(mixed, -1, 1, width), f"{attention}.o")
+    (branch,) = graph.products(graph.reshape(mixed, -1, width), f"{attention}.o")
     return branch

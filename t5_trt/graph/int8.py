@@ -92,7 +92,6 @@ class Int8HostGraphBuilder(HostGraphBuilder):
         quantized: what `quantize` made, as int8 or, for processors whose 8-bit products of mixed sign saturate, shifted
             by 128 as uint8.
         inputs: see `HostGraphBuilder`; names of `quantized` too.
-        fused: see `HostGraphBuilder`.
     """
 
     def __init__(
@@ -102,10 +101,8 @@ class Int8HostGraphBuilder(HostGraphBuilder):
         weights: Weights,
         quantized: Mapping[str, torch.Tensor],
         inputs: Collection[str] = (),
-        *,
-        fused: bool = False,
     ) -> None:
-        super().__init__(name, arch, weights, ir.DataType.FLOAT, inputs=inputs, fused=fused)
+        super().__init__(name, arch, weights, ir.DataType.FLOAT, inputs=inputs)
         self._quantized = quantized
 
     def products(self, stream: ir.Value, group: str, *, together: bool = False) -> Sequence[ir.Value]:
@@ -125,7 +122,7 @@ class Int8HostGraphBuilder(HostGraphBuilder):
         return [self._columns(packed, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _columns(self, value: ir.Value, start: Dim, end: Dim) -> ir.Value:
-        return self.op("Slice", value, self.vector(start), self.vector(end), self.ints(-1))
+        return self.op("Slice", value, self.vector(start), self.vector(end), self.ints(1))
 
     def _stored(self, name: str) -> ir.Value:
         tensor = self._quantized[name]

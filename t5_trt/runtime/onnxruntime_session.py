@@ -28,6 +28,7 @@ from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import TokenSelector
+from t5_trt.runtime.top_tokens import best
 
 #: smaller tensors are embedded in the ONNX model, where graph optimizers can read their values
 SHARED_FROM_BYTES = 1 << 16
@@ -189,7 +190,7 @@ class OrtSession:
             rows.advance()
         else:
             rows.append()
-        return bound.logits[:, 0].argmax(-1) if best_only else bound.logits[:, 0]
+        return best(bound.logits[:, 0]) if best_only else bound.logits[:, 0]
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""

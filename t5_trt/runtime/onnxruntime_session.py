@@ -333,7 +333,7 @@ class OrtSession:
             raise_hidden_interrupt(error)
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
-                "Runtime 1.20 or newer; if this one is, please report the message."
+                "Runtime 1.23 or newer; if this one is, please report the message."
             ) from error
         finally:  # break the reference cycle of nodes and values, which would keep the weights until a garbage collection
             for value in model.graph.initializers.values():

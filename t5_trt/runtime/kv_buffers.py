@@ -193,7 +193,7 @@ class DecoderState:
             self._scratch = self.kv.new_empty(self.kv[0].numel())
         of_a_layer = self.kv[0, ..., start : self.length, :].numel()
         # one layer's scratch memory serves all layers: it stays in the CPU cache and is not reallocated
-        for layers in self.kv.split(max(1, self._scratch.numel() // of_a_layer)):
+        for layers in torch.split(self.kv, max(1, self._scratch.numel() // of_a_layer)):
             filled = layers[..., start : self.length, :]
             moved = self._scratch[: filled.numel()].view(filled.shape)
             torch.index_select(filled, 2, rows, out=moved)

@@ -17,6 +17,8 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import layered
 
 SMALLEST_BUCKET = 64
+#: so many entries are moved by NumPy: torch's threads, once woken up, spin for a while and take the processor from ONNX Runtime's
+_SMALL_COPY = 1 << 20
 
 
 def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -184,9 +186,13 @@ class DecoderState:
         if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
             self._rearrange(rows)
             return
-        start = self._common_tokens(rows.numpy()) if self.kv.device.type == "cpu" else 0
-        if start == self.length:
-            return
+        start = 0
+        if self.kv.device.type == "cpu":
+            start = self._common_tokens(rows.numpy())
+            recent = self.kv[:, :, : self.rows, :, start : self.length].numpy()
+            if recent.size <= _SMALL_COPY:
+                recent[:] = recent[:, :, rows.numpy()]
+                return
         padding = torch.arange(len(rows), self.kv.shape[2], device=rows.device)
         rows = torch.cat((rows, padding))
         if self._scratch is None:

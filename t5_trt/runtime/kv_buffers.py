@@ -197,12 +197,12 @@ class DecoderState:
         rows = torch.cat((rows, padding))
         if self._scratch is None:
             self._scratch = self.kv.new_empty(self.kv[0].numel())
-        of_a_layer = self.kv[0, ..., start : self.length, :].numel()
-        # one layer's scratch memory serves all layers: it stays in the CPU cache and is not reallocated
-        for layers in self.kv.split(max(1, self._scratch.numel() // of_a_layer)):
-            filled = layers[..., start : self.length, :]
+        for (
+            layer
+        ) in self.kv:  # one layer's scratch memory serves all layers: it stays in the CPU cache and is not reallocated
+            filled = layer[..., start : self.length, :]
             moved = self._scratch[: filled.numel()].view(filled.shape)
-            torch.index_select(filled, 2, rows, out=moved)
+            torch.index_select(filled, 1, rows, out=moved)
             filled.copy_(moved)
 
     def _common_tokens(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> int:

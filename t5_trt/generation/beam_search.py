@@ -17,7 +17,7 @@ from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.generation.sampling import draw, pad_rows
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import NextStep
-from t5_trt.runtime.top_tokens import largest
+from t5_trt.runtime.top_tokens import largest_sums
 
 _NEVER = -1.0e9  # score of a candidate that must not be chosen
 
@@ -174,7 +174,7 @@ class BeamSelector:
         found = self._candidates_of_kernel(logits, position)
         if found is None:
             log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
-            found = self._candidates(self.process(self.tokens.flatten(0, 1), position, log_probs))
+            found = self._candidates(self.process.overwrite(self.tokens.flatten(0, 1), position, log_probs))
         if self._step_of_kernel(found, position, vocabulary, following):
             return None if following is not None else (self._chosen, self._parents)
         best, places = found[:2]
@@ -256,17 +256,14 @@ class BeamSelector:
 
     def _candidates(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The K best continuations of each batch entry: scores, and places among all beams' tokens, [B, K] each."""
-        batch, beams, _ = self.tokens.shape
-        vocabulary = log_probs.shape[-1]
-        summed = (log_probs.reshape(batch, beams, vocabulary) + self._running_scores[..., None]).view(batch, -1)
-        if self._rules.do_sample:
-            places = draw(summed, self._rules.candidates, capturable=self.capturable)
-            scores = summed.gather(1, places)
-            if self._rules.orders_draws:
-                scores, order = scores.sort(dim=-1, descending=True)
-                places = places.gather(1, order)
-        else:
-            scores, places = largest(summed, self._rules.candidates, below=_NEVER / 2)
+        if not self._rules.do_sample:
+            return largest_sums(log_probs, self._running_scores, self._rules.candidates, below=_NEVER / 2)
+        summed = (log_probs.reshape(*self._running_scores.shape, -1) + self._running_scores[..., None]).flatten(1)
+        places = draw(summed, self._rules.candidates, capturable=self.capturable)
+        scores = summed.gather(1, places)
+        if self._rules.orders_draws:
+            scores, order = scores.sort(dim=-1, descending=True)
+            places = places.gather(1, order)
         return scores, places
 
     def _final_scores(self, scores: torch.Tensor, hits: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

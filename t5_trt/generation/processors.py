@@ -66,6 +66,7 @@ class CapturableProcessors:
             self.hiding = Hiding(
                 hides[0][0].to(torch.uint8), torch.zeros(1, dtype=torch.float64, device=hides[0][0].device)
             )
+            self._hidden = hides[0][0].nonzero()[:, 0]
             self._set_hiding()
 
     def _set_hiding(self) -> None:
@@ -84,6 +85,14 @@ class CapturableProcessors:
             length = position + 1
             for form in self._forms:
                 scores = form.apply(tokens, length, scores)
+        return scores
+
+    def overwrite(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """As a call, but `scores` may be overwritten: on a CPU, hiding tokens then needs no copy of V scores."""
+        if self.hiding is None or scores.device.type != "cpu":
+            return self(tokens, position, scores)
+        if int(position) + 1 < float(self.hiding.until):
+            scores.index_fill_(1, self._hidden, _HIDDEN)
         return scores
 
     def load(self, processors: Sequence[Any]) -> None:

@@ -17,6 +17,8 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.signature import layered
 
 SMALLEST_BUCKET = 64
+#: so many entries are moved by NumPy: torch's threads, once woken up, spin for a while and take the processor from ONNX Runtime's
+_SMALL_COPY = 1 << 20
 
 
 def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -184,19 +186,22 @@ class DecoderState:
         if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
             self._rearrange(rows)
             return
-        start = self._common_tokens(rows.numpy()) if self.kv.device.type == "cpu" else 0
-        if start == self.length:
-            return
+        start = 0
+        if self.kv.device.type == "cpu":
+            start = self._common_tokens(rows.numpy())
+            recent = self.kv[:, :, : self.rows, :, start : self.length].numpy()
+            if recent.size <= _SMALL_COPY:
+                recent[:] = recent[:, :, rows.numpy()]
+                return
         padding = torch.arange(len(rows), self.kv.shape[2], device=rows.device)
         rows = torch.cat((rows, padding))
         if self._scratch is None:
             self._scratch = self.kv.new_empty(self.kv[0].numel())
-        of_a_layer = self.kv[0, ..., start : self.length, :].numel()
         # one layer's scratch memory serves all layers: it stays in the CPU cache and is not reallocated
-        for layers in torch.split(self.kv, max(1, self._scratch.numel() // of_a_layer)):
-            filled = layers[..., start : self.length, :]
+        for layer in self.kv:
+            filled = layer[..., start : self.length, :]
             moved = self._scratch[: filled.numel()].view(filled.shape)
-            torch.index_select(filled, 2, rows, out=moved)
+            torch.index_select(filled, 1, rows, out=moved)
             filled.copy_(moved)
 
     def _common_tokens(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> int:

@@ -25,33 +25,43 @@ def best(scores: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scores.detach().numpy().argmax(-1))
 
 
-def largest(scores: torch.Tensor, count: int, below: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest scores of each row and their indices, in falling order: ``scores.topk(count)``.
+def largest_sums(
+    scores: torch.Tensor, added: torch.Tensor, count: int, below: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best continuations of beams: ``(scores + added).topk(count)`` over all tokens of all beams of a batch entry.
 
-    The largest `count` scores lie in the `count` groups of neighbours whose maxima are the largest. Which of equal scores are given can
+    The largest `count` sums lie in the `count` groups of neighbours whose maxima are the largest. Which of equal sums are given can
     differ from ``topk``.
 
     Args:
-        scores: float32 [rows, n].
-        count: of results for each row.
-        below: scores up to this are masked, many of them equal; results with one of them are those of ``topk``.
+        scores: float32 [B * N, V].
+        added: float32 [B, N], the score of each beam.
+        count: of results for each batch entry.
+        below: sums up to this are masked, many of them equal; results with one of them are those of ``topk``.
+
+    Returns:
+        The sums in falling order, and their places among N * V, [B, count] each.
     """
-    rows, size = scores.shape
+    batch, beams = added.shape
+    size = scores.shape[-1]
     groups = size // _GROUP
-    if scores.device.type != "cpu" or groups <= count:
-        return _topk(scores, count)
-    grouped = scores[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
-    found = grouped.amax(-1).topk(count).indices
-    places = (found[..., None] * _GROUP + torch.arange(_GROUP)).flatten(1)
-    if size % _GROUP:
-        rest = torch.arange(groups * _GROUP, size).expand(rows, -1)
-        places = torch.cat((places, rest), 1)
-    values, chosen = scores.gather(1, places).topk(count)
+    if scores.device.type != "cpu" or groups * beams <= count:
+        return _topk(scores, added, count)
+    # row by row: torch's threads, once woken up, spin for a while and take the processor from ONNX Runtime's
+    maxima = torch.stack([row[: groups * _GROUP].view(groups, _GROUP).amax(-1) for row in scores])
+    found = (maxima.view(batch, beams, groups) + added[..., None]).view(batch, -1).topk(count).indices
+    starts = found // groups * size + found % groups * _GROUP
+    places = (starts[..., None] + torch.arange(_GROUP)).flatten(1)
+    rest = (torch.arange(beams)[:, None] * size + torch.arange(groups * _GROUP, size)).flatten()
+    places = torch.cat((places, rest.expand(batch, -1)), 1)
+    sums = scores.reshape(batch, -1).gather(1, places) + added.gather(1, places // size)
+    values, chosen = sums.topk(count)
     if not bool((values > below).all()):
-        return _topk(scores, count)
+        return _topk(scores, added, count)
     return values, places.gather(1, chosen)
 
 
-def _topk(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    values, places = scores.topk(count)
+def _topk(scores: torch.Tensor, added: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = scores.reshape(*added.shape, -1) + added[..., None]
+    values, places = sums.flatten(1).topk(count)
     return values, places

@@ -17,6 +17,7 @@ from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.generation.sampling import draw, pad_rows
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.top_tokens import largest
 
 _NEVER = -1.0e9  # score of a candidate that must not be chosen
 
@@ -265,7 +266,7 @@ class BeamSelector:
                 scores, order = scores.sort(dim=-1, descending=True)
                 places = places.gather(1, order)
         else:
-            scores, places = summed.topk(self._rules.candidates)
+            scores, places = largest(summed, self._rules.candidates, below=_NEVER / 2)
         return scores, places
 
     def _final_scores(self, scores: torch.Tensor, hits: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

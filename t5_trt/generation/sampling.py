@@ -16,6 +16,7 @@ from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import outside_capture
 from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.top_tokens import best
 
 _STEP = 4  # a GPU generator's offsets are multiples of this
 
@@ -125,7 +126,7 @@ class RowTokenSelector:
             chosen = self._chosen
         else:
             scores = self.process(self.tokens, position, logits)
-            chosen = draw(scores, 1, capturable=self.capturable).flatten() if self.draws else scores.argmax(-1)
+            chosen = draw(scores, 1, capturable=self.capturable).flatten() if self.draws else best(scores)
         buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos)
         if cuda_kernels.token_step(buffers, position, self._pad, following, self.mailbox):
             return None if following is not None else (chosen, None)

@@ -13,6 +13,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, T5GraphBuilder
 from t5_trt.graph.decoder import build_decoder
 from t5_trt.graph.encoder import build_cross, build_encoder
+from t5_trt.graph.fused_step import build_fused_step
 from t5_trt.graph.int8 import Int8DeviceGraphBuilder, Int8HostGraphBuilder
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -31,6 +32,7 @@ def build_host_graph(
     quantized: Weights | None = None,
     inputs: Collection[str] = (),
     debug_outputs: bool = False,
+    fused: bool = False,
 ) -> ir.Model:
     """Write one of `t5_trt.graph.signature.GRAPHS` with the weights as initializers.
 
@@ -44,10 +46,17 @@ def build_host_graph(
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of everything else is then float32.
         inputs: names of weights that are inputs instead of initializers.
         debug_outputs: also output the residual stream after every block, named "encoder.block.0" and so on.
+        fused: write the decoder step in operators of ONNX Runtime's own; see `t5_trt.graph.fused_step`. It has no debug outputs.
     """
-    if quantized is not None:
-        return _build(graph, Int8HostGraphBuilder(graph, arch, weights, quantized, inputs), debug_outputs)
-    return _build(graph, HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs), debug_outputs)
+    form = (
+        HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs)
+        if quantized is None
+        else Int8HostGraphBuilder(graph, arch, weights, quantized, inputs)
+    )
+    if fused:
+        assert graph == STEP
+        return build_fused_step(form)
+    return _build(graph, form, debug_outputs)
 
 
 def build_device_graph(

@@ -24,6 +24,8 @@ from t5_trt.graph.precision import TORCH_TYPES
 from t5_trt.graph.signature import Tensor
 
 FLOAT = ir.DataType.FLOAT
+#: the domain of ONNX Runtime's own operators
+CONTRIB = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,23 @@ class HostGraphBuilder(T5GraphBuilder):
         return self._weight(name)
 
     def project(self, stream: ir.Value, group: str) -> Projection:
-        """See `T5GraphBuilder.project`: ``[rows, in] @ [out, in]^T`` for each matrix, in the checkpoint's own layout."""
+        """See `T5GraphBuilder.project`."""
         parameter = self.groups[group]
         if parameter.norm is not None:
             stream = self.rms_norm(stream, self._weight(parameter.norm))
         if parameter.scale != 1.0:
             stream = self.op("Mul", stream, self.scalar(parameter.scale))
-        return Projection([self.op("Gemm", stream, self._weight(key), transB=1) for key in parameter.parts], None)
+        return Projection(self.products(stream, group), None)
+
+    def products(self, stream: ir.Value, group: str, *, together: bool = False) -> Sequence[ir.Value]:
+        """The products of a normed and scaled stream with each matrix of a group, in the checkpoint's own layout.
+
+        Args:
+            stream: [rows, in].
+            group: of `t5_trt.graph.parameters`.
+            together: give one value with all products side by side where the matrices are stored as one.
+        """
+        return [self.op("Gemm", stream, self._weight(key), transB=1) for key in self.groups[group].parts]
 
     def flat(self, value: ir.Value, outer: Sequence[Dim], width: int) -> ir.Value:
         """See `T5GraphBuilder.flat`: [rows, width], as Gemm wants it."""

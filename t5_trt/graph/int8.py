@@ -8,7 +8,7 @@ biases and the embedding are not quantized.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, Projection
+from t5_trt.graph.builders import CONTRIB, DeviceGraphBuilder, HostGraphBuilder
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD, Parameter, Weights, materialize, parameters
@@ -105,27 +105,21 @@ class Int8HostGraphBuilder(HostGraphBuilder):
         super().__init__(name, arch, weights, ir.DataType.FLOAT, inputs=inputs)
         self._quantized = quantized
 
-    def project(self, stream: ir.Value, group: str) -> Projection:
-        """See `T5GraphBuilder.project`: one product for the whole group."""
+    def products(self, stream: ir.Value, group: str, *, together: bool = False) -> Sequence[ir.Value]:
+        """See `HostGraphBuilder.products`: one product for the whole group."""
         if MATRIX.format(group) not in self._quantized:
-            return super().project(stream, group)
+            return super().products(stream, group)
         parameter = self.groups[group]
-        if parameter.norm is not None:
-            stream = self.rms_norm(stream, self.parameter(parameter.norm))
-        if parameter.scale != 1.0:
-            stream = self.op("Mul", stream, self.scalar(parameter.scale))
         matrix, stored = self._stored(MATRIX.format(group)), self._quantized[MATRIX.format(group)]
         width, made = parameter.shape[1], stored.shape[1]
         unsigned = stored.dtype == torch.uint8
         zero_points = self.constant(np.full(made, 128 if unsigned else 0), _byte_type(stored))
-        packed = self.foreign(
-            "com.microsoft", "DynamicQuantizeMatMul", stream, matrix, self._stored(SCALE.format(group)), zero_points
-        )
-        if len(parameter.parts) == 1:
-            return Projection([packed if made == width else self._columns(packed, 0, width)], None)
-        ends = np.cumsum(parameter.widths).tolist()
-        pieces = zip([0, *ends[:-1]], ends, strict=True)
-        return Projection([self._columns(packed, start, end) for start, end in pieces], None)
+        scales = self._stored(SCALE.format(group))
+        (packed,) = self.foreign(CONTRIB, "DynamicQuantizeMatMul", 1, stream, matrix, scales, zero_points)
+        ends = [width] if together else np.cumsum(parameter.widths).tolist()
+        if ends == [made]:
+            return [packed]
+        return [self._columns(packed, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _columns(self, value: ir.Value, start: Dim, end: Dim) -> ir.Value:
         return self.op("Slice", value, self.vector(start), self.vector(end), self.ints(1))

@@ -89,10 +89,12 @@ class GraphBuilder:
         """Append a node and return its outputs."""
         return self._append("", op_type, outputs, inputs, attributes)
 
-    def foreign(self, domain: str, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Append a node of another domain than ONNX's, such as "com.microsoft", and return its only output."""
+    def foreign(
+        self, domain: str, op_type: str, outputs: int, *inputs: ir.Value | None, **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Append a node of another domain than ONNX's, such as "com.microsoft", and return its outputs."""
         self._domains[domain] = 1
-        return self._append(domain, op_type, 1, inputs, attributes)[0]
+        return self._append(domain, op_type, outputs, inputs, attributes)
 
     def _append(
         self,

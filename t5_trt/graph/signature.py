@@ -52,7 +52,7 @@ def layered(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}_{kind}_{layer}" for layer in range(layers) for kind in "kv"]
 
 
-def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signature:
+def signature(graph: str, arch: Architecture, *, packed: bool = False, in_place: bool = False) -> Signature:
     """The signature of one of `GRAPHS` for a model.
 
     encoder:          input_ids [B,S], attention_mask [B,S] -> encoder_hidden_states [B,S,E], cross_{k,v}_l [B,H,S,D]
@@ -65,6 +65,9 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
 
     The device form is `packed`: cross_kv [L,2,B,H,S,D] stands for all cross_{k,v}_l that leave an encoder, and
     new_qkv_l [R,Q,3*H*D] (q, k and v of each new token side by side) for new_{k,v}_l.
+
+    A decoder_step in ONNX Runtime's fused operators writes `in_place`: present_{k,v}_l [R,H,T,D], bound to the memory of
+    past_{k,v}_l, stands for new_{k,v}_l.
 
     An encoder without a decoder makes no cross K/V. ``position`` is the number of tokens already in the cache; cached entries from
     there on are ignored. P is 1, for all rows, or R, for each of them; the device form takes one. The biases are added to
@@ -85,6 +88,8 @@ def signature(graph: str, arch: Architecture, *, packed: bool = False) -> Signat
     queries: str | int = 1 if graph == STEP else "Q"
     past = tuple(Tensor(name, REAL, ("R", heads, "T", width)) for name in layered("past", layers))
     new = tuple(Tensor(name, REAL, ("R", heads, queries, width)) for name in layered("new", layers))
+    if in_place:
+        new = tuple(Tensor(name, REAL, ("R", heads, "T", width)) for name in layered("present", layers))
     if packed:
         new = tuple(Tensor(f"new_qkv_{layer}", REAL, ("R", queries, 3 * heads * width)) for layer in range(layers))
     inputs = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from t5_trt.engine.profiles import power_of_two
@@ -105,6 +106,9 @@ class DecoderState:
     binding: Binding | None = None
     ancestors: torch.Tensor | None = None
     _scratch: torch.Tensor | None = None
+    _makers: np.ndarray[Any, np.dtype[np.int64]] | None = (
+        None  # [R, T]: the row that made each entry, for `reorder` on a CPU
+    )
 
     @classmethod
     def allocate(
@@ -135,7 +139,7 @@ class DecoderState:
             (*self.kv.shape[:4], bucket_length(self.length + tokens, self.smallest_bucket), self.kv.shape[5])
         )
         grown[..., : self.length, :] = self.kv[..., : self.length, :]
-        self.kv, self.ancestors, self._scratch = grown, None, None
+        self.kv, self.ancestors, self._scratch, self._makers = grown, None, None, None
         self.binding = None
 
     def materialize(self) -> None:
@@ -166,7 +170,7 @@ class DecoderState:
         """
         if not 0 <= length <= self.length:
             raise InputError(f"cannot crop a cache of {self.length} tokens to {length}; expected 0 to {self.length}.")
-        self.length = length
+        self.length, self._makers = length, None
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Reorder rows: row i continues row ``rows[i]``, as beam search needs after every token.
@@ -180,6 +184,9 @@ class DecoderState:
         if not torch.equal(rows // self.cross.beams, parents):  # rows change their source: give each its own
             self._rearrange(rows)
             return
+        start = self._common_tokens(rows.numpy()) if self.kv.device.type == "cpu" else 0
+        if start == self.length:
+            return
         padding = torch.arange(len(rows), self.kv.shape[2], device=rows.device)
         rows = torch.cat((rows, padding))
         if self._scratch is None:
@@ -187,10 +194,23 @@ class DecoderState:
         for (
             layer
         ) in self.kv:  # one layer's scratch memory serves all layers: it stays in the CPU cache and is not reallocated
-            filled = layer[..., : self.length, :]
+            filled = layer[..., start : self.length, :]
             moved = self._scratch[: filled.numel()].view(filled.shape)
             torch.index_select(filled, 1, rows, out=moved)
             filled.copy_(moved)
+
+    def _common_tokens(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+        """How many tokens of the cache are where they belong already, when row i becomes row ``rows[i]``; takes note of the change.
+
+        Beams of one source soon have a common past: what they share was computed by one row and copied to all of them.
+        """
+        if self._makers is None:
+            self._makers = np.repeat(np.arange(len(rows))[:, None], self.capacity, axis=1)
+        makers = self._makers[:, : self.length]
+        moved = makers[rows]
+        differs = (moved != makers).any(0)
+        makers[:] = moved
+        return int(differs.argmax()) if differs.any() else self.length
 
     def select(self, rows: torch.Tensor) -> DecoderState:
         """A copy whose row i is row ``rows[i]`` of this state; the number of rows may change."""
@@ -228,7 +248,7 @@ class DecoderState:
         """Become the copy that `select` makes: every row has its own source."""
         own = self.select(rows)
         self.kv, self.new, self.cross, self.cross_bias = own.kv, own.new, own.cross, own.cross_bias
-        self.ancestors = self._scratch = None
+        self.ancestors = self._scratch = self._makers = None
         self.binding = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:

@@ -19,6 +19,7 @@ import torch
 from t5_trt.errors import BackendError, raise_hidden_interrupt
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.build_graph import build_host_graph
+from t5_trt.graph.fused_step import can_fuse
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -27,6 +28,7 @@ from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.session import TokenSelector
+from t5_trt.runtime.top_tokens import best
 
 #: smaller tensors are embedded in the ONNX model, where graph optimizers can read their values
 SHARED_FROM_BYTES = 1 << 16
@@ -71,6 +73,7 @@ class OrtSession:
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
         self._weights, self._changing = weights, frozenset(changing)
+        self._in_place = can_fuse(arch)  # the step writes into the cache
         self.updates = 0
         # packed 8-bit matrices take a quarter of float32 ones
         self._prepack = True if quantized is not None else prepack_weights
@@ -127,7 +130,6 @@ class OrtSession:
         logits = torch.empty((rows, queries, self.arch.vocab_size), dtype=torch.float32)
         if queries == 1 and key_mask is None:
             self._step(state, input_ids, logits)
-            state.append(state.new)
             return logits
         bias = torch.zeros((rows, 1, 1, state.capacity + queries), dtype=torch.float32)
         if key_mask is not None:  # cached keys first, then unused slots (hidden by the graph itself), then new keys
@@ -179,11 +181,16 @@ class OrtSession:
             inputs["cross_bias"] = rows.cross_bias[:count]
             inputs["decoder_input_ids"], inputs["position"] = rows.tokens[:count], rows.positions[:count]
             bind(binding.bind_input, inputs | graph.weights)
-            bind(binding.bind_output, layer_views("new", rows.new[:, :, :count]) | {"logits": logits})
+            written = self._written(rows.kv[:, :, :count], rows.new[:, :, :count])
+            bind(binding.bind_output, written | {"logits": logits})
             bound = rows.bindings[count] = BoundRows(graph.session, binding, logits)
         self._call(bound.session, bound.io)
-        rows.append()
-        return bound.logits[:, 0].argmax(-1) if best_only else bound.logits[:, 0]
+        if self._in_place:
+            rows.positions[:count] += 1
+            rows.advance()
+        else:
+            rows.append()
+        return best(bound.logits[:, 0]) if best_only else bound.logits[:, 0]
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""
@@ -220,13 +227,21 @@ class OrtSession:
             binding = graph.session.io_binding()
             inputs = self._decoder_inputs(state) | {"decoder_input_ids": tokens, "position": position}
             bind(binding.bind_input, inputs | graph.weights)
-            bind(binding.bind_output, layer_views("new", state.new))
+            bind(binding.bind_output, self._written(state.kv, state.new))
             bound = BoundStep(self, graph.session, binding, tokens, position, inputs, state.binding)
             state.binding = bound
         bound.tokens.copy_(input_ids)
         bound.position.fill_(state.length)
         bind(bound.io.bind_output, {"logits": logits})
         self._call(bound.session, bound.io)
+        if self._in_place:
+            state.length += 1
+        else:
+            state.append(state.new)
+
+    def _written(self, kv: torch.Tensor, new: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The memory that a step writes K and V to: the cache, or where it does not write there, a buffer for the new ones."""
+        return layer_views("present", kv) if self._in_place else layer_views("new", new)
 
     def _decoder_inputs(self, state: DecoderState) -> dict[str, torch.Tensor]:
         buffers = layer_views("past", state.kv) | layer_views("cross", state.cross.kv)
@@ -286,6 +301,7 @@ class OrtSession:
             quantized=self._quantized,
             inputs=changing,
             debug_outputs=debug_outputs,
+            fused=graph == STEP and self._in_place and not debug_outputs,
         )
         options = self._session_options(graph, packed)
         for value in list(model.graph.initializers.values()):
@@ -343,7 +359,6 @@ class OrtGenerationStep:
         state = self._state
         self._position.fill_(state.length)
         self._session._step(state, self.tokens, self._logits)
-        state.append(state.new)
         made = self.selector.advance(self._logits[:, 0], self._position)
         assert made is not None
         chosen, parents = made

@@ -11,6 +11,7 @@ from t5_trt.generation.processors import CapturableProcessors, capturable_proces
 from t5_trt.generation.sampling import draw
 from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.row_buffers import SupportsToList
+from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.handle import Job
 from t5_trt.serving.settings import Prepared
 
@@ -54,7 +55,7 @@ class Row:
             # a generator of its own draws what the global one would with the same seed, if nobody else drew from it
             chosen = draw(scores, 1, capturable=True, generator=self._draws(logits.device)).flatten()
         else:
-            chosen = scores.argmax(-1)
+            chosen = best(scores)
         if self._history is not None and self._position is not None:
             self._history.index_copy_(1, self._position.add_(1), chosen[:, None])
         return chosen

@@ -13,6 +13,7 @@ import torch
 
 from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.runtime.row_buffers import RowSession
+from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.groups import at_home
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
@@ -161,7 +162,7 @@ class RunningRows:
 
     def _chosen(self, logits: torch.Tensor, failures: dict[int, Exception]) -> torch.Tensor:
         """The next token of every row, int64 [rows], where the logits are; errors of single rows by their place."""
-        chosen = logits.argmax(-1)
+        chosen = best(logits)
         for place, row in enumerate(self.rows):
             if not row.plain:
                 try:

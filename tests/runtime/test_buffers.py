@@ -44,6 +44,29 @@ def test_reorder_within_a_source_moves_only_the_decoder(v11: tuple[Any, Any]) ->
     assert torch.equal(state.kv[..., :5, :], expected) and state.cross is cross
 
 
+def test_beams_that_share_a_past_are_copied_from_where_they_part(v11: tuple[Any, Any]) -> None:
+    arch = v11[1].architecture
+    state, generator = make_state(arch, batch=2, beams=3, tokens=1), torch.Generator().manual_seed(1)
+    expected = state.kv[..., :1, :].clone()
+    for number in range(40):
+        if number == 25:
+            state.crop(9)
+            expected = expected[..., :9, :]
+        new = torch.randn(*expected.shape[:4], 1 + (number % 5 == 0), arch.d_kv)
+        state.reserve(2)
+        state.append(new)
+        rows = torch.randint(0, 3, (2, 3), generator=generator) + torch.tensor([[0], [3]])
+        state.reorder(rows.flatten())
+        expected = torch.cat((expected, new), 4)[:, :, rows.flatten()]
+        assert torch.equal(state.kv[..., : state.length, :], expected)
+    state.kv[..., :3, :] = 7.0  # all beams have had this past in common for long
+    state.reorder(torch.tensor([1, 1, 0, 3, 4, 5]))
+    assert (state.kv[..., :3, :] == 7.0).all()
+    memory = state.kv.clone()
+    state.reorder(torch.arange(6))
+    assert torch.equal(state.kv, memory)
+
+
 def test_reorder_across_sources_takes_the_source_along(v11: tuple[Any, Any]) -> None:
     state = make_state(v11[1].architecture)
     rows = torch.tensor([5, 2, 0, 1, 4, 3])

@@ -1,7 +1,7 @@
 """One contestant of `benchmarks.cpu_peers` in a process of its own: loads a model, then answers requests, one line of JSON each.
 
-A process of its own, because libgomp counts the threads of all who use it in a process: with PyTorch and CTranslate2 in one, there are
-more than cores, and their threads go to sleep between two operators. Hugging Face's class then takes 1.4 times as long.
+A process of its own, because they disturb each other in one: on 2 cores Hugging Face's class took 1.4 times as long from the first call
+of CTranslate2 on, with less work for the second core.
 """
 
 from __future__ import annotations

@@ -1,26 +1,26 @@
-"""Time Hugging Face, CTranslate2 and ours in several precisions on a CPU, in turns in one process, and their start-up.
+"""Time Hugging Face, CTranslate2 and ours in several precisions on a CPU, in turns, each in a process of its own, and their start.
 
-Weights are random, of T5-base shapes; all contestants generate the same number of tokens. Each case is a record of one run, in
-which every figure is a ratio to Hugging Face's class (eager, float32) of that run. A record replaces an older one of its case.
+Weights are random, of T5-base shapes; all contestants generate the same number of tokens. Each case is a record of one run, in which
+every figure is a ratio to Hugging Face's class (eager, float32) of that run. A record replaces an older one of its case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.cpu_start import CONTESTANTS as STARTED
-from benchmarks.cpu_start import start_record
+from benchmarks.cpu_contestant import Contestant
 from t5_trt.tools.records import read_records, write_records
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu-peers.json"
+BASE = "hf_eager_fp32"
+CONTESTANTS = (BASE, "ctranslate2_fp32", "ours_fp32", "ctranslate2_int8", "ours_int8")
 #: case -> its sizes
 CASES = {
     "batch 1": {"batch": 1, "source_tokens": 32, "new_tokens": 99, "num_beams": 1},
@@ -29,67 +29,93 @@ CASES = {
     "source 512": {"batch": 8, "source_tokens": 512, "new_tokens": 64, "num_beams": 1},
 }
 START = "start"
-#: precisions of ours beside float32, and of CTranslate2
-OURS, THEIRS = ("int8",), ("fp32", "int8")
 
 
-def compared(record: dict[str, Any]) -> dict[str, Any]:
-    """The ratios of one case.
+def compared(times: dict[str, list[float]], tokens: dict[str, list[list[int]]]) -> dict[str, Any]:
+    """The fields of a case's record.
 
     Args:
-        record: of `t5_trt.tools.benchmark.measure`, with ours in float32 as "ours" and in other precisions as "ours_int8".
+        times: contestant -> milliseconds of its calls.
+        tokens: contestant -> its rows of tokens.
 
     Returns:
-        Times Hugging Face by contestant; ours over CTranslate2 in float32 and int8; shares of tokens equal to Hugging Face's.
+        Times Hugging Face by contestant; ours over CTranslate2 in the same precision; shares of tokens equal to Hugging Face's;
+        medians in milliseconds.
     """
-    base = record["hf_eager_fp32_ms"]
-    named = {name: "ours_fp32" if name == "ours" else name for name in _contestants(record)}
-    times = {named[name]: round(base / record[f"{name}_ms"], 2) for name in named}
-    shares = {
-        named[name]: record["tokens_equal_share" if name == "ours" else f"{name}_tokens_equal_share"] for name in named
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    rows = [(name, precision) for name in medians for kind, _, precision in [name.rpartition("_")] if kind == "ours"]
+    return {
+        "times_hf_eager": {name: round(medians[BASE] / ms, 2) for name, ms in medians.items() if name != BASE},
+        "ours_over_ctranslate2": {
+            precision: round(medians[f"ctranslate2_{precision}"] / medians[name], 2)
+            for name, precision in rows
+            if f"ctranslate2_{precision}" in medians
+        },
+        "equal_to_hf_eager": {name: equal_share(tokens[name], tokens[BASE]) for name in tokens if name != BASE},
+        "ms": {name: round(ms, 1) for name, ms in medians.items()},
+        "ms_least_and_most": {name: [round(min(found), 1), round(max(found), 1)] for name, found in times.items()},
     }
-    over = {
-        precision: round(record[f"ctranslate2_{precision}_ms"] / record[f"{ours}_ms"], 2)
-        for precision, ours in (("fp32", "ours"), ("int8", "ours_int8"))
-        if f"ctranslate2_{precision}_ms" in record and f"{ours}_ms" in record
-    }
-    return {"times_hf_eager": times, "ours_over_ctranslate2": over, "equal_to_hf_eager": shares}
 
 
-def _contestants(record: dict[str, Any]) -> list[str]:
-    names = [field.removesuffix("_ms") for field in record if field.endswith("_ms") and not field.endswith("_p90_ms")]
-    return [name for name in names if name != "hf_eager_fp32"]
+def equal_share(got: list[list[int]], expected: list[list[int]]) -> float:
+    """Share of positions with the same token, of rows of the same lengths."""
+    pairs = [pair for row, other in zip(got, expected, strict=True) for pair in zip(row, other, strict=True)]
+    return round(sum(one == two for one, two in pairs) / len(pairs), 4)
 
 
-def measured(case: str, runs: int, threads: int, ours: list[str], shape: str) -> dict[str, Any]:
-    """Time a case; see the module.
+def measured(contestants: dict[str, Contestant], case: str, runs: int) -> dict[str, Any]:
+    """Time a case on all contestants, in turns, after a call of each that does not count."""
+    from t5_trt.tools.random_models import random_source
 
-    Args:
-        case: a key of `CASES`.
-        runs: of each contestant, in turns.
-        threads: of each contestant.
-        ours: precisions of ours beside float32.
-        shape: a key of `t5_trt.tools.random_models.SHAPES`.
-    """
-    from t5_trt import TRTT5ForConditionalGeneration
-    from t5_trt.tools.benchmark import Baseline, Case, load_benchmark, measure
-    from t5_trt.tools.ctranslate2_peer import CTranslate2Model
+    sizes = CASES[case]
+    rows = random_source(sizes["batch"], sizes["source_tokens"]).tolist()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    tokens: dict[str, list[list[int]]] = {}
+    for number in range(runs + 1):
+        for name, contestant in contestants.items():
+            ms, tokens[name] = contestant.generate(rows, sizes["new_tokens"], sizes["num_beams"])
+            if number:
+                times[name].append(ms)
+    return {"case": case, **sizes, "runs": runs, **compared(times, tokens)}
 
-    benchmark = load_benchmark(f"random:{shape}", threads=threads, backend="onnxruntime")
-    hugging_face = benchmark.baselines["hf_eager_fp32"].model
-    for precision in ours:
-        benchmark.baselines[f"ours_{precision}"] = Baseline(
-            TRTT5ForConditionalGeneration.from_model(
-                hugging_face, num_threads=threads, backend="onnxruntime", precision=precision
-            )
-        )
-    for precision in THEIRS:
-        benchmark.baselines[f"ctranslate2_{precision}"] = Baseline(
-            CTranslate2Model(hugging_face, precision, benchmark.ours.device, threads)
-        )
-    benchmark.left_out.clear()
-    record = measure(benchmark, Case(**CASES[case]), runs)
-    return {"case": case, **compared(record), **record}
+
+def started(contestants: dict[str, Contestant], folder: Path) -> dict[str, Any]:
+    """Seconds to import, load and give the first token, and the largest memory after 99 tokens, against the size of the weights."""
+    record: dict[str, Any] = {"case": START}
+    for name, contestant in contestants.items():
+        contestant.generate([list(range(2, 34))], 99, 1)
+        above = contestant.peak_mb - contestant.start["imports_mb"]
+        weights = weights_mb(name, folder)
+        record[name] = {
+            **contestant.start,
+            "peak_above_imports_mb": round(above, 1),
+            "weights_mb": round(weights, 1),
+            "peak_over_weights": round(above / weights, 2),
+        }
+    return record
+
+
+def weights_mb(name: str, folder: Path) -> float:
+    """Size on disk of what a contestant loads, in 10**6 bytes; of ours in 8 bits, the matrices and no embedding."""
+    kind, _, precision = name.rpartition("_")
+    place = "store" if kind == "ours" and precision != "fp32" else name if kind == "ctranslate2" else "model"
+    return sum(path.stat().st_size for path in (folder / place).rglob("*") if path.is_file()) / 1e6
+
+
+def prepare(folder: Path, shape: str, names: list[str]) -> None:
+    """Write the checkpoint, CTranslate2's models and, by a first start, our 8-bit matrices."""
+    from t5_trt.tools.ctranslate2_peer import compute_type_of, convert
+    from t5_trt.tools.random_models import random_t5
+
+    model = random_t5(shape)
+    model.save_pretrained(folder / "model")
+    for name in names:
+        kind, _, precision = name.rpartition("_")
+        if kind == "ctranslate2":
+            (folder / name).mkdir()
+            convert(model, folder / name, compute_type_of(precision, "cpu"))
+        elif kind == "ours" and precision != "fp32":
+            Contestant(name, folder, 1).close()
 
 
 def store(file: Path, record: dict[str, Any]) -> None:
@@ -99,42 +125,33 @@ def store(file: Path, record: dict[str, Any]) -> None:
     write_records(file, sorted([*kept, record], key=lambda each: order.index(each["case"])))
 
 
-def started(threads: int, shape: str, ours: list[str]) -> dict[str, Any]:
-    """Start-up and memory of each contestant, each in a process of its own."""
-    from t5_trt.tools.environment import environment
-    from t5_trt.tools.random_models import random_t5
-
-    record: dict[str, Any] = {"case": START, "model": f"{shape} shapes, random weights, seed 0", "threads": threads}
-    with tempfile.TemporaryDirectory() as folder:
-        random_t5(shape).save_pretrained(f"{folder}/model")
-        for name in STARTED:
-            if name.startswith("ours_") and name not in ("ours_fp32", *(f"ours_{each}" for each in ours)):
-                continue
-            environ = {**os.environ, "T5_TRT_CACHE": f"{folder}/store-{name}"}
-            command = [sys.executable, "-m", "benchmarks.cpu_start", name, folder, "--threads", str(threads)]
-            for stage in ("prepare", "run"):
-                done = subprocess.run([*command, stage], env=environ, check=True, capture_output=True, text=True)
-            record[name] = json.loads(done.stdout)
-    return start_record(record) | environment()
-
-
 def main() -> None:
     """Command line: measure the cases, print them, and put them into the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="+", choices=[*CASES, START], default=[*CASES, START])
     parser.add_argument("--runs", type=int, default=5, help="of each contestant, in turns")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ours", nargs="*", default=list(OURS), help="precisions of ours beside fp32")
+    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), help=f"{BASE} and others")
     parser.add_argument("--shape", default="t5-base")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--folder", type=Path, help="of prepared models, made if it is missing; default: a temporary one"
+    )
     args = parser.parse_args()
-    for case in args.case:
-        if case == START:
-            record = started(args.threads, args.shape, args.ours)
-        else:
-            record = measured(case, args.runs, args.threads, args.ours, args.shape)
-        store(args.json, record)
-        print(json.dumps(record, indent=2))
+    from t5_trt.tools.environment import environment
+
+    facts = {"model": f"{args.shape} shapes, random weights, seed 0", "threads": args.threads, **environment()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary) / "made"
+        if not folder.exists():
+            prepare(folder, args.shape, args.contestants)
+        contestants = {name: Contestant(name, folder, args.threads) for name in args.contestants}
+        for case in args.case:
+            made = started(contestants, folder) if case == START else measured(contestants, case, args.runs)
+            store(args.json, made | facts)
+            print(json.dumps(made, indent=2), flush=True)
+        for contestant in contestants.values():
+            contestant.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """CTranslate2 as a model to compare with: converted from a Hugging Face model, called as one.
 
-Token ids are CTranslate2's tokens, so no tokenizer takes part.
+Token ids are CTranslate2's tokens, so no tokenizer takes part. On a CPU, Hugging Face's class becomes slower once CTranslate2 has run in
+its process (1.4 times on 2 cores); `benchmarks.cpu_peers` gives each a process of its own.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,7 +19,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.cpu_peers import compared, store
+from benchmarks.cpu_contestant import Contestant
+from benchmarks.cpu_peers import compared, started, store
 from t5_trt import BackendError, InputError
 from t5_trt.cli import app
 from t5_trt.tools import random_models
@@ -150,18 +152,16 @@ def test_command_shows_the_peer(stand_in: Any, tmp_path: Path) -> None:
     assert "CT2 int8" in done.stdout and "ctranslate2_int8_ms" in read_records(file)[0] and picture.exists()
 
 
-def test_records_of_cases_replace_older_ones_and_hold_ratios(tmp_path: Path) -> None:
+def test_records_hold_ratios_within_a_run_and_replace_older_ones_of_their_case(tmp_path: Path) -> None:
     times = {
         "hf_eager_fp32": 100.0,
-        "ours": 50.0,
+        "ours_fp32": 50.0,
         "ours_int8": 20.0,
         "ctranslate2_fp32": 60.0,
         "ctranslate2_int8": 30.0,
     }
-    record: dict[str, Any] = {"tokens_equal_share": 1.0}
-    for name, ms in times.items():
-        record |= {f"{name}_ms": ms, f"{name}_p90_ms": ms, f"{name}_tokens_equal_share": 0.5}
-    found = compared(record)
+    tokens = {name: [[1, 2], [3, 4 if name.endswith("fp32") else 9]] for name in times}
+    found = compared({name: [ms, ms / 2, ms * 3] for name, ms in times.items()}, tokens)
     assert found["times_hf_eager"] == {
         "ours_fp32": 2.0,
         "ours_int8": 5.0,
@@ -169,8 +169,24 @@ def test_records_of_cases_replace_older_ones_and_hold_ratios(tmp_path: Path) -> 
         "ctranslate2_int8": 3.33,
     }
     assert found["ours_over_ctranslate2"] == {"fp32": 1.2, "int8": 1.5}
-    assert found["equal_to_hf_eager"]["ours_fp32"] == 1.0 and found["equal_to_hf_eager"]["ours_int8"] == 0.5
+    assert found["equal_to_hf_eager"]["ours_fp32"] == 1.0 and found["equal_to_hf_eager"]["ours_int8"] == 0.75
     file = tmp_path / "x.json"
     for number, case in enumerate(("4 beams", "batch 1", "4 beams")):
         store(file, {"case": case, "number": number})
     assert json.loads(file.read_text()) == [{"case": "batch 1", "number": 1}, {"case": "4 beams", "number": 2}]
+
+
+def test_contestants_answer_in_turns_with_their_start_and_memory(tmp_path: Path) -> None:
+    """Hugging Face and ours in processes of their own, on the shipped model."""
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    contestants = {name: Contestant(name, tmp_path, 1) for name in ("hf_eager_fp32", "ours_fp32")}
+    try:
+        found = {name: each.generate([[5, 6, 7], [8, 9, 10]], 4, 2) for name, each in contestants.items()}
+        start = started(contestants, tmp_path)
+    finally:
+        for each in contestants.values():
+            each.close()
+    assert found["hf_eager_fp32"][1] == found["ours_fp32"][1] and all(ms > 0 for ms, _ in found.values())
+    assert all(start[name][field] > 0 for name in contestants for field in ("import_s", "load_s", "weights_mb"))
+    with pytest.raises(RuntimeError, match="a contestant ended"):
+        Contestant("ours_fp32", tmp_path / "none", 1)

@@ -72,8 +72,8 @@ class RowBuffers:
         self.bindings: dict[Hashable, object] = {}
         self._lengths = np.zeros(rows, np.int32)  # positions, on the host
         self._sources = np.zeros(rows, np.int32)
-        heads = torch.arange(arch.decoder_layers * 2 * rows * arch.num_heads, device=device)
-        self._heads = heads.view(-1, rows, arch.num_heads)  # place of each head's first token, in units of T tokens
+        heads = np.arange(arch.decoder_layers * 2 * rows * arch.num_heads)
+        self._heads = heads.reshape(-1, rows, arch.num_heads)  # place of each head's first token, in units of T tokens
 
     @property
     def capacity(self) -> int:
@@ -108,11 +108,11 @@ class RowBuffers:
             self._clear(row)
         self._sources[row], self._lengths[row] = length, 0
         self._fit_sources()
-        self.cross[:, :, row, :, :length] = cross
-        self.cross_bias[row, ..., :length] = cross_bias
+        _write(self.cross[:, :, row, :, :length], cross)
+        _write(self.cross_bias[row, ..., :length], cross_bias)
         if self.reads_empty_places:
-            self.cross[:, :, row, :, length:] = 0
-            self.cross_bias[row, ..., length:] = self.hidden
+            _write(self.cross[:, :, row, :, length:], 0)
+            _write(self.cross_bias[row, ..., length:], self.hidden)
             self.positions[row] = 0
         return row
 
@@ -132,18 +132,18 @@ class RowBuffers:
     def _clear(self, row: int) -> None:
         """Remove what a row has written."""
         if self.reads_empty_places:  # 0 * NaN would be NaN in another request
-            self.kv[:, :, row, :, : self.position(row)] = 0
+            _write(self.kv[:, :, row, :, : self.position(row)], 0)
 
     def _move(self, last: int, row: int) -> None:
         """Let a free row take over what the last one holds."""
         length, source = self.position(last), int(self._sources[last])
-        self.kv[:, :, row, :, :length] = self.kv[:, :, last, :, :length]
+        _write(self.kv[:, :, row, :, :length], self.kv[:, :, last, :, :length])
         if self.reads_empty_places:
-            self.kv[:, :, last, :, :length] = 0
+            _write(self.kv[:, :, last, :, :length], 0)
             source = self.source_capacity
             self.tokens[row], self.positions[row] = self.tokens[last], self.positions[last]
-        self.cross[:, :, row, :, :source] = self.cross[:, :, last, :, :source]
-        self.cross_bias[row, ..., :source] = self.cross_bias[last, ..., :source]
+        _write(self.cross[:, :, row, :, :source], self.cross[:, :, last, :, :source])
+        _write(self.cross_bias[row, ..., :source], self.cross_bias[last, ..., :source])
         self._lengths[row], self._sources[row] = length, self._sources[last]
 
     def feed(self, tokens: Sequence[int], places: Sequence[int] | None = None) -> None:
@@ -177,10 +177,10 @@ class RowBuffers:
         self.kv = self.new = self.cross = self.cross_bias = self.kv.new_empty(0)
 
     def append(self) -> None:
-        """Write `new` of the rows in use behind what is in their caches."""
+        """Write `new` of the rows in use behind what is in their caches; on a CPU, see `_write`."""
         count, width = self.count, self.kv.shape[5]
-        places = self._heads[:, :count] * self.capacity + self.positions[:count, None]
-        self.kv.view(-1, width).index_copy_(0, places.flatten(), self.new[:, :, :count].reshape(-1, width))
+        places = self._heads[:, :count] * self.capacity + self._lengths[:count, None]
+        self.kv.numpy().reshape(-1, width)[places] = self.new.numpy()[:, :, :count, :, 0].reshape(*places.shape, width)
         self.positions[:count] += 1
         self.advance()
 
@@ -203,6 +203,14 @@ class RowBuffers:
     def _forget_addresses(self) -> None:
         """Drop what a session keeps: addresses change."""
         self.bindings.clear()
+
+
+def _write(target: torch.Tensor, value: torch.Tensor | float) -> None:
+    """Write a part of a buffer, on a CPU in this thread alone: torch's other threads would wait for those of ONNX Runtime, which spin after a step."""
+    if target.device.type == "cpu" and target.dtype == torch.float32:
+        target.numpy()[...] = value.numpy() if isinstance(value, torch.Tensor) else value
+    else:
+        target[...] = value
 
 
 class SupportsToList(Protocol):

@@ -149,6 +149,25 @@ def test_rows_do_not_wait_for_many_sources_at_once(fresh: Any, monkeypatch: pyte
     assert not [pair for pair in pairwise(calls) if "step" not in pair]
 
 
+def test_waiting_requests_are_encoded_with_the_one_that_a_row_is_free_for(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, sizes = fresh.session, []
+    encode = session.encode
+    monkeypatch.setattr(session, "encode", lambda ids, *rest: sizes.append(tuple(ids.shape)) or encode(ids, *rest))
+    with Engine(fresh, max_rows=4) as engine:
+        long = [engine.submit(source(seed), **LONG) for seed in range(4)]
+        until(lambda: engine.stats().running == 4)
+        handles = [engine.submit(source(seed, 9), max_new_tokens=5) for seed in range(5)]
+        sizes.clear()
+        long[0].cancel()
+        results = [handle.result(PATIENCE_S) for handle in handles]
+        assert not any(handle.done for handle in long[1:])
+    assert sizes == [(3, 9), (2, 9)]  # for one row and half of four
+    for seed, found in enumerate(results):
+        assert torch.equal(found, alone(fresh, source(seed, 9), max_new_tokens=5))
+
+
 def test_draws_leave_the_global_generator_alone(engine: Engine) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()

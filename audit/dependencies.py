@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 PROJECT = "t5-trt"
 EXTRAS = (
-    "cu12", "cu13", "rtx-cu12", "rtx-cu13", "kernels-cu12", "kernels-cu13", "tensorrt", "rtx", "verify", "bench", "ray", "peft", "serve",
+    "cu12", "cu13", "rtx-cu12", "rtx-cu13", "kernels-cu12", "kernels-cu13", "tensorrt", "rtx", "verify", "bench", "ctranslate2", "ray", "peft", "serve",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One contestant of `benchmarks.cpu_peers` in a process of its own: loads a model, then answers requests, one line of JSON each.
+"""One contestant of `benchmarks.cpu_peers` in a process of its own: answers requests, one line of JSON each.
 
 A process of its own, because they disturb each other in one: on 2 cores Hugging Face's class took 1.4 times as long from the first call
 of CTranslate2 on, with less work for the second core.

@@ -1,4 +1,4 @@
-"""Time Hugging Face, CTranslate2 and ours in several precisions on a CPU, in turns, each in a process of its own, and their start.
+"""Time Hugging Face, CTranslate2 and ours in several precisions on a CPU, in turns, and their start.
 
 Weights are random, of T5-base shapes; all contestants generate the same number of tokens. Each case is a record of one run, in which
 every figure is a ratio to Hugging Face's class (eager, float32) of that run. A record replaces an older one of its case.

@@ -21,12 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
-from benchmarks.decode import peer_ms
+from benchmarks.decode import peer_ms, request
 from benchmarks.gpu import timed_ms
-from benchmarks.kernel_models import attempt, base_name, keep, open_model, t5_base
+from benchmarks.kernel_models import attempt, base_name, keep, open_model, sizes, t5_base
 from t5_trt.errors import T5TRTError
 from t5_trt.tools.ctranslate2_peer import CTranslate2Model
-from t5_trt.tools.random_models import random_source
 from t5_trt.tools.records import Record
 
 #: (batch, source tokens, new tokens), those of the README first
@@ -67,11 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(1 if failed else 0)
 
 
-def sizes(text: str) -> tuple[tuple[int, ...], ...]:
-    """(batch, source tokens, new tokens) of each case."""
-    return tuple(tuple(map(int, case.split("x"))) for case in text.split(",") if case)
-
-
 class Peers:
     """Other runtimes with the same weights in float16.
 
@@ -101,9 +95,7 @@ class Peers:
 def measure(ours: Any, peers: Peers, case: Sequence[int], runs: int, *, compiled: bool) -> Record:
     """The times of all for one case, ours first."""
     batch, source, new = case
-    ids = random_source(batch, source).to(kernel_models.DEVICE)
-    fixed = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "num_beams": 1}
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fixed}
+    arguments = request(batch, new=new, source=source)
     found: Record = {"batch": batch, "source_tokens": source, "new_tokens": new}
 
     def timed(name: str, work: Callable[[], float]) -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.decode_parts import Captures, Launches
 from benchmarks.gpu import NEW_TOKENS, SOURCE_TOKENS, events_ms, replay_us, selecting_slot, timed_ms
-from benchmarks.kernel_models import attempt, base_name, keep, named_backends, open_model, t5_base
+from benchmarks.kernel_models import attempt, base_name, keep, named_backends, open_model, sizes, t5_base
 from t5_trt.tools.random_models import random_source
 from t5_trt.tools.records import Record
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=9, help="calls that a median is of")
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     given = parser.parse_args(arguments)
-    cases = CASES if given.cases is None else [tuple(map(int, case.split("x"))) for case in given.cases.split(",")]
+    cases = CASES if given.cases is None else sizes(given.cases)
     hugging_face = t5_base(given.layers)
     peer = None if given.no_peer else t5_base(given.layers).half().to(kernel_models.DEVICE)
     models: dict[str, Any] = {}
@@ -83,9 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(1 if failed else 0)
 
 
-def request(batch: int, beams: int = 1, new: int = NEW_TOKENS) -> dict[str, Any]:
+def request(batch: int, beams: int = 1, new: int = NEW_TOKENS, source: int = SOURCE_TOKENS) -> dict[str, Any]:
     """Random sources and a fixed number of new tokens."""
-    ids = random_source(batch, SOURCE_TOKENS).to(kernel_models.DEVICE)
+    ids = random_source(batch, source).to(kernel_models.DEVICE)
     fixed = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "num_beams": beams}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **fixed}
 

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.gpu import events_ms, timed_ms
-from benchmarks.kernel_models import attempt, base_name, keep, open_model, t5_base
+from benchmarks.kernel_models import attempt, base_name, keep, open_model, sizes, t5_base
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import EMBEDDING
@@ -77,11 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep(given.out, "encoder", [found])
         print(summary(found), flush=True)
     sys.exit(1 if failed else 0)
-
-
-def sizes(text: str) -> list[tuple[int, ...]]:
-    """Out of "16x512,1x32"; none of an empty text."""
-    return [tuple(map(int, case.split("x"))) for case in text.split(",") if case]
 
 
 def request(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

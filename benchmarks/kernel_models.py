@@ -57,6 +57,11 @@ def named_backends(text: str | None) -> list[str]:
     return names
 
 
+def sizes(text: str) -> list[tuple[int, ...]]:
+    """Cases out of an argument such as "16x512,1x32"; none of an empty text."""
+    return [tuple(map(int, case.split("x"))) for case in text.split(",") if case]
+
+
 def open_model(name: str, hugging_face: Any, precision: str, store: Path) -> Any:
     """A Hugging Face model on one of `BACKENDS`."""
     from t5_trt import TRTT5ForConditionalGeneration

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.gpu import SOURCE_TOKENS, timed_ms
-from benchmarks.kernel_models import attempt, base_name, keep, open_model, t5_base
+from benchmarks.kernel_models import attempt, base_name, keep, open_model, sizes, t5_base
 from benchmarks.large_models import compile_kernels
 from t5_trt.compat import CACHE
 from t5_trt.runtime.kernel_positions import positions_at_once
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=9, help="calls that a median is of")
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     given = parser.parse_args(arguments)
-    cases = CASES if given.cases is None else [tuple(map(int, case.split("x"))) for case in given.cases.split(",")]
+    cases = CASES if given.cases is None else sizes(given.cases)
     hugging_face = t5_base(given.layers)
     ours = open_model("cuda", hugging_face, "fp16", given.store)
     peer = None if given.no_peer else t5_base(given.layers).half().to(kernel_models.DEVICE)

@@ -47,3 +47,18 @@ def step(session: RowSession, rows: RowBuffers, alone: list[Alone], atol: float 
     for row, each in enumerate(alone):
         torch.testing.assert_close(found[row], each.logits(tokens[row]), atol=atol, rtol=0)
         assert rows.position(row) == each.state.length
+
+
+def check_row_taken_over(session: Any) -> None:
+    """A new source takes the row of a request that has overflowed; every step is compared with each row's own."""
+    rows, inside = session.row_buffers(3), [Alone(session, length, length) for length in (12, 30, 7)]
+    for each in inside:
+        each.enter(rows)
+    for _ in range(3):
+        step(session, rows, inside)
+    rows.kv[:, :, 1, :, :3] = float("nan")  # an overflow in the request that leaves
+    inside[1] = Alone(session, 9, 5)
+    rows.add(inside[1].kv, inside[1].bias, 1)
+    assert rows.count == 3 and rows.position(1) == 0
+    for _ in range(3):
+        step(session, rows, inside)

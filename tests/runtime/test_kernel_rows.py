@@ -10,7 +10,7 @@ import torch
 
 from t5_trt.runtime import kernel_rows
 from t5_trt.runtime.kernel_rows import padded_count
-from tests.row_cases import LENGTHS, Alone, step
+from tests.row_cases import LENGTHS, Alone, check_row_taken_over, step
 from tests.stand_in_kernels import kernels_pair
 
 
@@ -45,17 +45,7 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(session
 
 
 def test_a_row_taken_over_gets_the_logits_of_a_cache_of_its_own(session: Any) -> None:
-    rows, inside = session.row_buffers(3), [Alone(session, length, length) for length in (12, 30, 7)]
-    for each in inside:
-        each.enter(rows)
-    for _ in range(3):
-        step(session, rows, inside)
-    rows.kv[:, :, 1, :, :3] = float("nan")  # an overflow in the request that leaves
-    inside[1] = Alone(session, 9, 5)
-    rows.add(inside[1].kv, inside[1].bias, 1)
-    assert rows.count == 3 and rows.position(1) == 0
-    for _ in range(3):
-        step(session, rows, inside)
+    check_row_taken_over(session)
 
 
 def test_best_tokens_are_those_of_the_logits(session: Any) -> None:

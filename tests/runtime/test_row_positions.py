@@ -9,7 +9,7 @@ import pytest
 from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.precision import real_type
 from t5_trt.graph.signature import STEP
-from tests.row_cases import LENGTHS, Alone, step
+from tests.row_cases import LENGTHS, Alone, check_row_taken_over, step
 
 
 def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: tuple[Any, Any]) -> None:
@@ -33,18 +33,7 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: t
 
 
 def test_a_row_taken_over_gets_the_logits_of_a_cache_of_its_own(v11: tuple[Any, Any]) -> None:
-    session = v11[1].session
-    rows, inside = session.row_buffers(3), [Alone(session, length, length) for length in (12, 30, 7)]
-    for each in inside:
-        each.enter(rows)
-    for _ in range(3):
-        step(session, rows, inside)
-    rows.kv[:, :, 1, :, :3] = float("nan")  # an overflow in the request that leaves
-    inside[1] = Alone(session, 9, 5)
-    rows.add(inside[1].kv, inside[1].bias, 1)
-    assert rows.count == 3 and rows.position(1) == 0
-    for _ in range(3):
-        step(session, rows, inside)
+    check_row_taken_over(v11[1].session)
 
 
 def test_caches_grow_with_the_longest_row_and_shrink_after_it(v11: tuple[Any, Any]) -> None:

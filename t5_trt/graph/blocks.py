@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -33,11 +34,15 @@ def activation(graph: GraphBuilder, name: str, value: ir.Value) -> ir.Value:
 def feed_forward(graph: T5GraphBuilder, stream: ir.Value, layer: str) -> ir.Value:
     """One feed-forward layer with its norm and residual; `layer` is its state-dict prefix."""
     dense = f"{layer}.DenseReluDense"
-    first, *linear = graph.project(stream, f"{dense}.wi").parts
-    inner = activation(graph, graph.arch.activation, first)
-    if linear:  # gated
-        inner = graph.op("Mul", inner, linear[0])
+    inner = activated(graph, graph.project(stream, f"{dense}.wi").parts)
     return graph.add_branch(stream, inner, f"{dense}.wo")
+
+
+def activated(graph: T5GraphBuilder, parts: Sequence[ir.Value]) -> ir.Value:
+    """The inner values of a feed-forward layer out of its first product, or of a gated one out of both."""
+    first, *linear = parts
+    inner = activation(graph, graph.arch.activation, first)
+    return graph.op("Mul", inner, linear[0]) if linear else inner
 
 
 def softmax(graph: GraphBuilder, value: ir.Value) -> ir.Value:

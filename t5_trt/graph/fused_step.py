@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.blocks import activation
+from t5_trt.graph.blocks import activated
 from t5_trt.graph.builders import CONTRIB, HostGraphBuilder
 from t5_trt.graph.ops import Dim
 from t5_trt.graph.parameters import LM_HEAD
@@ -76,10 +76,7 @@ def build_fused_step(graph: HostGraphBuilder) -> ir.Model:
         with graph.scope(f"{block}.2"):
             dense = f"{block}.2.DenseReluDense"
             normed, stream = _add_and_norm(graph, stream, branch, f"{dense}.wi")
-            first, *linear = graph.products(normed, f"{dense}.wi")
-            inner = activation(graph, arch.activation, first)
-            if linear:  # gated
-                inner = graph.op("Mul", inner, linear[0])
+            inner = activated(graph, graph.products(normed, f"{dense}.wi"))
             (branch,) = graph.products(inner, f"{dense}.wo")
     with graph.scope(LM_HEAD):
         normed, _ = _add_and_norm(graph, stream, branch, LM_HEAD)

@@ -118,7 +118,7 @@ struct Product {
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
     static constexpr int MOST = (PER_WARP * OUT_TILES > 6 ? 4 : 6) / OUT_TILES;  // fewer where a loop holds on to addresses
-    static constexpr int SUMS = OWN_ROWS;           // of a lane: its output for every row
+    static constexpr int SUMS = OWN_ROWS;  // of a lane: its output for every row
     static constexpr bool STAGED = false;
 #else
     // more would not fit beside the sums; fewer where a loop holds on to the addresses of several tiles
@@ -135,7 +135,7 @@ struct Product {
     static constexpr int FITTING = STAGED ? SHARED_BYTES / (WARPS * OWN_ROW_TILES * BLOCK) : MOST;
     static constexpr int LIMIT = least(PER_WARP, least(MOST, FITTING));
     static constexpr int HELD = K_TILES % WARPS ? LIMIT : even_part(PER_WARP, LIMIT);  // k tiles whose weights are in registers, and rows on their way
-    static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;
+    static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;  // that an SM has registers for: twice the loads
     static constexpr bool EVEN = K_TILES % WARPS == 0 && PER_WARP % HELD == 0;  // no k tile is missing anywhere
     static constexpr int STRIDE = 20;                 // of the sums of a row: 16, and no bank conflicts
     static constexpr int PARTS = OUT_TILES * OWN_ROWS * STRIDE;

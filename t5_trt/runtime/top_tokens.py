@@ -15,12 +15,12 @@ def best(scores: torch.Tensor) -> torch.Tensor:
     """The index of the largest score of each row, the first of equal ones: ``scores.argmax(-1)``.
 
     Args:
-        scores: float32 [rows, V] without a gradient.
+        scores: [rows, V] without a gradient; NumPy looks through float32 on a CPU.
 
     Returns:
         int64 [rows].
     """
-    if scores.device.type != "cpu":
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:  # a user's processor may give another type
         return scores.argmax(-1)
     return torch.from_numpy(scores.detach().numpy().argmax(-1))
 

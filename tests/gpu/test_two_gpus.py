@@ -52,6 +52,8 @@ def test_model_works_on_its_gpu_while_the_other_one_is_current(
     with torch.no_grad():
         logits = hugging_face(**moved(batch(3, 11) | {"decoder_input_ids": [[0, 5, 9, 2]] * 3}, device)).logits
     torch.cuda.synchronize(other)
+    torch.cuda.empty_cache()  # a capture does it, too
+    torch.cuda.reset_peak_memory_stats(other)
     before = used(other)
     with torch.cuda.device(other):
         ours = cuda_model(make_hugging_face("t5-v1.1"), store, precision, device)
@@ -62,13 +64,27 @@ def test_model_works_on_its_gpu_while_the_other_one_is_current(
         ours.load_state_dict(state)
         changed = generated(ours, device)
         assert torch.cuda.current_device() == torch.device(other).index
-    assert used(other) == before
+    assert used(other) == before and torch.cuda.max_memory_allocated(other) == before[0]
     assert own.device == torch.device(device)
     if precision == "fp32":
         assert all(map(torch.equal, got, expected))
         assert float((own - logits).norm() / logits.norm()) < 1e-4
         hugging_face.load_state_dict(state)
         assert torch.equal(changed, generated(hugging_face, device))
+
+
+@pytest.mark.parametrize(("device", "other"), [DEVICES, DEVICES[::-1]])
+def test_all_kernels_and_copies_run_on_the_gpu_of_the_model(device: str, other: str, store: Path) -> None:
+    with torch.cuda.device(other):
+        ours = cuda_model(make_hugging_face("t5-v1.1"), store, "fp16", device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            for arguments in ARGUMENTS:
+                ours.generate(**moved(batch(3, 11) | arguments, device), max_new_tokens=8)
+            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(other)
+    events = [event for event in profile.events() or [] if event.device_type.name == "CUDA"]
+    assert len(events) > 100
+    assert {event.device_index for event in events} == {torch.device(device).index}
 
 
 def test_threads_use_both_gpus_at_once(store: Path) -> None:
@@ -89,7 +105,7 @@ def test_engines_serve_from_both_gpus_at_once(store: Path) -> None:
     sources = [torch.randint(2, VOCAB, (1, 3 + 5 * i), generator=torch.Generator().manual_seed(i)) for i in range(12)]
     settings: dict[str, Any] = {"max_new_tokens": 20, "min_new_tokens": 20}
     expected = [models[0].generate(ids.to(DEVICES[0]), **settings)[0].cpu() for ids in sources]
-    with Engine(models[0], rows=8) as first, Engine(models[1], rows=8) as second:
+    with Engine(models[0], max_rows=8) as first, Engine(models[1], max_rows=8) as second:
         handles = [engine.submit(ids[0], **settings) for ids in sources for engine in (first, second)]
         results = [torch.as_tensor(handle.result(60)).cpu() for handle in handles]
     for i, wanted in enumerate(expected):

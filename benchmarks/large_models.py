@@ -3,8 +3,8 @@
     python -m benchmarks.large_models --out FOLDER [--models t5-large,t5-3b,flan-t5-xl] [--int8] [--batches 1] [--layers 2] [--no-peer]
 
 Published shapes with random weights. Of every model: the time to open it, GPU memory, and for batches of 1, 8 and 32, greedy, 32 source tokens
-and 99 new ones, a step with its token selection. The floor beside a step is the time to read the decoder's weights once, at the rate of a large
-copy in the same process. Of Flan-T5-XL in bfloat16 also tokens per second: sources of 260 to 440 tokens, 128 new ones, batches of 32, 64 and 128,
+and 99 new ones, a step with its token selection. The floors beside a step are the time to read the decoder's weights once, and that to read the
+keys and values of all rows, too, at the rate of a large copy in the same process. Of Flan-T5-XL in bfloat16 also tokens per second: sources of 260 to 440 tokens, 128 new ones, batches of 32, 64 and 128,
 the case of TensorRT-LLM's documentation. Hugging Face eager in the same precision and process. Every case is written to
 FOLDER/large-models.json as it comes. With --int8 a model in float16 is measured in int8, too: the same weights, in the same process.
 """
@@ -95,12 +95,13 @@ def measure_in(
     shared |= {"memory_gb": gigabytes(torch.cuda.memory_allocated() - before), "parameters_gb": gigabytes(nbytes(hugging_face, DTYPES[precision]))}  # fmt: skip
     batches, long = [int(batch) for batch in given.batches.split(",")], PUBLISHED if name == "flan-t5-xl" else ()
     compile_kernels(ours, given.store, [*batches, *long])
-    floor = step_bytes(hugging_face, DTYPES[precision]) / rate / 1e6
+    weights = step_bytes(hugging_face, DTYPES[precision])
     for batch in batches:
         yield {
             **shared,
             **step(ours, peer, batch, given.runs),
-            "floor_us": round(floor, 1),
+            "floor_us": round(weights / rate / 1e6, 1),
+            "floor_with_caches_us": round((weights + batch * cache_bytes(hugging_face.config)) / rate / 1e6, 1),
             "copy_tb_s": round(rate, 2),
         }
     for batch in long:
@@ -128,6 +129,12 @@ def step_bytes(model: Any, dtype: torch.dtype) -> int:
     unread = (".EncDecAttention.k.", ".EncDecAttention.v.", "embed_tokens")
     read = [each for name, each in model.decoder.named_parameters() if not any(part in name for part in unread)]
     return (sum(each.numel() for each in read) + model.lm_head.weight.numel()) * dtype.itemsize
+
+
+def cache_bytes(config: Any) -> int:
+    """Of the keys and values in half precision that a step reads for a row, on average over the new tokens."""
+    keys = (NEW_TOKENS + 1) // 2 + SOURCE_TOKENS
+    return keys * 2 * config.num_decoder_layers * config.num_heads * config.d_kv * 2
 
 
 def gigabytes(size: float) -> float:

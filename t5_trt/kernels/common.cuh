@@ -6,8 +6,9 @@
 //   V              rows of the output matrix
 //   ROW_TILES      tiles of 8 rows that one CTA of a layer's products serves with one load of the weights (1, 2 or 4); ADD_ROW_TILES likewise of
 //                  those that add to the stream
-//   WIDE_TILES     tiles of 16 outputs of a CTA of the widest products of a layer, which are made by tiled_product.cuh if TILED (2 or 4 tiles; not
-//                  in float32), else by product.cuh; gate and up share them. QUERY_TILES of project_query, ADD_TILES of those that add
+//   QKV_TILES, IN_TILES  tiles of 16 outputs of a CTA of project_qkv and feed_forward_in (gate and up count as one), the widest products of a
+//                  layer: made by streamed_product.cuh if STREAMED or by tiled_product.cuh if TILED (neither in float32), else by product.cuh.
+//                  QUERY_TILES of project_query, ADD_TILES of those that add
 //   HEAD_ROW_TILES row tiles of a CTA of the output matrix (not in float32), HEAD_WARPS of it, HEAD_ROOM bytes of shared memory for its rows
 //   GATED, ACTIVATION (0 relu, 1 gelu, 2 gelu_new, 3 silu)
 //   INT8           1: matrices are in 8 bits (int8_weights.cuh), everything else in half precision; absent in all other cases

@@ -12,8 +12,8 @@ constexpr int SHARERS = 1;  // there is no attend_shared
 // count as one), its rows, bytes of dynamic shared memory. Last, the most rows of a CTA of attend_shared.
 extern "C" {
 __device__ int geometry[] = {
-    QKV_WIDE, QkvProduct::OWN_ROWS, QkvProduct::SHARED, ADD_TILES, AddProduct::OWN_ROWS, AddProduct::SHARED, QUERY_TILES, ROWS, QueryProduct::SHARED,
-    IN_WIDE, InProduct::OWN_ROWS, InProduct::SHARED, ADD_TILES, OutProduct::OWN_ROWS, OutProduct::SHARED, HEAD_WIDE, HEAD_ROWS, HEAD_SHARED,
+    QKV_TILES, QkvProduct::OWN_ROWS, QkvProduct::SHARED, ADD_TILES, AddProduct::OWN_ROWS, AddProduct::SHARED, QUERY_TILES, ROWS, QueryProduct::SHARED,
+    IN_TILES, InProduct::OWN_ROWS, InProduct::SHARED, ADD_TILES, OutProduct::OWN_ROWS, OutProduct::SHARED, HEAD_WIDE, HEAD_ROWS, HEAD_SHARED,
     SHARERS,
 };
 }

@@ -18,6 +18,10 @@ TILED_ROWS = 33
 LARGE_MODEL = 1024
 #: multiprocessors of an H200, which each run one CTA of a product at a time
 PROCESSORS = 132
+#: largest d_model of ``streamed_product.cuh``: rows fit into shared memory, and a tile's weights into registers
+STREAMED_MODEL = 2048
+#: most tiles of outputs that a CTA makes one after the other
+MOST_TILES = 8
 KILOBYTE = 1024
 
 
@@ -36,7 +40,8 @@ def divide_products(
     half = dtype != torch.float32
     large = half and capability in LARGE_SHARED
     row_tiles = _row_tiles(arch, rows, half=half, large=large)
-    model, inner = tiles(arch.d_model), tiles(arch.num_heads * arch.d_kv)
+    model, inner, hidden = tiles(arch.d_model), tiles(arch.num_heads * arch.d_kv), tiles(arch.d_ff)
+    qkv = 3 * inner
     # twice as many CTAs where half of the processors would have none
     add_row_tiles = 2 if large and row_tiles == 4 and 2 * model * _groups(rows, row_tiles) <= PROCESSORS else row_tiles
 
@@ -45,14 +50,24 @@ def divide_products(
         return 2 if large and row_tiles > 1 and count * _groups(rows, own_row_tiles) > PROCESSORS else 1
 
     tiled = large and rows >= TILED_ROWS
+    streamed = large and not tiled and min(qkv, hidden) > 2 * PROCESSORS and arch.d_model <= STREAMED_MODEL
+    wide = _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
     return {
         "ROW_TILES": row_tiles,
         "TILED": int(tiled),
-        "WIDE_TILES": _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8),
+        "STREAMED": int(streamed),
+        "QKV_TILES": _evenly(qkv) if streamed else wide,
+        "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
         "QUERY_TILES": outputs(inner, row_tiles),
         "ADD_TILES": outputs(model, add_row_tiles),
         "ADD_ROW_TILES": add_row_tiles,
     } | _divide_head(rows, row_tiles, half=half, large=large, int8=int8)
+
+
+def _evenly(count: int) -> int:
+    """Tiles of outputs of a CTA if all processors have as many, in as few rounds as can be."""
+    rounds = -(-count // (PROCESSORS * MOST_TILES))
+    return -(-count // (PROCESSORS * rounds))
 
 
 def _groups(rows: int, row_tiles: int) -> int:

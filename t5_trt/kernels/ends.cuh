@@ -75,13 +75,12 @@ extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32)
 output_head(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* logits, unsigned long long* best,
             const unsigned char* hidden, const double* until, const int* position, int rows, float epsilon, float scale)
 {
-    const int tile = blockIdx.x;
     const auto before = [&](int, int row) { return hides_at(hidden, until, position, row, rows); };
-    product<HeadProduct>(weights, copy, {squares, scales, nullptr, epsilon}, rows, before, [&](int output, int row, const float* y, bool hides) {
+    product<HeadProduct>(weights, copy, {squares, scales, nullptr, epsilon}, rows, before, [&](int first, int output, int row, const float* y, bool hides) {
         unsigned long long top = 0;
 #pragma unroll
         for (int i = 0; i < HEAD_WIDE; ++i) {
-            const int token = (tile * HEAD_WIDE + i) * 16 + output;
+            const int token = (first + i) * 16 + output;
             const float logit = y[i] * scale;
             if (token < V && row < rows) {
                 if (logits)

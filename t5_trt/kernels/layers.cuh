@@ -1,20 +1,25 @@
 // The products of a decoder layer, each with what follows it. Grid of all: (output tiles / tiles of a CTA, rows / rows of a CTA); the host
 // takes both and shared memory from `geometry` (decode_step.cu).
 #pragma once
+#include "product_kernel.cuh"
+#include "streamed_product.cuh"
 #include "tiled_product.cuh"
 
 template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, bool NORMED>
 using NarrowProduct = Product<TOTAL, OUT_TILES, OWN_ROW_TILES, K_TILES, PRODUCT_WARPS, NORMED>;
-#if TILED
-template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = TiledProduct<TOTAL, OUT_TILES, K_TILES, true>;
+// The widest products: tiles of outputs in all and of a CTA, and those that are handed over together if it makes one after the other.
+#if STREAMED
+template <int TOTAL, int OUT_TILES, int TOGETHER> using WideProduct = StreamedProduct<TOTAL, OUT_TILES, TOGETHER, ROW_TILES, E_K>;
+#elif TILED
+template <int TOTAL, int OUT_TILES, int> using WideProduct = TiledProduct<TOTAL, OUT_TILES, E_K, true>;
 #else
-template <int TOTAL, int OUT_TILES, int K_TILES> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, ROW_TILES, K_TILES, true>;
+template <int TOTAL, int OUT_TILES, int> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, ROW_TILES, E_K, true>;
 #endif
-constexpr int QKV_WIDE = WIDE_TILES, IN_WIDE = GATED && STORAGE != FLOAT32 ? most(WIDE_TILES / 2, 1) : WIDE_TILES;
-typedef WideProduct<3 * HD_TILES, QKV_WIDE, E_K> QkvProduct;
+constexpr int IN_EACH = 1 + GATED;  // tiles of outputs of feed_forward_in for one of its results: gate and up
+typedef WideProduct<3 * HD_TILES, QKV_TILES, 2 - QKV_TILES % 2> QkvProduct;
 typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, HD_K, false> AddProduct;
 typedef NarrowProduct<HD_TILES, QUERY_TILES, ROW_TILES, E_K, true> QueryProduct;
-typedef WideProduct<(1 + GATED) * FF_TILES, (1 + GATED) * IN_WIDE, E_K> InProduct;
+typedef WideProduct<IN_EACH * FF_TILES, IN_EACH * IN_TILES, GATED || IN_TILES % 2 == 0 ? 2 : 1> InProduct;
 typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, FF_K, false> OutProduct;
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
@@ -24,28 +29,21 @@ extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, QkvProduct::CT
 project_qkv(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query,
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
-    // where a thread's outputs go: its column is the same for all rows. Each of the three has HD_TILES tiles of its own.
-    int columns[QKV_WIDE], which[QKV_WIDE];
-    stored* cache[QKV_WIDE];
-#pragma unroll
-    for (int i = 0; i < QKV_WIDE; ++i) {
-        const int tile = blockIdx.x * QKV_WIDE + i;
-        which[i] = tile / HD_TILES, columns[i] = (tile % HD_TILES) * 16 + (threadIdx.x & 15);
-        cache[i] = (which[i] == 1 ? keys : values) + (long long)(columns[i] / D) * capacity * D + columns[i] % D;
-    }
     product<QkvProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
-        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int, int row, const float* y, int place) {
+        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int first, int output, int row, const float* y, int place) {
         if (row >= rows)
             return;
         const long long at = ((long long)row * H * capacity + place) * D;
 #pragma unroll
-        for (int i = 0; i < QKV_WIDE; ++i) {
-            if (columns[i] >= HD || which[i] > 2)
+        for (int i = 0; i < QkvProduct::TOGETHER; ++i) {
+            // each of the three has HD_TILES tiles of its own
+            const int which = (first + i) / HD_TILES, column = (first + i) % HD_TILES * 16 + output;
+            if (column >= HD || which > 2)
                 continue;
-            if (which[i] == 0)
-                query[(long long)row * HD_PAD + columns[i]] = y[i];
+            if (which == 0)
+                query[(long long)row * HD_PAD + column] = y[i];
             else
-                cache[i][at] = narrow(y[i]);
+                (which == 1 ? keys : values)[at + (long long)(column / D) * capacity * D + column % D] = narrow(y[i]);
         }
     });
 }
@@ -55,8 +53,8 @@ extern "C" __global__ void __launch_bounds__(QueryProduct::THREADS, 1)
 project_query(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query, int rows,
               float epsilon)
 {
-    const int tile0 = blockIdx.x * QUERY_TILES;
-    product<QueryProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(), [&](int output, int row, const float* y, int) {
+    product<QueryProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
+                          [&](int tile0, int output, int row, const float* y, int) {
 #pragma unroll
         for (int i = 0; i < QUERY_TILES; ++i)
             if (row < rows && (HD_TILES % QUERY_TILES == 0 || tile0 + i < HD_TILES))
@@ -89,7 +87,7 @@ __device__ __forceinline__ void add_product(const uint4* weights, const stored* 
             read.stream[i] = has(i, row) ? __ldcg(at(i, output, row)) : 0.f;
         read.scale = row < rows ? __ldcg(scales + row) : 0.f;
         return read;
-    }, [&](int output, int row, const float* y, const Before& before) {
+    }, [&](int, int output, int row, const float* y, const Before& before) {
 #pragma unroll
         for (int i = 0; i < ADD_TILES; ++i) {
             const float sum = before.stream[i] + y[i] * factor;
@@ -117,12 +115,13 @@ extern "C" __global__ void __launch_bounds__(InProduct::THREADS, InProduct::CTAS
 feed_forward_in(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, stored* inner,
                 int rows, float epsilon)
 {
-    product<InProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(), [&](int output, int row, const float* y, int) {
+    product<InProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
+                       [&](int first, int output, int row, const float* y, int) {
         if (row >= rows)
             return;
 #pragma unroll
-        for (int i = 0; i < IN_WIDE; ++i) {
-            const int tile = blockIdx.x * IN_WIDE + i;
+        for (int i = 0; i < InProduct::TOGETHER / IN_EACH; ++i) {
+            const int tile = first / IN_EACH + i;
             const float value = GATED ? activate(y[2 * i]) * y[2 * i + GATED] : activate(y[i]);
             if (tile < FF_TILES)
                 inner[activation_index(row, tile * 16 + output, FF_PAD)] = narrow(value);

@@ -113,7 +113,7 @@ constexpr int MOST_HELD = 12;
 // TOTAL: tiles of outputs in all. OWN_ROW_TILES: tiles of 8 rows of a CTA.
 template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int TILES = OUT_TILES, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
+    static constexpr int TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
@@ -190,8 +190,17 @@ struct Product {
 #endif
     }
 
-    // Multiply by them.
-    __device__ __forceinline__ void run(const void* x, int row0, int rows)
+    // Multiply by them, and leave the sums for `total`.
+    __device__ __forceinline__ void run(int, const void* x, int row0, int rows)
+    {
+        multiply_all(x, row0, rows);
+        if (INT8)
+            wait_for_group<0>();
+        leave();
+    }
+    __device__ __forceinline__ void end_turn(int) {}
+
+    __device__ __forceinline__ void multiply_all(const void* x, int row0, int rows)
     {
 #if STORAGE == FLOAT32
 #pragma unroll 1
@@ -306,7 +315,6 @@ struct Product {
     }
 #endif
 
-    // Leave the sums for `total`.
     __device__ __forceinline__ void leave()
     {
         if (STAGED)
@@ -332,7 +340,7 @@ struct Product {
     }
 
     // One output of a tile for one row, both counted from the first.
-    static __device__ __forceinline__ float total(int tile, int output, int row)
+    static __device__ __forceinline__ float total(int, int tile, int output, int row)
     {
         static_assert(WARPS % HALVES == 0, "warps");
         float sums[HALVES] = {};
@@ -342,46 +350,3 @@ struct Product {
         return sums[0] + sums[1];
     }
 };
-
-// What all products do: load weights, wait, multiply, and hand every output to `finish(output, row, values, early)`. 16 neighbouring threads
-// have the 16 outputs of a tile for one row, `values` has an entry for each of the CTA's tiles, and `early` is what `before(output, row)`
-// returned right after the wait: values that `finish` needs from memory. Outputs of tiles beyond the last one mean nothing.
-template <class P, class Before, class Finish>
-__device__ __forceinline__ void product(const uint4* weights, const void* x, const Norm& norm, int rows, Before before, Finish finish)
-{
-    constexpr int COUNT = 16 * P::OWN_ROWS, ROUNDS = (COUNT + P::THREADS - 1) / P::THREADS;
-    __shared__ float factors[P::OWN_ROWS];
-    __shared__ __align__(16) float output_scales[INT8 ? P::TILES * 16 : 1];
-    const int row0 = blockIdx.y * P::OWN_ROWS;
-    copy_scales<P>(weights, blockIdx.x * P::TILES, output_scales);
-    P work(weights, blockIdx.x * P::TILES);
-    let_next_start();
-    wait_for_inputs();
-    decltype(before(0, 0)) early[ROUNDS];
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int i = round * P::THREADS + threadIdx.x;
-        if (i < COUNT)
-            early[round] = before(i & 15, row0 + (i >> 4));
-    }
-    work.begin(x, row0, rows);
-    if constexpr (P::IS_NORMED)
-        norm_factors<P::THREADS, P::OWN_ROWS>(norm, row0, rows, factors);
-    work.run(x, row0, rows);
-    if (INT8)
-        wait_for_group<0>();
-    work.leave();
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int i = round * P::THREADS + threadIdx.x, output = i & 15, row = i >> 4;
-        if (i >= COUNT)
-            break;
-        float values[P::TILES];
-#pragma unroll
-        for (int tile = 0; tile < P::TILES; ++tile)
-            values[tile] = P::total(tile, output, row) * (P::IS_NORMED ? factors[row] : 1.f) * (INT8 ? output_scales[tile * 16 + output] : 1.f);
-        finish(output, row0 + row, values, early[round]);
-    }
-}
-
-struct Nothing { __device__ __forceinline__ int operator()(int, int) const { return 0; } };

@@ -17,7 +17,7 @@ __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefe
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED>
 struct TiledProduct {
-    static constexpr int TILES = OUT_TILES, INPUTS = K_TILES, OWN_ROW_TILES = 8, OWN_ROWS = OWN_ROW_TILES * 8;
+    static constexpr int TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, OWN_ROW_TILES = 8, OWN_ROWS = OWN_ROW_TILES * 8;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PARTS = PRODUCT_WARPS / HALVES, PER_PART = (K_TILES + PRODUCT_WARPS - 1) / PRODUCT_WARPS;  // k tiles of a part
     static constexpr int MOST = INT8 ? 3 : 6, STEPS_A_PART = (PER_PART + MOST - 1) / MOST, STEPS = PARTS * STEPS_A_PART;
@@ -109,7 +109,8 @@ struct TiledProduct {
         }
     }
 
-    __device__ __forceinline__ void run(const void* x, int row0, int rows)
+    // Multiply, and leave the sums for `total`.
+    __device__ __forceinline__ void run(int, const void* x, int row0, int rows)
     {
 #pragma unroll 1
         for (int step = 0; step < STEPS; ++step) {
@@ -124,7 +125,9 @@ struct TiledProduct {
             if (step % STEPS_A_PART == STEPS_A_PART - 1)
                 end_part();
         }
+        leave();
     }
+    __device__ __forceinline__ void end_turn(int) {}
 
     __device__ __forceinline__ void multiply(int step)
     {
@@ -182,7 +185,7 @@ struct TiledProduct {
     }
 
     // One output of a tile for one row, both counted from the first.
-    static __device__ __forceinline__ float total(int tile, int output, int row)
+    static __device__ __forceinline__ float total(int, int tile, int output, int row)
     {
         const float* first = (const float*)shared + (tile * OWN_ROWS + row) * STRIDE + output;
         return first[0] + first[SUMS];

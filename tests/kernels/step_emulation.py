@@ -22,6 +22,8 @@ EMULATED = {
     "common.cuh": ("load_streaming",),
     "int8_weights.cuh": ("subtract_two",),
     "product.cuh": (),
+    "product_kernel.cuh": (),
+    "streamed_product.cuh": (),
     "tiled_product.cuh": ("prefetch",),
     "layers.cuh": (),
     "ends.cuh": (),

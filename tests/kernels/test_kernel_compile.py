@@ -115,7 +115,7 @@ def test_token_selection_kernels_compile(name: str, options: dict[str, int], arc
 
 
 def test_each_processor_has_a_cta_and_few_have_two() -> None:
-    names = ("ROW_TILES", "WIDE_TILES", "QUERY_TILES", "ADD_TILES", "ADD_ROW_TILES")
+    names = ("ROW_TILES", "QKV_TILES", "QUERY_TILES", "ADD_TILES", "ADD_ROW_TILES")
 
     def chosen(arch: Architecture, rows: int, capability: int = 9) -> tuple[int, ...]:
         wanted = constants(arch, torch.float16, rows, capability)
@@ -135,6 +135,18 @@ def test_each_processor_has_a_cta_and_few_have_two() -> None:
         (4, 4, 2, 2, 4),
     ]
     assert chosen(BASE, 128, 8) == (4, 2, 1, 1, 4)  # other GPUs were not measured
+
+
+def test_ctas_make_many_tiles_one_after_the_other() -> None:
+    def chosen(arch: Architecture, rows: int, capability: int = 9) -> tuple[int, int, int]:
+        wanted = constants(arch, torch.float16, rows, capability)
+        return wanted["STREAMED"], wanted["QKV_TILES"], wanted["IN_TILES"]
+
+    assert [chosen(WIDE, rows) for rows in (1, 32)] == [(1, 6, 8)] * 2
+    assert chosen(LARGE, 8) == (1, 3, 3)
+    assert chosen(replace(WIDE, num_heads=128, d_ff=65536), 1) == (1, 8, 8)  # T5-11B, in several rounds
+    assert [chosen(arch, 8)[0] for arch in (BASE, GATED, HUGE)] == [0, 0, 0]
+    assert [chosen(WIDE, rows, capability)[0] for rows, capability in ((64, 9), (1, 8))] == [0, 0]
 
 
 def test_size_without_kernels_is_named() -> None:

@@ -164,3 +164,15 @@ def test_results_do_not_depend_on_what_a_cta_takes(emulated: Any) -> None:
     wanted = run(GATED, emulated(GATED, rows, int8=False), rows, int8=False).made
     got = run(GATED, emulated(GATED, rows, int8=False, **own), rows, int8=False).made
     assert {name for name in wanted if not torch.equal(wanted[name], got[name])} == set()
+
+
+@pytest.mark.parametrize(("rows", "int8"), [(3, True), (9, False)], ids=["one row tile, int8", "rows in shared memory"])
+def test_results_do_not_depend_on_whether_a_cta_makes_tiles_one_after_the_other(
+    emulated: Any, rows: int, int8: bool
+) -> None:
+    """Two at a time (query, key, value), and gate and up of three: more than registers hold, and the last CTA has fewer."""
+    own = {"STREAMED": 1, "QKV_TILES": 4, "IN_TILES": 3}
+    for arch in (GATED, replace(GATED, d_model=1100, d_ff=70, gated=False)):
+        wanted = run(arch, emulated(arch, rows, int8=int8), rows, int8=int8).made
+        got = run(arch, emulated(arch, rows, int8=int8, **own), rows, int8=int8).made
+        assert {name for name in wanted if not torch.equal(wanted[name], got[name])} == set()

@@ -50,6 +50,8 @@ class RuntimeConfig:
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the Hugging Face model for requests that engines cannot serve.
         num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
+        thread_spinning: let those threads wait actively inside a step. False lets other processes have the processor meanwhile: slower
+            alone, faster where there are more busy threads than cores.
         prepack_weights: let ONNX Runtime copy the matrices into its own layout, which is up to twice as fast with 2 or more
             rows (beams, batches) and needs memory for a second copy. None does so for decoder steps of several rows, at
             the first one; True for everything; False for nothing.
@@ -71,6 +73,7 @@ class RuntimeConfig:
     device: str | None = None
     strict: bool = False
     num_threads: int | None = None
+    thread_spinning: bool = True
     prepack_weights: bool | None = None
     max_source_tokens: int | None = None
     max_target_tokens: int | None = None

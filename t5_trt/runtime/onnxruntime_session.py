@@ -42,6 +42,7 @@ class OrtSession:
         arch: of the model.
         weights: state-dict key -> CPU tensor; it is kept, and its memory read, for as long as the session lives.
         num_threads: of every operator; None takes torch's.
+        thread_spinning: see `t5_trt.config.RuntimeConfig`.
         prepack_weights: see `t5_trt.config.RuntimeConfig`.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
         changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
@@ -65,6 +66,7 @@ class OrtSession:
         weights: Weights,
         *,
         num_threads: int | None = None,
+        thread_spinning: bool = True,
         prepack_weights: bool | None = None,
         quantized: dict[str, torch.Tensor] | None = None,
         changing: Collection[str] = (),
@@ -73,6 +75,7 @@ class OrtSession:
         self.precision = "fp32" if quantized is None else "int8"
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
+        self._spinning = thread_spinning
         self._weights, self._changing = weights, frozenset(changing)
         self._in_place = can_fuse(arch)  # the step writes into the cache
         self.updates = 0
@@ -291,6 +294,8 @@ class OrtSession:
         options.enable_mem_pattern = graph == STEP
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if not self._spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # spinning threads would slow down torch's threads, which run between two steps
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options

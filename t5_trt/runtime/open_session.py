@@ -109,9 +109,15 @@ def open_session(
         if placement.precision == "int8":
             quantized = load_int8_weights(arch, weights if base is None else base, store)
             round_anew(arch, weights, quantized, changing, own=True)
-        threads, prepack = config.num_threads, config.prepack_weights
-        options: dict[str, Any] = {"num_threads": threads, "prepack_weights": prepack, "quantized": quantized}
-        return OrtSession(arch, weights, changing=changing, **options)
+        return OrtSession(
+            arch,
+            weights,
+            num_threads=config.num_threads,
+            thread_spinning=config.thread_spinning,
+            prepack_weights=config.prepack_weights,
+            quantized=quantized,
+            changing=changing,
+        )
     check_cuda_after_fork()
     choose = partial(choose_fp16_scaling, arch, precision=placement.precision, seen=seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):

@@ -47,7 +47,13 @@ class Worker:
     """A process with a model; it answers each line of input, a number of seconds, with the times of its calls."""
 
     def __init__(self, setting: Setting, precision: str, folder: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.cpu_threads", "--work", json.dumps([*setting, precision, str(folder)])]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.cpu_threads",
+            "--work",
+            json.dumps([*setting, precision, str(folder)]),
+        ]
         environ = {**os.environ, "T5_TRT_CACHE": str(folder / "store")}
         self._process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -103,7 +109,9 @@ def measured(precision: str, folder: Path, rounds: int, seconds: float) -> list[
     workers = {setting: [Worker(setting, precision, folder) for _ in range(2)] for setting in SETTINGS}
     for worker in [worker for pair in workers.values() for worker in pair]:
         worker.answer()
-    found: dict[tuple[Setting, int], list[list[float]]] = {(setting, count): [] for setting in SETTINGS for count in (1, 2)}
+    found: dict[tuple[Setting, int], list[list[float]]] = {
+        (setting, count): [] for setting in SETTINGS for count in (1, 2)
+    }
     for _ in range(rounds):
         for (setting, count), times in found.items():
             for worker in workers[setting][:count]:
@@ -148,7 +156,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.work:
         threads, spinning, torch_threads, precision, folder = json.loads(given.work)
-        return work(Setting(threads, spinning, torch_threads), precision, Path(folder))
+        work(Setting(threads, spinning, torch_threads), precision, Path(folder))
+        return
     from t5_trt.tools.environment import environment
     from t5_trt.tools.random_models import random_t5
 

@@ -14,7 +14,8 @@ import platformdirs
 from t5_trt.errors import InputError
 
 BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
-PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
+ENGINE_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
+PRECISIONS = ("auto", *ENGINE_PRECISIONS, "int4")
 DECODE = ("auto", "kernels", "engine")
 BUILDING = ("wait", "background")
 
@@ -43,8 +44,8 @@ class RuntimeConfig:
     Attributes:
         backend: "auto" (TensorRT if it and a GPU are available, else "cuda" with a GPU, else ONNX Runtime on the CPU), "tensorrt",
             "cuda" (our own kernels and torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
-        precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8". ONNX Runtime on CPU runs "fp32" and "int8".
-            On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
+        precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" or "int4". ONNX Runtime on CPU runs "fp32", "int8" and "int4"
+            (the decoder's matrices in 4 bits, the others in 8). On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
         decode: what runs the decoder: "kernels" (the library's CUDA kernels), "engine" (the backend's) or "auto"
             (kernels if they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.

@@ -20,6 +20,7 @@ from t5_trt.errors import BackendError, raise_hidden_interrupt
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.build_graph import build_host_graph
 from t5_trt.graph.fused_step import can_fuse
+from t5_trt.graph.int4 import has_4_bits
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -44,7 +45,7 @@ class OrtSession:
         num_threads: of every operator; None takes torch's.
         thread_spinning: see `t5_trt.config.RuntimeConfig`.
         prepack_weights: see `t5_trt.config.RuntimeConfig`.
-        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
+        quantized: matrices in 8 bits or fewer, see `t5_trt.runtime.int8_weights.load_int8_weights`; None computes in float32.
         changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
             ONNX Runtime keeps no packed copies of them.
 
@@ -72,14 +73,14 @@ class OrtSession:
         changing: Collection[str] = (),
     ) -> None:
         self.arch = arch
-        self.precision = "fp32" if quantized is None else "int8"
+        self.precision = "fp32" if quantized is None else "int4" if has_4_bits(quantized) else "int8"
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
         self._spinning = thread_spinning
         self._weights, self._changing = weights, frozenset(changing)
         self._in_place = can_fuse(arch)  # the step writes into the cache
         self.updates = 0
-        # packed 8-bit matrices take a quarter of float32 ones
+        # packed 8-bit matrices take a quarter of float32 ones; matrices in 4 bits are fast only if they are packed
         self._prepack = True if quantized is not None else prepack_weights
         self._ort = import_onnxruntime()
         self._sessions: dict[tuple[str, bool], LoadedGraph] = {}  # by graph, and whether its matrices are packed

@@ -106,8 +106,12 @@ def open_session(
     store = EngineStore(config.cache_dir, config.engine_cache_bytes)
     if placement.backend == "onnxruntime":
         quantized = None
-        if placement.precision == "int8":
-            quantized = load_int8_weights(arch, weights if base is None else base, store)
+        if placement.precision in ("int8", "int4"):
+            if placement.precision == "int4" and not arch.decoder_layers:
+                raise InputError(
+                    "precision got 'int4'; it is for the decoder's matrices, and this model has no decoder. Use 'int8'."
+                )
+            quantized = load_int8_weights(arch, weights if base is None else base, store, placement.precision)
             round_anew(arch, weights, quantized, changing, own=True)
         return OrtSession(
             arch,

@@ -49,6 +49,7 @@ LIMITS = {
     "fp16": Limits(0.9, 3e-2),
     "bf16": Limits(0.8, 0.15),
     "int8": Limits(0.9, 0.15),
+    "int4": Limits(0.8, 0.4),
 }
 
 

@@ -71,7 +71,6 @@ def test_logits_are_those_of_the_rounded_matrices(kind: str, tmp_path: Path) -> 
         for model in (rounded, exact):
             expected = model(**batch(), decoder_input_ids=tokens).logits
             errors.append(float((got - expected).norm() / expected.norm()))
-        print("ERR", kind, errors)
         assert errors[0] < LOGITS_RELATIVE and errors[0] < 0.8 * errors[1]
     assert ours.session.precision == "int4" and ours.runtime_config.precision == "int4"
 

@@ -92,7 +92,7 @@ def test_configured_lengths() -> None:
             "backend got 'tpu'; expected one of 'auto', 'tensorrt', 'cuda', 'onnxruntime'",
         ),
         ({"precision": "fp8"}, InputError, "precision got 'fp8'"),
-        ({"precision": "fp16"}, InputError, "computes in 'fp32' or 'int8' on the CPU"),
+        ({"precision": "fp16"}, InputError, "computes in 'fp32', 'int8' or 'int4' on the CPU"),
         ({"num_threads": 0}, InputError, "num_threads got 0"),
         ({"num_threads": True}, InputError, "num_threads got True"),
         ({"max_source_tokens": "9"}, InputError, "max_source_tokens got '9'"),

@@ -92,14 +92,20 @@ def round_anew(
         weights: state-dict key -> tensor.
         quantized: what `load_int8_weights` gave; changed.
         keys: of the matrices.
-        own: replace the tensors instead of writing into them.
+        own: replace the tensors instead of writing into them, those in 4 bits by some in 8: ONNX Runtime would expand changing
+            matrices in 4 bits to float32 in every product.
     """
+    unsigned = any(name.endswith(MATRIX.format("")) and made.dtype == torch.uint8 for name, made in quantized.items())
     for group, parameter in parameters(arch).items():
-        if not parameter.is_matrix or set(keys).isdisjoint(parameter.parts):
+        stored = {MATRIX.format(group), MATRIX4.format(group)} & quantized.keys()
+        if not stored or set(keys).isdisjoint(parameter.parts):
             continue
+        if own:
+            for kind in (MATRIX4, SCALE4):
+                quantized.pop(kind.format(group), None)
         rounded = quantize_group_to_4_bits if MATRIX4.format(group) in quantized else quantize_group
         for name, tensor in rounded(group, parameter, weights):
-            made = _as_products_want(tensor) if quantized[name].dtype == torch.uint8 else tensor
+            made = _as_products_want(tensor) if unsigned else tensor
             if own:
                 quantized[name] = made
             else:

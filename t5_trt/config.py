@@ -14,7 +14,8 @@ import platformdirs
 from t5_trt.errors import InputError
 
 BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
-PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16", "int8")
+ENGINE_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
+PRECISIONS = ("auto", *ENGINE_PRECISIONS, "int4")
 DECODE = ("auto", "kernels", "engine")
 BUILDING = ("wait", "background")
 
@@ -43,13 +44,15 @@ class RuntimeConfig:
     Attributes:
         backend: "auto" (TensorRT if it and a GPU are available, else "cuda" with a GPU, else ONNX Runtime on the CPU), "tensorrt",
             "cuda" (our own kernels and torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
-        precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8". ONNX Runtime on CPU runs "fp32" and "int8".
-            On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
+        precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" or "int4". ONNX Runtime on CPU runs "fp32", "int8" and "int4"
+            (the decoder's matrices in 4 bits, the others in 8). On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
         decode: what runs the decoder: "kernels" (the library's CUDA kernels), "engine" (the backend's) or "auto"
             (kernels if they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the Hugging Face model for requests that engines cannot serve.
         num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
+        thread_spinning: let those threads wait actively inside a step. False lets other processes have the processor meanwhile: slower
+            alone, faster where there are more busy threads than cores.
         prepack_weights: let ONNX Runtime copy the matrices into its own layout, which is up to twice as fast with 2 or more
             rows (beams, batches) and needs memory for a second copy. None does so for decoder steps of several rows, at
             the first one; True for everything; False for nothing.
@@ -71,6 +74,7 @@ class RuntimeConfig:
     device: str | None = None
     strict: bool = False
     num_threads: int | None = None
+    thread_spinning: bool = True
     prepack_weights: bool | None = None
     max_source_tokens: int | None = None
     max_target_tokens: int | None = None

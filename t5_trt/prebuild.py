@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from t5_trt.config import DECODE, PRECISIONS, BuildConfig, check_choice, default_engine_cache_dir
+from t5_trt.config import DECODE, ENGINE_PRECISIONS, BuildConfig, check_choice, default_engine_cache_dir
 from t5_trt.engine.profiles import Shapes, bucket
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
@@ -74,7 +74,7 @@ def build_engines(
         UnsupportedModelError: the requested kernels do not support the model.
         CheckpointError: there is no such model.
     """
-    check_choice("precision", precision, tuple(name for name in PRECISIONS if name != "auto"))
+    check_choice("precision", precision, ENGINE_PRECISIONS)
     check_choice("decode", decode, DECODE)
     _check_sizes(batch=batch, beams=beams, source_tokens=source_tokens, target_tokens=target_tokens)
     api = load_tensorrt(flavor)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from t5_trt.config import BACKENDS, DECODE, PRECISIONS
+from t5_trt.config import BACKENDS, DECODE, ENGINE_PRECISIONS, PRECISIONS
 from t5_trt.errors import InputError
 
 
@@ -41,7 +41,7 @@ Precision = Annotated[str, typer.Option(help=f"of ours: {', '.join(PRECISIONS)}"
 Decode = Annotated[
     str, typer.Option(help=f"who does a decoder step on a GPU: {', '.join(DECODE)}", callback=choice(DECODE))
 ]
-EnginePrecision = Annotated[str, typer.Option(help=", ".join(PRECISIONS[1:]), callback=choice(PRECISIONS[1:]))]
+EnginePrecision = Annotated[str, typer.Option(help=", ".join(ENGINE_PRECISIONS), callback=choice(ENGINE_PRECISIONS))]
 Flavor = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="tensorrt or rtx; default: what is installed", callback=choice(("tensorrt", "rtx"))),

@@ -14,6 +14,7 @@ from t5_trt.graph.builders import DeviceGraphBuilder, HostGraphBuilder, T5GraphB
 from t5_trt.graph.decoder import build_decoder
 from t5_trt.graph.encoder import build_cross, build_encoder
 from t5_trt.graph.fused_step import build_fused_step
+from t5_trt.graph.int4 import Int4HostGraphBuilder, has_4_bits
 from t5_trt.graph.int8 import Int8DeviceGraphBuilder, Int8HostGraphBuilder
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -43,16 +44,16 @@ def build_host_graph(
         real: compute type of weights and activations.
         index: type of ids, positions and masks.
         fixed: axis letter of `t5_trt.graph.signature` -> size, for axes of fixed size.
-        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; the compute type of everything else is then float32.
+        quantized: matrices in 8 bits or fewer, see `t5_trt.graph.int8.quantize` and `t5_trt.graph.int4.quantize_to_4_bits`; the compute type of everything else is then float32.
         inputs: names of weights that are inputs instead of initializers.
         debug_outputs: also output the residual stream after every block, named "encoder.block.0" and so on.
         fused: write the decoder step in operators of ONNX Runtime's own; see `t5_trt.graph.fused_step`. It has no debug outputs.
     """
-    form = (
-        HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs)
-        if quantized is None
-        else Int8HostGraphBuilder(graph, arch, weights, quantized, inputs)
-    )
+    if quantized is None:
+        form = HostGraphBuilder(graph, arch, weights, real, index, fixed, inputs)
+    else:
+        rounded = Int4HostGraphBuilder if has_4_bits(quantized) else Int8HostGraphBuilder
+        form = rounded(graph, arch, weights, quantized, inputs)
     if fused:
         assert graph == STEP
         return build_fused_step(form)

@@ -109,14 +109,18 @@ class Int8HostGraphBuilder(HostGraphBuilder):
         """See `HostGraphBuilder.products`: one product for the whole group."""
         if MATRIX.format(group) not in self._quantized:
             return super().products(stream, group)
-        parameter = self.groups[group]
         matrix, stored = self._stored(MATRIX.format(group)), self._quantized[MATRIX.format(group)]
-        width, made = parameter.shape[1], stored.shape[1]
+        made = stored.shape[1]
         unsigned = stored.dtype == torch.uint8
         zero_points = self.constant(np.full(made, 128 if unsigned else 0), _byte_type(stored))
         scales = self._stored(SCALE.format(group))
         (packed,) = self.foreign(CONTRIB, "DynamicQuantizeMatMul", 1, stream, matrix, scales, zero_points)
-        ends = [width] if together else np.cumsum(parameter.widths).tolist()
+        return self._parts(packed, group, made, together=together)
+
+    def _parts(self, packed: ir.Value, group: str, made: int, *, together: bool) -> Sequence[ir.Value]:
+        """The products of a group out of one value of `made` columns."""
+        parameter = self.groups[group]
+        ends = [parameter.shape[1]] if together else np.cumsum(parameter.widths).tolist()
         if ends == [made]:
             return [packed]
         return [self._columns(packed, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

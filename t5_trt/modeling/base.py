@@ -59,6 +59,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
         device: str | torch.device | int | None = None,
         strict: bool = False,
         num_threads: int | None = None,
+        thread_spinning: bool = True,
         prepack_weights: bool | None = None,
         max_source_tokens: int | None = None,
         max_target_tokens: int | None = None,
@@ -81,11 +82,13 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
-            precision: "auto", "fp32", "tf32", "fp16", "bf16" or "int8" (8-bit matrices; on GPUs the decoder's).
+            precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" (8-bit matrices; on GPUs the decoder's) or, on a CPU,
+                "int4" (the decoder's matrices in 4 bits, the others in 8).
             decode: what runs the decoder on a GPU: "auto", "kernels" (the library's CUDA kernels) or "engine" (TensorRT).
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
             strict: raise instead of using the Hugging Face model where engines cannot serve a request.
             num_threads: CPU threads of ONNX Runtime; None takes torch's number.
+            thread_spinning: False for a CPU with more busy threads than cores: ONNX Runtime's threads then sleep while they wait.
             prepack_weights: faster beams and batches on CPU for more memory; None packs the decoder once it has several rows.
             max_source_tokens: refuse longer sources.
             max_target_tokens: refuse longer outputs.
@@ -122,6 +125,7 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             device=chosen_device(device, kwargs),
             strict=strict,
             num_threads=num_threads,
+            thread_spinning=thread_spinning,
             prepack_weights=prepack_weights,
             max_source_tokens=max_source_tokens,
             max_target_tokens=max_target_tokens,

@@ -1,4 +1,4 @@
-"""The 8-bit matrices of one model on disk: rounded once, kept in the engine store, mapped into memory by every process."""
+"""The matrices of one model in 8 bits, or in 8 and 4, on disk: rounded once, kept in the engine store, mapped into memory by every process."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ from safetensors.torch import load, load_file, save_file
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import PLAN, EngineStore
 from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.int4 import MATRIX4, SCALE4, quantize_group_to_4_bits, quantize_to_4_bits
 from t5_trt.graph.int8 import MATRIX, SCALE, quantize, quantize_group
 from t5_trt.graph.parameters import Weights, parameters
 
 logger = logging.getLogger("t5_trt")
 
 
-def load_int8_weights(arch: Architecture, weights: Weights, store: EngineStore) -> dict[str, torch.Tensor]:
-    """The matrices of a model in 8 bits, from the store; created and stored if they are missing.
+def load_int8_weights(
+    arch: Architecture, weights: Weights, store: EngineStore, precision: str = "int8"
+) -> dict[str, torch.Tensor]:
+    """The matrices of a model in 8 bits, or the decoder's in 4, from the store; created and stored if they are missing.
 
     Args:
         arch: of the model.
         weights: state-dict key -> tensor.
         store: of engines.
+        precision: "int8" or "int4".
 
     Returns:
-        See `t5_trt.graph.int8.quantize`; on processors whose 8-bit products saturate the matrices are uint8, shifted by 128.
+        See `t5_trt.graph.int8.quantize` and `t5_trt.graph.int4.quantize_to_4_bits`; on processors whose 8-bit products saturate the
+        matrices in 8 bits are uint8, shifted by 128.
 
     Raises:
         BackendError: the store cannot be written, or others may write to it.
     """
     facts = {
-        "graph": "int8 weights",
-        "precision": "int8",
+        "graph": f"{precision} weights",
+        "precision": precision,
         "architecture": asdict(arch),
         "weights": weights_digest(arch, weights),
         "flavor": "onnxruntime",
@@ -45,8 +50,11 @@ def load_int8_weights(arch: Architecture, weights: Weights, store: EngineStore) 
     key = engine_key(facts)
 
     def make(folder: Path) -> None:
-        logger.info("rounding the matrices of a model to 8 bits, once; they are kept in %s", store.root)
-        save_file(dict(quantize(arch, weights)), folder / PLAN)
+        logger.info(
+            "rounding the matrices of a model for precision %s, once; they are kept in %s", precision, store.root
+        )
+        made = quantize_to_4_bits(arch, weights) if precision == "int4" else quantize(arch, weights)
+        save_file(dict(made), folder / PLAN)
 
     stored = store.get_or_build(key, facts, make)
     try:
@@ -65,7 +73,7 @@ def rounded_names(arch: Architecture, quantized: Weights, keys: Collection[str])
         keys: of the state dict.
     """
     groups = [name for name, parameter in parameters(arch).items() if not set(keys).isdisjoint(parameter.parts)]
-    names = {kind.format(group) for group in groups for kind in (MATRIX, SCALE)}
+    names = {kind.format(group) for group in groups for kind in (MATRIX, SCALE, MATRIX4, SCALE4)}
     return names & quantized.keys()
 
 
@@ -84,13 +92,20 @@ def round_anew(
         weights: state-dict key -> tensor.
         quantized: what `load_int8_weights` gave; changed.
         keys: of the matrices.
-        own: replace the tensors instead of writing into them.
+        own: replace the tensors instead of writing into them, those in 4 bits by some in 8: ONNX Runtime would expand changing
+            matrices in 4 bits to float32 in every product.
     """
+    unsigned = any(name.endswith(MATRIX.format("")) and made.dtype == torch.uint8 for name, made in quantized.items())
     for group, parameter in parameters(arch).items():
-        if MATRIX.format(group) not in quantized or set(keys).isdisjoint(parameter.parts):
+        stored = {MATRIX.format(group), MATRIX4.format(group)} & quantized.keys()
+        if not stored or set(keys).isdisjoint(parameter.parts):
             continue
-        for name, tensor in quantize_group(group, parameter, weights):
-            made = _as_products_want(tensor) if quantized[name].dtype == torch.uint8 else tensor
+        if own:
+            for kind in (MATRIX4, SCALE4):
+                quantized.pop(kind.format(group), None)
+        rounded = quantize_group_to_4_bits if MATRIX4.format(group) in quantized else quantize_group
+        for name, tensor in rounded(group, parameter, weights):
+            made = _as_products_want(tensor) if unsigned else tensor
             if own:
                 quantized[name] = made
             else:

@@ -20,6 +20,7 @@ from t5_trt.errors import BackendError, raise_hidden_interrupt
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.build_graph import build_host_graph
 from t5_trt.graph.fused_step import can_fuse
+from t5_trt.graph.int4 import has_4_bits
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
@@ -42,8 +43,9 @@ class OrtSession:
         arch: of the model.
         weights: state-dict key -> CPU tensor; it is kept, and its memory read, for as long as the session lives.
         num_threads: of every operator; None takes torch's.
+        thread_spinning: see `t5_trt.config.RuntimeConfig`.
         prepack_weights: see `t5_trt.config.RuntimeConfig`.
-        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None computes in float32.
+        quantized: matrices in 8 bits or fewer, see `t5_trt.runtime.int8_weights.load_int8_weights`; None computes in float32.
         changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
             ONNX Runtime keeps no packed copies of them.
 
@@ -65,18 +67,20 @@ class OrtSession:
         weights: Weights,
         *,
         num_threads: int | None = None,
+        thread_spinning: bool = True,
         prepack_weights: bool | None = None,
         quantized: dict[str, torch.Tensor] | None = None,
         changing: Collection[str] = (),
     ) -> None:
         self.arch = arch
-        self.precision = "fp32" if quantized is None else "int8"
+        self.precision = "fp32" if quantized is None else "int4" if has_4_bits(quantized) else "int8"
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
+        self._spinning = thread_spinning
         self._weights, self._changing = weights, frozenset(changing)
         self._in_place = can_fuse(arch)  # the step writes into the cache
         self.updates = 0
-        # packed 8-bit matrices take a quarter of float32 ones
+        # packed 8-bit matrices take a quarter of float32 ones; matrices in 4 bits are fast only if they are packed
         self._prepack = True if quantized is not None else prepack_weights
         self._ort = import_onnxruntime()
         self._sessions: dict[tuple[str, bool], LoadedGraph] = {}  # by graph, and whether its matrices are packed
@@ -291,6 +295,8 @@ class OrtSession:
         options.enable_mem_pattern = graph == STEP
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if not self._spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # spinning threads would slow down torch's threads, which run between two steps
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options

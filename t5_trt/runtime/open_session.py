@@ -106,12 +106,22 @@ def open_session(
     store = EngineStore(config.cache_dir, config.engine_cache_bytes)
     if placement.backend == "onnxruntime":
         quantized = None
-        if placement.precision == "int8":
-            quantized = load_int8_weights(arch, weights if base is None else base, store)
+        if placement.precision in ("int8", "int4"):
+            if placement.precision == "int4" and not arch.decoder_layers:
+                raise InputError(
+                    "precision got 'int4'; it is for the decoder's matrices, and this model has no decoder. Use 'int8'."
+                )
+            quantized = load_int8_weights(arch, weights if base is None else base, store, placement.precision)
             round_anew(arch, weights, quantized, changing, own=True)
-        threads, prepack = config.num_threads, config.prepack_weights
-        options: dict[str, Any] = {"num_threads": threads, "prepack_weights": prepack, "quantized": quantized}
-        return OrtSession(arch, weights, changing=changing, **options)
+        return OrtSession(
+            arch,
+            weights,
+            num_threads=config.num_threads,
+            thread_spinning=config.thread_spinning,
+            prepack_weights=config.prepack_weights,
+            quantized=quantized,
+            changing=changing,
+        )
     check_cuda_after_fork()
     choose = partial(choose_fp16_scaling, arch, precision=placement.precision, seen=seen, calibrated=calibrated)
     with torch.cuda.device(placement.device):

@@ -22,6 +22,7 @@ logger = logging.getLogger("t5_trt")
 
 #: precisions of the library's own kernels; in "int8" the encoder's compute in half precision
 KERNEL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+CPU_PRECISIONS = ("fp32", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Placement:
 
     Attributes:
         backend: "tensorrt", "cuda" or "onnxruntime".
-        precision: "fp32", "tf32", "fp16", "bf16" or "int8".
+        precision: "fp32", "tf32", "fp16", "bf16", "int8" or "int4".
         device: where engines run.
         dtype: of hidden states and K/V.
         flavor: of TensorRT, or None.
@@ -174,9 +175,9 @@ def _on_cpu(config: RuntimeConfig, problem: str | None) -> Placement:
         raise InputError(
             f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
         )
-    if config.precision not in ("auto", "fp32", "int8"):
+    if config.precision not in ("auto", *CPU_PRECISIONS):
         raise InputError(
-            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32' or 'int8' on the CPU{because}. "
+            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32', 'int8' or 'int4' on the CPU{because}. "
             "Use one of them, or 'auto' (fp32)."
         )
     if config.decode == "kernels":
@@ -184,7 +185,7 @@ def _on_cpu(config: RuntimeConfig, problem: str | None) -> Placement:
             f"decode got 'kernels'; the backend 'onnxruntime' runs on the CPU and has an engine only{because}. Use 'auto' or 'engine'."
         )
     reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
-    precision = "int8" if config.precision == "int8" else "fp32"
+    precision = "fp32" if config.precision == "auto" else config.precision
     idle_gpu = _idle_gpu(problem) if problem else None
     return Placement("onnxruntime", precision, torch.device("cpu"), torch.float32, None, reason, idle_gpu)
 
@@ -199,6 +200,10 @@ def _idle_gpu(problem: str) -> str | None:
 
 
 def _on_tensorrt(config: RuntimeConfig, model: Any) -> Placement:
+    if config.precision == "int4":
+        raise InputError(
+            "precision got 'int4'; matrices in 4 bits are for a CPU only. Use 'int8', or backend='onnxruntime'."
+        )
     api = load_tensorrt(config.flavor)
     precision = "fp16" if config.precision == "auto" else config.precision
     decode, no_kernels = _step_beside_tensorrt(config, precision, model)

@@ -42,13 +42,14 @@ class Limits:
 
 
 #: In float32 only the order of sums differs. The others allow several times what was measured: fp16 0.2 to 0.8% where layers
-#: have to be scaled, bf16 has 8 times its rounding, int8 3 to 5%. A token differs where the best two logits are closer than that.
+#: have to be scaled, bf16 has 8 times its rounding, int8 3 to 5%, int4 8%. A token differs where the best two logits are closer than that.
 LIMITS = {
     "fp32": Limits(1.0, 1e-3),
     "tf32": Limits(0.9, 1e-2),
     "fp16": Limits(0.9, 3e-2),
     "bf16": Limits(0.8, 0.15),
     "int8": Limits(0.9, 0.15),
+    "int4": Limits(0.8, 0.25),
 }
 
 

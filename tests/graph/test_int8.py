@@ -170,5 +170,5 @@ def test_weight_only_graphs(kind: str, scaling: Fp16Scaling, monkeypatch: pytest
 
 
 def test_refused_precisions() -> None:
-    with pytest.raises(InputError, match="'fp32' or 'int8'"):
+    with pytest.raises(InputError, match="'fp32', 'int8' or 'int4'"):
         TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="onnxruntime", precision="fp16")

@@ -143,6 +143,22 @@ def test_prepacked_weights_and_threads() -> None:
         assert packed.generate(**REQUEST, num_beams=beams).tolist() == expected
 
 
+@pytest.mark.parametrize("spinning", [True, False])
+def test_threads_spin_unless_the_setting_says_no(spinning: bool) -> None:
+    hugging_face = make_hugging_face("t5-v1.1")
+    options = {} if spinning else {"thread_spinning": False}
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=2, **options)
+    assert ours.generate(**REQUEST).tolist() == hugging_face.generate(**REQUEST).tolist()
+    for graph in ours.session._sessions.values():
+        chosen = graph.session.get_session_options()
+        assert chosen.intra_op_num_threads == 2
+        if spinning:
+            with pytest.raises(RuntimeError, match="allow_spinning"):
+                chosen.get_session_config_entry("session.intra_op.allow_spinning")
+        else:
+            assert chosen.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_several_rows_are_packed_when_they_come(fresh: Any) -> None:
     """And a request of one row that began before goes on as it was."""
     hugging_face = fresh.reference

@@ -24,7 +24,8 @@ from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import InputError
 from t5_trt.generation.search_settings import length_limit, one_search
 from t5_trt.modeling import TRTT5ForConditionalGeneration
-from t5_trt.tools.ctranslate2_peer import CTranslate2Model, import_ctranslate2
+from t5_trt.tools.ctranslate2_library import import_ctranslate2
+from t5_trt.tools.ctranslate2_peer import CTranslate2Model
 from t5_trt.tools.environment import environment
 from t5_trt.tools.random_models import RANDOM, random_source, random_t5
 

@@ -1,7 +1,6 @@
 """One contestant of `benchmarks.cpu_peers` in a process of its own: answers requests, one line of JSON each.
 
-A process of its own, because they disturb each other in one: on 2 cores Hugging Face's class took 1.4 times as long from the first call
-of CTranslate2 on, with less work for the second core.
+A process of its own, so that no library's threads wait beside another's and memory is one contestant's.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ class Contestant:
         self.start = self._answer()
 
     def generate(self, rows: list[list[int]], new_tokens: int, num_beams: int) -> tuple[float, list[list[int]]]:
-        """Milliseconds of a call, and its tokens."""
+        """Milliseconds of a call, and its tokens. `cores` then says how many cores were busy on average."""
         assert self._process.stdin is not None
         print(json.dumps([rows, new_tokens, num_beams]), file=self._process.stdin, flush=True)
         answer = self._answer()
-        self.peak_mb = answer["peak_mb"]
+        self.peak_mb, self.cores = answer["peak_mb"], answer["cores"]
         return answer["ms"], answer["tokens"]
 
     def close(self) -> None:
@@ -61,9 +60,9 @@ class Contestant:
 
 def load_ctranslate2(folder: Path, threads: int) -> Generate:
     """CTranslate2, without torch."""
-    import ctranslate2
+    from t5_trt.tools.ctranslate2_library import open_translator
 
-    translator = ctranslate2.Translator(str(folder), intra_threads=threads)
+    translator = open_translator(str(folder), intra_threads=threads)
 
     def generate(rows: list[list[int]], new_tokens: int, num_beams: int) -> list[list[int]]:
         limits = {"min_decoding_length": new_tokens, "max_decoding_length": new_tokens, "max_input_length": 0}
@@ -98,7 +97,9 @@ def load_model(kind: str, precision: str, folder: Path, threads: int) -> Generat
 def import_all(kind: str) -> None:
     """Import what the contestant needs, so that loading is timed without it."""
     if kind == "ctranslate2":
-        import ctranslate2  # noqa: F401
+        from t5_trt.tools.ctranslate2_library import import_ctranslate2
+
+        import_ctranslate2()
     elif kind == "ours":
         import onnxruntime  # noqa: F401
 
@@ -138,10 +139,12 @@ def main() -> None:
         json.dumps({**{name: round(value, 2) for name, value in seconds.items()}, "imports_mb": imports_mb}), flush=True
     )
     for line in sys.stdin:
-        start = time.perf_counter()
-        tokens = generate(*json.loads(line))
-        ms = (time.perf_counter() - start) * 1e3
-        print(json.dumps({"ms": ms, "tokens": tokens, "peak_mb": peak_mb()}), flush=True)
+        request = json.loads(line)
+        start, busy = time.perf_counter(), time.process_time()
+        tokens = generate(*request)
+        seconds, busy_seconds = time.perf_counter() - start, time.process_time() - busy
+        answer = {"ms": seconds * 1e3, "cores": busy_seconds / seconds, "tokens": tokens, "peak_mb": peak_mb()}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

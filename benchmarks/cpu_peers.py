@@ -70,13 +70,16 @@ def measured(contestants: dict[str, Contestant], case: str, runs: int) -> dict[s
     sizes = CASES[case]
     rows = random_source(sizes["batch"], sizes["source_tokens"]).tolist()
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    cores: dict[str, list[float]] = {name: [] for name in contestants}
     tokens: dict[str, list[list[int]]] = {}
     for number in range(runs + 1):
         for name, contestant in contestants.items():
             ms, tokens[name] = contestant.generate(rows, sizes["new_tokens"], sizes["num_beams"])
             if number:
                 times[name].append(ms)
-    return {"case": case, **sizes, "runs": runs, **compared(times, tokens)}
+                cores[name].append(contestant.cores)
+    busy = {"busy_cores": {name: round(statistics.median(found), 2) for name, found in cores.items()}}
+    return {"case": case, **sizes, "runs": runs, **compared(times, tokens), **busy}
 
 
 def started(contestants: dict[str, Contestant], folder: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _show(records: list[dict[str, Any]], plot: Path | None) -> None:
 def _check_before_measuring(model: str, json_file: Path | None, plot: Path | None, against: str | None) -> None:
     """Check the model name, the output files and the peer before hours of measuring."""
     from t5_trt.checkpoint.model_names import check_model_name
-    from t5_trt.tools.ctranslate2_peer import import_ctranslate2
+    from t5_trt.tools.ctranslate2_library import import_ctranslate2
     from t5_trt.tools.plot import check_picture
     from t5_trt.tools.records import read_records
 

@@ -10,6 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,10 @@ from t5_trt.generation.request import Request
 from t5_trt.generation.sampling import GpuDraws, RowTokenSelector, StopTokens
 from t5_trt.runtime.kv_buffers import DecoderState, bucket_length
 from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
+from t5_trt.runtime.torch_threads import one_torch_thread
+
+#: rows up to which one thread chooses the tokens on a CPU: it takes some 0.1 ms a row
+_FEW_ROWS = 8
 
 
 @dataclass
@@ -95,7 +100,8 @@ class DecodeLoop(ABC):
             self.session.decode(self.state, self.request.prompt[:, :-1])
         step.feed(self.request.prompt[:, -1:])
         draws = GpuDraws(self.session.device)
-        step, made = self._drive(step)
+        with one_torch_thread() if self._leaves_cores() else nullcontext():
+            step, made = self._drive(step)
         draws.rewind(self.state.length + 1 - self._given, made)
         self.state.crop(self._given + made - 1)
         self._keep(step.selector, made)
@@ -106,6 +112,10 @@ class DecodeLoop(ABC):
                 None if kept is None else kept[:made] for kept in (self.eager.scores, self.eager.logits)
             )
         return outcome
+
+    def _leaves_cores(self) -> bool:
+        """Whether torch's work between two steps is so little that the session needs the cores more; user callbacks may do more."""
+        return self.session.device.type == "cpu" and self.eager is None and len(self.request.prompt) <= _FEW_ROWS
 
     @abstractmethod
     def outcome(self, results: list[torch.Tensor], made: int) -> Outcome:

@@ -24,7 +24,8 @@ from t5_trt.engine.tensorrt_api import load_tensorrt
 from t5_trt.errors import InputError
 from t5_trt.generation.search_settings import length_limit, one_search
 from t5_trt.modeling import TRTT5ForConditionalGeneration
-from t5_trt.tools.ctranslate2_peer import CTranslate2Model, import_ctranslate2
+from t5_trt.tools.ctranslate2_library import import_ctranslate2
+from t5_trt.tools.ctranslate2_peer import CTranslate2Model
 from t5_trt.tools.environment import environment
 from t5_trt.tools.random_models import RANDOM, random_source, random_t5
 
@@ -172,7 +173,7 @@ def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str
 
     Returns:
         The record. ``*_ms`` are medians and ``*_p90_ms`` 90th percentiles in milliseconds of the whole ``generate()`` call,
-        ``*_first_call_s`` seconds, ``speedup`` and ``tokens_equal`` are against ``hf_eager_fp32`` and None without it.
+        ``*_first_call_s`` seconds, ``*_busy_cores`` how many CPU cores worked on average, ``speedup`` and ``tokens_equal`` are against ``hf_eager_fp32`` and None without it.
 
     Raises:
         InputError: `runs` is below 1, `texts` is empty, or there is no tokenizer for them.
@@ -184,9 +185,13 @@ def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str
     running, tokens, first_call_s, left_out = _warm_up(benchmark, request)
     loop = str(ours.last_generation_path)
     times: dict[str, list[float]] = {name: [] for name in running}
+    cores: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(runs):
         for name, baseline in running.items():
-            times[name].append(_call(baseline, request, ours.device)[1] * 1e3)
+            busy = time.process_time()
+            seconds = _call(baseline, request, ours.device)[1]
+            times[name].append(seconds * 1e3)
+            cores[name].append((time.process_time() - busy) / seconds)
     medians = {name: statistics.median(found) for name, found in times.items()}
     share = equal_share(tokens["ours"], tokens["hf_eager_fp32"]) if "hf_eager_fp32" in running else None
     tensorrt = load_tensorrt(ours.runtime_config.flavor).version if ours.session.backend == "tensorrt" else None
@@ -196,6 +201,7 @@ def measure(benchmark: Benchmark, case: Case, runs: int = 5, texts: Sequence[str
         "threads": torch.get_num_threads(),
         "runs": runs,
         **_speeds(case, times, first_call_s),
+        **{f"{name}_busy_cores": round(statistics.median(found), 2) for name, found in cores.items()},
         **_shares(tokens, running),
         "speedup": None if share is None else round(medians["hf_eager_fp32"] / medians["ours"], 2),
         "tokens_equal": None if share is None else share == 1.0,

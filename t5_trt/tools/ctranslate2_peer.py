@@ -1,7 +1,6 @@
 """CTranslate2 as a model to compare with: converted from a Hugging Face model, called as one.
 
-Token ids are CTranslate2's tokens, so no tokenizer takes part. On a CPU, Hugging Face's class becomes slower once CTranslate2 has run in
-its process (1.4 times on 2 cores); `benchmarks.cpu_peers` gives each a process of its own.
+Token ids are CTranslate2's tokens, so no tokenizer takes part.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 
-from t5_trt.errors import BackendError, InputError
+from t5_trt.errors import InputError
+from t5_trt.tools.ctranslate2_library import open_translator
 
 #: our precision -> CTranslate2's compute type; on GPUs what is not quantized is half precision in int8, too
 _COMPUTE_TYPES = {
@@ -39,14 +39,13 @@ class CTranslate2Model:
     """
 
     def __init__(self, model: Any, precision: str, device: torch.device, threads: int | None = None) -> None:
-        ctranslate2 = import_ctranslate2()
         compute_type = compute_type_of(precision, device.type)
         self._pad, self._start = model.config.pad_token_id, model.config.decoder_start_token_id
         with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
             converted = convert(model, Path(folder), compute_type)
-            self._translator = ctranslate2.Translator(
+            self._translator = open_translator(
                 str(converted),
-                device.type,
+                device=device.type,
                 device_index=device.index or 0,
                 compute_type=compute_type,
                 inter_threads=1,
@@ -95,22 +94,6 @@ class CTranslate2Model:
         rows = [[self._start, *map(int, result.hypotheses[0])] for result in found]
         longest = max(map(len, rows))
         return torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows])
-
-
-def import_ctranslate2() -> Any:
-    """Import ctranslate2.
-
-    Raises:
-        BackendError: it is not installed, or does not load.
-    """
-    try:
-        import ctranslate2
-    except ImportError as error:
-        raise BackendError(
-            f"a comparison with CTranslate2 needs the package ctranslate2, which did not import ({error}). Install it with "
-            "`pip install 't5-trt[ctranslate2]'`."
-        ) from error
-    return ctranslate2
 
 
 def compute_type_of(precision: str, device: str) -> str:

@@ -32,7 +32,7 @@ FIELDS = {
     "model", "backend", "precision", "decode", "prepack_weights", "batch", "source_tokens", "new_tokens", "num_beams", "do_sample",
     "threads", "runs", "ours_ms", "ours_p90_ms", "tokens_per_s", "first_call_s", "hf_eager_fp32_ms", "hf_eager_fp32_p90_ms",
     "hf_eager_fp32_tokens_per_s", "hf_eager_fp32_first_call_s", "speedup", "tokens_equal", "tokens_equal_share",
-    "distinct_tokens", "loop", "left_out", "python", "torch", "transformers", "onnxruntime", "tensorrt", "cuda",
+    "distinct_tokens", "loop", "left_out", "ours_busy_cores", "hf_eager_fp32_busy_cores", "python", "torch", "transformers", "onnxruntime", "tensorrt", "cuda",
     "gpu_and_driver", "machine", "processor",
 }  # fmt: skip
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ from t5_trt import BackendError, InputError
 from t5_trt.cli import app
 from t5_trt.tools import random_models
 from t5_trt.tools.benchmark import Case, load_benchmark, measure
+from t5_trt.tools.ctranslate2_library import import_ctranslate2
 from t5_trt.tools.ctranslate2_peer import CTranslate2Model, compute_type_of
 from t5_trt.tools.records import read_records
 from tests.conftest import SHIPPED
@@ -56,6 +59,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         def __init__(self, path: str, device: str, **options: Any) -> None:
             self.model = converted[path]
             module.calls.append({"device": device, **options})  # type: ignore[attr-defined]
+            module.thread = threading.current_thread()  # type: ignore[attr-defined]
 
         def translate_batch(self, source: list[list[str]], **options: Any) -> list[Any]:
             rows = []
@@ -128,6 +132,24 @@ def test_precision_and_threads_are_those_of_ours(stand_in: Any, tiny: str) -> No
         compute_type_of("bf16", "cpu")
 
 
+def test_thread_that_loads_a_translator_ends(stand_in: Any, tiny: str) -> None:
+    """It would keep a pool of threads, beside which those of the translator go to sleep between two products."""
+    CTranslate2Model(random_models.random_t5("tiny"), "fp32", CPU, 1)
+    assert stand_in.thread is not threading.main_thread() and not stand_in.thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "RTLD_DEEPBIND"), reason="only glibc binds a library to its own copies first")
+def test_package_is_bound_to_its_own_thread_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch's would be taken otherwise, and both would count the other's threads as theirs."""
+    (tmp_path / "ctranslate2.py").write_text("import sys\nflags = sys.getdlopenflags()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ctranslate2", raising=False)
+    before = sys.getdlopenflags()
+    loaded = import_ctranslate2()
+    monkeypatch.delitem(sys.modules, "ctranslate2")
+    assert loaded.flags == before | os.RTLD_DEEPBIND and sys.getdlopenflags() == before
+
+
 def test_sampling_is_left_out_with_the_reason(stand_in: Any, tiny: str) -> None:
     benchmark = load_benchmark(tiny, threads=1, against="ctranslate2", backend="onnxruntime")
     record = measure(benchmark, Case(new_tokens=2, do_sample=True), runs=1)
@@ -187,6 +209,7 @@ def test_contestants_answer_in_turns_with_their_start_and_memory(tmp_path: Path)
         for each in contestants.values():
             each.close()
     assert found["hf_eager_fp32"][1] == found["ours_fp32"][1] and all(ms > 0 for ms, _ in found.values())
+    assert all(0 < each.cores < 2 for each in contestants.values())
     assert all(start[name][field] > 0 for name in contestants for field in ("import_s", "load_s", "weights_mb"))
     with pytest.raises(RuntimeError, match="a contestant ended"):
         Contestant("ours_fp32", tmp_path / "none", 1)

@@ -93,7 +93,11 @@ def test_configured_lengths() -> None:
         ),
         ({"precision": "fp8"}, InputError, "precision got 'fp8'"),
         ({"precision": "fp16"}, InputError, "computes in 'fp32', 'int8' or 'int4' on the CPU"),
-        ({"precision": "bf16"}, InputError, r"got 'bf16'; .*computes in 'fp32', 'int8' or 'int4' on the CPU\. Use one of"),
+        (
+            {"precision": "bf16"},
+            InputError,
+            r"got 'bf16'; .*computes in 'fp32', 'int8' or 'int4' on the CPU\. Use one of",
+        ),
         ({"num_threads": 0}, InputError, "num_threads got 0"),
         ({"num_threads": True}, InputError, "num_threads got True"),
         ({"max_source_tokens": "9"}, InputError, "max_source_tokens got '9'"),

@@ -6,7 +6,7 @@ Rows in use are the first ones: a step runs over a prefix of every buffer. Only 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -70,7 +70,8 @@ class RowBuffers:
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.bindings: dict[Hashable, object] = {}
-        self._lengths = np.zeros(rows, np.int32)  # positions, on the host
+        # positions, on the host; on a CPU the same memory
+        self._lengths: Any = self.positions.numpy() if device.type == "cpu" else np.zeros(rows, np.int32)
         self._sources = np.zeros(rows, np.int32)
         heads = np.arange(arch.decoder_layers * 2 * rows * arch.num_heads)
         self._heads = heads.reshape(-1, rows, arch.num_heads)  # place of each head's first token, in units of T tokens
@@ -113,7 +114,6 @@ class RowBuffers:
         if self.reads_empty_places:
             _write(self.cross[:, :, row, :, length:], 0)
             _write(self.cross_bias[row, ..., length:], self.hidden)
-            self.positions[row] = 0
         return row
 
     def remove(self, row: int) -> int:
@@ -141,7 +141,7 @@ class RowBuffers:
         if self.reads_empty_places:
             _write(self.kv[:, :, last, :, :length], 0)
             source = self.source_capacity
-            self.tokens[row], self.positions[row] = self.tokens[last], self.positions[last]
+            _write(self.tokens[row], self.tokens[last])
         _write(self.cross[:, :, row, :, :source], self.cross[:, :, last, :, :source])
         _write(self.cross_bias[row, ..., :source], self.cross_bias[last, ..., :source])
         self._lengths[row], self._sources[row] = length, self._sources[last]
@@ -154,7 +154,7 @@ class RowBuffers:
             places: with `remembers_tokens`, for each row where it was when the last step chose its token, which then counts; or -1.
         """
         assert places is None
-        self.tokens[: self.count, 0] = torch.tensor(tokens)
+        self.tokens.numpy()[: self.count, 0] = tokens
 
     def fetch(self, made: torch.Tensor) -> SupportsToList:
         """Bring tokens [count] of a step to the host; with `remembers_tokens` this does not wait for them."""
@@ -181,7 +181,6 @@ class RowBuffers:
         count, width = self.count, self.kv.shape[5]
         places = self._heads[:, :count] * self.capacity + self._lengths[:count, None]
         self.kv.numpy().reshape(-1, width)[places] = self.new.numpy()[:, :, :count, :, 0].reshape(*places.shape, width)
-        self.positions[:count] += 1
         self.advance()
 
     def advance(self) -> None:
@@ -207,7 +206,7 @@ class RowBuffers:
 
 def _write(target: torch.Tensor, value: torch.Tensor | float) -> None:
     """Write a part of a buffer, on a CPU in this thread alone: torch's other threads would wait for those of ONNX Runtime, which spin after a step."""
-    if target.device.type == "cpu" and target.dtype == torch.float32:
+    if target.device.type == "cpu" and target.dtype in (torch.float32, torch.int64):
         target.numpy()[...] = value.numpy() if isinstance(value, torch.Tensor) else value
     else:
         target[...] = value

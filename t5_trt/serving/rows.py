@@ -29,6 +29,7 @@ class Row:
         place: of the row in the step that makes its next token; -1 while none does.
         left: tokens that may still come.
         vacant: its place is free.
+        vacant_steps: which have decoded it since.
         over: the request has ended, whatever is on its way.
     """
 
@@ -39,10 +40,10 @@ class Row:
         self._generator: torch.Generator | None = None
         self._history: torch.Tensor | None = None  # int64 [1, M] where logits are, made when a processor wants it
         self._position: torch.Tensor | None = None  # int64 [1], of the last token in it
-        self._made: list[int] = []
+        self._eos = job.prepared.eos
         self.plain = not job.prepared.do_sample and not job.prepared.processors
         self.token = job.prepared.prompt[-1]
-        self.place, self.vacant, self.over = -1, False, False
+        self.place, self.vacant, self.vacant_steps, self.over = -1, False, 0, False
         self.left = job.prepared.limit - len(job.prepared.prompt)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
@@ -61,15 +62,17 @@ class Row:
             self._history.index_copy_(1, self._position.add_(1), chosen[:, None])
         return chosen
 
-    def take(self, token: int) -> torch.Tensor | None:
-        """Add a token; the result, int64 [1, tokens], if the request is over with it."""
-        prepared = self._prepared
+    def take(self, token: int) -> bool:
+        """Give the request a token; whether it is over with it."""
         self.token = token
-        self._made.append(token)
+        self.job.put(token)
         self.left -= 1
-        if token not in prepared.eos and self.left > 0:
-            return None
-        return torch.tensor([[*prepared.prompt, *self._made]])
+        return token in self._eos or self.left <= 0
+
+    @property
+    def result(self) -> torch.Tensor:
+        """All tokens, int64 [1, tokens]."""
+        return torch.tensor([[*self._prepared.prompt, *self.job.tokens]])
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         prompt = self._prepared.prompt
@@ -81,7 +84,7 @@ class Row:
             self._position = torch.full((1,), len(prompt) - 1, device=logits.device)
         if self._process is not None:
             return self._process(self._history, self._position, logits)
-        scores, tokens = logits, self._history[:, : len(prompt) + len(self._made)]
+        scores, tokens = logits, self._history[:, : len(prompt) + len(self.job.tokens)]
         for processor in self._prepared.processors:
             scores = processor(tokens, scores)
         return scores

@@ -7,8 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
-from dataclasses import replace
+from collections import Counter, deque
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -23,7 +22,7 @@ from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
 from t5_trt.serving.running import RunningRows
 from t5_trt.serving.sources import EncodedSource, EncodingBatch, by_length
-from t5_trt.serving.stats import Stats
+from t5_trt.serving.stats import Stats, end_named
 
 logger = logging.getLogger("t5_trt")
 
@@ -76,7 +75,7 @@ class Scheduler:
         self._next_look = 0.0
         self._waiting: deque[Job] = deque()
         self._groups = GroupRunner(model, self._lock, self._count)
-        self._stats = Stats()
+        self._counts: Counter[str] = Counter()  # fields of `Stats`
         self._calls: SimpleQueue[None] = SimpleQueue()  # no lock, because a finalizer may run this
         self._closing = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="t5_trt rows", daemon=True)
@@ -114,7 +113,7 @@ class Scheduler:
         with self._lock:
             running = len(self._running) + sum(len(batch.jobs) for batch in self._entering)
             running += self._groups.running is not None
-            return replace(self._stats, waiting=self._without_rows(), running=running)
+            return Stats(waiting=self._without_rows(), running=running, **self._counts)
 
     def close(self, grace: float) -> None:
         """Accept no more requests; let the accepted ones run for `grace` seconds, and end the rest."""
@@ -146,7 +145,7 @@ class Scheduler:
         if self._full():
             self._leave_queues()
         if self._full():
-            self._stats = self._stats.more(refused=1)
+            self._counts["refused"] += 1
             raise QueueFullError(
                 f"{self._max_waiting} requests wait for a row, as many as may (max_waiting). Try again later, or elsewhere."
             )
@@ -255,7 +254,7 @@ class Scheduler:
 
     def _drop(self, job: Job) -> None:
         job.finish(error=job.overdue())
-        self._stats = self._stats.ended(job.error)
+        self._counts[end_named(job.error)] += 1
 
     def _begin_encoding(self, begun: int) -> None:
         """Have batches encoded that are entering, behind a number of those that are being encoded already."""
@@ -303,8 +302,9 @@ class Scheduler:
 
     def _count(self, error: BaseException | None) -> None:
         with self._lock:
-            self._stats = self._stats.ended(error)
+            self._counts[end_named(error)] += 1
 
     def _count_step(self, steps: int, tokens: int) -> None:
         with self._lock:
-            self._stats = self._stats.more(steps=steps, tokens=tokens)
+            self._counts["steps"] += steps
+            self._counts["tokens"] += tokens

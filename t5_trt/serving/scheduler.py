@@ -144,8 +144,8 @@ class Scheduler:
     def _check_open(self) -> None:
         if self._closing:
             raise EngineClosedError("the engine is closed; expected an open one. Make another Engine.")
-        if self._full():
-            self._leave_queues()
+        if self._full() and time.monotonic() >= self._next_look:
+            self._look_through()
         if self._full():
             self._counts["refused"] += 1
             raise QueueFullError(
@@ -201,8 +201,7 @@ class Scheduler:
         self._running.make_room()
         with self._lock:
             if time.monotonic() >= self._next_look:
-                self._leave_queues()
-                self._next_look = time.monotonic() + _QUEUE_LOOK_S
+                self._look_through()
             begun, arrived = len(self._entering), self._arrivals()
             if arrived:
                 self._entering += [EncodingBatch(jobs) for jobs in self._batches(arrived)]
@@ -250,8 +249,9 @@ class Scheduler:
             return ENCODED_TOKENS_GPU
         return ENCODED_TOKENS if has_row else min(ENCODED_TOKENS, ENCODED_AHEAD)
 
-    def _leave_queues(self) -> None:
+    def _look_through(self) -> None:
         """Take out requests without rows that must not go on. The lock is held."""
+        self._next_look = time.monotonic() + _QUEUE_LOOK_S
         for queue in (self._waiting, self._groups.waiting):
             for job in [job for job in queue if job.overdue() is not None]:
                 queue.remove(job)

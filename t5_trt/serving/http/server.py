@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 
@@ -68,6 +70,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_SEND_S,
         )
@@ -117,4 +120,7 @@ def serve(service: Service, listener: socket.socket, grace: float) -> None:
         listener: from `bound_socket`.
         grace: seconds that running requests have then.
     """
-    asyncio.run(Server(service, grace).serve(sockets=[listener]))
+    run: Callable[..., Any] = asyncio.run
+    with suppress(ImportError):  # there is none for Windows
+        run = importlib.import_module("uvloop").run
+    run(Server(service, grace).serve(sockets=[listener]))

@@ -7,6 +7,7 @@ import importlib
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ logger = logging.getLogger("t5_trt.serving")
 
 #: seconds that a connection may be idle: longer than those of usual load balancers, which else meet closed ones
 _KEEP_ALIVE_S = 75
+#: seconds for which the event loop's thread may hold the interpreter when the rows' thread has a step to start; Python's default is 5 ms
+_SWITCH_S = 0.002
 #: seconds that answers which are there have to be sent
 _SEND_S = 5
 
@@ -120,6 +123,7 @@ def serve(service: Service, listener: socket.socket, grace: float) -> None:
         listener: from `bound_socket`.
         grace: seconds that running requests have then.
     """
+    sys.setswitchinterval(_SWITCH_S)
     run: Callable[..., Any] = asyncio.run
     with suppress(ImportError):  # there is none for Windows
         run = importlib.import_module("uvloop").run

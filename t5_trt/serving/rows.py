@@ -24,7 +24,7 @@ class Row:
         processors: gives the device forms of settings, see `device_processors`.
 
     Attributes:
-        plain: it always takes the token of the largest logit.
+        plain: it takes the token of the largest logit from now on.
         token: the last one that is known, which the next step decodes unless one is on its way.
         place: of the row in the step that makes its next token; -1 while none does.
         left: tokens that may still come.
@@ -45,6 +45,14 @@ class Row:
         self.token = job.prepared.prompt[-1]
         self.place, self.vacant, self.vacant_steps, self.over = -1, False, 0, False
         self.left = job.prepared.limit - len(job.prepared.prompt)
+
+    @property
+    def hides_end(self) -> bool:
+        """Whether the next token is that of the largest logit but for the end tokens; once it is not, the row is `plain`."""
+        prepared = self._prepared
+        hides = len(prepared.prompt) + len(self.job.tokens) < prepared.hidden_until
+        self.plain |= prepared.hidden_until > 0 and not hides
+        return hides
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token, int64 [1], where the logits are; on a GPU this does not wait for it.

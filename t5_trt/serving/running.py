@@ -179,14 +179,33 @@ class RunningRows:
 
     def _chosen(self, logits: torch.Tensor, failures: dict[int, Exception]) -> torch.Tensor:
         """The next token of every row, int64 [rows], where the logits are; errors of single rows by their place."""
+        choosing = self._hide_ends(logits)
         chosen = best(logits)
-        for place, row in enumerate(self.rows):
-            if not (row.plain or row.vacant):
-                try:
-                    chosen[place : place + 1] = row.choose(logits[place : place + 1])
-                except Exception as error:  # of this request alone
-                    failures[place] = error
+        for place in choosing:
+            try:
+                chosen[place : place + 1] = self.rows[place].choose(logits[place : place + 1])
+            except Exception as error:  # of this request alone
+                failures[place] = error
         return chosen
+
+    def _hide_ends(self, logits: torch.Tensor) -> list[int]:
+        """Hide the end tokens of rows that take none yet and do nothing else; the places of rows that choose in other ways."""
+        choosing: list[int] = []
+        hidden: dict[frozenset[int], list[int]] = {}  # places by end tokens
+        for place, row in enumerate(self.rows):
+            if row.plain or row.vacant:
+                continue
+            if row.hides_end:
+                hidden.setdefault(row.job.prepared.eos, []).append(place)
+            elif row.plain:
+                self._choosing -= 1
+            else:
+                choosing.append(place)
+        for ends, places in hidden.items():
+            known = [end for end in ends if 0 <= end < logits.shape[1]]
+            index = torch.tensor(places, device=logits.device)[:, None], torch.tensor(known, device=logits.device)
+            logits[index] = -torch.inf
+        return choosing
 
     def _leave(self, row: Row, result: torch.Tensor | None = None, error: BaseException | None = None) -> None:
         """End a row's request."""

@@ -144,7 +144,7 @@ class Scheduler:
     def _check_open(self) -> None:
         if self._closing:
             raise EngineClosedError("the engine is closed; expected an open one. Make another Engine.")
-        if self._full() and time.monotonic() >= self._next_look:
+        if self._full():
             self._look_through()
         if self._full():
             self._counts["refused"] += 1

@@ -95,9 +95,11 @@ def by_length(
         most_tokens: of a batch of several requests, padding counted.
     """
     ordered = sorted(jobs, key=lambda job: job.input_ids.shape[1])
-    least, begins = [0], [0]  # of the first requests, by their number: what they cost, and where their last batch begins
+    # of the first requests, by their number: what they cost, and where their last batch begins
+    least, begins = [0], [0]
     for end, job in enumerate(ordered, 1):
-        longest, costs = job.input_ids.shape[1], []
+        longest = job.input_ids.shape[1]
+        costs: list[tuple[int, int]] = []
         for begin in range(end - 1, -1, -1):
             rows, tokens = size(end - begin, longest)
             if costs and most_tokens is not None and rows * tokens > most_tokens:

@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
@@ -104,29 +105,39 @@ class Load:
         return self._done / self._seconds
 
 
-async def closed_loop(engine: Engine, clients: int, seconds: float) -> float:
-    """Requests per second of clients that wait for their answers."""
+async def arrivals(load: Load, rate: float, come: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Have clients come by a Poisson process until a load's end, and wait for all of them."""
+    gaps, tasks = random.Random(2), set()
+    upcoming = time.perf_counter()
+    while upcoming < load.end:
+        upcoming += gaps.expovariate(rate)
+        await asyncio.sleep(max(upcoming - time.perf_counter(), 0))
+        task = asyncio.ensure_future(come())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+
+
+async def closed_loop(engine: Engine, clients: int, seconds: float, idle_rate: float = 0.0) -> float:
+    """Requests per second of clients that wait for their answers, beside so many arrivals per second that ask for nothing."""
     load = Load(engine, seconds)
 
     async def client() -> None:
         while time.perf_counter() < load.end:
             await load.ask()
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    async def nothing() -> None:
+        pass
+
+    beside = [arrivals(load, idle_rate, nothing)] if idle_rate else []
+    await asyncio.gather(*(client() for _ in range(clients)), *beside)
     return load.rate
 
 
 async def open_loop(engine: Engine, rate: float, seconds: float) -> tuple[float, int, float]:
     """Requests per second that end, refused ones, and the longest time that a refusal took, of Poisson arrivals."""
-    load, gaps, tasks = Load(engine, seconds), random.Random(2), set()
-    upcoming = time.perf_counter()
-    while upcoming < load.end:
-        upcoming += gaps.expovariate(rate)
-        await asyncio.sleep(max(upcoming - time.perf_counter(), 0))
-        task = asyncio.ensure_future(load.ask())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    await asyncio.gather(*tasks)
+    load = Load(engine, seconds)
+    await arrivals(load, rate, load.ask)
     return load.rate, len(load.refusals), max(load.refusals, default=0.0)
 
 
@@ -185,10 +196,11 @@ def measure_waits(engine: Engine, requests: int, rounds: int) -> tuple[Record, l
 
 def measure_load(engine: Engine, seconds: float, rounds: int) -> tuple[Record, list[Bound]]:
     """What 64 clients get, and what becomes of more arrivals, in turns; medians count."""
+    arriving = 1.5 * asyncio.run(closed_loop(engine, 64, seconds))
     capacities, rates, refused, longest = [], [], 0, 0.0
-    for _ in range(rounds):
-        capacities.append(asyncio.run(closed_loop(engine, 64, seconds)))
-        rate, refusals, slowest = asyncio.run(open_loop(engine, 1.5 * statistics.median(capacities), seconds))
+    for _ in range(rounds):  # both pay for the arrivals, which take a part of the cores
+        capacities.append(asyncio.run(closed_loop(engine, 64, seconds, arriving)))
+        rate, refusals, slowest = asyncio.run(open_loop(engine, arriving, seconds))
         rates.append(rate)
         refused, longest = refused + refusals, max(longest, slowest)
     found = {"capacity_requests_per_s": capacities, "open_loop_requests_per_s": rates, "refused": refused}

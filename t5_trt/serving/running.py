@@ -203,8 +203,8 @@ class RunningRows:
                 choosing.append(place)
         for ends, places in hidden.items():
             known = [end for end in ends if 0 <= end < logits.shape[1]]
-            index = torch.tensor(places, device=logits.device)[:, None], torch.tensor(known, device=logits.device)
-            logits[index] = -torch.inf
+            rows, tokens = (torch.tensor(each, dtype=torch.int64, device=logits.device) for each in (places, known))
+            logits[rows[:, None], tokens] = -torch.inf
         return choosing
 
     def _leave(self, row: Row, result: torch.Tensor | None = None, error: BaseException | None = None) -> None:

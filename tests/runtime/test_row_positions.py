@@ -27,6 +27,8 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: t
         inside[place] = inside[-1]
         inside.pop()
         step(session, rows, inside)
+    for _ in range(KEPT_STEPS):
+        rows.fit()
     assert rows.source_capacity == 32 and rows.positions[:2].tolist() == [rows.position(0), rows.position(1)]
     late = Alone(session, 30, 9)
     late.enter(rows)

@@ -3,14 +3,14 @@
     python -m benchmarks.serving_http examples/kana_romaji --texts examples/data/kana.txt
 
 The server is a process of its own; so are the clients, which keep their connections and take the next text when one is answered.
-`generate_many` runs here, in turns with them. Both have all cores; the clients' process takes its share of them.
+`generate_many` runs here, in turns with them. All have all cores; what a request costs of a processor, in the server and in its client,
+is printed, too.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import queue
 import statistics
 import subprocess
 import sys
@@ -22,18 +22,20 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.http_clients import ask, post
 from benchmarks.serving import options, requests
 from t5_trt import TRTT5ForConditionalGeneration, generate_many
 
 
 @contextmanager
-def server(model: str, rows: int) -> Iterator[int]:
-    """A server; gives its port once it is ready."""
+def server(model: str, rows: int) -> Iterator[tuple[int, psutil.Process]]:
+    """A server; gives its port and process once it is ready."""
     command = [sys.executable, "-m", "t5_trt.cli", "serve", model, "--port", "0", "--max-rows", str(rows)]
     with subprocess.Popen([*command, "--backend", "onnxruntime"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -41,7 +43,7 @@ def server(model: str, rows: int) -> Iterator[int]:
         threading.Thread(target=process.stderr.read, daemon=True).start()
         while asked(HTTPConnection("127.0.0.1", port), "GET", "/health/ready")[0] != 200:
             time.sleep(0.1)
-        yield port
+        yield port, psutil.Process(process.pid)
         process.terminate()
 
 
@@ -59,36 +61,18 @@ def asked(connection: HTTPConnection, method: str, path: str, body: Any = None) 
     return answer.status, answer.read()
 
 
-def clients(port: int, texts: list[str], count: int, stream: bool) -> list[str]:
-    """The answers that so many clients get, each in a thread."""
-    found, left = [""] * len(texts), queue.SimpleQueue[int]()
-    for place in range(len(texts)):
-        left.put(place)
-
-    def client() -> None:
-        connection = HTTPConnection("127.0.0.1", port)
-        while True:
-            try:
-                place = left.get_nowait()
-            except queue.Empty:
-                return
-            status, answer = asked(
-                connection, "POST", "/v1/completions", {"prompt": texts[place], "max_tokens": 95, "stream": stream}
-            )
-            assert status == 200, answer
-            found[place] = streamed(answer) if stream else json.loads(answer)["choices"][0]["text"]
-
-    threads = [threading.Thread(target=client) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+def clients(port: int, texts: list[str], count: int, stream: bool) -> tuple[list[str], float, float]:
+    """The texts that so many clients get, the seconds that it took, and those that the clients had of a processor."""
+    bodies = [{"prompt": text, "max_tokens": 95, "stream": stream} for text in texts]
+    found = ask(port, [post("/v1/completions", body) for body in bodies], count)
+    read = streamed if stream else lambda answer: json.loads(answer)["choices"][0]["text"]
+    return [read(answer) for answer in found.bodies], found.wall_s, found.cpu_s
 
 
 def streamed(answer: bytes) -> str:
-    """The text of an answer in pieces."""
-    events = [line.removeprefix("data: ") for line in answer.decode().split("\n\n") if line and "[DONE]" not in line]
+    """The text of an answer in pieces, each event on a line between those of its chunk."""
+    lines = answer.decode().splitlines()
+    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ") and "[DONE]" not in line]
     return "".join(json.loads(each)["choices"][0]["text"] for each in events)
 
 
@@ -104,20 +88,25 @@ def main() -> None:
     names = [f"server, {count} clients{', streams' if stream else ''}" for count, stream in ways]
     rates: dict[str, list[float]] = {name: [] for name in ("generate_many", *names)}
     many = {"batch_size": given.rows, "max_new_tokens": 95, "show_progress": False}
-    with server(given.model, given.rows) as port, multiprocessing.get_context("spawn").Pool(1) as others:
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}  # of the server and of its clients
+    with server(given.model, given.rows) as (port, process), multiprocessing.get_context("spawn").Pool(1) as others:
         for turn in range(given.rounds + 1):  # the first one warms up
             begin = time.perf_counter()
             wanted = list(generate_many(model, tokenizer, texts, **many))
             rates["generate_many"].append(len(texts) / (time.perf_counter() - begin))
             for name, way in zip(names, ways, strict=True):
-                begin = time.perf_counter()
-                found = others.apply(clients, (port, texts, *way))
-                rates[name].append(len(texts) / (time.perf_counter() - begin))
+                before = sum(process.cpu_times()[:2])
+                found, wall, own = others.apply(clients, (port, texts, *way))
+                rates[name].append(len(texts) / wall)
+                costs[name].append((sum(process.cpu_times()[:2]) - before, own))
                 assert found == wanted, f"{name}, round {turn}: texts differ"
     base = statistics.median(rates["generate_many"][1:])
     for name, measured in rates.items():
-        rate = statistics.median(measured[1:])
-        print(f"{name:28} {rate:6.1f} requests/s, {rate / base:.2f} of generate_many")
+        rate, cost = statistics.median(measured[1:]), ""
+        if name in costs:
+            served, own = (statistics.median(each) / len(texts) * 1e3 for each in zip(*costs[name][1:], strict=True))
+            cost = f"; a request costs the server {served:.1f} ms of a processor, its client {own:.2f}"
+        print(f"{name:28} {rate:6.1f} requests/s, {rate / base:.2f} of generate_many{cost}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from t5_trt.tools.records import Record
 SHORT, LONG = (12, 12), (256, 95)
 #: with short requests
 CLIENTS = 7
+#: seconds before a load is measured: rows and queue are as full then as they stay
+LOAD_S = 1.5
 #: by which rates of equal runs differ
 NOISE = 0.05
 
@@ -67,42 +71,74 @@ async def short_ones(engine: Engine, clients: int, requests: int, long_settings:
     return waits
 
 
-async def closed_loop(engine: Engine, clients: int, seconds: float) -> float:
-    """Requests per second of clients that wait for their answers."""
-    chance, done, end = random.Random(1), 0, time.perf_counter() + seconds
+class Load:
+    """Requests of 4 to 64 source and new tokens, drawn beforehand, and those that end in a window.
+
+    Args:
+        engine: that serves them.
+        seconds: of the window, which begins `LOAD_S` after the first request.
+    """
+
+    def __init__(self, engine: Engine, seconds: float) -> None:
+        chance = random.Random(1)
+        sizes = [(chance.randint(4, 64), chance.randint(4, 64)) for _ in range(2000)]
+        drawn = [([chance.randrange(2, 500) for _ in range(source)], new) for source, new in sizes]
+        self._engine, self._requests, self._seconds = engine, cycle(drawn), seconds
+        self._begin = time.perf_counter() + LOAD_S
+        self.end = self._begin + seconds
+        self._done = 0
+        self.refusals: list[float] = []  # seconds that they took
+
+    async def ask(self) -> None:
+        """One request."""
+        (source, new), begin = next(self._requests), time.perf_counter()
+        try:
+            await self._engine.submit(source, max_new_tokens=new, min_new_tokens=new).result()
+        except QueueFullError:
+            self.refusals.append(time.perf_counter() - begin)
+        else:
+            self._done += self._begin <= time.perf_counter() < self.end
+
+    @property
+    def rate(self) -> float:
+        """Requests per second that ended with a result in the window."""
+        return self._done / self._seconds
+
+
+async def arrivals(load: Load, rate: float, come: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Have clients come by a Poisson process until a load's end, and wait for all of them."""
+    gaps, tasks = random.Random(2), set()
+    upcoming = time.perf_counter()
+    while upcoming < load.end:
+        upcoming += gaps.expovariate(rate)
+        await asyncio.sleep(max(upcoming - time.perf_counter(), 0))
+        task = asyncio.ensure_future(come())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+
+
+async def closed_loop(engine: Engine, clients: int, seconds: float, idle_rate: float = 0.0) -> float:
+    """Requests per second of clients that wait for their answers, beside so many arrivals per second that ask for nothing."""
+    load = Load(engine, seconds)
 
     async def client() -> None:
-        nonlocal done
-        while time.perf_counter() < end:
-            await ask(engine, chance, (chance.randint(4, 64), chance.randint(4, 64)))
-            done += 1
+        while time.perf_counter() < load.end:
+            await load.ask()
 
-    begin = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return done / (time.perf_counter() - begin)
+    async def nothing() -> None:
+        pass
+
+    beside = [arrivals(load, idle_rate, nothing)] if idle_rate else []
+    await asyncio.gather(*(client() for _ in range(clients)), *beside)
+    return load.rate
 
 
 async def open_loop(engine: Engine, rate: float, seconds: float) -> tuple[float, int, float]:
     """Requests per second that end, refused ones, and the longest time that a refusal took, of Poisson arrivals."""
-    chance, refusals, done = random.Random(2), [], 0
-    tasks = set()
-
-    async def client() -> None:
-        nonlocal done
-        begin = time.perf_counter()
-        try:
-            await ask(engine, chance, (chance.randint(4, 64), chance.randint(4, 64)))
-            done += 1
-        except QueueFullError:
-            refusals.append(time.perf_counter() - begin)
-
-    begin = upcoming = time.perf_counter()
-    while upcoming < begin + seconds:
-        upcoming += chance.expovariate(rate)
-        await asyncio.sleep(max(upcoming - time.perf_counter(), 0))
-        tasks.add(asyncio.ensure_future(client()))
-    await asyncio.gather(*tasks)
-    return done / (time.perf_counter() - begin), len(refusals), max(refusals, default=0.0)
+    load = Load(engine, seconds)
+    await arrivals(load, rate, load.ask)
+    return load.rate, len(load.refusals), max(load.refusals, default=0.0)
 
 
 async def steps_after_leaving(engine: Engine, requests: int) -> int:
@@ -160,10 +196,11 @@ def measure_waits(engine: Engine, requests: int, rounds: int) -> tuple[Record, l
 
 def measure_load(engine: Engine, seconds: float, rounds: int) -> tuple[Record, list[Bound]]:
     """What 64 clients get, and what becomes of more arrivals, in turns; medians count."""
+    arriving = 1.5 * asyncio.run(closed_loop(engine, 64, seconds))
     capacities, rates, refused, longest = [], [], 0, 0.0
-    for _ in range(rounds):
-        capacities.append(asyncio.run(closed_loop(engine, 64, seconds)))
-        rate, refusals, slowest = asyncio.run(open_loop(engine, 1.5 * statistics.median(capacities), seconds))
+    for _ in range(rounds):  # both pay for the arrivals, which take a part of the cores
+        capacities.append(asyncio.run(closed_loop(engine, 64, seconds, arriving)))
+        rate, refusals, slowest = asyncio.run(open_loop(engine, arriving, seconds))
         rates.append(rate)
         refused, longest = refused + refusals, max(longest, slowest)
     found = {"capacity_requests_per_s": capacities, "open_loop_requests_per_s": rates, "refused": refused}

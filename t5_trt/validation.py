@@ -43,13 +43,22 @@ def check_token_ids(name: str, ids: Any, vocab_size: int, device: torch.device, 
             f"{name} got shape {tuple(ids.shape)}, which is empty; expected at least one row of one token."
         )
     if values:
-        low, high = torch.stack(torch.aminmax(ids)).tolist()  # together, to wait for the GPU once
+        low, high = _extremes(ids)
         if low < 0 or high >= vocab_size:
             raise InputError(
                 f"{name} got the id {low if low < 0 else high}; expected ids from 0 to {vocab_size - 1}, the rows of this "
                 "model's embedding. Check that the tokenizer belongs to the checkpoint."
             )
     return ids.to(device=device, dtype=torch.int64)
+
+
+def _extremes(ids: torch.Tensor) -> tuple[int, int]:
+    """The smallest and the largest id."""
+    if ids.device.type == "cpu":  # by NumPy in a tenth of the time
+        array = ids.numpy()
+        return int(array.min()), int(array.max())
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # together, to wait for the GPU once
+    return low, high
 
 
 def check_embeds(name: str, embeds: Any, d_model: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -50,7 +50,7 @@ class BoundStep:
 
 @dataclass(frozen=True)
 class BoundRows:
-    """The step of a number of rows over `RowBuffers`; session and binding are ONNX Runtime's, logits float32 [rows, 1, V]."""
+    """The step of a number of rows over `RowBuffers`; session and binding are ONNX Runtime's, logits float32 [rows, V]."""
 
     session: Any
     io: Any

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -192,14 +193,13 @@ class OrtSession:
             bind(binding.bind_input, inputs | graph.weights)
             written = self._written(rows.kv[:, :, :count], rows.new[:, :, :count])
             bind(binding.bind_output, written | {"logits": logits})
-            bound = rows.bindings[count] = BoundRows(graph.session, binding, logits)
+            bound = rows.bindings[count] = BoundRows(graph.session, binding, logits[:, 0])
         self._call(bound.session, bound.io)
         if self._in_place:
-            rows.positions[:count] += 1
             rows.advance()
         else:
             rows.append()
-        return best(bound.logits[:, 0]) if best_only else bound.logits[:, 0]
+        return best(bound.logits) if best_only else bound.logits
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""
@@ -396,5 +396,5 @@ def import_onnxruntime() -> Any:
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:
     """0 where a mask [rows, keys] is non-zero, else the mask value: [rows, 1, 1, keys]."""
-    bias = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(mask == 0, mask_value(ir.DataType.FLOAT))
-    return bias[:, None, None, :]
+    bias = np.where(mask.numpy() == 0, np.float32(mask_value(ir.DataType.FLOAT)), np.float32(0))
+    return torch.from_numpy(bias[:, None, None, :])

@@ -6,7 +6,7 @@ Rows in use are the first ones: a step runs over a prefix of every buffer. Only 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from t5_trt.runtime.row_sources import RowSources
 from t5_trt.runtime.session import Session
 
 SMALLEST_SOURCE = 16
+#: steps after which room is given up: a long request mostly comes after a long one, and to move all rows takes as long as several steps
+KEPT_STEPS = 32
 
 
 class RowBuffers:
@@ -43,7 +45,7 @@ class RowBuffers:
 
     #: the smallest room for a row's own tokens, and for a source's
     smallest = (SMALLEST_BUCKET, SMALLEST_SOURCE)
-    #: room is given up once so many times less would do
+    #: room is given up once so many times less has done for `KEPT_STEPS`
     slack = 1
     #: a step reads all of the caches, and multiplies what is behind a row's own by 0
     reads_empty_places = True
@@ -70,7 +72,9 @@ class RowBuffers:
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.bindings: dict[Hashable, object] = {}
-        self._lengths = np.zeros(rows, np.int32)  # positions, on the host
+        self._too_much = 0  # steps that had more room than they needed
+        # positions, on the host; on a CPU the same memory
+        self._lengths: Any = self.positions.numpy() if device.type == "cpu" else np.zeros(rows, np.int32)
         self._sources = np.zeros(rows, np.int32)
         heads = np.arange(arch.decoder_layers * 2 * rows * arch.num_heads)
         self._heads = heads.reshape(-1, rows, arch.num_heads)  # place of each head's first token, in units of T tokens
@@ -113,7 +117,6 @@ class RowBuffers:
         if self.reads_empty_places:
             _write(self.cross[:, :, row, :, length:], 0)
             _write(self.cross_bias[row, ..., length:], self.hidden)
-            self.positions[row] = 0
         return row
 
     def remove(self, row: int) -> int:
@@ -141,7 +144,7 @@ class RowBuffers:
         if self.reads_empty_places:
             _write(self.kv[:, :, last, :, :length], 0)
             source = self.source_capacity
-            self.tokens[row], self.positions[row] = self.tokens[last], self.positions[last]
+            _write(self.tokens[row], self.tokens[last])
         _write(self.cross[:, :, row, :, :source], self.cross[:, :, last, :, :source])
         _write(self.cross_bias[row, ..., :source], self.cross_bias[last, ..., :source])
         self._lengths[row], self._sources[row] = length, self._sources[last]
@@ -154,22 +157,28 @@ class RowBuffers:
             places: with `remembers_tokens`, for each row where it was when the last step chose its token, which then counts; or -1.
         """
         assert places is None
-        self.tokens[: self.count, 0] = torch.tensor(tokens)
+        self.tokens.numpy()[: self.count, 0] = tokens
 
     def fetch(self, made: torch.Tensor) -> SupportsToList:
         """Bring tokens [count] of a step to the host; with `remembers_tokens` this does not wait for them."""
         return made
 
     def fit(self) -> None:
-        """Make room for one more token of the longest row in use; give up room that no row needs."""
+        """Make room for one more token of the longest row in use; give up room that no row has needed for some steps."""
         tokens = bucket_length(int(self._lengths[: self.count].max(initial=0)) + 1, self.smallest[0])
-        if tokens > self.capacity or tokens * self.slack < self.capacity:
+        source = bucket_length(int(self._sources[: self.count].max(initial=0)), self.smallest[1])
+        too_much = tokens * self.slack < self.capacity or source * self.slack < self.source_capacity
+        self._too_much = self._too_much + 1 if too_much else 0
+        gives_up = self._too_much > KEPT_STEPS
+        if tokens > self.capacity or (gives_up and tokens * self.slack < self.capacity):
             kv = self.kv.new_zeros((*self.kv.shape[:4], tokens, self.kv.shape[5]))
             kept = min(tokens, self.capacity)
             kv[:, :, : self.count, :, :kept] = self.kv[:, :, : self.count, :, :kept]
             self._forget_addresses()
             self.kv = kv
-        self._fit_sources()
+        if gives_up:
+            self._fit_sources(gives_up=True)
+            self._too_much = 0
 
     def release(self) -> None:
         """Give the memory back, whoever still holds these buffers; they cannot be used any more."""
@@ -181,16 +190,15 @@ class RowBuffers:
         count, width = self.count, self.kv.shape[5]
         places = self._heads[:, :count] * self.capacity + self._lengths[:count, None]
         self.kv.numpy().reshape(-1, width)[places] = self.new.numpy()[:, :, :count, :, 0].reshape(*places.shape, width)
-        self.positions[:count] += 1
         self.advance()
 
     def advance(self) -> None:
         """Count one more token for the rows in use, whose K and V are in their places."""
         self._lengths[: self.count] += 1
 
-    def _fit_sources(self) -> None:
+    def _fit_sources(self, *, gives_up: bool = False) -> None:
         source = bucket_length(int(self._sources[: self.count].max(initial=0)), self.smallest[1])
-        if self.source_capacity // self.slack <= source <= self.source_capacity:
+        if source <= self.source_capacity and not (gives_up and source * self.slack < self.source_capacity):
             return
         kept, used = min(source, self.source_capacity), slice(self.count)
         cross = self.cross.new_zeros((*self.cross.shape[:4], source, self.cross.shape[5]))
@@ -207,7 +215,7 @@ class RowBuffers:
 
 def _write(target: torch.Tensor, value: torch.Tensor | float) -> None:
     """Write a part of a buffer, on a CPU in this thread alone: torch's other threads would wait for those of ONNX Runtime, which spin after a step."""
-    if target.device.type == "cpu" and target.dtype == torch.float32:
+    if target.device.type == "cpu" and target.dtype in (torch.float32, torch.int64):
         target.numpy()[...] = value.numpy() if isinstance(value, torch.Tensor) else value
     else:
         target[...] = value

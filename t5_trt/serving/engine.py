@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from t5_trt.errors import BackendError, EngineClosedError, InputError
@@ -155,7 +156,8 @@ class Engine:
 def _as_row(name: str, given: Any) -> torch.Tensor:
     """A list or tensor [S] or [1, S] as [rows, S]."""
     try:
-        row = torch.as_tensor(given)
+        # NumPy reads a list in a tenth of the time
+        row = torch.from_numpy(np.array(given)) if isinstance(given, list) else torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} got {type(given).__name__}; expected token ids of one source: {error}") from error
     return row[None] if row.dim() == 1 else row

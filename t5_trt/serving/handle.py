@@ -59,7 +59,7 @@ class Job:
         self.error: BaseException | None = None
         self.done = False
         self._changed = threading.Condition()
-        self._readers = 0  # who waits for a token; others sleep until the end
+        self.readers = 0  # who waits for a token; others sleep until the end
         self._futures: list[tuple[asyncio.Future[None], bool]] = []  # and whether a token is enough
 
     def overdue(self) -> BaseException | None:
@@ -71,31 +71,44 @@ class Job:
         return None
 
     def put(self, token: int) -> None:
-        """Add a token. Whoever waits for one has said so before looking for it, so the lock is taken only then: it costs more than the rest."""
+        """Add a token. Where there are `readers` then, `tell` must follow: whoever waits for a token counts as one before looking for it."""
         if not self.tokens:
             self.times.first_token = time.monotonic()
         self.tokens.append(token)
-        if self._readers:
-            with self._changed:
-                self._tell()
 
-    def finish(self, sequences: torch.Tensor | None = None, error: BaseException | None = None) -> None:
-        """End the request with a result, int64 [results, tokens], or an error."""
+    def tell(self, wakes: Wakes) -> None:
+        """Wake those who wait for a token."""
+        with self._changed:
+            self._tell(wakes)
+
+    def finish(
+        self, sequences: torch.Tensor | None = None, error: BaseException | None = None, wakes: Wakes | None = None
+    ) -> None:
+        """End the request.
+
+        Args:
+            sequences: the result, int64 [results, tokens].
+            error: in place of one.
+            wakes: gets the coroutines that wait; None wakes them.
+        """
+        told = wakes or Wakes()
         with self._changed:
             if not self.done:
                 self.times.end = time.monotonic()
                 self.sequences, self.error, self.done = sequences, error, True
-                self._tell()
+                self._tell(told)
+        if wakes is None:
+            told.send()
 
     def wait(self, count: int | None, timeout: float | None) -> bool:
         """Wait for more than `count` tokens or the end; None waits for the end. Return False after the timeout."""
         reads = count is not None
         with self._changed:
-            self._readers += reads
+            self.readers += reads
             try:
                 return self._changed.wait_for(lambda: self._reached(count), timeout)
             finally:
-                self._readers -= reads
+                self.readers -= reads
 
     async def wait_async(self, count: int | None, timeout: float | None) -> bool:
         """`wait` in a coroutine; cancelling the coroutine cancels the request, because its client is gone."""
@@ -105,7 +118,7 @@ class Job:
             entry = (future, count is not None)
             try:
                 with self._changed:
-                    self._readers += entry[1]
+                    self.readers += entry[1]
                     self._futures.append(entry)
                     if self._reached(count):
                         return True
@@ -115,7 +128,7 @@ class Job:
                 raise
             finally:
                 with self._changed:
-                    self._readers -= entry[1]
+                    self.readers -= entry[1]
                     if entry in self._futures:
                         self._futures.remove(entry)
             if end is not None and time.monotonic() >= end:
@@ -125,22 +138,41 @@ class Job:
     def _reached(self, count: int | None) -> bool:
         return self.done or (count is not None and len(self.tokens) > count)
 
-    def _tell(self) -> None:
-        if self.done or self._readers:
+    def _tell(self, wakes: Wakes) -> None:
+        if self.done or self.readers:
             self._changed.notify_all()
         if self._futures:
             told = [entry for entry in self._futures if self.done or entry[1]]
             self._futures = [entry for entry in self._futures if entry not in told]
             for future, _ in told:
-                try:
-                    future.get_loop().call_soon_threadsafe(_wake, future)
-                except RuntimeError:  # the loop is closed
-                    self.cancelled = True
+                wakes.add(self, future)
 
 
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+class Wakes:
+    """Coroutines to be woken. Those of one event loop are woken together: its thread is woken once, and wants the interpreter once."""
+
+    def __init__(self) -> None:
+        self._loops: dict[asyncio.AbstractEventLoop, list[tuple[Job, asyncio.Future[None]]]] = {}
+
+    def add(self, job: Job, future: asyncio.Future[None]) -> None:
+        """Add what waits for a request."""
+        self._loops.setdefault(future.get_loop(), []).append((job, future))
+
+    def send(self) -> None:
+        """Wake them."""
+        loops, self._loops = self._loops, {}
+        for loop, waiting in loops.items():
+            try:
+                loop.call_soon_threadsafe(_wake, [future for _, future in waiting])
+            except RuntimeError:  # the loop is closed
+                for job, _ in waiting:
+                    job.cancelled = True
+
+
+def _wake(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 class Handle:

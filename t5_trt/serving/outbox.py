@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from t5_trt.serving.handle import Job
+from t5_trt.serving.handle import Job, Wakes
 
 
 class Outbox:
-    """Tokens, in order, and ends. To wake clients takes time, which a GPU that is at work has. Used by one thread."""
+    """New tokens and ends. To wake clients takes time, which a GPU that is at work has. Used by one thread."""
 
     def __init__(self) -> None:
-        self._tokens: list[tuple[Job, int]] = []
+        self._read: list[Job] = []
         self._ends: list[tuple[Job, torch.Tensor | None, BaseException | None]] = []
 
-    def put(self, job: Job, token: int) -> None:
-        """See `Job.put`."""
-        self._tokens.append((job, token))
+    def tell(self, job: Job) -> None:
+        """See `Job.tell`."""
+        self._read.append(job)
 
     def finish(self, job: Job, sequences: torch.Tensor | None = None, error: BaseException | None = None) -> None:
         """See `Job.finish`; no token may follow."""
@@ -24,9 +24,13 @@ class Outbox:
 
     def send(self) -> None:
         """Tell all of it."""
-        tokens, self._tokens = self._tokens, []
-        for job, token in tokens:
-            job.put(token)
+        if not (self._read or self._ends):
+            return
+        wakes = Wakes()
+        read, self._read = self._read, []
+        for job in read:
+            job.tell(wakes)
         ends, self._ends = self._ends, []
         for job, sequences, error in ends:
-            job.finish(sequences, error)
+            job.finish(sequences, error, wakes)
+        wakes.send()

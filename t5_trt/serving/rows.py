@@ -24,11 +24,12 @@ class Row:
         processors: gives the device forms of settings, see `device_processors`.
 
     Attributes:
-        plain: it always takes the token of the largest logit.
+        plain: it takes the token of the largest logit from now on.
         token: the last one that is known, which the next step decodes unless one is on its way.
         place: of the row in the step that makes its next token; -1 while none does.
         left: tokens that may still come.
         vacant: its place is free.
+        vacant_steps: which have decoded it since.
         over: the request has ended, whatever is on its way.
     """
 
@@ -39,11 +40,19 @@ class Row:
         self._generator: torch.Generator | None = None
         self._history: torch.Tensor | None = None  # int64 [1, M] where logits are, made when a processor wants it
         self._position: torch.Tensor | None = None  # int64 [1], of the last token in it
-        self._made: list[int] = []
+        self._eos = job.prepared.eos
         self.plain = not job.prepared.do_sample and not job.prepared.processors
         self.token = job.prepared.prompt[-1]
-        self.place, self.vacant, self.over = -1, False, False
+        self.place, self.vacant, self.vacant_steps, self.over = -1, False, 0, False
         self.left = job.prepared.limit - len(job.prepared.prompt)
+
+    @property
+    def hides_end(self) -> bool:
+        """Whether the next token is that of the largest logit but for the end tokens; once it is not, the row is `plain`."""
+        prepared = self._prepared
+        hides = len(prepared.prompt) + len(self.job.tokens) < prepared.hidden_until
+        self.plain |= prepared.hidden_until > 0 and not hides
+        return hides
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token, int64 [1], where the logits are; on a GPU this does not wait for it.
@@ -61,15 +70,17 @@ class Row:
             self._history.index_copy_(1, self._position.add_(1), chosen[:, None])
         return chosen
 
-    def take(self, token: int) -> torch.Tensor | None:
-        """Add a token; the result, int64 [1, tokens], if the request is over with it."""
-        prepared = self._prepared
+    def take(self, token: int) -> bool:
+        """Give the request a token; whether it is over with it."""
         self.token = token
-        self._made.append(token)
+        self.job.put(token)
         self.left -= 1
-        if token not in prepared.eos and self.left > 0:
-            return None
-        return torch.tensor([[*prepared.prompt, *self._made]])
+        return token in self._eos or self.left <= 0
+
+    @property
+    def result(self) -> torch.Tensor:
+        """All tokens, int64 [1, tokens]."""
+        return torch.tensor([[*self._prepared.prompt, *self.job.tokens]])
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         prompt = self._prepared.prompt
@@ -81,7 +92,7 @@ class Row:
             self._position = torch.full((1,), len(prompt) - 1, device=logits.device)
         if self._process is not None:
             return self._process(self._history, self._position, logits)
-        scores, tokens = logits, self._history[:, : len(prompt) + len(self._made)]
+        scores, tokens = logits, self._history[:, : len(prompt) + len(self.job.tokens)]
         for processor in self._prepared.processors:
             scores = processor(tokens, scores)
         return scores

@@ -22,6 +22,8 @@ from t5_trt.serving.settings import Prepared
 from t5_trt.serving.sources import EncodedSource
 from t5_trt.validation import check_length
 
+#: steps that decode a row without a request: a client that has its answer mostly asks again, and to move a row into the place costs more
+VACANT_STEPS = 4
 #: ends a request with a result or an error
 End = Callable[[Job, torch.Tensor | None, BaseException | None], None]
 
@@ -139,7 +141,7 @@ class RunningRows:
 
     def _start(self) -> StartedStep:
         """Start a step of all rows; on a GPU this waits for nothing but tokens that logits processors look at."""
-        self._close_holes()
+        self._close_holes(0 if self._limited else VACANT_STEPS)
         rows, buffers = self.rows, self._buffers
         buffers.fit()
         buffers.feed([row.token for row in rows], [row.place for row in rows] if buffers.remembers_tokens else None)
@@ -156,34 +158,54 @@ class RunningRows:
         if started is None:
             return
         tokens = started.tokens.tolist()  # the one wait for a GPU
-        latest, told = started is self._started, 0
-        if latest:
+        if started is self._started:
             self._started = None
-        for place, (row, token) in enumerate(zip(started.rows, tokens, strict=True)):
+            for row in started.rows:
+                row.place = -1
+        for place, error in started.failures.items():
+            if not started.rows[place].over:
+                self._leave(started.rows[place], error=error)
+        told = 0
+        for row, token in zip(started.rows, tokens, strict=True):
             if row.over:
                 continue
-            if latest:
-                row.place = -1
-            if started.failures and place in started.failures:
-                self._leave(row, error=started.failures[place])
-                continue
             told += 1
-            self._outbox.put(row.job, token)
-            result = row.take(token)
-            if result is not None:
-                self._leave(row, result)
+            over = row.take(token)
+            if row.job.readers:
+                self._outbox.tell(row.job)
+            if over:
+                self._leave(row, row.result)
         self._count(1, told)
 
     def _chosen(self, logits: torch.Tensor, failures: dict[int, Exception]) -> torch.Tensor:
         """The next token of every row, int64 [rows], where the logits are; errors of single rows by their place."""
+        choosing = self._hide_ends(logits)
         chosen = best(logits)
-        for place, row in enumerate(self.rows):
-            if not row.plain:
-                try:
-                    chosen[place : place + 1] = row.choose(logits[place : place + 1])
-                except Exception as error:  # of this request alone
-                    failures[place] = error
+        for place in choosing:
+            try:
+                chosen[place : place + 1] = self.rows[place].choose(logits[place : place + 1])
+            except Exception as error:  # of this request alone
+                failures[place] = error
         return chosen
+
+    def _hide_ends(self, logits: torch.Tensor) -> list[int]:
+        """Hide the end tokens of rows that take none yet and do nothing else; the places of rows that choose in other ways."""
+        choosing: list[int] = []
+        hidden: dict[frozenset[int], list[int]] = {}  # places by end tokens
+        for place, row in enumerate(self.rows):
+            if row.plain or row.vacant:
+                continue
+            if row.hides_end:
+                hidden.setdefault(row.job.prepared.eos, []).append(place)
+            elif row.plain:
+                self._choosing -= 1
+            else:
+                choosing.append(place)
+        for ends, places in hidden.items():
+            known = [end for end in ends if 0 <= end < logits.shape[1]]
+            rows, tokens = (torch.tensor(each, dtype=torch.int64, device=logits.device) for each in (places, known))
+            logits[rows[:, None], tokens] = -torch.inf
+        return choosing
 
     def _leave(self, row: Row, result: torch.Tensor | None = None, error: BaseException | None = None) -> None:
         """End a row's request."""
@@ -201,13 +223,19 @@ class RunningRows:
         self._holes.append(self.rows.index(row))
         self._choosing -= not row.plain
 
-    def _close_holes(self) -> None:
-        """Let the last rows take the places that nobody has taken."""
+    def _close_holes(self, patience: int = 0) -> None:
+        """Let the last rows take the places that nobody has taken for some steps, and give up the last places."""
+        if not self._holes:
+            return
         for place in sorted(self._holes, reverse=True):
+            row = self.rows[place]
+            if row.vacant_steps < patience and place < len(self.rows) - 1:
+                row.vacant_steps += 1
+                continue
             self._buffers.remove(place)
             self.rows[place] = self.rows[-1]
             self.rows.pop()
-        self._holes = []
+        self._holes = [place for place, row in enumerate(self.rows) if row.vacant]
 
     def _too_long(self, row: Row) -> BaseException | None:
         if not self._limited:

@@ -7,8 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
-from dataclasses import replace
+from collections import Counter, deque
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -22,20 +21,22 @@ from t5_trt.serving.groups import GroupRunner, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
 from t5_trt.serving.running import RunningRows
-from t5_trt.serving.sources import EncodedSource, EncodingBatch, by_length
-from t5_trt.serving.stats import Stats
+from t5_trt.serving.sources import EncodedSource, EncodingBatch, by_length, common_size, own_size
+from t5_trt.serving.stats import Stats, end_named
 
 logger = logging.getLogger("t5_trt")
 
 #: most source tokens that are encoded between two steps (more only for a single longer source): rows in use wait meanwhile. Where a row is
 #: free and more requests wait, up to half of the rows' number of them are encoded with it: few sources take little longer than one
 ENCODED_TOKENS, ENCODED_AHEAD = 1024, 256
-#: and that are being encoded beside the steps on a GPU; there as many requests beyond the free rows are encoded as are a quarter of the rows
-ENCODED_TOKENS_GPU = 4096
+#: and that are being encoded beside the steps on a GPU; there as many requests beyond the free rows are encoded as are half of the rows, or this
+ENCODED_TOKENS_GPU, AHEAD_GPU = 4096, 32
 #: requests beyond the free rows that are begun together, or half of all such; small batches leave a GPU idle
-AHEAD_TOGETHER = 8
-#: requests of such a batch at most, as TensorRT's engines have by default; see `by_length`
-ENCODED_ROWS_GPU, LEAST_TOKENS_GPU = 32, 1024
+AHEAD_TOGETHER = 24
+#: requests that are begun together at most: a batch of TensorRT's engines by default
+ENCODED_ROWS_GPU = 32
+#: source tokens that are encoded as fast as a batch is begun; see `by_length`
+BEGIN_TOKENS, BEGIN_TOKENS_GPU = 32, 640
 #: how often waiting groups are looked through for cancelled ones while no row is in use
 _LOOK_S = 0.05
 #: how often all that waits is looked through for what need not wait any more; what leaves a queue is looked at in any case
@@ -76,7 +77,7 @@ class Scheduler:
         self._next_look = 0.0
         self._waiting: deque[Job] = deque()
         self._groups = GroupRunner(model, self._lock, self._count)
-        self._stats = Stats()
+        self._counts: Counter[str] = Counter()  # fields of `Stats`
         self._calls: SimpleQueue[None] = SimpleQueue()  # no lock, because a finalizer may run this
         self._closing = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="t5_trt rows", daemon=True)
@@ -114,7 +115,7 @@ class Scheduler:
         with self._lock:
             running = len(self._running) + sum(len(batch.jobs) for batch in self._entering)
             running += self._groups.running is not None
-            return replace(self._stats, waiting=self._without_rows(), running=running)
+            return Stats(waiting=self._without_rows(), running=running, **self._counts)
 
     def close(self, grace: float) -> None:
         """Accept no more requests; let the accepted ones run for `grace` seconds, and end the rest."""
@@ -144,9 +145,9 @@ class Scheduler:
         if self._closing:
             raise EngineClosedError("the engine is closed; expected an open one. Make another Engine.")
         if self._full():
-            self._leave_queues()
+            self._look_through()
         if self._full():
-            self._stats = self._stats.more(refused=1)
+            self._counts["refused"] += 1
             raise QueueFullError(
                 f"{self._max_waiting} requests wait for a row, as many as may (max_waiting). Try again later, or elsewhere."
             )
@@ -200,11 +201,10 @@ class Scheduler:
         self._running.make_room()
         with self._lock:
             if time.monotonic() >= self._next_look:
-                self._leave_queues()
-                self._next_look = time.monotonic() + _QUEUE_LOOK_S
-            sizes = (LEAST_TOKENS_GPU, CAPTURED_TOKENS) if self._on_gpu else (0, None)
-            begun = len(self._entering)
-            self._entering += [EncodingBatch(jobs) for jobs in by_length(self._arrivals(), *sizes)]
+                self._look_through()
+            begun, arrived = len(self._entering), self._arrivals()
+            if arrived:
+                self._entering += [EncodingBatch(jobs) for jobs in self._batches(arrived)]
         self._begin_encoding(begun)
         self._end_encoding()
         self._take_rows()
@@ -228,11 +228,17 @@ class Scheduler:
             self._waiting.popleft()
         return jobs
 
+    def _batches(self, jobs: list[Job]) -> list[list[Job]]:
+        """Requests that are to be encoded together."""
+        if self._on_gpu:
+            return by_length(jobs, common_size, BEGIN_TOKENS_GPU, CAPTURED_TOKENS)
+        return by_length(jobs, own_size, BEGIN_TOKENS)
+
     def _most_arrivals(self, free: int, entering: bool) -> int:
         """Requests to take out of the queue; `free` rows have none, fewer than 0 where more requests than rows are on their way."""
         if not self._on_gpu:
             return free + self._max_rows // 2 if free > 0 else 0
-        ahead = self._max_rows // 4
+        ahead = max(self._max_rows // 4, min(self._max_rows // 2, AHEAD_GPU))
         if free <= 0 and (entering or free + ahead < min(ahead, max(AHEAD_TOGETHER, ahead // 2))):
             return 0
         return min(free + ahead, ENCODED_ROWS_GPU)
@@ -243,8 +249,9 @@ class Scheduler:
             return ENCODED_TOKENS_GPU
         return ENCODED_TOKENS if has_row else min(ENCODED_TOKENS, ENCODED_AHEAD)
 
-    def _leave_queues(self) -> None:
+    def _look_through(self) -> None:
         """Take out requests without rows that must not go on. The lock is held."""
+        self._next_look = time.monotonic() + _QUEUE_LOOK_S
         for queue in (self._waiting, self._groups.waiting):
             for job in [job for job in queue if job.overdue() is not None]:
                 queue.remove(job)
@@ -255,7 +262,7 @@ class Scheduler:
 
     def _drop(self, job: Job) -> None:
         job.finish(error=job.overdue())
-        self._stats = self._stats.ended(job.error)
+        self._counts[end_named(job.error)] += 1
 
     def _begin_encoding(self, begun: int) -> None:
         """Have batches encoded that are entering, behind a number of those that are being encoded already."""
@@ -303,8 +310,9 @@ class Scheduler:
 
     def _count(self, error: BaseException | None) -> None:
         with self._lock:
-            self._stats = self._stats.ended(error)
+            self._counts[end_named(error)] += 1
 
     def _count_step(self, steps: int, tokens: int) -> None:
         with self._lock:
-            self._stats = self._stats.more(steps=steps, tokens=tokens)
+            self._counts["steps"] += steps
+            self._counts["tokens"] += tokens

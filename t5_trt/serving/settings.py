@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
@@ -64,6 +69,7 @@ class Prepared:
     Attributes:
         prompt: the decoder's prompt, one token.
         processors: logits processors in order, without state between calls.
+        hidden_until: greedy search does not choose the end tokens before this length, and the processors do nothing else; 0 if they do.
         eos: tokens that end it.
         limit: largest length in tokens, with the prompt.
         do_sample: draw tokens.
@@ -78,6 +84,7 @@ class Prepared:
     do_sample: bool
     in_group: bool
     arguments: dict[str, Any]
+    hidden_until: int = 0
 
 
 class SettingsReader:
@@ -161,6 +168,7 @@ class SettingsReader:
             do_sample=bool(request.config.do_sample),
             in_group=mode in _BEAMS or request.config.num_return_sequences > 1,
             arguments=arguments,
+            hidden_until=0 if request.config.do_sample else _hidden_until(request.processors, frozenset(request.eos)),
         )
 
     def _request(self, arguments: dict[str, Any]) -> Request:
@@ -179,6 +187,21 @@ class SettingsReader:
             model, source, encoder_outputs=BaseModelOutput(last_hidden_state=states), custom_generate=keep, **arguments
         )
         return found[0]
+
+
+def _hidden_until(processors: Sequence[Any], eos: frozenset[int]) -> int:
+    """The length in tokens up to which processors hide the end tokens; 0 if one of them does anything else."""
+    until = 0
+    for processor in processors:
+        if type(processor) is MinLengthLogitsProcessor:
+            until = max(until, processor.min_length)
+        elif type(processor) is MinNewTokensLengthLogitsProcessor:
+            until = max(until, processor.prompt_length_to_skip + processor.min_new_tokens)
+        else:
+            return 0
+        if frozenset(processor.eos_token_id.tolist()) != eos:
+            return 0
+    return until
 
 
 _ELSE = "Use model.generate() for it."

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from t5_trt.engine.profiles import power_of_two
 from t5_trt.runtime.captured_encoder import CAPTURED_TOKENS
-from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
 from t5_trt.runtime.row_sources import RowSources
 from t5_trt.serving.handle import Job
@@ -52,12 +52,13 @@ class EncodingBatch:
         lengths = self._lengths
         rows, tokens = len(lengths), max(lengths)
         if in_common_sizes:
-            rows, tokens = _common_size(rows, tokens)
-        ids_and_mask = torch.zeros((2, rows, tokens), dtype=torch.int64)
-        ids, mask = ids_and_mask.numpy()
+            common = common_size(rows, tokens)
+            rows, tokens = common if common[0] * common[1] <= CAPTURED_TOKENS else (rows, tokens)
+        ids_and_mask = np.zeros((2, rows, tokens), np.int64)
+        ids, mask = ids_and_mask
         for place, (job, length) in enumerate(zip(self.jobs, lengths, strict=True)):
             ids[place, :length], mask[place, :length] = job.input_ids[0].numpy(), job.attention_mask[0].numpy()
-        return EncodingBatch(self.jobs, session.encode_rows(ids_and_mask))
+        return EncodingBatch(self.jobs, session.encode_rows(torch.from_numpy(ids_and_mask)))
 
     @property
     def done(self) -> bool:
@@ -79,39 +80,50 @@ class EncodingBatch:
         return [job.input_ids.shape[1] for job in self.jobs]
 
 
-def by_length(jobs: Sequence[Job], least_tokens: int = 0, most_tokens: int | None = None) -> list[list[Job]]:
-    """Requests in batches whose sources differ in length by less than a factor of two, short ones first.
+def by_length(
+    jobs: Sequence[Job],
+    size: Callable[[int, int], tuple[int, int]],
+    begin_tokens: int,
+    most_tokens: int | None = None,
+) -> list[list[Job]]:
+    """Requests in batches of similar lengths, short ones first: those that are encoded soonest, where all tokens of a batch take as long.
 
     Args:
         jobs: requests.
-        least_tokens: as many, padding counted, take no longer than fewer do: short sources that come to less beside the next longer ones
-            are put to those.
+        size: (requests, tokens of the longest) -> rows and tokens that are encoded, padding counted.
+        begin_tokens: as many take as long as to begin a batch.
         most_tokens: of a batch of several requests, padding counted.
     """
-    buckets: dict[int, list[Job]] = {}
-    for job in jobs:
-        buckets.setdefault(bucket_length(job.input_ids.shape[1], SMALLEST_SOURCE), []).append(job)
+    ordered = sorted(jobs, key=lambda job: job.input_ids.shape[1])
+    # of the first requests, by their number: what they cost, and where their last batch begins
+    least, begins = [0], [0]
+    for end, job in enumerate(ordered, 1):
+        longest = job.input_ids.shape[1]
+        costs: list[tuple[int, int]] = []
+        for begin in range(end - 1, -1, -1):
+            rows, tokens = size(end - begin, longest)
+            if costs and most_tokens is not None and rows * tokens > most_tokens:
+                break
+            costs.append((least[begin] + begin_tokens + rows * tokens, begin))
+        cost, begin = min(costs)
+        least.append(cost)
+        begins.append(begin)
     batches: list[list[Job]] = []
-    carried: list[Job] = []
-    lengths = sorted(buckets)
-    for number, length in enumerate(lengths, 1):
-        carried = carried + buckets[length]
-        if number == len(lengths) or len(carried) * lengths[number] > least_tokens:
-            batches.append(carried)
-            carried = []
-    if most_tokens is None:
-        return batches
-    return [part for batch in batches for part in _parts(batch, most_tokens)]
+    end = len(ordered)
+    while end:
+        batches.insert(0, ordered[begins[end] : end])
+        end = begins[end]
+    return batches
 
 
-def _parts(batch: list[Job], most_tokens: int) -> list[list[Job]]:
-    """A batch in parts of at most so many tokens, padding counted."""
-    longest = max(job.input_ids.shape[1] for job in batch)
-    rows = max(1, most_tokens // bucket_length(longest, SMALLEST_SOURCE))
-    return [batch[start : start + rows] for start in range(0, len(batch), rows)]
+def own_size(rows: int, tokens: int) -> tuple[int, int]:
+    """The size of a batch without padding of its own."""
+    return rows, tokens
 
 
-def _common_size(rows: int, tokens: int) -> tuple[int, int]:
-    """The next size in powers of two, unless a batch is too large to be captured."""
-    common = power_of_two(rows, 1), bucket_length(tokens, SMALLEST_SOURCE)
-    return common if common[0] * common[1] <= CAPTURED_TOKENS else (rows, tokens)
+def common_size(rows: int, tokens: int) -> tuple[int, int]:
+    """The next size of those that many batches have: rows are powers of two, tokens are those and one and a half times those."""
+    room = power_of_two(tokens, SMALLEST_SOURCE)
+    if tokens <= room // 4 * 3 and room >= 4 * SMALLEST_SOURCE:  # smaller steps are none of a captured encoder's
+        room = room // 4 * 3
+    return power_of_two(rows, 1), room

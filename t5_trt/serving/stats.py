@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from t5_trt.errors import RequestCancelledError, RequestTimeoutError
 
@@ -35,10 +35,7 @@ class Stats:
     failed: int = 0
     refused: int = 0
 
-    def more(self, **counts: int) -> Stats:
-        """The counts with some increased."""
-        return replace(self, **{name: getattr(self, name) + count for name, count in counts.items()})
 
-    def ended(self, error: BaseException | None) -> Stats:
-        """The counts with one more ended request of a kind."""
-        return self.more(**{_ENDS.get(type(error), "failed"): 1})
+def end_named(error: BaseException | None) -> str:
+    """The field of `Stats` that counts a request which ended with an error, or with None."""
+    return _ENDS.get(type(error), "failed")

@@ -10,6 +10,7 @@ import torch
 
 from t5_trt.runtime import kernel_rows
 from t5_trt.runtime.kernel_rows import padded_count
+from t5_trt.runtime.row_buffers import KEPT_STEPS
 from tests.row_cases import LENGTHS, Alone, check_row_taken_over, step
 from tests.stand_in_kernels import kernels_pair
 
@@ -86,6 +87,10 @@ def test_room_is_given_up_once_an_eighth_would_do(session: Any) -> None:
     assert rows.source_capacity == 128  # 32 is more than an eighth
     rows.remove(0)
     Alone(session, 4, 2).enter(rows)
+    for _ in range(KEPT_STEPS):
+        rows.fit()
+    assert rows.source_capacity == 128
+    rows.fit()
     assert rows.source_capacity == 8
 
 

@@ -9,6 +9,7 @@ import pytest
 from t5_trt.graph.build_graph import build_device_graph
 from t5_trt.graph.precision import real_type
 from t5_trt.graph.signature import STEP
+from t5_trt.runtime.row_buffers import KEPT_STEPS
 from tests.row_cases import LENGTHS, Alone, check_row_taken_over, step
 
 
@@ -26,6 +27,8 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(pair: t
         inside[place] = inside[-1]
         inside.pop()
         step(session, rows, inside)
+    for _ in range(KEPT_STEPS):
+        rows.fit()
     assert rows.source_capacity == 32 and rows.positions[:2].tolist() == [rows.position(0), rows.position(1)]
     late = Alone(session, 30, 9)
     late.enter(rows)
@@ -47,7 +50,22 @@ def test_caches_grow_with_the_longest_row_and_shrink_after_it(v11: tuple[Any, An
     step(session, rows, [long, short])
     rows.remove(0)
     step(session, rows, [short])
+    assert rows.capacity == 128  # the next request may be as long
+    for _ in range(KEPT_STEPS):
+        step(session, rows, [short])
     assert rows.capacity == 64
+
+
+def test_room_that_is_given_up_does_not_keep_rows_from_growing(v11: tuple[Any, Any]) -> None:
+    session = v11[1].session
+    rows, long, short = session.row_buffers(2), Alone(session, 40, 0), Alone(session, 6, 1)
+    long.enter(rows)
+    short.enter(rows)
+    step(session, rows, [long, short])
+    rows.remove(0)
+    for _ in range(KEPT_STEPS + 70):
+        step(session, rows, [short])
+    assert rows.source_capacity == 16 and rows.capacity == 128
 
 
 def test_values_of_a_row_that_has_left_reach_nobody(v11: tuple[Any, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ from t5_trt.runtime.kernel_rows import FetchedTokens
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.row_sources import RowSources
 from t5_trt.serving import Engine, running
-from t5_trt.serving.sources import by_length
+from t5_trt.serving.sources import by_length, common_size, own_size
 from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
 from tests.stand_in_kernels import kernels_pair
 from tests.tiny_models import make_hugging_face
@@ -65,8 +67,8 @@ def test_more_sources_are_encoded_than_there_are_free_rows(ours: Any, monkeypatc
             job.wait(None, PATIENCE_S)
         for handle in long:
             handle.cancel()
-    # one free row and a quarter of 8: three of them, in a size of powers of two; then a quarter of 8 once those have rows; then the rest
-    assert sizes == [(4, 16), (2, 16), (1, 16)]
+    # one free row and half of 8: five of them, in a size of powers of two; then the rest once those have rows
+    assert sizes == [(8, 16), (1, 16)]
     for seed, job in enumerate(made):
         assert torch.equal(job.sequences, alone(ours, source(seed, 9), max_new_tokens=6))
 
@@ -141,19 +143,51 @@ def test_a_new_request_takes_the_place_of_one_that_is_over(ours: Any, monkeypatc
     assert len(moves) <= 4, "only where nobody waits"
 
 
-def test_small_batches_are_encoded_with_longer_ones() -> None:
-    jobs: Any = [SimpleNamespace(input_ids=torch.zeros(1, length)) for length in (500, 9, 40, 33, 10, 200, 300)]
+def requests_of(lengths: Sequence[int]) -> list[Any]:
+    return [SimpleNamespace(input_ids=torch.zeros(1, length)) for length in lengths]
 
-    def lengths(least: int) -> list[list[int]]:
-        return [[job.input_ids.shape[1] for job in batch] for batch in by_length(jobs, least)]
 
-    assert lengths(0) == [[9, 10], [40, 33], [200], [500, 300]]
-    assert lengths(200) == [[9, 10, 40, 33], [200], [500, 300]]
-    assert lengths(10**6) == [[9, 10, 40, 33, 200, 500, 300]]
-    assert lengths(1024) == [[9, 10, 40, 33, 200], [500, 300]]
-    assert by_length([], 5) == []
-    parts = by_length(jobs * 3, 0, 1024)
-    assert [len(batch) for batch in parts] == [6, 6, 3, 2, 2, 2], "at most 1024 tokens with padding"
+def lengths_of(batches: list[list[Any]]) -> list[list[int]]:
+    return [[job.input_ids.shape[1] for job in batch] for batch in batches]
+
+
+def test_sources_of_similar_lengths_are_encoded_together() -> None:
+    jobs = requests_of((500, 9, 40, 33, 10, 200, 300))
+    assert lengths_of(by_length(jobs, own_size, 0)) == [[9], [10], [33], [40], [200], [300], [500]]
+    assert lengths_of(by_length(jobs, own_size, 20)) == [[9, 10], [33, 40], [200], [300], [500]]
+    assert lengths_of(by_length(jobs, own_size, 10**6)) == [[9, 10, 33, 40, 200, 300, 500]]
+    assert by_length([], own_size, 5) == []
+
+
+def test_batches_take_the_fewest_tokens() -> None:
+    chance = random.Random(5)
+    for _ in range(20):
+        lengths, begin_tokens = sorted(chance.randint(1, 300) for _ in range(8)), chance.choice((0, 50, 640))
+        found = lengths_of(by_length(requests_of(lengths), common_size, begin_tokens, 1024))
+        assert [length for batch in found for length in batch] == lengths
+        every_way = [
+            [lengths[begin:end] for begin, end in pairwise((0, *cuts, 8))]
+            for count in range(8)
+            for cuts in combinations(range(1, 8), count)
+        ]
+        allowed = [way for way in every_way if all(padded(batch) <= 1024 for batch in way)]
+
+        def cost(way: list[list[int]], begin_tokens: int = begin_tokens) -> int:
+            return sum(padded(batch) + begin_tokens for batch in way)
+
+        assert found in allowed and cost(found) == min(map(cost, allowed))
+
+
+def padded(batch: list[int]) -> int:
+    rows, tokens = common_size(len(batch), max(batch))
+    return rows * tokens
+
+
+def test_common_sizes_have_steps_of_a_half_or_a_third() -> None:
+    assert [common_size(1, tokens)[1] for tokens in (1, 16, 17, 25, 33, 48, 49, 96, 97, 400)] == [
+        16, 16, 32, 32, 48, 48, 64, 96, 128, 512,
+    ]  # fmt: skip
+    assert [common_size(rows, 9)[0] for rows in (1, 2, 3, 5, 16, 17)] == [1, 2, 4, 8, 16, 32]
 
 
 def engine_job(engine: Engine, ids: list[int]) -> Any:

@@ -11,7 +11,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from t5_trt.errors import BackendError, InputError
 from t5_trt.serving import Engine
+from t5_trt.serving.rows import Row
 from t5_trt.serving.settings import SettingsReader
+from tests.serving_requests import alone, source
 from tests.tiny_models import VOCAB
 
 IDS = [5, 9, 2, 44]
@@ -174,3 +176,21 @@ def test_a_first_token_outside_the_vocabulary_is_refused(engine: Engine, token: 
     with pytest.raises(InputError, match="decoder_start_token_id got the id"):
         engine.submit(IDS, decoder_start_token_id=token, num_beams=num_beams)
     assert len(beside.result(PATIENCE_S)[0]) == 201
+
+
+@pytest.mark.parametrize("ends", [1, [*range(1, 150), 5000], 5000])
+def test_least_lengths_cost_no_processor(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, ends: Any) -> None:
+    def unexpected(*args: Any) -> None:
+        raise AssertionError("a processor was called")
+
+    monkeypatch.setattr(Row, "choose", unexpected)
+    settings = [
+        {"eos_token_id": ends, "max_new_tokens": 30, **least}
+        for least in ({"min_new_tokens": 12}, {"min_length": 20}, {"min_length": 5, "min_new_tokens": 9}, {})
+    ]
+    with Engine(v11[1], max_rows=3) as engine:
+        handles = [engine.submit(source(seed), **each) for seed in range(3) for each in settings]
+        found = [handle.result(PATIENCE_S) for handle in handles]
+    monkeypatch.undo()
+    wanted = [alone(v11[1], source(seed), **each) for seed in range(3) for each in settings]
+    assert all(map(torch.equal, found, wanted))

@@ -11,8 +11,9 @@ from fastapi import APIRouter, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp
 
-from t5_trt.serving.http import completions, generate
+from t5_trt.serving.http.completions import completions, models
 from t5_trt.serving.http.failures import RequestError, add_handlers
+from t5_trt.serving.http.generate import generation
 from t5_trt.serving.http.service import Service
 from t5_trt.serving.http.watch import Watch
 
@@ -39,7 +40,8 @@ def build_app(service: Service) -> ASGIApp:
         redirect_slashes=False,
     )
     add_handlers(app)
-    for router in (completions.routes(service), generate.routes(service), _health(service)):
+    app.router.routes.extend([completions(service), generation(service)])
+    for router in (models(service), _health(service)):
         app.include_router(router)
     return Watch(app, service)
 

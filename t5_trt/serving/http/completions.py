@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from t5_trt.serving.http.answer import Answer
+from t5_trt.serving.http.bodies import BodyRoute
 from t5_trt.serving.http.events import event, merged, streamed
 from t5_trt.serving.http.failures import RequestError, invalid
 from t5_trt.serving.http.record import Record
@@ -158,7 +158,6 @@ class Completion:
         self._created = int(time.time())
         self._answers: list[Answer] = []
         body.check(service)
-        service.engine.check_open()
         settings = service.limited(body.settings())
         for ids in [service.read(record, prompt, "prompt") for prompt in body.prompts]:
             for number in range(body.n or 1):
@@ -207,20 +206,25 @@ class Completion:
         return {"index": number, "text": text, "logprobs": None, "finish_reason": reason}
 
 
-def routes(service: Service) -> APIRouter:
-    """The routes below ``/v1``."""
+def completions(service: Service) -> BodyRoute:
+    """The route ``/v1/completions``."""
+
+    async def complete(body: CompletionBody, record: Record) -> Response:
+        completion = Completion(service, body, record)
+        if body.stream:
+            return await streamed(completion.events(), record)
+        return JSONResponse(await completion.whole())
+
+    return BodyRoute("/v1/completions", service, CompletionBody, complete)
+
+
+def models(service: Service) -> APIRouter:
+    """The routes below ``/v1/models``."""
     router = APIRouter(prefix="/v1")
     model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "t5_trt"}
 
-    @router.post("/completions")
-    async def complete(body: CompletionBody, request: Request) -> Response:
-        completion = Completion(service, body, request.state.record)
-        if body.stream:
-            return await streamed(completion.events(), request.state.record)
-        return JSONResponse(await completion.whole())
-
     @router.get("/models")
-    async def models() -> dict[str, Any]:
+    async def all_models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
     @router.get("/models/{name:path}")

@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from t5_trt.errors import T5TRTError
 from t5_trt.serving.handle import Handle
 from t5_trt.serving.http.answer import Answer, length
+from t5_trt.serving.http.bodies import BodyRoute
 from t5_trt.serving.http.events import event, merged, streamed
 from t5_trt.serving.http.failures import invalid
 from t5_trt.serving.http.record import Record
@@ -79,7 +78,6 @@ def submitted(body: GenerateBody, service: Service, record: Record) -> list[Hand
         QueueFullError, EngineClosedError: see `Engine.submit`.
     """
     body.check(service)
-    service.engine.check_open()
     texts = [body.text] if body.text is not None else body.texts or []
     sources = [service.read(record, text, "text") for text in texts]
     with settings_at_fault():
@@ -117,16 +115,13 @@ async def _events(handle: Handle, service: Service, record: Record) -> AsyncIter
     yield event({"finish_reason": answer.finish_reason, "usage": record.usage()})
 
 
-def routes(service: Service) -> APIRouter:
+def generation(service: Service) -> BodyRoute:
     """The route ``/generate``."""
-    router = APIRouter()
 
-    @router.post("/generate")
-    async def generate(body: GenerateBody, request: Request) -> Response:
-        record: Record = request.state.record
+    async def generate(body: GenerateBody, record: Record) -> Response:
         handles = submitted(body, service, record)
         if body.stream:
             return await streamed(_events(handles[0], service, record), record)
         return JSONResponse(await _whole(body, handles, service, record))
 
-    return router
+    return BodyRoute("/generate", service, GenerateBody, generate)

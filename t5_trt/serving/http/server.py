@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 
@@ -20,6 +23,8 @@ logger = logging.getLogger("t5_trt.serving")
 
 #: seconds that a connection may be idle: longer than those of usual load balancers, which else meet closed ones
 _KEEP_ALIVE_S = 75
+#: seconds for which the event loop's thread may hold the interpreter when the rows' thread has a step to start; Python's default is 5 ms
+_SWITCH_S = 0.002
 #: seconds that answers which are there have to be sent
 _SEND_S = 5
 
@@ -68,6 +73,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_SEND_S,
         )
@@ -117,4 +123,8 @@ def serve(service: Service, listener: socket.socket, grace: float) -> None:
         listener: from `bound_socket`.
         grace: seconds that running requests have then.
     """
-    asyncio.run(Server(service, grace).serve(sockets=[listener]))
+    sys.setswitchinterval(_SWITCH_S)
+    run: Callable[..., Any] = asyncio.run
+    with suppress(ImportError):  # there is none for Windows
+        run = importlib.import_module("uvloop").run
+    run(Server(service, grace).serve(sockets=[listener]))

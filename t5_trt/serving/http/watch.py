@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from t5_trt.serving.http.failures import RequestError
@@ -60,21 +60,16 @@ class Watch:
         if body is None:
             record.status, record.reason = CLIENT_LEFT, "client_left"
             return
-        app = asyncio.ensure_future(self._app(scope, given(body), answer))
-        left = asyncio.ensure_future(_left(receive))
-        limit = self._service.limits.seconds + _READ_S
-        try:
-            await asyncio.wait({app, left}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if answer.complete:
-                await asyncio.wait({app})
-            elif not app.done():  # else it failed, and has logged that
-                record.status, record.reason = CLIENT_LEFT, "client_left"
-        finally:
-            left.cancel()
-            app.cancel()
-            await asyncio.wait({app})
-            if not app.cancelled():
-                app.exception()  # which the handler of errors has answered
+        with anyio.move_on_after(self._service.limits.seconds + _READ_S) as running:
+            left = asyncio.ensure_future(_left(receive, answer, running))
+            try:
+                await self._app(scope, given(body), answer)
+            except Exception as error:  # the handler of errors has answered, and has logged it
+                logger.debug("a request failed", exc_info=error)
+            finally:
+                left.cancel()
+        if running.cancelled_caught:
+            record.status, record.reason = CLIENT_LEFT, "client_left"
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | None:
@@ -96,7 +91,7 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | N
         raise too_large
     body = bytearray()
 
-    async def read() -> bytes | None:
+    with anyio.move_on_after(limits.seconds):
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -106,12 +101,8 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes | N
                 raise too_large
             if not message.get("more_body", False):
                 return bytes(body)
-
-    try:
-        return await asyncio.wait_for(read(), limits.seconds)
-    except asyncio.TimeoutError:
-        message = f"the body did not arrive within {limits.seconds:g} s."
-        raise RequestError(408, "body_too_slow", message, headers={"Connection": "close"}) from None
+    text = f"the body did not arrive within {limits.seconds:g} s."
+    raise RequestError(408, "body_too_slow", text, headers={"Connection": "close"})
 
 
 class _Answer:
@@ -142,7 +133,9 @@ def given(body: bytes) -> Receive:
     return receive
 
 
-async def _left(receive: Receive) -> Any:
-    """Wait until the client has left, or has its answer."""
+async def _left(receive: Receive, answer: _Answer, running: anyio.CancelScope) -> None:
+    """Cancel what runs for a client once it has left without its answer."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    if not answer.complete:
+        running.cancel()

@@ -151,7 +151,8 @@ def test_a_full_queue_gets_429_at_once(
     status, headers, text = few.raw(path, body)
     assert (status, json.loads(text)["error"]["code"]) == (429, "queue_full")
     assert int(headers["retry-after"]) >= 1 and time.monotonic() - begin < 1
-    until(lambda: few.metric('t5_trt_errors_total{reason="queue_full"}') == 1)
+    assert few.raw(path, b"no JSON")[0] == 429  # nor read
+    until(lambda: few.metric('t5_trt_errors_total{reason="queue_full"}') == 2)
     assert few.metric("t5_trt_running") == few.metric("t5_trt_waiting") == 1
     for connection in connections:
         connection.close()

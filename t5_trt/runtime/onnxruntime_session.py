@@ -7,10 +7,8 @@ and nothing else.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Hashable
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -26,13 +24,11 @@ from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
+from t5_trt.runtime.open_graph import open_graph
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.row_sources import RowSources, encode_in_turn
 from t5_trt.runtime.session import TokenSelector
 from t5_trt.runtime.top_tokens import best
-
-#: smaller tensors are embedded in the ONNX model, where graph optimizers can read their values
-SHARED_FROM_BYTES = 1 << 16
 
 
 class OrtSession:
@@ -309,28 +305,8 @@ class OrtSession:
             fused=graph == STEP and self._in_place and not debug_outputs,
         )
         options = self._session_options(graph, packed)
-        for value in list(model.graph.initializers.values()):
-            assert value.name is not None and value.const_value is not None
-            if value.const_value.nbytes >= SHARED_FROM_BYTES:
-                if value.name not in self._shared:
-                    array = value.const_value.numpy()
-                    self._shared[value.name] = self._ort.OrtValue.ortvalue_from_numpy(array)
-                options.add_initializer(value.name, self._shared[value.name])
-                value.const_value = ir.ExternalTensor(
-                    "weights",
-                    0,
-                    None,
-                    value.const_value.dtype,
-                    shape=ir.Shape(value.const_value.shape.numpy()),
-                    name=value.name,
-                )
         try:
-            # The model only names the shared weights, but ONNX Runtime wants the named file to exist.
-            with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
-                (Path(folder) / "weights").write_bytes(bytes(16))
-                path = Path(folder) / "model.onnx"
-                path.write_bytes(ir.to_proto(model).SerializeToString())
-                session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = open_graph(self._ort, model, options, self._shared, self._quantized)
             names = [value.name for value in model.graph.inputs if value.name in changing]
             read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
             return LoadedGraph(session, {name: read[name] for name in names})

@@ -64,7 +64,8 @@ def load_int8_weights(arch: Architecture, weights: Weights, store: EngineStore) 
         def make(folder: Path) -> None:
             logger.info("rounding the matrices of a model to 8 bits, once; they are kept in %s", store.root)
             made = quantize(arch, read)
-            write_tensors(folder / PLAN, ((name, _as_products_want(each) if shifted else each) for name, each in made))
+            wanted = ((name, _as_products_want(tensor) if shifted else tensor) for name, tensor in made)
+            write_tensors(folder / PLAN, wanted, most=2 * len(matrices))
 
         facts["weights"] = weights_digest(arch, read)
         key = engine_key(facts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Hashable
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -292,33 +293,29 @@ class OrtSession:
         return options
 
     def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> LoadedGraph:
-        real = ir.DataType.FLOAT
         changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
-        model = build_host_graph(
+        build = partial(
+            build_host_graph,
             graph,
             self.arch,
             self._weights,
-            real,
+            ir.DataType.FLOAT,
             quantized=self._quantized,
             inputs=changing,
             debug_outputs=debug_outputs,
             fused=graph == STEP and self._in_place and not debug_outputs,
         )
-        options = self._session_options(graph, packed)
         try:
-            session = open_graph(self._ort, model, options, self._shared, self._quantized)
-            names = [value.name for value in model.graph.inputs if value.name in changing]
-            read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
-            return LoadedGraph(session, {name: read[name] for name in names})
+            options = self._session_options(graph, packed)
+            session, inputs = open_graph(self._ort, build, options, self._shared, self._quantized)
         except Exception as error:
             raise_hidden_interrupt(error)
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
                 "Runtime 1.23 or newer; if this one is, please report the message."
             ) from error
-        finally:  # break the reference cycle of nodes and values, which would keep the weights until a garbage collection
-            for value in model.graph.initializers.values():
-                value.const_value = None
+        read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
+        return LoadedGraph(session, {name: read[name] for name in inputs if name in changing})
 
 
 class OrtGenerationStep:

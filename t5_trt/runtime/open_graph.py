@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from t5_trt.runtime.tensor_file import StoredTensors
 
@@ -14,36 +18,86 @@ from t5_trt.runtime.tensor_file import StoredTensors
 SHARED_FROM_BYTES = 1 << 16
 
 
-def open_graph(ort: Any, model: ir.Model, options: Any, shared: dict[str, Any], stored: Any = None) -> Any:
+def open_graph(
+    ort: Any,
+    build: Callable[[], ir.Model],
+    options: Any,
+    shared: dict[str, Any],
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[Any, list[str]]:
     """Open a session.
 
     Args:
         ort: the module onnxruntime.
-        model: its initializers are replaced by names of where ONNX Runtime finds them.
+        build: makes the graph.
         options: of the session; changed.
         shared: name -> OrtValue over the memory of an initializer, for all sessions of a model; filled up.
-        stored: `StoredTensors` has tensors that ONNX Runtime reads from their file and packs one after the other, so that
-            neither the file nor two copies are in memory.
+        stored: if it is a `StoredTensors`, ONNX Runtime reads its initializers from the file and packs them one after the
+            other, so that they are not in memory twice.
+
+    Returns:
+        The session, and the names of the graph's inputs.
     """
-    places = stored.places() if isinstance(stored, StoredTensors) else {}
+    # The model only names what lies in memory, but ONNX Runtime wants the named file to exist.
     with tempfile.TemporaryDirectory(prefix="t5_trt-") as temporary:
-        # The model only names what lies in memory, but ONNX Runtime wants the named file to exist.
-        dummy = Path(temporary) / "weights"
-        dummy.write_bytes(bytes(16))
-        file = stored.path if places else dummy
-        for value in list(model.graph.initializers.values()):
-            assert value.name is not None and value.const_value is not None
-            tensor = value.const_value
-            if tensor.nbytes < SHARED_FROM_BYTES:
-                continue
-            offset, length = places.get(value.name, (0, None))
-            if length is None:
-                if value.name not in shared:
-                    shared[value.name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-                options.add_initializer(value.name, shared[value.name])
-            shape = ir.Shape(tensor.shape.numpy())
-            value.const_value = ir.ExternalTensor(
-                file.name, offset, length, tensor.dtype, shape=shape, name=value.name
-            )
+        file, places = Path(temporary) / "weights", {}
+        file.write_bytes(bytes(16))
+        if isinstance(stored, StoredTensors) and stored.places():
+            file, places = stored.path, stored.places()
+
+        def name_weights(model: ir.Model) -> None:
+            for value in model.graph.initializers.values():
+                tensor, name = value.const_value, value.name
+                assert name is not None and tensor is not None
+                if tensor.nbytes < SHARED_FROM_BYTES:
+                    continue
+                if name not in places:
+                    if name not in shared:
+                        shared[name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+                    options.add_initializer(name, shared[name])
+                place, shape = places.get(name, (0, None)), ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor(file.name, *place, tensor.dtype, shape=shape, name=name)
+            if places:
+                _largest_first(model.graph)
+
+        with _young_garbage():
+            model, inputs = _serialized(build, name_weights)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]), inputs
+
+
+def _serialized(build: Callable[[], ir.Model], name_weights: Callable[[ir.Model], None]) -> tuple[bytes, list[str]]:
+    model = build()
+    try:
+        name_weights(model)
+        return ir.to_proto(model).SerializeToString(), [value.name or "" for value in model.graph.inputs]
+    finally:  # nodes and values refer to each other, and would keep the weights until a garbage collection
+        for value in model.graph.initializers.values():
+            value.const_value = None
+
+
+def _largest_first(graph: ir.Graph) -> None:
+    """Put the node with the largest matrix in front of all others: ONNX Runtime packs matrices in this order, but runs nodes in theirs.
+
+    While it packs the largest one, which has its memory twice, the others then take none.
+    """
+    sizes = {value: value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None}
+    largest = max(graph, key=lambda node: max((sizes.get(each, 0) for each in node.inputs if each), default=0))
+    first = graph[0]
+    if largest is not first:
+        graph.remove(largest)
+        graph.insert_before(first, largest)
+
+
+@contextmanager
+def _young_garbage() -> Iterator[None]:
+    """Collect the garbage of this block at its end, and no older objects: a graph's many objects would else cause a collection of all
+    objects, which takes 0.3 s after imports of torch and Transformers."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if enabled:
+            gc.enable()

@@ -9,23 +9,24 @@ from typing import Any
 
 import torch
 
-#: bytes of the header, filled up with spaces: the tensors' sizes are known after they are written
-_HEADER = 1 << 20
+#: bytes of the header for a tensor; it is filled up with spaces, because the tensors' sizes are known after they are written
+_ENTRY = 256
 #: smaller tensors are written side by side after the larger ones, so that reading them maps few pages
 _SMALL = 1 << 16
 _NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write tensors to a new file; a large one may be freed as soon as the next is asked for."""
+def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], most: int) -> None:
+    """Write at most `most` tensors to a new file; a large one may be freed as soon as the next is asked for."""
+    room = 8 + _ENTRY * most
     small: list[tuple[str, torch.Tensor]] = []
     entries: dict[str, Any] = {}
     with path.open("wb") as file:
-        file.seek(_HEADER)
+        file.seek(room)
 
         def write(name: str, tensor: torch.Tensor) -> None:
-            start = file.tell() - _HEADER
+            start = file.tell() - room
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
             place = [start, start + tensor.nbytes]
             entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
@@ -38,9 +39,9 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> No
         for name, tensor in small:
             write(name, tensor)
         header = json.dumps(entries).encode()
+        assert len(header) <= room - 8
         file.seek(0)
-        file.write((_HEADER - 8).to_bytes(8, "little") + header.ljust(_HEADER - 8))
-    assert len(header) <= _HEADER - 8
+        file.write((room - 8).to_bytes(8, "little") + header.ljust(room - 8))
 
 
 class StoredTensors(dict[str, torch.Tensor]):

@@ -102,7 +102,9 @@ class MappedWeights(Mapping[str, torch.Tensor]):
     def __enter__(self) -> MappedWeights:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -138,7 +140,9 @@ class MappedWeights(Mapping[str, torch.Tensor]):
         digest = hashlib.sha256()
         for key, (path, offset) in self._places.items():
             tensor = self._weights[key]
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {path} {offset}".encode(errors="surrogateescape"))
+            digest.update(
+                f"{key} {tuple(tensor.shape)} {tensor.dtype} {path} {offset}".encode(errors="surrogateescape")
+            )
             middle = offset + max(tensor.nbytes - _SAMPLE, 0) // 2
             digest.update(os.pread(self._files[path], min(_SAMPLE, tensor.nbytes), middle))
         files = [[os.fsencode(path).hex(), *facts] for path, facts in sorted(self._facts.items())]

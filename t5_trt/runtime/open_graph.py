@@ -40,7 +40,8 @@ def open_graph(
     """
     # The model only names what lies in memory, but ONNX Runtime wants the named file to exist.
     with tempfile.TemporaryDirectory(prefix="t5_trt-") as temporary:
-        file, places = Path(temporary) / "weights", {}
+        file = Path(temporary) / "weights"
+        places: Mapping[str, tuple[int, int]] = {}
         file.write_bytes(bytes(16))
         if isinstance(stored, StoredTensors) and stored.places():
             file, places = stored.path, stored.places()
@@ -58,7 +59,7 @@ def open_graph(
                 place, shape = places.get(name, (0, None)), ir.Shape(tensor.shape.numpy())
                 value.const_value = ir.ExternalTensor(file.name, *place, tensor.dtype, shape=shape, name=name)
             if places:
-                _largest_first(model.graph)
+                _largest_first(model.graph, places)
 
         with _young_garbage():
             model, inputs = _serialized(build, name_weights)
@@ -76,13 +77,15 @@ def _serialized(build: Callable[[], ir.Model], name_weights: Callable[[ir.Model]
             value.const_value = None
 
 
-def _largest_first(graph: ir.Graph) -> None:
-    """Put the node with the largest matrix in front of all others: ONNX Runtime packs matrices in this order, but runs nodes in theirs.
+def _largest_first(graph: ir.Graph, places: Mapping[str, tuple[int, int]]) -> None:
+    """Put the node with the largest matrix of a file in front of all others: ONNX Runtime packs matrices in this order, but runs nodes in theirs.
 
-    While it packs the largest one, which has its memory twice, the others then take none.
+    While it packs the largest one, which is then in memory twice, the others take no memory yet.
     """
-    sizes = {value: value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None}
-    largest = max(graph, key=lambda node: max((sizes.get(each, 0) for each in node.inputs if each), default=0))
+    sizes = {name: size for name, (_, size) in places.items()}
+    largest = max(
+        graph, key=lambda node: max((sizes.get(each.name or "", 0) for each in node.inputs if each), default=0)
+    )
     first = graph[0]
     if largest is not first:
         graph.remove(largest)
@@ -92,7 +95,8 @@ def _largest_first(graph: ir.Graph) -> None:
 @contextmanager
 def _young_garbage() -> Iterator[None]:
     """Collect the garbage of this block at its end, and no older objects: a graph's many objects would else cause a collection of all
-    objects, which takes 0.3 s after imports of torch and Transformers."""
+    objects, which takes 0.3 s after imports of torch and Transformers.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from t5_trt import BackendError, TRTT5EncoderModel, TRTT5ForConditionalGeneration
 from t5_trt.engine.store import MANIFEST, PLAN, EngineStore
+from t5_trt.graph.build_graph import build_host_graph
 from t5_trt.graph.int8 import quantize
+from t5_trt.graph.signature import STEP
 from t5_trt.runtime import int8_weights, mapped_weights
 from t5_trt.runtime.int8_weights import FILES, weights_digest
 from t5_trt.runtime.mapped_weights import MappedWeights, unwritten_mappings
 from t5_trt.runtime.onnxruntime_session import OrtSession
+from t5_trt.runtime.open_graph import open_graph
 from t5_trt.runtime.tensor_file import StoredTensors, write_tensors
 from tests.tiny_models import batch, make_hugging_face
 
@@ -52,7 +60,12 @@ def saved(folder: Path, kind: str = "t5-v1.1", **options: Any) -> Path:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    settings = {"precision": "int8", "engine_cache_dir": folder.parent / "store", "num_threads": 1, "backend": "onnxruntime"}
+    settings = {
+        "precision": "int8",
+        "engine_cache_dir": folder.parent / "store",
+        "num_threads": 1,
+        "backend": "onnxruntime",
+    }
     return TRTT5ForConditionalGeneration.from_pretrained(folder, **(settings | options))
 
 
@@ -148,9 +161,7 @@ def by_assignment(model: Any) -> None:
 
 @pytest.mark.parametrize("change", [by_data, by_load_state_dict, by_assignment])
 @pytest.mark.parametrize("used", [False, True])
-def test_weights_changed_in_memory_are_followed(
-    change: Any, used: bool, folder: Path, digests: list[int]
-) -> None:
+def test_weights_changed_in_memory_are_followed(change: Any, used: bool, folder: Path, digests: list[int]) -> None:
     check(load(folder))
     model = load(folder)
     if used and change is not by_data:  # writes through .data are noticed before the first use only
@@ -163,8 +174,16 @@ def test_weights_changed_in_memory_are_followed(
 def test_wrapped_models(folder: Path, digests: list[int]) -> None:
     check(load(folder))
     hugging_face = make_hugging_face("t5-v1.1", seed=3)
-    options = {"precision": "int8", "engine_cache_dir": folder.parent / "store", "num_threads": 1, "backend": "onnxruntime"}
-    for wrapped, count in ((hugging_face, 2), (type(hugging_face).from_pretrained(folder), 2)):  # the second's memory is the file's
+    options = {
+        "precision": "int8",
+        "engine_cache_dir": folder.parent / "store",
+        "num_threads": 1,
+        "backend": "onnxruntime",
+    }
+    for wrapped, count in (
+        (hugging_face, 2),
+        (type(hugging_face).from_pretrained(folder), 2),
+    ):  # the second's memory is the file's
         check(TRTT5ForConditionalGeneration.from_model(wrapped, **options))
         assert len(digests) == count
 
@@ -207,7 +226,8 @@ def test_store_that_loses_files_at_once(folder: Path, monkeypatch: pytest.Monkey
 
 def test_graphs_of_matrices_in_a_file_and_in_memory_are_equal(tmp_path: Path) -> None:
     """A file that is gone, and tensors that were written to, are taken from memory."""
-    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), num_threads=1, backend="onnxruntime")
+    large = make_hugging_face("t5-v1.0", d_ff=1200)  # as small matrices are embedded in graphs
+    ours = TRTT5ForConditionalGeneration.from_model(large, num_threads=1, backend="onnxruntime")
     arch, weights = ours.architecture, ours.state_dict()
     made = dict(quantize(arch, weights))
     write_tensors(tmp_path / "file", made.items(), most=len(made))
@@ -218,16 +238,44 @@ def test_graphs_of_matrices_in_a_file_and_in_memory_are_equal(tmp_path: Path) ->
 
     def logits(quantized: Any) -> torch.Tensor:
         ours.session = OrtSession(arch, weights, num_threads=1, quantized=quantized)
-        return ours(**batch(), decoder_input_ids=torch.randint(2, 200, (3, 5), generator=torch.Generator().manual_seed(0))).logits
+        return ours(
+            **batch(), decoder_input_ids=torch.randint(2, 200, (3, 5), generator=torch.Generator().manual_seed(0))
+        ).logits
 
-    expected = logits(made)
+    expected, name = logits(made), MATRIX.removesuffix("weight") + "int8"
+    assert name in ours.session._shared
     assert torch.equal(logits(found), expected)
-    name = MATRIX.removesuffix("weight") + "int8"
+    assert not ours.session._shared.keys() & made.keys()
     made[name], found[name] = made[name] // 2, found[name] // 2
     assert name not in found.places() and not torch.equal(logits(found), expected)
-    assert torch.equal(logits(found), logits(made))
+    changed = logits(made)
+    assert torch.equal(logits(found), changed) and ours.session._shared.keys() & made.keys() == {name}
     (tmp_path / "file").unlink()
-    assert not found.places() and torch.equal(logits(found), logits(made))
+    assert not found.places() and torch.equal(logits(found), changed)
+
+
+def test_largest_matrix_is_packed_first_and_garbage_collection_goes_on(tmp_path: Path) -> None:
+    """While it is packed, its memory is there twice."""
+    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0", vocab_size=2000), num_threads=1)
+    arch, weights = ours.architecture, ours.state_dict()
+    write_tensors(tmp_path / "file", quantize(arch, weights), most=100)
+    stored = StoredTensors(tmp_path / "file")
+    opened: list[bytes] = []
+    stand_in = SimpleNamespace(
+        InferenceSession=lambda model, *args, **kwargs: opened.append(model),
+        OrtValue=SimpleNamespace(ortvalue_from_numpy=lambda array: array),
+    )
+    options = SimpleNamespace(add_initializer=lambda *args: None, add_session_config_entry=lambda *args: None)
+    build = partial(build_host_graph, STEP, arch, weights, ir.DataType.FLOAT, quantized=stored, fused=True)
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            _, inputs = open_graph(stand_in, build, options, {}, stored)
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
+    graph = ir.from_proto(onnx.load_from_string(opened[0])).graph
+    assert "lm_head.int8" in [value.name for value in graph[0].inputs if value] and "position" in inputs
 
 
 def test_mappings_with_own_pages_are_left_out(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class MappedWeights(Mapping[str, torch.Tensor]):
             return tensor
         path, offset = self._places[key]
         made = torch.empty(tensor.shape, dtype=tensor.dtype)
-        view = memoryview(made.view(torch.uint8).numpy()).cast("B")
+        view = made.view(torch.uint8).numpy().data.cast("B")
         while len(view):
             count = os.preadv(self._files[path], [view], offset)
             if not count:

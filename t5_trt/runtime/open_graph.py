@@ -56,8 +56,9 @@ def open_graph(
                     if name not in shared:
                         shared[name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
                     options.add_initializer(name, shared[name])
-                place, shape = places.get(name, (0, None)), ir.Shape(tensor.shape.numpy())
-                value.const_value = ir.ExternalTensor(file.name, *place, tensor.dtype, shape=shape, name=name)
+                offset, length = places.get(name, (0, None))
+                shape = ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor(file.name, offset, length, tensor.dtype, shape=shape, name=name)
             if places:
                 _largest_first(model.graph, places)
 

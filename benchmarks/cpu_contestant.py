@@ -44,6 +44,11 @@ class Contestant:
         self.peak_mb, self.cores = answer["peak_mb"], answer["cores"]
         return answer["ms"], answer["tokens"]
 
+    @property
+    def anonymous_mb(self) -> float:
+        """Its memory now without pages of files, in 10**6 bytes."""
+        return status_mb("RssAnon", str(self._process.pid))
+
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
@@ -113,8 +118,13 @@ def peak_mb() -> float:
 
     Not `resource.getrusage`, whose number a process inherits from the one that started it.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
+    return status_mb("VmHWM")
+
+
+def status_mb(field: str, process: str = "self") -> float:
+    """A size of a process that Linux counts in kB, in 10**6 bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
 
 
 def main() -> None:
@@ -127,7 +137,8 @@ def main() -> None:
     kind, _, precision = args.name.rpartition("_")
     begun = time.perf_counter()
     import_all(kind)
-    imported, imports_mb = time.perf_counter(), peak_mb()
+    imported = time.perf_counter()
+    imports = {"imports_mb": peak_mb(), "imports_anonymous_mb": status_mb("RssAnon")}
     if kind == "ctranslate2":
         generate = load_ctranslate2(args.folder / args.name / "converted", args.threads)
     else:
@@ -135,9 +146,7 @@ def main() -> None:
     loaded = time.perf_counter()
     generate([list(range(2, 34))], 1, 1)
     seconds = {"import_s": imported - begun, "load_s": loaded - imported, "first_token_s": time.perf_counter() - loaded}
-    print(
-        json.dumps({**{name: round(value, 2) for name, value in seconds.items()}, "imports_mb": imports_mb}), flush=True
-    )
+    print(json.dumps({name: round(value, 3) for name, value in (seconds | imports).items()}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         start, busy = time.perf_counter(), time.process_time()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -82,26 +83,52 @@ def measured(contestants: dict[str, Contestant], case: str, runs: int) -> dict[s
     return {"case": case, **sizes, "runs": runs, **compared(times, tokens), **busy}
 
 
-def started(contestants: dict[str, Contestant], folder: Path) -> dict[str, Any]:
-    """Seconds to import, load and give the first token, and the largest memory after 99 tokens, against the size of the weights."""
-    record: dict[str, Any] = {"case": START}
-    for name, contestant in contestants.items():
-        contestant.generate([list(range(2, 34))], 99, 1)
-        above = contestant.peak_mb - contestant.start["imports_mb"]
-        weights = weights_mb(name, folder)
-        record[name] = {
-            **contestant.start,
-            "peak_above_imports_mb": round(above, 1),
-            "weights_mb": round(weights, 1),
-            "peak_over_weights": round(above / weights, 2),
-        }
+def started(names: list[str], folder: Path, threads: int, runs: int) -> dict[str, Any]:
+    """Starts in fresh processes, in turns, and the memory of the last one after 99 tokens, against the size of the weights.
+
+    Ours in 8 bits starts once more, first, without stored matrices.
+    """
+    record: dict[str, Any] = {"case": START, "runs": runs}
+    for name in names:
+        if _is_rounded(name):
+            shutil.rmtree(folder / "store", ignore_errors=True)
+            record[f"{name}_first"] = _start(name, folder, threads, generates=True)
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(1, runs + 1):
+        for name in names:
+            record[name] = _start(name, folder, threads, generates=number == runs)
+            times[name].append({field: record[name][field] for field in ("import_s", "load_s", "first_token_s")})
+    for name, found in times.items():
+        record[name] |= {field: round(statistics.median(each[field] for each in found), 2) for field in found[0]}
+        record[name]["load_and_first_token_s"] = round(
+            statistics.median(each["load_s"] + each["first_token_s"] for each in found), 2
+        )
     return record
+
+
+def _start(name: str, folder: Path, threads: int, *, generates: bool) -> dict[str, Any]:
+    contestant = Contestant(name, folder, threads)
+    found = dict(contestant.start)
+    if generates:
+        contestant.generate([list(range(2, 34))], 99, 1)
+        weights = weights_mb(name, folder)
+        found["weights_mb"] = round(weights, 1)
+        now = {"peak": contestant.peak_mb - found["imports_mb"]}
+        now["anonymous"] = contestant.anonymous_mb - found["imports_anonymous_mb"]
+        for kind, above in now.items():
+            found |= {f"{kind}_above_imports_mb": round(above, 1), f"{kind}_over_weights": round(above / weights, 2)}
+    contestant.close()
+    return found
+
+
+def _is_rounded(name: str) -> bool:
+    kind, _, precision = name.rpartition("_")
+    return kind == "ours" and precision != "fp32"
 
 
 def weights_mb(name: str, folder: Path) -> float:
     """Size on disk of what a contestant loads, in 10**6 bytes; of ours in 8 bits, the matrices and no embedding."""
-    kind, _, precision = name.rpartition("_")
-    place = "store" if kind == "ours" and precision != "fp32" else name if kind == "ctranslate2" else "model"
+    place = "store" if _is_rounded(name) else name if name.startswith("ctranslate2") else "model"
     return sum(path.stat().st_size for path in (folder / place).rglob("*") if path.is_file()) / 1e6
 
 
@@ -117,7 +144,7 @@ def prepare(folder: Path, shape: str, names: list[str]) -> None:
         if kind == "ctranslate2":
             (folder / name).mkdir()
             convert(model, folder / name, compute_type_of(precision, "cpu"))
-        elif kind == "ours" and precision != "fp32":
+        elif _is_rounded(name):
             Contestant(name, folder, 1).close()
 
 
@@ -126,6 +153,11 @@ def store(file: Path, record: dict[str, Any]) -> None:
     order = [*CASES, START]
     kept = [older for older in read_records(file) if older["case"] != record["case"]]
     write_records(file, sorted([*kept, record], key=lambda each: order.index(each["case"])))
+
+
+def _record(file: Path, record: dict[str, Any]) -> None:
+    store(file, record)
+    print(json.dumps(record, indent=2), flush=True)
 
 
 def main() -> None:
@@ -148,11 +180,12 @@ def main() -> None:
         folder = args.folder or Path(temporary) / "made"
         if not folder.exists():
             prepare(folder, args.shape, args.contestants)
-        contestants = {name: Contestant(name, folder, args.threads) for name in args.contestants}
-        for case in args.case:
-            made = started(contestants, folder) if case == START else measured(contestants, case, args.runs)
-            store(args.json, made | facts)
-            print(json.dumps(made, indent=2), flush=True)
+        if START in args.case:
+            _record(args.json, started(args.contestants, folder, args.threads, args.runs) | facts)
+        cases = [case for case in args.case if case != START]
+        contestants = {name: Contestant(name, folder, args.threads) for name in args.contestants if cases}
+        for case in cases:
+            _record(args.json, measured(contestants, case, args.runs) | facts)
         for contestant in contestants.values():
             contestant.close()
 

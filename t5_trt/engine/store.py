@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -30,6 +30,9 @@ PLAN, MANIFEST = "engine.plan", "manifest.json"
 #: in the manifest of an encoder engine: milliseconds by "engine" and by our own "kernels", measured side by side
 TIMES = "encoder_ms"
 STAGING, LOCKS = ".building-", ".locks"
+#: in the manifest: size and time of change (ns) of the plan
+WRITTEN = "written"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,8 @@ class StoredEngine:
 def read_engine(folder: Path, key: str, owners: Collection[int | None]) -> tuple[str | None, bytes]:
     """(what is wrong with an engine's folder or None, its plan); only `owners` may be able to write to any of it."""
     try:
-        for path in (folder, folder / MANIFEST, folder / PLAN):
-            if problem := writable_by_others(path, owners):
-                return f"{problem}: {path.name}", b""
+        if problem := writable_problem(folder, owners):
+            return problem, b""
         manifest = json.loads((folder / MANIFEST).read_text())
         plan = (folder / PLAN).read_bytes()
     except (OSError, ValueError) as error:
@@ -58,6 +60,18 @@ def read_engine(folder: Path, key: str, owners: Collection[int | None]) -> tuple
     if hashlib.sha256(plan).hexdigest() != manifest.get("sha256"):
         return "its bytes are not those that were built", b""
     return None, plan
+
+
+def writable_problem(folder: Path, owners: Collection[int | None]) -> str | None:
+    """Why others than `owners` may write to an engine's folder or its files, or None.
+
+    Raises:
+        OSError: one of them is missing.
+    """
+    for path in (folder, folder / MANIFEST, folder / PLAN):
+        if problem := writable_by_others(path, owners):
+            return f"{problem}: {path.name}"
+    return None
 
 
 class EngineStore:
@@ -101,27 +115,70 @@ class EngineStore:
         Raises:
             BackendError: the folder cannot be written, or others may write to it.
         """
-        plan = self.get(key)
-        if plan is not None:
-            return plan
+        return self._found_or_built(key, facts, build, self.get, Path.read_bytes)
+
+    def file(self, key: str) -> Path | None:
+        """Where the plan of an entry lies, for data that is read in parts; None if it is missing or damaged.
+
+        A plan whose size and time of change are those that it was written with is not read; another one is compared with its digest.
+
+        Raises:
+            BackendError: others may write to the folder.
+        """
+        folder = self.root / key
+        if not folder.is_dir():
+            return None
+        self._check_private()
+        manifest = self.manifest(key)
+        try:
+            problem = writable_problem(folder, (user_id(),))
+            same = manifest.get(WRITTEN) == _written(folder / PLAN) or manifest.get("sha256") == _sha256(folder / PLAN)
+        except OSError as error:
+            problem, same = f"it is incomplete ({type(error).__name__})", False
+        if problem is None and not (same and manifest.get("key") == key):
+            problem = "its bytes are not those that were written"
+        if problem:
+            logger.warning("the stored entry %s is not used and will be made again: %s.", folder, problem)
+            return None
+        os.utime(folder / MANIFEST)
+        return folder / PLAN
+
+    def file_or_build(self, key: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        """As `get_or_build`, for `file`. Another process may remove the file at any time."""
+        return self._found_or_built(key, facts, build, self.file, lambda built: self.root / key / built.name)
+
+    def _found_or_built(
+        self,
+        key: str,
+        facts: dict[str, Any],
+        build: Callable[[Path], None],
+        find: Callable[[str], Found | None],
+        take: Callable[[Path], Found],
+    ) -> Found:
+        """What `find` gives for a key, or after a build what `take` gives for the plan in its temporary folder."""
+        found = find(key)
+        if found is not None:
+            return found
         self._make_root()
         with self._lock(key):
-            plan = self.get(key)  # another process may have built it meanwhile
-            if plan is not None:
-                return plan
+            found = find(key)  # another process may have built it meanwhile
+            if found is not None:
+                return found
             self._sweep(key)
             staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{key}-", dir=self.root))
             try:
                 started = time.time()
                 build(staging)
-                plan = (staging / PLAN).read_bytes()
+                plan = staging / PLAN
+                found = take(plan)
                 for leftover in staging.iterdir():
                     if leftover.name != PLAN:
                         leftover.unlink()
                 manifest = {
                     "key": key,
-                    "sha256": hashlib.sha256(plan).hexdigest(),
-                    "size_bytes": len(plan),
+                    "sha256": _sha256(plan),
+                    "size_bytes": plan.stat().st_size,
+                    WRITTEN: _written(plan),
                     "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                     "build_s": round(time.time() - started, 2),
                     **facts,
@@ -135,7 +192,7 @@ class EngineStore:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         self.prune(self.max_bytes, keep=key)
-        return plan
+        return found
 
     def entries(self) -> list[StoredEngine]:
         """All engines with a readable manifest, most recently used first."""
@@ -243,6 +300,20 @@ class EngineStore:
     def _lock(self, key: str) -> Iterator[None]:
         with FileLock(self.root / LOCKS / f"{key}.lock", mode=0o600):
             yield
+
+
+def _written(path: Path) -> list[int]:
+    info = path.stat()
+    return [info.st_size, info.st_mtime_ns]
+
+
+def _sha256(path: Path) -> str:
+    """The digest of a file, read in parts."""
+    digest, part = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(part):
+            digest.update(part[:count])
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

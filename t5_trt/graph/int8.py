@@ -27,6 +27,8 @@ MATRIX, SCALE = "{}.int8", "{}.scale"
 #: output columns are padded to a multiple of this: for a remainder of 8 and 32 rows or more, ONNX Runtime 1.23 returns wrong values
 #: on processors with AMX
 COLUMNS = 16
+#: output columns that are rounded at once
+_AT_ONCE = 4096
 #: the first opset in which a scale, and so the dequantized matrix, may be half precision
 WEIGHT_ONLY_OPSET = 19
 
@@ -54,8 +56,11 @@ def quantize_group(name: str, parameter: Parameter, weights: Weights) -> Iterato
     rounded = torch.zeros((parameter.shape[0], columns_made), dtype=torch.int8)
     scales = torch.ones(columns_made)
     for key in parameter.parts:
-        place = parameter.place(key)
-        rounded[:, place], scales[place] = round_columns(weights[key].detach().float().t())
+        matrix, first = weights[key].detach(), parameter.place(key).start
+        for start in range(0, len(matrix), _AT_ONCE):  # little extra memory
+            part = matrix[start : start + _AT_ONCE].float().t()
+            place = slice(first + start, first + start + part.shape[1])
+            rounded[:, place], scales[place] = round_columns(part)
     yield MATRIX.format(name), rounded
     yield SCALE.format(name), scales
 

@@ -8,24 +8,33 @@ import platform
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load, load_file, save_file
 
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.int4 import MATRIX4, SCALE4, quantize_group_to_4_bits, quantize_to_4_bits
 from t5_trt.graph.int8 import MATRIX, SCALE, quantize, quantize_group
 from t5_trt.graph.parameters import Weights, parameters
+from t5_trt.runtime.mapped_weights import MappedWeights
+from t5_trt.runtime.tensor_file import StoredTensors, write_tensors
 
 logger = logging.getLogger("t5_trt")
+#: in the manifest: keys of checkpoint files with these matrices, the newest first, and how many are kept
+FILES, _FILES_KEPT = "files", 16
+#: to open a file that other processes may remove
+_ATTEMPTS = 3
 
 
 def load_int8_weights(
     arch: Architecture, weights: Weights, store: EngineStore, precision: str = "int8"
-) -> dict[str, torch.Tensor]:
+) -> StoredTensors:
     """The matrices of a model in 8 bits, or the decoder's in 4, from the store; created and stored if they are missing.
+
+    Where the weights are those of checkpoint files that are known from before, they are not read; see `MappedWeights.identity`.
 
     Args:
         arch: of the model.
@@ -40,28 +49,59 @@ def load_int8_weights(
     Raises:
         BackendError: the store cannot be written, or others may write to it.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "graph": f"{precision} weights",
         "precision": precision,
         "architecture": asdict(arch),
-        "weights": weights_digest(arch, weights),
         "flavor": "onnxruntime",
     }
-    key = engine_key(facts)
+    if shifted := products_saturate():
+        facts["shifted"] = True
 
-    def make(folder: Path) -> None:
-        logger.info(
-            "rounding the matrices of a model for precision %s, once; they are kept in %s", precision, store.root
-        )
-        made = quantize_to_4_bits(arch, weights) if precision == "int4" else quantize(arch, weights)
-        save_file(dict(made), folder / PLAN)
+    matrices = [key for parameter in parameters(arch).values() if parameter.is_matrix for key in parameter.parts]
+    with MappedWeights(weights, matrices) as read:
+        identity = read.identity()
+        of_files = None if identity is None else engine_key(facts | {"files": identity})
+        path = None if of_files is None else _known_file(store, of_files)
+        if path is not None and (found := _opened(path)) is not None:
+            return found
 
-    stored = store.get_or_build(key, facts, make)
+        def make(folder: Path) -> None:
+            logger.info(
+                "rounding the matrices of a model for precision %s, once; they are kept in %s", precision, store.root
+            )
+            made = quantize_to_4_bits(arch, read) if precision == "int4" else quantize(arch, read)
+            wanted = ((name, _as_products_want(tensor) if shifted else tensor) for name, tensor in made)
+            write_tensors(folder / PLAN, wanted, most=2 * len(matrices))
+
+        facts["weights"] = weights_digest(arch, read)
+        key = engine_key(facts)
+        for _ in range(_ATTEMPTS):
+            found = _opened(store.file_or_build(key, facts, make))
+            if found is not None:
+                break
+        else:
+            raise BackendError(
+                f"the rounded matrices of a model vanish from {store.root} as soon as they are stored. Use a larger "
+                "engine_cache_bytes, or another T5_TRT_CACHE for this model."
+            )
+        if of_files is not None and read.settled():
+            others = [each for each in store.manifest(key).get(FILES, []) if each != of_files]
+            store.add_to_manifest(key, {FILES: [of_files, *others][:_FILES_KEPT]})
+    return found
+
+
+def _known_file(store: EngineStore, of_files: str) -> Path | None:
+    """The stored matrices that were made of checkpoint files, by the key of the latter; None if they are not known."""
+    known = (entry.key for entry in store.entries() if of_files in entry.manifest.get(FILES, []))
+    return next((path for key in known if (path := store.file(key)) is not None), None)
+
+
+def _opened(path: Path) -> StoredTensors | None:
     try:
-        made: dict[str, torch.Tensor] = load_file(store.root / key / PLAN)  # mapped: processes share the pages
-    except OSError:  # another process has pruned it
-        made = load(stored)
-    return {name: _as_products_want(tensor) for name, tensor in made.items()} if products_saturate() else made
+        return StoredTensors(path)
+    except FileNotFoundError:  # another process has pruned it
+        return None
 
 
 def rounded_names(arch: Architecture, quantized: Weights, keys: Collection[str]) -> set[str]:
@@ -101,8 +141,8 @@ def round_anew(
         if not stored or set(keys).isdisjoint(parameter.parts):
             continue
         if own:
-            for kind in (MATRIX4, SCALE4):
-                quantized.pop(kind.format(group), None)
+            for name in {MATRIX4.format(group), SCALE4.format(group)} & quantized.keys():
+                del quantized[name]
         rounded = quantize_group_to_4_bits if MATRIX4.format(group) in quantized else quantize_group
         for name, tensor in rounded(group, parameter, weights):
             made = _as_products_want(tensor) if unsigned else tensor
@@ -110,6 +150,8 @@ def round_anew(
                 quantized[name] = made
             else:
                 quantized[name].copy_(made)
+                if isinstance(quantized, StoredTensors):
+                    quantized.written_to(name)
 
 
 def _as_products_want(tensor: torch.Tensor) -> torch.Tensor:

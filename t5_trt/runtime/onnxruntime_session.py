@@ -7,10 +7,9 @@ and nothing else.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Hashable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,11 @@ from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
+from t5_trt.runtime.open_graph import open_graph
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.row_sources import RowSources, encode_in_turn
 from t5_trt.runtime.session import TokenSelector
 from t5_trt.runtime.top_tokens import best
-
-#: smaller tensors are embedded in the ONNX model, where graph optimizers can read their values
-SHARED_FROM_BYTES = 1 << 16
 
 
 class OrtSession:
@@ -302,53 +299,29 @@ class OrtSession:
         return options
 
     def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> LoadedGraph:
-        real = ir.DataType.FLOAT
         changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
-        model = build_host_graph(
+        build = partial(
+            build_host_graph,
             graph,
             self.arch,
             self._weights,
-            real,
+            ir.DataType.FLOAT,
             quantized=self._quantized,
             inputs=changing,
             debug_outputs=debug_outputs,
             fused=graph == STEP and self._in_place and not debug_outputs,
         )
-        options = self._session_options(graph, packed)
-        for value in list(model.graph.initializers.values()):
-            assert value.name is not None and value.const_value is not None
-            if value.const_value.nbytes >= SHARED_FROM_BYTES:
-                if value.name not in self._shared:
-                    array = value.const_value.numpy()
-                    self._shared[value.name] = self._ort.OrtValue.ortvalue_from_numpy(array)
-                options.add_initializer(value.name, self._shared[value.name])
-                value.const_value = ir.ExternalTensor(
-                    "weights",
-                    0,
-                    None,
-                    value.const_value.dtype,
-                    shape=ir.Shape(value.const_value.shape.numpy()),
-                    name=value.name,
-                )
         try:
-            # The model only names the shared weights, but ONNX Runtime wants the named file to exist.
-            with tempfile.TemporaryDirectory(prefix="t5_trt-") as folder:
-                (Path(folder) / "weights").write_bytes(bytes(16))
-                path = Path(folder) / "model.onnx"
-                path.write_bytes(ir.to_proto(model).SerializeToString())
-                session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            names = [value.name for value in model.graph.inputs if value.name in changing]
-            read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
-            return LoadedGraph(session, {name: read[name] for name in names})
+            options = self._session_options(graph, packed)
+            session, inputs = open_graph(self._ort, build, options, self._shared, self._quantized)
         except Exception as error:
             raise_hidden_interrupt(error)
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
                 "Runtime 1.23 or newer; if this one is, please report the message."
             ) from error
-        finally:  # break the reference cycle of nodes and values, which would keep the weights until a garbage collection
-            for value in model.graph.initializers.values():
-                value.const_value = None
+        read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
+        return LoadedGraph(session, {name: read[name] for name in inputs if name in changing})
 
 
 class OrtGenerationStep:

@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel, T5Config, T5ForCondit
 import t5_trt
 from t5_trt import BackendError, CheckpointError, InputError, StrictModeError, TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
-from t5_trt.runtime.onnxruntime_session import SHARED_FROM_BYTES
+from t5_trt.runtime.open_graph import SHARED_FROM_BYTES
 from tests.tiny_models import batch, make_hugging_face
 
 REQUEST = {**batch(), "max_new_tokens": 8}

@@ -204,12 +204,19 @@ def test_contestants_answer_in_turns_with_their_start_and_memory(tmp_path: Path)
     contestants = {name: Contestant(name, tmp_path, 1) for name in ("hf_eager_fp32", "ours_fp32")}
     try:
         found = {name: each.generate([[5, 6, 7], [8, 9, 10]], 4, 2) for name, each in contestants.items()}
-        start = started(contestants, tmp_path)
     finally:
         for each in contestants.values():
             each.close()
     assert found["hf_eager_fp32"][1] == found["ours_fp32"][1] and all(ms > 0 for ms, _ in found.values())
     assert all(0 < each.cores < 2 for each in contestants.values())
-    assert all(start[name][field] > 0 for name in contestants for field in ("import_s", "load_s", "weights_mb"))
     with pytest.raises(RuntimeError, match="a contestant ended"):
         Contestant("ours_fp32", tmp_path / "none", 1)
+
+
+def test_starts_are_measured_in_fresh_processes(tmp_path: Path) -> None:
+    """Ours in 8 bits without stored matrices, and with them."""
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    found = started(["ours_int8"], tmp_path, threads=1, runs=1)
+    for start in (found["ours_int8_first"], found["ours_int8"]):
+        assert all(start[field] > 0 for field in ("import_s", "first_token_s", "weights_mb", "anonymous_over_weights"))
+        assert start["peak_above_imports_mb"] > 0

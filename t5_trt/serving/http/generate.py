@@ -78,6 +78,7 @@ def submitted(body: GenerateBody, service: Service, record: Record) -> list[Hand
         QueueFullError, EngineClosedError: see `Engine.submit`.
     """
     body.check(service)
+    service.engine.check_open()
     texts = [body.text] if body.text is not None else body.texts or []
     sources = [service.read(record, text, "text") for text in texts]
     with settings_at_fault():

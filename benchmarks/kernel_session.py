@@ -33,6 +33,7 @@ CASE = (
 BARE_TESTS = (
     "test_kernels.py",
     "test_kernel_shapes.py",
+    "test_wide_products.py",
     "test_encoder_kernels.py",
     "test_cuda_backend.py",
     "test_int8.py",

@@ -11,6 +11,7 @@ from fastapi import APIRouter, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp
 
+from t5_trt.serving.http.bodies import add_bodies
 from t5_trt.serving.http.completions import completions, models
 from t5_trt.serving.http.failures import RequestError, add_handlers
 from t5_trt.serving.http.generate import generation
@@ -40,7 +41,7 @@ def build_app(service: Service) -> ASGIApp:
         redirect_slashes=False,
     )
     add_handlers(app)
-    app.router.routes.extend([completions(service), generation(service)])
+    add_bodies(app, [completions(service), generation(service)])
     for router in (models(service), _health(service)):
         app.include_router(router)
     return Watch(app, service)

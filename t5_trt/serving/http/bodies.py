@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -38,11 +40,33 @@ class BodyRoute(Route):
             return await answer(body, request.state.record)
 
         super().__init__(path, endpoint, methods=["POST"])
+        self.kind = kind
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Whether it is asked; the scope then names it, as FastAPI's routes do."""
         match, found = super().matches(scope)
         return match, found if match is Match.NONE else {**found, "route": self}
+
+
+def add_bodies(app: FastAPI, routes: Sequence[BodyRoute]) -> None:
+    """Add routes to an application, and to its schema, which FastAPI makes of its own routes only."""
+    app.router.routes.extend(routes)
+    own = app.openapi
+
+    def schema() -> dict[str, Any]:
+        known = app.openapi_schema is not None
+        made = own()
+        if not known:
+            kinds: list[tuple[type[BaseModel], JsonSchemaMode]] = [(route.kind, "validation") for route in routes]
+            names, models = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+            made.setdefault("components", {}).setdefault("schemas", {}).update(models.get("$defs", {}))
+            for route in routes:
+                body = {"required": True, "content": {"application/json": {"schema": names[route.kind, "validation"]}}}
+                answers = {"200": {"description": "Successful Response"}, "4XX": {"description": "Error"}}
+                made["paths"][route.path] = {"post": {"requestBody": body, "responses": answers}}
+        return made
+
+    app.openapi = schema  # type: ignore[method-assign]  # FastAPI's documentation does so
 
 
 def parsed(kind: type[Body], body: bytes, content_type: str) -> Body:

@@ -90,3 +90,17 @@ def test_bad_settings_of_one_leave_the_others_alone(client: Client, alone: Alone
         assert client.ask("/generate", {"text": "a", **bad})[0] == 400
     assert connection.getresponse().status == 200
     connection.close()
+
+
+def test_schema_has_the_bodies(client: Client) -> None:
+    for _ in range(2):  # it is made once
+        status, schema = client.ask("/openapi.json")
+        assert status == 200
+        for path, name, setting in (
+            ("/generate", "GenerateBody", "texts"),
+            ("/v1/completions", "CompletionBody", "prompt"),
+        ):
+            body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+            assert body == {"$ref": f"#/components/schemas/{name}"}
+            assert setting in schema["components"]["schemas"][name]["properties"]
+        assert "get" in schema["paths"]["/health/ready"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_row_that_stays_in_use_is_noticed(
     service: Service, shipped: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stats = Engine.stats
-    monkeypatch.setattr(Engine, "stats", lambda engine: stats(engine).more(running=1))
+    monkeypatch.setattr(Engine, "stats", lambda engine: replace(seen := stats(engine), running=seen.running + 1))
     monkeypatch.setattr("tests.serving_requests.PATIENCE_S", 0.5)
     with pytest.raises(AssertionError):
         soak_serving.run(service, shipped[0], LINES, requests=4, seed=1)

@@ -221,4 +221,4 @@ def test_temporary_files_are_private(checkpoint: Path, tmp_path: Path, monkeypat
         ours.generate(**batch(), max_new_tokens=3)
     finally:
         os.umask(before)
-    assert seen == {"weights": 0o700, "model.onnx": 0o700} and not list(place.iterdir())
+    assert seen == {"weights": 0o700} and not list(place.iterdir())

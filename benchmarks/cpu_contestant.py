@@ -151,8 +151,8 @@ def main() -> None:
         request = json.loads(line)
         start, busy = time.perf_counter(), time.process_time()
         tokens = generate(*request)
-        seconds, busy_seconds = time.perf_counter() - start, time.process_time() - busy
-        answer = {"ms": seconds * 1e3, "cores": busy_seconds / seconds, "tokens": tokens, "peak_mb": peak_mb()}
+        taken, busy = time.perf_counter() - start, time.process_time() - busy
+        answer = {"ms": taken * 1e3, "cores": busy / taken, "tokens": tokens, "peak_mb": peak_mb()}
         print(json.dumps(answer), flush=True)
 
 

@@ -62,6 +62,22 @@ def read_engine(folder: Path, key: str, owners: Collection[int | None]) -> tuple
     return None, plan
 
 
+def find_plan(folder: Path, key: str, owners: Collection[int | None]) -> tuple[str | None, Path]:
+    """As `read_engine`, with the plan's path: a plan whose size and time of change are those that it was written with is not read."""
+    plan = folder / PLAN
+    try:
+        if problem := writable_problem(folder, owners):
+            return problem, plan
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or manifest.get("key") != key:
+            return "its manifest belongs to another engine", plan
+        if manifest.get(WRITTEN) != _written(plan) and manifest.get("sha256") != _sha256(plan):
+            return "its bytes are not those that were built", plan
+    except (OSError, ValueError) as error:
+        return f"it is incomplete ({type(error).__name__})", plan
+    return None, plan
+
+
 def writable_problem(folder: Path, owners: Collection[int | None]) -> str | None:
     """Why others than `owners` may write to an engine's folder or its files, or None.
 
@@ -92,16 +108,7 @@ class EngineStore:
         Raises:
             BackendError: others may write to the folder.
         """
-        folder = self.root / key
-        if not folder.is_dir():
-            return None
-        self._check_private()
-        problem, plan = read_engine(folder, key, (user_id(),))
-        if problem:
-            logger.warning("the stored engine %s is not used and will be built again: %s.", folder, problem)
-            return None
-        os.utime(folder / MANIFEST)
-        return plan
+        return self._used(key, read_engine)
 
     def get_or_build(self, key: str, facts: dict[str, Any], build: Callable[[Path], None]) -> bytes:
         """The plan of an engine, built if it is missing; other processes that need it wait.
@@ -125,27 +132,26 @@ class EngineStore:
         Raises:
             BackendError: others may write to the folder.
         """
-        folder = self.root / key
-        if not folder.is_dir():
-            return None
-        self._check_private()
-        manifest = self.manifest(key)
-        try:
-            problem = writable_problem(folder, (user_id(),))
-            same = manifest.get(WRITTEN) == _written(folder / PLAN) or manifest.get("sha256") == _sha256(folder / PLAN)
-        except OSError as error:
-            problem, same = f"it is incomplete ({type(error).__name__})", False
-        if problem is None and not (same and manifest.get("key") == key):
-            problem = "its bytes are not those that were written"
-        if problem:
-            logger.warning("the stored entry %s is not used and will be made again: %s.", folder, problem)
-            return None
-        os.utime(folder / MANIFEST)
-        return folder / PLAN
+        return self._used(key, find_plan)
 
     def file_or_build(self, key: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """As `get_or_build`, for `file`. Another process may remove the file at any time."""
         return self._found_or_built(key, facts, build, self.file, lambda built: self.root / key / built.name)
+
+    def _used(
+        self, key: str, read: Callable[[Path, str, Collection[int | None]], tuple[str | None, Found]]
+    ) -> Found | None:
+        """What `read` gives for an entry, which counts as used then; None if the entry is missing, or something is wrong with it."""
+        folder = self.root / key
+        if not folder.is_dir():
+            return None
+        self._check_private()
+        problem, found = read(folder, key, (user_id(),))
+        if problem:
+            logger.warning("the stored engine %s is not used and will be built again: %s.", folder, problem)
+            return None
+        os.utime(folder / MANIFEST)
+        return found
 
     def _found_or_built(
         self,

@@ -35,6 +35,12 @@ template <int K_TILES, class... Ints> __device__ __forceinline__ const uint4* we
 #endif
 }
 
+// The number of a tile of outputs of a CTA whose first one is `tile0`; the last of TOTAL in place of tiles beyond it.
+template <int TOTAL, int OUT_TILES> __device__ __forceinline__ int tile_of(int tile0, int tile)
+{
+    return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile;
+}
+
 __device__ __forceinline__ Weights load_weights(const uint4* from, int lane)
 {
 #if STORAGE == FLOAT32
@@ -51,13 +57,15 @@ template <class P> __device__ __forceinline__ void copy_scales(const uint4* matr
     const int tile = threadIdx.x >> 2, piece = threadIdx.x & 3;
     if (tile < P::TILES)
         copy_async((unsigned)__cvta_generic_to_shared(to + threadIdx.x * 4),
-                   weights_at<P::INPUTS>(matrix, P::tile_of(tile0, tile), P::INPUTS) + piece, true);
+                   weights_at<P::INPUTS>(matrix, (tile_of<P::TOTAL_TILES, P::TILES>(tile0, tile)), P::INPUTS) + piece, true);
     end_group();
 #endif
 }
 
 // Shared memory that a CTA may take: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on.
 constexpr int SHARED_BYTES = 98 * 1024;
+
+constexpr int STRIDE = 20;  // of the sums of a row in shared memory: 16, and no bank conflicts
 
 // What a kernel that norms reads of its rows besides x, and the powers of two that it leaves for the next copy of the stream.
 struct Norm { const float *squares, *scales; float* next_scales; float epsilon; };
@@ -113,7 +121,7 @@ constexpr int MOST_HELD = 12;
 // TOTAL: tiles of outputs in all. OWN_ROW_TILES: tiles of 8 rows of a CTA.
 template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
+    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
@@ -137,7 +145,6 @@ struct Product {
     static constexpr int HELD = K_TILES % WARPS ? LIMIT : even_part(PER_WARP, LIMIT);  // k tiles whose weights are in registers, and rows on their way
     static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;  // that an SM has registers for: twice the loads
     static constexpr bool EVEN = K_TILES % WARPS == 0 && PER_WARP % HELD == 0;  // no k tile is missing anywhere
-    static constexpr int STRIDE = 20;                 // of the sums of a row: 16, and no bank conflicts
     static constexpr int PARTS = OUT_TILES * OWN_ROWS * STRIDE;
     static constexpr int REGION = most(STAGED ? HELD * OWN_ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
     static constexpr int SHARED = WARPS * REGION;
@@ -173,10 +180,8 @@ struct Product {
         if ((EVEN && PER_WARP == HELD) || k_tile < last)
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
-                held[tile][place] = load_weights(weights_at<K_TILES>(matrix, tile_of(tile0, tile), k_tile), lane);
+                held[tile][place] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), k_tile), lane);
     }
-
-    static __device__ __forceinline__ int tile_of(int tile0, int tile) { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
 

@@ -10,14 +10,13 @@ constexpr int STREAMED_BYTES = 220 * 1024;
 // TOTAL: tiles of outputs in all. OUT_TILES: of a CTA. IN_ONE: tiles whose outputs are handed over together.
 template <int TOTAL, int OUT_TILES, int IN_ONE, int OWN_ROW_TILES, int K_TILES>
 struct StreamedProduct {
-    static constexpr int TILES = OUT_TILES, TOGETHER = IN_ONE, TURNS = OUT_TILES / IN_ONE, INPUTS = K_TILES;
+    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = IN_ONE, TURNS = OUT_TILES / IN_ONE, INPUTS = K_TILES;
     static constexpr int WARPS = PRODUCT_WARPS, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8, CTAS = 1;
     static constexpr bool IS_NORMED = true, STAGED = OWN_ROW_TILES > 1;  // rows lie in shared memory, those of one row tile in registers
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
     static constexpr bool EVEN = K_TILES % WARPS == 0;
     // tiles of outputs whose weights are in registers; 8-bit weights take more when they are used
     static constexpr int HELD = least(OUT_TILES, most(IN_ONE, (INT8 ? 12 : MOST_HELD) / PER_WARP));
-    static constexpr int STRIDE = 20;  // of the sums of a row: 16, and no bank conflicts
     static constexpr int ROW_BYTES = STAGED ? PER_WARP * OWN_ROW_TILES * BLOCK : 0, SUMS = OWN_ROWS * STRIDE * 4;  // bytes of a warp
     static constexpr int TURN = WARPS * IN_ONE * SUMS;
     static constexpr int BUFFERS = TURNS == 1 || WARPS * ROW_BYTES + 2 * TURN > STREAMED_BYTES ? 1 : 2;  // of sums, so that turns may overlap
@@ -42,7 +41,6 @@ struct StreamedProduct {
             load(tile);
     }
 
-    static __device__ __forceinline__ int tile_of(int tile0, int tile) { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
 
     __device__ __forceinline__ void load(int tile)
@@ -50,7 +48,7 @@ struct StreamedProduct {
 #pragma unroll
         for (int i = 0; i < PER_WARP; ++i)
             if (has(first + i))
-                held[tile % HELD][i] = load_weights(weights_at<K_TILES>(matrix, tile_of(tile0, tile), first + i), lane);
+                held[tile % HELD][i] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), first + i), lane);
     }
 
     // Start to read the rows from `row0` on.

@@ -17,7 +17,7 @@ __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefe
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED>
 struct TiledProduct {
-    static constexpr int TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, OWN_ROW_TILES = 8, OWN_ROWS = OWN_ROW_TILES * 8;
+    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, OWN_ROW_TILES = 8, OWN_ROWS = OWN_ROW_TILES * 8;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PARTS = PRODUCT_WARPS / HALVES, PER_PART = (K_TILES + PRODUCT_WARPS - 1) / PRODUCT_WARPS;  // k tiles of a part
     static constexpr int MOST = INT8 ? 3 : 6, STEPS_A_PART = (PER_PART + MOST - 1) / MOST, STEPS = PARTS * STEPS_A_PART;
@@ -28,7 +28,6 @@ struct TiledProduct {
     static constexpr int LEAD = STEPS > DEPTH ? DEPTH - 1 : DEPTH;   // of which so many are on their way
     static constexpr int WARP_TILES = OUT_TILES >= 4 ? 2 : 1, WARP_ROW_TILES = 4, ROW_WARPS = OWN_ROW_TILES / WARP_ROW_TILES;
     static constexpr int HALF_WARPS = OUT_TILES / WARP_TILES * ROW_WARPS, THREADS = HALVES * HALF_WARPS * 32;
-    static constexpr int STRIDE = 20;  // of the sums of a row: 16, and no bank conflicts
     static constexpr int SUMS = OUT_TILES * OWN_ROWS * STRIDE;  // floats of a half
     static constexpr int SHARED = most(DEPTH * SLOT, HALVES * SUMS * 4);
     static constexpr int CTAS = SHARED <= 112 * 1024 ? 2 : 1;  // that an SM has shared memory for
@@ -69,7 +68,7 @@ struct TiledProduct {
         for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 32; i += HALF_WARPS * 32) {
             const int piece = i % (STEP * 32);
             if (EVEN || piece < pieces)
-                copy_async(to + i * 16, weights_at<K_TILES>(matrix, tile_of(tile0, i / (STEP * 32)), first) + piece, true);
+                copy_async(to + i * 16, weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, i / (STEP * 32))), first) + piece, true);
         }
     }
 
@@ -81,11 +80,9 @@ struct TiledProduct {
         for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 4; i += HALF_WARPS * 32) {
             const int line = i % (STEP * 4);
             if (EVEN || line < lines)
-                prefetch(weights_at<K_TILES>(matrix, tile_of(tile0, i / (STEP * 4)), first) + line * 8);
+                prefetch(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, i / (STEP * 4))), first) + line * 8);
         }
     }
-
-    static __device__ __forceinline__ int tile_of(int tile0, int tile) { return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile; }
 
     __device__ __forceinline__ void copy_rows(int step, const void* x, int row0, int rows)
     {

@@ -166,8 +166,7 @@ class RowBuffers:
     def fit(self) -> None:
         """Make room for one more token of the longest row in use; give up room that no row has needed for some steps."""
         tokens = bucket_length(int(self._lengths[: self.count].max(initial=0)) + 1, self.smallest[0])
-        source = bucket_length(int(self._sources[: self.count].max(initial=0)), self.smallest[1])
-        too_much = tokens * self.slack < self.capacity or source * self.slack < self.source_capacity
+        too_much = tokens * self.slack < self.capacity or self._source_room() * self.slack < self.source_capacity
         self._too_much = self._too_much + 1 if too_much else 0
         gives_up = self._too_much > KEPT_STEPS
         if tokens > self.capacity or (gives_up and tokens * self.slack < self.capacity):
@@ -196,8 +195,12 @@ class RowBuffers:
         """Count one more token for the rows in use, whose K and V are in their places."""
         self._lengths[: self.count] += 1
 
+    def _source_room(self) -> int:
+        """Tokens of a source that the rows in use need."""
+        return bucket_length(int(self._sources[: self.count].max(initial=0)), self.smallest[1])
+
     def _fit_sources(self, *, gives_up: bool = False) -> None:
-        source = bucket_length(int(self._sources[: self.count].max(initial=0)), self.smallest[1])
+        source = self._source_room()
         if source <= self.source_capacity and not (gives_up and source * self.slack < self.source_capacity):
             return
         kept, used = min(source, self.source_capacity), slice(self.count)

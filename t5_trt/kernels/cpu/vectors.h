@@ -1,0 +1,109 @@
+// Vectors of float32, by the compiler's vector extension: one source for AVX-512, AVX2 and other processors.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+// the same in memory, at any address of a number
+typedef float FloatsAt __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t HalvesAt __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+INLINE Floats load(const float *from) { return *(const FloatsAt *)from; }
+INLINE void store(float *to, Floats values) { *(FloatsAt *)to = values; }
+INLINE Floats all(float value) { return value - (Floats){}; }
+
+// bfloat16 is the upper half of a float32
+INLINE Floats load_bf16(const uint16_t *from) {
+    Ints wide = __builtin_convertvector(*(const HalvesAt *)from, Ints) << 16;
+    return (Floats)wide;
+}
+INLINE float one_bf16(uint16_t value) {
+    uint32_t wide = (uint32_t)value << 16;
+    float made;
+    memcpy(&made, &wide, 4);
+    return made;
+}
+
+// SWAPPED(values, by): each lane in the place of the one `by` further on, which is a power of two
+#define FOUR(from, by) ((from) ^ (by)), ((from + 1) ^ (by)), ((from + 2) ^ (by)), ((from + 3) ^ (by))
+#if LANES == 16
+#define SWAPPED(values, by)                                                                                                     \
+    __builtin_shufflevector(values, values, FOUR(0, by), FOUR(4, by), FOUR(8, by), FOUR(12, by))
+#elif LANES == 8
+#define SWAPPED(values, by) __builtin_shufflevector(values, values, FOUR(0, (by) & 7), FOUR(4, (by) & 7))
+#else
+#define SWAPPED(values, by) __builtin_shufflevector(values, values, FOUR(0, (by) & 3))
+#endif
+
+INLINE Floats chosen(Ints where, Floats a, Floats b) { return (Floats)((where & (Ints)a) | (~where & (Ints)b)); }
+INLINE Floats larger(Floats a, Floats b) { return chosen((Ints)(a > b), a, b); }
+INLINE Floats smaller(Floats a, Floats b) { return chosen((Ints)(a < b), a, b); }
+
+// Over all lanes, in halves.
+INLINE float sum_of(Floats values) {
+    if (LANES > 8) values += SWAPPED(values, 8);
+    if (LANES > 4) values += SWAPPED(values, 4);
+    values += SWAPPED(values, 2);
+    values += SWAPPED(values, 1);
+    return values[0];
+}
+// Four sums over all lanes, with the additions of `sum_of`.
+INLINE void four_sums(const Floats of[4], float sums[4]) {
+#if LANES == 16
+#define PLACES(at) at, at + 1, at + 2, at + 3
+#define EIGHT(at) PLACES(at), PLACES(at + 4)
+    Floats half[2];
+    for (int pair = 0; pair < 2; pair++) {
+        Floats a = of[2 * pair], b = of[2 * pair + 1];
+        half[pair] = __builtin_shufflevector(a, b, EIGHT(0), EIGHT(16)) + __builtin_shufflevector(a, b, EIGHT(8), EIGHT(24));
+    }
+    Floats quarter = __builtin_shufflevector(half[0], half[1], PLACES(0), PLACES(8), PLACES(16), PLACES(24)) +
+                     __builtin_shufflevector(half[0], half[1], PLACES(4), PLACES(12), PLACES(20), PLACES(28));
+    quarter += SWAPPED(quarter, 2);
+    quarter += SWAPPED(quarter, 1);
+    for (int i = 0; i < 4; i++) sums[i] = quarter[4 * i];
+#undef EIGHT
+#undef PLACES
+#else
+    for (int i = 0; i < 4; i++) sums[i] = sum_of(of[i]);
+#endif
+}
+
+INLINE float largest_of(Floats values) {
+    if (LANES > 8) values = larger(values, SWAPPED(values, 8));
+    if (LANES > 4) values = larger(values, SWAPPED(values, 4));
+    values = larger(values, SWAPPED(values, 2));
+    values = larger(values, SWAPPED(values, 1));
+    return values[0];
+}
+
+// exp(x), within 2 units of the last place; above 88 exp(88): 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor's to degree 6,
+// Cody and Waite's reduction in two parts); below -87 it is 0.
+INLINE Floats exponential(Floats x) {
+    const Floats least = all(-87.0f);
+    Ints dead = (Ints)(x < least);
+    x = smaller(larger(x, least), all(88.0f));
+    Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds to a whole number, which the low bits then hold
+    Floats n = shifted - 12582912.0f;
+    Ints power = ((Ints)shifted + 127) << 23;
+    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = all(1.0f / 720);
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return (Floats)((Ints)(p * (Floats)power) & ~dead);
+}

@@ -1,0 +1,234 @@
+"""The decoder on a CPU by our own C code (`t5_trt/kernels/cpu`): its weights, and calls for rows at positions of their own.
+
+Matrices in float32 and bfloat16 are read where the model has them. Those in 8 bits are laid out anew, in tiles of 16 outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from t5_trt.errors import BackendError
+from t5_trt.graph.architecture import ACTIVATIONS, Architecture
+from t5_trt.graph.int8 import MATRIX, SCALE
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, parameters
+from t5_trt.graph.relative_positions import distance_buckets
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
+_ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
+_TILE = 16
+_long, _int, _float, _address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [("weights", _address), ("scales", _address), ("outputs", _long)]
+
+
+class _Group(ctypes.Structure):
+    _fields_ = [("parts", _Part * 3), ("count", _int), ("type", _int), ("inputs", _long), ("outputs", _long)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Group) for name in ("qkv", "self_o", "cross_q", "cross_o", "wi", "wo")),
+        *((name, _address) for name in ("self_norm", "cross_norm", "feed_forward_norm", "bias")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _long) for name in ("d_model", "d_kv", "heads", "d_ff", "layers", "vocabulary", "longest_distance")),
+        *((name, _int) for name in ("activation", "gated", "embedding_type")),
+        *((name, _float) for name in ("epsilon", "output_scale")),
+        *((name, _address) for name in ("embedding", "buckets", "final_norm")),
+        ("head", _Group),
+        ("layers_of", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("memory", _address), *((name, _long) for name in ("layer", "kind", "row", "head"))]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _long) for name in ("rows", "queries", "beams")),
+        *(("tokens", _address), ("positions", _address), ("position_step", _long)),
+        ("cache", _Cache),
+        *(("ancestors", _address), ("ancestors_row", _long), ("key_bias", _address), ("key_bias_row", _long)),
+        ("cross", _Cache),
+        *(("cross_bias", _address), ("cross_bias_row", _long), ("source_length", _long)),
+        *(("logits", _address), ("logits_row", _long)),
+    ]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The memory of a step of R rows with Q new tokens each; all tensors are on the CPU.
+
+    Attributes:
+        tokens: int64 [R, Q], contiguous.
+        positions: int64 [R] or [1], of the first new token.
+        kv: float32 [L, 2, R, H, T, D], whose places of a head are contiguous; K and V of the new tokens are written into it.
+        cross: float32 [L, 2, B, H, S, D], likewise; R / B rows after one another read the same entry.
+        cross_bias: float32 [B, 1, 1, S].
+        logits: float32 [R, Q, V], written.
+        ancestors: uint8 [R, T + 1], see `t5_trt.runtime.kv_buffers.DecoderState`; None where rows read their own cache.
+        key_bias: float32 [R, T], added to the scores of the decoder's own tokens; None for none.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    kv: torch.Tensor
+    cross: torch.Tensor
+    cross_bias: torch.Tensor
+    logits: torch.Tensor
+    ancestors: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+
+
+class CpuDecoder:
+    """Runs the decoder of one model. Calls of several threads wait for one another.
+
+    Args:
+        library: of `t5_trt.kernels.cpu_compile.load`.
+        arch: of the model.
+        weights: state-dict key -> CPU tensor; the memory of float32 and bfloat16 is read by every call.
+        quantized: what `t5_trt.graph.int8.quantize` makes; None multiplies by `weights`.
+        threads: of a call, the calling one among them.
+        spinning: whether they may wait busily for one another.
+
+    Raises:
+        BackendError: memory ran out.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        arch: Architecture,
+        weights: Weights,
+        quantized: Mapping[str, torch.Tensor] | None,
+        *,
+        threads: int,
+        spinning: bool,
+    ) -> None:
+        self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized
+        self._groups = parameters(arch)
+        self._kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
+        self._layers = (_Layer * arch.decoder_layers)(*(self._layer(layer) for layer in range(arch.decoder_layers)))
+        model = self._model()
+        self._decoder = _address(library.t5_open(ctypes.byref(model), threads, int(spinning)))
+        if not self._decoder:
+            raise BackendError("memory ran out while the decoder was opened on the CPU.")
+
+    def __del__(self) -> None:
+        if getattr(self, "_decoder", None):
+            self._library.t5_close(self._decoder)
+
+    def prepare(self, call: Call) -> _Step:
+        """The addresses of a call, which may be run as long as its memory stays where it is."""
+        rows, queries = call.tokens.shape
+        step = _Step(rows=rows, queries=queries, beams=rows // call.cross.shape[2])
+        step.tokens, step.positions = call.tokens.data_ptr(), call.positions.data_ptr()
+        step.position_step = int(len(call.positions) > 1)
+        step.cache, step.cross = _cache(call.kv), _cache(call.cross)
+        step.cross_bias, step.cross_bias_row = call.cross_bias.data_ptr(), call.cross_bias.stride(0)
+        step.source_length = call.cross.shape[4]
+        step.logits, step.logits_row = call.logits.data_ptr(), call.logits.stride(-2)
+        if call.ancestors is not None:
+            step.ancestors, step.ancestors_row = call.ancestors.data_ptr(), call.ancestors.stride(0)
+        if call.key_bias is not None:
+            step.key_bias, step.key_bias_row = call.key_bias.data_ptr(), call.key_bias.stride(0)
+        return step
+
+    def run(self, step: _Step) -> None:
+        """Decode the tokens, write their K and V, and the logits."""
+        if not self._library.t5_decode(self._decoder, ctypes.byref(step)):
+            raise BackendError("memory ran out in a decoder step on the CPU; use a smaller batch or fewer beams.")
+
+    def _model(self) -> _Model:
+        arch = self._arch
+        embedding = self._weights[EMBEDDING]
+        if embedding.dtype not in _TYPES:
+            embedding = embedding.float()
+        buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(torch.int32)
+        model = _Model(
+            d_model=arch.d_model,
+            d_kv=arch.d_kv,
+            heads=arch.num_heads,
+            d_ff=arch.d_ff,
+            layers=arch.decoder_layers,
+            vocabulary=arch.vocab_size,
+            longest_distance=len(buckets) - 1,
+            activation=_ACTIVATIONS.index(arch.activation),
+            gated=int(arch.gated),
+            embedding_type=_TYPES[embedding.dtype],
+            epsilon=arch.epsilon,
+            output_scale=self._groups[LM_HEAD].scale,
+        )
+        model.embedding = self._keep(EMBEDDING, embedding)
+        model.buckets = self._keep("buckets", buckets)
+        model.final_norm = self._vector(self._groups[LM_HEAD].norm)
+        model.head = self._group(LM_HEAD)
+        model.layers_of = ctypes.cast(self._layers, ctypes.POINTER(_Layer))
+        return model
+
+    def _layer(self, layer: int) -> _Layer:
+        block = f"decoder.block.{layer}.layer"
+        names = {
+            "qkv": f"{block}.0.SelfAttention.qkv",
+            "self_o": f"{block}.0.SelfAttention.o",
+            "cross_q": f"{block}.1.EncDecAttention.q",
+            "cross_o": f"{block}.1.EncDecAttention.o",
+            "wi": f"{block}.2.DenseReluDense.wi",
+            "wo": f"{block}.2.DenseReluDense.wo",
+        }
+        norms = {"self_norm": "qkv", "cross_norm": "cross_q", "feed_forward_norm": "wi"}
+        return _Layer(
+            **{field: self._group(name) for field, name in names.items()},
+            **{field: self._vector(self._groups[names[group]].norm) for field, group in norms.items()},
+            bias=self._vector(self._arch.bias_weight("decoder", layer)),
+        )
+
+    def _group(self, name: str) -> _Group:
+        parameter = self._groups[name]
+        made = _Group(inputs=parameter.inputs, outputs=sum(parameter.widths))
+        if self._quantized is not None and MATRIX.format(name) in self._quantized:
+            matrix, scales = self._quantized[MATRIX.format(name)], self._quantized[SCALE.format(name)]
+            made.count, made.type = 1, _TYPES[matrix.dtype]
+            made.parts[0] = _Part(self._packed(name, matrix), self._keep(SCALE.format(name), scales), made.outputs)
+            return made
+        matrices = [self._in_place(key) for key in parameter.parts]
+        made.count, made.type = len(matrices), _TYPES[matrices[0].dtype]
+        for part, (key, matrix) in enumerate(zip(parameter.parts, matrices, strict=True)):
+            made.parts[part] = _Part(self._keep(key, matrix), None, len(matrix))
+        return made
+
+    def _packed(self, name: str, matrix: torch.Tensor) -> int:
+        inputs, columns = matrix.shape
+        packed = torch.empty(-(-columns // _TILE) * _TILE * (-(-inputs // 4) * 4), dtype=torch.uint8)
+        shifted = int(matrix.dtype == torch.uint8)
+        self._library.t5_pack(
+            _address(matrix.data_ptr()), _long(inputs), _long(columns), shifted, _address(packed.data_ptr())
+        )
+        return self._keep(name, packed)
+
+    def _in_place(self, key: str) -> torch.Tensor:
+        weight = self._weights[key].detach()
+        return (weight if weight.dtype in _TYPES else weight.float()).contiguous()
+
+    def _vector(self, key: str | None) -> int:
+        assert key is not None
+        return self._keep(key, self._weights[key].detach().float().contiguous())
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> int:
+        self._kept[name] = tensor
+        return tensor.data_ptr()
+
+
+def _cache(kv: torch.Tensor) -> _Cache:
+    return _Cache(kv.data_ptr(), *kv.stride()[:4])

@@ -205,10 +205,10 @@ def _step_on_cpu(wanted: str, precision: str, because: str) -> tuple[str, str | 
         if error is None:
             return decode, _inside(refused[0]) if refused else None
         refused.append(error)
-    other = next(each for each in CPU_PRECISIONS if each != wanted)
-    raise type(refused[0])(
-        f"decode={wanted!r} cannot be had here: {_inside(refused[0])}{because}. Or use decode='auto' or {other!r}."
-    )
+    asked, instead = f"decode={wanted!r}", "decode='auto' or " + repr("engine" if wanted == "kernels" else "kernels")
+    if wanted == "auto":
+        asked, instead = f"precision={precision!r}", "precision='fp32'"
+    raise type(refused[0])(f"{asked} cannot be had here: {_inside(refused[0])}{because}. Or use {instead}.")
 
 
 def _why_not_on_cpu(decode: str, precision: str) -> T5TRTError | None:

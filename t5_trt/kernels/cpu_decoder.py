@@ -226,7 +226,9 @@ class CpuDecoder:
             made.count, made.type = 1, _TYPES[matrix.dtype]
             self._keep(SCALE.format(name), scales.clone())
             self._pack(name)
-            made.parts[0] = _Part(self._packed[name].data_ptr(), self._kept[SCALE.format(name)].data_ptr(), made.outputs)
+            made.parts[0] = _Part(
+                self._packed[name].data_ptr(), self._kept[SCALE.format(name)].data_ptr(), made.outputs
+            )
             return made
         matrices = [self._in_place(key) for key in parameter.parts]
         made.count, made.type = len(matrices), _TYPES[matrices[0].dtype]

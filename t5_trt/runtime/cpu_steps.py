@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class CpuSteps:
     """Runs the decoder of one model; its weights are laid out at the first step.
 
     Args:
-        library: gives the compiled C code; called once.
+        library: the compiled C code.
         arch: of the model.
         weights: state-dict key -> CPU tensor.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None multiplies by `weights`.
@@ -83,7 +83,7 @@ class CpuSteps:
 
     def __init__(
         self,
-        library: Callable[[], ctypes.CDLL],
+        library: ctypes.CDLL,
         arch: Architecture,
         weights: Weights,
         quantized: dict[str, torch.Tensor] | None,
@@ -163,7 +163,7 @@ class CpuSteps:
                 if self._made is None:
                     stored = self._quantized
                     self._made = CpuDecoder(
-                        self._library(),
+                        self._library,
                         self._arch,
                         self._weights,
                         stored,

@@ -48,7 +48,7 @@ class OrtSession:
         quantized: matrices in 8 bits or fewer, see `t5_trt.runtime.int8_weights.load_int8_weights`; None computes in float32.
         changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
             ONNX Runtime keeps no packed copies of them.
-        library: gives the C code of the decoder, see `t5_trt.kernels.cpu_compile.load_library`; None decodes by ONNX Runtime.
+        library: the C code of the decoder, see `t5_trt.kernels.cpu_compile.load_library`; None decodes by ONNX Runtime.
 
     Raises:
         BackendError: onnxruntime cannot be imported.
@@ -71,7 +71,7 @@ class OrtSession:
         prepack_weights: bool | None = None,
         quantized: dict[str, torch.Tensor] | None = None,
         changing: Collection[str] = (),
-        library: Callable[[], ctypes.CDLL] | None = None,
+        library: ctypes.CDLL | None = None,
     ) -> None:
         self.arch = arch
         self.precision = "fp32" if quantized is None else "int4" if has_4_bits(quantized) else "int8"

@@ -353,7 +353,7 @@ Decoder *t5_open(const Model *model, int threads, int spinning) {
     Decoder *decoder = calloc(1, sizeof *decoder);
     if (!decoder) return NULL;
     decoder->model = *model;
-    open_team(&decoder->team, threads, spinning);
+    open_team(&decoder->team, threads, spinning ? LOOKS_SPINNING : LOOKS_BRIEF);
     decoder->own = calloc((size_t)decoder->team.count, sizeof *decoder->own);
     decoder->tasks = calloc((size_t)(2 * model->layers), sizeof *decoder->tasks);
     if (decoder->own && decoder->tasks) return decoder;

@@ -6,6 +6,7 @@ Matrices in float32 and bfloat16 are read where the model has them. Those in 8 b
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ class _Model(ctypes.Structure):
         *((name, _address) for name in ("embedding", "buckets", "final_norm")),
         ("head", _Group),
         ("layers_of", ctypes.POINTER(_Layer)),
+        ("rough", _address),
     ]
 
 
@@ -61,7 +63,12 @@ class _Step(ctypes.Structure):
         ("cross", _Cache),
         *(("cross_bias", _address), ("cross_bias_row", _long), ("source_length", _long)),
         *(("logits", _address), ("logits_row", _long)),
+        *(("best_only", _long), ("hidden_count", _long), ("hidden", _address)),
     ]
+
+
+class _RoughHead(ctypes.Structure):
+    _fields_ = [("group", _Group), ("errors", _address), ("lengths", _address)]
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,8 @@ class CpuDecoder:
         self._groups = parameters(arch)
         self._kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
         self._packed = self._room_for_bytes()
+        self._rough: _RoughHead | None = None
+        self._rounding = threading.Lock()
         self._layers = (_Layer * arch.decoder_layers)(*(self._layer(layer) for layer in range(arch.decoder_layers)))
         model = self._model()
         self._decoder = _address(library.t5_open(ctypes.byref(model), threads, int(spinning)))
@@ -144,6 +153,8 @@ class CpuDecoder:
                     self._refresh(key)
         for key in set(changed) & self._kept.keys():
             self._refresh(key)
+        if self._rough is not None and self._arch.head_weight in changed:
+            self._make_rough_head()
 
     def prepare(self, call: Call) -> _Step:
         """The addresses of a call, which may be run as long as its memory stays where it is."""
@@ -159,12 +170,23 @@ class CpuDecoder:
             step.key_bias, step.key_bias_row = call.key_bias.data_ptr(), call.key_bias.stride(0)
         return step
 
-    def run(self, step: _Step, logits: torch.Tensor, ancestors: torch.Tensor | None = None) -> None:
+    def run(
+        self,
+        step: _Step,
+        logits: torch.Tensor,
+        ancestors: torch.Tensor | None = None,
+        *,
+        best_only: bool = False,
+        hidden: torch.Tensor | None = None,
+    ) -> None:
         """Decode the tokens of a call and write their K and V.
 
         Args:
             step: of `prepare`.
             logits: float32 [R, Q, V], contiguous, written.
+            best_only: only the largest logit of each row is wanted: others may be off, but stay smaller. In float32 a quarter of the
+                output matrix is read then (`t5_trt/kernels/cpu/rough_head.h`).
+            hidden: int64, tokens that are then not to be the largest; None for none.
             ancestors: uint8 [R, T + 1], where beams have moved: token t of row i lies in row ``ancestors[i, t]`` of i's batch entry.
                 None where rows read their own cache.
 
@@ -172,10 +194,36 @@ class CpuDecoder:
             BackendError: memory ran out.
         """
         step.logits = logits.data_ptr()
+        step.best_only, step.hidden_count = int(best_only), 0 if hidden is None else len(hidden)
+        step.hidden = None if hidden is None else hidden.data_ptr()
+        if best_only and self._rough is None and self._has_float32_head:
+            with self._rounding:
+                if self._rough is None:  # or another thread has made it meanwhile
+                    self._make_rough_head()
         step.ancestors = None if ancestors is None else ancestors.data_ptr()
         step.ancestors_row = 0 if ancestors is None else ancestors.stride(0)
         if not self._library.t5_decode(self._decoder, ctypes.byref(step)):
             raise BackendError("memory ran out in a decoder step on the CPU. Use a smaller batch or fewer beams.")
+
+    @property
+    def _has_float32_head(self) -> bool:
+        return LM_HEAD not in self._packed and self._kept[self._arch.head_weight].dtype == torch.float32
+
+    def _make_rough_head(self) -> None:
+        """Round the output matrix for steps that want only the largest logit; its exact rows stay where they are."""
+        outputs, inputs = self._arch.vocab_size, self._arch.d_model
+        tiles = torch.empty(-(-outputs // _TILE) * _TILE * (-(-inputs // 4) * 4), dtype=torch.uint8)
+        self._library.t5_large_pages(_address(tiles.data_ptr()), _long(tiles.nbytes))
+        scales, errors, lengths = torch.empty((3, outputs))
+        made = (tiles, scales, errors, lengths)
+        for name, tensor in zip(("tiles", "scales", "errors", "lengths"), made, strict=True):
+            self._keep(f"rough.{name}", tensor)
+        head = _address(self._kept[self._arch.head_weight].data_ptr())
+        self._library.t5_round_head(head, _long(inputs), _long(outputs), *(_address(each.data_ptr()) for each in made))
+        group = _Group(count=1, type=_TYPES[torch.int8], inputs=inputs, outputs=outputs)
+        group.parts[0] = _Part(tiles.data_ptr(), scales.data_ptr(), outputs)
+        self._rough = _RoughHead(group, errors.data_ptr(), lengths.data_ptr())
+        self._library.t5_use_rough_head(self._decoder, ctypes.byref(self._rough))
 
     def _model(self) -> _Model:
         arch = self._arch
@@ -245,7 +293,7 @@ class CpuDecoder:
                 sizes[name] = -(-columns // _TILE) * _TILE * (-(-inputs // 4) * 4)
         room = torch.empty(sum(sizes.values()), dtype=torch.uint8)
         self._library.t5_large_pages(_address(room.data_ptr()), _long(room.nbytes))
-        return dict(zip(sizes, room.split(list(sizes.values())), strict=True))
+        return dict(zip(sizes, torch.split(room, list(sizes.values())), strict=True))
 
     def _pack(self, name: str) -> None:
         matrix, scales = self._quantized[MATRIX.format(name)], self._quantized[SCALE.format(name)]

@@ -101,13 +101,23 @@ class CpuSteps:
         """Whether there was a step."""
         return self._made is not None
 
-    def one_token(self, state: DecoderState, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+    def one_token(
+        self,
+        state: DecoderState,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        *,
+        best_only: bool = False,
+        hidden: torch.Tensor | None = None,
+    ) -> None:
         """Decode a token of each row.
 
         Args:
             state: of R rows, with room for one more token; it is one longer afterwards.
             tokens: int64 [R, 1].
             logits: float32 [R, 1, V], written.
+            best_only: see `CpuDecoder.run`.
+            hidden: see `CpuDecoder.run`.
         """
         decoder, bound = self._decoder(), state.binding
         if not isinstance(bound, BoundCall) or not bound.of(self):  # a cache may outlive its session
@@ -115,7 +125,7 @@ class CpuSteps:
             bound = state.binding = BoundCall(self, decoder.prepare(call), call, earlier=state.binding)
         bound.call.tokens.copy_(tokens)
         bound.call.positions.fill_(state.length)
-        decoder.run(bound.step, logits, state.ancestors)
+        decoder.run(bound.step, logits, state.ancestors, best_only=best_only, hidden=hidden)
         state.length += 1
 
     def several_tokens(
@@ -134,8 +144,8 @@ class CpuSteps:
         decoder.run(decoder.prepare(call), logits, state.ancestors)
         state.length += tokens.shape[1]
 
-    def rows(self, rows: RowBuffers) -> torch.Tensor:
-        """Decode a token of each row in use; logits, float32 [count, V], good until the next step."""
+    def rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
+        """Decode a token of each row in use; logits, float32 [count, V], good until the next step. For `best_only` see `CpuDecoder.run`."""
         count, decoder = rows.count, self._decoder()
         bound = rows.bindings.get(count)
         if not isinstance(bound, BoundCall) or not bound.of(self):
@@ -145,7 +155,7 @@ class CpuSteps:
             call = Call(rows.tokens[used], rows.positions[used], rows.kv[:, :, used], cross, bias)
             bound = rows.bindings[count] = BoundCall(self, decoder.prepare(call), call, logits)
         assert bound.logits is not None
-        decoder.run(bound.step, bound.logits)
+        decoder.run(bound.step, bound.logits, best_only=best_only)
         rows.advance()
         return bound.logits[:, 0]
 

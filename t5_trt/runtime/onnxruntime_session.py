@@ -25,6 +25,7 @@ from t5_trt.graph.int4 import has_4_bits
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
+from t5_trt.runtime.cpu_generation_step import CpuGenerationStep
 from t5_trt.runtime.cpu_steps import BY_C_CODE, CpuRowBuffers, CpuSteps
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
@@ -140,7 +141,7 @@ class OrtSession:
         state.reserve(queries)
         logits = torch.empty((rows, queries, self.arch.vocab_size), dtype=torch.float32)
         if queries == 1 and key_mask is None:
-            self._step(state, input_ids, logits)
+            self.step(state, input_ids, logits)
             return logits
         if self._steps is not None:
             mask = None if key_mask is None else _additive(key_mask)[:, 0, 0]
@@ -172,9 +173,9 @@ class OrtSession:
 
     def generation_step(
         self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable
-    ) -> OrtGenerationStep:
+    ) -> CpuGenerationStep:
         """See `t5_trt.runtime.session.Session.generation_step`; nothing is captured on a CPU."""
-        return OrtGenerationStep(self, state, make())
+        return CpuGenerationStep(self.step, self.arch.vocab_size, state, make())
 
     def rows_refusal(self) -> str | None:
         """See `t5_trt.runtime.row_buffers.RowSession.rows_refusal`."""
@@ -193,7 +194,7 @@ class OrtSession:
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
         if self._steps is not None:
-            logits = self._steps.rows(rows)
+            logits = self._steps.rows(rows, best_only=best_only)
             return best(logits) if best_only else logits
         count = rows.count
         bound = rows.bindings.get(count)
@@ -246,9 +247,18 @@ class OrtSession:
         own = (BY_C_CODE,) if self._steps is not None and self._steps.opened else ()
         return (*dict.fromkeys(graph for graph, _ in self._sessions), *own)
 
-    def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+    def step(
+        self,
+        state: DecoderState,
+        input_ids: torch.Tensor,
+        logits: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        *,
+        best_only: bool = False,
+    ) -> None:
+        """Decode a token of each row, see `t5_trt.runtime.cpu_steps.CpuSteps.one_token`; ONNX Runtime's logits are always exact."""
         if self._steps is not None:
-            self._steps.one_token(state, input_ids, logits)
+            self._steps.one_token(state, input_ids, logits, best_only=best_only, hidden=hidden)
             return
         state.materialize()
         bound = state.binding
@@ -347,33 +357,6 @@ class OrtSession:
             ) from error
         read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
         return LoadedGraph(session, {name: read[name] for name in inputs if name in changing})
-
-
-class OrtGenerationStep:
-    """A step followed by a token selector; see `t5_trt.runtime.session.GenerationStep`."""
-
-    def __init__(self, session: OrtSession, state: DecoderState, selector: TokenSelector) -> None:
-        self.selector = selector
-        self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
-        self._session, self._state = session, state
-        self._logits = torch.empty((state.rows, 1, session.arch.vocab_size), dtype=torch.float32)
-        self._position = torch.zeros(1, dtype=torch.int64)
-
-    def feed(self, tokens: torch.Tensor) -> None:
-        """See `t5_trt.runtime.session.GenerationStep.feed`."""
-        self.tokens.copy_(tokens)
-
-    def launch(self) -> None:
-        """See `t5_trt.runtime.session.GenerationStep.launch`."""
-        state = self._state
-        self._position.fill_(state.length)
-        self._session._step(state, self.tokens, self._logits)
-        made = self.selector.advance(self._logits[:, 0], self._position)
-        assert made is not None
-        chosen, parents = made
-        self.tokens.copy_(chosen[:, None])
-        if parents is not None:
-            state.reorder(parents)
 
 
 def import_onnxruntime() -> Any:

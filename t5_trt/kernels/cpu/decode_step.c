@@ -1,8 +1,7 @@
 // The decoder of a T5 on a CPU: new tokens of some rows, over caches in float32, to their logits.
 #include "threads.h"
 #include <sys/mman.h>
-#include "attention.h"
-#include "products.h"
+#include "rough_head.h"
 
 // what a mask adds to the score of a hidden key: any score and this are this
 static const float HIDDEN = -1e30f;
@@ -25,6 +24,7 @@ typedef struct {
     const float *final_norm;
     Group head;
     Layer *of;
+    const RoughHead *rough;  // NULL if all logits are always computed by `head`
 } Model;
 
 // One call: `queries` new tokens for each of `rows` rows.
@@ -43,6 +43,9 @@ typedef struct {
     int64_t cross_bias_row, source_length;
     float *logits;  // [rows * queries, logits_row]
     int64_t logits_row;
+    // Only the place of the largest logit is wanted, of those that are not hidden: others may be off, but stay smaller.
+    int64_t best_only, hidden_count;
+    const int64_t *hidden;
 } Step;
 
 typedef struct {
@@ -52,6 +55,9 @@ typedef struct {
     int64_t scores_room;   // floats of a thread's scores
     float *stream, *made, *mixed, *scores;
     Rows shared, *own;     // rows for products: of all threads, and each thread's
+    Rows rough_rows;       // for the rough head
+    float *row_lengths;    // [positions, 2], of the rows for the rough head
+    float *bests;            // [positions, threads]
     _Atomic int64_t *tasks;  // counters of the attentions of a step
     const Step *step;
 } Decoder;
@@ -264,6 +270,45 @@ static void embed(Decoder *decoder, int index) {
     barrier(&decoder->team);
 }
 
+static void multiply_by_head(Decoder *decoder, int index) {
+    const Model *model = &decoder->model;
+    const Step *step = decoder->step;
+    const RoughHead *rough = step->best_only ? model->rough : NULL;
+    Reading normed = {NORMED, decoder->stream, model->d_model, model->final_norm, model->output_scale};
+    Results logits = {step->logits, step->logits_row, 0};
+    if (!rough) {
+        multiply(decoder, &model->head, &normed, logits, index);
+        return;
+    }
+    int threads = decoder->team.count;
+    int64_t count = step->rows * step->queries, width = model->d_model;
+    Rows exact = prepare(decoder, &model->head, &normed, count, index), bytes = decoder->rough_rows;
+    bytes.width = padded(width);
+    for (int64_t row = index; row < count; row += threads) {
+        round_row(&bytes, row, exact.floats + row * width, width);
+        row_lengths(exact.floats + row * width, bytes.bytes + row * bytes.width, bytes.scales[row], width,
+                    &decoder->row_lengths[2 * row], &decoder->row_lengths[2 * row + 1]);
+    }
+    barrier(&decoder->team);
+    product(&rough->group, &bytes, count, logits, index, threads);
+    barrier(&decoder->team);
+    int64_t first = model->vocabulary * index / threads, end = model->vocabulary * (index + 1) / threads;
+    for (int64_t row = 0; row < count; row++) {
+        float *to = step->logits + row * step->logits_row, *lengths = decoder->row_lengths + 2 * row;
+        for (int64_t i = 0; i < step->hidden_count; i++)
+            if (step->hidden[i] >= first && step->hidden[i] < end) to[step->hidden[i]] = -INFINITY;
+        decoder->bests[row * threads + index] = least_best(rough, to, first, end, lengths[0], lengths[1]);
+    }
+    barrier(&decoder->team);
+    for (int64_t row = 0; row < count; row++) {
+        float best = -INFINITY, *lengths = decoder->row_lengths + 2 * row;
+        for (int t = 0; t < threads; t++) best = fmaxf(best, decoder->bests[row * threads + t]);
+        refine(rough, &model->head.parts[0], exact.floats + row * width, width, best, first, end, lengths[0], lengths[1],
+               step->logits + row * step->logits_row);
+    }
+    barrier(&decoder->team);
+}
+
 static void decode(void *job, int index) {
     Decoder *decoder = job;
     const Model *model = &decoder->model;
@@ -285,8 +330,7 @@ static void decode(void *job, int index) {
         multiply(decoder, &layer->wi, &normed, (Results){decoder->made, wide, 0}, index);
         multiply(decoder, &layer->wo, &activated, stream, index);
     }
-    Reading normed = {NORMED, decoder->stream, model->d_model, model->final_norm, model->output_scale};
-    multiply(decoder, &model->head, &normed, (Results){decoder->step->logits, decoder->step->logits_row, 0}, index);
+    multiply_by_head(decoder, index);
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +363,9 @@ static int make_room(Decoder *decoder, const Step *step) {
         decoder->room = 0;
         int64_t made = 3 * inner > wide ? 3 * inner : wide;
         int fits = grow(&decoder->stream, count * model->d_model * 4) && grow(&decoder->made, count * made * 4) &&
-                   grow(&decoder->mixed, count * inner * 4) && grow_rows(&decoder->shared, count, widest);
+                   grow(&decoder->mixed, count * inner * 4) && grow_rows(&decoder->shared, count, widest) &&
+                   grow_rows(&decoder->rough_rows, count, padded(model->d_model)) && grow(&decoder->row_lengths, count * 8) &&
+                   grow(&decoder->bests, count * threads * 4);
         int64_t few = threads == 1 || count < PRIVATE / narrowest ? count : PRIVATE / narrowest + 1;
         for (int t = 0; fits && t < threads; t++) fits = grow_rows(&decoder->own[t], few, widest);
         if (!fits) return 0;
@@ -337,14 +383,15 @@ static int make_room(Decoder *decoder, const Step *step) {
 
 // --- what Python calls ----------------------------------------------------------------------------------------------------------
 
+static void free_rows(Rows *rows) { free(rows->floats), free(rows->bytes), free(rows->scales), free(rows->sums); }
+
 void t5_close(Decoder *decoder) {
+    for (int t = 0; decoder->own && t < decoder->team.count; t++) free_rows(&decoder->own[t]);
     close_team(&decoder->team);
+    free_rows(&decoder->shared);
+    free_rows(&decoder->rough_rows);
     free(decoder->stream), free(decoder->made), free(decoder->mixed), free(decoder->scores), free(decoder->tasks);
-    for (int t = -1; decoder->own && t < decoder->team.count; t++) {
-        Rows *rows = t < 0 ? &decoder->shared : &decoder->own[t];
-        free(rows->floats), free(rows->bytes), free(rows->scales), free(rows->sums);
-    }
-    free(decoder->own);
+    free(decoder->bests), free(decoder->row_lengths), free(decoder->own);
     free(decoder);
 }
 
@@ -369,6 +416,18 @@ int t5_decode(Decoder *decoder, const Step *step) {
     if (fits) run_job(&decoder->team, decode, decoder);
     give_team_back(&decoder->team);
     return fits;
+}
+
+// Use a rough head from the next step on, see rough_head.h; NULL for none.
+void t5_use_rough_head(Decoder *decoder, const RoughHead *rough) {
+    take_team(&decoder->team);
+    decoder->model.rough = rough;
+    give_team_back(&decoder->team);
+}
+
+// Make one: float32 weights [outputs, inputs] in tiles, and what bounds need.
+void t5_round_head(const float *from, int64_t inputs, int64_t outputs, uint8_t *to, float *scales, float *errors, float *lengths) {
+    round_head(from, inputs, outputs, to, scales, errors, lengths);
 }
 
 // Let the system give large pages for memory that is not written to yet, which halves the misses of address translation.

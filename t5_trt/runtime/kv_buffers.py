@@ -19,6 +19,8 @@ from t5_trt.graph.signature import layered
 SMALLEST_BUCKET = 64
 #: so many entries are moved by NumPy: torch's threads, once woken up, spin for a while and take the processor from ONNX Runtime's
 _SMALL_COPY = 1 << 20
+#: beams that `DecoderState.ancestors` can number
+_MOST_BEAMS = 256
 
 
 def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -95,7 +97,8 @@ class DecoderState:
         cross_bias: [B, 1, 1, S], 0 or the mask value.
         smallest_bucket: the least T that is allocated.
         ancestors: uint8 [R, T + 1], where a session's beams have moved in it and not in `kv`: token t of row i lies in row
-            ``ancestors[i, t]`` of i's batch entry. None where every row has its own; see `materialize`.
+            ``ancestors[i, t]`` of i's batch entry, and tokens from `length` on will lie in row i. None where every row has its
+            own; see `materialize` and `use_ancestors`.
         binding: what a session keeps for these buffers; reset to None when an address or a shape changes.
     """
 
@@ -156,7 +159,20 @@ class DecoderState:
             ordered = layer.permute(1, 3, 0, 2, 4)[rows, tokens]  # [R, length, 2, H, D]
             layer[:, : self.rows, :, :length].copy_(ordered.permute(2, 0, 3, 1, 4))
         own_beams(self.ancestors, beams)
-        self.ancestors = None
+        self.ancestors = self._makers = None
+
+    def use_ancestors(self) -> None:
+        """Let `reorder` on a CPU move `ancestors` in place of K and V; for a session whose next step reads them.
+
+        It does nothing if they are in use, and where they cannot be: rows without beams, or beams that a byte cannot number. They
+        are in use until `materialize`, so a session calls this before each step.
+        """
+        beams = self.cross.beams
+        if self.ancestors is not None or not 1 < beams <= _MOST_BEAMS:
+            return
+        self.ancestors = torch.empty((self.kv.shape[2], self.capacity + 1), dtype=torch.uint8, device=self.kv.device)
+        own_beams(self.ancestors, beams)
+        self.binding = None
 
     def append(self, new: torch.Tensor) -> None:
         """Append K/V of Q new tokens, [L, 2, R, H, Q, D]; room must be reserved."""
@@ -173,6 +189,8 @@ class DecoderState:
         if not 0 <= length <= self.length:
             raise InputError(f"cannot crop a cache of {self.length} tokens to {length}; expected 0 to {self.length}.")
         self.length, self._makers = length, None
+        if self.ancestors is not None:
+            own_beams(self.ancestors[:, length:], self.cross.beams)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Reorder rows: row i continues row ``rows[i]``, as beam search needs after every token.
@@ -180,6 +198,8 @@ class DecoderState:
         Args:
             rows: int64 [R] on the buffer's device.
         """
+        if self._reorder_ancestors(rows):
+            return
         self.materialize()
         rows = rows.to(self.kv.device)
         parents = torch.arange(self.rows, device=rows.device) // self.cross.beams
@@ -203,6 +223,17 @@ class DecoderState:
             moved = self._scratch[: filled.numel()].view(filled.shape)
             torch.index_select(filled, 1, rows, out=moved)
             filled.copy_(moved)
+
+    def _reorder_ancestors(self, rows: torch.Tensor) -> bool:
+        """Reorder `ancestors` alone; False if they are not in use on a CPU, or if a row changes its source."""
+        if self.ancestors is None or self.kv.device.type != "cpu":
+            return False
+        parents, beams = rows.numpy(), self.cross.beams
+        if (parents // beams != np.arange(len(parents)) // beams).any():
+            return False
+        moved = self.ancestors.numpy()[: len(parents), : self.length]
+        moved[:] = moved[parents]
+        return True
 
     def _common_tokens(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> int:
         """How many tokens of the cache are where they belong already, when row i becomes row ``rows[i]``; takes note of the change.

@@ -134,6 +134,7 @@ class OrtSession:
         if queries == 1 and key_mask is None:
             self._step(state, input_ids, logits)
             return logits
+        state.materialize()
         bias = torch.zeros((rows, 1, 1, state.capacity + queries), dtype=torch.float32)
         if key_mask is not None:  # cached keys first, then unused slots (hidden by the graph itself), then new keys
             extra = _additive(key_mask)

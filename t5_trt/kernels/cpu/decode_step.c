@@ -2,6 +2,7 @@
 #include "threads.h"
 #include "attention.h"
 #include "products.h"
+#include "tokens.h"
 
 enum { RELU = 0, GELU_NEW = 1, GELU = 2, SILU = 3 };
 enum { PRIVATE = 8192 };  // numbers that every thread makes for itself, rather than a share of them and a barrier more

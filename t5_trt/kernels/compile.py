@@ -17,13 +17,29 @@ logger = logging.getLogger("t5_trt")
 
 #: lowest supported compute capability: the kernels need asynchronous copies and bfloat16 tensor cores
 LEAST_CAPABILITY = (8, 0)
+NOT_KEPT = "compiled kernels are not kept for the next process: %s"
 
 
 def read_sources(name: str) -> dict[str, bytes]:
-    """A source file of this package and every header that it may include, by file name, the source first."""
-    folder = files("t5_trt.kernels")
-    headers = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".cuh"))
-    return {entry: (folder / entry).read_bytes() for entry in (name, *headers)}
+    """A source file of this package and every header that it may include, by file name, the source first.
+
+    Args:
+        name: path of the source, such as "decode_step.cu" or "cpu/decode_step.c"; headers are those of its folder.
+    """
+    *path, source = name.split("/")
+    folder = files("t5_trt.kernels").joinpath(*path)
+    headers = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith((".cuh", ".h")))
+    return {entry: (folder / entry).read_bytes() for entry in (source, *headers)}
+
+
+def sources_digest(name: str) -> str:
+    """The digest of all that `read_sources` reads."""
+    return hashlib.sha256(b"\0".join(read_sources(name).values())).hexdigest()
+
+
+def store_key(facts: Mapping[str, Any]) -> str:
+    """The key of compiled code in a store: a digest of all that it depends on."""
+    return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 
 
 def compile_cubin(name: str, constants: Mapping[str, int], architecture: str) -> tuple[bytes, str]:
@@ -63,9 +79,9 @@ def stored_cubin(name: str, constants: Mapping[str, int], architecture: str, sto
     If the store cannot be written, kernels are compiled by every process, with a warning.
     """
     version = ".".join(map(str, checked(bindings("nvrtc").nvrtcVersion(), 2)))
-    sources = hashlib.sha256(b"\0".join(read_sources(name).values())).hexdigest()
-    facts = {"kernels": name, "flags": _flags(constants, architecture), "sources": sources, "nvrtc": version}
-    key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
+    flags = _flags(constants, architecture)
+    facts = {"kernels": name, "flags": flags, "sources": sources_digest(name), "nvrtc": version}
+    key = store_key(facts)
 
     made: list[bytes] = []
 
@@ -77,7 +93,7 @@ def stored_cubin(name: str, constants: Mapping[str, int], architecture: str, sto
         return store.get_or_build(key, facts, build)
     except BackendError as error:
         cubin = made[0] if made else compile_cubin(name, constants, architecture)[0]
-        logger.warning("compiled kernels are not kept for the next process: %s", error)
+        logger.warning(NOT_KEPT, error)
         return cubin
 
 

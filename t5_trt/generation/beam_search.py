@@ -17,7 +17,7 @@ from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.generation.sampling import draw, pad_rows
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import NextStep
-from t5_trt.runtime.top_tokens import largest_sums
+from t5_trt.runtime.top_tokens import largest_log_sums, largest_sums, log_softmax
 
 _NEVER = -1.0e9  # score of a candidate that must not be chosen
 
@@ -173,7 +173,9 @@ class BeamSelector:
         vocabulary = logits.shape[-1]
         found = self._candidates_of_kernel(logits, position)
         if found is None:
-            log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+            found = self._candidates_of_logits(logits, position)
+        if found is None:
+            log_probs = log_softmax(logits)
             found = self._candidates(self.process.overwrite(self.tokens.flatten(0, 1), position, log_probs))
         if self._step_of_kernel(found, position, vocabulary, following):
             return None if following is not None else (self._chosen, self._parents)
@@ -199,6 +201,18 @@ class BeamSelector:
         if not cuda_kernels.beam_candidates(scores, self._lists, position, hiding, normalized=normalized):
             return None
         return None, None, *self._lists[:2], None if normalized else self._lists[2]
+
+    def _candidates_of_logits(
+        self, logits: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`_candidates` in one go on a CPU; None where processors need the log probabilities, or if there is no code for it."""
+        process = self.process
+        if self.draws or logits.device.type != "cpu" or (len(process) and process.hiding is None):
+            return None
+        hidden = process.hidden(position)
+        return largest_log_sums(
+            logits, self._running_scores, self._rules.candidates, below=_NEVER / 2, hidden=hidden
+        )
 
     def _step(
         self, scores: torch.Tensor, beams: torch.Tensor, ids: torch.Tensor, position: torch.Tensor

@@ -50,6 +50,7 @@ NEEDED = f"It takes GCC 12 or newer, or Clang, and the headers of the C library:
 #: seconds after which a compiler is given up
 PATIENCE_S = 300
 _LINES = 6
+_loaded: list[ctypes.CDLL] = []
 
 
 class _CompilerError(BackendError):
@@ -108,6 +109,11 @@ def load_library(store: EngineStore) -> ctypes.CDLL:
         BackendError: there is no C compiler, or it cannot compile the code, or the system cannot load it.
     """
     return _load_library(store.root, store.max_bytes)
+
+
+def loaded_library() -> ctypes.CDLL | None:
+    """The compiled C code if this process has loaded it; compiles nothing."""
+    return _loaded[-1] if _loaded else None
 
 
 @cache
@@ -175,6 +181,10 @@ def _opened(path: Path) -> ctypes.CDLL:
     library.t5_close.restype, library.t5_close.argtypes = None, [address]
     library.t5_decode.restype, library.t5_decode.argtypes = ctypes.c_int, [address, address]
     library.t5_pack.restype, library.t5_pack.argtypes = None, [address, number, number, ctypes.c_int, address]
+    library.t5_log_softmax.restype, library.t5_log_softmax.argtypes = None, [address, number, number, address]
+    sums = [address, address, address, ctypes.c_int, number, number, number, number, address, address]
+    library.t5_best_sums.restype, library.t5_best_sums.argtypes = None, sums
+    _loaded.append(library)
     return library
 
 

@@ -139,13 +139,15 @@ class DecoderState:
         """Make room for `tokens` more; the contents are kept, the buffer doubles as often as needed."""
         if self.length + tokens <= self.capacity:
             return
-        self.materialize()
         grown = self.kv.new_zeros(
             (*self.kv.shape[:4], bucket_length(self.length + tokens, self.smallest_bucket), self.kv.shape[5])
         )
         grown[..., : self.length, :] = self.kv[..., : self.length, :]
-        self.kv, self.ancestors, self._scratch, self._makers = grown, None, None, None
-        self.binding = None
+        self.kv, self._scratch, self._makers, self.binding = grown, None, None, None
+        if self.ancestors is not None:
+            moved = self.ancestors[:, : self.length]
+            self.ancestors = self._own_ancestors()
+            self.ancestors[:, : self.length] = moved
 
     def materialize(self) -> None:
         """Copy every token's K and V into its own row; call this before reading `kv` without `ancestors`."""
@@ -167,12 +169,13 @@ class DecoderState:
         It does nothing if they are in use, and where they cannot be: rows without beams, or beams that a byte cannot number. They
         are in use until `materialize`, so a session calls this before each step.
         """
-        beams = self.cross.beams
-        if self.ancestors is not None or not 1 < beams <= _MOST_BEAMS:
-            return
-        self.ancestors = torch.empty((self.kv.shape[2], self.capacity + 1), dtype=torch.uint8, device=self.kv.device)
-        own_beams(self.ancestors, beams)
-        self.binding = None
+        if self.ancestors is None and 1 < self.cross.beams <= _MOST_BEAMS:
+            self.ancestors, self.binding = self._own_ancestors(), None
+
+    def _own_ancestors(self) -> torch.Tensor:
+        ancestors = torch.empty((self.kv.shape[2], self.capacity + 1), dtype=torch.uint8, device=self.kv.device)
+        own_beams(ancestors, self.cross.beams)
+        return ancestors
 
     def append(self, new: torch.Tensor) -> None:
         """Append K/V of Q new tokens, [L, 2, R, H, Q, D]; room must be reserved."""
@@ -259,14 +262,14 @@ class DecoderState:
 
     def select_entries(self, entries: torch.Tensor) -> DecoderState:
         """A copy with some of the batch entries, in the order of `entries`, each with all of its beams."""
-        self.materialize()
         beams = self.cross.beams
         rows = (entries[:, None] * beams + torch.arange(beams, device=entries.device)).flatten()
         used = (len(entries), self.cross.source_length)
         cross = CrossStates(self.cross.kv.index_select(2, entries), beams, used)
         kv, new = self.kv.index_select(2, rows), self.new.index_select(2, rows)
         bias = self.cross_bias.index_select(0, entries)
-        return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket)
+        ancestors = None if self.ancestors is None else self.ancestors.index_select(0, rows)
+        return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket, ancestors=ancestors)
 
     def hide_keys(self, cross_bias: torch.Tensor) -> None:
         """Replace the cross bias; in place if the shape allows it, so that the binding stays valid."""

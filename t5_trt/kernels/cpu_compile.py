@@ -108,7 +108,9 @@ def load_library(store: EngineStore) -> ctypes.CDLL:
     Raises:
         BackendError: there is no C compiler, or it cannot compile the code, or the system cannot load it.
     """
-    return _load_library(store.root, store.max_bytes)
+    library = _load_library(store.root, store.max_bytes)
+    _loaded[:] = [library]
+    return library
 
 
 def loaded_library() -> ctypes.CDLL | None:
@@ -184,7 +186,6 @@ def _opened(path: Path) -> ctypes.CDLL:
     library.t5_log_softmax.restype, library.t5_log_softmax.argtypes = None, [address, number, number, address]
     sums = [address, address, address, ctypes.c_int, number, number, number, number, address, address]
     library.t5_best_sums.restype, library.t5_best_sums.argtypes = None, sums
-    _loaded.append(library)
     return library
 
 

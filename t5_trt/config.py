@@ -46,11 +46,12 @@ class RuntimeConfig:
             "cuda" (our own kernels and torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
         precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" or "int4". ONNX Runtime on CPU runs "fp32", "int8" and "int4"
             (the decoder's matrices in 4 bits, the others in 8). On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
-        decode: what runs the decoder: "kernels" (the library's CUDA kernels), "engine" (the backend's) or "auto"
-            (kernels if they can run, else the engine). The backend "cuda" has kernels only, ONNX Runtime an engine only.
+        decode: what runs the decoder: "kernels" (the library's CUDA kernels, or on a CPU its C code, which the system's C compiler
+            compiles), "engine" (the backend's) or "auto" (kernels if they can run, else the engine). The backend "cuda" has kernels
+            only, "int4" an engine only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the Hugging Face model for requests that engines cannot serve.
-        num_threads: CPU threads of ONNX Runtime; None takes ``torch.get_num_threads()``.
+        num_threads: CPU threads of ONNX Runtime and of the C code; None takes ``torch.get_num_threads()``.
         thread_spinning: let those threads wait actively inside a step. False lets other processes have the processor meanwhile: slower
             alone, faster where there are more busy threads than cores.
         prepack_weights: let ONNX Runtime copy the matrices into its own layout, which is up to twice as fast with 2 or more

@@ -21,6 +21,8 @@ os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning,error::PendingDeprecat
 import transformers
 
 from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt.config import default_engine_cache_dir
+from t5_trt.kernels import cpu_compile
 from tests.tiny_models import KINDS, make_hugging_face
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +50,15 @@ def pair_of(kind: str) -> tuple[Any, Any]:
     """(Hugging Face model, the same weights on engines); made once per process."""
     hugging_face = make_hugging_face(kind)
     return hugging_face, TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_once() -> Iterator[None]:
+    """The decoder's C code is compiled into the default store, and not into each of the stores that tests make."""
+    load, folder, patch = cpu_compile._load_library, default_engine_cache_dir(), pytest.MonkeyPatch()
+    patch.setattr(cpu_compile, "_load_library", lambda *_: load(folder, None))
+    yield
+    patch.undo()
 
 
 @pytest.fixture(autouse=True)

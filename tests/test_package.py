@@ -25,11 +25,15 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_contents(dist: Path) -> None:
     names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
-    sources = [path for path in (ROOT / "t5_trt").rglob("*") if path.suffix in {".py", ".cu", ".cuh", ".typed"}]
-    assert {path.relative_to(ROOT).as_posix() for path in sources} <= set(names)
+    sources = [
+        path for path in (ROOT / "t5_trt").rglob("*") if path.suffix in {".py", ".cu", ".cuh", ".c", ".h", ".typed"}
+    ]
+    wanted = {path.relative_to(ROOT).as_posix() for path in sources}
+    assert wanted <= set(names) and "t5_trt/kernels/cpu/decode_step.c" in wanted
     assert not [name for name in names if not name.startswith(("t5_trt/", "t5_trt-"))]
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
-        assert any(name.endswith("/tests/conftest.py") for name in archive.getnames())
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert wanted | {"tests/conftest.py"} <= inside
 
 
 def test_the_sdist_makes_the_same_wheel(dist: Path, tmp_path: Path) -> None:

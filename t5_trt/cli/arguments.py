@@ -38,9 +38,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="hub id or folder of
 CacheDir = Annotated[Optional[Path], typer.Option("--cache-dir", help="folder of engines; default T5_TRT_CACHE")]  # noqa: UP045
 Backend = Annotated[str, typer.Option(help=", ".join(BACKENDS), callback=choice(BACKENDS))]
 Precision = Annotated[str, typer.Option(help=f"of ours: {', '.join(PRECISIONS)}", callback=choice(PRECISIONS))]
-Decode = Annotated[
-    str, typer.Option(help=f"who does a decoder step on a GPU: {', '.join(DECODE)}", callback=choice(DECODE))
-]
+Decode = Annotated[str, typer.Option(help=f"who does a decoder step: {', '.join(DECODE)}", callback=choice(DECODE))]
 EnginePrecision = Annotated[str, typer.Option(help=", ".join(ENGINE_PRECISIONS), callback=choice(ENGINE_PRECISIONS))]
 Flavor = Annotated[
     Optional[str],  # noqa: UP045

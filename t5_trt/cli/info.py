@@ -28,6 +28,7 @@ def find_facts() -> dict[str, Any]:
 
     import t5_trt
     from t5_trt.config import default_engine_cache_dir
+    from t5_trt.kernels.cpu_compile import why_not_compiled
     from t5_trt.runtime.select import why_no_kernels, why_not_tensorrt
 
     gpu = None
@@ -46,14 +47,27 @@ def find_facts() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "onnxruntime": onnxruntime.__version__,
+        "c_compiler": _compiler(),
         "gpu": gpu,
         "tensorrt": _flavors(),
         "why_not_tensorrt": why_not_tensorrt(),
         "why_no_kernels": why_no_kernels(),
+        "why_not_compiled": why_not_compiled(),
         "chosen": chosen,
         "encoders_by_kernels": _encoders_by_kernels(default_engine_cache_dir()),
         "engine_cache": str(default_engine_cache_dir()),
     }
+
+
+def _compiler() -> str | None:
+    """The C compiler for the decoder on a CPU: its command and version."""
+    from t5_trt.errors import BackendError
+    from t5_trt.kernels.cpu_compile import find_compiler
+
+    try:
+        return str(find_compiler())
+    except BackendError:
+        return None
 
 
 def _encoders_by_kernels(cache: Path) -> list[dict[str, Any]]:
@@ -109,6 +123,7 @@ def _print_table(facts: dict[str, Any]) -> None:
     names = {"t5_trt": "t5_trt", "python": "Python", "torch": "PyTorch", "transformers": "Transformers"}
     for key, label in {**names, "onnxruntime": "ONNX Runtime"}.items():
         table.add_row(label, facts[key])
+    table.add_row("C compiler", facts["c_compiler"] or "none")
     if gpu := facts["gpu"]:
         table.add_row("GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}")
         table.add_row("CUDA of PyTorch", gpu["cuda_of_torch"])
@@ -118,15 +133,15 @@ def _print_table(facts: dict[str, Any]) -> None:
         table.add_row(f"TensorRT flavour {flavor!r}", found["version"] or found["missing"])
     table.add_row("can TensorRT run here?", facts["why_not_tensorrt"] or "yes")
     table.add_row("can our CUDA kernels?", facts["why_no_kernels"] or "yes")
+    table.add_row("can our C code, on the CPU?", facts["why_not_compiled"] or "yes")
     chosen = facts["chosen"]
     words = f"{chosen['backend']} in {chosen['precision']} on {chosen['device']}: {chosen['reason']}"
     if chosen["backend"] is None:
         words = f"nothing: {chosen['reason']}"
     table.add_row("a model would run on", words)
     if chosen["decode"] is not None:
-        table.add_row(
-            "decoder steps by", {"kernels": "our CUDA kernels", "engine": "the backend's engine"}[chosen["decode"]]
-        )
+        kernels = "our C code" if chosen["backend"] == "onnxruntime" else "our CUDA kernels"
+        table.add_row("decoder steps by", {"kernels": kernels, "engine": "the backend's engine"}[chosen["decode"]])
     for found in facts["encoders_by_kernels"]:
         size = " ".join(f"{axis}{count}" for axis, count in found["shapes"].items() if axis in "BS")
         words = f"{found['kernels_ms']:.2f} ms, by TensorRT {found['tensorrt']} {found['engine_ms']:.2f} ms"

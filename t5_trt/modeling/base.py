@@ -84,10 +84,11 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
             precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" (8-bit matrices; on GPUs the decoder's) or, on a CPU,
                 "int4" (the decoder's matrices in 4 bits, the others in 8).
-            decode: what runs the decoder on a GPU: "auto", "kernels" (the library's CUDA kernels) or "engine" (TensorRT).
+            decode: what runs the decoder: "auto", "kernels" (the library's own code, in CUDA or for CPUs in C) or "engine" (TensorRT or,
+                on a CPU, ONNX Runtime).
             device: where the engines run, such as "cuda:0"; None lets the backend choose.
             strict: raise instead of using the Hugging Face model where engines cannot serve a request.
-            num_threads: CPU threads of ONNX Runtime; None takes torch's number.
+            num_threads: CPU threads of ONNX Runtime and of the C code; None takes torch's number.
             thread_spinning: False for a CPU with more busy threads than cores: ONNX Runtime's threads then sleep while they wait.
             prepack_weights: faster beams and batches on CPU for more memory; None packs the decoder once it has several rows.
             max_source_tokens: refuse longer sources.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,14 +16,17 @@ from t5_trt.errors import BackendError, InputError, T5TRTError, UnsupportedModel
 from t5_trt.graph.precision import TORCH_TYPES, real_type
 from t5_trt.installation import gpu_is_here, install_command, why_no_cuda
 from t5_trt.kernels.compile import LEAST_CAPABILITY, missing_bindings
+from t5_trt.kernels.cpu_compile import why_not_compiled
 from t5_trt.kernels.decode_step import refusal
 from t5_trt.runtime.onnxruntime_session import import_onnxruntime
 
 logger = logging.getLogger("t5_trt")
 
-#: precisions of the library's own kernels; in "int8" the encoder's compute in half precision
+#: precisions of the library's own CUDA kernels; in "int8" the encoder's compute in half precision
 KERNEL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-CPU_PRECISIONS = ("fp32", "int8", "int4")
+#: what runs the decoder step on a CPU -> its precisions; "auto" takes the first that can run. Encoders are ONNX Runtime's
+CPU_PRECISIONS = {"kernels": ("fp32", "int8"), "engine": ("fp32", "int8", "int4")}
+_ON_CPU = {"kernels": "the library's own C code", "engine": "ONNX Runtime"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Placement:
         flavor: of TensorRT, or None.
         reason: why "auto" chose the backend.
         idle_gpu: a message if a GPU is not used although the user did not ask for the CPU; else None.
-        decode: what runs the one-token decoder step: "kernels" (the library's CUDA kernels) or "engine".
-        no_kernels: why ``decode="auto"`` chose TensorRT's engine; else None.
+        decode: what runs the decoder: "kernels" (the library's CUDA kernels, or its C code on a CPU) or "engine" (the backend's).
+        no_kernels: why ``decode="auto"`` chose the engine of TensorRT or ONNX Runtime; else None.
         no_tensorrt: why ``backend="auto"`` chose "cuda"; else None.
     """
 
@@ -79,7 +83,7 @@ def why_not_tensorrt(device: str | None = None, flavor: str | None = None) -> st
 
 
 def why_no_kernels(device: str | None = None) -> str | None:
-    """Why the library's own kernels cannot run here, or None if they can."""
+    """Why the library's own CUDA kernels cannot run here, or None if they can."""
     if not torch.cuda.is_available():
         return why_no_cuda()
     if torch.version.hip is not None:
@@ -109,7 +113,12 @@ def resolve(config: RuntimeConfig, model: Any = None) -> Placement:
     placement = choose(config, model)
     if placement.idle_gpu is not None:
         _log_once(logging.WARNING, placement.idle_gpu)
-    if placement.no_kernels is not None and model is not None:
+    if placement.no_kernels is not None and model is not None and placement.backend == "onnxruntime":
+        _log_once(
+            logging.INFO,
+            f"decoder steps are run by ONNX Runtime and not by the library's own C code: {placement.no_kernels}.",
+        )
+    elif placement.no_kernels is not None and model is not None:
         _log_once(
             logging.WARNING,
             f"decoder steps are run by a TensorRT engine and not by the library's own kernels: {placement.no_kernels}. "
@@ -168,26 +177,54 @@ def _inside(error: T5TRTError) -> str:
 
 
 def _on_cpu(config: RuntimeConfig, problem: str | None) -> Placement:
-    """ONNX Runtime; `problem` is what keeps "auto" from a GPU."""
+    """ONNX Runtime, with the library's own decoder where it can be compiled; `problem` is what keeps "auto" from a GPU."""
     import_onnxruntime()
     because = f" (TensorRT, which runs on GPUs, cannot: {problem})" if problem else ""
     if config.device is not None and config.device.startswith("cuda"):
         raise InputError(
             f"device got {config.device!r}; the backend 'onnxruntime' runs on the CPU{because}. Leave device out or use 'cpu'."
         )
-    if config.precision not in ("auto", *CPU_PRECISIONS):
+    precisions = tuple(dict.fromkeys(name for names in CPU_PRECISIONS.values() for name in names))
+    if config.precision not in ("auto", *precisions):
         raise InputError(
-            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in 'fp32', 'int8' or 'int4' on the CPU{because}. "
+            f"precision got {config.precision!r}; the backend 'onnxruntime' computes in {_one_of(precisions)} on the CPU{because}. "
             "Use one of them, or 'auto' (fp32)."
         )
-    if config.decode == "kernels":
-        raise InputError(
-            f"decode got 'kernels'; the backend 'onnxruntime' runs on the CPU and has an engine only{because}. Use 'auto' or 'engine'."
-        )
-    reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
     precision = "fp32" if config.precision == "auto" else config.precision
-    idle_gpu = _idle_gpu(problem) if problem else None
-    return Placement("onnxruntime", precision, torch.device("cpu"), torch.float32, None, reason, idle_gpu)
+    decode, no_kernels = _step_on_cpu(config.decode, precision, because)
+    reason = f"TensorRT cannot run here: {problem}" if problem else "it was asked for"
+    idle_gpu, cpu = _idle_gpu(problem) if problem else None, torch.device("cpu")
+    return Placement("onnxruntime", precision, cpu, torch.float32, None, reason, idle_gpu, decode, no_kernels)
+
+
+def _step_on_cpu(wanted: str, precision: str, because: str) -> tuple[str, str | None]:
+    """What runs the decoder on a CPU, and why "auto" does not take the kernels."""
+    refused: list[T5TRTError] = []
+    for decode in CPU_PRECISIONS if wanted == "auto" else (wanted,):
+        error = _why_not_on_cpu(decode, precision)
+        if error is None:
+            return decode, _inside(refused[0]) if refused else None
+        refused.append(error)
+    asked, instead = f"decode={wanted!r}", "decode='auto' or " + repr("engine" if wanted == "kernels" else "kernels")
+    if wanted == "auto":
+        asked, instead = f"precision={precision!r}", "precision='fp32'"
+    raise type(refused[0])(f"{asked} cannot be had here: {_inside(refused[0])}{because}. Or use {instead}.")
+
+
+def _why_not_on_cpu(decode: str, precision: str) -> T5TRTError | None:
+    """An error if a decoder cannot run on this CPU in a precision, else None."""
+    if precision not in CPU_PRECISIONS[decode]:
+        return InputError(
+            f"precision is {precision!r}; {_ON_CPU[decode]} computes in {_one_of(CPU_PRECISIONS[decode])}"
+        )
+    missing = why_not_compiled() if decode == "kernels" else None
+    return None if missing is None else BackendError(missing)
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """Names as part of a sentence: 'a', 'b' or 'c'."""
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _idle_gpu(problem: str) -> str | None:

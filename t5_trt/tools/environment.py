@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import transformers
 
+from t5_trt.errors import BackendError
+from t5_trt.kernels.cpu_compile import find_compiler
+
 
 def environment(tensorrt: str | None = None) -> dict[str, Any]:
     """Versions and hardware of this run, for a record; None for missing parts.
@@ -23,12 +26,20 @@ def environment(tensorrt: str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "onnxruntime": onnxruntime.__version__,
+        "c_compiler": _compiler(),
         "tensorrt": tensorrt,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "gpu_and_driver": _gpu_and_driver(),
         "machine": platform.machine(),
         "processor": _processor(),
     }
+
+
+def _compiler() -> str | None:
+    try:
+        return find_compiler().version
+    except BackendError:
+        return None
 
 
 def _gpu_and_driver() -> str | None:

@@ -12,6 +12,8 @@ from t5_trt.cli import bench, build
 from t5_trt.cli.arguments import spread_lists
 from t5_trt.engine.cache_key import engine_key
 from t5_trt.engine.store import PLAN, EngineStore
+from t5_trt.runtime import select
+from t5_trt.tools.environment import environment
 from tests.command_line import MODEL, Run, one_line
 
 
@@ -30,14 +32,30 @@ def test_info_tells_what_is_chosen_and_why(run: Run) -> None:
     status, out, _ = run("info")
     shown = " ".join(out.split())
     assert status == 0 and "onnxruntime in fp32 on cpu" in shown and "none that PyTorch can use" in shown
-    assert (
-        "decoder steps by" in shown and "the backend's engine" in shown and "can our CUDA kernels? │ there is" in shown
-    )
+    assert "can our CUDA kernels? │ there is" in shown
     status, out, _ = run("info", "--json")
     facts = json.loads(out)
     assert status == 0 and facts["chosen"]["backend"] == "onnxruntime" and facts["gpu"] is None
-    assert facts["chosen"]["decode"] == "engine" and "GPU" in facts["why_no_kernels"]
-    assert "t5-trt[cu13]" in facts["tensorrt"]["tensorrt"]["missing"]
+    assert "GPU" in facts["why_no_kernels"] and "t5-trt[cu13]" in facts["tensorrt"]["tensorrt"]["missing"]
+
+
+def test_info_tells_what_decodes_on_the_cpu(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "mycc"
+    compiler.write_text("#!/bin/sh\necho mycc 1.0\n")  # it takes everything
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    facts = json.loads(run("info", "--json")[1])
+    assert facts["c_compiler"] == f"{compiler} (mycc 1.0)" and facts["why_not_compiled"] is None
+    assert facts["chosen"]["decode"] == "kernels" and environment()["c_compiler"] == "mycc 1.0"
+    shown = " ".join(run("info")[1].split())
+    assert "can our C code, on the CPU? │ yes" in shown and "decoder steps by │ our C code" in shown
+
+    monkeypatch.setenv("CC", "no-such-compiler")
+    facts = json.loads(run("info", "--json")[1])
+    assert facts["c_compiler"] is None and "names 'no-such-compiler'" in facts["why_not_compiled"]
+    assert facts["chosen"]["decode"] == "engine" and environment()["c_compiler"] is None
+    shown = " ".join(run("info")[1].split())
+    assert "C compiler │ none" in shown and "decoder steps by │ the backend's engine" in shown
 
 
 def test_info_lists_encoders_that_our_kernels_run_faster(
@@ -145,6 +163,7 @@ def test_capabilities_stand_before_or_behind_the_model(
 @pytest.mark.parametrize(
     "command", [("generate", MODEL, "さくら"), ("verify", MODEL), ("bench", MODEL)], ids=lambda c: c[0]
 )
-def test_decode_reaches_the_model(run: Run, command: tuple[str, ...]) -> None:
+def test_decode_reaches_the_model(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    monkeypatch.setattr(select, "why_not_compiled", lambda: "there is no C compiler")
     status, _, err = run(*command, "--decode", "kernels")
-    assert status == 1 and "decode got 'kernels'" in one_line(err)
+    assert status == 1 and "decode='kernels' cannot be had here: there is no C compiler" in one_line(err)

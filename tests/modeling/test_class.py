@@ -228,6 +228,6 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
 
 
 def test_repr_tells_how_the_model_runs(fresh: Any) -> None:
-    assert "backend=onnxruntime, precision=fp32, decode=engine, engines=(none opened yet)" in repr(fresh)
+    assert "backend=onnxruntime, precision=fp32, decode=kernels, engines=(none opened yet)" in repr(fresh)
     fresh.generate(**batch(), max_new_tokens=2)
     assert "engines=(encoder, decoder_step), weights=(the parameters' memory)" in repr(fresh)

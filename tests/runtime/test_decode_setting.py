@@ -103,7 +103,6 @@ def test_encoder_has_no_steps_to_warn_of(tensorrt: Any, caplog: pytest.LogCaptur
     ("backend", "decode", "words"),
     [
         ("cuda", "engine", "decode got 'engine'; the backend 'cuda' has no engines"),
-        ("onnxruntime", "kernels", "decode got 'kernels'; the backend 'onnxruntime' runs on the CPU"),
         ("auto", "gpu", "decode got 'gpu'; expected one of 'auto', 'kernels', 'engine'"),
     ],
 )
@@ -121,17 +120,71 @@ def test_what_each_backend_takes(tensorrt: Any) -> None:
     tensorrt()
     for decode in ("auto", "kernels"):
         assert choose(RuntimeConfig(backend="cuda", decode=decode)).decode == "kernels"
-    for decode in ("auto", "engine"):
-        assert choose(RuntimeConfig(backend="onnxruntime", decode=decode)).decode == "engine"
+    assert choose(RuntimeConfig(backend="onnxruntime", decode="engine")).decode == "engine"
 
 
-def test_kernels_without_a_gpu_are_refused() -> None:
-    """With what is missing."""
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
+    """A CPU with a C compiler, or without one for a reason; messages are logged anew."""
+    select._log_once.cache_clear()
+    caplog.set_level(logging.INFO, "t5_trt")
+    yield lambda missing=None: monkeypatch.setattr(select, "why_not_compiled", lambda: missing)
+    select._log_once.cache_clear()
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "int8"])
+def test_c_code_decodes_on_a_cpu_with_a_compiler(
+    compiler: Any, caplog: pytest.LogCaptureFixture, precision: str
+) -> None:
+    compiler()
+    for decode in ("auto", "kernels"):
+        ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, precision=precision, decode=decode)
+        assert "backend=onnxruntime" in repr(ours) and "decode=kernels" in repr(ours)
+    assert "decode=engine" in repr(TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, decode="engine"))
+    assert "decoder steps" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("precision", "missing", "kind", "words"),
+    [
+        ("fp32", "there is no C compiler. It takes one", BackendError, "there is no C compiler. It takes one"),
+        ("int4", None, InputError, "precision is 'int4'; the library's own C code computes in 'fp32' or 'int8'"),
+    ],
+)
+def test_onnxruntime_decodes_where_c_code_cannot(
+    compiler: Any, caplog: pytest.LogCaptureFixture, precision: str, missing: str | None, kind: type[T5TRTError], words: str
+) -> None:  # fmt: skip
+    """With one line at INFO; asking for it is quiet, and asking for the C code an error."""
+    compiler(missing)
+    TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, precision=precision, decode="engine")
+    TRTT5EncoderModel.from_pretrained(SHIPPED, precision="int8" if precision == "int4" else precision)
+    assert words not in caplog.text
+    for _ in range(2):
+        ours = TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, precision=precision)
+        assert "decode=engine" in repr(ours)
+    said = [record for record in caplog.records if words in record.getMessage()]
+    assert [record.levelname for record in said] == ["INFO"] and said[0].getMessage().endswith(f"C code: {words}.")
+    for backend in ("auto", "onnxruntime"):
+        with pytest.raises(
+            kind, match=r"decode='kernels' cannot be had here: .*Or use decode='auto' or 'engine'"
+        ) as raised:
+            TRTT5ForConditionalGeneration.from_pretrained(
+                SHIPPED, precision=precision, backend=backend, decode="kernels"
+            )
+        assert words in str(raised.value) and ("on GPUs, cannot" in str(raised.value)) == (backend == "auto")
+
+
+def test_precision_that_only_c_code_has(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "CPU_PRECISIONS", {"kernels": ("bf16",), "engine": ("fp32",)})
+    compiler()
+    assert choose(RuntimeConfig(backend="onnxruntime", precision="bf16")).decode == "kernels"
+    with pytest.raises(InputError, match=r"precision is 'bf16'; ONNX Runtime computes in 'fp32'\. Or .* 'kernels'"):
+        choose(RuntimeConfig(backend="onnxruntime", precision="bf16", decode="engine"))
+    compiler("there is no C compiler")
     with pytest.raises(
-        InputError, match=r"decode got 'kernels'.*TensorRT, which runs on GPUs, cannot: .*'auto' or 'engine'"
+        BackendError, match=r"precision='bf16' cannot be had here: there is no C compiler\. Or use precision='fp32'"
     ):
-        TRTT5ForConditionalGeneration.from_pretrained(SHIPPED, decode="kernels")
-    assert "decode=engine" in repr(TRTT5ForConditionalGeneration.from_pretrained(SHIPPED))
+        choose(RuntimeConfig(backend="onnxruntime", precision="bf16"))
 
 
 def test_copies_keep_it(tensorrt: Any) -> None:

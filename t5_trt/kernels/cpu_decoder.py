@@ -6,9 +6,8 @@ Matrices in float32 and bfloat16 are read where the model has them. Those in 8 b
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,7 +18,6 @@ from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, parameters
 from t5_trt.graph.relative_positions import distance_buckets
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
-_ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 _TILE = 16
 _long, _int, _float, _address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
@@ -76,8 +74,6 @@ class Call:
         kv: float32 [L, 2, R, H, T, D], whose places of a head are contiguous; K and V of the new tokens are written into it.
         cross: float32 [L, 2, B, H, S, D], likewise; R / B rows after one another read the same entry.
         cross_bias: float32 [B, 1, 1, S].
-        logits: float32 [R, Q, V], written.
-        ancestors: uint8 [R, T + 1], see `t5_trt.runtime.kv_buffers.DecoderState`; None where rows read their own cache.
         key_bias: float32 [R, T], added to the scores of the decoder's own tokens; None for none.
     """
 
@@ -86,8 +82,6 @@ class Call:
     kv: torch.Tensor
     cross: torch.Tensor
     cross_bias: torch.Tensor
-    logits: torch.Tensor
-    ancestors: torch.Tensor | None = None
     key_bias: torch.Tensor | None = None
 
 
@@ -101,6 +95,7 @@ class CpuDecoder:
         quantized: what `t5_trt.graph.int8.quantize` makes; None multiplies by `weights`.
         threads: of a call, the calling one among them.
         spinning: whether they may wait busily for one another.
+        after_packing: called with the name of each matrix of `quantized` that is not read any more.
 
     Raises:
         BackendError: memory ran out.
@@ -115,10 +110,13 @@ class CpuDecoder:
         *,
         threads: int,
         spinning: bool,
+        after_packing: Callable[[str], None] | None = None,
     ) -> None:
-        self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized
+        self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized or {}
+        self._after_packing = after_packing
         self._groups = parameters(arch)
         self._kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
+        self._packed = self._room_for_bytes()
         self._layers = (_Layer * arch.decoder_layers)(*(self._layer(layer) for layer in range(arch.decoder_layers)))
         model = self._model()
         self._decoder = _address(library.t5_open(ctypes.byref(model), threads, int(spinning)))
@@ -129,6 +127,24 @@ class CpuDecoder:
         if getattr(self, "_decoder", None):
             self._library.t5_close(self._decoder)
 
+    def update(self, changed: Collection[str]) -> None:
+        """Read weights that have changed in their places, and matrices of them that were rounded anew.
+
+        Args:
+            changed: state-dict keys.
+        """
+        for name, parameter in self._groups.items():
+            if set(changed).isdisjoint(parameter.parts):
+                continue
+            if name in self._packed:
+                self._pack(name)
+                continue
+            for key in parameter.parts:
+                if key in self._kept:
+                    self._refresh(key)
+        for key in set(changed) & self._kept.keys():
+            self._refresh(key)
+
     def prepare(self, call: Call) -> _Step:
         """The addresses of a call, which may be run as long as its memory stays where it is."""
         rows, queries = call.tokens.shape
@@ -138,23 +154,32 @@ class CpuDecoder:
         step.cache, step.cross = _cache(call.kv), _cache(call.cross)
         step.cross_bias, step.cross_bias_row = call.cross_bias.data_ptr(), call.cross_bias.stride(0)
         step.source_length = call.cross.shape[4]
-        step.logits, step.logits_row = call.logits.data_ptr(), call.logits.stride(-2)
-        if call.ancestors is not None:
-            step.ancestors, step.ancestors_row = call.ancestors.data_ptr(), call.ancestors.stride(0)
+        step.logits_row = self._arch.vocab_size
         if call.key_bias is not None:
             step.key_bias, step.key_bias_row = call.key_bias.data_ptr(), call.key_bias.stride(0)
         return step
 
-    def run(self, step: _Step) -> None:
-        """Decode the tokens, write their K and V, and the logits."""
+    def run(self, step: _Step, logits: torch.Tensor, ancestors: torch.Tensor | None = None) -> None:
+        """Decode the tokens of a call and write their K and V.
+
+        Args:
+            step: of `prepare`.
+            logits: float32 [R, Q, V], contiguous, written.
+            ancestors: uint8 [R, T + 1], where beams have moved: token t of row i lies in row ``ancestors[i, t]`` of i's batch entry.
+                None where rows read their own cache.
+
+        Raises:
+            BackendError: memory ran out.
+        """
+        step.logits = logits.data_ptr()
+        step.ancestors = None if ancestors is None else ancestors.data_ptr()
+        step.ancestors_row = 0 if ancestors is None else ancestors.stride(0)
         if not self._library.t5_decode(self._decoder, ctypes.byref(step)):
-            raise BackendError("memory ran out in a decoder step on the CPU; use a smaller batch or fewer beams.")
+            raise BackendError("memory ran out in a decoder step on the CPU. Use a smaller batch or fewer beams.")
 
     def _model(self) -> _Model:
         arch = self._arch
-        embedding = self._weights[EMBEDDING]
-        if embedding.dtype not in _TYPES:
-            embedding = embedding.float()
+        embedding = self._in_place(EMBEDDING)
         buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False).to(torch.int32)
         model = _Model(
             d_model=arch.d_model,
@@ -164,14 +189,13 @@ class CpuDecoder:
             layers=arch.decoder_layers,
             vocabulary=arch.vocab_size,
             longest_distance=len(buckets) - 1,
-            activation=_ACTIVATIONS.index(arch.activation),
+            activation=ACTIVATIONS.index(arch.activation),
             gated=int(arch.gated),
             embedding_type=_TYPES[embedding.dtype],
             epsilon=arch.epsilon,
             output_scale=self._groups[LM_HEAD].scale,
         )
-        model.embedding = self._keep(EMBEDDING, embedding)
-        model.buckets = self._keep("buckets", buckets)
+        model.embedding, model.buckets = embedding.data_ptr(), self._keep("buckets", buckets)
         model.final_norm = self._vector(self._groups[LM_HEAD].norm)
         model.head = self._group(LM_HEAD)
         model.layers_of = ctypes.cast(self._layers, ctypes.POINTER(_Layer))
@@ -197,37 +221,68 @@ class CpuDecoder:
     def _group(self, name: str) -> _Group:
         parameter = self._groups[name]
         made = _Group(inputs=parameter.inputs, outputs=sum(parameter.widths))
-        if self._quantized is not None and MATRIX.format(name) in self._quantized:
+        if name in self._packed:
             matrix, scales = self._quantized[MATRIX.format(name)], self._quantized[SCALE.format(name)]
             made.count, made.type = 1, _TYPES[matrix.dtype]
-            made.parts[0] = _Part(self._packed(name, matrix), self._keep(SCALE.format(name), scales), made.outputs)
+            self._keep(SCALE.format(name), scales.clone())
+            self._pack(name)
+            made.parts[0] = _Part(
+                self._packed[name].data_ptr(), self._kept[SCALE.format(name)].data_ptr(), made.outputs
+            )
             return made
         matrices = [self._in_place(key) for key in parameter.parts]
         made.count, made.type = len(matrices), _TYPES[matrices[0].dtype]
-        for part, (key, matrix) in enumerate(zip(parameter.parts, matrices, strict=True)):
-            made.parts[part] = _Part(self._keep(key, matrix), None, len(matrix))
+        for part, matrix in enumerate(matrices):
+            made.parts[part] = _Part(matrix.data_ptr(), None, len(matrix))
         return made
 
-    def _packed(self, name: str, matrix: torch.Tensor) -> int:
-        inputs, columns = matrix.shape
-        packed = torch.empty(-(-columns // _TILE) * _TILE * (-(-inputs // 4) * 4), dtype=torch.uint8)
-        shifted = int(matrix.dtype == torch.uint8)
-        self._library.t5_pack(
-            _address(matrix.data_ptr()), _long(inputs), _long(columns), shifted, _address(packed.data_ptr())
-        )
-        return self._keep(name, packed)
+    def _room_for_bytes(self) -> dict[str, torch.Tensor]:
+        """Memory for the decoder's matrices in 8 bits, all in one piece, so that the system can give large pages."""
+        sizes = {}
+        for name in self._groups:
+            if name in _decoder_groups(self._arch) and MATRIX.format(name) in self._quantized:
+                inputs, columns = self._quantized[MATRIX.format(name)].shape
+                sizes[name] = -(-columns // _TILE) * _TILE * (-(-inputs // 4) * 4)
+        room = torch.empty(sum(sizes.values()), dtype=torch.uint8)
+        self._library.t5_large_pages(_address(room.data_ptr()), _long(room.nbytes))
+        return dict(zip(sizes, room.split(list(sizes.values())), strict=True))
 
-    def _in_place(self, key: str) -> torch.Tensor:
-        weight = self._weights[key].detach()
-        return (weight if weight.dtype in _TYPES else weight.float()).contiguous()
+    def _pack(self, name: str) -> None:
+        matrix, scales = self._quantized[MATRIX.format(name)], self._quantized[SCALE.format(name)]
+        inputs, columns = matrix.shape
+        shifted = int(matrix.dtype == torch.uint8)
+        to = _address(self._packed[name].data_ptr())
+        self._library.t5_pack(_address(matrix.data_ptr()), _long(inputs), _long(columns), shifted, to)
+        self._kept[SCALE.format(name)].copy_(scales)
+        if self._after_packing is not None:
+            self._after_packing(MATRIX.format(name))
+
+    def _refresh(self, key: str) -> None:
+        """Bring a weight up to date where its memory is not read itself."""
+        weight, kept = self._weights[key].detach(), self._kept[key]
+        if weight.data_ptr() != kept.data_ptr():
+            kept.copy_(weight)
+
+    def _in_place(self, key: str, dtypes: Collection[torch.dtype] = (torch.float32, torch.bfloat16)) -> torch.Tensor:
+        """A weight in one of some types, in its own memory if that will do."""
+        if key not in self._kept:
+            weight = self._weights[key].detach()
+            self._kept[key] = (weight if weight.dtype in dtypes else weight.float()).contiguous()
+        return self._kept[key]
 
     def _vector(self, key: str | None) -> int:
         assert key is not None
-        return self._keep(key, self._weights[key].detach().float().contiguous())
+        return self._in_place(key, (torch.float32,)).data_ptr()
 
     def _keep(self, name: str, tensor: torch.Tensor) -> int:
         self._kept[name] = tensor
         return tensor.data_ptr()
+
+
+def _decoder_groups(arch: Architecture) -> set[str]:
+    """The groups of matrices that a step multiplies by."""
+    groups = {name for name in parameters(arch) if name.startswith("decoder.block.")}
+    return groups | {LM_HEAD}
 
 
 def _cache(kv: torch.Tensor) -> _Cache:

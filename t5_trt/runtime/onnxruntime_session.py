@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU: the engine of machines without an NVIDIA GPU, and the reference for other engines.
+"""A CPU: ONNX Runtime's graphs, which are also the reference for other engines, and our own C code for the decoder where it is compiled.
 
 The matrices are not copied: ONNX Runtime reads the memory of the torch parameters, which for a float32
 safetensors checkpoint is the mapped file. Inputs and outputs are bound to torch tensors, so a step allocates its logits
@@ -7,6 +7,7 @@ and nothing else.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Collection, Hashable
 from functools import partial
@@ -24,6 +25,7 @@ from t5_trt.graph.int4 import has_4_bits
 from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
+from t5_trt.runtime.cpu_steps import BY_C_CODE, CpuRowBuffers, CpuSteps
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
@@ -46,6 +48,7 @@ class OrtSession:
         quantized: matrices in 8 bits or fewer, see `t5_trt.runtime.int8_weights.load_int8_weights`; None computes in float32.
         changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
             ONNX Runtime keeps no packed copies of them.
+        library: the C code of the decoder, see `t5_trt.kernels.cpu_compile.load_library`; None decodes by ONNX Runtime.
 
     Raises:
         BackendError: onnxruntime cannot be imported.
@@ -55,7 +58,6 @@ class OrtSession:
     device = torch.device("cpu")
     dtype = torch.float32
     selector_tokens = SMALLEST_BUCKET
-    steps_by = "engine"
     scaling = None
     engines = None
 
@@ -69,6 +71,7 @@ class OrtSession:
         prepack_weights: bool | None = None,
         quantized: dict[str, torch.Tensor] | None = None,
         changing: Collection[str] = (),
+        library: ctypes.CDLL | None = None,
     ) -> None:
         self.arch = arch
         self.precision = "fp32" if quantized is None else "int4" if has_4_bits(quantized) else "int8"
@@ -84,6 +87,11 @@ class OrtSession:
         self._sessions: dict[tuple[str, bool], LoadedGraph] = {}  # by graph, and whether its matrices are packed
         self._shared: dict[str, Any] = {}  # weight name -> OrtValue over the parameter's memory
         self._loading = threading.Lock()
+        self._steps: CpuSteps | None = None
+        if library is not None:
+            threads = self.num_threads
+            self._steps = CpuSteps(library, arch, weights, quantized, threads=threads, spinning=thread_spinning)
+        self.steps_by = "engine" if self._steps is None else "kernels"
 
     def encode(
         self,
@@ -134,6 +142,10 @@ class OrtSession:
         if queries == 1 and key_mask is None:
             self._step(state, input_ids, logits)
             return logits
+        if self._steps is not None:
+            mask = None if key_mask is None else _additive(key_mask)[:, 0, 0]
+            self._steps.several_tokens(state, input_ids, mask, logits)
+            return logits
         state.materialize()
         bias = torch.zeros((rows, 1, 1, state.capacity + queries), dtype=torch.float32)
         if key_mask is not None:  # cached keys first, then unused slots (hidden by the graph itself), then new keys
@@ -171,7 +183,8 @@ class OrtSession:
     def row_buffers(self, rows: int) -> RowBuffers:
         """See `t5_trt.runtime.row_buffers.RowSession.row_buffers`."""
         real, hidden = torch.float32, mask_value(ir.DataType.FLOAT)
-        return RowBuffers(self.arch, rows, dtype=real, bias_dtype=real, hidden=hidden, device=self.device)
+        kind = RowBuffers if self._steps is None else CpuRowBuffers
+        return kind(self.arch, rows, dtype=real, bias_dtype=real, hidden=hidden, device=self.device)
 
     def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
         """See `t5_trt.runtime.row_buffers.RowSession.encode_rows`."""
@@ -179,6 +192,9 @@ class OrtSession:
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""
+        if self._steps is not None:
+            logits = self._steps.rows(rows)
+            return best(logits) if best_only else logits
         count = rows.count
         bound = rows.bindings.get(count)
         if not isinstance(bound, BoundRows):
@@ -210,11 +226,14 @@ class OrtSession:
     def update_weights(self, changed: Weights) -> bool:
         """See `t5_trt.runtime.session.Session.update_weights`: in float32 this does nothing, as their memory is read."""
         self.updates += 1
-        if not set(changed) <= self._changing:  # graphs have copied this memory
+        known = set(changed) <= self._changing
+        if not known:  # graphs have copied this memory
             self._sessions.clear()
             self._shared.clear()
         if self._quantized is not None:
             round_anew(self.arch, self._weights, self._quantized, set(changed))
+        if self._steps is not None:
+            self._steps.update(set(changed) if known else None)
         return True
 
     @property
@@ -223,10 +242,15 @@ class OrtSession:
         return 0
 
     def loaded_graphs(self) -> tuple[str, ...]:
-        """Names of the graphs that are loaded."""
-        return tuple(dict.fromkeys(graph for graph, _ in self._sessions))
+        """See `t5_trt.runtime.session.Session.loaded_graphs`."""
+        own = (BY_C_CODE,) if self._steps is not None and self._steps.opened else ()
+        return (*dict.fromkeys(graph for graph, _ in self._sessions), *own)
 
     def _step(self, state: DecoderState, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        if self._steps is not None:
+            self._steps.one_token(state, input_ids, logits)
+            return
+        state.materialize()
         bound = state.binding
         if not isinstance(bound, BoundStep) or not bound.of(self):  # a cache may outlive its session
             graph = self._session(STEP, several_rows=state.rows > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Collection
 from functools import partial
@@ -13,11 +14,12 @@ from t5_trt.config import BuildConfig, RuntimeConfig
 from t5_trt.engine.provider import EngineProvider
 from t5_trt.engine.store import EngineStore
 from t5_trt.engine.tensorrt_api import load_tensorrt
-from t5_trt.errors import InputError
+from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges, find_scaling
 from t5_trt.graph.int8 import quantize_for_device
 from t5_trt.graph.parameters import Weights
+from t5_trt.kernels.cpu_compile import load_library
 from t5_trt.kernels.encoder import refusal
 from t5_trt.kernels.step_weights import StepWeightsMaker
 from t5_trt.runtime.cuda_session import CudaSession
@@ -121,6 +123,7 @@ def open_session(
             prepack_weights=config.prepack_weights,
             quantized=quantized,
             changing=changing,
+            library=_cpu_library(config, store) if placement.decode == "kernels" and arch.decoder_layers else None,
         )
     check_cuda_after_fork()
     choose = partial(choose_fp16_scaling, arch, precision=placement.precision, seen=seen, calibrated=calibrated)
@@ -134,6 +137,21 @@ def open_session(
             return CudaSession(arch, weights, placement.device, placement.precision, scaling, store)
         scaling = choose(weights=weights)  # on the host: the engines' keys hold it, and a last bit may change a factor
         return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
+
+
+def _cpu_library(config: RuntimeConfig, store: EngineStore) -> ctypes.CDLL | None:
+    """The decoder's C code; None, with a warning, where ``decode="auto"`` can do without what does not compile.
+
+    Raises:
+        BackendError: it does not compile, and was asked for.
+    """
+    try:
+        return load_library(store)
+    except BackendError as error:
+        if config.decode == "kernels":
+            raise
+        logger.warning("the decoder is run by ONNX Runtime, as the library's own C code cannot be used: %s", error)
+        return None
 
 
 def _open_tensorrt(

@@ -189,7 +189,7 @@ class Session(Protocol):
         selector_tokens: least number of tokens that a `TokenSelector` should have room for; more than it needs where it is captured, so
             that requests of other lengths can use it again.
         updates: calls of `update_weights` so far; results from before the last one are of other weights.
-        steps_by: what runs the one-token decoder step: "kernels" (the library's CUDA kernels) or "engine".
+        steps_by: what runs the one-token decoder step: "kernels" (the library's own, in CUDA or on a CPU in C) or "engine".
         scaling: factors in the weights that keep half precision in range; None where the weights are the model's.
         engines: built engines, which can be stored beside a checkpoint; None if the backend builds none.
     """

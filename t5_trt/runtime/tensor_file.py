@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ _ENTRY = 256
 _SMALL = 1 << 16
 _NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], most: int) -> None:
@@ -80,6 +85,15 @@ class StoredTensors(dict[str, torch.Tensor]):
     def written_to(self, name: str) -> None:
         """Record that the memory of a tensor no longer holds what the file does."""
         self._places.pop(name, None)
+
+    def give_back(self, name: str) -> None:
+        """Let the system take the pages of a tensor that has been read; what reads it again maps the file again."""
+        if name in self.places() and _madvise is not None:
+            tensor, page = self[name], mmap.PAGESIZE
+            start = -(-tensor.data_ptr() // page) * page  # whole pages: others may hold what was written to a neighbour
+            end = (tensor.data_ptr() + tensor.nbytes) // page * page
+            if start < end:
+                _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Offset and bytes, in the file, of each tensor that it still has; nothing once the file is gone."""

@@ -1,8 +1,12 @@
 // The decoder of a T5 on a CPU: new tokens of some rows, over caches in float32, to their logits.
 #include "threads.h"
+#include <sys/mman.h>
 #include "attention.h"
 #include "products.h"
 #include "tokens.h"
+
+// what a mask adds to the score of a hidden key: any score and this are this
+static const float HIDDEN = -1e30f;
 
 enum { RELU = 0, GELU_NEW = 1, GELU = 2, SILU = 3 };
 enum { PRIVATE = 8192 };  // numbers that every thread makes for itself, rather than a share of them and a barrier more
@@ -178,7 +182,7 @@ static void keep_new(const Decoder *decoder, int64_t layer, int64_t row, int64_t
 static void self_attention(const Decoder *decoder, int64_t layer, int64_t row, int64_t query, int64_t head, float *scores) {
     const Step *step = decoder->step;
     const Model *model = &decoder->model;
-    int64_t inner = model->heads * model->d_kv, position = step->positions[row * step->position_step] + query;
+    int64_t inner = model->heads * model->d_kv, start = step->positions[row * step->position_step], position = start + query;
     int64_t keys = position + 1, index = row * step->queries + query, first = row / step->beams * step->beams;
     Places places = {step->ancestors ? step->ancestors + row * step->ancestors_row : NULL, row, first};
     const float *bias = model->of[layer].bias;
@@ -188,8 +192,11 @@ static void self_attention(const Decoder *decoder, int64_t layer, int64_t row, i
         int64_t distance = position - t < model->longest_distance ? position - t : model->longest_distance;
         scores[t] += bias[model->buckets[distance] * model->heads + head];
     }
-    if (step->key_bias)
+    if (step->key_bias) {
         for (int64_t t = 0; t < keys; t++) scores[t] += step->key_bias[row * step->key_bias_row + t];
+        // a query whose keys are all hidden reads all of them alike, later ones too, as in Hugging Face's class
+        while (keys < start + step->queries) scores[keys++] = HIDDEN;
+    }
     softmax(scores, keys);
     weighted_sum(scores, entry(&step->cache, layer, 1, 0, head), &places, &step->cache, keys, model->d_kv,
                  decoder->mixed + index * inner + head * model->d_kv);
@@ -199,7 +206,7 @@ static void self_attention(const Decoder *decoder, int64_t layer, int64_t row, i
 static int64_t keys_of(const Step *step, int64_t source) {
     const float *bias = step->cross_bias + source * step->cross_bias_row;
     int64_t keys = step->source_length;
-    while (keys > 0 && bias[keys - 1] < -1e30f) keys--;
+    while (keys > 0 && bias[keys - 1] <= HIDDEN) keys--;
     return keys ? keys : step->source_length;
 }
 
@@ -347,7 +354,7 @@ Decoder *t5_open(const Model *model, int threads, int spinning) {
     Decoder *decoder = calloc(1, sizeof *decoder);
     if (!decoder) return NULL;
     decoder->model = *model;
-    open_team(&decoder->team, threads, spinning);
+    open_team(&decoder->team, threads, spinning ? LOOKS_SPINNING : LOOKS_BRIEF);
     decoder->own = calloc((size_t)decoder->team.count, sizeof *decoder->own);
     decoder->tasks = calloc((size_t)(2 * model->layers), sizeof *decoder->tasks);
     if (decoder->own && decoder->tasks) return decoder;
@@ -363,6 +370,15 @@ int t5_decode(Decoder *decoder, const Step *step) {
     if (fits) run_job(&decoder->team, decode, decoder);
     give_team_back(&decoder->team);
     return fits;
+}
+
+// Let the system give large pages for memory that is not written to yet, which halves the misses of address translation.
+void t5_large_pages(void *memory, int64_t bytes) {
+    const uintptr_t large = 1 << 21, start = ((uintptr_t)memory + large - 1) & ~(large - 1);
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) & ~(large - 1);
+#ifdef MADV_HUGEPAGE
+    if (start < end) madvise((void *)start, end - start, MADV_HUGEPAGE);
+#endif
 }
 
 void t5_pack(const uint8_t *from, int64_t inputs, int64_t columns, int shifted, uint8_t *to) {

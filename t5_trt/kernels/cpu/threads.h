@@ -1,12 +1,20 @@
 // A team of threads that work on one step together, with barriers between its parts.
+//
+// Whoever waits looks for the event for some time and then sleeps: a thread that only looked would keep the processor from the one it
+// waits for, as soon as other processes are busy too.
 #pragma once
 #define _GNU_SOURCE
+#include <limits.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
@@ -14,8 +22,37 @@
 #define PAUSE() ((void)0)
 #endif
 
-// looks at a barrier before the processor is offered to others, where threads may wait busily and where they may not
-enum { LOOKS_SPINNING = 1 << 14, LOOKS_YIELDING = 64, LOOKS_FOR_WORK = 1 << 12 };
+// looks before a thread sleeps, where threads may wait busily and where they may not
+enum { LOOKS_SPINNING = 1 << 11, LOOKS_BRIEF = 1 << 5 };
+
+// A number that is counted up when something has happened.
+typedef struct {
+    _Atomic unsigned count;
+    _Atomic int sleepers;
+} Event;
+
+static void wait_for(Event *event, unsigned seen, int looks) {
+    for (; looks; looks--) {
+        if (atomic_load_explicit(&event->count, memory_order_acquire) != seen) return;
+        PAUSE();
+    }
+    atomic_fetch_add(&event->sleepers, 1);
+    while (atomic_load(&event->count) == seen) {
+#if defined(__linux__)
+        syscall(SYS_futex, &event->count, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+#else
+        sched_yield();
+#endif
+    }
+    atomic_fetch_sub(&event->sleepers, 1);
+}
+
+static void announce(Event *event) {
+    atomic_fetch_add(&event->count, 1);
+#if defined(__linux__)
+    if (atomic_load(&event->sleepers)) syscall(SYS_futex, &event->count, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+#endif
+}
 
 typedef struct Team Team;
 typedef struct {
@@ -24,14 +61,11 @@ typedef struct {
 } Member;
 
 struct Team {
-    int count, looks, looks_for_work;
-    pid_t process;  // a fork has no threads but the one that called it
+    int count, looks, closing;
+    pid_t process;          // a fork has no threads but the one that called it
     pthread_mutex_t calls;  // one step at a time
-    pthread_mutex_t lock;
-    pthread_cond_t work;
-    _Atomic unsigned jobs, phase;
+    Event jobs, phase;
     _Atomic int arrived;
-    int closing;
     void (*run)(void *job, int index);
     void *job;
     Member *members;
@@ -41,57 +75,30 @@ struct Team {
 // Wait until all threads of the team are here.
 static void barrier(Team *team) {
     if (team->count == 1) return;
-    unsigned phase = atomic_load_explicit(&team->phase, memory_order_relaxed);
+    unsigned phase = atomic_load_explicit(&team->phase.count, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 == team->count) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&team->phase, phase + 1, memory_order_release);
-        return;
-    }
-    for (int looks = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase; looks++) {
-        if (looks < team->looks) PAUSE();
-        else sched_yield();
-    }
+        announce(&team->phase);
+    } else wait_for(&team->phase, phase, team->looks);
 }
 
 static void *work(void *argument) {
     Member *member = argument;
     Team *team = member->team;
-    unsigned done = 0;
-    for (;;) {
-        for (int looks = 0; looks < team->looks_for_work; looks++) {
-            if (atomic_load_explicit(&team->jobs, memory_order_acquire) != done) break;
-            PAUSE();
-        }
-        if (atomic_load_explicit(&team->jobs, memory_order_acquire) == done) {
-            pthread_mutex_lock(&team->lock);
-            while (atomic_load(&team->jobs) == done) pthread_cond_wait(&team->work, &team->lock);
-            pthread_mutex_unlock(&team->lock);
-        }
-        done++;
+    for (unsigned done = 0;; done++) {
+        wait_for(&team->jobs, done, team->looks);
         if (team->closing) return NULL;
         team->run(team->job, member->index);
         barrier(team);
     }
 }
 
-static void start_job(Team *team, void (*run)(void *, int), void *job) {
-    pthread_mutex_lock(&team->lock);
-    team->run = run;
-    team->job = job;
-    atomic_fetch_add_explicit(&team->jobs, 1, memory_order_release);
-    pthread_cond_broadcast(&team->work);
-    pthread_mutex_unlock(&team->lock);
-}
-
 // Start the threads; how many there are is in `count` afterwards, fewer if the system refuses some.
-static void open_team(Team *team, int count, int spinning) {
+static void open_team(Team *team, int count, int looks) {
     memset(team, 0, sizeof *team);
-    team->looks = spinning ? LOOKS_SPINNING : LOOKS_YIELDING;
-    team->looks_for_work = spinning ? LOOKS_FOR_WORK : 0;
+    team->looks = looks;
     team->process = getpid();
     pthread_mutex_init(&team->calls, NULL);
-    pthread_mutex_init(&team->lock, NULL);
-    pthread_cond_init(&team->work, NULL);
     team->members = calloc((size_t)count, sizeof *team->members);
     team->threads = calloc((size_t)count, sizeof *team->threads);
     team->count = 1;
@@ -106,7 +113,7 @@ static void open_team(Team *team, int count, int spinning) {
 static void close_team(Team *team) {
     if (team->process == getpid() && team->count > 1) {
         team->closing = 1;
-        start_job(team, NULL, NULL);
+        announce(&team->jobs);
         for (int i = 1; i < team->count; i++) pthread_join(team->threads[i], NULL);
     }
     free(team->members);
@@ -115,14 +122,16 @@ static void close_team(Team *team) {
 
 // One call at a time may use a team and what belongs to it.
 static void take_team(Team *team) {
-    if (team->process != getpid()) open_team(team, team->count, team->looks == LOOKS_SPINNING);
+    if (team->process != getpid()) open_team(team, team->count, team->looks);
     pthread_mutex_lock(&team->calls);
 }
 static void give_team_back(Team *team) { pthread_mutex_unlock(&team->calls); }
 
 // Run a job by all threads, the calling one among them.
 static void run_job(Team *team, void (*run)(void *, int), void *job) {
-    if (team->count > 1) start_job(team, run, job);
+    team->run = run;
+    team->job = job;
+    if (team->count > 1) announce(&team->jobs);
     run(job, 0);
     barrier(team);
 }

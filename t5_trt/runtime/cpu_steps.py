@@ -1,0 +1,179 @@
+"""Decoder steps of ONNX Runtime's session by our own C code: over a request's cache, and over rows at positions of their own.
+
+How data flows: both read K and V of the sources as ONNX Runtime's encoder wrote them, and the cache as the session's states and row
+buffers hold it. A step reads no key behind a row's position and none behind the last token of a source that is not hidden, so what
+lies there does not matter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from t5_trt.graph.architecture import Architecture
+from t5_trt.graph.parameters import Weights
+from t5_trt.kernels.cpu_decoder import Call, CpuDecoder
+from t5_trt.runtime.kv_buffers import Binding, DecoderState
+from t5_trt.runtime.row_buffers import RowBuffers
+from t5_trt.runtime.tensor_file import StoredTensors
+
+#: in `t5_trt.runtime.session.Session.loaded_graphs`
+BY_C_CODE = "decoder (C code)"
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """A `t5_trt.runtime.kv_buffers.Binding`: the one-token step over the addresses of a state.
+
+    Attributes:
+        owner: the steps.
+        step: addresses for `CpuDecoder.run`.
+        call: the memory of these addresses.
+        logits: of rows, float32 [count, 1, V].
+        earlier: another session's binding, which may have lent the state its memory.
+    """
+
+    owner: object
+    step: Any
+    call: Call
+    logits: torch.Tensor | None = None
+    earlier: Binding | None = None
+
+    def of(self, owner: object) -> bool:
+        """See `t5_trt.runtime.kv_buffers.Binding.of`."""
+        return self.owner is owner
+
+
+class CpuRowBuffers(RowBuffers):
+    """As `RowBuffers`; a step reads only what a row has written, and its source up to the last token that is not hidden."""
+
+    reads_empty_places = False
+
+    def add(self, cross: torch.Tensor, cross_bias: torch.Tensor, row: int | None = None) -> int:
+        """See `RowBuffers.add`."""
+        made = super().add(cross, cross_bias, row)
+        self._hide_rest(made)
+        return made
+
+    def _move(self, last: int, row: int) -> None:
+        super()._move(last, row)
+        self._hide_rest(row)
+
+    def _hide_rest(self, row: int) -> None:
+        """Hide what is behind a row's source, which earlier sources may have left."""
+        self.cross_bias.numpy()[row, ..., int(self._sources[row]) :] = self.hidden
+
+
+class CpuSteps:
+    """Runs the decoder of one model; its weights are laid out at the first step.
+
+    Args:
+        library: the compiled C code.
+        arch: of the model.
+        weights: state-dict key -> CPU tensor.
+        quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None multiplies by `weights`.
+        threads: of a step.
+        spinning: whether they may wait busily for one another.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        arch: Architecture,
+        weights: Weights,
+        quantized: dict[str, torch.Tensor] | None,
+        *,
+        threads: int,
+        spinning: bool,
+    ) -> None:
+        self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized
+        self._threads, self._spinning = threads, spinning
+        self._made: CpuDecoder | None = None
+        self._making = threading.Lock()
+
+    @property
+    def opened(self) -> bool:
+        """Whether there was a step."""
+        return self._made is not None
+
+    def one_token(self, state: DecoderState, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """Decode a token of each row.
+
+        Args:
+            state: of R rows, with room for one more token; it is one longer afterwards.
+            tokens: int64 [R, 1].
+            logits: float32 [R, 1, V], written.
+        """
+        decoder, bound = self._decoder(), state.binding
+        if not isinstance(bound, BoundCall) or not bound.of(self):  # a cache may outlive its session
+            call = _call(state, torch.empty((state.rows, 1), dtype=torch.int64))
+            bound = state.binding = BoundCall(self, decoder.prepare(call), call, earlier=state.binding)
+        bound.call.tokens.copy_(tokens)
+        bound.call.positions.fill_(state.length)
+        decoder.run(bound.step, logits, state.ancestors)
+        state.length += 1
+
+    def several_tokens(
+        self, state: DecoderState, tokens: torch.Tensor, key_bias: torch.Tensor | None, logits: torch.Tensor
+    ) -> None:
+        """Decode Q tokens of each row.
+
+        Args:
+            state: of R rows, with room for them; it is Q longer afterwards.
+            tokens: int64 [R, Q].
+            key_bias: float32 [R, length + Q], added to the scores of the decoder's own tokens; None for none.
+            logits: float32 [R, Q, V], written.
+        """
+        decoder, call = self._decoder(), _call(state, tokens.contiguous(), key_bias)
+        call.positions.fill_(state.length)
+        decoder.run(decoder.prepare(call), logits, state.ancestors)
+        state.length += tokens.shape[1]
+
+    def rows(self, rows: RowBuffers) -> torch.Tensor:
+        """Decode a token of each row in use; logits, float32 [count, V], good until the next step."""
+        count, decoder = rows.count, self._decoder()
+        bound = rows.bindings.get(count)
+        if not isinstance(bound, BoundCall) or not bound.of(self):
+            logits = torch.empty((count, 1, self._arch.vocab_size), dtype=torch.float32)
+            used = slice(count)
+            cross, bias = rows.cross[:, :, used], rows.cross_bias[used]
+            call = Call(rows.tokens[used], rows.positions[used], rows.kv[:, :, used], cross, bias)
+            bound = rows.bindings[count] = BoundCall(self, decoder.prepare(call), call, logits)
+        assert bound.logits is not None
+        decoder.run(bound.step, bound.logits)
+        rows.advance()
+        return bound.logits[:, 0]
+
+    def update(self, changed: Collection[str] | None) -> None:
+        """Follow weights that changed in their memory; None follows any change."""
+        with self._making:
+            if changed is None:
+                self._made = None
+            elif self._made is not None:
+                self._made.update(changed)
+
+    def _decoder(self) -> CpuDecoder:
+        if self._made is None:
+            with self._making:
+                if self._made is None:
+                    stored = self._quantized
+                    self._made = CpuDecoder(
+                        self._library,
+                        self._arch,
+                        self._weights,
+                        stored,
+                        threads=self._threads,
+                        spinning=self._spinning,
+                        after_packing=stored.give_back if isinstance(stored, StoredTensors) else None,
+                    )
+        return self._made
+
+
+def _call(state: DecoderState, tokens: torch.Tensor, key_bias: torch.Tensor | None = None) -> Call:
+    positions = torch.zeros(1, dtype=torch.int64)
+    return Call(tokens, positions, state.kv, state.cross.kv, state.cross_bias, key_bias)

@@ -109,6 +109,7 @@ class CpuSteps:
             tokens: int64 [R, 1].
             logits: float32 [R, 1, V], written.
         """
+        state.use_ancestors()
         decoder, bound = self._decoder(), state.binding
         if not isinstance(bound, BoundCall) or not bound.of(self):  # a cache may outlive its session
             call = _call(state, torch.empty((state.rows, 1), dtype=torch.int64))

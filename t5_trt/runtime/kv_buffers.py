@@ -170,7 +170,7 @@ class DecoderState:
         are in use until `materialize`, so a session calls this before each step.
         """
         if self.ancestors is None and 1 < self.cross.beams <= _MOST_BEAMS:
-            self.ancestors, self.binding = self._own_ancestors(), None
+            self.ancestors = self._own_ancestors()
 
     def _own_ancestors(self) -> torch.Tensor:
         ancestors = torch.empty((self.kv.shape[2], self.capacity + 1), dtype=torch.uint8, device=self.kv.device)

@@ -154,16 +154,15 @@ def test_ancestors_end_where_rows_change_their_source(v11: tuple[Any, Any]) -> N
     assert states[0].ancestors is None, "without beams there is nothing to move"
 
 
-def test_ancestors_are_bound_anew(v11: tuple[Any, Any]) -> None:
+def test_ancestors_move_in_place(v11: tuple[Any, Any]) -> None:
     state = make_state(v11[1].architecture, beams=4)
     state.binding = SimpleNamespace(of=bool)
     state.use_ancestors()
-    assert state.binding is None
-    state.binding, ancestors = SimpleNamespace(of=bool), state.ancestors
-    state.use_ancestors()
-    assert state.binding is not None and state.ancestors is ancestors
+    ancestors = state.ancestors
     state.reorder(torch.tensor([0, 0, 1, 1, 7, 6, 5, 4]))
-    assert state.binding is not None and state.ancestors is ancestors, "moved in place"
+    state.use_ancestors()
+    assert ancestors is not None and state.ancestors is ancestors and state.binding is not None
+    assert ancestors[:, :6].T.tolist() == [[0, 0, 1, 1, 3, 2, 1, 0]] * 5 + [[0, 1, 2, 3] * 2]
 
 
 def test_a_byte_numbers_256_beams(v11: tuple[Any, Any]) -> None:

@@ -212,9 +212,7 @@ class BeamSelector:
         if self.draws or logits.device.type != "cpu" or (len(process) and process.hiding is None):
             return None
         hidden = process.hidden(position)
-        return largest_log_sums(
-            logits, self._running_scores, self._rules.candidates, below=_NEVER / 2, hidden=hidden
-        )
+        return largest_log_sums(logits, self._running_scores, self._rules.candidates, below=_NEVER / 2, hidden=hidden)
 
     def _step(
         self, scores: torch.Tensor, beams: torch.Tensor, ids: torch.Tensor, position: torch.Tensor

@@ -184,8 +184,8 @@ def _opened(path: Path) -> ctypes.CDLL:
     library.t5_decode.restype, library.t5_decode.argtypes = ctypes.c_int, [address, address]
     library.t5_pack.restype, library.t5_pack.argtypes = None, [address, number, number, ctypes.c_int, address]
     library.t5_log_softmax.restype, library.t5_log_softmax.argtypes = None, [address, number, number, address]
-    sums = [address, address, address, ctypes.c_int, number, number, number, number, address, address]
-    library.t5_best_sums.restype, library.t5_best_sums.argtypes = None, sums
+    library.t5_best_sums.restype = None
+    library.t5_best_sums.argtypes = [*[address] * 3, ctypes.c_int, *[number] * 4, address, address]
     return library
 
 

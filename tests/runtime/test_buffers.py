@@ -35,6 +35,7 @@ def test_growth_keeps_contents(v11: tuple[Any, Any]) -> None:
     state.reserve(5)
     assert state.capacity == 128 and state.binding is None
     assert torch.equal(state.kv[..., :60, :], before) and not state.kv[..., 60:, :].any()
+    assert state.kv.is_contiguous() and state.kv.data_ptr() % 64 == 0
 
 
 def test_reorder_within_a_source_moves_only_the_decoder(v11: tuple[Any, Any]) -> None:

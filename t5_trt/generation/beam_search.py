@@ -235,8 +235,10 @@ class BeamSelector:
         self._replace(ended, (self._running_scores, running))
         self._replace(ended, (self._improvable, self._can_improve(made)))
         self._end(hits)
-        # tokens after the end do not count, but must be some
-        return ids.gather(1, going).flatten(), torch.where(ended, self._own, rows.gather(1, going).flatten())
+        # not `ids`: a user's criterion may have written into the sequences
+        made_tokens = self.tokens.flatten(0, 1).index_select(1, place)[:, 0]
+        parents = torch.where(ended, self._own, rows.gather(1, going).flatten())
+        return made_tokens.clamp(min=0), parents  # rows are padded with `fill`, maybe -1
 
     def _hits(self, sequences: torch.Tensor, place: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Which candidates end with their new token `ids` at `place`: bool [B, K]."""

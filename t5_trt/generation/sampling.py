@@ -125,7 +125,7 @@ class RowTokenSelector:
         if following is not None and following.best is not None:
             chosen = self._chosen
         else:
-            scores = self.process(self.tokens, position, logits)
+            scores = self.process.overwrite(self.tokens, position, logits)
             chosen = draw(scores, 1, capturable=self.capturable).flatten() if self.draws else best(scores)
         buffers = (chosen, self.tokens, self.finished, self.report, self.expired, self._eos)
         if cuda_kernels.token_step(buffers, position, self._pad, following, self.mailbox):

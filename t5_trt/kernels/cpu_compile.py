@@ -182,6 +182,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     library.t5_open.restype, library.t5_open.argtypes = address, [address, ctypes.c_int, ctypes.c_int]
     library.t5_close.restype, library.t5_close.argtypes = None, [address]
     library.t5_decode.restype, library.t5_decode.argtypes = ctypes.c_int, [address, address]
+    library.t5_large_pages.restype, library.t5_large_pages.argtypes = None, [address, number]
     library.t5_pack.restype, library.t5_pack.argtypes = None, [address, number, number, ctypes.c_int, address]
     library.t5_log_softmax.restype, library.t5_log_softmax.argtypes = None, [address, number, number, address]
     library.t5_best_sums.restype = None

@@ -125,7 +125,9 @@ def test_onnxruntime_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.0"), backend="onnxruntime")
 
 
-def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_run_is_reported_and_survived() -> None:
+    hugging_face = make_hugging_face("t5-v1.1")
+    fresh = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1, decode="engine")
     expected = fresh.generate(IDS, max_new_tokens=4).tolist()
     graph = fresh.session._session("decoder_step", several_rows=True)
 
@@ -140,6 +142,24 @@ def test_failing_run_is_reported_and_survived(fresh: Any, monkeypatch: pytest.Mo
     with pytest.raises(BackendError, match="out of memory"):
         fresh.generate(IDS, max_new_tokens=4)
     fresh.session._sessions["decoder_step", True] = graph
+    assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected
+
+
+def test_decoder_without_memory_is_reported_and_survived(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fresh.generate(IDS, max_new_tokens=4).tolist()
+    library = fresh.session._steps._made._library
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(library, name)
+
+        def t5_decode(self, decoder: Any, step: Any) -> int:
+            return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fresh.session._steps._made, "_library", Full())
+        with pytest.raises(BackendError, match="memory ran out in a decoder step on the CPU"):
+            fresh.generate(IDS, max_new_tokens=4)
     assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected
 
 

@@ -27,10 +27,9 @@ INLINE int64_t offset_of(const Places *places, const Cache *cache, int64_t token
 INLINE float dot(const float *a, const float *b, int64_t width) {
     Floats sums = all(0.0f);
     int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) sums += load(a + i) * load(b + i);
-    float sum = sum_of(sums);
-    for (; i < width; i++) sum += a[i] * b[i];
-    return sum;
+    for (; i + LANES <= width; i += LANES) sums = fused(load(a + i), load(b + i), sums);
+    if (i < width) sums = fused(load_some(a + i, width - i), load_some(b + i, width - i), sums);
+    return sum_of(sums);
 }
 
 // Turn scores into weights that sum to 1; room for a multiple of LANES.
@@ -49,29 +48,28 @@ static void softmax(float *scores, int64_t count) {
     for (int64_t i = 0; i < room; i += LANES) store(scores + i, load(scores + i) * by);
 }
 
-// `held` vectors of the sum of values by their weights; one of a single float where `held` is 0.
-INLINE void part_of_sum(const int held, const float *weights, const float *values, const Places *places, const Cache *cache,
-                        int64_t count, int64_t width, float *to) {
+// `held` vectors of the sum of values by their weights, or where it is 0 the first `rest` numbers of one.
+INLINE void part_of_sum(const int held, int64_t rest, const float *weights, const float *values, const Places *places,
+                        const Cache *cache, int64_t count, int64_t width, float *to) {
     Floats sums[4] = {};
-    float single = 0.0f;
     for (int64_t t = 0; t < count; t++) {
         const float *value = values + offset_of(places, cache, t, width);
         Floats weight = all(weights[t]);
 #pragma GCC unroll 4
-        for (int v = 0; v < held; v++) sums[v] += weight * load(value + v * LANES);
-        if (!held) single += weights[t] * *value;
+        for (int v = 0; v < held; v++) sums[v] = fused(weight, load(value + v * LANES), sums[v]);
+        if (!held) sums[0] = fused(weight, load_some(value, rest), sums[0]);
     }
     for (int v = 0; v < held; v++) store(to + v * LANES, sums[v]);
-    if (!held) *to = single;
+    if (!held) memcpy(to, &sums[0], (size_t)rest * sizeof *to);
 }
 
 // The sum of values by their weights, [width]. `values` is of row 0 of the cache.
 static void weighted_sum(const float *weights, const float *values, const Places *places, const Cache *cache, int64_t count,
                          int64_t width, float *to) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= width; i += 4 * LANES) part_of_sum(4, weights, values + i, places, cache, count, width, to + i);
-    for (; i + LANES <= width; i += LANES) part_of_sum(1, weights, values + i, places, cache, count, width, to + i);
-    for (; i < width; i++) part_of_sum(0, weights, values + i, places, cache, count, width, to + i);
+    for (; i + 4 * LANES <= width; i += 4 * LANES) part_of_sum(4, 0, weights, values + i, places, cache, count, width, to + i);
+    for (; i + LANES <= width; i += LANES) part_of_sum(1, 0, weights, values + i, places, cache, count, width, to + i);
+    if (i < width) part_of_sum(0, width - i, weights, values + i, places, cache, count, width, to + i);
 }
 
 // Scores of a query over the keys, without bias.

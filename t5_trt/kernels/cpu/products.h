@@ -1,9 +1,6 @@
 // Products of a few rows with a matrix in float32, bfloat16 or 8 bits. A row's result does not depend on the other rows.
 #pragma once
 #include "vectors.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum { OUTPUTS_AT_ONCE = LANES == 16 ? 8 : 4, ROWS_AT_ONCE = 3, INPUTS_AT_ONCE = 1024 };  // as many sums as there are registers
@@ -40,6 +37,9 @@ INLINE int64_t padded(int64_t inputs) { return (inputs + 3) & ~(int64_t)3; }
 INLINE Floats load_weights(int type, const void *weights, int64_t at) {
     return type == FLOAT32 ? load((const float *)weights + at) : load_bf16((const uint16_t *)weights + at);
 }
+INLINE Floats load_some_weights(int type, const void *weights, int64_t at, int64_t count) {
+    return type == FLOAT32 ? load_some((const float *)weights + at, count) : load_some_bf16((const uint16_t *)weights + at, count);
+}
 INLINE float one_weight(int type, const void *weights, int64_t at) {
     return type == FLOAT32 ? ((const float *)weights)[at] : one_bf16(((const uint16_t *)weights)[at]);
 }
@@ -62,16 +62,18 @@ INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const v
             Floats weight = load_weights(type, weights, at);
             if (ROWS == 1) __builtin_prefetch((const char *)weights + (at + OUTPUTS * inputs) * (type == FLOAT32 ? 4 : 2), 0, 3);
 #pragma GCC unroll 3
-            for (int m = 0; m < ROWS; m++) sums[m][o] += weight * row[m];
+            for (int m = 0; m < ROWS; m++) sums[m][o] = fused(weight, row[m], sums[m][o]);
         }
     }
+    if (i < to)
+        for (int o = 0; o < OUTPUTS; o++) {
+            Floats weight = load_some_weights(type, weights, (first + o) * inputs + i, to - i);
+            for (int m = 0; m < ROWS; m++) sums[m][o] = fused(weight, load_some(rows + m * width + i, to - i), sums[m][o]);
+        }
     for (int m = 0; m < ROWS; m++) {
         if (OUTPUTS == 1) results[m][0] = sum_of(sums[m][0]);
         else
             for (int o = 0; o < OUTPUTS; o += 4) four_sums(sums[m] + o, results[m] + o);
-        for (int o = 0; o < OUTPUTS && i < to; o++)
-            for (int64_t k = i; k < to; k++)
-                results[m][o] += one_weight(type, weights, (first + o) * inputs + k) * rows[m * width + k];
     }
 }
 

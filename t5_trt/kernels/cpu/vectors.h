@@ -2,6 +2,11 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -23,10 +28,36 @@ INLINE Floats load(const float *from) { return *(const FloatsAt *)from; }
 INLINE void store(float *to, Floats values) { *(FloatsAt *)to = values; }
 INLINE Floats all(float value) { return value - (Floats){}; }
 
+// a b + c, rounded once where the processor can. Compilers are told not to contract products and sums themselves: they do so in one
+// place and not in another, and results would depend on the number of rows.
+INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if LANES == 16
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8 && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif LANES == 4 && defined(__ARM_NEON)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+// The first `count` lanes, and zeros.
+INLINE Floats load_some(const float *from, int64_t count) {
+    float lanes[LANES] = {0};
+    memcpy(lanes, from, (size_t)count * sizeof *lanes);
+    return load(lanes);
+}
+
 // bfloat16 is the upper half of a float32
 INLINE Floats load_bf16(const uint16_t *from) {
     Ints wide = __builtin_convertvector(*(const HalvesAt *)from, Ints) << 16;
     return (Floats)wide;
+}
+INLINE Floats load_some_bf16(const uint16_t *from, int64_t count) {
+    uint16_t lanes[LANES] = {0};
+    memcpy(lanes, from, (size_t)count * sizeof *lanes);
+    return load_bf16(lanes);
 }
 INLINE float one_bf16(uint16_t value) {
     uint32_t wide = (uint32_t)value << 16;
@@ -94,16 +125,16 @@ INLINE Floats exponential(Floats x) {
     const Floats least = all(-87.0f);
     Ints dead = (Ints)(x < least);
     x = smaller(larger(x, least), all(88.0f));
-    Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds to a whole number, which the low bits then hold
+    Floats shifted = fused(x, all(1.44269504f), all(12582912.0f));  // rounds to a whole number, which the low bits then hold
     Floats n = shifted - 12582912.0f;
     Ints power = ((Ints)shifted + 127) << 23;
-    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats r = fused(n, all(2.12194440e-4f), fused(n, all(-0.693359375f), x));
     Floats p = all(1.0f / 720);
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    p = fused(p, r, all(1.0f / 120));
+    p = fused(p, r, all(1.0f / 24));
+    p = fused(p, r, all(1.0f / 6));
+    p = fused(p, r, all(0.5f));
+    p = fused(p, r, all(1.0f));
+    p = fused(p, r, all(1.0f));
     return (Floats)((Ints)(p * (Floats)power) & ~dead);
 }

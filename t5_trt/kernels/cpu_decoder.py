@@ -214,7 +214,7 @@ class CpuDecoder:
         outputs, inputs = self._arch.vocab_size, self._arch.d_model
         tiles = torch.empty(-(-outputs // _TILE) * _TILE * (-(-inputs // 4) * 4), dtype=torch.uint8)
         self._library.t5_large_pages(_address(tiles.data_ptr()), _long(tiles.nbytes))
-        scales, errors, lengths = torch.empty((3, outputs))
+        scales, errors, lengths = torch.empty((3, outputs), dtype=torch.float32)
         made = (tiles, scales, errors, lengths)
         for name, tensor in zip(("tiles", "scales", "errors", "lengths"), made, strict=True):
             self._keep(f"rough.{name}", tensor)

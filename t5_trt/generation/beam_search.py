@@ -17,7 +17,7 @@ from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.generation.sampling import draw, pad_rows
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.session import NextStep
-from t5_trt.runtime.top_tokens import largest_sums
+from t5_trt.runtime.top_tokens import largest_log_sums, largest_sums, log_softmax
 
 _NEVER = -1.0e9  # score of a candidate that must not be chosen
 
@@ -102,7 +102,9 @@ class BeamSelector:
         self.process, self._rules, self.draws = process, rules, rules.do_sample
         self._eos = torch.tensor(rules.eos, dtype=torch.int64, device=device)
         self._first = torch.arange(rules.candidates, device=device) < beams  # top_num_beam_mask
-        self._offset = (torch.arange(batch, device=device) * beams)[:, None]
+        entries = torch.arange(batch, device=device)[:, None]
+        self._offset, self._candidate_offset = entries * beams, entries * rules.candidates  # of an entry's first row
+        self._merged_offset = self._offset + self._candidate_offset
         self._own = torch.arange(batch * beams, device=device)
         lengths = torch.arange(capacity + 1, dtype=torch.float64)
         self._penalties = (lengths**rules.length_penalty).float().to(device)  # [M + 1], by new tokens
@@ -173,7 +175,9 @@ class BeamSelector:
         vocabulary = logits.shape[-1]
         found = self._candidates_of_kernel(logits, position)
         if found is None:
-            log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+            found = self._candidates_of_logits(logits, position)
+        if found is None:
+            log_probs = log_softmax(logits)
             found = self._candidates(self.process.overwrite(self.tokens.flatten(0, 1), position, log_probs))
         if self._step_of_kernel(found, position, vocabulary, following):
             return None if following is not None else (self._chosen, self._parents)
@@ -200,6 +204,16 @@ class BeamSelector:
             return None
         return None, None, *self._lists[:2], None if normalized else self._lists[2]
 
+    def _candidates_of_logits(
+        self, logits: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`_candidates` in one go on a CPU; None where processors need the log probabilities, or if there is no code for it."""
+        process = self.process
+        if self.draws or logits.device.type != "cpu" or (len(process) and process.hiding is None):
+            return None
+        hidden = process.hidden(position)
+        return largest_log_sums(logits, self._running_scores, self._rules.candidates, below=_NEVER / 2, hidden=hidden)
+
     def _step(
         self, scores: torch.Tensor, beams: torch.Tensor, ids: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,22 +221,24 @@ class BeamSelector:
         place = position + 1  # cur_len
         made = place + 1 - self._limits[:1]  # new tokens, this one included
         ended = self.report[:1].bool()
-        sequences = _put(_pick(self.tokens, beams), place, ids)
-        indices = _put(_pick(self._running_indices, beams), place, (beams + self._offset).int())
+        rows = beams + self._offset  # that candidates continue
+        sequences = _put(_pick(self.tokens, rows), place, ids)
+        indices = _put(_pick(self._running_indices, rows), place, rows.int())
         hits = self._hits(sequences, place, ids)
         # rows that go on: the N best that have not ended
-        running = scores + hits * _NEVER
-        going = running.topk(self._rules.num_beams).indices
+        running, going = torch.add(scores, hits, alpha=_NEVER).topk(self._rules.num_beams)
+        chosen = going + self._candidate_offset
         # rows that have ended: the N best of those known and the new ones
-        final = self._final_scores(scores, hits, made)
-        self._keep_best(sequences, indices, final, hits & self._first, ended)
-        self._replace(ended, (self.tokens, _pick(sequences, going)), (self._running_indices, _pick(indices, going)))
-        self._replace(ended, (self._running_scores, running.gather(1, going)))
+        just_ended = hits & self._first
+        self._keep_best(sequences, indices, self._final_scores(scores, just_ended, made), just_ended, ended)
+        self._replace(ended, (self.tokens, _pick(sequences, chosen)), (self._running_indices, _pick(indices, chosen)))
+        self._replace(ended, (self._running_scores, running))
         self._replace(ended, (self._improvable, self._can_improve(made)))
         self._end(hits)
-        chosen = self.tokens.flatten(0, 1).index_select(1, place)[:, 0]
-        parents = self._running_indices.flatten(0, 1).index_select(1, place)[:, 0].long()
-        return chosen.clamp(min=0), torch.where(ended, self._own, parents)  # rows are padded with `fill`, maybe -1
+        # not `ids`: a user's criterion may have written into the sequences
+        made_tokens = self.tokens.flatten(0, 1).index_select(1, place)[:, 0]
+        parents = torch.where(ended, self._own, rows.gather(1, going).flatten())
+        return made_tokens.clamp(min=0), parents  # rows are padded with `fill`, maybe -1
 
     def _hits(self, sequences: torch.Tensor, place: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Which candidates end with their new token `ids` at `place`: bool [B, K]."""
@@ -266,12 +282,12 @@ class BeamSelector:
             places = places.gather(1, order)
         return scores, places
 
-    def _final_scores(self, scores: torch.Tensor, hits: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    def _final_scores(self, scores: torch.Tensor, just_ended: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         """Scores of rows that end here, and for all others a value that never wins, [B, K]."""
         final = scores / self._penalties.index_select(0, made)
         if self._rules.early_stopping is True:
-            final = final + self._full.all(-1, keepdim=True) * _NEVER
-        return final + ~self._improvable * _NEVER + ~(hits & self._first) * _NEVER
+            final = final.add(self._full.all(-1, keepdim=True), alpha=_NEVER)
+        return final.add(~self._improvable, alpha=_NEVER).add_(~just_ended, alpha=_NEVER)
 
     def _keep_best(
         self,
@@ -281,13 +297,13 @@ class BeamSelector:
         just_ended: torch.Tensor,
         ended: torch.Tensor,
     ) -> None:
-        merged = torch.cat((self.beam_scores, final), 1)
-        best = merged.topk(self._rules.num_beams).indices
+        values, best = torch.cat((self.beam_scores, final), 1).topk(self._rules.num_beams)
+        rows = best + self._merged_offset
         self._replace(
             ended,
-            (self.sequences, _pick(torch.cat((self.sequences, sequences), 1), best)),
-            (self.beam_indices, _pick(torch.cat((self.beam_indices, indices), 1), best)),
-            (self.beam_scores, merged.gather(1, best)),
+            (self.sequences, _pick(torch.cat((self.sequences, sequences), 1), rows)),
+            (self.beam_indices, _pick(torch.cat((self.beam_indices, indices), 1), rows)),
+            (self.beam_scores, values),
             (self._full, torch.cat((self._full, just_ended), 1).gather(1, best)),
         )
 
@@ -312,7 +328,7 @@ class BeamSelector:
 
     def _replace(self, ended: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
         for buffer, value in pairs:
-            buffer.copy_(torch.where(ended, buffer, value))
+            torch.where(ended, buffer, value, out=buffer)
 
 
 def finished_beams(
@@ -337,8 +353,8 @@ def finished_beams(
 
 
 def _pick(buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows [B, K, M] of a buffer [B, N, M] by indices [B, K]."""
-    return buffer.gather(1, rows[..., None].expand(-1, -1, buffer.shape[2]))
+    """Rows [B, K, M] of a buffer [B, N, M] by indices [B, K] into all of its rows."""
+    return buffer.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def _put(rows: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

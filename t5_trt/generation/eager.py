@@ -17,6 +17,7 @@ from t5_trt.generation.beam_search import BeamRules, BeamSelector
 from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.generation.sampling import draw
 from t5_trt.runtime.session import NextStep
+from t5_trt.runtime.top_tokens import log_softmax
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class EagerBeamSelector(BeamSelector):
         self, logits: torch.Tensor, position: torch.Tensor, following: NextStep | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `BeamSelector.advance`."""
-        log_probs = torch.nn.functional.log_softmax(logits, dim=-1)
+        log_probs = log_softmax(logits)
         if self._prompt is not None:  # these are copies: writing into them changes no beam
             log_probs, self._prompt = self._calls.process(self._prompt, log_probs), None  # type: ignore[arg-type]
         else:

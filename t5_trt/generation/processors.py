@@ -87,11 +87,17 @@ class CapturableProcessors:
                 scores = form.apply(tokens, length, scores)
         return scores
 
+    def hidden(self, position: torch.Tensor) -> torch.Tensor | None:
+        """With `hiding` on a CPU: its tokens, uint8 [V], if they are hidden after the token at `position`; else None."""
+        if self.hiding is None or int(position) + 1 >= float(self.hiding.until):
+            return None
+        return self.hiding.tokens
+
     def overwrite(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """As a call, but `scores` may be overwritten: on a CPU, hiding tokens then needs no copy of V scores."""
         if self.hiding is None or scores.device.type != "cpu":
             return self(tokens, position, scores)
-        if int(position) + 1 < float(self.hiding.until):
+        if self.hidden(position) is not None:
             scores.index_fill_(1, self._hidden, _HIDDEN)
         return scores
 

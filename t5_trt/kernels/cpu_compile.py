@@ -50,6 +50,7 @@ NEEDED = f"It takes GCC 12 or newer, or Clang, and the headers of the C library:
 #: seconds after which a compiler is given up
 PATIENCE_S = 300
 _LINES = 6
+_loaded: list[ctypes.CDLL] = []
 
 
 class _CompilerError(BackendError):
@@ -107,7 +108,14 @@ def load_library(store: EngineStore) -> ctypes.CDLL:
     Raises:
         BackendError: there is no C compiler, or it cannot compile the code, or the system cannot load it.
     """
-    return _load_library(store.root, store.max_bytes)
+    library = _load_library(store.root, store.max_bytes)
+    _loaded[:] = [library]
+    return library
+
+
+def loaded_library() -> ctypes.CDLL | None:
+    """The compiled C code if this process has loaded it; compiles nothing."""
+    return _loaded[-1] if _loaded else None
 
 
 @cache
@@ -176,6 +184,9 @@ def _opened(path: Path) -> ctypes.CDLL:
     library.t5_decode.restype, library.t5_decode.argtypes = ctypes.c_int, [address, address]
     library.t5_large_pages.restype, library.t5_large_pages.argtypes = None, [address, number]
     library.t5_pack.restype, library.t5_pack.argtypes = None, [address, number, number, ctypes.c_int, address]
+    library.t5_log_softmax.restype, library.t5_log_softmax.argtypes = None, [address, number, number, address]
+    library.t5_best_sums.restype = None
+    library.t5_best_sums.argtypes = [*[address] * 3, ctypes.c_int, *[number] * 4, address, address]
     return library
 
 

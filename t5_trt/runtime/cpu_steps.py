@@ -121,6 +121,7 @@ class CpuSteps:
             best_only: see `CpuDecoder.run`.
             hidden: see `CpuDecoder.run`.
         """
+        state.use_ancestors()
         decoder, bound = self._decoder(), state.binding
         if not isinstance(bound, BoundCall) or not bound.of(self):  # a cache may outlive its session
             call = _call(state, torch.empty((state.rows, 1), dtype=torch.int64))

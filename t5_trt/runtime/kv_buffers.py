@@ -5,6 +5,7 @@ Only torch is used here; which engine reads the buffers is the session's busines
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,10 @@ from t5_trt.graph.signature import layered
 SMALLEST_BUCKET = 64
 #: so many entries are moved by NumPy: torch's threads, once woken up, spin for a while and take the processor from ONNX Runtime's
 _SMALL_COPY = 1 << 20
+#: beams that `DecoderState.ancestors` can number
+_MOST_BEAMS = 256
+#: bytes
+_CACHE_LINE = 64
 
 
 def bucket_length(tokens: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -95,7 +100,8 @@ class DecoderState:
         cross_bias: [B, 1, 1, S], 0 or the mask value.
         smallest_bucket: the least T that is allocated.
         ancestors: uint8 [R, T + 1], where a session's beams have moved in it and not in `kv`: token t of row i lies in row
-            ``ancestors[i, t]`` of i's batch entry. None where every row has its own; see `materialize`.
+            ``ancestors[i, t]`` of i's batch entry, and tokens from `length` on will lie in row i. None where every row has its
+            own; see `materialize` and `use_ancestors`.
         binding: what a session keeps for these buffers; reset to None when an address or a shape changes.
     """
 
@@ -119,7 +125,7 @@ class DecoderState:
         """A new, empty cache with room for `capacity_tokens` (rounded up to a bucket)."""
         shape = (arch.decoder_layers, 2, cross.kv.shape[2] * cross.beams, arch.num_heads)
         # zeros: masked entries are multiplied by probability 0, and 0 * NaN would be NaN
-        kv = cross.kv.new_zeros((*shape, bucket_length(capacity_tokens), arch.d_kv))
+        kv = _zeros(cross.kv, (*shape, bucket_length(capacity_tokens), arch.d_kv))
         return cls(kv, cross.kv.new_zeros((*shape, 1, arch.d_kv)), cross, cross_bias)
 
     @property
@@ -136,13 +142,14 @@ class DecoderState:
         """Make room for `tokens` more; the contents are kept, the buffer doubles as often as needed."""
         if self.length + tokens <= self.capacity:
             return
-        self.materialize()
-        grown = self.kv.new_zeros(
-            (*self.kv.shape[:4], bucket_length(self.length + tokens, self.smallest_bucket), self.kv.shape[5])
-        )
+        capacity = bucket_length(self.length + tokens, self.smallest_bucket)
+        grown = _zeros(self.kv, (*self.kv.shape[:4], capacity, self.kv.shape[5]))
         grown[..., : self.length, :] = self.kv[..., : self.length, :]
-        self.kv, self.ancestors, self._scratch, self._makers = grown, None, None, None
-        self.binding = None
+        self.kv, self._scratch, self._makers, self.binding = grown, None, None, None
+        if self.ancestors is not None:
+            moved = self.ancestors[:, : self.length]
+            self.ancestors = self._own_ancestors()
+            self.ancestors[:, : self.length] = moved
 
     def materialize(self) -> None:
         """Copy every token's K and V into its own row; call this before reading `kv` without `ancestors`."""
@@ -156,7 +163,21 @@ class DecoderState:
             ordered = layer.permute(1, 3, 0, 2, 4)[rows, tokens]  # [R, length, 2, H, D]
             layer[:, : self.rows, :, :length].copy_(ordered.permute(2, 0, 3, 1, 4))
         own_beams(self.ancestors, beams)
-        self.ancestors = None
+        self.ancestors = self._makers = None
+
+    def use_ancestors(self) -> None:
+        """Let `reorder` on a CPU move `ancestors` in place of K and V; for a session whose next step reads them.
+
+        It does nothing if they are in use, and where they cannot be: rows without beams, or beams that a byte cannot number. They
+        are in use until `materialize`, so a session calls this before each step.
+        """
+        if self.ancestors is None and 1 < self.cross.beams <= _MOST_BEAMS:
+            self.ancestors = self._own_ancestors()
+
+    def _own_ancestors(self) -> torch.Tensor:
+        ancestors = torch.empty((self.kv.shape[2], self.capacity + 1), dtype=torch.uint8, device=self.kv.device)
+        own_beams(ancestors, self.cross.beams)
+        return ancestors
 
     def append(self, new: torch.Tensor) -> None:
         """Append K/V of Q new tokens, [L, 2, R, H, Q, D]; room must be reserved."""
@@ -173,6 +194,8 @@ class DecoderState:
         if not 0 <= length <= self.length:
             raise InputError(f"cannot crop a cache of {self.length} tokens to {length}; expected 0 to {self.length}.")
         self.length, self._makers = length, None
+        if self.ancestors is not None:
+            own_beams(self.ancestors[:, length:], self.cross.beams)
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Reorder rows: row i continues row ``rows[i]``, as beam search needs after every token.
@@ -180,6 +203,8 @@ class DecoderState:
         Args:
             rows: int64 [R] on the buffer's device.
         """
+        if self._reorder_ancestors(rows):
+            return
         self.materialize()
         rows = rows.to(self.kv.device)
         parents = torch.arange(self.rows, device=rows.device) // self.cross.beams
@@ -203,6 +228,17 @@ class DecoderState:
             moved = self._scratch[: filled.numel()].view(filled.shape)
             torch.index_select(filled, 1, rows, out=moved)
             filled.copy_(moved)
+
+    def _reorder_ancestors(self, rows: torch.Tensor) -> bool:
+        """Reorder `ancestors` alone; False if they are not in use on a CPU, or if a row changes its source."""
+        if self.ancestors is None or self.kv.device.type != "cpu":
+            return False
+        parents, beams = rows.numpy(), self.cross.beams
+        if (parents // beams != np.arange(len(parents)) // beams).any():
+            return False
+        moved = self.ancestors.numpy()[: len(parents), : self.length]
+        moved[:] = moved[parents]
+        return True
 
     def _common_tokens(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> int:
         """How many tokens of the cache are where they belong already, when row i becomes row ``rows[i]``; takes note of the change.
@@ -228,14 +264,14 @@ class DecoderState:
 
     def select_entries(self, entries: torch.Tensor) -> DecoderState:
         """A copy with some of the batch entries, in the order of `entries`, each with all of its beams."""
-        self.materialize()
         beams = self.cross.beams
         rows = (entries[:, None] * beams + torch.arange(beams, device=entries.device)).flatten()
         used = (len(entries), self.cross.source_length)
         cross = CrossStates(self.cross.kv.index_select(2, entries), beams, used)
         kv, new = self.kv.index_select(2, rows), self.new.index_select(2, rows)
         bias = self.cross_bias.index_select(0, entries)
-        return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket)
+        ancestors = None if self.ancestors is None else self.ancestors.index_select(0, rows)
+        return DecoderState(kv, new, cross, bias, self.length, self.smallest_bucket, ancestors=ancestors)
 
     def hide_keys(self, cross_bias: torch.Tensor) -> None:
         """Replace the cross bias; in place if the shape allows it, so that the binding stays valid."""
@@ -259,6 +295,20 @@ class DecoderState:
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderState:
         """An independent copy, without the binding to this object's memory."""
         return self.select(torch.arange(self.rows, device=self.kv.device))
+
+
+def _zeros(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Zeros of a tensor's type and device.
+
+    On a CPU in memory of NumPy, which asks for huge pages and does not write to them: 37 MB and a copy into half of them take 2 ms
+    instead of 13.
+    """
+    if like.device.type != "cpu" or like.dtype != torch.float32:
+        return like.new_zeros(shape)
+    count = math.prod(shape)
+    memory = np.zeros(count + _CACHE_LINE // 4, np.float32)
+    first = -memory.ctypes.data % _CACHE_LINE // 4
+    return torch.from_numpy(memory[first : first + count].reshape(shape))
 
 
 def own_beams(ancestors: torch.Tensor, beams: int) -> None:

@@ -1,11 +1,15 @@
 """The largest of many scores on a CPU, without torch's passes over all of them in one thread and one at a time.
 
-T5 has 32128 tokens: for one row `torch.argmax` takes 74 us where NumPy takes 3, and ``topk`` over 4 beams 415 us (Intel Xeon).
+T5 has 32128 tokens: for one row `torch.argmax` takes 74 us where NumPy takes 3, and ``topk`` over 4 beams 415 us (Intel Xeon). Once the
+C code of the decoder is loaded, its functions do this, else torch.
 """
 
 from __future__ import annotations
 
 import torch
+
+from t5_trt.kernels import cpu_tokens
+from t5_trt.kernels.cpu_compile import loaded_library
 
 #: scores that share a maximum
 _GROUP = 256
@@ -23,6 +27,41 @@ def best(scores: torch.Tensor) -> torch.Tensor:
     if scores.device.type != "cpu" or scores.dtype != torch.float32:  # a user's processor may give another type
         return scores.argmax(-1)
     return torch.from_numpy(scores.detach().numpy().argmax(-1))
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """The log-softmax of each row, in new memory.
+
+    Args:
+        logits: float32 [rows, V].
+    """
+    library = loaded_library()
+    if library is None or not cpu_tokens.reads(logits):
+        return torch.nn.functional.log_softmax(logits, dim=-1)
+    return cpu_tokens.log_softmax(library, logits)
+
+
+def largest_log_sums(
+    logits: torch.Tensor, added: torch.Tensor, count: int, below: float, hidden: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`largest_sums` of the log-softmax of logits, which is written nowhere.
+
+    Args:
+        logits: float32 [B * N, V].
+        added: as of `largest_sums`, like `count` and `below`.
+        count: of results for each batch entry.
+        below: results with a sum up to this are not given.
+        hidden: uint8 [V], 1 for tokens that get no probability; None for none.
+
+    Returns:
+        What `largest_sums` returns; None where the C code is not loaded or not for these tensors, and where `largest_sums` takes
+        those of ``topk``.
+    """
+    library = loaded_library()
+    if library is None or not cpu_tokens.reads(logits, added) or count > logits.shape[-1]:
+        return None
+    values, places = cpu_tokens.best_sums(library, logits, added, count, normalizes=True, hidden=hidden)
+    return (values, places) if _all_above(values, below) else None
 
 
 def largest_sums(
@@ -44,6 +83,10 @@ def largest_sums(
     """
     batch, beams = added.shape
     size = scores.shape[-1]
+    library = loaded_library()
+    if library is not None and cpu_tokens.reads(scores, added) and count <= size:
+        values, places = cpu_tokens.best_sums(library, scores, added, count)
+        return (values, places) if _all_above(values, below) else _topk(scores, added, count)
     groups = size // _GROUP
     if scores.device.type != "cpu" or groups * beams <= count:
         return _topk(scores, added, count)
@@ -56,9 +99,14 @@ def largest_sums(
     places = torch.cat((places, rest.expand(batch, -1)), 1)
     sums = scores.reshape(batch, -1).gather(1, places) + added.gather(1, places // size)
     values, chosen = sums.topk(count)
-    if not bool((values > below).all()):
+    if not _all_above(values, below):
         return _topk(scores, added, count)
     return values, places.gather(1, chosen)
+
+
+def _all_above(values: torch.Tensor, below: float) -> bool:
+    """Whether all values are larger, none of them NaN."""
+    return bool((values.numpy() > below).all())
 
 
 def _topk(scores: torch.Tensor, added: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from t5_trt.engine.store import EngineStore
 from t5_trt.errors import BackendError
 from t5_trt.kernels import cpu_compile
 from t5_trt.kernels.compile import read_sources
-from t5_trt.kernels.cpu_compile import COMPILERS, find_compiler, load_library, why_not_compiled
+from t5_trt.kernels.cpu_compile import COMPILERS, find_compiler, load_library, loaded_library, why_not_compiled
 from tests.conftest import ROOT
 
 #: that of the package; tests/conftest.py replaces it for all others
@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(CC is None, reason="there is no C compiler")
 #: compiled instead of the decoder where a second would be too long
 SMALL = b"""
 #include <stdint.h>
-int t5_open, t5_close, t5_decode, t5_large_pages;
+int t5_open, t5_close, t5_decode, t5_large_pages, t5_log_softmax, t5_best_sums;
 void t5_pack(const uint8_t *from, int64_t inputs, int64_t columns, int shifted, uint8_t *to) {
     for (int64_t i = 0; i < inputs; i++) to[i] = from[i];
     to[inputs] = 128;
@@ -51,6 +51,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
     def forget() -> None:
         for each in known:
             each.cache_clear()
+        cpu_compile._loaded.clear()
 
     monkeypatch.setattr(cpu_compile, "_load_library", LOAD)
     monkeypatch.setattr(cpu_compile, "read_sources", lambda name: {"decode_step.c": SMALL})
@@ -100,7 +101,9 @@ def test_compiled_once_for_a_store(
 ) -> None:
     monkeypatch.setattr(cpu_compile, "read_sources", read_sources)
     compiles = compiler()
+    assert loaded_library() is None
     library = load_library(store)
+    assert loaded_library() is library
     assert works(library) and library.t5_open.restype is ctypes.c_void_p and load_library(store) is library
     new_process()
     assert works(load_library(EngineStore(store.root))) and compiles() == 1

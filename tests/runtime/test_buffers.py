@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,7 @@ def test_growth_keeps_contents(v11: tuple[Any, Any]) -> None:
     state.reserve(5)
     assert state.capacity == 128 and state.binding is None
     assert torch.equal(state.kv[..., :60, :], before) and not state.kv[..., 60:, :].any()
+    assert state.kv.is_contiguous() and state.kv.data_ptr() % 64 == 0
 
 
 def test_reorder_within_a_source_moves_only_the_decoder(v11: tuple[Any, Any]) -> None:
@@ -91,3 +93,85 @@ def test_select_copies(v11: tuple[Any, Any]) -> None:
     assert torch.equal(part.cross.kv, state.cross.kv[:, :, [1, 0]])
     part.kv.zero_()
     assert state.kv[..., :5, :].any()
+
+
+def random_parents(generator: torch.Generator, batch: int, beams: int) -> torch.Tensor:
+    rows = torch.randint(0, beams, (batch, beams), generator=generator)
+    return (rows + torch.arange(batch)[:, None] * beams).flatten()
+
+
+def same_tokens(state: DecoderState, expected: DecoderState) -> None:
+    """Compare with a state that moves K and V; the state's own memory is not touched."""
+    kept = copy.deepcopy(state.ancestors), state.kv.clone()
+    state.materialize()
+    assert state.ancestors is None and state.length == expected.length
+    assert torch.equal(state.kv[..., : state.length, :], expected.kv[..., : state.length, :])
+    state.ancestors, state.kv = kept
+
+
+@pytest.mark.parametrize(("batch", "beams"), [(1, 4), (3, 2), (2, 5)])
+def test_ancestors_move_as_copies_do(v11: tuple[Any, Any], batch: int, beams: int) -> None:
+    arch, generator = v11[1].architecture, torch.Generator().manual_seed(batch)
+    states = [make_state(arch, batch, beams, tokens=1) for _ in range(2)]
+    by_ancestors, by_copies = states
+    for number in range(150):  # beyond two buckets
+        by_ancestors.use_ancestors()
+        for state in states:
+            if number == 40:
+                state.crop(23)
+            state.reserve(2)
+        new = torch.randn(*by_copies.kv.shape[:4], 1 + number % 2, arch.d_kv, generator=generator)
+        parents = random_parents(generator, batch, beams)
+        memory = None
+        for state in states:
+            state.append(new)
+            memory = state.kv.clone() if state.ancestors is not None else memory
+            state.reorder(parents)
+        assert by_copies.ancestors is None and memory is not None and torch.equal(by_ancestors.kv, memory)
+        own = torch.arange(batch * beams) % beams
+        assert (by_ancestors.ancestors[:, by_ancestors.length :] == own[:, None]).all()  # type: ignore[index]
+        if number % 10 == 0:
+            same_tokens(by_ancestors, by_copies)
+        if number % 50 == 49:  # a reader of `kv` in between, which the next moves follow by copying or not
+            by_ancestors.materialize()
+            for state in states:
+                state.reorder(parents)
+    same_tokens(by_ancestors, by_copies)
+    for entries in (torch.tensor([batch - 1]), torch.arange(batch).flip(0)):
+        same_tokens(by_ancestors.select_entries(entries), by_copies.select_entries(entries))
+    for rows in (torch.arange(batch * beams).flip(0), torch.tensor([1])):
+        same_tokens(by_ancestors.select(rows), by_copies.select(rows))
+
+
+def test_ancestors_end_where_rows_change_their_source(v11: tuple[Any, Any]) -> None:
+    states = [make_state(v11[1].architecture) for _ in range(2)]
+    states[0].use_ancestors()
+    for rows in ([1, 1, 0, 5, 4, 4], [5, 2, 0, 1, 4, 3]):
+        for state in states:
+            state.reorder(torch.tensor(rows))
+    assert states[0].ancestors is None and states[0].cross.beams == 1
+    same_tokens(*states)
+    states[0].use_ancestors()
+    assert states[0].ancestors is None, "without beams there is nothing to move"
+
+
+def test_ancestors_move_in_place(v11: tuple[Any, Any]) -> None:
+    state = make_state(v11[1].architecture, beams=4)
+    state.binding = SimpleNamespace(of=bool)
+    state.use_ancestors()
+    ancestors = state.ancestors
+    state.reorder(torch.tensor([0, 0, 1, 1, 7, 6, 5, 4]))
+    state.use_ancestors()
+    assert ancestors is not None and state.ancestors is ancestors and state.binding is not None
+    assert ancestors[:, :6].T.tolist() == [[0, 0, 1, 1, 3, 2, 1, 0]] * 5 + [[0, 1, 2, 3] * 2]
+
+
+def test_a_byte_numbers_256_beams(v11: tuple[Any, Any]) -> None:
+    for beams in (256, 257):
+        state = make_state(v11[1].architecture, batch=1, beams=beams, tokens=1)
+        state.use_ancestors()
+        assert (state.ancestors is None) == (beams > 256)
+        expected = state.kv[..., :1, :].flip(2)
+        state.reorder(torch.arange(beams).flip(0))
+        state.materialize()
+        assert torch.equal(state.kv[..., :1, :], expected)

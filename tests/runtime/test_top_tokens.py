@@ -5,9 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from t5_trt.runtime.top_tokens import best, largest_sums
+from t5_trt.config import default_engine_cache_dir
+from t5_trt.engine.store import EngineStore
+from t5_trt.kernels.cpu_compile import load_library, why_not_compiled
+from t5_trt.runtime import top_tokens
+from t5_trt.runtime.top_tokens import best, largest_log_sums, largest_sums, log_softmax
 
 INF = float("inf")
+
+
+@pytest.fixture(params=["torch", "C code"], autouse=True)
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways, whatever other tests have loaded."""
+    library = None
+    if request.param == "C code":
+        refusal = why_not_compiled()
+        if refusal is not None:
+            pytest.skip(refusal)
+        library = load_library(EngineStore(default_engine_cache_dir()))
+    monkeypatch.setattr(top_tokens, "loaded_library", lambda: library)
+    return str(request.param)
 
 
 def by_topk(scores: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +56,35 @@ def test_masked_scores_among_the_largest_are_chosen_as_topk_does(hidden: float) 
     values, places = largest_sums(scores, added, 8, below=-5e8)
     torch.testing.assert_close(values, by_topk(scores, added)[0], equal_nan=True)
     assert torch.equal(places, by_topk(scores, added)[1])
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_largest_sums_of_logits_are_those_of_the_log_softmax(by: str, hides: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, added = torch.randn(8, 5000, generator=generator) * 5, torch.randn(2, 4, generator=generator)
+    hidden = None
+    expected = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(log_softmax(logits), expected, rtol=1e-6, atol=2e-6)
+    if hides:
+        hidden = torch.zeros(5000, dtype=torch.uint8)
+        hidden[logits[:4].argmax(-1)] = 1
+        expected[:, hidden.bool()] = -INF
+    found = largest_log_sums(logits, added, 8, below=-5e8, hidden=hidden)
+    if by == "torch":
+        assert found is None
+        return
+    assert found is not None
+    values, places = by_topk(expected, added)
+    torch.testing.assert_close(found[0], values, rtol=1e-6, atol=2e-6)
+    assert torch.equal(found[1], places)
+
+
+def test_masked_sums_and_other_types_are_left_to_topk() -> None:
+    few = torch.full((2, 300), -INF)
+    few[0, :7] = 0.0
+    assert largest_log_sums(few, torch.zeros(1, 2), 8, below=-5e8, hidden=None) is None
+    assert largest_log_sums(torch.zeros(2, 300).double(), torch.zeros(1, 2), 8, below=-5e8, hidden=None) is None
+    assert log_softmax(torch.zeros(2, 300).double()).dtype == torch.float64
 
 
 def test_best_is_the_first_of_equal_scores() -> None:

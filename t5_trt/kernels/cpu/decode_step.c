@@ -1,177 +1,8 @@
 // The decoder of a T5 on a CPU: new tokens of some rows, over caches in float32, to their logits.
-#include "threads.h"
+#include "memory.h"
+#include "rows.h"
+#include "tokens.h"
 #include <sys/mman.h>
-#include "rough_head.h"
-
-// what a mask adds to the score of a hidden key: any score and this are this
-static const float HIDDEN = -1e30f;
-
-enum { RELU = 0, GELU_NEW = 1, GELU = 2, SILU = 3 };
-enum { PRIVATE = 8192 };  // numbers that every thread makes for itself, rather than a share of them and a barrier more
-
-typedef struct {
-    Group qkv, self_o, cross_q, cross_o, wi, wo;
-    const float *self_norm, *cross_norm, *feed_forward_norm;
-    const float *bias;  // [buckets, heads]
-} Layer;
-
-typedef struct {
-    int64_t d_model, d_kv, heads, d_ff, layers, vocabulary, longest_distance;
-    int32_t activation, gated, embedding_type;
-    float epsilon, output_scale;
-    const void *embedding;   // [vocabulary, d_model]
-    const int32_t *buckets;  // of distances 0 to longest_distance
-    const float *final_norm;
-    Group head;
-    Layer *of;
-    const RoughHead *rough;  // NULL if all logits are always computed by `head`
-} Model;
-
-// One call: `queries` new tokens for each of `rows` rows.
-typedef struct {
-    int64_t rows, queries, beams;
-    const int64_t *tokens;     // [rows, queries]
-    const int64_t *positions;  // of the first new token, one for each row or, with a step of 0, for all
-    int64_t position_step;
-    Cache cache;
-    const uint8_t *ancestors;  // [rows, ancestors_row]; NULL where rows have their own cache
-    int64_t ancestors_row;
-    const float *key_bias;  // [rows, key_bias_row], added to scores; NULL for none
-    int64_t key_bias_row;
-    Cache cross;
-    const float *cross_bias;  // [rows / beams, cross_bias_row]
-    int64_t cross_bias_row, source_length;
-    float *logits;  // [rows * queries, logits_row]
-    int64_t logits_row;
-    // Only the place of the largest logit is wanted, of those that are not hidden: others may be off, but stay smaller.
-    int64_t best_only, hidden_count;
-    const int64_t *hidden;
-} Step;
-
-typedef struct {
-    Team team;
-    Model model;
-    int64_t room;          // positions that the buffers below hold
-    int64_t scores_room;   // floats of a thread's scores
-    float *stream, *made, *mixed, *scores;
-    Rows shared, *own;     // rows for products: of all threads, and each thread's
-    Rows rough_rows;       // for the rough head
-    float *row_lengths;    // [positions, 2], of the rows for the rough head
-    float *bests;            // [positions, threads]
-    _Atomic int64_t *tasks;  // counters of the attentions of a step
-    const Step *step;
-} Decoder;
-
-// --- rows for products ----------------------------------------------------------------------------------------------------------
-
-static float length_factor(const float *row, int64_t width, float epsilon) {
-    float squares = dot(row, row, width);
-    return 1.0f / sqrtf(squares / (float)width + epsilon);
-}
-
-static void normalize(const float *row, const float *weight, float factor, int64_t width, float *to) {
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) store(to + i, load(row + i) * factor * load(weight + i));
-    for (; i < width; i++) to[i] = row[i] * factor * weight[i];
-}
-
-INLINE Floats activated(int kind, Floats x) {
-    if (kind == RELU) return larger(x, all(0.0f));
-    if (kind == SILU) return x / (1.0f + exponential(-x));
-    // x sigmoid(2 u) is x (1 + tanh(u)) / 2
-    return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));
-}
-
-static void activate(const Model *model, const float *inner, float *to) {
-    const float *gate = model->gated ? inner + model->d_ff : NULL;
-    int kind = model->activation;
-    int64_t i = 0;
-    if (kind != GELU)
-        for (; i + LANES <= model->d_ff; i += LANES) {
-            Floats x = kind == RELU ? activated(RELU, load(inner + i))
-                     : kind == SILU ? activated(SILU, load(inner + i))
-                                    : activated(GELU_NEW, load(inner + i));
-            store(to + i, gate ? x * load(gate + i) : x);
-        }
-    for (; i < model->d_ff; i++) {
-        float x = inner[i], y;
-        if (kind == RELU) y = x > 0.0f ? x : 0.0f;
-        else if (kind == SILU) y = x / (1.0f + expf(-x));
-        else if (kind == GELU) y = 0.5f * x * (1.0f + erff(x * 0.70710678f));
-        else y = 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-        to[i] = gate ? y * gate[i] : y;
-    }
-}
-
-// Round a row to 8 bits by its largest magnitude.
-static void round_row(const Rows *rows, int64_t row, const float *from, int64_t inputs) {
-    Floats most = all(0.0f);
-    int64_t i = 0;
-    for (; i + LANES <= inputs; i += LANES) {
-        Floats x = load(from + i);
-        most = larger(most, larger(x, -x));
-    }
-    float largest = largest_of(most);
-    for (; i < inputs; i++) largest = fabsf(from[i]) > largest ? fabsf(from[i]) : largest;
-    float by = largest > 0.0f ? 127.0f / largest : 0.0f;
-    int8_t *to = rows->bytes + row * rows->width;
-    int32_t sum = 0;
-    for (i = 0; i < inputs; i++) {
-        int32_t rounded = (int32_t)((from[i] * by + 12582912.0f) - 12582912.0f);
-        to[i] = (int8_t)rounded;
-        sum += rounded;
-    }
-    for (; i < rows->width; i++) to[i] = 0;
-    rows->scales[row] = largest / 127.0f;
-    rows->sums[row] = 128 * sum;
-}
-
-typedef enum { NORMED, ACTIVATED, AS_THEY_ARE } Source;
-
-typedef struct {
-    Source source;
-    const float *from;  // [positions, stride]
-    int64_t stride;
-    const float *norm;
-    float scale;
-} Reading;
-
-static void prepare_row(const Decoder *decoder, const Group *group, const Reading *reading, int64_t row, const Rows *rows) {
-    const Model *model = &decoder->model;
-    const float *from = reading->from + row * reading->stride;
-    float *to = rows->floats + (group->type == INT8 ? 0 : row * rows->width);  // rounded at once: room for one will do
-    if (reading->source == NORMED)
-        normalize(from, reading->norm, length_factor(from, group->inputs, model->epsilon) * reading->scale, group->inputs, to);
-    else if (reading->source == ACTIVATED) activate(model, from, to);
-    else if (group->type == INT8) to = (float *)from;
-    else memcpy(to, from, (size_t)group->inputs * sizeof *to);
-    if (group->type == INT8) round_row(rows, row, to, group->inputs);
-}
-
-// The rows that a group reads: few are made by every thread, many by all threads together.
-static Rows prepare(Decoder *decoder, const Group *group, const Reading *reading, int64_t count, int index) {
-    int threads = decoder->team.count;
-    Rows rows = decoder->own[index];
-    rows.width = group->type == INT8 ? padded(group->inputs) : group->inputs;
-    if (count * group->inputs <= PRIVATE || threads == 1) {
-        for (int64_t row = 0; row < count; row++) prepare_row(decoder, group, reading, row, &rows);
-        return rows;
-    }
-    Rows shared = decoder->shared;
-    shared.width = rows.width;
-    Rows mine = shared;
-    if (group->type == INT8) mine.floats = rows.floats;  // where this thread makes a row before it is rounded
-    for (int64_t row = index; row < count; row += threads) prepare_row(decoder, group, reading, row, &mine);
-    barrier(&decoder->team);
-    return shared;
-}
-
-static void multiply(Decoder *decoder, const Group *group, const Reading *reading, Results results, int index) {
-    int64_t count = decoder->step->rows * decoder->step->queries;
-    Rows rows = prepare(decoder, group, reading, count, index);
-    product(group, &rows, count, results, index, decoder->team.count);
-    barrier(&decoder->team);
-}
 
 // --- attention ------------------------------------------------------------------------------------------------------------------
 
@@ -333,67 +164,7 @@ static void decode(void *job, int index) {
     multiply_by_head(decoder, index);
 }
 
-// --- memory ---------------------------------------------------------------------------------------------------------------------
-
-static int grow(void *place, int64_t bytes) {
-    void **to = place;
-    free(*to);
-    *to = aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64));
-    return *to != NULL;
-}
-
-static int grow_rows(Rows *rows, int64_t count, int64_t width) {
-    return grow(&rows->floats, count * width * 4) && grow(&rows->bytes, count * width) && grow(&rows->scales, count * 4) &&
-           grow(&rows->sums, count * 4);
-}
-
-static int make_room(Decoder *decoder, const Step *step) {
-    const Model *model = &decoder->model;
-    int64_t inner = model->heads * model->d_kv, wide = model->d_ff * (model->gated ? 2 : 1), threads = decoder->team.count;
-    int64_t count = step->rows * step->queries, widest = inner > model->d_ff ? inner : model->d_ff;
-    widest = padded(widest > model->d_model ? widest : model->d_model);
-    int64_t narrowest = inner < model->d_ff ? inner : model->d_ff;
-    narrowest = narrowest < model->d_model ? narrowest : model->d_model;
-    int64_t keys = step->source_length;
-    for (int64_t row = 0; row < step->rows; row++) {
-        int64_t own = step->positions[row * step->position_step] + step->queries;
-        keys = own > keys ? own : keys;
-    }
-    if (count > decoder->room) {
-        decoder->room = 0;
-        int64_t made = 3 * inner > wide ? 3 * inner : wide;
-        int fits = grow(&decoder->stream, count * model->d_model * 4) && grow(&decoder->made, count * made * 4) &&
-                   grow(&decoder->mixed, count * inner * 4) && grow_rows(&decoder->shared, count, widest) &&
-                   grow_rows(&decoder->rough_rows, count, padded(model->d_model)) && grow(&decoder->row_lengths, count * 8) &&
-                   grow(&decoder->bests, count * threads * 4);
-        int64_t few = threads == 1 || count < PRIVATE / narrowest ? count : PRIVATE / narrowest + 1;
-        for (int t = 0; fits && t < threads; t++) fits = grow_rows(&decoder->own[t], few, widest);
-        if (!fits) return 0;
-        decoder->room = count;
-    }
-    if (keys + LANES > decoder->scores_room) {
-        decoder->scores_room = 0;
-        int64_t room = (2 * keys + LANES + 63) / 64 * 64;
-        if (!grow(&decoder->scores, room * threads * 4)) return 0;
-        decoder->scores_room = room;
-    }
-    for (int64_t i = 0; i < 2 * model->layers; i++) atomic_store(&decoder->tasks[i], 0);
-    return 1;
-}
-
 // --- what Python calls ----------------------------------------------------------------------------------------------------------
-
-static void free_rows(Rows *rows) { free(rows->floats), free(rows->bytes), free(rows->scales), free(rows->sums); }
-
-void t5_close(Decoder *decoder) {
-    for (int t = 0; decoder->own && t < decoder->team.count; t++) free_rows(&decoder->own[t]);
-    close_team(&decoder->team);
-    free_rows(&decoder->shared);
-    free_rows(&decoder->rough_rows);
-    free(decoder->stream), free(decoder->made), free(decoder->mixed), free(decoder->scores), free(decoder->tasks);
-    free(decoder->bests), free(decoder->row_lengths), free(decoder->own);
-    free(decoder);
-}
 
 // A decoder over weights that the caller keeps; NULL if memory runs out.
 Decoder *t5_open(const Model *model, int threads, int spinning) {
@@ -404,9 +175,11 @@ Decoder *t5_open(const Model *model, int threads, int spinning) {
     decoder->own = calloc((size_t)decoder->team.count, sizeof *decoder->own);
     decoder->tasks = calloc((size_t)(2 * model->layers), sizeof *decoder->tasks);
     if (decoder->own && decoder->tasks) return decoder;
-    t5_close(decoder);
+    close_decoder(decoder);
     return NULL;
 }
+
+void t5_close(Decoder *decoder) { close_decoder(decoder); }
 
 // Run a step; 0 if memory runs out.
 int t5_decode(Decoder *decoder, const Step *step) {

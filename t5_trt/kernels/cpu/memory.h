@@ -1,0 +1,61 @@
+// The memory of a decoder, which grows with the largest call.
+#pragma once
+#include "decoder.h"
+
+static int grow(void *place, int64_t bytes) {
+    void **to = place;
+    free(*to);
+    *to = aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64));
+    return *to != NULL;
+}
+
+static int grow_rows(Rows *rows, int64_t count, int64_t width) {
+    return grow(&rows->floats, count * width * 4) && grow(&rows->bytes, count * width) && grow(&rows->scales, count * 4) &&
+           grow(&rows->sums, count * 4);
+}
+
+static int make_room(Decoder *decoder, const Step *step) {
+    const Model *model = &decoder->model;
+    int64_t inner = model->heads * model->d_kv, wide = model->d_ff * (model->gated ? 2 : 1), threads = decoder->team.count;
+    int64_t count = step->rows * step->queries, widest = inner > model->d_ff ? inner : model->d_ff;
+    widest = padded(widest > model->d_model ? widest : model->d_model);
+    int64_t narrowest = inner < model->d_ff ? inner : model->d_ff;
+    narrowest = narrowest < model->d_model ? narrowest : model->d_model;
+    int64_t keys = step->source_length;
+    for (int64_t row = 0; row < step->rows; row++) {
+        int64_t own = step->positions[row * step->position_step] + step->queries;
+        keys = own > keys ? own : keys;
+    }
+    if (count > decoder->room) {
+        decoder->room = 0;
+        int64_t made = 3 * inner > wide ? 3 * inner : wide;
+        int fits = grow(&decoder->stream, count * model->d_model * 4) && grow(&decoder->made, count * made * 4) &&
+                   grow(&decoder->mixed, count * inner * 4) && grow_rows(&decoder->shared, count, widest) &&
+                   grow_rows(&decoder->rough_rows, count, padded(model->d_model)) && grow(&decoder->row_lengths, count * 8) &&
+                   grow(&decoder->bests, count * threads * 4);
+        int64_t few = threads == 1 || count < PRIVATE / narrowest ? count : PRIVATE / narrowest + 1;
+        for (int t = 0; fits && t < threads; t++) fits = grow_rows(&decoder->own[t], few, widest);
+        if (!fits) return 0;
+        decoder->room = count;
+    }
+    if (keys + LANES > decoder->scores_room) {
+        decoder->scores_room = 0;
+        int64_t room = (2 * keys + LANES + 63) / 64 * 64;
+        if (!grow(&decoder->scores, room * threads * 4)) return 0;
+        decoder->scores_room = room;
+    }
+    for (int64_t i = 0; i < 2 * model->layers; i++) atomic_store(&decoder->tasks[i], 0);
+    return 1;
+}
+
+static void free_rows(Rows *rows) { free(rows->floats), free(rows->bytes), free(rows->scales), free(rows->sums); }
+
+static void close_decoder(Decoder *decoder) {
+    for (int t = 0; decoder->own && t < decoder->team.count; t++) free_rows(&decoder->own[t]);
+    close_team(&decoder->team);
+    free_rows(&decoder->shared);
+    free_rows(&decoder->rough_rows);
+    free(decoder->stream), free(decoder->made), free(decoder->mixed), free(decoder->scores), free(decoder->tasks);
+    free(decoder->bests), free(decoder->row_lengths), free(decoder->own);
+    free(decoder);
+}

@@ -21,7 +21,7 @@ from t5_trt.tools.records import read_records, write_records
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu-peers.json"
 BASE = "hf_eager_fp32"
-CONTESTANTS = (BASE, "ctranslate2_fp32", "ours_fp32", "ctranslate2_int8", "ours_int8")
+CONTESTANTS = (BASE, "ctranslate2_fp32", "ours_fp32", "ours_bf16", "ctranslate2_int8", "ours_int8")
 #: case -> its sizes
 CASES = {
     "batch 1": {"batch": 1, "source_tokens": 32, "new_tokens": 99, "num_beams": 1},
@@ -90,7 +90,7 @@ def started(names: list[str], folder: Path, threads: int, runs: int) -> dict[str
     """
     record: dict[str, Any] = {"case": START, "runs": runs}
     for name in names:
-        if _is_rounded(name):
+        if _is_stored(name):
             shutil.rmtree(folder / "store", ignore_errors=True)
             record[f"{name}_first"] = _start(name, folder, threads, generates=True)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -121,14 +121,15 @@ def _start(name: str, folder: Path, threads: int, *, generates: bool) -> dict[st
     return found
 
 
-def _is_rounded(name: str) -> bool:
+def _is_stored(name: str) -> bool:
+    """Whether our rounded matrices are kept on disk; those in bfloat16 are rounded by every process."""
     kind, _, precision = name.rpartition("_")
-    return kind == "ours" and precision != "fp32"
+    return kind == "ours" and precision not in ("fp32", "bf16")
 
 
 def weights_mb(name: str, folder: Path) -> float:
     """Size on disk of what a contestant loads, in 10**6 bytes; of ours in 8 bits, the matrices and no embedding."""
-    place = "store" if _is_rounded(name) else name if name.startswith("ctranslate2") else "model"
+    place = "store" if _is_stored(name) else name if name.startswith("ctranslate2") else "model"
     return sum(path.stat().st_size for path in (folder / place).rglob("*") if path.is_file()) / 1e6
 
 
@@ -144,7 +145,7 @@ def prepare(folder: Path, shape: str, names: list[str]) -> None:
         if kind == "ctranslate2":
             (folder / name).mkdir()
             convert(model, folder / name, compute_type_of(precision, "cpu"))
-        elif _is_rounded(name):
+        elif _is_stored(name):
             Contestant(name, folder, 1).close()
 
 

@@ -25,7 +25,7 @@ from tests.conftest import SHIPPED
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu-text.json"
 #: precision -> least share of equal sentences; None: recorded only
-PRECISIONS: dict[str, float | None] = {"int8": 0.995, "int4": 0.99}
+PRECISIONS: dict[str, float | None] = {"bf16": 0.995, "int8": 0.995, "int4": 0.99}
 BATCHES, BEAMS = (1, 16), (1, 4)
 NEW_TOKENS = 99
 CASE = ("model", "precision", "num_beams", "batch")

@@ -44,11 +44,12 @@ class RuntimeConfig:
     Attributes:
         backend: "auto" (TensorRT if it and a GPU are available, else "cuda" with a GPU, else ONNX Runtime on the CPU), "tensorrt",
             "cuda" (our own kernels and torch on a GPU, without TensorRT) or "onnxruntime". Default: ``T5_TRT_BACKEND``, else "auto".
-        precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" or "int4". ONNX Runtime on CPU runs "fp32", "int8" and "int4"
-            (the decoder's matrices in 4 bits, the others in 8). On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
+        precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" or "int4". A CPU runs "fp32", "bf16" (the decoder's matrices in bfloat16,
+            by the C code, and all else in float32), "int8" and "int4" (the decoder's matrices in 4 bits, the others in 8, by ONNX
+            Runtime). On GPUs "int8" is for the decoder's matrices, and "fp16" for the rest.
         decode: what runs the decoder: "kernels" (the library's CUDA kernels, or on a CPU its C code, which the system's C compiler
             compiles), "engine" (the backend's) or "auto" (kernels if they can run, else the engine). The backend "cuda" has kernels
-            only, "int4" an engine only.
+            only; "int4" has an engine only, "bf16" on a CPU kernels only.
         device: a torch device string such as "cuda:0" or "cpu"; None lets the backend choose.
         strict: raise `StrictModeError` instead of using the Hugging Face model for requests that engines cannot serve.
         num_threads: CPU threads of ONNX Runtime and of the C code; None takes ``torch.get_num_threads()``.

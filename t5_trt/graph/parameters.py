@@ -96,6 +96,20 @@ def parameters(arch: Architecture) -> dict[str, Parameter]:
     return made
 
 
+def step_groups(arch: Architecture) -> set[str]:
+    """The groups of matrices that a decoder step multiplies by; empty without a decoder."""
+    made = parameters(arch)
+    return {name for name in made if name.startswith("decoder.block.") and made[name].is_matrix} | (
+        {LM_HEAD} & made.keys()
+    )
+
+
+def step_matrices(arch: Architecture) -> set[str]:
+    """State-dict keys of the matrices of `step_groups`."""
+    made = parameters(arch)
+    return {key for name in step_groups(arch) for key in made[name].parts}
+
+
 def materialize(
     parameter: Parameter,
     weights: Weights,

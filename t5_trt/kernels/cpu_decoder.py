@@ -1,6 +1,7 @@
 """The decoder on a CPU by our own C code (`t5_trt/kernels/cpu`): its weights, and calls for rows at positions of their own.
 
-Matrices in float32 and bfloat16 are read where the model has them. Those in 8 bits are laid out anew, in tiles of 16 outputs.
+Matrices in float32 and bfloat16 are read where the model has them, or are rounded to bfloat16. Those in 8 bits are laid out anew, in tiles
+of 16 outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.graph.int8 import MATRIX, SCALE
-from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, parameters
+from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, parameters, step_groups, step_matrices
 from t5_trt.graph.relative_positions import distance_buckets
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
@@ -100,6 +101,8 @@ class CpuDecoder:
         arch: of the model.
         weights: state-dict key -> CPU tensor; the memory of float32 and bfloat16 is read by every call.
         quantized: what `t5_trt.graph.int8.quantize` makes; None multiplies by `weights`.
+        matrices: torch.bfloat16 multiplies by matrices in bfloat16, rounded where they have another type; None by those of `quantized`
+            and `weights` as they are. What is looked up or added keeps its type.
         threads: of a call, the calling one among them.
         spinning: whether they may wait busily for one another.
         after_packing: called with the name of each matrix of `quantized` that is not read any more.
@@ -115,6 +118,7 @@ class CpuDecoder:
         weights: Weights,
         quantized: Mapping[str, torch.Tensor] | None,
         *,
+        matrices: torch.dtype | None = None,
         threads: int,
         spinning: bool,
         after_packing: Callable[[str], None] | None = None,
@@ -124,6 +128,7 @@ class CpuDecoder:
         self._groups = parameters(arch)
         self._kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
         self._packed = self._room_for_bytes()
+        self._rounded = {} if matrices is None else self._room_for_rounded(matrices)
         self._rough: _RoughHead | None = None
         self._rounding = threading.Lock()
         self._layers = (_Layer * arch.decoder_layers)(*(self._layer(layer) for layer in range(arch.decoder_layers)))
@@ -153,6 +158,8 @@ class CpuDecoder:
                     self._refresh(key)
         for key in set(changed) & self._kept.keys():
             self._refresh(key)
+        for key in set(changed) & self._rounded.keys():
+            self._round(key)
         if self._rough is not None and self._arch.head_weight in changed:
             self._make_rough_head()
 
@@ -207,7 +214,8 @@ class CpuDecoder:
 
     @property
     def _has_float32_head(self) -> bool:
-        return LM_HEAD not in self._packed and self._kept[self._arch.head_weight].dtype == torch.float32
+        key = self._arch.head_weight
+        return LM_HEAD not in self._packed and key not in self._rounded and self._kept[key].dtype == torch.float32
 
     def _make_rough_head(self) -> None:
         """Round the output matrix for steps that want only the largest logit; its exact rows stay where they are."""
@@ -278,22 +286,36 @@ class CpuDecoder:
                 self._packed[name].data_ptr(), self._kept[SCALE.format(name)].data_ptr(), made.outputs
             )
             return made
-        matrices = [self._in_place(key) for key in parameter.parts]
+        matrices = [self._round(key) if key in self._rounded else self._in_place(key) for key in parameter.parts]
         made.count, made.type = len(matrices), _TYPES[matrices[0].dtype]
         for part, matrix in enumerate(matrices):
             made.parts[part] = _Part(matrix.data_ptr(), None, len(matrix))
         return made
 
     def _room_for_bytes(self) -> dict[str, torch.Tensor]:
-        """Memory for the decoder's matrices in 8 bits, all in one piece, so that the system can give large pages."""
+        """Memory for the decoder's matrices in 8 bits."""
         sizes = {}
-        for name in self._groups:
-            if name in _decoder_groups(self._arch) and MATRIX.format(name) in self._quantized:
+        for name in sorted(step_groups(self._arch)):
+            if MATRIX.format(name) in self._quantized:
                 inputs, columns = self._quantized[MATRIX.format(name)].shape
                 sizes[name] = -(-columns // _TILE) * _TILE * (-(-inputs // 4) * 4)
-        room = torch.empty(sum(sizes.values()), dtype=torch.uint8)
+        return self._one_piece(sizes, torch.uint8)
+
+    def _room_for_rounded(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Memory for the decoder's matrices in a type that they do not have."""
+        others = [key for key in sorted(step_matrices(self._arch)) if self._weights[key].dtype != dtype]
+        shapes = {key: self._weights[key].shape for key in others}
+        room = self._one_piece({key: shape.numel() for key, shape in shapes.items()}, dtype)
+        return {key: memory.view(shapes[key]) for key, memory in room.items()}
+
+    def _one_piece(self, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors of some numbers of elements, all in one piece of memory, so that the system can give large pages."""
+        room = torch.empty(sum(sizes.values()), dtype=dtype)
         self._library.t5_large_pages(_address(room.data_ptr()), _long(room.nbytes))
         return dict(zip(sizes, torch.split(room, list(sizes.values())), strict=True))
+
+    def _round(self, key: str) -> torch.Tensor:
+        return self._rounded[key].copy_(self._weights[key].detach())
 
     def _pack(self, name: str) -> None:
         matrix, scales = self._quantized[MATRIX.format(name)], self._quantized[SCALE.format(name)]
@@ -325,12 +347,6 @@ class CpuDecoder:
     def _keep(self, name: str, tensor: torch.Tensor) -> int:
         self._kept[name] = tensor
         return tensor.data_ptr()
-
-
-def _decoder_groups(arch: Architecture) -> set[str]:
-    """The groups of matrices that a step multiplies by."""
-    groups = {name for name in parameters(arch) if name.startswith("decoder.block.")}
-    return groups | {LM_HEAD}
 
 
 def _cache(kv: torch.Tensor) -> _Cache:

@@ -82,8 +82,8 @@ class EngineModel(FamilyClass, PlacedModel, AdapterLoading, PreTrainedModel):
             model_args: passed on to Transformers.
             config: a config to use instead of the checkpoint's.
             backend: "auto", "tensorrt", "cuda" or "onnxruntime"; default ``T5_TRT_BACKEND``, else "auto".
-            precision: "auto", "fp32", "tf32", "fp16", "bf16", "int8" (8-bit matrices; on GPUs the decoder's) or, on a CPU,
-                "int4" (the decoder's matrices in 4 bits, the others in 8).
+            precision: "auto", "fp32", "tf32", "fp16", "bf16" (on a CPU the decoder's matrices only), "int8" (8-bit matrices; on GPUs the
+                decoder's) or, on a CPU, "int4" (the decoder's matrices in 4 bits, the others in 8).
             decode: what runs the decoder: "auto", "kernels" (the library's own code, in CUDA or for CPUs in C) or "engine" (TensorRT or,
                 on a CPU, ONNX Runtime).
             device: where the engines run, such as "cuda:0"; None lets the backend choose.

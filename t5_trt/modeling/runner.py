@@ -10,7 +10,7 @@ import copy
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +27,7 @@ from t5_trt.generation.kv_cache import EngineCache, append_to_hugging_face
 from t5_trt.generation.open_cache import decode, open_cache
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling, Ranges
-from t5_trt.graph.parameters import EMBEDDING, HEAD
+from t5_trt.graph.parameters import EMBEDDING, HEAD, step_matrices
 from t5_trt.modeling.adapted_model import engine_weights, hugging_face_twin
 from t5_trt.modeling.adapter_layers import adapter_layers, base_layer, has_own_rows
 from t5_trt.modeling.adapters import AdaptedWeights, base_weights
@@ -197,7 +197,8 @@ class ModelRunner:
             options |= {"changing": weights.changing, "base": weights.base}
             if on_host:
                 weights.keep()
-        read = in_float32(weights) if on_host else weights
+        kept = step_matrices(architecture) if on_host and self.placement.precision == "bf16" else set()
+        read = in_float32(weights, kept - {EMBEDDING}) if on_host else weights
         session = open_session(
             architecture, read, settings.runtime, self.placement, settings.build, self.observe, **options
         )
@@ -372,11 +373,12 @@ class ModelRunner:
         return with_gradients(result, Replay(self.model, self, part, self._session_weights, cached), *inputs)
 
 
-def in_float32(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights for ONNX Runtime: float32 tensors themselves, float32 copies of others."""
+def in_float32(weights: Mapping[str, torch.Tensor], kept: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """Weights for ONNX Runtime: float32 tensors themselves, float32 copies of others, but for bfloat16 ones that are `kept`."""
     copies: dict[Any, torch.Tensor] = {}
     places = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in weights.items()}
     for key, place in places.items():
         if place not in copies:
-            copies[place] = weights[key].detach().float()
+            weight = weights[key].detach()
+            copies[place] = weight if key in kept and weight.dtype == torch.bfloat16 else weight.float()
     return {key: copies[place] for key, place in places.items()}

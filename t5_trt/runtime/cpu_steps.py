@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.parameters import Weights
+from t5_trt.graph.parameters import EMBEDDING, Weights, step_matrices
 from t5_trt.kernels.cpu_decoder import Call, CpuDecoder
 from t5_trt.runtime.kv_buffers import Binding, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
@@ -77,6 +77,7 @@ class CpuSteps:
         arch: of the model.
         weights: state-dict key -> CPU tensor.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None multiplies by `weights`.
+        matrices: the type to multiply by, see `CpuDecoder`.
         threads: of a step.
         spinning: whether they may wait busily for one another.
     """
@@ -88,11 +89,12 @@ class CpuSteps:
         weights: Weights,
         quantized: dict[str, torch.Tensor] | None,
         *,
+        matrices: torch.dtype | None = None,
         threads: int,
         spinning: bool,
     ) -> None:
         self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized
-        self._threads, self._spinning = threads, spinning
+        self._matrices, self._threads, self._spinning = matrices, threads, spinning
         self._made: CpuDecoder | None = None
         self._making = threading.Lock()
 
@@ -178,11 +180,21 @@ class CpuSteps:
                         self._arch,
                         self._weights,
                         stored,
+                        matrices=self._matrices,
                         threads=self._threads,
                         spinning=self._spinning,
                         after_packing=stored.give_back if isinstance(stored, StoredTensors) else None,
                     )
         return self._made
+
+
+def rounded_to_bf16(arch: Architecture, weights: Weights) -> Weights:
+    """Weights in float32 with which a graph computes what a step does with matrices in bfloat16.
+
+    An output matrix that is the embedding stays as it is, as tokens are looked up in it.
+    """
+    rounded = step_matrices(arch) - {EMBEDDING}
+    return {key: weight.bfloat16().float() if key in rounded else weight for key, weight in weights.items()}
 
 
 def _call(state: DecoderState, tokens: torch.Tensor, key_bias: torch.Tensor | None = None) -> Call:

@@ -26,7 +26,7 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.cpu_generation_step import CpuGenerationStep
-from t5_trt.runtime.cpu_steps import BY_C_CODE, CpuRowBuffers, CpuSteps
+from t5_trt.runtime.cpu_steps import BY_C_CODE, CpuRowBuffers, CpuSteps, rounded_to_bf16
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
@@ -50,6 +50,7 @@ class OrtSession:
         changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
             ONNX Runtime keeps no packed copies of them.
         library: the C code of the decoder, see `t5_trt.kernels.cpu_compile.load_library`; None decodes by ONNX Runtime.
+        matrices: torch.bfloat16 makes the C code multiply by matrices in bfloat16; `weights` may then have those in it, too.
 
     Raises:
         BackendError: onnxruntime cannot be imported.
@@ -73,9 +74,12 @@ class OrtSession:
         quantized: dict[str, torch.Tensor] | None = None,
         changing: Collection[str] = (),
         library: ctypes.CDLL | None = None,
+        matrices: torch.dtype | None = None,
     ) -> None:
         self.arch = arch
-        self.precision = "fp32" if quantized is None else "int4" if has_4_bits(quantized) else "int8"
+        self.precision = "fp32" if matrices is None else "bf16"
+        if quantized is not None:
+            self.precision = "int4" if has_4_bits(quantized) else "int8"
         self._quantized = quantized
         self.num_threads = num_threads or torch.get_num_threads()
         self._spinning = thread_spinning
@@ -90,8 +94,8 @@ class OrtSession:
         self._loading = threading.Lock()
         self._steps: CpuSteps | None = None
         if library is not None:
-            threads = self.num_threads
-            self._steps = CpuSteps(library, arch, weights, quantized, threads=threads, spinning=thread_spinning)
+            options: dict[str, Any] = {"threads": self.num_threads, "spinning": thread_spinning}
+            self._steps = CpuSteps(library, arch, weights, quantized, matrices=matrices, **options)
         self.steps_by = "engine" if self._steps is None else "kernels"
 
     def encode(
@@ -218,7 +222,8 @@ class OrtSession:
 
     def layer_outputs(self, graph: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `t5_trt.runtime.session.Session.layer_outputs`."""
-        loaded = self._load(graph, bool(self._prepack), debug_outputs=True)
+        shared: dict[str, Any] = {}  # until the graph has run
+        loaded = self._load(graph, bool(self._prepack), debug_outputs=True, shared=shared)
         names = [node.name for node in loaded.session.get_outputs() if not node.name.startswith(("cross_", "new_"))]
         given = inputs | loaded.weights
         found = loaded.session.run(names, {name: tensor.numpy() for name, tensor in given.items()})
@@ -333,13 +338,17 @@ class OrtSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def _load(self, graph: str, packed: bool, *, debug_outputs: bool = False) -> LoadedGraph:
+    def _load(
+        self, graph: str, packed: bool, *, debug_outputs: bool = False, shared: dict[str, Any] | None = None
+    ) -> LoadedGraph:
+        decodes_in_bf16 = self.precision == "bf16" and graph in (STEP, QUERIES)
+        weights = rounded_to_bf16(self.arch, self._weights) if decodes_in_bf16 else self._weights
         changing = self._changing | rounded_names(self.arch, self._quantized or {}, self._changing)
         build = partial(
             build_host_graph,
             graph,
             self.arch,
-            self._weights,
+            weights,
             ir.DataType.FLOAT,
             quantized=self._quantized,
             inputs=changing,
@@ -348,14 +357,15 @@ class OrtSession:
         )
         try:
             options = self._session_options(graph, packed)
-            session, inputs = open_graph(self._ort, build, options, self._shared, self._quantized)
+            memory = self._shared if shared is None else shared
+            session, inputs = open_graph(self._ort, build, options, memory, self._quantized)
         except Exception as error:
             raise_hidden_interrupt(error)
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} could not load the {graph} graph: {error}. Expected ONNX "
                 "Runtime 1.23 or newer; if this one is, please report the message."
             ) from error
-        read = self._weights if self._quantized is None else {**self._weights, **self._quantized}
+        read = weights if self._quantized is None else {**weights, **self._quantized}
         return LoadedGraph(session, {name: read[name] for name in inputs if name in changing})
 
 

@@ -29,7 +29,7 @@ from t5_trt.runtime.int8_weights import load_int8_weights, round_anew, weights_d
 from t5_trt.runtime.kernel_decoder import KernelDecoder
 from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.onnxruntime_session import OrtSession
-from t5_trt.runtime.select import Placement, engine_precision
+from t5_trt.runtime.select import CPU_PRECISIONS, Placement, engine_precision
 from t5_trt.runtime.session import Session
 from t5_trt.runtime.tensorrt_session import TrtSession
 
@@ -108,11 +108,13 @@ def open_session(
     store = EngineStore(config.cache_dir, config.engine_cache_bytes)
     if placement.backend == "onnxruntime":
         quantized = None
+        if placement.precision in ("int4", "bf16") and not arch.decoder_layers:
+            instead = "'int8'" if placement.precision == "int4" else "'fp32' or 'int8'"
+            raise InputError(
+                f"precision got {placement.precision!r}; on a CPU it is for the decoder's matrices, and this model has no decoder. "
+                f"Use {instead}."
+            )
         if placement.precision in ("int8", "int4"):
-            if placement.precision == "int4" and not arch.decoder_layers:
-                raise InputError(
-                    "precision got 'int4'; it is for the decoder's matrices, and this model has no decoder. Use 'int8'."
-                )
             quantized = load_int8_weights(arch, weights if base is None else base, store, placement.precision)
             round_anew(arch, weights, quantized, changing, own=True)
         return OrtSession(
@@ -123,7 +125,10 @@ def open_session(
             prepack_weights=config.prepack_weights,
             quantized=quantized,
             changing=changing,
-            library=_cpu_library(config, store) if placement.decode == "kernels" and arch.decoder_layers else None,
+            library=_cpu_library(config, store, placement)
+            if placement.decode == "kernels" and arch.decoder_layers
+            else None,
+            matrices=torch.bfloat16 if placement.precision == "bf16" else None,
         )
     check_cuda_after_fork()
     choose = partial(choose_fp16_scaling, arch, precision=placement.precision, seen=seen, calibrated=calibrated)
@@ -139,16 +144,16 @@ def open_session(
         return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
 
 
-def _cpu_library(config: RuntimeConfig, store: EngineStore) -> ctypes.CDLL | None:
+def _cpu_library(config: RuntimeConfig, store: EngineStore, placement: Placement) -> ctypes.CDLL | None:
     """The decoder's C code; None, with a warning, where ``decode="auto"`` can do without what does not compile.
 
     Raises:
-        BackendError: it does not compile, and was asked for.
+        BackendError: it does not compile, and was asked for, or ONNX Runtime does not have the precision.
     """
     try:
         return load_library(store)
     except BackendError as error:
-        if config.decode == "kernels":
+        if config.decode == "kernels" or placement.precision not in CPU_PRECISIONS["engine"]:
             raise
         logger.warning("the decoder is run by ONNX Runtime, as the library's own C code cannot be used: %s", error)
         return None

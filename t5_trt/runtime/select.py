@@ -25,7 +25,7 @@ logger = logging.getLogger("t5_trt")
 #: precisions of the library's own CUDA kernels; in "int8" the encoder's compute in half precision
 KERNEL_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 #: what runs the decoder step on a CPU -> its precisions; "auto" takes the first that can run. Encoders are ONNX Runtime's
-CPU_PRECISIONS = {"kernels": ("fp32", "int8"), "engine": ("fp32", "int8", "int4")}
+CPU_PRECISIONS = {"kernels": ("fp32", "bf16", "int8"), "engine": ("fp32", "int8", "int4")}
 _ON_CPU = {"kernels": "the library's own C code", "engine": "ONNX Runtime"}
 
 
@@ -205,9 +205,12 @@ def _step_on_cpu(wanted: str, precision: str, because: str) -> tuple[str, str | 
         if error is None:
             return decode, _inside(refused[0]) if refused else None
         refused.append(error)
-    asked, instead = f"decode={wanted!r}", "decode='auto' or " + repr("engine" if wanted == "kernels" else "kernels")
+    other = "engine" if wanted == "kernels" else "kernels"
+    asked, instead = f"decode={wanted!r}", f"decode='auto' or {other!r}"
     if wanted == "auto":
         asked, instead = f"precision={precision!r}", "precision='fp32'"
+    elif precision not in CPU_PRECISIONS[other]:
+        instead = "decode='auto' and precision='fp32'"
     raise type(refused[0])(f"{asked} cannot be had here: {_inside(refused[0])}{because}. Or use {instead}.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -132,7 +133,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) 
     select._log_once.cache_clear()
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp32", "int8"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int8"])
 def test_c_code_decodes_on_a_cpu_with_a_compiler(
     compiler: Any, caplog: pytest.LogCaptureFixture, precision: str
 ) -> None:
@@ -148,7 +149,12 @@ def test_c_code_decodes_on_a_cpu_with_a_compiler(
     ("precision", "missing", "kind", "words"),
     [
         ("fp32", "there is no C compiler. It takes one", BackendError, "there is no C compiler. It takes one"),
-        ("int4", None, InputError, "precision is 'int4'; the library's own C code computes in 'fp32' or 'int8'"),
+        (
+            "int4",
+            None,
+            InputError,
+            "precision is 'int4'; the library's own C code computes in 'fp32', 'bf16' or 'int8'",
+        ),
     ],
 )
 def test_onnxruntime_decodes_where_c_code_cannot(
@@ -174,17 +180,23 @@ def test_onnxruntime_decodes_where_c_code_cannot(
         assert words in str(raised.value) and ("on GPUs, cannot" in str(raised.value)) == (backend == "auto")
 
 
-def test_precision_that_only_c_code_has(compiler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "CPU_PRECISIONS", {"kernels": ("bf16",), "engine": ("fp32",)})
+def test_precision_that_only_c_code_has(compiler: Any) -> None:
     compiler()
-    assert choose(RuntimeConfig(backend="onnxruntime", precision="bf16")).decode == "kernels"
-    with pytest.raises(InputError, match=r"precision is 'bf16'; ONNX Runtime computes in 'fp32'\. Or .* 'kernels'"):
+    for decode in ("auto", "kernels"):
+        assert choose(RuntimeConfig(backend="onnxruntime", precision="bf16", decode=decode)).decode == "kernels"
+    words = (
+        r"precision is 'bf16'; ONNX Runtime computes in 'fp32', 'int8' or 'int4'\. Or use decode='auto' or 'kernels'"
+    )
+    with pytest.raises(InputError, match=words):
         choose(RuntimeConfig(backend="onnxruntime", precision="bf16", decode="engine"))
-    compiler("there is no C compiler")
-    with pytest.raises(
-        BackendError, match=r"precision='bf16' cannot be had here: there is no C compiler\. Or use precision='fp32'"
+    compiler("there is no C compiler. It takes one")
+    for decode, what, instead in (
+        ("auto", "precision='bf16'", "precision='fp32'"),
+        ("kernels", "decode='kernels'", "decode='auto' and precision='fp32'"),
     ):
-        choose(RuntimeConfig(backend="onnxruntime", precision="bf16"))
+        words = f"{what} cannot be had here: there is no C compiler. It takes one. Or use {instead}."
+        with pytest.raises(BackendError, match=re.escape(words)):
+            choose(RuntimeConfig(backend="onnxruntime", precision="bf16", decode=decode))
 
 
 def test_copies_keep_it(tensorrt: Any) -> None:

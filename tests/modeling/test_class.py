@@ -34,32 +34,24 @@ def test_instance_checks(pair: tuple[Any, Any]) -> None:
     assert ours.main_input_name == "input_ids"
 
 
-def test_weights_are_not_held_twice() -> None:
-    """Parameters, reference model and ONNX Runtime share memory, for every matrix that is large enough to matter."""
+@pytest.mark.parametrize("decode", ["kernels", "engine"])
+def test_weights_are_not_held_twice(decode: str) -> None:
+    """Parameters, reference model, ONNX Runtime and the C code share memory, for every matrix that is large enough to matter."""
     hugging_face = make_hugging_face("t5-v1.1", d_model=256, d_ff=512)
-    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1)
+    ours = TRTT5ForConditionalGeneration.from_model(hugging_face, num_threads=1, decode=decode)
     ours.generate(**REQUEST)
     parameters = dict(ours.named_parameters())
     assert {name: p.data_ptr() for name, p in parameters.items()} == {
         name: p.data_ptr() for name, p in ours.reference.named_parameters()
     }
-    shared = ours.session._shared
     large = {name for name, p in parameters.items() if p.nbytes >= SHARED_FROM_BYTES and "relative" not in name}
     used = {name for name in large if "encoder.embed" not in name and "decoder.embed" not in name}
-    kept = ours.session._steps._made._kept  # by the C code
-    assert used <= set(shared) | set(kept)
-    for name, value in [*shared.items(), *kept.items()]:
-        if name in parameters:
-            assert value.data_ptr() == parameters[name].data_ptr()
-
-
-def test_engines_read_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), num_threads=1, decode="engine")
-    ours.generate(**REQUEST)
-    parameters, shared = dict(ours.named_parameters()), ours.session._shared
-    assert any(name.startswith("decoder") for name in shared)
-    for name, value in shared.items():
-        assert value.data_ptr() == parameters[name].data_ptr()
+    found = {name: value.data_ptr() for name, value in ours.session._shared.items()}
+    if decode == "kernels":
+        kept = ours.session._steps._made._kept
+        found |= {name: tensor.data_ptr() for name, tensor in kept.items() if name in parameters}
+    assert used <= set(found)
+    assert found == {name: parameters[name].data_ptr() for name in found}
 
 
 def test_engines_are_opened_lazily(fresh: Any) -> None:

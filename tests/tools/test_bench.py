@@ -176,9 +176,10 @@ def test_picture(records: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_picture_tells_who_decodes(records: list[dict[str, Any]], tmp_path: Path) -> None:
     """Records from before there was a choice are an engine's."""
     before = [{name: value for name, value in record.items() if name != "decode"} for record in records]
+    engine, kernels = ([{**record, "decode": who} for record in records] for who in ("engine", "kernels"))
     labels = []
-    for others in (before, [{**record, "decode": "kernels"} for record in records]):
-        draw_records([*records, *others], tmp_path / "both.svg")
+    for others in (before, kernels):
+        draw_records([*engine, *others], tmp_path / "both.svg")
         drawn = (tmp_path / "both.svg").read_text()
         labels.append([f"steps by {who}" in drawn for who in ("engine", "kernels")])
     assert labels == [[False, False], [True, True]]

@@ -71,9 +71,13 @@ INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const v
             for (int m = 0; m < ROWS; m++) sums[m][o] = fused(weight, load_some(rows + m * width + i, to - i), sums[m][o]);
         }
     for (int m = 0; m < ROWS; m++) {
-        if (OUTPUTS == 1) results[m][0] = sum_of(sums[m][0]);
-        else
-            for (int o = 0; o < OUTPUTS; o += 4) four_sums(sums[m] + o, results[m] + o);
+#if LANES == 16
+        if (OUTPUTS == 8) {
+            eight_sums(sums[m], results[m]);
+            continue;
+        }
+#endif
+        for (int o = 0; o < OUTPUTS; o++) results[m][o] = sum_of(sums[m][o]);
     }
 }
 

@@ -89,27 +89,30 @@ INLINE float sum_of(Floats values) {
     values += SWAPPED(values, 1);
     return values[0];
 }
-// Four sums over all lanes, with the additions of `sum_of`.
-INLINE void four_sums(const Floats of[4], float sums[4]) {
 #if LANES == 16
+// Sums over all lanes of eight vectors at once, with the additions of `sum_of`: in each round halves of two vectors become one.
 #define PLACES(at) at, at + 1, at + 2, at + 3
 #define EIGHT(at) PLACES(at), PLACES(at + 4)
-    Floats half[2];
-    for (int pair = 0; pair < 2; pair++) {
-        Floats a = of[2 * pair], b = of[2 * pair + 1];
-        half[pair] = __builtin_shufflevector(a, b, EIGHT(0), EIGHT(16)) + __builtin_shufflevector(a, b, EIGHT(8), EIGHT(24));
-    }
-    Floats quarter = __builtin_shufflevector(half[0], half[1], PLACES(0), PLACES(8), PLACES(16), PLACES(24)) +
-                     __builtin_shufflevector(half[0], half[1], PLACES(4), PLACES(12), PLACES(20), PLACES(28));
-    quarter += SWAPPED(quarter, 2);
-    quarter += SWAPPED(quarter, 1);
-    for (int i = 0; i < 4; i++) sums[i] = quarter[4 * i];
+#define PAIRS(at) at, at + 1, at + 4, at + 5, at + 8, at + 9, at + 12, at + 13
+INLINE void eight_sums(const Floats of[8], float sums[8]) {
+    Floats half[4], quarter[2];
+    for (int i = 0; i < 4; i++)
+        half[i] = __builtin_shufflevector(of[2 * i], of[2 * i + 1], EIGHT(0), EIGHT(16)) +
+                  __builtin_shufflevector(of[2 * i], of[2 * i + 1], EIGHT(8), EIGHT(24));
+    for (int i = 0; i < 2; i++)
+        quarter[i] = __builtin_shufflevector(half[2 * i], half[2 * i + 1], PLACES(0), PLACES(8), PLACES(16), PLACES(24)) +
+                     __builtin_shufflevector(half[2 * i], half[2 * i + 1], PLACES(4), PLACES(12), PLACES(20), PLACES(28));
+    Floats pairs = __builtin_shufflevector(quarter[0], quarter[1], PAIRS(0), PAIRS(16)) +
+                   __builtin_shufflevector(quarter[0], quarter[1], PAIRS(2), PAIRS(18));
+    pairs += SWAPPED(pairs, 1);
+    typedef float Eight __attribute__((vector_size(32)));
+    Eight found = __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14);
+    memcpy(sums, &found, sizeof found);
+}
+#undef PAIRS
 #undef EIGHT
 #undef PLACES
-#else
-    for (int i = 0; i < 4; i++) sums[i] = sum_of(of[i]);
 #endif
-}
 
 INLINE float largest_of(Floats values) {
     if (LANES > 8) values = larger(values, SWAPPED(values, 8));

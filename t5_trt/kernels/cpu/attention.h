@@ -24,13 +24,14 @@ INLINE int64_t offset_of(const Places *places, const Cache *cache, int64_t token
     return row * cache->row + token * width;
 }
 
-INLINE float dot(const float *a, const float *b, int64_t width) {
+INLINE Floats lanes_of_dot(const float *a, const float *b, int64_t width) {
     Floats sums = all(0.0f);
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) sums = fused(load(a + i), load(b + i), sums);
     if (i < width) sums = fused(load_some(a + i, width - i), load_some(b + i, width - i), sums);
-    return sum_of(sums);
+    return sums;
 }
+INLINE float dot(const float *a, const float *b, int64_t width) { return sum_of(lanes_of_dot(a, b, width)); }
 
 // Turn scores into weights that sum to 1; room for a multiple of LANES.
 static void softmax(float *scores, int64_t count) {
@@ -75,5 +76,13 @@ static void weighted_sum(const float *weights, const float *values, const Places
 // Scores of a query over the keys, without bias.
 static void scores_of(const float *query, const float *keys, const Places *places, const Cache *cache, int64_t count,
                       int64_t width, float *scores) {
-    for (int64_t t = 0; t < count; t++) scores[t] = dot(query, keys + offset_of(places, cache, t, width), width);
+    int64_t t = 0;
+#if LANES == 16
+    for (; t + 8 <= count; t += 8) {
+        Floats lanes[8];
+        for (int k = 0; k < 8; k++) lanes[k] = lanes_of_dot(query, keys + offset_of(places, cache, t + k, width), width);
+        eight_sums(lanes, scores + t);
+    }
+#endif
+    for (; t < count; t++) scores[t] = dot(query, keys + offset_of(places, cache, t, width), width);
 }

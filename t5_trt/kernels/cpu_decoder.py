@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from t5_trt.errors import BackendError
+from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.graph.int8 import MATRIX, SCALE
 from t5_trt.graph.parameters import EMBEDDING, LM_HEAD, Weights, parameters, step_groups, step_matrices
@@ -198,6 +198,7 @@ class CpuDecoder:
                 None where rows read their own cache.
 
         Raises:
+            InputError: a token is not in the vocabulary.
             BackendError: memory ran out.
         """
         step.logits = logits.data_ptr()
@@ -209,7 +210,12 @@ class CpuDecoder:
                     self._make_rough_head()
         step.ancestors = None if ancestors is None else ancestors.data_ptr()
         step.ancestors_row = 0 if ancestors is None else ancestors.stride(0)
-        if not self._library.t5_decode(self._decoder, ctypes.byref(step)):
+        done = self._library.t5_decode(self._decoder, ctypes.byref(step))
+        if done < 0:
+            raise InputError(
+                f"a decoder token is out of range; expected 0 to {self._arch.vocab_size - 1}, the model's vocabulary."
+            )
+        if not done:
             raise BackendError("memory ran out in a decoder step on the CPU. Use a smaller batch or fewer beams.")
 
     @property

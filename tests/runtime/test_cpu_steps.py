@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from t5_trt import TRTT5ForConditionalGeneration
+from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.config import default_engine_cache_dir
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.int8 import quantize
@@ -220,3 +220,15 @@ def test_weights_in_bfloat16_are_read_where_they_are() -> None:
     torch.testing.assert_close(logits, session.decode(states[1], tokens), **CLOSE)
     key = "decoder.block.0.layer.0.SelfAttention.q.weight"
     assert decoder._kept[key].data_ptr() == weights[key].data_ptr()
+
+
+@pytest.mark.parametrize("token", [-1, 211])
+def test_tokens_outside_of_the_vocabulary_are_refused(token: int) -> None:
+    ours = pair_of("t5-v1.1")[1]
+    own = sessions_of(ours.architecture, ours.state_dict())[0]
+    sources = batch()
+    _, cross = own.encode(sources["input_ids"], None, sources["attention_mask"])
+    state = own.start(cross, 4, sources["attention_mask"])
+    with pytest.raises(InputError, match="a decoder token is out of range; expected 0 to 210"):
+        own.decode(state, torch.tensor([[5], [token], [5]]))
+    assert state.length == 0 and own.decode(state, torch.tensor([[5], [6], [5]])).isfinite().all()

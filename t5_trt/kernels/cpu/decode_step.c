@@ -181,8 +181,10 @@ Decoder *t5_open(const Model *model, int threads, int spinning) {
 
 void t5_close(Decoder *decoder) { close_decoder(decoder); }
 
-// Run a step; 0 if memory runs out.
+// Run a step: 1; 0 if memory runs out, -1 if a token is not in the vocabulary.
 int t5_decode(Decoder *decoder, const Step *step) {
+    for (int64_t i = 0; i < step->rows * step->queries; i++)
+        if (step->tokens[i] < 0 || step->tokens[i] >= decoder->model.vocabulary) return -1;
     take_team(&decoder->team);
     int fits = make_room(decoder, step);
     decoder->step = step;

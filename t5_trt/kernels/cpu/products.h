@@ -44,6 +44,15 @@ INLINE float one_weight(int type, const void *weights, int64_t at) {
     return type == FLOAT32 ? ((const float *)weights)[at] : one_bf16(((const uint16_t *)weights)[at]);
 }
 
+INLINE void sums_of_outputs(const Floats of[OUTPUTS_AT_ONCE], float sums[OUTPUTS_AT_ONCE]) {
+#if LANES == 16
+    Eight made = eight_sums(of);
+    memcpy(sums, &made, sizeof made);
+#else
+    four_sums(of, sums);
+#endif
+}
+
 // results[m][o] of outputs first .. first + OUTPUTS - 1 and ROWS rows over inputs `from` to `to`; the weights behind them are
 // prefetched.
 INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const void *weights, int64_t first, const float *rows,
@@ -72,8 +81,7 @@ INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const v
         }
     for (int m = 0; m < ROWS; m++) {
         if (OUTPUTS == 1) results[m][0] = sum_of(sums[m][0]);
-        else
-            for (int o = 0; o < OUTPUTS; o += 4) four_sums(sums[m] + o, results[m] + o);
+        else sums_of_outputs(sums[m], results[m]);
     }
 }
 

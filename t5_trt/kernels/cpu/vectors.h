@@ -111,6 +111,29 @@ INLINE void four_sums(const Floats of[4], float sums[4]) {
 #endif
 }
 
+#if LANES == 16
+typedef float Eight __attribute__((vector_size(32)));
+// Eight sums over all lanes, with the additions of `sum_of`.
+INLINE Eight eight_sums(const Floats of[8]) {
+    Floats half[4], quarter[2];
+    for (int i = 0; i < 4; i++) {
+        Floats a = of[2 * i], b = of[2 * i + 1];
+        half[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                  __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 2; i++) {
+        Floats a = half[2 * i], b = half[2 * i + 1];
+        quarter[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                     __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    Floats a = quarter[0], b = quarter[1];  // of sums 0 to 3 and 4 to 7, four lanes each
+    a = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    a += SWAPPED(a, 1);
+    return __builtin_shufflevector(a, a, 0, 4, 8, 12, 2, 6, 10, 14);
+}
+#endif
+
 INLINE float largest_of(Floats values) {
     if (LANES > 8) values = larger(values, SWAPPED(values, 8));
     if (LANES > 4) values = larger(values, SWAPPED(values, 4));

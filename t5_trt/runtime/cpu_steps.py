@@ -27,8 +27,11 @@ from t5_trt.runtime.tensor_file import StoredTensors
 
 #: in `t5_trt.runtime.session.Session.loaded_graphs`
 ENCODER_BY_C_CODE, BY_C_CODE = "encoder (C code)", "decoder (C code)"
-#: tokens of all sources of a call up to which the C code encodes; above, ONNX Runtime's products, in larger blocks, are faster
-ENCODED_TOKENS, ENCODED_TOKENS_INT8 = 1 << 30, 1 << 30
+#: tokens of all sources of a call up to which the C code encodes; above, ONNX Runtime's products, in larger blocks, are faster: with 2
+#: threads from 80 tokens on (T5-base shapes), or 45 (the shipped model)
+ENCODED_TOKENS = 40
+#: in 8 bits they are faster from above 256 tokens on; earlier where the processor has AMX, which ONNX Runtime uses and the C code does not
+ENCODED_TOKENS_INT8 = 64
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from t5_trt import TRTT5EncoderModel
+from t5_trt.config import default_engine_cache_dir
+from t5_trt.engine.store import EngineStore
 from t5_trt.graph.int8 import quantize
 from t5_trt.graph.parameters import CROSS_KV, parameters
+from t5_trt.kernels.cpu_compile import load_library
 from t5_trt.runtime import cpu_steps
 from t5_trt.runtime.onnxruntime_session import OrtSession
-from tests.conftest import pair_of
+from tests.conftest import SHIPPED, pair_of
 from tests.runtime.test_cpu_steps import sessions_of
 from tests.tiny_models import KINDS, VOCAB, batch
 
@@ -20,6 +24,13 @@ CLOSE = {"atol": 5e-5, "rtol": 2e-5}
 #: of the length of states, keys and values, where rows are rounded to 8 bits
 CLOSE_INT8 = 0.2
 BY_C_CODE = ("encoder (C code)",)
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C code encodes calls of any number of tokens."""
+    monkeypatch.setattr(cpu_steps, "ENCODED_TOKENS", 10**6)
+    monkeypatch.setattr(cpu_steps, "ENCODED_TOKENS_INT8", 10**6)
 
 
 def encoded(session: OrtSession, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[Any, Any]:
@@ -32,8 +43,9 @@ def ids_of(rows: int, count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, VOCAB, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows, tokens", [(1, 1), (1, 26), (3, 11), (2, 53)])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 26), (3, 11), (2, 53)])
 def test_states_and_keys_are_those_of_the_graphs(kind: str, rows: int, tokens: int) -> None:
     """Up to sources with distances that share the last bucket (few-buckets), and with any remainder of blocks."""
     ours = pair_of(kind)[1]
@@ -44,6 +56,7 @@ def test_states_and_keys_are_those_of_the_graphs(kind: str, rows: int, tokens: i
     assert own.loaded_graphs() == BY_C_CODE and graphs.loaded_graphs() == ("encoder",)
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks(kind: str) -> None:
     """Hidden tokens behind a source, before it and inside it; a source that is hidden as a whole attends to all its tokens alike."""
@@ -70,6 +83,7 @@ def test_embeddings_and_given_states(kind: str) -> None:
     assert own.loaded_graphs() == BY_C_CODE
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("kind", KINDS)
 def test_matrices_in_8_bits(kind: str) -> None:
     """Also those that are shifted by 128 for processors whose products saturate."""
@@ -97,6 +111,7 @@ def test_matrices_in_8_bits(kind: str) -> None:
         assert (got - rounded).norm() < (expected - rounded).norm()
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("in_8_bits", [False, True])
 def test_bits_of_a_source_do_not_depend_on_threads_nor_other_sources_nor_padding(kind: str, in_8_bits: bool) -> None:
@@ -126,7 +141,8 @@ def test_weights_that_change_are_read(in_8_bits: bool) -> None:
         "decoder.block.1.layer.1.EncDecAttention.v.weight",
     ]
     own = sessions_of(arch, weights, quantized)[0]
-    known = OrtSession(arch, weights, num_threads=1, quantized=quantized, changing=changing, library=own._steps._team.library)  # type: ignore[union-attr]
+    library = load_library(EngineStore(default_engine_cache_dir(), None))
+    known = OrtSession(arch, weights, num_threads=1, quantized=quantized, changing=changing, library=library)
     ids = ids_of(2, 9)
     before = encoded(own, ids)
     assert torch.equal(encoded(known, ids)[1], before[1])
@@ -142,15 +158,21 @@ def test_weights_that_change_are_read(in_8_bits: bool) -> None:
 
 
 @pytest.mark.parametrize("in_8_bits", [False, True])
-def test_many_tokens_are_encoded_by_the_graphs(in_8_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tokens_are_encoded_by_the_graphs(in_8_bits: bool) -> None:
     ours = pair_of("t5-v1.1")[1]
     quantized = dict(quantize(ours.architecture, ours.state_dict())) if in_8_bits else None
     own = sessions_of(ours.architecture, ours.state_dict(), quantized)[0]
-    monkeypatch.setattr(cpu_steps, "ENCODED_TOKENS_INT8" if in_8_bits else "ENCODED_TOKENS", 20)
-    hidden, _ = encoded(own, ids_of(2, 10))
+    most = cpu_steps.ENCODED_TOKENS_INT8 if in_8_bits else cpu_steps.ENCODED_TOKENS
+    hidden, _ = encoded(own, ids_of(2, most // 2))
     own.project_cross(hidden)
     assert own.loaded_graphs() == BY_C_CODE
-    hidden, _ = encoded(own, ids_of(3, 7))
+    hidden, _ = encoded(own, ids_of(1, most + 1))
     assert own.loaded_graphs() == ("encoder", *BY_C_CODE)
     own.project_cross(hidden)
     assert own.loaded_graphs() == ("encoder", "cross", *BY_C_CODE)
+
+
+def test_an_encoder_without_a_decoder_is_run_by_the_graphs() -> None:
+    encoder = TRTT5EncoderModel.from_pretrained(SHIPPED, num_threads=1)
+    encoder(input_ids=ids_of(1, 5))
+    assert encoder.session.loaded_graphs() == ("encoder",)

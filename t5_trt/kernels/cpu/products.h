@@ -3,7 +3,7 @@
 #include "vectors.h"
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
-enum { OUTPUTS_AT_ONCE = LANES == 16 ? 8 : 4, ROWS_AT_ONCE = 3, INPUTS_AT_ONCE = 1024 };  // as many sums as there are registers
+enum { OUTPUTS_AT_ONCE = SUMS_AT_ONCE, ROWS_AT_ONCE = 3, INPUTS_AT_ONCE = 1024 };  // as many sums as there are registers
 enum { TILE = 16, BYTE_ROWS_AT_ONCE = 8 };  // outputs of a tile of 8-bit weights; rows of 8 bits
 
 // One matrix of a group: float32 or bfloat16 as in the checkpoint, [outputs, inputs]; 8 bits as `pack` lays them out.
@@ -44,15 +44,6 @@ INLINE float one_weight(int type, const void *weights, int64_t at) {
     return type == FLOAT32 ? ((const float *)weights)[at] : one_bf16(((const uint16_t *)weights)[at]);
 }
 
-INLINE void sums_of_outputs(const Floats of[OUTPUTS_AT_ONCE], float sums[OUTPUTS_AT_ONCE]) {
-#if LANES == 16
-    Eight made = eight_sums(of);
-    memcpy(sums, &made, sizeof made);
-#else
-    four_sums(of, sums);
-#endif
-}
-
 // results[m][o] of outputs first .. first + OUTPUTS - 1 and ROWS rows over inputs `from` to `to`; the weights behind them are
 // prefetched.
 INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const void *weights, int64_t first, const float *rows,
@@ -81,7 +72,7 @@ INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const v
         }
     for (int m = 0; m < ROWS; m++) {
         if (OUTPUTS == 1) results[m][0] = sum_of(sums[m][0]);
-        else sums_of_outputs(sums[m], results[m]);
+        else several_sums(sums[m], results[m]);
     }
 }
 

@@ -89,32 +89,10 @@ INLINE float sum_of(Floats values) {
     values += SWAPPED(values, 1);
     return values[0];
 }
-// Four sums over all lanes, with the additions of `sum_of`.
-INLINE void four_sums(const Floats of[4], float sums[4]) {
+// Some sums over all lanes, with the additions of `sum_of`.
 #if LANES == 16
-#define PLACES(at) at, at + 1, at + 2, at + 3
-#define EIGHT(at) PLACES(at), PLACES(at + 4)
-    Floats half[2];
-    for (int pair = 0; pair < 2; pair++) {
-        Floats a = of[2 * pair], b = of[2 * pair + 1];
-        half[pair] = __builtin_shufflevector(a, b, EIGHT(0), EIGHT(16)) + __builtin_shufflevector(a, b, EIGHT(8), EIGHT(24));
-    }
-    Floats quarter = __builtin_shufflevector(half[0], half[1], PLACES(0), PLACES(8), PLACES(16), PLACES(24)) +
-                     __builtin_shufflevector(half[0], half[1], PLACES(4), PLACES(12), PLACES(20), PLACES(28));
-    quarter += SWAPPED(quarter, 2);
-    quarter += SWAPPED(quarter, 1);
-    for (int i = 0; i < 4; i++) sums[i] = quarter[4 * i];
-#undef EIGHT
-#undef PLACES
-#else
-    for (int i = 0; i < 4; i++) sums[i] = sum_of(of[i]);
-#endif
-}
-
-#if LANES == 16
-typedef float Eight __attribute__((vector_size(32)));
-// Eight sums over all lanes, with the additions of `sum_of`.
-INLINE Eight eight_sums(const Floats of[8]) {
+enum { SUMS_AT_ONCE = 8 };
+INLINE void several_sums(const Floats of[SUMS_AT_ONCE], float sums[SUMS_AT_ONCE]) {
     Floats half[4], quarter[2];
     for (int i = 0; i < 4; i++) {
         Floats a = of[2 * i], b = of[2 * i + 1];
@@ -126,11 +104,18 @@ INLINE Eight eight_sums(const Floats of[8]) {
         quarter[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
                      __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     }
-    Floats a = quarter[0], b = quarter[1];  // of sums 0 to 3 and 4 to 7, four lanes each
+    Floats a = quarter[0], b = quarter[1];  // four lanes each of sums 0 to 3, and of sums 4 to 7
     a = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
         __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     a += SWAPPED(a, 1);
-    return __builtin_shufflevector(a, a, 0, 4, 8, 12, 2, 6, 10, 14);
+    typedef float Eight __attribute__((vector_size(32)));
+    Eight made = __builtin_shufflevector(a, a, 0, 4, 8, 12, 2, 6, 10, 14);
+    memcpy(sums, &made, sizeof made);
+}
+#else
+enum { SUMS_AT_ONCE = 4 };
+INLINE void several_sums(const Floats of[SUMS_AT_ONCE], float sums[SUMS_AT_ONCE]) {
+    for (int i = 0; i < SUMS_AT_ONCE; i++) sums[i] = sum_of(of[i]);
 }
 #endif
 

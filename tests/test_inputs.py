@@ -147,7 +147,8 @@ def test_failing_run_is_reported_and_survived() -> None:
 
 def test_decoder_without_memory_is_reported_and_survived(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fresh.generate(IDS, max_new_tokens=4).tolist()
-    library = fresh.session._steps._made._library
+    team = fresh.session._steps._made._team
+    library = team.library
 
     class Full:
         def __getattr__(self, name: str) -> Any:
@@ -157,8 +158,8 @@ def test_decoder_without_memory_is_reported_and_survived(fresh: Any, monkeypatch
             return 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(fresh.session._steps._made, "_library", Full())
-        with pytest.raises(BackendError, match="memory ran out in a decoder step on the CPU"):
+        patch.setattr(team, "library", Full())
+        with pytest.raises(BackendError, match="memory ran out in the decoder on the CPU"):
             fresh.generate(IDS, max_new_tokens=4)
     assert fresh.generate(IDS, max_new_tokens=4).tolist() == expected
 

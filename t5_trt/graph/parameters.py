@@ -104,6 +104,14 @@ def step_groups(arch: Architecture) -> set[str]:
     )
 
 
+def encoder_groups(arch: Architecture) -> set[str]:
+    """The groups of matrices that the encoder multiplies by, those for the decoder's cross-attention K and V among them."""
+    made = parameters(arch)
+    return {name for name in made if name.startswith("encoder.block.") and made[name].is_matrix} | (
+        {CROSS_KV} & made.keys()
+    )
+
+
 def step_matrices(arch: Architecture) -> set[str]:
     """State-dict keys of the matrices of `step_groups`."""
     made = parameters(arch)

@@ -179,11 +179,16 @@ def _stored(store: EngineStore, key: str, facts: dict[str, Any], compiler: Compi
 
 def _opened(path: Path) -> ctypes.CDLL:
     library, address, number = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
-    library.t5_open.restype, library.t5_open.argtypes = address, [address, ctypes.c_int, ctypes.c_int]
+    library.t5_open_team.restype, library.t5_open_team.argtypes = address, [ctypes.c_int, ctypes.c_int]
+    library.t5_close_team.restype, library.t5_close_team.argtypes = None, [address]
+    library.t5_open.restype, library.t5_open.argtypes = address, [address, address]
     library.t5_close.restype, library.t5_close.argtypes = None, [address]
     library.t5_decode.restype, library.t5_decode.argtypes = ctypes.c_int, [address, address]
+    library.t5_encode.restype, library.t5_encode.argtypes = ctypes.c_int, [address, address]
     library.t5_large_pages.restype, library.t5_large_pages.argtypes = None, [address, number]
     library.t5_pack.restype, library.t5_pack.argtypes = None, [address, number, number, ctypes.c_int, address]
+    library.t5_use_rough_head.restype, library.t5_use_rough_head.argtypes = None, [address, address]
+    library.t5_round_head.restype, library.t5_round_head.argtypes = None, [address, number, number, *[address] * 4]
     library.t5_log_softmax.restype, library.t5_log_softmax.argtypes = None, [address, number, number, address]
     library.t5_best_sums.restype = None
     library.t5_best_sums.argtypes = [*[address] * 3, ctypes.c_int, *[number] * 4, address, address]

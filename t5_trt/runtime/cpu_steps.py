@@ -1,6 +1,7 @@
-"""Decoder steps of ONNX Runtime's session by our own C code: over a request's cache, and over rows at positions of their own.
+"""What our own C code runs of ONNX Runtime's session: the encoder for few tokens, and decoder steps over a request's cache and over rows
+at positions of their own.
 
-How data flows: both read K and V of the sources as ONNX Runtime's encoder wrote them, and the cache as the session's states and row
+How data flows: steps read K and V of the sources as either encoder wrote them, and the cache as the session's states and row
 buffers hold it. A step reads no key behind a row's position and none behind the last token of a source that is not hidden, so what
 lies there does not matter.
 """
@@ -18,12 +19,19 @@ import torch
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import EMBEDDING, Weights, step_matrices
 from t5_trt.kernels.cpu_decoder import Call, CpuDecoder
+from t5_trt.kernels.cpu_encoder import CpuEncoder
+from t5_trt.kernels.cpu_weights import CpuTeam
 from t5_trt.runtime.kv_buffers import Binding, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.tensor_file import StoredTensors
 
 #: in `t5_trt.runtime.session.Session.loaded_graphs`
-BY_C_CODE = "decoder (C code)"
+ENCODER_BY_C_CODE, BY_C_CODE = "encoder (C code)", "decoder (C code)"
+#: tokens of all sources of a call up to which the C code encodes; above, ONNX Runtime's products, in larger blocks, are faster: with 2
+#: threads from 80 tokens on (T5-base shapes), or 45 (the shipped model)
+ENCODED_TOKENS = 40
+#: in 8 bits they are faster from above 256 tokens on; earlier where the processor has AMX, which ONNX Runtime uses and the C code does not
+ENCODED_TOKENS_INT8 = 64
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,15 @@ class CpuRowBuffers(RowBuffers):
 
 
 class CpuSteps:
-    """Runs the decoder of one model; its weights are laid out at the first step.
+    """Runs the decoder of one model and, for few tokens, its encoder; the weights of each are laid out at its first call.
 
     Args:
         library: the compiled C code.
         arch: of the model.
         weights: state-dict key -> CPU tensor.
         quantized: matrices in 8 bits, see `t5_trt.graph.int8.quantize`; None multiplies by `weights`.
-        matrices: the type to multiply by, see `CpuDecoder`.
-        threads: of a step.
+        matrices: the type of the decoder's matrices, see `CpuDecoder`.
+        threads: of a call.
         spinning: whether they may wait busily for one another.
     """
 
@@ -93,15 +101,29 @@ class CpuSteps:
         threads: int,
         spinning: bool,
     ) -> None:
-        self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized
-        self._matrices, self._threads, self._spinning = matrices, threads, spinning
+        self._arch, self._weights, self._quantized, self._matrices = arch, weights, quantized, matrices
+        self._team = CpuTeam(library, threads, spinning)
         self._made: CpuDecoder | None = None
+        self._encoder_made: CpuEncoder | None = None
         self._making = threading.Lock()
 
     @property
-    def opened(self) -> bool:
-        """Whether there was a step."""
-        return self._made is not None
+    def loaded(self) -> tuple[str, ...]:
+        """What has run, as in `t5_trt.runtime.session.Session.loaded_graphs`."""
+        made = {ENCODER_BY_C_CODE: self._encoder_made, BY_C_CODE: self._made}
+        return tuple(name for name, each in made.items() if each is not None)
+
+    def encodes(self, tokens: int) -> bool:
+        """Whether so many tokens of all sources of a call are for the C code."""
+        return tokens <= (ENCODED_TOKENS if self._quantized is None else ENCODED_TOKENS_INT8)
+
+    def encode(self, source: torch.Tensor, bias: torch.Tensor, hidden: torch.Tensor, cross: torch.Tensor) -> None:
+        """Encode sources; see `CpuEncoder.encode`."""
+        self._encoder().encode(source, bias, hidden, cross)
+
+    def project_cross(self, hidden: torch.Tensor, cross: torch.Tensor) -> None:
+        """Compute K and V of given states; see `CpuEncoder.project`."""
+        self._encoder().project(hidden, cross)
 
     def one_token(
         self,
@@ -166,26 +188,38 @@ class CpuSteps:
         """Follow weights that changed in their memory; None follows any change."""
         with self._making:
             if changed is None:
-                self._made = None
-            elif self._made is not None:
-                self._made.update(changed)
+                self._made = self._encoder_made = None
+                return
+            for each in (self._made, self._encoder_made):
+                if each is not None:
+                    each.update(changed)
 
     def _decoder(self) -> CpuDecoder:
         if self._made is None:
             with self._making:
                 if self._made is None:
-                    stored = self._quantized
                     self._made = CpuDecoder(
-                        self._library,
+                        self._team,
                         self._arch,
                         self._weights,
-                        stored,
+                        self._quantized,
                         matrices=self._matrices,
-                        threads=self._threads,
-                        spinning=self._spinning,
-                        after_packing=stored.give_back if isinstance(stored, StoredTensors) else None,
+                        after_packing=self._give_back,
                     )
         return self._made
+
+    def _encoder(self) -> CpuEncoder:
+        if self._encoder_made is None:
+            with self._making:
+                if self._encoder_made is None:
+                    self._encoder_made = CpuEncoder(
+                        self._team, self._arch, self._weights, self._quantized, after_packing=self._give_back
+                    )
+        return self._encoder_made
+
+    def _give_back(self, name: str) -> None:
+        if isinstance(self._quantized, StoredTensors):
+            self._quantized.give_back(name)
 
 
 def rounded_to_bf16(arch: Architecture, weights: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""A CPU: ONNX Runtime's graphs, which are also the reference for other engines, and our own C code for the decoder where it is compiled.
+"""A CPU: ONNX Runtime's graphs, which are also the reference for other engines, and our own C code where it is compiled.
 
 The matrices are not copied: ONNX Runtime reads the memory of the torch parameters, which for a float32
 safetensors checkpoint is the mapped file. Inputs and outputs are bound to torch tensors, so a step allocates its logits
@@ -26,7 +26,7 @@ from t5_trt.graph.parameters import Weights
 from t5_trt.graph.precision import mask_value
 from t5_trt.graph.signature import CROSS, ENCODER, ENCODER_EMBEDS, QUERIES, STEP
 from t5_trt.runtime.cpu_generation_step import CpuGenerationStep
-from t5_trt.runtime.cpu_steps import BY_C_CODE, CpuRowBuffers, CpuSteps, rounded_to_bf16
+from t5_trt.runtime.cpu_steps import CpuRowBuffers, CpuSteps, rounded_to_bf16
 from t5_trt.runtime.int8_weights import round_anew, rounded_names
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState, layer_views
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
@@ -49,7 +49,7 @@ class OrtSession:
         quantized: matrices in 8 bits or fewer, see `t5_trt.runtime.int8_weights.load_int8_weights`; None computes in float32.
         changing: keys of `weights` that are overwritten before calls of `update_weights`: graphs take them as inputs, so that
             ONNX Runtime keeps no packed copies of them.
-        library: the C code of the decoder, see `t5_trt.kernels.cpu_compile.load_library`; None decodes by ONNX Runtime.
+        library: the C code, see `t5_trt.kernels.cpu_compile.load_library`; None does without it.
         matrices: torch.bfloat16 makes the C code multiply by matrices in bfloat16; `weights` may then have those in it, too.
 
     Raises:
@@ -109,18 +109,22 @@ class OrtSession:
         batch, length = attention_mask.shape
         cross = self._new_cross(batch, length)
         hidden = torch.empty((batch, length, self.arch.d_model), dtype=torch.float32)
-        if inputs_embeds is None:
-            assert input_ids is not None
-            graph, source = ENCODER, {"input_ids": input_ids.contiguous()}
-        else:
-            graph, source = ENCODER_EMBEDS, {"inputs_embeds": inputs_embeds.contiguous()}
-        inputs = source | {"attention_mask": attention_mask.contiguous()}
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        assert source is not None
+        if self._steps is not None and self._steps.encodes(batch * length):
+            self._steps.encode(source, _additive(attention_mask)[:, 0, 0], hidden, cross.kv)
+            return hidden, cross
+        graph, name = (ENCODER, "input_ids") if inputs_embeds is None else (ENCODER_EMBEDS, "inputs_embeds")
+        inputs = {name: source.contiguous(), "attention_mask": attention_mask.contiguous()}
         self._run(graph, inputs, {"encoder_hidden_states": hidden} | layer_views("cross", cross.kv))
         return hidden, cross
 
     def project_cross(self, hidden: torch.Tensor) -> CrossStates:
         """See `t5_trt.runtime.session.Session.project_cross`."""
         cross = self._new_cross(hidden.shape[0], hidden.shape[1])
+        if self._steps is not None and self._steps.encodes(hidden.shape[0] * hidden.shape[1]):
+            self._steps.project_cross(hidden, cross.kv)
+            return cross
         self._run(CROSS, {"encoder_hidden_states": hidden.contiguous()}, layer_views("cross", cross.kv))
         return cross
 
@@ -249,7 +253,7 @@ class OrtSession:
 
     def loaded_graphs(self) -> tuple[str, ...]:
         """See `t5_trt.runtime.session.Session.loaded_graphs`."""
-        own = (BY_C_CODE,) if self._steps is not None and self._steps.opened else ()
+        own = () if self._steps is None else self._steps.loaded
         return (*dict.fromkeys(graph for graph, _ in self._sessions), *own)
 
     def step(

@@ -48,7 +48,7 @@ def test_weights_are_not_held_twice(decode: str) -> None:
     used = {name for name in large if "encoder.embed" not in name and "decoder.embed" not in name}
     found = {name: value.data_ptr() for name, value in ours.session._shared.items()}
     if decode == "kernels":
-        kept = ours.session._steps._made._kept
+        kept = ours.session._steps._made.weights.kept
         found |= {name: tensor.data_ptr() for name, tensor in kept.items() if name in parameters}
     assert used <= set(found)
     assert found == {name: parameters[name].data_ptr() for name in found}
@@ -57,7 +57,7 @@ def test_weights_are_not_held_twice(decode: str) -> None:
 def test_engines_are_opened_lazily(fresh: Any) -> None:
     assert "engines=(none opened yet)" in repr(fresh)
     fresh.generate(**REQUEST)
-    assert fresh.session.loaded_graphs() == ("encoder", "decoder (C code)")
+    assert fresh.session.loaded_graphs() == ("encoder (C code)", "decoder (C code)")
     ours = TRTT5ForConditionalGeneration.from_model(fresh.reference, num_threads=1, decode="engine")
     ours.generate(**REQUEST)
     assert ours.session.loaded_graphs() == ("encoder", "decoder_step")
@@ -237,4 +237,4 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
 def test_repr_tells_how_the_model_runs(fresh: Any) -> None:
     assert "backend=onnxruntime, precision=fp32, decode=kernels, engines=(none opened yet)" in repr(fresh)
     fresh.generate(**batch(), max_new_tokens=2)
-    assert "engines=(encoder, decoder (C code)), weights=(the parameters' memory)" in repr(fresh)
+    assert "engines=(encoder (C code), decoder (C code)), weights=(the parameters' memory)" in repr(fresh)

@@ -66,7 +66,7 @@ def test_decoder_is_that_of_rounded_matrices(kind: str) -> None:
     assert LEAST_ERROR < error(found, logits(hugging_face)) < MOST_ERROR
     for mode in MODES:
         assert tokens(ours, mode) == tokens(reference, mode)
-    assert ours.session.precision == "bf16" and ours.session.loaded_graphs() == ("encoder", "decoder (C code)")
+    assert ours.session.precision == "bf16" and ours.session.loaded_graphs() == ("encoder (C code)", "decoder (C code)")
     with torch.no_grad():
         states = (model(**batch(), decoder_input_ids=batch()["input_ids"]) for model in (ours, hugging_face))
         mine, theirs = (output.encoder_last_hidden_state for output in states)
@@ -86,9 +86,9 @@ def test_step_for_the_best_token_has_no_rough_head() -> None:
 def test_head_that_is_the_embedding_is_rounded_and_the_embedding_is_not() -> None:
     ours = in_bf16(make_hugging_face("t5-v1.0"))
     decoder, table = decoder_of(ours), ours.shared.weight
-    assert decoder._kept[EMBEDDING].data_ptr() == table.data_ptr()
-    assert torch.equal(decoder._rounded[EMBEDDING], table.bfloat16())
-    memory = [matrix.untyped_storage().data_ptr() for matrix in decoder._rounded.values()]
+    assert decoder.weights.kept[EMBEDDING].data_ptr() == table.data_ptr()
+    assert torch.equal(decoder.weights.rounded[EMBEDDING], table.bfloat16())
+    memory = [matrix.untyped_storage().data_ptr() for matrix in decoder.weights.rounded.values()]
     assert len(memory) > 10 and len(set(memory)) == 1
 
 
@@ -100,9 +100,9 @@ def test_parameters_in_bfloat16_are_read_in_place(kind: str) -> None:
     assert torch.equal(logits(ours), logits(wide).bfloat16())
     assert tokens(ours) == tokens(wide) and tokens(ours, "beams") == tokens(wide, "beams")
     decoder = decoder_of(ours)
-    assert decoder._rounded.keys() == ({EMBEDDING} if kind == "t5-v1.0" else set())
+    assert decoder.weights.rounded.keys() == ({EMBEDDING} if kind == "t5-v1.0" else set())
     read = step_matrices(ours.architecture) - {EMBEDDING}
-    assert all(decoder._kept[key].data_ptr() == ours.get_parameter(key).data_ptr() for key in read)
+    assert all(decoder.weights.kept[key].data_ptr() == ours.get_parameter(key).data_ptr() for key in read)
 
 
 def by_operation(model: Any) -> None:
@@ -140,8 +140,8 @@ def test_matrices_are_rounded_with_the_active_adapter_in_them(kind: str) -> None
         found = [logits(mine), *(tokens(mine, mode) for mode in MODES)]
         assert LEAST_ERROR < error(found[0], logits(theirs)) < MOST_ERROR
         merged = in_bf16(copy.deepcopy(theirs).merge_and_unload())
-        for key, matrix in decoder_of(merged)._rounded.items():  # sums in another order may round the other way
-            assert torch.allclose(decoder_of(ours)._rounded[key], matrix, rtol=2**-7, atol=1e-6), key
+        for key, matrix in decoder_of(merged).weights.rounded.items():  # sums in another order may round the other way
+            assert torch.allclose(decoder_of(ours).weights.rounded[key], matrix, rtol=2**-7, atol=1e-6), key
         if name in seen:
             assert torch.equal(found[0], seen[name][0]) and found[1:] == seen[name][1:] and ours.session is session
         seen[name], session = found, ours.session

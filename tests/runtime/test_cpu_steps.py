@@ -16,6 +16,7 @@ from t5_trt.graph.int8 import quantize
 from t5_trt.graph.parameters import parameters
 from t5_trt.kernels.cpu_compile import load_library
 from t5_trt.kernels.cpu_decoder import Call, CpuDecoder
+from t5_trt.kernels.cpu_weights import CpuTeam
 from t5_trt.runtime.cpu_steps import CpuSteps
 from t5_trt.runtime.onnxruntime_session import OrtSession
 from tests.conftest import pair_of
@@ -68,9 +69,9 @@ def test_logits_and_caches_are_those_of_the_graphs(kind: str, beams: int, pieces
     ours = pair_of(kind)[1]
     own, graphs = sessions_of(ours.architecture, ours.state_dict())
     assert own.steps_by == "kernels" and graphs.steps_by == "engine"
-    for got, expected in zip(decoded(own, beams, pieces), decoded(graphs, beams, pieces), strict=True):
+    for got, expected in zip(decoded(own, beams, pieces, encoder=graphs), decoded(graphs, beams, pieces), strict=True):
         torch.testing.assert_close(got, expected, **CLOSE)
-    assert own.loaded_graphs() == ("encoder", "decoder (C code)")
+    assert own.loaded_graphs() == ("decoder (C code)",)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,14 +89,14 @@ def test_matrices_in_8_bits(kind: str, unsigned: bool) -> None:
         }
         other = sessions_of(arch, weights, shifted)[0]
         assert torch.equal(decoded(other, 1, [1] * 6)[0], decoded(own, 1, [1] * 6)[0])
-    got, expected = decoded(own, 1, [1] * 6)[0], decoded(graphs, 1, [1] * 6)[0]
+    got, expected = decoded(own, 1, [1] * 6, encoder=graphs)[0], decoded(graphs, 1, [1] * 6)[0]
     assert (got - expected).norm() < CLOSE_INT8 * expected.norm()
     widened = dict(weights)
     for name, parameter in parameters(arch).items():
         if name.startswith("decoder.block") and f"{name}.int8" in quantized:
             matrix = (quantized[f"{name}.int8"].float() * quantized[f"{name}.scale"]).t()
             widened |= {key: matrix[parameter.place(key)].contiguous() for key in parameter.parts}
-    only_weights_rounded = decoded(sessions_of(arch, widened)[0], 1, [1] * 6, encoder=own)[0]
+    only_weights_rounded = decoded(sessions_of(arch, widened)[0], 1, [1] * 6, encoder=graphs)[0]
     assert (got - only_weights_rounded).norm() < CLOSE_INT8 * expected.norm()
 
 
@@ -127,7 +128,7 @@ def test_masks_of_the_decoder() -> None:
     mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 0, 1, 1], [0] * 7])
     for pieces in ([7], [3, 4], [2] + [1] * 5):
         torch.testing.assert_close(
-            decoded(own, 2, pieces, mask)[0], decoded(graphs, 2, pieces, mask)[0], atol=1e-4, rtol=1e-4
+            decoded(own, 2, pieces, mask, encoder=graphs)[0], decoded(graphs, 2, pieces, mask)[0], atol=1e-4, rtol=1e-4
         )
 
 
@@ -207,7 +208,7 @@ def test_weights_in_bfloat16_are_read_where_they_are() -> None:
     arch = ours.architecture
     weights = {key: weight.detach().to(torch.bfloat16) for key, weight in ours.state_dict().items()}
     library = load_library(EngineStore(default_engine_cache_dir(), None))
-    decoder = CpuDecoder(library, arch, weights, None, threads=1, spinning=True)
+    decoder = CpuDecoder(CpuTeam(library, 1, True), arch, weights, None)
     widened = {key: weight.float() for key, weight in weights.items()}
     session = sessions_of(arch, widened)[0]
     sources = batch()
@@ -219,7 +220,7 @@ def test_weights_in_bfloat16_are_read_where_they_are() -> None:
     decoder.run(decoder.prepare(call), logits)
     torch.testing.assert_close(logits, session.decode(states[1], tokens), **CLOSE)
     key = "decoder.block.0.layer.0.SelfAttention.q.weight"
-    assert decoder._kept[key].data_ptr() == weights[key].data_ptr()
+    assert decoder.weights.kept[key].data_ptr() == weights[key].data_ptr()
 
 
 @pytest.mark.parametrize("token", [-1, 211])
@@ -229,6 +230,8 @@ def test_tokens_outside_of_the_vocabulary_are_refused(token: int) -> None:
     sources = batch()
     _, cross = own.encode(sources["input_ids"], None, sources["attention_mask"])
     state = own.start(cross, 4, sources["attention_mask"])
-    with pytest.raises(InputError, match="a decoder token is out of range; expected 0 to 210"):
+    with pytest.raises(InputError, match="a token for the decoder is out of range; expected 0 to 210"):
         own.decode(state, torch.tensor([[5], [token], [5]]))
     assert state.length == 0 and own.decode(state, torch.tensor([[5], [6], [5]])).isfinite().all()
+    with pytest.raises(InputError, match="a token for the encoder is out of range; expected 0 to 210"):
+        own.encode(torch.tensor([[5, token]]), None, torch.ones((1, 2), dtype=torch.int64))

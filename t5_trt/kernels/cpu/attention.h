@@ -77,12 +77,11 @@ static void weighted_sum(const float *weights, const float *values, const Places
 static void scores_of(const float *query, const float *keys, const Places *places, const Cache *cache, int64_t count,
                       int64_t width, float *scores) {
     int64_t t = 0;
-#if LANES == 16
-    for (; t + 8 <= count; t += 8) {
-        Floats lanes[8];
-        for (int k = 0; k < 8; k++) lanes[k] = lanes_of_dot(query, keys + offset_of(places, cache, t + k, width), width);
-        eight_sums(lanes, scores + t);
+    for (; t + SUMS_AT_ONCE <= count; t += SUMS_AT_ONCE) {
+        Floats lanes[SUMS_AT_ONCE];
+        for (int k = 0; k < SUMS_AT_ONCE; k++)
+            lanes[k] = lanes_of_dot(query, keys + offset_of(places, cache, t + k, width), width);
+        several_sums(lanes, scores + t);
     }
-#endif
     for (; t < count; t++) scores[t] = dot(query, keys + offset_of(places, cache, t, width), width);
 }

@@ -1,7 +1,8 @@
-// The decoder of a T5 on a CPU: new tokens of some rows, over caches in float32, to their logits.
+// A T5 on a CPU. The decoder: new tokens of some rows, over caches in float32, to their logits. The encoder is in encoder.h.
 #include "memory.h"
 #include "rows.h"
 #include "tokens.h"
+#include "encoder.h"
 #include <sys/mman.h>
 
 // --- attention ------------------------------------------------------------------------------------------------------------------
@@ -67,16 +68,16 @@ static void attend_to_self(Decoder *decoder, int64_t layer, int index) {
     int64_t heads = decoder->model.heads, queries = step->queries, count = step->rows * queries * heads, task;
     float *scores = decoder->scores + index * decoder->scores_room;
     if (queries > 1) {  // a query reads what the queries before it keep
-        for (task = index; task < count; task += decoder->team.count)
+        for (task = index; task < count; task += decoder->team->count)
             keep_new(decoder, layer, task / heads / queries, task / heads % queries, task % heads);
-        barrier(&decoder->team);
+        barrier(decoder->team);
     }
     while ((task = atomic_fetch_add(&decoder->tasks[2 * layer], 1)) < count) {
         int64_t row = task / heads / queries, query = task / heads % queries, head = task % heads;
         if (queries == 1) keep_new(decoder, layer, row, query, head);
         self_attention(decoder, layer, row, query, head, scores);
     }
-    barrier(&decoder->team);
+    barrier(decoder->team);
 }
 
 static void attend_to_source(Decoder *decoder, int64_t layer, int index) {
@@ -85,7 +86,7 @@ static void attend_to_source(Decoder *decoder, int64_t layer, int index) {
     float *scores = decoder->scores + index * decoder->scores_room;
     while ((task = atomic_fetch_add(&decoder->tasks[2 * layer + 1], 1)) < count)
         cross_attention(decoder, layer, task / heads, task % heads, scores);
-    barrier(&decoder->team);
+    barrier(decoder->team);
 }
 
 // --- the step -------------------------------------------------------------------------------------------------------------------
@@ -93,12 +94,12 @@ static void attend_to_source(Decoder *decoder, int64_t layer, int index) {
 static void embed(Decoder *decoder, int index) {
     const Model *model = &decoder->model;
     const Step *step = decoder->step;
-    for (int64_t row = index; row < step->rows * step->queries; row += decoder->team.count) {
+    for (int64_t row = index; row < step->rows * step->queries; row += decoder->team->count) {
         float *to = decoder->stream + row * model->d_model;
         int64_t from = step->tokens[row] * model->d_model;
         for (int64_t i = 0; i < model->d_model; i++) to[i] = one_weight(model->embedding_type, model->embedding, from + i);
     }
-    barrier(&decoder->team);
+    barrier(decoder->team);
 }
 
 static void multiply_by_head(Decoder *decoder, int index) {
@@ -111,7 +112,7 @@ static void multiply_by_head(Decoder *decoder, int index) {
         multiply(decoder, &model->head, &normed, logits, index);
         return;
     }
-    int threads = decoder->team.count;
+    int threads = decoder->team->count;
     int64_t count = step->rows * step->queries, width = model->d_model;
     Rows exact = prepare(decoder, &model->head, &normed, count, index), bytes = decoder->rough_rows;
     bytes.width = padded(width);
@@ -120,9 +121,9 @@ static void multiply_by_head(Decoder *decoder, int index) {
         row_lengths(exact.floats + row * width, bytes.bytes + row * bytes.width, bytes.scales[row], width,
                     &decoder->row_lengths[2 * row], &decoder->row_lengths[2 * row + 1]);
     }
-    barrier(&decoder->team);
+    barrier(decoder->team);
     product(&rough->group, &bytes, count, logits, index, threads);
-    barrier(&decoder->team);
+    barrier(decoder->team);
     int64_t first = model->vocabulary * index / threads, end = model->vocabulary * (index + 1) / threads;
     for (int64_t row = 0; row < count; row++) {
         float *to = step->logits + row * step->logits_row, *lengths = decoder->row_lengths + 2 * row;
@@ -130,14 +131,14 @@ static void multiply_by_head(Decoder *decoder, int index) {
             if (step->hidden[i] >= first && step->hidden[i] < end) to[step->hidden[i]] = -INFINITY;
         decoder->bests[row * threads + index] = least_best(rough, to, first, end, lengths[0], lengths[1]);
     }
-    barrier(&decoder->team);
+    barrier(decoder->team);
     for (int64_t row = 0; row < count; row++) {
         float best = -INFINITY, *lengths = decoder->row_lengths + 2 * row;
         for (int t = 0; t < threads; t++) best = fmaxf(best, decoder->bests[row * threads + t]);
         refine(rough, &model->head.parts[0], exact.floats + row * width, width, best, first, end, lengths[0], lengths[1],
                step->logits + row * step->logits_row);
     }
-    barrier(&decoder->team);
+    barrier(decoder->team);
 }
 
 static void decode(void *job, int index) {
@@ -166,38 +167,74 @@ static void decode(void *job, int index) {
 
 // --- what Python calls ----------------------------------------------------------------------------------------------------------
 
-// A decoder over weights that the caller keeps; NULL if memory runs out.
-Decoder *t5_open(const Model *model, int threads, int spinning) {
+// Threads for decoders and encoders, which run one call at a time; NULL if memory runs out.
+Team *t5_open_team(int threads, int spinning) {
+    Team *team = malloc(sizeof *team);
+    if (!team) return NULL;
+    open_team(team, threads, spinning ? LOOKS_SPINNING : LOOKS_BRIEF);
+    team->users = 1;
+    return team;
+}
+
+void t5_close_team(Team *team) {
+    if (atomic_fetch_sub(&team->users, 1) > 1) return;
+    close_team(team);
+    free(team);
+}
+
+void t5_close(Decoder *decoder) {
+    Team *team = decoder->team;
+    close_decoder(decoder);
+    t5_close_team(team);
+}
+
+// A decoder or an encoder over weights that the caller keeps; NULL if memory runs out.
+Decoder *t5_open(const Model *model, Team *team) {
     Decoder *decoder = calloc(1, sizeof *decoder);
     if (!decoder) return NULL;
     decoder->model = *model;
-    open_team(&decoder->team, threads, spinning ? LOOKS_SPINNING : LOOKS_BRIEF);
-    decoder->own = calloc((size_t)decoder->team.count, sizeof *decoder->own);
+    decoder->team = team;
+    atomic_fetch_add(&team->users, 1);
+    decoder->own = calloc((size_t)team->count, sizeof *decoder->own);
     decoder->tasks = calloc((size_t)(2 * model->layers), sizeof *decoder->tasks);
     if (decoder->own && decoder->tasks) return decoder;
-    close_decoder(decoder);
+    t5_close(decoder);
     return NULL;
 }
 
-void t5_close(Decoder *decoder) { close_decoder(decoder); }
+static int are_in_vocabulary(const Model *model, const int64_t *tokens, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (tokens[i] < 0 || tokens[i] >= model->vocabulary) return 0;
+    return 1;
+}
+
+// Encode sources, and compute K and V of the decoder's layers: 1; 0 if memory runs out, -1 if a token is not in the vocabulary.
+int t5_encode(Decoder *encoder, const Sources *sources) {
+    if (sources->tokens && !are_in_vocabulary(&encoder->model, sources->tokens, sources->batch * sources->length)) return -1;
+    take_team(encoder->team);
+    int fits = make_room_for_sources(encoder, sources);
+    encoder->sources = sources;
+    if (fits) run_job(encoder->team, encode, encoder);
+    give_team_back(encoder->team);
+    return fits;
+}
 
 // Run a step: 1; 0 if memory runs out, -1 if a token is not in the vocabulary.
 int t5_decode(Decoder *decoder, const Step *step) {
-    for (int64_t i = 0; i < step->rows * step->queries; i++)
-        if (step->tokens[i] < 0 || step->tokens[i] >= decoder->model.vocabulary) return -1;
-    take_team(&decoder->team);
+    if (!are_in_vocabulary(&decoder->model, step->tokens, step->rows * step->queries)) return -1;
+    take_team(decoder->team);
     int fits = make_room(decoder, step);
     decoder->step = step;
-    if (fits) run_job(&decoder->team, decode, decoder);
-    give_team_back(&decoder->team);
+    if (fits) run_job(decoder->team, decode, decoder);
+    give_team_back(decoder->team);
     return fits;
 }
 
 // Use a rough head from the next step on, see rough_head.h; NULL for none.
 void t5_use_rough_head(Decoder *decoder, const RoughHead *rough) {
-    take_team(&decoder->team);
+    take_team(decoder->team);
     decoder->model.rough = rough;
-    give_team_back(&decoder->team);
+    give_team_back(decoder->team);
 }
 
 // Make one: float32 weights [outputs, inputs] in tiles, and what bounds need.

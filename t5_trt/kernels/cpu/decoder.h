@@ -1,4 +1,4 @@
-// What a decoder is: its weights, the memory of a call, and the memory that threads share.
+// What a decoder is, or an encoder: its weights, the memory of a call, and the memory that threads share.
 #pragma once
 #include "threads.h"
 #include "rough_head.h"
@@ -9,6 +9,7 @@ static const float HIDDEN = -1e30f;
 enum { RELU = 0, GELU_NEW = 1, GELU = 2, SILU = 3 };
 enum { PRIVATE = 8192 };  // numbers that every thread makes for itself, rather than a share of them and a barrier more
 
+// Of an encoder, what is for cross-attention is empty.
 typedef struct {
     Group qkv, self_o, cross_q, cross_o, wi, wo;
     const float *self_norm, *cross_norm, *feed_forward_norm;
@@ -20,11 +21,13 @@ typedef struct {
     int32_t activation, gated, embedding_type;
     float epsilon, output_scale;
     const void *embedding;   // [vocabulary, d_model]
-    const int32_t *buckets;  // of distances 0 to longest_distance
+    const int32_t *buckets;  // of distances 0 to longest_distance; of an encoder from -longest_distance on
     const float *final_norm;
     Group head;
     Layer *of;
     const RoughHead *rough;  // NULL if all logits are always computed by `head`
+    const Group *cross_kv;   // of an encoder: K and V of the decoder's layers, one group after the other
+    int64_t cross_groups;
 } Model;
 
 // One call: `queries` new tokens for each of `rows` rows.
@@ -48,9 +51,20 @@ typedef struct {
     const int64_t *hidden;
 } Step;
 
+// One call of an encoder: B sources of S tokens.
 typedef struct {
-    Team team;
+    int64_t batch, length;
+    const int64_t *tokens;  // [B, S]; NULL where there are embeddings or states
+    const float *embeddings;  // [B, S, E]; NULL where there are tokens or states
+    const float *key_bias;  // [B, S], added to scores
+    float *hidden;          // [B, S, E], states after the last norm: written, or where there are neither tokens nor embeddings, read
+    float *cross;           // [layers of the decoder, 2, B, H, S, D], written
+} Sources;
+
+typedef struct {
+    Team *team;
     Model model;
+    int64_t count;         // positions of the call
     int64_t room;          // positions that the buffers below hold
     int64_t scores_room;   // floats of a thread's scores
     float *stream, *made, *mixed, *scores;
@@ -59,5 +73,8 @@ typedef struct {
     float *row_lengths;    // [positions, 2], of the rows for the rough head
     float *bests;            // [positions, threads]
     _Atomic int64_t *tasks;  // counters of the attentions of a step
+    float *lines;            // of an encoder: bias of each head by distance, [heads, lines_room]
+    int64_t lines_room;
     const Step *step;
+    const Sources *sources;
 } Decoder;

@@ -3,7 +3,7 @@
 #include "vectors.h"
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
-enum { OUTPUTS_AT_ONCE = LANES == 16 ? 8 : 4, ROWS_AT_ONCE = 3, INPUTS_AT_ONCE = 1024 };  // as many sums as there are registers
+enum { OUTPUTS_AT_ONCE = SUMS_AT_ONCE, ROWS_AT_ONCE = 3, INPUTS_AT_ONCE = 1024 };  // as many sums as there are registers
 enum { TILE = 16, BYTE_ROWS_AT_ONCE = 8 };  // outputs of a tile of 8-bit weights; rows of 8 bits
 
 // One matrix of a group: float32 or bfloat16 as in the checkpoint, [outputs, inputs]; 8 bits as `pack` lays them out.
@@ -80,13 +80,8 @@ INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const v
             for (int m = 0; m < ROWS; m++) sums[m][o] = fused(weight, load_some(rows + m * width + i, to - i), sums[m][o]);
         }
     for (int m = 0; m < ROWS; m++) {
-#if LANES == 16
-        if (OUTPUTS == 8) {
-            eight_sums(sums[m], results[m]);
-            continue;
-        }
-#endif
-        for (int o = 0; o < OUTPUTS; o++) results[m][o] = sum_of(sums[m][o]);
+        if (OUTPUTS == 1) results[m][0] = sum_of(sums[m][0]);
+        else several_sums(sums[m], results[m]);
     }
 }
 

@@ -88,7 +88,7 @@ static void prepare_row(const Decoder *decoder, const Group *group, const Readin
 
 // The rows that a group reads: few are made by every thread, many by all threads together.
 static Rows prepare(Decoder *decoder, const Group *group, const Reading *reading, int64_t count, int index) {
-    int threads = decoder->team.count;
+    int threads = decoder->team->count;
     Rows rows = decoder->own[index];
     rows.width = group->type == INT8 ? padded(group->inputs) : group->inputs;
     if (count * group->inputs <= PRIVATE || threads == 1) {
@@ -100,13 +100,12 @@ static Rows prepare(Decoder *decoder, const Group *group, const Reading *reading
     Rows mine = shared;
     if (group->type == INT8) mine.floats = rows.floats;  // where this thread makes a row before it is rounded
     for (int64_t row = index; row < count; row += threads) prepare_row(decoder, group, reading, row, &mine);
-    barrier(&decoder->team);
+    barrier(decoder->team);
     return shared;
 }
 
 static void multiply(Decoder *decoder, const Group *group, const Reading *reading, Results results, int index) {
-    int64_t count = decoder->step->rows * decoder->step->queries;
-    Rows rows = prepare(decoder, group, reading, count, index);
-    product(group, &rows, count, results, index, decoder->team.count);
-    barrier(&decoder->team);
+    Rows rows = prepare(decoder, group, reading, decoder->count, index);
+    product(group, &rows, decoder->count, results, index, decoder->team->count);
+    barrier(decoder->team);
 }

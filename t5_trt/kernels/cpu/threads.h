@@ -62,6 +62,7 @@ typedef struct {
 
 struct Team {
     int count, looks, closing;
+    _Atomic int users;      // whoever opened it, and decoders and encoders, in whatever order they end
     pid_t process;          // a fork has no threads but the one that called it
     pthread_mutex_t calls;  // one step at a time
     Event jobs, phase;
@@ -122,7 +123,11 @@ static void close_team(Team *team) {
 
 // One call at a time may use a team and what belongs to it.
 static void take_team(Team *team) {
-    if (team->process != getpid()) open_team(team, team->count, team->looks);
+    if (team->process != getpid()) {
+        int users = team->users;
+        open_team(team, team->count, team->looks);
+        team->users = users;
+    }
     pthread_mutex_lock(&team->calls);
 }
 static void give_team_back(Team *team) { pthread_mutex_unlock(&team->calls); }

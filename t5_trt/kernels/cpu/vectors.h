@@ -89,29 +89,34 @@ INLINE float sum_of(Floats values) {
     values += SWAPPED(values, 1);
     return values[0];
 }
+// Some sums over all lanes, with the additions of `sum_of`.
 #if LANES == 16
-// Sums over all lanes of eight vectors at once, with the additions of `sum_of`: in each round halves of two vectors become one.
-#define PLACES(at) at, at + 1, at + 2, at + 3
-#define EIGHT(at) PLACES(at), PLACES(at + 4)
-#define PAIRS(at) at, at + 1, at + 4, at + 5, at + 8, at + 9, at + 12, at + 13
-INLINE void eight_sums(const Floats of[8], float sums[8]) {
+enum { SUMS_AT_ONCE = 8 };
+INLINE void several_sums(const Floats of[SUMS_AT_ONCE], float sums[SUMS_AT_ONCE]) {
     Floats half[4], quarter[2];
-    for (int i = 0; i < 4; i++)
-        half[i] = __builtin_shufflevector(of[2 * i], of[2 * i + 1], EIGHT(0), EIGHT(16)) +
-                  __builtin_shufflevector(of[2 * i], of[2 * i + 1], EIGHT(8), EIGHT(24));
-    for (int i = 0; i < 2; i++)
-        quarter[i] = __builtin_shufflevector(half[2 * i], half[2 * i + 1], PLACES(0), PLACES(8), PLACES(16), PLACES(24)) +
-                     __builtin_shufflevector(half[2 * i], half[2 * i + 1], PLACES(4), PLACES(12), PLACES(20), PLACES(28));
-    Floats pairs = __builtin_shufflevector(quarter[0], quarter[1], PAIRS(0), PAIRS(16)) +
-                   __builtin_shufflevector(quarter[0], quarter[1], PAIRS(2), PAIRS(18));
-    pairs += SWAPPED(pairs, 1);
+    for (int i = 0; i < 4; i++) {
+        Floats a = of[2 * i], b = of[2 * i + 1];
+        half[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                  __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 2; i++) {
+        Floats a = half[2 * i], b = half[2 * i + 1];
+        quarter[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                     __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    Floats a = quarter[0], b = quarter[1];  // four lanes each of sums 0 to 3, and of sums 4 to 7
+    a = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    a += SWAPPED(a, 1);
     typedef float Eight __attribute__((vector_size(32)));
-    Eight found = __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14);
-    memcpy(sums, &found, sizeof found);
+    Eight made = __builtin_shufflevector(a, a, 0, 4, 8, 12, 2, 6, 10, 14);
+    memcpy(sums, &made, sizeof made);
 }
-#undef PAIRS
-#undef EIGHT
-#undef PLACES
+#else
+enum { SUMS_AT_ONCE = 4 };
+INLINE void several_sums(const Floats of[SUMS_AT_ONCE], float sums[SUMS_AT_ONCE]) {
+    for (int i = 0; i < SUMS_AT_ONCE; i++) sums[i] = sum_of(of[i]);
+}
 #endif
 
 INLINE float largest_of(Floats values) {

@@ -1,0 +1,189 @@
+// The encoder: sources to their states, and to K and V of the decoder's cross-attention. What a source gets depends neither on other
+// sources of its batch nor on hidden tokens behind it.
+#pragma once
+#include "memory.h"
+#include "rows.h"
+
+enum { QUERIES_AT_ONCE = 3, QUERIES_OF_TASK = 24, VALUES_AT_ONCE = 4 };
+
+// Whether there are layers to run, or K and V are wanted of given states.
+static int has_source(const Sources *sources) { return sources->tokens || sources->embeddings; }
+
+static int64_t rounded_up(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+static int make_room_for_sources(Decoder *encoder, const Sources *sources) {
+    const Model *model = &encoder->model;
+    int64_t made = widest_of_layer(model), length = sources->length, distances = 2 * length - 1;
+    for (int64_t g = 0; g < model->cross_groups; g++) made = made > model->cross_kv[g].outputs ? made : model->cross_kv[g].outputs;
+    if (distances > encoder->lines_room) {
+        encoder->lines_room = 0;
+        if (!grow(&encoder->lines, model->heads * distances * 4)) return 0;
+        encoder->lines_room = distances;
+    }
+    for (int64_t l = 0; l < model->layers; l++) atomic_store(&encoder->tasks[l], 0);
+    return make_room_for_rows(encoder, sources->batch * length, made) &&
+           make_room_for_scores(encoder, QUERIES_AT_ONCE * rounded_up(length));
+}
+
+// Tokens of a source up to the last one that is not hidden; all of them if all are hidden.
+static int64_t keys_of_source(const Sources *sources, int64_t source) {
+    const float *bias = sources->key_bias + source * sources->length;
+    int64_t keys = sources->length;
+    while (keys > 0 && bias[keys - 1] <= HIDDEN) keys--;
+    return keys ? keys : sources->length;
+}
+
+// The bias of each distance -(length - 1) to length - 1, for this thread's heads.
+static void lay_out_bias(Decoder *encoder, const float *table, int index) {
+    const Model *model = &encoder->model;
+    int64_t longest = model->longest_distance, last = encoder->sources->length - 1;
+    for (int64_t head = index; head < model->heads; head += encoder->team->count)
+        for (int64_t distance = -last; distance <= last; distance++) {
+            int64_t place = distance < -longest ? -longest : distance > longest ? longest : distance;
+            encoder->lines[head * encoder->lines_room + last + distance] =
+                table[model->buckets[longest + place] * model->heads + head];
+        }
+}
+
+// Scores of QUERIES queries over the keys, each of `room` floats. Queries, keys and values are `stride` floats apart.
+INLINE void scores_of_queries(const int QUERIES, const float *queries, const float *keys, int64_t count, int64_t stride,
+                              int64_t width, float *scores, int64_t room) {
+    float found[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];
+    int64_t t = 0;
+    for (; t + OUTPUTS_AT_ONCE <= count; t += OUTPUTS_AT_ONCE) {
+        dot_block(OUTPUTS_AT_ONCE, QUERIES, FLOAT32, keys, t, queries, stride, stride, 0, width, found);
+        for (int q = 0; q < QUERIES; q++) memcpy(scores + q * room + t, found[q], sizeof found[q]);
+    }
+    for (; t < count; t++) {
+        dot_block(1, QUERIES, FLOAT32, keys, t, queries, stride, stride, 0, width, found);
+        for (int q = 0; q < QUERIES; q++) scores[q * room + t] = found[q][0];
+    }
+}
+
+// VECTORS vectors of the sums of values by their weights, or where it is 0 the first `rest` numbers of one.
+INLINE void sums_of_values(const int QUERIES, const int VECTORS, int64_t rest, const float *weights, int64_t room,
+                           const float *values, int64_t count, int64_t stride, float *to, int64_t to_stride) {
+    Floats sums[QUERIES_AT_ONCE][VALUES_AT_ONCE];
+    for (int q = 0; q < QUERIES; q++)
+        for (int v = 0; v < VALUES_AT_ONCE; v++) sums[q][v] = all(0.0f);
+    for (int64_t t = 0; t < count; t++, values += stride) {
+        if (!VECTORS)
+            for (int q = 0; q < QUERIES; q++) sums[q][0] = fused(all(weights[q * room + t]), load_some(values, rest), sums[q][0]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) {
+            Floats value = load(values + v * LANES);
+#pragma GCC unroll 3
+            for (int q = 0; q < QUERIES; q++) sums[q][v] = fused(all(weights[q * room + t]), value, sums[q][v]);
+        }
+    }
+    for (int q = 0; q < QUERIES; q++) {
+        for (int v = 0; v < VECTORS; v++) store(to + q * to_stride + v * LANES, sums[q][v]);
+        if (!VECTORS) memcpy(to + q * to_stride, &sums[q][0], (size_t)rest * sizeof *to);
+    }
+}
+
+// Attention of QUERIES queries of one head, `first` the first of them, over the keys of their source.
+INLINE void attend(const int QUERIES, const Decoder *encoder, int64_t source, int64_t head, int64_t first, int64_t keys,
+                   float *scores) {
+    const Model *model = &encoder->model;
+    int64_t width = model->d_kv, inner = model->heads * width, stride = 3 * inner, length = encoder->sources->length;
+    int64_t room = rounded_up(length), i = 0;
+    const float *of_source = encoder->made + source * length * stride + head * width, *values = of_source + 2 * inner;
+    const float *hides = encoder->sources->key_bias + source * length;
+    float *to = encoder->mixed + (source * length + first) * inner + head * width;
+    scores_of_queries(QUERIES, of_source + first * stride, of_source + inner, keys, stride, width, scores, room);
+    for (int q = 0; q < QUERIES; q++) {
+        const float *bias = encoder->lines + head * encoder->lines_room + length - 1 - (first + q);
+        float *of_query = scores + q * room;
+        for (int64_t t = 0; t < keys; t++) of_query[t] = of_query[t] + bias[t] + hides[t];
+        softmax(of_query, keys);
+    }
+    for (; i + VALUES_AT_ONCE * LANES <= width; i += VALUES_AT_ONCE * LANES)
+        sums_of_values(QUERIES, VALUES_AT_ONCE, 0, scores, room, values + i, keys, stride, to + i, inner);
+    for (; i + LANES <= width; i += LANES) sums_of_values(QUERIES, 1, 0, scores, room, values + i, keys, stride, to + i, inner);
+    if (i < width) sums_of_values(QUERIES, 0, width - i, scores, room, values + i, keys, stride, to + i, inner);
+}
+
+static void attend_in_source(Decoder *encoder, int64_t layer, int index) {
+    int64_t heads = encoder->model.heads, length = encoder->sources->length, task;
+    int64_t pieces = (length + QUERIES_OF_TASK - 1) / QUERIES_OF_TASK, count = encoder->sources->batch * heads * pieces;
+    float *scores = encoder->scores + index * encoder->scores_room;
+    while ((task = atomic_fetch_add(&encoder->tasks[layer], 1)) < count) {
+        int64_t source = task / pieces / heads, head = task / pieces % heads, query = task % pieces * QUERIES_OF_TASK;
+        int64_t end = query + QUERIES_OF_TASK < length ? query + QUERIES_OF_TASK : length;
+        int64_t keys = keys_of_source(encoder->sources, source);
+        for (; query + QUERIES_AT_ONCE <= end; query += QUERIES_AT_ONCE)
+            attend(QUERIES_AT_ONCE, encoder, source, head, query, keys, scores);
+        for (; query < end; query++) attend(1, encoder, source, head, query, keys, scores);
+    }
+    barrier(encoder->team);
+}
+
+static void embed_sources(Decoder *encoder, int index) {
+    const Model *model = &encoder->model;
+    const Sources *sources = encoder->sources;
+    int64_t width = model->d_model;
+    for (int64_t row = index; row < encoder->count; row += encoder->team->count) {
+        float *to = encoder->stream + row * width;
+        if (sources->embeddings) memcpy(to, sources->embeddings + row * width, (size_t)width * sizeof *to);
+        else for (int64_t i = 0, from = sources->tokens[row] * width; i < width; i++)
+            to[i] = one_weight(model->embedding_type, model->embedding, from + i);
+    }
+    lay_out_bias(encoder, model->of[0].bias, index);
+    barrier(encoder->team);
+}
+
+// K and V of the decoder's layers: products of all groups with the same rows, whose parts of a head then go where attention reads them.
+static void project_for_decoder(Decoder *encoder, int index) {
+    const Model *model = &encoder->model;
+    const Sources *sources = encoder->sources;
+    int64_t width = model->d_kv, heads = model->heads, inner = heads * width, length = sources->length, done = 0;
+    int threads = encoder->team->count;
+    Reading states = {AS_THEY_ARE, sources->hidden, model->d_model, NULL, 1.0f};
+    Rows rows = prepare(encoder, &model->cross_kv[0], &states, encoder->count, index);
+    for (int64_t g = 0; g < model->cross_groups; g++) {
+        const Group *group = &model->cross_kv[g];
+        product(group, &rows, encoder->count, (Results){encoder->made, group->outputs, 0}, index, threads);
+        barrier(encoder->team);
+        for (int64_t row = index; row < encoder->count; row += threads) {
+            const float *from = encoder->made + row * group->outputs;
+            for (int64_t kind = done; kind < done + group->outputs / inner; kind++)
+                for (int64_t head = 0; head < heads; head++, from += width) {
+                    int64_t of_head = (kind * sources->batch + row / length) * heads + head;
+                    memcpy(sources->cross + (of_head * length + row % length) * width, from, (size_t)width * sizeof *from);
+                }
+        }
+        done += group->outputs / inner;
+        barrier(encoder->team);
+    }
+}
+
+static void encode(void *job, int index) {
+    Decoder *encoder = job;
+    const Model *model = &encoder->model;
+    const Sources *sources = encoder->sources;
+    int64_t width = model->d_model, inner = model->heads * model->d_kv, wide = model->d_ff * (model->gated ? 2 : 1);
+    if (has_source(sources)) {
+        Results stream = {encoder->stream, width, 1};
+        Reading mixed = {AS_THEY_ARE, encoder->mixed, inner, NULL, 1.0f};
+        Reading inside = {ACTIVATED, encoder->made, wide, NULL, 1.0f};
+        embed_sources(encoder, index);
+        for (int64_t l = 0; l < model->layers; l++) {
+            const Layer *layer = &model->of[l];
+            Reading normed = {NORMED, encoder->stream, width, layer->self_norm, 1.0f};
+            if (l && layer->bias != model->of[l - 1].bias) lay_out_bias(encoder, layer->bias, index);
+            multiply(encoder, &layer->qkv, &normed, (Results){encoder->made, 3 * inner, 0}, index);
+            attend_in_source(encoder, l, index);
+            multiply(encoder, &layer->self_o, &mixed, stream, index);
+            normed.norm = layer->feed_forward_norm;
+            multiply(encoder, &layer->wi, &normed, (Results){encoder->made, wide, 0}, index);
+            multiply(encoder, &layer->wo, &inside, stream, index);
+        }
+        for (int64_t row = index; row < encoder->count; row += encoder->team->count) {
+            const float *from = encoder->stream + row * width;
+            normalize(from, model->final_norm, length_factor(from, width, model->epsilon), width, sources->hidden + row * width);
+        }
+        barrier(encoder->team);
+    }
+    if (model->cross_groups) project_for_decoder(encoder, index);
+}

@@ -27,10 +27,10 @@ from t5_trt.runtime.tensor_file import StoredTensors
 
 #: in `t5_trt.runtime.session.Session.loaded_graphs`
 ENCODER_BY_C_CODE, BY_C_CODE = "encoder (C code)", "decoder (C code)"
-#: tokens of all sources of a call up to which the C code encodes; above, ONNX Runtime's products, in larger blocks, are faster: with 2
-#: threads from 80 tokens on (T5-base shapes), or 45 (the shipped model)
-ENCODED_TOKENS = 40
-#: in 8 bits they are faster from above 256 tokens on; earlier where the processor has AMX, which ONNX Runtime uses and the C code does not
+#: tokens of all sources of a call up to which the C code encodes; above, ONNX Runtime's products, in larger blocks, are as fast: with 2
+#: threads from 128 tokens on (T5-base shapes, AVX-512)
+ENCODED_TOKENS = 96
+#: in 8 bits the C code is faster up to 256 tokens and more; not where the processor has AMX, which ONNX Runtime uses and the C code does not
 ENCODED_TOKENS_INT8 = 64
 
 

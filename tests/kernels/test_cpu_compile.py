@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(CC is None, reason="there is no C compiler")
 #: compiled instead of the decoder where a second would be too long
 SMALL = b"""
 #include <stdint.h>
-int t5_open, t5_close, t5_decode, t5_large_pages, t5_log_softmax, t5_best_sums;
+int t5_open_team, t5_close_team, t5_open, t5_encode, t5_close, t5_decode, t5_large_pages, t5_log_softmax, t5_best_sums;
 void t5_pack(const uint8_t *from, int64_t inputs, int64_t columns, int shifted, uint8_t *to) {
     for (int64_t i = 0; i < inputs; i++) to[i] = from[i];
     to[inputs] = 128;

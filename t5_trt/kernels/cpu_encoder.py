@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from t5_trt.errors import BackendError
+from t5_trt.errors import BackendError, InputError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import CROSS_KV, Weights, encoder_groups
 from t5_trt.graph.relative_positions import distance_buckets
@@ -80,6 +80,7 @@ class CpuEncoder:
             cross: float32 [L, 2, B, H, S, D], contiguous, written.
 
         Raises:
+            InputError: a token is not in the vocabulary.
             BackendError: memory ran out.
         """
         source, key_bias = source.contiguous(), key_bias.contiguous()
@@ -104,7 +105,12 @@ class CpuEncoder:
 
     def _run(self, sources: _Sources, hidden: torch.Tensor, cross: torch.Tensor) -> None:
         sources.hidden, sources.cross = hidden.data_ptr(), cross.data_ptr()
-        if not self._team.library.t5_encode(self._encoder, ctypes.byref(sources)):
+        done = self._team.library.t5_encode(self._encoder, ctypes.byref(sources))
+        if done < 0:
+            raise InputError(
+                f"a source token is out of range; expected 0 to {self._arch.vocab_size - 1}, the model's vocabulary."
+            )
+        if not done:
             raise BackendError("memory ran out in the encoder on the CPU. Use a smaller batch or shorter sources.")
 
     def _layer(self, layer: int) -> Layer:

@@ -202,8 +202,10 @@ Decoder *t5_open(const Model *model, Team *team) {
     return NULL;
 }
 
-// Encode sources, and compute K and V of the decoder's layers; 0 if memory runs out.
+// Encode sources, and compute K and V of the decoder's layers: 1; 0 if memory runs out, -1 if a token is not in the vocabulary.
 int t5_encode(Decoder *encoder, const Sources *sources) {
+    for (int64_t i = 0; sources->tokens && i < sources->batch * sources->length; i++)
+        if (sources->tokens[i] < 0 || sources->tokens[i] >= encoder->model.vocabulary) return -1;
     take_team(encoder->team);
     int fits = make_room_for_sources(encoder, sources);
     encoder->sources = sources;

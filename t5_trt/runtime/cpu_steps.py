@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,7 +204,7 @@ class CpuSteps:
                         self._weights,
                         self._quantized,
                         matrices=self._matrices,
-                        after_packing=self._give_back,
+                        after_packing=self._after_packing,
                     )
         return self._made
 
@@ -213,13 +213,13 @@ class CpuSteps:
             with self._making:
                 if self._encoder_made is None:
                     self._encoder_made = CpuEncoder(
-                        self._team, self._arch, self._weights, self._quantized, after_packing=self._give_back
+                        self._team, self._arch, self._weights, self._quantized, after_packing=self._after_packing
                     )
         return self._encoder_made
 
-    def _give_back(self, name: str) -> None:
-        if isinstance(self._quantized, StoredTensors):
-            self._quantized.give_back(name)
+    @property
+    def _after_packing(self) -> Callable[[str], None] | None:
+        return self._quantized.give_back if isinstance(self._quantized, StoredTensors) else None
 
 
 def rounded_to_bf16(arch: Architecture, weights: Weights) -> Weights:

@@ -48,7 +48,7 @@ def test_weights_are_not_held_twice(decode: str) -> None:
     used = {name for name in large if "encoder.embed" not in name and "decoder.embed" not in name}
     found = {name: value.data_ptr() for name, value in ours.session._shared.items()}
     if decode == "kernels":
-        kept = ours.session._steps._made.weights.kept
+        kept = ours.session._steps._made.weights.kept | ours.session._steps._encoder_made._weights.kept
         found |= {name: tensor.data_ptr() for name, tensor in kept.items() if name in parameters}
     assert used <= set(found)
     assert found == {name: parameters[name].data_ptr() for name in found}

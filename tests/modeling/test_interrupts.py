@@ -165,7 +165,7 @@ def test_ctrl_c_in_a_context_manager_of_torch(
     call()
 
 
-def test_ctrl_c_that_makes_clean_up_fail(shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_that_makes_clean_up_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """shutil closes a folder twice if it is interrupted right after the first time; that error once hid the Ctrl-C."""
 
     class Interrupted(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
@@ -176,7 +176,10 @@ def test_ctrl_c_that_makes_clean_up_fail(shipped: Any, tmp_path: Path, monkeypat
             finally:
                 os.close(9999)
 
-    call = calls(shipped, tmp_path)["from_model"]
+    def call() -> None:
+        model = TRTT5ForConditionalGeneration.from_model(pair_of("t5-v1.1")[0], num_threads=1, decode="engine")
+        model.generate(**batch(1), max_new_tokens=3)
+
     monkeypatch.setattr(tempfile, "TemporaryDirectory", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         call()

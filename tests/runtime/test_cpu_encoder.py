@@ -10,6 +10,7 @@ import torch
 from t5_trt import TRTT5EncoderModel
 from t5_trt.config import default_engine_cache_dir
 from t5_trt.engine.store import EngineStore
+from t5_trt.errors import InputError
 from t5_trt.graph.int8 import quantize
 from t5_trt.graph.parameters import CROSS_KV, parameters
 from t5_trt.kernels.cpu_compile import load_library
@@ -170,6 +171,18 @@ def test_many_tokens_are_encoded_by_the_graphs(in_8_bits: bool) -> None:
     assert own.loaded_graphs() == ("encoder", *BY_C_CODE)
     own.project_cross(hidden)
     assert own.loaded_graphs() == ("encoder", "cross", *BY_C_CODE)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 2**40])
+def test_tokens_outside_of_the_vocabulary_are_refused(token: int) -> None:
+    ours = pair_of("t5-v1.1")[1]
+    own, ids = sessions_of(ours.architecture, ours.state_dict())[0], ids_of(2, 5)
+    expected = encoded(own, ids)[0]
+    wrong = ids.clone()
+    wrong[1, 4] = token
+    with pytest.raises(InputError, match="out of range"):
+        encoded(own, wrong)
+    assert torch.equal(encoded(own, ids)[0], expected)
 
 
 def test_an_encoder_without_a_decoder_is_run_by_the_graphs() -> None:

@@ -217,7 +217,7 @@ def test_temporary_files_are_private(checkpoint: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(Path, "write_text", lambda path, *text, **how: (look(path), write_text(path, *text, **how))[1])
     before = os.umask(0)
     try:
-        ours = TRTT5ForConditionalGeneration.from_pretrained(checkpoint, num_threads=1)
+        ours = TRTT5ForConditionalGeneration.from_pretrained(checkpoint, num_threads=1, decode="engine")
         ours.generate(**batch(), max_new_tokens=3)
     finally:
         os.umask(before)

@@ -89,9 +89,7 @@ class CapturableProcessors:
 
     def hidden(self, position: torch.Tensor) -> torch.Tensor | None:
         """With `hiding` on a CPU: its tokens, uint8 [V], if they are hidden after the token at `position`; else None."""
-        if self.hiding is None or int(position) + 1 >= float(self.hiding.until):
-            return None
-        return self.hiding.tokens
+        return self.hiding.tokens if self.hiding is not None and self.hiding.holds(int(position) + 1) else None
 
     def overwrite(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """As a call, but `scores` may be overwritten: on a CPU, hiding tokens then needs no copy of V scores."""

@@ -12,7 +12,7 @@ import torch
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import LM_HEAD, Weights, step_groups
 from t5_trt.graph.relative_positions import distance_buckets
-from t5_trt.kernels.cpu_weights import TILE, TYPES, CpuTeam, CpuWeights, Group, Layer, Part
+from t5_trt.kernels.cpu_weights import TYPES, CpuTeam, CpuWeights, Group, Layer, Part, packed_bytes
 
 _long, _address = ctypes.c_int64, ctypes.c_void_p
 
@@ -92,10 +92,8 @@ class CpuDecoder:
         self._rough: _RoughHead | None = None
         self._rounding = threading.Lock()
         self._layers = (Layer * arch.decoder_layers)(*(self._layer(layer) for layer in range(arch.decoder_layers)))
-        buckets, head = (
-            distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False),
-            self.weights.groups[LM_HEAD],
-        )
+        buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=False)
+        head = self.weights.groups[LM_HEAD]
         model = self.weights.model(arch.decoder_layers, buckets, head.norm)
         model.longest_distance, model.output_scale = len(buckets) - 1, head.scale
         model.head = self.weights.group(LM_HEAD)
@@ -175,8 +173,7 @@ class CpuDecoder:
     def _make_rough_head(self) -> None:
         """Round the output matrix for steps that want only the largest logit; its exact rows stay where they are."""
         outputs, inputs = self._arch.vocab_size, self._arch.d_model
-        tiles = torch.empty(-(-outputs // TILE) * TILE * (-(-inputs // 4) * 4), dtype=torch.uint8)
-        self._team.library.t5_large_pages(_address(tiles.data_ptr()), _long(tiles.nbytes))
+        tiles = self.weights.room(packed_bytes(inputs, outputs), torch.uint8)
         scales, errors, lengths = torch.empty((3, outputs), dtype=torch.float32)
         made = (tiles, scales, errors, lengths)
         for name, tensor in zip(("tiles", "scales", "errors", "lengths"), made, strict=True):
@@ -200,12 +197,7 @@ class CpuDecoder:
             "wi": f"{block}.2.DenseReluDense.wi",
             "wo": f"{block}.2.DenseReluDense.wo",
         }
-        norms, weights = {"self_norm": "qkv", "cross_norm": "cross_q", "feed_forward_norm": "wi"}, self.weights
-        return Layer(
-            **{field: weights.group(name) for field, name in names.items()},
-            **{field: weights.vector(weights.groups[names[group]].norm) for field, group in norms.items()},
-            bias=weights.vector(self._arch.bias_weight("decoder", layer)),
-        )
+        return self.weights.layer(names, self._arch.bias_weight("decoder", layer))
 
 
 def _cache(kv: torch.Tensor) -> _Cache:

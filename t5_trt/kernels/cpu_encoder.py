@@ -116,9 +116,4 @@ class CpuEncoder:
             "wi": f"{block}.1.DenseReluDense.wi",
             "wo": f"{block}.1.DenseReluDense.wo",
         }
-        norms, weights = {"self_norm": "qkv", "feed_forward_norm": "wi"}, self._weights
-        return Layer(
-            **{field: weights.group(name) for field, name in names.items()},
-            **{field: weights.vector(weights.groups[names[group]].norm) for field, group in norms.items()},
-            bias=weights.vector(self._arch.bias_weight("encoder", layer)),
-        )
+        return self._weights.layer(names, self._arch.bias_weight("encoder", layer))

@@ -21,6 +21,15 @@ TILE = 16
 _long, _int, _float, _address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
+#: field of `Layer` for a norm -> the group behind it
+_NORMS = {"self_norm": "qkv", "cross_norm": "cross_q", "feed_forward_norm": "wi"}
+
+
+def packed_bytes(inputs: int, outputs: int) -> int:
+    """Bytes of a matrix in 8 bits as `t5_pack` lays it out: outputs in tiles, inputs in fours."""
+    return -(-outputs // TILE) * TILE * (-(-inputs // 4) * 4)
+
+
 class Part(ctypes.Structure):
     """A matrix of a group."""
 
@@ -221,9 +230,29 @@ class CpuWeights:
         made = []
         for first in range(0, total, outputs := total if outputs % TILE else outputs):
             group = Group(count=1, type=TYPES[torch.int8], inputs=inputs, outputs=outputs)
-            weights = self.packed[name].data_ptr() + first * (-(-inputs // 4) * 4)
+            weights = self.packed[name].data_ptr() + packed_bytes(inputs, first)
             group.parts[0] = Part(weights, first_scale + first * scales.element_size(), outputs)
             made.append(group)
+        return made
+
+    def layer(self, groups: Mapping[str, str], bias: str) -> Layer:
+        """A layer.
+
+        Args:
+            groups: field of `Layer` -> name of the group.
+            bias: state-dict key of its table of relative biases.
+        """
+        norms = {field: self.groups[groups[group]].norm for field, group in _NORMS.items() if group in groups}
+        return Layer(
+            **{field: self.group(name) for field, name in groups.items()},
+            **{field: self.vector(key) for field, key in norms.items()},
+            bias=self.vector(bias),
+        )
+
+    def room(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for so many numbers that nothing is written to yet, for which the system can give large pages."""
+        made = torch.empty(count, dtype=dtype)
+        self._library.t5_large_pages(_address(made.data_ptr()), _long(made.nbytes))
         return made
 
     def vector(self, key: str | None) -> int:
@@ -249,7 +278,7 @@ class CpuWeights:
         for name in sorted(groups):
             if MATRIX.format(name) in self._quantized:
                 inputs, columns = self._quantized[MATRIX.format(name)].shape
-                sizes[name] = -(-columns // TILE) * TILE * (-(-inputs // 4) * 4)
+                sizes[name] = packed_bytes(inputs, columns)
         return self._one_piece(sizes, torch.uint8)
 
     def _room_for_rounded(self, groups: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -261,10 +290,9 @@ class CpuWeights:
         return {key: memory.view(shapes[key]) for key, memory in room.items()}
 
     def _one_piece(self, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Tensors of some numbers of elements, all in one piece of memory, so that the system can give large pages."""
-        room = torch.empty(sum(sizes.values()), dtype=dtype)
-        self._library.t5_large_pages(_address(room.data_ptr()), _long(room.nbytes))
-        return dict(zip(sizes, torch.split(room, list(sizes.values())), strict=True))
+        """Tensors of some numbers of elements, all in one piece of `room`."""
+        memory = torch.split(self.room(sum(sizes.values()), dtype), list(sizes.values()))
+        return dict(zip(sizes, memory, strict=True))
 
     def _round(self, key: str) -> torch.Tensor:
         return self.rounded[key].copy_(self._weights[key].detach())

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from t5_trt.runtime.kv_buffers import DecoderState
 from t5_trt.runtime.session import TokenSelector
 
-
-class Step(Protocol):
-    """A decoder step, see `t5_trt.runtime.onnxruntime_session.OrtSession.step`."""
-
-    def __call__(  # noqa: D102 - see above
-        self,
-        state: DecoderState,
-        input_ids: torch.Tensor,
-        logits: torch.Tensor,
-        hidden: torch.Tensor | None = None,
-        *,
-        best_only: bool = False,
-    ) -> None: ...
+if TYPE_CHECKING:
+    from t5_trt.runtime.onnxruntime_session import OrtSession
 
 
 class CpuGenerationStep:
     """A step followed by a token selector; see `t5_trt.runtime.session.GenerationStep`.
 
     Args:
-        step: of the session.
-        vocabulary: V.
+        session: that decodes.
         state: of R rows.
         selector: for R rows.
     """
 
-    def __init__(self, step: Step, vocabulary: int, state: DecoderState, selector: TokenSelector) -> None:
+    def __init__(self, session: OrtSession, state: DecoderState, selector: TokenSelector) -> None:
         self.selector = selector
         self.tokens = torch.zeros((state.rows, 1), dtype=torch.int64)
-        self._step, self._state = step, state
-        self._logits = torch.empty((state.rows, 1, vocabulary), dtype=torch.float32)
+        self._session, self._state = session, state
+        self._logits = torch.empty((state.rows, 1, session.arch.vocab_size), dtype=torch.float32)
         self._position = torch.zeros(1, dtype=torch.int64)
         self._ends = None if selector.hiding is None else selector.hiding.tokens.nonzero()[:, 0]
 
@@ -50,15 +38,12 @@ class CpuGenerationStep:
         """See `t5_trt.runtime.session.GenerationStep.launch`."""
         state, selector = self._state, self.selector
         self._position.fill_(state.length)
-        self._step(state, self.tokens, self._logits, self._hidden(state.length + 1), best_only=selector.takes_best)
+        hiding = selector.hiding
+        hidden = self._ends if hiding is not None and hiding.holds(state.length + 1) else None
+        self._session.step(state, self.tokens, self._logits, hidden, best_only=selector.takes_best)
         made = selector.advance(self._logits[:, 0], self._position)
         assert made is not None
         chosen, parents = made
         self.tokens.copy_(chosen[:, None])
         if parents is not None:
             state.reorder(parents)
-
-    def _hidden(self, length: int) -> torch.Tensor | None:
-        """The tokens that the selector hides after so many, int64."""
-        hiding = self.selector.hiding
-        return None if hiding is None or length >= float(hiding.until) else self._ends

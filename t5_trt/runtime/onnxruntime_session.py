@@ -183,7 +183,7 @@ class OrtSession:
         self, state: DecoderState, make: Callable[[], TokenSelector], key: Hashable
     ) -> CpuGenerationStep:
         """See `t5_trt.runtime.session.Session.generation_step`; nothing is captured on a CPU."""
-        return CpuGenerationStep(self.step, self.arch.vocab_size, state, make())
+        return CpuGenerationStep(self, state, make())
 
     def rows_refusal(self) -> str | None:
         """See `t5_trt.runtime.row_buffers.RowSession.rows_refusal`."""

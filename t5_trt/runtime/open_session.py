@@ -125,9 +125,7 @@ def open_session(
             prepack_weights=config.prepack_weights,
             quantized=quantized,
             changing=changing,
-            library=_cpu_library(config, store, placement)
-            if placement.decode == "kernels" and arch.decoder_layers
-            else None,
+            library=_cpu_library(arch, config, store, placement),
             matrices=torch.bfloat16 if placement.precision == "bf16" else None,
         )
     check_cuda_after_fork()
@@ -144,12 +142,16 @@ def open_session(
         return _open_tensorrt(arch, weights, config, placement, build, scaling, store)
 
 
-def _cpu_library(config: RuntimeConfig, store: EngineStore, placement: Placement) -> ctypes.CDLL | None:
-    """The decoder's C code; None, with a warning, where ``decode="auto"`` can do without what does not compile.
+def _cpu_library(
+    arch: Architecture, config: RuntimeConfig, store: EngineStore, placement: Placement
+) -> ctypes.CDLL | None:
+    """The C code; None without a decoder or where ONNX Runtime decodes, and with a warning where ``decode="auto"`` can do without what does not compile.
 
     Raises:
         BackendError: it does not compile, and was asked for, or ONNX Runtime does not have the precision.
     """
+    if placement.decode != "kernels" or not arch.decoder_layers:
+        return None
     try:
         return load_library(store)
     except BackendError as error:

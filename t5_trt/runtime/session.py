@@ -49,6 +49,10 @@ class Hiding:
     tokens: torch.Tensor
     until: torch.Tensor
 
+    def holds(self, length: int) -> bool:
+        """Whether they are hidden in a row of so many tokens; on a GPU this waits for it."""
+        return length < float(self.until)
+
 
 #: number of the latest reports that a `Mailbox` holds
 MAILS = 8

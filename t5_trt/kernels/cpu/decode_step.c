@@ -39,19 +39,11 @@ static void self_attention(const Decoder *decoder, int64_t layer, int64_t row, i
                  decoder->mixed + index * inner + head * model->d_kv);
 }
 
-// Keys of a batch entry up to the last one that is not hidden; all of them if all are hidden.
-static int64_t keys_of(const Step *step, int64_t source) {
-    const float *bias = step->cross_bias + source * step->cross_bias_row;
-    int64_t keys = step->source_length;
-    while (keys > 0 && bias[keys - 1] <= HIDDEN) keys--;
-    return keys ? keys : step->source_length;
-}
-
 static void cross_attention(const Decoder *decoder, int64_t layer, int64_t source, int64_t head, float *scores) {
     const Step *step = decoder->step;
     const Model *model = &decoder->model;
-    int64_t inner = model->heads * model->d_kv, keys = keys_of(step, source), each = step->beams * step->queries;
     const float *bias = step->cross_bias + source * step->cross_bias_row;
+    int64_t inner = model->heads * model->d_kv, keys = keys_to_read(bias, step->source_length), each = step->beams * step->queries;
     Places places = {NULL, source, source};
     for (int64_t index = source * each; index < (source + 1) * each; index++) {
         scores_of(decoder->made + index * inner + head * model->d_kv, entry(&step->cross, layer, 0, 0, head), &places,
@@ -95,9 +87,7 @@ static void embed(Decoder *decoder, int index) {
     const Model *model = &decoder->model;
     const Step *step = decoder->step;
     for (int64_t row = index; row < step->rows * step->queries; row += decoder->team->count) {
-        float *to = decoder->stream + row * model->d_model;
-        int64_t from = step->tokens[row] * model->d_model;
-        for (int64_t i = 0; i < model->d_model; i++) to[i] = one_weight(model->embedding_type, model->embedding, from + i);
+        look_up(model, step->tokens[row], decoder->stream + row * model->d_model);
     }
     barrier(decoder->team);
 }
@@ -237,11 +227,6 @@ void t5_use_rough_head(Decoder *decoder, const RoughHead *rough) {
     give_team_back(decoder->team);
 }
 
-// Make one: float32 weights [outputs, inputs] in tiles, and what bounds need.
-void t5_round_head(const float *from, int64_t inputs, int64_t outputs, uint8_t *to, float *scales, float *errors, float *lengths) {
-    round_head(from, inputs, outputs, to, scales, errors, lengths);
-}
-
 // Let the system give large pages for memory that is not written to yet, which halves the misses of address translation.
 void t5_large_pages(void *memory, int64_t bytes) {
     const uintptr_t large = 1 << 21, start = ((uintptr_t)memory + large - 1) & ~(large - 1);
@@ -249,8 +234,4 @@ void t5_large_pages(void *memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     if (start < end) madvise((void *)start, end - start, MADV_HUGEPAGE);
 #endif
-}
-
-void t5_pack(const uint8_t *from, int64_t inputs, int64_t columns, int shifted, uint8_t *to) {
-    pack(from, inputs, columns, shifted, to, 0, (columns + TILE - 1) / TILE);
 }

@@ -6,6 +6,13 @@
 // what a mask adds to the score of a hidden key: any score and this are this
 static const float HIDDEN = -1e30f;
 
+// Keys up to the last one that a mask does not hide; all of them if all are hidden.
+static int64_t keys_to_read(const float *bias, int64_t length) {
+    int64_t keys = length;
+    while (keys > 0 && bias[keys - 1] <= HIDDEN) keys--;
+    return keys ? keys : length;
+}
+
 enum { RELU = 0, GELU_NEW = 1, GELU = 2, SILU = 3 };
 enum { PRIVATE = 8192 };  // numbers that every thread makes for itself, rather than a share of them and a barrier more
 

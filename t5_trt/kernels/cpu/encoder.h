@@ -25,14 +25,6 @@ static int make_room_for_sources(Decoder *encoder, const Sources *sources) {
            make_room_for_scores(encoder, QUERIES_AT_ONCE * rounded_up(length));
 }
 
-// Tokens of a source up to the last one that is not hidden; all of them if all are hidden.
-static int64_t keys_of_source(const Sources *sources, int64_t source) {
-    const float *bias = sources->key_bias + source * sources->length;
-    int64_t keys = sources->length;
-    while (keys > 0 && bias[keys - 1] <= HIDDEN) keys--;
-    return keys ? keys : sources->length;
-}
-
 // The bias of each distance -(length - 1) to length - 1, for this thread's heads.
 static void lay_out_bias(Decoder *encoder, const float *table, int index) {
     const Model *model = &encoder->model;
@@ -111,7 +103,7 @@ static void attend_in_source(Decoder *encoder, int64_t layer, int index) {
     while ((task = atomic_fetch_add(&encoder->tasks[layer], 1)) < count) {
         int64_t source = task / pieces / heads, head = task / pieces % heads, query = task % pieces * QUERIES_OF_TASK;
         int64_t end = query + QUERIES_OF_TASK < length ? query + QUERIES_OF_TASK : length;
-        int64_t keys = keys_of_source(encoder->sources, source);
+        int64_t keys = keys_to_read(encoder->sources->key_bias + source * length, length);
         for (; query + QUERIES_AT_ONCE <= end; query += QUERIES_AT_ONCE)
             attend(QUERIES_AT_ONCE, encoder, source, head, query, keys, scores);
         for (; query < end; query++) attend(1, encoder, source, head, query, keys, scores);
@@ -126,8 +118,7 @@ static void embed_sources(Decoder *encoder, int index) {
     for (int64_t row = index; row < encoder->count; row += encoder->team->count) {
         float *to = encoder->stream + row * width;
         if (sources->embeddings) memcpy(to, sources->embeddings + row * width, (size_t)width * sizeof *to);
-        else for (int64_t i = 0, from = sources->tokens[row] * width; i < width; i++)
-            to[i] = one_weight(model->embedding_type, model->embedding, from + i);
+        else look_up(model, sources->tokens[row], to);
     }
     lay_out_bias(encoder, model->of[0].bias, index);
     barrier(encoder->team);

@@ -6,7 +6,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum { OUTPUTS_AT_ONCE = SUMS_AT_ONCE, ROWS_AT_ONCE = 3, INPUTS_AT_ONCE = 1024 };  // as many sums as there are registers
 enum { TILE = 16, BYTE_ROWS_AT_ONCE = 8 };  // outputs of a tile of 8-bit weights; rows of 8 bits
 
-// One matrix of a group: float32 or bfloat16 as in the checkpoint, [outputs, inputs]; 8 bits as `pack` lays them out.
+// One matrix of a group: float32 or bfloat16 as in the checkpoint, [outputs, inputs]; 8 bits as `t5_pack` lays them out.
 typedef struct {
     const void *weights;
     const float *scales;  // of outputs, for 8 bits
@@ -128,8 +128,7 @@ INLINE void tile_block(const int TILES, const int ROWS, const uint8_t *tile, con
         for (int c = 0; c < CHAINS; c++)
             for (int m = 0; m < ROWS; m++) sums[t][c][m] = (Sums){};
     int64_t i = 0;
-    for (; i + 4 * CHAINS <= inputs; i += 4 * CHAINS)
-    {
+    for (; i + 4 * CHAINS <= inputs; i += 4 * CHAINS) {
         if (ROWS > 1)
             for (int t = 0; t < TILES; t++)
                 for (int c = 0; c < CHAINS; c++)
@@ -154,10 +153,10 @@ INLINE void tile_block(const int TILES, const int ROWS, const uint8_t *tile, con
 }
 
 // Lay out rounded weights [inputs, columns] for `tile_block`: [columns / 16, inputs / 4, 16, 4], plus 128. Bytes that are
-// `shifted` have 128 added already.
-static void pack(const uint8_t *from, int64_t inputs, int64_t columns, int shifted, uint8_t *to, int64_t first, int64_t end) {
-    int64_t wide = padded(inputs);
-    for (int64_t tile = first; tile < end; tile++)
+// `shifted` have 128 added already. Python calls it.
+void t5_pack(const uint8_t *from, int64_t inputs, int64_t columns, int shifted, uint8_t *to) {
+    int64_t wide = padded(inputs), tiles = (columns + TILE - 1) / TILE;
+    for (int64_t tile = 0; tile < tiles; tile++)
         for (int64_t i = 0; i < wide; i += 4)
             for (int o = 0; o < TILE; o++)
                 for (int k = 0; k < 4; k++) {

@@ -17,8 +17,8 @@ typedef struct {
 // above 1 by more than the rounding of float32 in all sums here
 static const float MARGIN = 1.001f;
 
-// Round an output matrix [outputs, inputs] by the largest magnitude of each output, into the tiles of `pack`.
-static void round_head(const float *from, int64_t inputs, int64_t outputs, uint8_t *to, float *scales, float *errors, float *lengths) {
+// Round a float32 output matrix [outputs, inputs] by the largest magnitude of each output, into the tiles of `t5_pack`. Python calls it.
+void t5_round_head(const float *from, int64_t inputs, int64_t outputs, uint8_t *to, float *scales, float *errors, float *lengths) {
     int64_t wide = padded(inputs);
     memset(to, 128, (size_t)((outputs + TILE - 1) / TILE * TILE * wide));
     for (int64_t o = 0; o < outputs; o++) {

@@ -2,6 +2,12 @@
 #pragma once
 #include "decoder.h"
 
+// A row of the embedding.
+static void look_up(const Model *model, int64_t token, float *to) {
+    for (int64_t i = 0, from = token * model->d_model; i < model->d_model; i++)
+        to[i] = one_weight(model->embedding_type, model->embedding, from + i);
+}
+
 static float length_factor(const float *row, int64_t width, float epsilon) {
     float squares = dot(row, row, width);
     return 1.0f / sqrtf(squares / (float)width + epsilon);

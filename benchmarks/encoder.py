@@ -29,7 +29,7 @@ from t5_trt.engine.store import EngineStore
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.parameters import EMBEDDING
 from t5_trt.graph.relative_positions import distance_buckets
-from t5_trt.kernels.compile import stored_cubin
+from t5_trt.kernels.compile import architecture_name, stored_cubin
 from t5_trt.kernels.decode_step import model_constants
 from t5_trt.kernels.encoder import SOURCE, EncoderKernels, refusal, relative_bias
 from t5_trt.runtime.cuda_graph import capture
@@ -112,7 +112,7 @@ def open_forms(ours: Any, store: Path) -> Forms:
     if refusal(arch, dtype):
         return Forms(arch, weights, by_torch, by_torch, None)
     constants, (major, minor) = model_constants(arch, dtype), torch.cuda.get_device_capability(session.device)
-    cubin = stored_cubin(SOURCE, constants, f"sm_{major}{minor}", EngineStore(store))
+    cubin = stored_cubin(SOURCE, constants, architecture_name(major, minor), EngineStore(store))
     kernels = EncoderKernels(cubin, constants, session.device)
     return Forms(arch, weights, by_torch, KernelEncoder(kernels, arch, weights, scaling, "fp16"), kernels)
 

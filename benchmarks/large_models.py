@@ -150,7 +150,7 @@ def compile_kernels(ours: Any, store: Path, rows: Sequence[int]) -> None:
     major, minor = torch.cuda.get_device_capability()
     wanted = {tuple(each.items()): each for each in (constants(arch, dtype, count, major, int8=int8) for count in rows)}
     with ProcessPoolExecutor(max_workers=len(wanted), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_one, each, f"sm_{major}{minor}", store) for each in wanted.values()]
+        jobs = [pool.submit(compile_one, each, architecture_name(major, minor), store) for each in wanted.values()]
         for job in jobs:
             job.result()
 

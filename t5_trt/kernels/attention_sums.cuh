@@ -73,7 +73,7 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
     return merged;
 }
 
-// A slice times a factor, stored by one instruction.
+// A slice times a factor, stored by one instruction, or two.
 __device__ __forceinline__ void store(stored* to, const Slice& slice, float factor)
 {
 #if STORAGE == FLOAT32
@@ -87,7 +87,9 @@ __device__ __forceinline__ void store(stored* to, const Slice& slice, float fact
 #pragma unroll
     for (int j = 0; j < SLICE; j += 2)
         two[j / 2] = narrow_two(slice.value[j] * factor, SLICE > 1 ? slice.value[(j + 1) % SLICE] * factor : 0.f);
-    if (SLICE == 4)
+    if (SLICE == 4 && WARPGROUPS)
+        ((unsigned*)to)[0] = two[0], ((unsigned*)to)[32] = two[SLICE / 4];  // the other half of the columns lies 128 bytes behind
+    else if (SLICE == 4)
         *(uint2*)to = {two[0], two[SLICE / 4]};
     else if (SLICE == 2)
         *(unsigned*)to = two[0];

@@ -7,9 +7,11 @@
 //   ROW_TILES      tiles of 8 rows that one CTA of a layer's products serves with one load of the weights (1, 2 or 4); ADD_ROW_TILES likewise of
 //                  those that add to the stream
 //   QKV_TILES, IN_TILES  tiles of 16 outputs of a CTA of project_qkv and feed_forward_in (gate and up count as one), the widest products of a
-//                  layer: made by streamed_product.cuh if STREAMED or by tiled_product.cuh if TILED (neither in float32), else by product.cuh.
+//                  layer: made by streamed_product.cuh if STREAMED, by group_product.cuh if WARPGROUPS or by tiled_product.cuh if TILED (none of
+//                  them in float32), else by product.cuh.
 //                  QUERY_TILES of project_query, ADD_TILES of those that add
 //   HEAD_ROW_TILES row tiles of a CTA of the output matrix (not in float32), HEAD_WARPS of it, HEAD_ROOM bytes of shared memory for its rows
+//   WARPGROUPS     0, or tiles of 8 rows of a CTA of group_product.cuh; then the output matrix is multiplied by warp groups, too
 //   GATED, ACTIVATION (0 relu, 1 gelu, 2 gelu_new, 3 silu)
 //   INT8           1: matrices are in 8 bits (int8_weights.cuh), everything else in half precision; absent in all other cases
 // Sizes of products are padded by zeros in the weights and in the activations: to multiples of 16, with INT8 of 32.
@@ -19,6 +21,9 @@
 
 #ifndef INT8
 #define INT8 0
+#endif
+#ifndef WARPGROUPS
+#define WARPGROUPS 0
 #endif
 
 constexpr int HD = H * D;
@@ -45,11 +50,14 @@ __device__ __forceinline__ uint4 load_streaming(const void* from)
 
 // Where element `column` of a row lies in the activations of `columns` (a multiple of K_TILE) that a product reads: [row / 8][column / K_TILE]
 // [row % 8][column % K_TILE], so that a warp reads the B fragments of 8 rows and a k tile as neighbouring bytes (`pack_matrix` in weights.py
-// says which columns a lane has); plain [row][column] in float32.
+// says which columns a lane has); plain [row][column] in float32. With WARPGROUPS a row tile's 16 columns are [half][row % 8][8], where a half has
+// every other pair of columns: what a warp group multiplies by lies together, and a lane's fragments are two words.
 __device__ __forceinline__ long long activation_index(int row, int column, int columns)
 {
 #if STORAGE == FLOAT32
     return (long long)row * columns + column;
+#elif WARPGROUPS
+    return ((((long long)(row >> 3) * (columns >> 4) + (column >> 4)) * 2 + (column >> 1 & 1)) * 8 + (row & 7)) * 8 + (column >> 2 & 3) * 2 + (column & 1);
 #else
     return (((long long)(row >> 3) * (columns >> K_BITS) + (column >> K_BITS)) * 8 + (row & 7)) * K_TILE + (column & (K_TILE - 1));
 #endif

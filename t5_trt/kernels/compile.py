@@ -42,6 +42,16 @@ def store_key(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 
 
+def architecture_name(major: int, minor: int) -> str:
+    """What the compiler calls a GPU's architecture: with the instructions that only this one has, where kernels use them.
+
+    Args:
+        major: of its compute capability.
+        minor: likewise.
+    """
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
 def compile_cubin(name: str, constants: Mapping[str, int], architecture: str) -> tuple[bytes, str]:
     """Compile a source of this package.
 

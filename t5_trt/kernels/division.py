@@ -22,6 +22,10 @@ PROCESSORS = 132
 STREAMED_MODEL = 2048
 #: most tiles of outputs that a CTA makes one after the other
 MOST_TILES = 8
+#: the compute capability whose tensor cores multiply for warp groups (``group_product.cuh``)
+GROUPS = 9
+#: parts of k that are summed by themselves, and most k tiles of one that are copied together
+PARTS, MOST_IN_STEP = 16, 6
 KILOBYTE = 1024
 
 
@@ -50,12 +54,14 @@ def divide_products(
         return 2 if large and row_tiles > 1 and count * _groups(rows, own_row_tiles) > PROCESSORS else 1
 
     tiled = large and rows >= TILED_ROWS
+    groups = _group_row_tiles(rows, qkv) if tiled and capability == GROUPS and not int8 and _in_whole_steps(arch) else 0
     streamed = large and not tiled and min(qkv, hidden) > 2 * PROCESSORS and arch.d_model <= STREAMED_MODEL
-    wide = _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
+    wide = 4 if groups else _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
     return {
         "ROW_TILES": row_tiles,
         "TILED": int(tiled),
         "STREAMED": int(streamed),
+        "WARPGROUPS": groups,
         "QKV_TILES": _evenly(qkv) if streamed else wide,
         "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
         "QUERY_TILES": outputs(inner, row_tiles),
@@ -81,6 +87,17 @@ def _row_tiles(arch: Architecture, rows: int, *, half: bool, large: bool) -> int
     if large and 16 < rows <= 64 and arch.d_model >= LARGE_MODEL:
         return 4
     return 2 if rows <= 64 or not half else 4
+
+
+def _group_row_tiles(rows: int, qkv: int) -> int:
+    """Tiles of 8 rows of a CTA of `group_product.cuh`: half as many where processors would have nothing to do."""
+    return 4 if rows <= 64 and qkv // 4 < PROCESSORS else 8
+
+
+def _in_whole_steps(arch: Architecture) -> bool:
+    """Whether every step of a warp group has as many k tiles, see ``tiled_copies.cuh``."""
+    part, rest = divmod(arch.d_model, PARTS * 16)
+    return rest == 0 and part % -(-part // MOST_IN_STEP) == 0
 
 
 def _wide_tiles(arch: Architecture, rows: int, row_tiles: int, *, half: bool, tiled: bool, int8: bool) -> int:

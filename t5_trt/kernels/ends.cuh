@@ -1,6 +1,7 @@
 // The two ends of a step: the embedding of the last token, and the output matrix with, if wanted, the best token.
 #pragma once
 #include "layers.cuh"
+#include "warpgroup.cuh"
 
 constexpr int EMBED_THREADS = 256;
 
@@ -120,6 +121,41 @@ __device__ __forceinline__ void copy_head_rows(int step, const stored* copy, int
     }
 }
 
+// Multiply a step's k tiles, from `base` on, by the rows at `rows`; load(i) loads the weights of the next step in place of k tile `i`.
+template <class Load>
+__device__ __forceinline__ void multiply_head_step(int base, const char* rows, const uint4* held, float (*sums)[4], int lane, Load load)
+{
+#if WARPGROUPS
+    const unsigned long long x = describe_rows(rows, HEAD_STEP * BLOCK);
+#pragma unroll
+    for (int i = 0; i < HEAD_STEP; ++i) {
+        if (E_K % HEAD_STEP == 0 || base + i < E_K) {
+            begin_products();
+            multiply_group<HEAD_ROWS, true>(sums[0], held[i], x + i * (BLOCK / 16));
+            end_products();
+        }
+        if (i > 0) {
+            wait_for_products<1, 0>(nullptr);
+            load(i - 1);
+        }
+    }
+    wait_for_products<0, HEAD_ROWS / 2>(sums[0]);
+    load(HEAD_STEP - 1);
+#else
+    const Rows* x = (const Rows*)rows + lane;
+#pragma unroll
+    for (int i = 0; i < HEAD_STEP; ++i) {
+        if (E_K % HEAD_STEP == 0 || base + i < E_K) {
+            const Factor a(held[i]);
+#pragma unroll
+            for (int t = 0; t < HEAD_ROW_TILES; ++t)
+                multiply_tiles(sums[t], a, x[(t * HEAD_STEP + i) * 32]);
+        }
+        load(i);
+    }
+#endif
+}
+
 // A warp makes a tile of 16 outputs with all of k, from a copy of the stream in shared memory. Grid (HEAD_WARPS output tiles, groups of HEAD_ROWS).
 extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32)
 output_head(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* logits, unsigned long long* best,
@@ -154,22 +190,17 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     for (int step = 0; step < HEAD_STEPS; ++step) {
         const int base = step * HEAD_STEP;
         wait_for_group<HEAD_LEAD - 1>();
+#if WARPGROUPS
+        show_to_products();
+#endif
         __syncthreads();  // other threads have copied a part, and are done with the step before
         if (HEAD_STEPS > HEAD_DEPTH && step + HEAD_LEAD < HEAD_STEPS)
             copy_head_rows(step + HEAD_LEAD, copy, row0, rows);
         end_group();  // an empty one, too: the wait counts groups
-        const Rows* x = (const Rows*)(shared + step % HEAD_DEPTH * HEAD_SLOT) + lane;
-#pragma unroll
-        for (int i = 0; i < HEAD_STEP; ++i) {
-            if (E_K % HEAD_STEP == 0 || base + i < E_K) {
-                const Factor a(held[i]);
-#pragma unroll
-                for (int t = 0; t < HEAD_ROW_TILES; ++t)
-                    multiply_tiles(sums[t], a, x[(t * HEAD_STEP + i) * 32]);
-            }
+        multiply_head_step(base, shared + step % HEAD_DEPTH * HEAD_SLOT, held, sums, lane, [&](int i) {
             if (has && base + i + HEAD_STEP < E_K)
                 held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_STEP), lane);
-        }
+        });
     }
 #pragma unroll
     for (int t = 0; t < HEAD_ROW_TILES; ++t)

@@ -1,6 +1,7 @@
 // The products of a decoder layer, each with what follows it. Grid of all: (output tiles / tiles of a CTA, rows / rows of a CTA); the host
 // takes both and shared memory from `geometry` (decode_step.cu).
 #pragma once
+#include "group_product.cuh"
 #include "product_kernel.cuh"
 #include "streamed_product.cuh"
 #include "tiled_product.cuh"
@@ -10,8 +11,10 @@ using NarrowProduct = Product<TOTAL, OUT_TILES, OWN_ROW_TILES, K_TILES, PRODUCT_
 // The widest products: tiles of outputs in all and of a CTA, and those that are handed over together if it makes one after the other.
 #if STREAMED
 template <int TOTAL, int OUT_TILES, int TOGETHER> using WideProduct = StreamedProduct<TOTAL, OUT_TILES, TOGETHER, ROW_TILES, E_K>;
+#elif WARPGROUPS
+template <int TOTAL, int, int> using WideProduct = GroupProduct<TOTAL, E_K>;
 #elif TILED
-template <int TOTAL, int OUT_TILES, int> using WideProduct = TiledProduct<TOTAL, OUT_TILES, E_K, true>;
+template <int TOTAL, int OUT_TILES, int> using WideProduct = TiledProduct<TOTAL, OUT_TILES, E_K>;
 #else
 template <int TOTAL, int OUT_TILES, int> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, ROW_TILES, E_K, true>;
 #endif

@@ -25,6 +25,18 @@ typedef uint2 Rows;
 #endif
 constexpr int BLOCK = 8 * K_TILE * 2, ROW_PIECES = BLOCK / 16;  // bytes of 8 rows and a k tile in half precision, and pieces of 16
 
+#if STORAGE != FLOAT32
+// A lane's B fragments of 8 rows and a k tile in shared memory.
+__device__ __forceinline__ Rows lane_rows(const char* block, int lane)
+{
+#if WARPGROUPS
+    return {((const unsigned*)block)[lane], ((const unsigned*)block)[32 + lane]};
+#else
+    return ((const Rows*)block)[lane];
+#endif
+}
+#endif
+
 // Where the weights of a tile of outputs and a k tile begin; its number in summands, as their order decides which addresses registers hold.
 template <int K_TILES, class... Ints> __device__ __forceinline__ const uint4* weights_at(const uint4* matrix, int tile, Ints... k_tile)
 {
@@ -226,7 +238,7 @@ struct Product {
 #pragma unroll
                 for (int i = 0; i < HELD; ++i) {
                     if (has(base + i))
-                        multiply(i, read + i);
+                        multiply(i, [&](int) { return read[i]; });
                     if constexpr (PER_WARP > HELD) {
                         load(i, base + i + HELD);
                         fetch(read, i, x, row0, rows, base + i + HELD, base + i + HELD < last);
@@ -264,7 +276,7 @@ struct Product {
             wait_for_group<HELD - 1>();
             __syncwarp();  // other lanes have copied a part
             if (has(base + i))
-                multiply(i, (const Rows*)(region + i * OWN_ROW_TILES * BLOCK) + lane);
+                multiply(i, [&](int t) { return lane_rows(region + (i * OWN_ROW_TILES + t) * BLOCK, lane); });
             if constexpr (PER_WARP > HELD) {
                 __syncwarp();
                 load(i, base + i + HELD);
@@ -293,14 +305,15 @@ struct Product {
         }
     }
 
-    // Multiply by a k tile of all rows; `x` is the lane's part of the first row tile, in registers if there is only one.
-    __device__ __forceinline__ void multiply(int place, const Rows* x)
+    // Multiply by a k tile of all rows; x(t) is the lane's part of row tile t.
+    template <class RowTile>
+    __device__ __forceinline__ void multiply(int place, RowTile x)
     {
 #if INT8
         Rows b[OWN_ROW_TILES];
 #pragma unroll
         for (int t = 0; t < OWN_ROW_TILES; ++t)
-            b[t] = x[t * 32];
+            b[t] = x(t);
 #pragma unroll
         for (int tile = 0; tile < OUT_TILES; ++tile) {
             const Widened a(held[tile][place]);
@@ -311,7 +324,7 @@ struct Product {
 #else
 #pragma unroll
         for (int t = 0; t < OWN_ROW_TILES; ++t) {
-            const Rows b = x[t * 32];
+            const Rows b = x(t);
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
                 multiply_tiles(sums[tile] + t * 4, held[tile][place], b);

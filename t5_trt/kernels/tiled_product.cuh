@@ -1,109 +1,23 @@
-// Products for many rows on GPUs with 227 KB of shared memory: the sums of product.cuh, bit for bit, with fewer reads of weights and rows out
-// of the L2 cache, which is what limits those at 64 rows and more.
-//
-// A CTA makes 16 * OUT_TILES outputs for 64 rows. Weights and rows are on their way into shared memory in steps of a few k tiles, all at
-// once if they fit. Half of the warps has the first half of k, the others the second; the warps of a half share outputs and rows, each
-// WARP_TILES by 4 tiles, and make the parts of product.cuh one after the other.
+// Products for many rows by tensor cores of single warps: the sums of product.cuh, bit for bit, with fewer reads of weights and rows out of the L2
+// cache, which is what limits those at 64 rows and more. The warps of a half share outputs and rows, each WARP_TILES by 4 tiles.
 #pragma once
-#include "product.cuh"
+#include "tiled_copies.cuh"
 
-// Shared memory that a CTA may take.
-#ifndef TILED_SHARED
-#define TILED_SHARED (208 * 1024)
-#endif
-
-__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
-// TOTAL: tiles of outputs in all.
-template <int TOTAL, int OUT_TILES, int K_TILES, bool NORMED>
-struct TiledProduct {
-    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, OWN_ROW_TILES = 8, OWN_ROWS = OWN_ROW_TILES * 8;
-    static constexpr bool IS_NORMED = NORMED;
-    static constexpr int PARTS = PRODUCT_WARPS / HALVES, PER_PART = (K_TILES + PRODUCT_WARPS - 1) / PRODUCT_WARPS;  // k tiles of a part
-    static constexpr int MOST = INT8 ? 3 : 6, STEPS_A_PART = (PER_PART + MOST - 1) / MOST, STEPS = PARTS * STEPS_A_PART;
-    static constexpr int STEP = (PER_PART + STEPS_A_PART - 1) / STEPS_A_PART;  // k tiles of each half that are copied together
-    static constexpr bool EVEN = K_TILES % PRODUCT_WARPS == 0 && PER_PART % STEP == 0;  // no k tile is missing anywhere
-    static constexpr int WEIGHT_BYTES = OUT_TILES * STEP * 512, HALF = WEIGHT_BYTES + OWN_ROW_TILES * STEP * BLOCK, SLOT = HALVES * HALF;
-    static constexpr int DEPTH = least(STEPS, TILED_SHARED / SLOT);  // steps that shared memory holds
-    static constexpr int LEAD = STEPS > DEPTH ? DEPTH - 1 : DEPTH;   // of which so many are on their way
-    static constexpr int WARP_TILES = OUT_TILES >= 4 ? 2 : 1, WARP_ROW_TILES = 4, ROW_WARPS = OWN_ROW_TILES / WARP_ROW_TILES;
-    static constexpr int HALF_WARPS = OUT_TILES / WARP_TILES * ROW_WARPS, THREADS = HALVES * HALF_WARPS * 32;
-    static constexpr int SUMS = OUT_TILES * OWN_ROWS * STRIDE;  // floats of a half
-    static constexpr int SHARED = most(DEPTH * SLOT, HALVES * SUMS * 4);
-    static constexpr int CTAS = SHARED <= 112 * 1024 ? 2 : 1;  // that an SM has shared memory for
-    static_assert(SHARED <= TILED_SHARED && LEAD > 0 && OUT_TILES % WARP_TILES == 0, "tiles of a CTA");
+template <int TOTAL, int OUT_TILES, int K_TILES>
+struct TiledProduct : TiledCopies<TOTAL, OUT_TILES, 8, K_TILES, OUT_TILES / (OUT_TILES >= 4 ? 2 : 1) * 2> {
+    static constexpr bool IS_NORMED = true;
+    static constexpr int WARP_TILES = OUT_TILES >= 4 ? 2 : 1, WARP_ROW_TILES = 4, ROW_WARPS = 8 / WARP_ROW_TILES, HALF_WARPS = OUT_TILES / WARP_TILES * ROW_WARPS;
+    typedef TiledCopies<TOTAL, OUT_TILES, 8, K_TILES, HALF_WARPS> Copies;
+    using Copies::STEP, Copies::STEPS, Copies::STEPS_A_PART, Copies::LEAD, Copies::EVEN, Copies::WEIGHT_BYTES, Copies::lane;
+    static_assert(OUT_TILES % WARP_TILES == 0, "tiles of a CTA");
 
     float sums[WARP_TILES][WARP_ROW_TILES][4] = {}, part[WARP_TILES][WARP_ROW_TILES][4] = {};
-    const uint4* matrix;
-    int tile0, lane, half, warp_tile, warp_row_tile;
+    int warp_tile, warp_row_tile;
 
-    // Start to copy weights; nothing that another kernel writes is read.
-    __device__ __forceinline__ TiledProduct(const uint4* weights, int first_tile) : matrix(weights), tile0(first_tile)
+    __device__ __forceinline__ TiledProduct(const uint4* weights, int first_tile) : Copies(weights, first_tile)
     {
         const int warp = (threadIdx.x >> 5) % HALF_WARPS;
-        lane = threadIdx.x & 31, half = threadIdx.x / (HALF_WARPS * 32);
         warp_tile = warp / ROW_WARPS * WARP_TILES, warp_row_tile = warp % ROW_WARPS * WARP_ROW_TILES;
-#pragma unroll
-        for (int step = 0; step < LEAD; ++step)
-            copy_weights(step);
-#pragma unroll
-        for (int step = LEAD; step < STEPS; ++step)
-            prefetch_weights(step);
-    }
-
-    // The threads of a half copy and multiply what is of this half.
-    __device__ __forceinline__ int part_of(int step) const { return half * PARTS + step / STEPS_A_PART; }
-    __device__ __forceinline__ int first_of(int step) const { return part_of(step) * PER_PART + step % STEPS_A_PART * STEP; }
-    __device__ __forceinline__ int count_of(int step) const
-    {
-        return EVEN ? STEP : min(STEP, min((part_of(step) + 1) * PER_PART, K_TILES) - first_of(step));  // below 1: none
-    }
-    __device__ __forceinline__ int place_of(int step) const { return step % DEPTH * SLOT + half * HALF; }
-
-    __device__ __forceinline__ void copy_weights(int step)
-    {
-        const int first = first_of(step), pieces = count_of(step) * 32;
-        const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + place_of(step);
-#pragma unroll
-        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 32; i += HALF_WARPS * 32) {
-            const int piece = i % (STEP * 32);
-            if (EVEN || piece < pieces)
-                copy_async(to + i * 16, weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, i / (STEP * 32))), first) + piece, true);
-        }
-    }
-
-    // Have weights of a later step come into the L2 cache.
-    __device__ __forceinline__ void prefetch_weights(int step)
-    {
-        const int first = first_of(step), lines = count_of(step) * 4;
-#pragma unroll
-        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 4; i += HALF_WARPS * 32) {
-            const int line = i % (STEP * 4);
-            if (EVEN || line < lines)
-                prefetch(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, i / (STEP * 4))), first) + line * 8);
-        }
-    }
-
-    __device__ __forceinline__ void copy_rows(int step, const void* x, int row0, int rows)
-    {
-        const int first = first_of(step), pieces = count_of(step) * ROW_PIECES;
-        const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + place_of(step) + WEIGHT_BYTES;
-#pragma unroll
-        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OWN_ROW_TILES * STEP * ROW_PIECES; i += HALF_WARPS * 32) {
-            const int tile = (row0 >> 3) + i / (STEP * ROW_PIECES), piece = i % (STEP * ROW_PIECES);
-            if (EVEN || piece < pieces)
-                copy_async(to + i * 16, (const uint4*)x + ((long long)tile * K_TILES + first) * ROW_PIECES + piece, tile * 8 < rows);
-        }
-    }
-
-    // Start to copy the rows, each step's as a group of its own; the first one has all weights, too.
-    __device__ __forceinline__ void begin(const void* x, int row0, int rows)
-    {
-#pragma unroll
-        for (int step = 0; step < LEAD; ++step) {
-            copy_rows(step, x, row0, rows);
-            end_group();
-        }
     }
 
     // Multiply, and leave the sums for `total`.
@@ -112,26 +26,20 @@ struct TiledProduct {
 #pragma unroll 1
         for (int step = 0; step < STEPS; ++step) {
             wait_for_group<LEAD - 1>();
-            __syncthreads();  // other threads have copied a part, and are done with the step before
-            if (STEPS > DEPTH && step + LEAD < STEPS) {
-                copy_weights(step + LEAD);
-                copy_rows(step + LEAD, x, row0, rows);
-            }
-            end_group();  // an empty one, too: the wait counts groups
+            this->go_on(step, x, row0, rows);
             multiply(step);
             if (step % STEPS_A_PART == STEPS_A_PART - 1)
                 end_part();
         }
-        leave();
+        this->leave(sums, warp_tile, warp_row_tile);
     }
-    __device__ __forceinline__ void end_turn(int) {}
 
     __device__ __forceinline__ void multiply(int step)
     {
-        const char* at = shared + place_of(step);
+        const char* at = shared + this->place_of(step);
         const uint4* weights = (const uint4*)at + warp_tile * STEP * 32 + lane;
         const Rows* x = (const Rows*)(at + WEIGHT_BYTES) + warp_row_tile * STEP * 32 + lane;
-        const int count = count_of(step);
+        const int count = Copies::count_of(step);
 #pragma unroll
         for (int k = 0; k < STEP; ++k) {
             if (!EVEN && k >= count)
@@ -162,29 +70,5 @@ struct TiledProduct {
                     sums[t][r][i] += part[t][r][i];
                     part[t][r][i] = 0.f;
                 }
-    }
-
-    // Leave the sums of both halves for `total`.
-    __device__ __forceinline__ void leave()
-    {
-        __syncthreads();  // weights and rows lie where the sums go
-        float* own = (float*)shared + half * SUMS;
-#pragma unroll
-        for (int t = 0; t < WARP_TILES; ++t)
-#pragma unroll
-            for (int r = 0; r < WARP_ROW_TILES; ++r)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = (warp_row_tile + r) * 8 + (lane & 3) * 2 + (i & 1);
-                    own[((warp_tile + t) * OWN_ROWS + row) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[t][r][i];
-                }
-        __syncthreads();
-    }
-
-    // One output of a tile for one row, both counted from the first.
-    static __device__ __forceinline__ float total(int, int tile, int output, int row)
-    {
-        const float* first = (const float*)shared + (tile * OWN_ROWS + row) * STRIDE + output;
-        return first[0] + first[SUMS];
     }
 };

@@ -105,10 +105,23 @@ def pack_head(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat((packed, packed.new_zeros((len(packed) % 2, *packed.shape[1:]))))
 
 
-def unpack_activations(stored: torch.Tensor, rows: int, columns: int, tile: int = 16) -> torch.Tensor:
-    """Convert activations between kernels (``activation_index`` in ``common.cuh``, of k tiles of 16 or 32) to [rows, columns]."""
+def unpack_activations(
+    stored: torch.Tensor, rows: int, columns: int, tile: int = 16, *, halves: bool = False
+) -> torch.Tensor:
+    """Convert activations between kernels to [rows, columns].
+
+    Args:
+        stored: as ``activation_index`` in ``common.cuh`` puts them.
+        rows: to return.
+        columns: likewise.
+        tile: columns of a k tile.
+        halves: the kernels have ``WARPGROUPS``.
+    """
     tiles = -(-columns // tile)
     if stored.dtype == torch.float32:
         return stored.view(-1, tiles * tile)[:rows, :columns]
-    parts = stored.view(-1, tiles, 8, tile).transpose(1, 2)
+    if halves:
+        parts = stored.view(-1, tiles, 2, 8, 4, 2).permute(0, 3, 1, 4, 2, 5)
+    else:
+        parts = stored.view(-1, tiles, 8, tile).transpose(1, 2)
     return parts.reshape(-1, tiles * tile)[:rows, :columns]

@@ -17,7 +17,7 @@ from t5_trt.config import default_engine_cache_dir
 from t5_trt.engine.store import EngineStore
 from t5_trt.errors import T5TRTError
 from t5_trt.installation import install_command
-from t5_trt.kernels.compile import bindings, checked, stored_cubin
+from t5_trt.kernels.compile import architecture_name, bindings, checked, stored_cubin
 from t5_trt.kernels.launching import launch
 from t5_trt.runtime.session import MAILS, Hiding, Mailbox, NextStep
 
@@ -221,7 +221,7 @@ def _function(name: str, device: int | None, options: Options) -> Any:
             torch.cuda.current_stream().synchronize()  # makes torch's context current
             major, minor = torch.cuda.get_device_capability(device)
             cubin = stored_cubin(
-                f"{name}.cu", dict(options), f"sm_{major}{minor}", EngineStore(default_engine_cache_dir())
+                f"{name}.cu", dict(options), architecture_name(major, minor), EngineStore(default_engine_cache_dir())
             )
             module = checked(driver.cuModuleLoadData(cubin))  # kept loaded, as the function is cached
             return checked(driver.cuModuleGetFunction(module, name.encode()))

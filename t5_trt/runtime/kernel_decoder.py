@@ -19,7 +19,7 @@ import torch
 from t5_trt.engine.profiles import Shapes, power_of_two
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.precision import mask_value, real_type
-from t5_trt.kernels.compile import stored_cubin
+from t5_trt.kernels.compile import architecture_name, stored_cubin
 from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep, constants
 from t5_trt.kernels.step_memory import StepBuffers, StepInputs
 from t5_trt.kernels.step_weights import StepWeightsMaker
@@ -176,7 +176,7 @@ class KernelDecoder:
         wanted = constants(self._arch, self._dtype, rows, major, beams=beams, int8=self.weights.int8)
         key = tuple(wanted.values())
         if key not in self._kernels:
-            cubin = stored_cubin("decode_step.cu", wanted, f"sm_{major}{minor}", self._store)
+            cubin = stored_cubin("decode_step.cu", wanted, architecture_name(major, minor), self._store)
             torch.cuda.current_stream(self._device).synchronize()  # makes torch's context current
             self._kernels[key] = DecodeKernels(cubin, wanted, early=major >= 9)
         return self._kernels[key]

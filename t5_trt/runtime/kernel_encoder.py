@@ -11,7 +11,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
-from t5_trt.kernels.compile import LEAST_CAPABILITY, stored_cubin
+from t5_trt.kernels.compile import LEAST_CAPABILITY, architecture_name, stored_cubin
 from t5_trt.kernels.decode_step import model_constants
 from t5_trt.kernels.encoder import MOST_CTAS, SOURCE, EncoderKernels, refusal, relative_bias
 from t5_trt.runtime.device_weights import DeviceWeights
@@ -105,7 +105,7 @@ def open_encoder(
         return TorchEncoder(arch, weights, scaling, precision)
     wanted, (major, minor) = model_constants(arch, dtype), capability
     try:
-        cubin = stored_cubin(SOURCE, wanted, f"sm_{major}{minor}", store)
+        cubin = stored_cubin(SOURCE, wanted, architecture_name(major, minor), store)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context current
             kernels = EncoderKernels(cubin, wanted, device)

@@ -11,7 +11,7 @@ import torch
 from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.relative_positions import distance_buckets
 from t5_trt.kernels import reference
-from t5_trt.kernels.compile import compile_cubin
+from t5_trt.kernels.compile import architecture_name, compile_cubin
 from t5_trt.kernels.decode_step import model_constants
 from t5_trt.kernels.encoder import SOURCE, EncoderKernels, relative_bias
 from t5_trt.runtime.torch_layers import NO_KEY
@@ -28,7 +28,7 @@ def kernels(arch: Architecture, dtype: torch.dtype) -> EncoderKernels:
     key = tuple(wanted.items())
     major, minor = torch.cuda.get_device_capability()
     if key not in _cubins:
-        _cubins[key] = compile_cubin(SOURCE, wanted, f"sm_{major}{minor}")[0]
+        _cubins[key] = compile_cubin(SOURCE, wanted, architecture_name(major, minor))[0]
     torch.cuda.current_stream().synchronize()
     return EncoderKernels(_cubins[key], wanted, CUDA)
 

@@ -9,7 +9,7 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import reference
-from t5_trt.kernels.compile import compile_cubin
+from t5_trt.kernels.compile import architecture_name, compile_cubin
 from t5_trt.kernels.decode_step import CHUNK, DecodeKernels, DecodeStep, constants
 from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_int8
@@ -38,7 +38,7 @@ def kernels(arch: Architecture, dtype: torch.dtype, rows: int, *, early: bool = 
     wanted = constants(arch, real(dtype), rows, major, int8=dtype == torch.int8) | other
     key = tuple(sorted(wanted.items()))
     if key not in _cubins:
-        _cubins[key] = compile_cubin("decode_step.cu", wanted, f"sm_{major}{minor}")[0]
+        _cubins[key] = compile_cubin("decode_step.cu", wanted, architecture_name(major, minor))[0]
     return DecodeKernels(_cubins[key], wanted, early=early and major >= 9)
 
 

@@ -1,5 +1,7 @@
 // What the decoder's kernels need beside emulated_warp.h.
 #pragma once
+#include <map>
+
 #include "emulated_warp.h"
 
 #define __host__
@@ -36,4 +38,59 @@ static unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
 static unsigned subtract_two(unsigned pair, unsigned other)
 {
     return narrow(widen(pair) - widen(other)) | (unsigned)narrow(widen(pair >> 16) - widen(other >> 16)) << 16;
+}
+
+// Products of warp groups read their rows when they are waited for, not before, and their sums are NaN until then.
+struct Sums { int under_way = 0; std::vector<float> kept; };
+static std::map<unsigned, std::deque<std::vector<std::function<void()>>>> products_of;  // of each thread, groups of products; the last one is not ended
+static std::map<std::pair<unsigned, float*>, Sums> sums_of;
+static auto& own_products()
+{
+    auto& groups = products_of[threadIdx.x];
+    if (groups.empty())
+        groups.emplace_back();
+    return groups;
+}
+static void begin_products() { meet_warp(); }
+static void end_products() { own_products().emplace_back(); }
+static void show_to_products() {}
+template <int LATER, int COUNT> void wait_for_products(float*)
+{
+    for (auto& groups = own_products(); groups.size() > LATER + 1; groups.pop_front())
+        for (auto& product : groups.front())
+            product();
+}
+template <int ROW_COUNT, bool ADDS> void multiply_group(float* sums, const uint4& a, unsigned long long rows)
+{
+    const int lane = own_lane();
+    const unsigned words[4] = {a.x, a.y, a.z, a.w};
+    for (int i = 0; i < 8; ++i)
+        lane_of(lane).a[i] = widen(words[i / 2] >> i % 2 * 16);
+    meet_warp();
+    std::vector<float> weights(32);  // of this lane's two outputs
+    for (int i = 0; i < 32; ++i)
+        weights[i] = lane_of(lane / 4 * 4 + i % 8 / 2).a[i % 16 / 8 * 4 + i / 16 * 2 + i % 2];
+    meet_warp();
+    Sums& own = sums_of[{threadIdx.x, sums}];
+    if (own.under_way++ == 0)
+        own.kept.assign(sums, sums + ROW_COUNT / 2);
+    else if (!ADDS)
+        fprintf(stderr, "a product overwrites sums that are under way\n"), abort();
+    std::fill(sums, sums + ROW_COUNT / 2, NAN);
+    own_products().back().push_back([=, &own] {
+        if (!std::isnan(sums[0]))
+            fprintf(stderr, "sums of a product were changed before it was made\n"), abort();
+        for (int i = 0; i < ROW_COUNT / 2; ++i) {
+            const char* row = attention_memory + (rows & 0x3fff) * 16 + i / 4 * (rows >> 32) * 16 + (lane % 4 * 2 + i % 2) * 16;
+            float sum = ADDS ? own.kept[i] : 0.f;
+            for (int k = 0; k < 16; ++k) {
+                unsigned short value;
+                memcpy(&value, row + k / 8 * 128 + k % 8 * 2, 2);
+                sum += weights[i / 2 % 2 * 16 + k] * widen(value);
+            }
+            own.kept[i] = sum;
+        }
+        if (--own.under_way == 0)
+            std::copy(own.kept.begin(), own.kept.end(), sums);
+    });
 }

@@ -89,7 +89,7 @@ def without(text: str, names: Iterable[str]) -> str:
     """A source less some of its functions."""
     for name in names:
         pattern = (
-            rf"^(template <int \w+> )?__device__ __forceinline__ [\w ]+ {name}\([^)]*\)\s*\{{(.*\}}$|\n(.*\n)*?\}}$)"
+            rf"^(template <[\w ,]+> )?__device__ __forceinline__ [\w ]+ {name}\([^)]*\)\s*\{{(.*\}}$|\n(.*\n)*?\}}$)"
         )
         text, count = re.subn(pattern, "", text, flags=re.MULTILINE)
         assert count, name

@@ -24,7 +24,10 @@ EMULATED = {
     "product.cuh": (),
     "product_kernel.cuh": (),
     "streamed_product.cuh": (),
-    "tiled_product.cuh": ("prefetch",),
+    "warpgroup.cuh": ("begin_products", "end_products", "wait_for_products", "show_to_products", "multiply_group"),
+    "tiled_copies.cuh": ("prefetch",),
+    "tiled_product.cuh": (),
+    "group_product.cuh": (),
     "layers.cuh": (),
     "ends.cuh": (),
 }
@@ -42,7 +45,7 @@ class EmulatedStep:
     """
 
     def __init__(self, arch: Architecture, rows: int, *, int8: bool, folder: Path, **division: int) -> None:
-        wanted = constants(arch, torch.float16, rows, 9, int8=int8) | division
+        self.constants = wanted = constants(arch, torch.float16, rows, 9, int8=int8) | division
         text = host_source()
         source = f'#include "{Path(__file__).parent / "emulated_step.h"}"\n{text}\n' + "\n".join(
             entry(name, text) for name in KERNELS

@@ -23,7 +23,7 @@ from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, ODD, WIDE, usage
 #: registers, so their numbers of rows add up
 BUILDS = [
     ("sm_80", 1, 8), ("sm_80", 64, 1), ("sm_86", 32, 2), ("sm_89", 128, 4),
-    ("sm_90", 1, 1), ("sm_90", 32, 8), ("sm_90", 64, 2), ("sm_90", 128, 4),
+    ("sm_90a", 1, 1), ("sm_90a", 32, 8), ("sm_90a", 64, 2), ("sm_90a", 128, 4),
     ("sm_100", 32, 8), ("sm_100", 128, 4),
     ("sm_120", 1, 2), ("sm_120", 32, 8), ("sm_120", 64, 1), ("sm_120", 128, 4),
 ]  # fmt: skip
@@ -31,7 +31,7 @@ BUILDS = [
 
 @pytest.mark.parametrize(("architecture", "rows", "warps"), BUILDS)
 def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int) -> None:
-    major = int(architecture.removeprefix("sm_")) // 10
+    major = int(architecture.strip("sm_a")) // 10
     wanted = constants(BASE, torch.float16, rows, major) | {"ATTENTION_WARPS": warps}
     cubin, log = compile_cubin("decode_step.cu", wanted, architecture)
     assert cubin[:4] == b"\x7fELF"
@@ -47,12 +47,12 @@ def test_numbers_of_warps_that_are_chosen_compile() -> None:
 @pytest.mark.parametrize(
     ("arch", "rows", "architecture"),
     [
-        (WIDE, 1, "sm_80"), (WIDE, 32, "sm_90"), (LARGE, 1, "sm_90"), (LARGE, 32, "sm_80"), (HUGE, 1, "sm_80"), (HUGE, 32, "sm_90"),
+        (WIDE, 1, "sm_80"), (WIDE, 32, "sm_90a"), (LARGE, 1, "sm_90a"), (LARGE, 32, "sm_80"), (HUGE, 1, "sm_80"), (HUGE, 32, "sm_90a"),
     ],
     ids=lambda value: f"d_model-{value.d_model}" if isinstance(value, Architecture) else str(value),
 )  # fmt: skip
 def test_large_models_compile_without_spills(arch: Architecture, rows: int, architecture: str) -> None:
-    major = int(architecture.removeprefix("sm_")) // 10
+    major = int(architecture.strip("sm_a")) // 10
     used = usage(compile_cubin("decode_step.cu", constants(arch, torch.float16, rows, major), architecture)[1])
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
@@ -60,13 +60,13 @@ def test_large_models_compile_without_spills(arch: Architecture, rows: int, arch
 @pytest.mark.parametrize(
     ("arch", "rows", "architecture"),
     [
-        (BASE, 1, "sm_90"), (BASE, 32, "sm_80"), (BASE, 128, "sm_90"), (BASE, 32, "sm_120"), (WIDE, 1, "sm_90"), (WIDE, 32, "sm_90"),
-        (LARGE, 8, "sm_90"), (LARGE, 64, "sm_90"),
+        (BASE, 1, "sm_90a"), (BASE, 32, "sm_80"), (BASE, 128, "sm_90a"), (BASE, 32, "sm_120"), (WIDE, 1, "sm_90a"), (WIDE, 32, "sm_90a"),
+        (LARGE, 8, "sm_90a"), (LARGE, 64, "sm_90a"),
     ],
     ids=lambda value: f"d_model-{value.d_model}" if isinstance(value, Architecture) else str(value),
 )  # fmt: skip
 def test_kernels_with_8_bit_weights_compile_without_spills(arch: Architecture, rows: int, architecture: str) -> None:
-    major = int(architecture.removeprefix("sm_")) // 10
+    major = int(architecture.strip("sm_a")) // 10
     used = usage(
         compile_cubin("decode_step.cu", constants(arch, torch.float16, rows, major, int8=True), architecture)[1]
     )
@@ -90,11 +90,11 @@ def test_kernels_with_8_bit_weights_compile_without_spills(arch: Architecture, r
 def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int) -> None:
     assert refusal(arch, dtype) is None
     wanted = constants(arch, dtype, rows, 9)
-    _, log = compile_cubin("decode_step.cu", wanted, "sm_90")
+    _, log = compile_cubin("decode_step.cu", wanted, "sm_90a")
     assert set(usage(log)) == {*KERNELS, *(["attend_shared"] if has_shared_attention(wanted) else [])}
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_120"])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -169,10 +169,10 @@ def test_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_store_that_cannot_be_written_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "store").write_text("a file where the folder would be")
-    cubin = stored_cubin("token_step.cu", {}, "sm_90", EngineStore(tmp_path / "store"))
+    cubin = stored_cubin("token_step.cu", {}, "sm_90a", EngineStore(tmp_path / "store"))
     assert cubin[:4] == b"\x7fELF" and "not kept for the next process" in caplog.text
 
 
 def test_compile_error_contains_the_compilers_message() -> None:
     with pytest.raises(BackendError, match=r"sm_90 .*NOT_A_NUMBER"):
-        compile_cubin("decode_step.cu", constants(BASE, torch.float16, 1) | {"E": "NOT_A_NUMBER"}, "sm_90")  # type: ignore[dict-item]
+        compile_cubin("decode_step.cu", constants(BASE, torch.float16, 1) | {"E": "NOT_A_NUMBER"}, "sm_90a")  # type: ignore[dict-item]

@@ -21,7 +21,10 @@ from tests.kernels.step_emulation import EmulatedStep
 GATED = replace(ODD, d_model=72, d_ff=104, num_heads=3, d_kv=24, vocab_size=67, activation="gelu_new")
 #: every warp has several k tiles, more than it holds
 LONG = replace(ODD, d_model=16, d_ff=6200, num_heads=1, d_kv=16, vocab_size=20, activation="relu", gated=False)
+#: what warp groups can multiply
+GROUPED = replace(ODD, d_model=256, d_ff=72, num_heads=3, d_kv=24, vocab_size=67)
 TOLERANCE = 2e-3
+MOST_ROWS = 70
 
 
 @dataclass
@@ -56,13 +59,14 @@ def run(arch: Architecture, kernels: EmulatedStep, rows: int, *, int8: bool) -> 
     m = {name: matrix.double() for name, matrix in m.items()}
     b = StepBuffers.allocate(arch, torch.float16, rows, 1, torch.device("cpu"), int8=int8)
     table = torch.randn((arch.vocab_size, arch.d_model), generator=generator).half()
-    tokens = torch.randint(0, arch.vocab_size, (40,), generator=generator, dtype=torch.int32)[:rows].clone()
-    attended = torch.randn((40, inner), generator=generator).half()[:rows]
+    tokens = torch.randint(0, arch.vocab_size, (MOST_ROWS,), generator=generator, dtype=torch.int32)[:rows].clone()
+    attended = torch.randn((MOST_ROWS, inner), generator=generator).half()[:rows]
     capacity, position = 4, (torch.arange(rows) % 4).int()
     cache = torch.full((2, rows, heads, capacity, width), torch.nan, dtype=torch.float16)
     logits = torch.full((rows, arch.vocab_size), torch.nan)
     b.best.zero_()
-    put(b.attended, attended, int8=int8)
+    halves = kernels.constants["WARPGROUPS"] > 0
+    put(b.attended, attended, int8=int8, halves=halves)
     sizes = {"model": arch.d_model, "inner": inner, "hidden": arch.d_ff}
     count = {name: padded(size, int8=int8) // 16 for name, size in sizes.items()}
     outputs = dict(zip(PRODUCTS, (3 * count["inner"], count["model"], count["inner"], count["hidden"], count["model"], tiles(arch.vocab_size)), strict=True))  # fmt: skip
@@ -110,7 +114,7 @@ def run(arch: Architecture, kernels: EmulatedStep, rows: int, *, int8: bool) -> 
     stream = reference.add_attention(m["self_out"], attended.double(), stream, 2.0)
     start("feed_forward_in", weights["wi"], b.copy, b.squares, scales, other, b.inner, rows, 1e-6)
     inside = reference.feed_forward_in(m["wi"], stream, 1e-6, arch.activation, gated=arch.gated)
-    keep("inner", unpack_activations(b.inner, rows, arch.d_ff, 32 if int8 else 16), inside)
+    keep("inner", unpack_activations(b.inner, rows, arch.d_ff, 32 if int8 else 16, halves=halves), inside)
     start("feed_forward_out", weights["wo"], b.inner, b.stream, b.copy, b.squares, other, rows, 1.5)
     stream = reference.feed_forward_out(m["wo"], inside, stream, 1.5)
     keep("stream", b.stream[:rows, : arch.d_model], stream)
@@ -121,12 +125,15 @@ def run(arch: Architecture, kernels: EmulatedStep, rows: int, *, int8: bool) -> 
     return Results(made, expected)
 
 
-def put(stored: torch.Tensor, rows: torch.Tensor, *, int8: bool) -> None:
+def put(stored: torch.Tensor, rows: torch.Tensor, *, int8: bool, halves: bool) -> None:
     """Write [R, columns] where products read them."""
     tile = 32 if int8 else 16
     plain = stored.new_zeros(stored.shape)
     plain[: len(rows), : rows.shape[1]] = rows
-    stored.copy_(plain.view(-1, 8, stored.shape[1] // tile, tile).transpose(1, 2).reshape(stored.shape))
+    parts = plain.view(-1, 8, stored.shape[1] // tile, tile).transpose(1, 2)
+    if halves:
+        parts = parts.reshape(*parts.shape[:3], 4, 2, 2).permute(0, 1, 4, 2, 3, 5)
+    stored.copy_(parts.reshape(stored.shape))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +162,23 @@ def test_products_equal_references_and_rows_do_not_depend_on_their_number(
             assert got.isfinite().all(), name
             assert float((got.double() - wanted).norm() / wanted.norm()) < TOLERANCE, name
             assert torch.equal(got, most.setdefault(name, got)[:rows]), name
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "room"),
+    [(GROUPED, 40, 32), (GROUPED, 70, 208), (replace(GROUPED, d_model=2048, d_ff=40), 33, 208)],
+    ids=["steps in turns", "all steps at once", "two steps a part"],
+)
+def test_warp_groups_make_the_same_bits(emulated: Any, arch: Architecture, rows: int, room: int) -> None:
+    """Five tiles of outputs by groups of four, in CTAs of 32 and of 64 rows."""
+    kernels = emulated(arch, rows, int8=False, TILED_SHARED=room * 1024)
+    assert kernels.constants["WARPGROUPS"] == (4 if rows <= 64 else 8)
+    got = run(arch, kernels, rows, int8=False)
+    for name, made in got.made.items():
+        wanted = got.expected[name]
+        assert float((made.double() - wanted).norm() / wanted.norm()) < TOLERANCE, name
+    few = run(arch, emulated(arch, 3, int8=False), 3, int8=False).made
+    assert {name for name, made in few.items() if not torch.equal(made, got.made[name][:3])} == set()
 
 
 def test_results_do_not_depend_on_what_a_cta_takes(emulated: Any) -> None:

@@ -13,7 +13,9 @@ SOURCES = sorted([*ROOT.glob("t5_trt/**/*.cu"), *ROOT.glob("t5_trt/**/*.cuh")])
 #: loops that count, and over what: a name, a member or a number against another one, perhaps with sums; nothing is read from memory
 COUNTS = re.compile(r"^[\w.\s+*/%()&:-]+(<=|<|>=|>)[\w.\s+*/%()&:-]+$")
 #: instructions that wait for what comes by itself: the kernel before, own copies and products, the blocks of a cluster, which run at the same time
-WAITS = re.compile(r"griddepcontrol\.wait|cp\.async\.wait_(group|all)|wgmma\.wait_group[\w.]*|barrier\.cluster\.(arrive|wait)\b.*")
+WAITS = re.compile(
+    r"griddepcontrol\.wait|cp\.async\.wait_(group|all)|wgmma\.wait_group[\w.]*|barrier\.cluster\.(arrive|wait)\b.*"
+)
 READS = re.compile(r"\b(atomic\w+|__ld\w+|volatile)\b|\[|\*\s*\(")
 
 

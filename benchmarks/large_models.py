@@ -144,6 +144,7 @@ def gigabytes(size: float) -> float:
 
 def compile_kernels(ours: Any, store: Path, rows: Sequence[int]) -> None:
     """Have the kernels for some numbers of rows compiled side by side; the measured process loads them from the store."""
+    from t5_trt.kernels.compile import architecture_name
     from t5_trt.kernels.decode_step import constants
 
     arch, dtype, int8 = ours.session.arch, ours.session.dtype, ours.session.precision == "int8"

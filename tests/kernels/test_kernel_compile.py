@@ -176,5 +176,5 @@ def test_store_that_cannot_be_written_causes_a_warning(tmp_path: Path, caplog: p
 
 
 def test_compile_error_contains_the_compilers_message() -> None:
-    with pytest.raises(BackendError, match=r"sm_90 .*NOT_A_NUMBER"):
+    with pytest.raises(BackendError, match=r"sm_90a .*NOT_A_NUMBER"):
         compile_cubin("decode_step.cu", constants(BASE, torch.float16, 1) | {"E": "NOT_A_NUMBER"}, "sm_90a")  # type: ignore[dict-item]

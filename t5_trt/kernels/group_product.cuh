@@ -8,6 +8,7 @@
 template <int TOTAL, int K_TILES>
 struct GroupProduct : TiledCopies<TOTAL, 4, WARPGROUPS, K_TILES, 4> {
     static constexpr bool IS_NORMED = true;
+    static constexpr int WIDTH = 4;  // outputs that a thread hands over
     typedef TiledCopies<TOTAL, 4, WARPGROUPS, K_TILES, 4> Copies;
     using Copies::STEP, Copies::STEPS, Copies::STEPS_A_PART, Copies::DEPTH, Copies::LEAD, Copies::WEIGHT_BYTES, Copies::OWN_ROWS, Copies::lane;
     static_assert(Copies::EVEN, "a warp group multiplies whole steps");
@@ -66,6 +67,13 @@ struct GroupProduct : TiledCopies<TOTAL, 4, WARPGROUPS, K_TILES, 4> {
 #pragma unroll
         for (int i = 0; i < MADE; ++i)
             sums[0][i / 4][i % 4] += part[i];
+    }
+
+    // Four outputs of a tile for one row, all counted from the first.
+    static __device__ __forceinline__ float4 total(int, int tile, int output, int row)
+    {
+        const float4 *first = (const float4*)Copies::sum_of(tile, output, row), a = first[0], b = first[Copies::SUMS / 4];
+        return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
     }
 };
 #endif

@@ -25,6 +25,24 @@ typedef NarrowProduct<HD_TILES, QUERY_TILES, ROW_TILES, E_K, true> QueryProduct;
 typedef WideProduct<IN_EACH * FF_TILES, IN_EACH * IN_TILES, GATED || IN_TILES % 2 == 0 ? 2 : 1> InProduct;
 typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, FF_K, false> OutProduct;
 
+// Store what a thread has of an output, or of four neighbouring ones.
+__device__ __forceinline__ void put(float* to, float value) { *to = value; }
+__device__ __forceinline__ void put(float* to, const float4& values) { *(float4*)to = values; }
+__device__ __forceinline__ float activated(float first, float second) { return GATED ? activate(first) * second : activate(first); }
+#if STORAGE != FLOAT32
+__device__ __forceinline__ void put(stored* to, float value) { *to = narrow(value); }
+__device__ __forceinline__ void put(stored* to, const float4& values) { *(uint2*)to = {narrow_two(values.x, values.y), narrow_two(values.z, values.w)}; }
+#endif
+__device__ __forceinline__ void put_activated(stored* to, float first, float second) { *to = narrow(activated(first, second)); }
+#if WARPGROUPS
+// Of four neighbouring columns two are in each half (`activation_index`).
+__device__ __forceinline__ void put_activated(stored* to, const float4& first, const float4& second)
+{
+    ((unsigned*)to)[0] = narrow_two(activated(first.x, second.x), activated(first.y, second.y));
+    ((unsigned*)to)[BLOCK / 8] = narrow_two(activated(first.z, second.z), activated(first.w, second.w));
+}
+#endif
+
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
 //   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];
 //   keys, values [rows][H][capacity][D]; position int32 [rows]
@@ -33,7 +51,7 @@ project_qkv(const uint4* weights, const stored* copy, const float* squares, cons
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
     product<QkvProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
-        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int first, int output, int row, const float* y, int place) {
+        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int first, int output, int row, const auto* y, int place) {
         if (row >= rows)
             return;
         const long long at = ((long long)row * H * capacity + place) * D;
@@ -44,9 +62,9 @@ project_qkv(const uint4* weights, const stored* copy, const float* squares, cons
             if (column >= HD || which > 2)
                 continue;
             if (which == 0)
-                query[(long long)row * HD_PAD + column] = y[i];
+                put(query + (long long)row * HD_PAD + column, y[i]);
             else
-                (which == 1 ? keys : values)[at + (long long)(column / D) * capacity * D + column % D] = narrow(y[i]);
+                put((which == 1 ? keys : values) + at + (long long)(column / D) * capacity * D + column % D, y[i]);
         }
     });
 }
@@ -119,15 +137,14 @@ feed_forward_in(const uint4* weights, const stored* copy, const float* squares, 
                 int rows, float epsilon)
 {
     product<InProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
-                       [&](int first, int output, int row, const float* y, int) {
+                       [&](int first, int output, int row, const auto* y, int) {
         if (row >= rows)
             return;
 #pragma unroll
         for (int i = 0; i < InProduct::TOGETHER / IN_EACH; ++i) {
             const int tile = first / IN_EACH + i;
-            const float value = GATED ? activate(y[2 * i]) * y[2 * i + GATED] : activate(y[i]);
             if (tile < FF_TILES)
-                inner[activation_index(row, tile * 16 + output, FF_PAD)] = narrow(value);
+                put_activated(inner + activation_index(row, tile * 16 + output, FF_PAD), y[IN_EACH * i], y[IN_EACH * i + GATED]);
         }
     });
 }

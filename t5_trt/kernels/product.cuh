@@ -133,7 +133,7 @@ constexpr int MOST_HELD = 12;
 // TOTAL: tiles of outputs in all. OWN_ROW_TILES: tiles of 8 rows of a CTA.
 template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
-    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
+    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, WIDTH = 1, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32

@@ -10,7 +10,7 @@ constexpr int STREAMED_BYTES = 220 * 1024;
 // TOTAL: tiles of outputs in all. OUT_TILES: of a CTA. IN_ONE: tiles whose outputs are handed over together.
 template <int TOTAL, int OUT_TILES, int IN_ONE, int OWN_ROW_TILES, int K_TILES>
 struct StreamedProduct {
-    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = IN_ONE, TURNS = OUT_TILES / IN_ONE, INPUTS = K_TILES;
+    static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = IN_ONE, TURNS = OUT_TILES / IN_ONE, WIDTH = 1, INPUTS = K_TILES;
     static constexpr int WARPS = PRODUCT_WARPS, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8, CTAS = 1;
     static constexpr bool IS_NORMED = true, STAGED = OWN_ROW_TILES > 1;  // rows lie in shared memory, those of one row tile in registers
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;

@@ -130,10 +130,10 @@ struct TiledCopies {
     }
     __device__ __forceinline__ void end_turn(int) {}
 
-    // One output of a tile for one row, both counted from the first.
-    static __device__ __forceinline__ float total(int, int tile, int output, int row)
+
+    // Where the first half's sum of an output of a tile for a row lies, all counted from the first; the second half's is SUMS behind.
+    static __device__ __forceinline__ const float* sum_of(int tile, int output, int row)
     {
-        const float* first = (const float*)shared + (tile * OWN_ROWS + row) * STRIDE + output;
-        return first[0] + first[SUMS];
+        return (const float*)shared + (tile * OWN_ROWS + row) * STRIDE + output;
     }
 };

@@ -6,6 +6,7 @@
 template <int TOTAL, int OUT_TILES, int K_TILES>
 struct TiledProduct : TiledCopies<TOTAL, OUT_TILES, 8, K_TILES, OUT_TILES / (OUT_TILES >= 4 ? 2 : 1) * 2> {
     static constexpr bool IS_NORMED = true;
+    static constexpr int WIDTH = 1;
     static constexpr int WARP_TILES = OUT_TILES >= 4 ? 2 : 1, WARP_ROW_TILES = 4, ROW_WARPS = 8 / WARP_ROW_TILES, HALF_WARPS = OUT_TILES / WARP_TILES * ROW_WARPS;
     typedef TiledCopies<TOTAL, OUT_TILES, 8, K_TILES, HALF_WARPS> Copies;
     using Copies::STEP, Copies::STEPS, Copies::STEPS_A_PART, Copies::LEAD, Copies::EVEN, Copies::WEIGHT_BYTES, Copies::lane;
@@ -70,5 +71,12 @@ struct TiledProduct : TiledCopies<TOTAL, OUT_TILES, 8, K_TILES, OUT_TILES / (OUT
                     sums[t][r][i] += part[t][r][i];
                     part[t][r][i] = 0.f;
                 }
+    }
+
+    // One output of a tile for one row, both counted from the first.
+    static __device__ __forceinline__ float total(int, int tile, int output, int row)
+    {
+        const float* first = Copies::sum_of(tile, output, row);
+        return first[0] + first[Copies::SUMS];
     }
 };

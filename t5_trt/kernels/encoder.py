@@ -18,7 +18,15 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels.launching import LoadedModule, launch
 
 SOURCE = "encoder.cu"
-KERNELS = ("attend_encoder", "attend_encoder_wide", "list_keys", "list_queries", "add_and_norm", "activate_inner", "split_heads")
+KERNELS = (
+    "attend_encoder",
+    "attend_encoder_wide",
+    "list_keys",
+    "list_queries",
+    "add_and_norm",
+    "activate_inner",
+    "split_heads",
+)
 #: keys of a tile (``KEYS`` in ``encoder_attention.cuh``)
 KEYS = 64
 #: columns of the residual stream that a CTA can hold

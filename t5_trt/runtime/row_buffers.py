@@ -13,10 +13,9 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, bucket_length
-from t5_trt.runtime.row_sources import RowSources
+from t5_trt.runtime.row_sources import SMALLEST_SOURCE, BatchSize, RowSources, Source
 from t5_trt.runtime.session import Session
 
-SMALLEST_SOURCE = 16
 #: steps after which room is given up: a long request mostly comes after a long one, and to move all rows takes as long as several steps
 KEPT_STEPS = 32
 
@@ -234,7 +233,14 @@ class SupportsToList(Protocol):
 
 @runtime_checkable
 class RowSession(Session, Protocol):
-    """A session that decodes rows at positions of their own; see `t5_trt.runtime.session.Session` for the rest."""
+    """A session that decodes rows at positions of their own; see `t5_trt.runtime.session.Session` for the rest.
+
+    Attributes:
+        batch_size: of sources that are encoded together; None: they are packed, without padding, whatever their lengths.
+    """
+
+    @property
+    def batch_size(self) -> BatchSize | None: ...  # noqa: D102 - see above
 
     def rows_refusal(self) -> str | None:
         """Why it cannot, with what to do, or None: what it decodes with may have one position for all rows."""
@@ -244,12 +250,8 @@ class RowSession(Session, Protocol):
         """New buffers for up to so many rows; where kernels are to be compiled for them, this waits for it."""
         ...
 
-    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
-        """Encode sources for rows. On a GPU this returns before it is done, and may run beside steps.
-
-        Args:
-            ids_and_mask: int64 [2, B, S] on the CPU.
-        """
+    def encode_rows(self, sources: Sequence[Source]) -> RowSources:
+        """Encode sources for rows. On a GPU this returns before it is done, and may run beside steps."""
         ...
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:

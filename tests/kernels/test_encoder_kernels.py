@@ -19,7 +19,7 @@ from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
 from t5_trt.kernels.decode_step import model_constants
 from t5_trt.kernels.encoder import KERNELS, SOURCE, refusal, relative_bias
-from t5_trt.runtime.captured_encoder import CapturedEncoder
+from t5_trt.runtime.captured_encoder import CapturedEncoder, CapturedSizes
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_encoder import KernelEncoder, open_encoder
 from t5_trt.runtime.torch_layers import NO_KEY, TorchEncoder
@@ -241,7 +241,7 @@ def test_padded_size_gives_what_the_exact_one_gives(emulated: Callable[..., Emul
     mask[1] = 0
     captured = CapturedEncoder(
         lambda *given: (encoder.run(given[0], None, given[1]), torch.empty(0, 0, 0, 0, 32, 0)),
-        CPU,
+        CapturedSizes(CPU),
     )
     assert error(captured.run(ids, mask)[0], encoder.run(ids, None, mask)) < 2e-3
 

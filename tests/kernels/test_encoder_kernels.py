@@ -226,6 +226,19 @@ def test_encoder_equals_hugging_face(emulated: Callable[..., EmulatedKernels], k
 
 
 @torch.no_grad()
+def test_packed_encoder_gives_what_a_batch_gives(emulated: Callable[..., EmulatedKernels]) -> None:
+    encoder, lengths = Encoders(make_hugging_face("t5-v1.1"), emulated).kernels, (21, 1, 64, 40)
+    starts = torch.tensor([0, *lengths, 0, 0]).cumsum(0)
+    ids, mask = torch.randint(2, 90, (sum(lengths) + 6,)), torch.ones(sum(lengths) + 6, dtype=torch.int64)
+    mask[23:50] = 0
+    hidden = encoder.run_packed(ids, mask, starts)
+    for begin, length in zip(starts.tolist(), lengths, strict=False):
+        own = slice(begin, begin + length)
+        expected = encoder.run(ids[None, own], None, mask[None, own])[0]
+        assert hidden[own].isfinite().all() and error(hidden[own], expected) < 2e-3
+
+
+@torch.no_grad()
 def test_overflowing_checkpoint_stays_finite(emulated: Callable[..., EmulatedKernels]) -> None:
     hugging_face, inputs = swollen(make_hugging_face("t5-v1.1"), 30.0, 1e3), batch(3)
     ours = Encoders(hugging_face, emulated)

@@ -16,9 +16,9 @@ import torch
 from t5_trt.errors import BackendError, RequestCancelledError
 from t5_trt.runtime.kernel_rows import FetchedTokens
 from t5_trt.runtime.row_buffers import RowBuffers
-from t5_trt.runtime.row_sources import RowSources
+from t5_trt.runtime.row_sources import RowSources, Source, common_size, own_size
 from t5_trt.serving import Engine, running
-from t5_trt.serving.sources import by_length, common_size, own_size
+from t5_trt.serving.sources import by_length
 from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
 from tests.stand_in_kernels import kernels_pair
 from tests.tiny_models import make_hugging_face
@@ -26,7 +26,7 @@ from tests.tiny_models import make_hugging_face
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
-    return kernels_pair(monkeypatch, tmp_path)
+    return kernels_pair(monkeypatch, tmp_path, packs=True)
 
 
 @pytest.fixture
@@ -56,21 +56,42 @@ def test_random_requests_get_the_tokens_of_generate_alone(ours: Any) -> None:
 def test_more_sources_are_encoded_than_there_are_free_rows(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     session, sizes = ours.session, []
     encode = session.encode_rows
-    monkeypatch.setattr(session, "encode_rows", lambda given: sizes.append(tuple(given[0].shape)) or encode(given))
+    monkeypatch.setattr(
+        session, "encode_rows", lambda given: sizes.append([len(ids) for ids, _ in given]) or encode(given)
+    )
     with engine_as_on_a_gpu(ours, max_rows=8) as engine:
         long = [engine.submit(source(seed), **LONG) for seed in range(7)]
         until(lambda: engine.stats().running == 7 and engine.stats().steps > 8)
         sizes.clear()
         with engine._scheduler._lock:  # all of them wait before the next look
-            made = [engine_job(engine, source(seed, 9)) for seed in range(6)]
+            made = [engine_job(engine, source(seed, 9 + 20 * seed % 70)) for seed in range(6)]
         for job in made:
             job.wait(None, PATIENCE_S)
         for handle in long:
             handle.cancel()
-    # one free row and half of 8: five of them, in a size of powers of two; then the rest once those have rows
-    assert sizes == [(8, 16), (1, 16)]
+    # one free row and half of 8: five of them, whatever their lengths; then the rest once those have rows
+    assert sizes == [[9, 29, 49, 69, 19], [39]]
     for seed, job in enumerate(made):
-        assert torch.equal(job.sequences, alone(ours, source(seed, 9), max_new_tokens=6))
+        assert torch.equal(job.sequences, alone(ours, source(seed, 9 + 20 * seed % 70), max_new_tokens=6))
+
+
+def test_an_encoder_of_padded_batches_gets_batches_of_similar_lengths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, ours = kernels_pair(monkeypatch, tmp_path)
+    encoder, sizes = ours.session._encoder, []
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda *given: sizes.append(tuple(given[0].shape)) or encode(*given))
+    lengths = (9, 90, 13, 100, 11)
+    with engine_as_on_a_gpu(ours, max_rows=8) as engine:
+        with engine._scheduler._lock:
+            made = [engine_job(engine, source(length, length)) for length in lengths]
+        engine._scheduler._calls.put(None)
+        for job in made:
+            job.wait(None, PATIENCE_S)
+    assert sizes == [(4, 16), (2, 128)]
+    for job, length in zip(made, lengths, strict=True):
+        assert torch.equal(job.sequences, alone(ours, source(length, length), max_new_tokens=6))
 
 
 class Held(RowSources):
@@ -84,7 +105,7 @@ class Held(RowSources):
         return not self.held.is_set()
 
     def follow(self) -> None:
-        self.followed.append(len(self.bias))
+        self.followed.append(len(self.places))
 
 
 @pytest.fixture
@@ -92,9 +113,9 @@ def held(ours: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The encoder of a GPU that takes as long as this is set."""
     encode = ours.session.encode_rows
 
-    def encode_rows(given: torch.Tensor) -> Held:
+    def encode_rows(given: Sequence[Source]) -> Held:
         sources = encode(given)
-        return Held(sources.cross, sources.bias)
+        return Held(sources.cross, sources.bias, sources.places)
 
     monkeypatch.setattr(ours.session, "encode_rows", encode_rows)
     Held.held.clear()

@@ -256,7 +256,9 @@ def test_a_step_by_an_engine_is_refused_with_what_to_do(monkeypatch: pytest.Monk
         Engine(ours)
 
 
-def test_a_step_starts_before_the_last_one_s_tokens_are_known(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_steps_start_before_the_tokens_of_the_last_one_are_known(
+    ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     step, tolist = ours.session.step_rows, FetchedTokens.tolist
 
@@ -273,11 +275,30 @@ def test_a_step_starts_before_the_last_one_s_tokens_are_known(ours: Any, monkeyp
     with engine_as_on_a_gpu(ours, max_rows=2) as engine:
         greedy = engine.submit(source(), max_new_tokens=5).result(PATIENCE_S)
         until(lambda: engine.stats().running == 0)
-        assert events == ["step", "step", "read", "step", "read", "step", "read", "step", "read", "read"]
+        assert events == ["step"] * 3 + ["read", "step"] * 2 + ["read"] * 3
         events.clear()
         engine.submit(source(), max_new_tokens=3, do_sample=True, seed=1).result(PATIENCE_S)
         assert events == ["step", "read"] * 3
     assert torch.equal(greedy, alone(ours, source(), max_new_tokens=5))
+
+
+def test_rows_come_and_go_while_steps_are_under_way(ours: Any) -> None:
+    """Of every length from one token on; rows that choose stop the steps ahead, and those go on after them."""
+    chance = random.Random(7)
+    requests = [(source(seed, 3 + seed), {"max_new_tokens": 1 + seed % 5}) for seed in range(30)]
+    for place in (11, 12, 25):
+        requests[place][1].update(do_sample=True, seed=place)
+    with engine_as_on_a_gpu(ours, max_rows=4) as engine:
+        handles = []
+        for ids, settings in requests:
+            handles.append(engine.submit(ids, **settings))
+            if chance.random() < 0.3:
+                until(lambda: handles[-1].tokens)
+        results = [handle.result(PATIENCE_S) for handle in handles]
+        until(lambda: engine.stats().running == 0)
+        assert engine.stats().tokens == sum(len(handle.tokens) for handle in handles)
+    for (ids, settings), result in zip(requests, results, strict=True):
+        assert torch.equal(result, alone(ours, ids, **settings))
 
 
 def test_requests_that_end_by_their_end_token_get_nothing_behind_it(ours: Any) -> None:

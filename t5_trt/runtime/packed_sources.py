@@ -4,7 +4,8 @@ How data flows, all of it in the encoder's stream (see `t5_trt.runtime.row_sourc
 
     host     ids [T], mask [T], starts [R + 1] and cross bias [T] of up to R sources -> page-locked memory -> one copy to the GPU
     encoder  hidden states [T, E]: a CUDA graph of the size (T, R), of which there are few; what is behind the last source is nobody's
-    rows     cross-attention's product with the t tokens in use -> K/V [L, 2, H, t, D] in memory of their own; each source has a slice
+    rows     cross-attention's product -> K/V [L, 2, H, T, D] in memory of their own, of which each source has a slice; such memory has few
+             sizes, so that what a batch frees does for a later one
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class PackedEncoder:
     def run(self, sources: Sequence[Source], hidden_bias: float) -> RowSources:
         """What rows read of sources; `hidden_bias` is the value of the cross bias that hides a token."""
         lengths = [len(ids) for ids, _ in sources]
-        used, size = sum(lengths), packed_size(lengths)
+        size = packed_size(lengths)
         numbers = self._beside.host_memory(_count(*size) + size[0] // 2)
         starts = _write(numbers.numpy(), sources, size, hidden_bias)
         uploaded = self._beside.upload(numbers)
@@ -54,7 +55,7 @@ class PackedEncoder:
         else:
             (hidden,), _ = self._sizes.run(("packed", *size), lambda: (torch.zeros_like(inputs),), load, work)
         places = [(0, begin, length) for begin, length in zip(starts, lengths, strict=True)]
-        return self._beside.sources(self._form.cross(hidden[None, :used]), bias[None], places)
+        return self._beside.sources(self._form.cross(hidden[None]), bias[None], places)
 
     def _encoded(self, size: tuple[int, int], inputs: Tensors) -> Tensors:
         """Hidden states [T, E] of what `_write` has written."""

@@ -35,6 +35,7 @@ BARE_TESTS = (
     "test_kernel_shapes.py",
     "test_wide_products.py",
     "test_encoder_kernels.py",
+    "test_packed_sources.py",
     "test_cuda_backend.py",
     "test_int8.py",
     "test_parity_cuda.py",

@@ -58,12 +58,19 @@ def encoder() -> None:
 
     import torch
 
-    from tests.gpu.encoder_cases import check, check_residual_sum_and_norm, check_split_heads, random_mask
+    from tests.gpu.encoder_cases import (
+        check,
+        check_packed,
+        check_residual_sum_and_norm,
+        check_split_heads,
+        random_mask,
+    )
     from tests.gpu.step_cases import SMALL
 
     for width, length in ((64, 1), (64, 150), (40, 70), (128, 65)):
         arch = replace(SMALL, d_kv=width, num_heads=2)
         check(arch, torch.float16, random_mask(3, length, random.Random(length)), length)
+    check_packed(replace(SMALL, num_heads=2), torch.float16, (70, 0, 128, 1, 63), random.Random(0))
     for size in (72, 1536):
         check_residual_sum_and_norm(size)
     check_split_heads()

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_models
 from benchmarks.kernel_models import attempt, base_name, keep, named_backends, open_model, t5_base
 from t5_trt.runtime.cuda_session import CudaSession
-from t5_trt.runtime.row_sources import encode_in_turn
+from t5_trt.runtime.row_sources import common_size, encode_in_turn
 from t5_trt.serving import Engine
 from t5_trt.tools.records import Record
 
@@ -201,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--in-turn", action="store_true", help="encode in the stream of the steps, to compare")
     given = parser.parse_args(arguments)
     if given.in_turn:
-        CudaSession.encode_rows = encode_in_turn  # type: ignore[assignment, method-assign]
+        CudaSession.batch_size = staticmethod(common_size)  # type: ignore[assignment]
+        CudaSession.encode_rows = partialmethod(encode_in_turn, size=common_size)  # type: ignore[assignment, method-assign]
     end, failed, hugging_face = time.monotonic() + given.seconds, False, t5_base(given.layers)
     for backend in named_backends(given.backends):
         model = open_model(backend, hugging_face, "fp16", given.store)

@@ -1,8 +1,9 @@
-"""Stand-ins for the decoder kernels and for CUDA graphs on a CPU: torch does a step, and a recording runs its work."""
+"""Stand-ins for the kernels and for CUDA graphs on a CPU: torch does a step, references encode, and a recording runs its work."""
 
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.engine.store import EngineStore
+from t5_trt.graph.architecture import Architecture
 from t5_trt.graph.fp16_scaling import Fp16Scaling
+from t5_trt.kernels import reference
+from t5_trt.kernels.encoder import EncoderKernels, KeyLists
 from t5_trt.runtime import captured_encoder, cuda_session, kernel_decoder, weight_updates
+from t5_trt.runtime.kernel_encoder import KernelEncoder
 from t5_trt.runtime.step_buffers import select_tokens
 from tests.launched_kernels import LaunchedKernels
 from tests.tiny_models import make_hugging_face
@@ -79,13 +84,62 @@ class TorchSteps(kernel_decoder.KernelDecoder):
             rows.name_best(step.buffers.best[: len(given.tokens)])
 
 
+class ReferenceKernels(EncoderKernels):
+    """The encoder's kernels by their references, in any type. Of key lists, `hide` is the mask and `lists` where packed sources begin."""
+
+    def __init__(self, arch: Architecture) -> None:
+        self._arch = arch
+
+    def list_keys(self, mask: torch.Tensor) -> KeyLists:
+        return KeyLists(mask, torch.empty(0))
+
+    def list_packed(self, mask: torch.Tensor, starts: torch.Tensor, *, wide: bool | None = None) -> KeyLists:
+        return KeyLists(mask, starts)
+
+    def attend(
+        self, qkv: torch.Tensor, keys: KeyLists, bias: torch.Tensor, *, wide: bool | None = None
+    ) -> torch.Tensor:
+        heads, table = self._arch.num_heads, bias / math.log2(math.e)
+        if qkv.dim() == 3:
+            return reference.attend_encoder(qkv, keys.hide, table, heads)
+        return reference.attend_packed(qkv, keys.hide, keys.lists, table, heads)
+
+    def add_and_norm(
+        self,
+        stream: torch.Tensor,
+        branch: torch.Tensor | None,
+        scale: float,
+        epsilon: float,
+        weight: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        added = torch.zeros_like(stream) if branch is None else branch
+        summed, made = reference.add_and_norm(stream, added, scale, epsilon, weight)
+        stream.copy_(summed)
+        return made.to(dtype)
+
+    def activate(self, inner: torch.Tensor) -> torch.Tensor:
+        return reference.activate_inner(inner, self._arch.activation, gated=self._arch.gated)
+
+    def split_heads(self, made: torch.Tensor, matrices: int) -> torch.Tensor:
+        return reference.split_heads(made, matrices, self._arch.num_heads).contiguous()
+
+
 def best_of(logits: torch.Tensor) -> torch.Tensor:
     """As the kernel of the output matrix leaves it: the order of the largest logit, and behind it the token, inverted."""
     return (torch.ones(len(logits), dtype=torch.int64) << 32) | (~logits.argmax(-1) & 0xFFFFFFFF)
 
 
-def kernels_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str = "t5-v1.1") -> tuple[Any, Any]:
-    """(Hugging Face model of a kind, ours on the backend "cuda" with the stand-ins)."""
+def kernels_pair(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str = "t5-v1.1", *, packs: bool = False
+) -> tuple[Any, Any]:
+    """(Hugging Face model of a kind, ours on the backend "cuda" with the stand-ins); with `packs`, kernels encode, and sources are packed."""
+    if packs:
+        monkeypatch.setattr(
+            cuda_session,
+            "open_encoder",
+            lambda arch, *rest: KernelEncoder(ReferenceKernels(arch), arch, *rest[:3]),
+        )
     monkeypatch.setattr(kernel_decoder, "capture", Recording)
     monkeypatch.setattr(captured_encoder, "capture", Recording)
     monkeypatch.setattr(weight_updates, "capture", Recording)

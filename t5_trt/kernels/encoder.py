@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels.launching import LoadedModule, launch
 
 SOURCE = "encoder.cu"
-KERNELS = ("attend_encoder", "attend_encoder_wide", "list_keys", "add_and_norm", "activate_inner", "split_heads")
+KERNELS = (
+    "attend_encoder",
+    "attend_encoder_wide",
+    "list_keys",
+    "list_queries",
+    "add_and_norm",
+    "activate_inner",
+    "split_heads",
+)
 #: keys of a tile (``KEYS`` in ``encoder_attention.cuh``)
 KEYS = 64
 #: columns of the residual stream that a CTA can hold
@@ -35,6 +44,23 @@ def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
     if arch.d_model > MOST_COLUMNS:
         return f"d_model is {arch.d_model}; the kernels take up to {MOST_COLUMNS}"
     return None
+
+
+@dataclass(frozen=True)
+class KeyLists:
+    """What attention reads of the masks, and of where sources lie.
+
+    Attributes:
+        hide: float32 [B, tiles * KEYS], 0 or -inf, where a source has a tile.
+        lists: int32 [B, tiles + 2], which tiles of keys a source looks at.
+        places: int32 [CTAs, 4], which queries of packed sources a CTA has; None for a batch [B, S].
+        wide: whether such a CTA has as many queries as fit.
+    """
+
+    hide: torch.Tensor
+    lists: torch.Tensor
+    places: torch.Tensor | None = None
+    wide: bool = False
 
 
 class EncoderKernels:
@@ -61,45 +87,68 @@ class EncoderKernels:
         self._heads, self._width, self._inner = constants["H"], constants["D"], constants["FF"]
         self._gated, self._processors = bool(constants["GATED"]), processors
 
-    def list_keys(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def list_keys(self, mask: torch.Tensor) -> KeyLists:
         """The key lists that `attend` reads, from a mask, int64 [B, S] and contiguous: 0 hides a token, `NO_KEY` marks a place without one."""
         batch, length = mask.shape
-        tiles = -(-length // KEYS)
-        hide = torch.empty((batch, tiles * KEYS), device=mask.device)
-        lists = torch.empty((batch, tiles + 2), dtype=torch.int32, device=mask.device)
-        self._launch("list_keys", (batch,), 256, mask, hide, lists, length, tiles)
+        return KeyLists(*self._listed(mask, None, batch, length))
+
+    def list_packed(self, mask: torch.Tensor, starts: torch.Tensor, *, wide: bool | None = None) -> KeyLists:
+        """As `list_keys`, of sources that lie one behind another.
+
+        Args:
+            mask: int64 [T], contiguous.
+            starts: int64 [B + 1], the first token of each source, and behind the last token of all; a source may have none.
+            wide: see `attend`.
+        """
+        tokens, sources = len(mask), len(starts) - 1
+        hide, lists = self._listed(mask, starts, sources, tokens)
+        if wide is None:
+            wide = self._keeps_busy(-(-tokens // self._attention["attend_encoder_wide"][0]))
+        queries, _ = self._attention["attend_encoder_wide" if wide else "attend_encoder"]
+        places = torch.empty((tokens // queries + sources, 4), dtype=torch.int32, device=mask.device)
+        count = len(places)
+        self._launch("list_queries", (-(-count // 128),), 128, starts, places, sources, count, queries)
+        return KeyLists(hide, lists, places, wide)
+
+    def _listed(
+        self, mask: torch.Tensor, starts: torch.Tensor | None, sources: int, longest: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tiles = -(-longest // KEYS)
+        hide = torch.empty((sources, tiles * KEYS), device=mask.device)
+        lists = torch.empty((sources, tiles + 2), dtype=torch.int32, device=mask.device)
+        self._launch("list_keys", (sources,), 256, mask, starts, hide, lists, longest, tiles)
         return hide, lists
 
     def attend(
-        self,
-        qkv: torch.Tensor,
-        keys: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor,
-        *,
-        wide: bool | None = None,
+        self, qkv: torch.Tensor, keys: KeyLists, bias: torch.Tensor, *, wide: bool | None = None
     ) -> torch.Tensor:
-        """Attention of every token to the tokens of its row.
+        """Attention of every token to the tokens of its source.
 
         Args:
-            qkv: [B, S, 3 * H * D], contiguous.
-            keys: of `list_keys`.
+            qkv: [B, S, 3 * H * D], contiguous; [T, 3 * H * D] of packed sources.
+            keys: of `list_keys`, or of `list_packed`.
             bias: float32 [H, 2 * n + 1] of `relative_bias`.
-            wide: whether a CTA takes as many queries as fit; None: if that keeps the GPU busy. Results are equal.
+            wide: whether a CTA takes as many queries as fit; None: if that keeps the GPU busy. Results are equal. Packed sources
+                have it in `keys`.
 
         Returns:
-            [B, S, H * D].
+            [B, S, H * D] or [T, H * D]; of packed sources, what belongs to none is not written.
         """
-        batch, length = qkv.shape[:2]
-        out = qkv.new_empty((batch, length, self._heads * self._width))
-        if wide is None:
-            queries = self._attention["attend_encoder_wide"][0]
-            wide = -(-length // queries) * self._heads * batch >= 2 * self._processors
+        out, length, places = qkv.new_empty((*qkv.shape[:-1], self._heads * self._width)), qkv.shape[-2], keys.places
+        if places is not None:
+            wide = keys.wide
+        elif wide is None:
+            wide = self._keeps_busy(-(-length // self._attention["attend_encoder_wide"][0]) * len(qkv))
         name = "attend_encoder_wide" if wide else "attend_encoder"
         queries, shared = self._attention[name]
-        grid = (-(-length // queries), self._heads, batch)
-        sizes = (length, keys[0].shape[1] // KEYS, bias.shape[1] // 2)
-        self._launch(name, grid, 128, qkv, *keys, bias, out, *sizes, shared=shared)
+        grid = (-(-length // queries), self._heads, len(qkv)) if places is None else (self._heads, len(places))
+        sizes = (length, keys.hide.shape[1] // KEYS, bias.shape[1] // 2)
+        self._launch(name, grid, 128, qkv, keys.hide, keys.lists, bias, out, places, *sizes, shared=shared)
         return out
+
+    def _keeps_busy(self, tiles: int) -> bool:
+        """Whether that many CTAs for each head are enough for the GPU."""
+        return tiles * self._heads >= 2 * self._processors
 
     def add_and_norm(
         self,

@@ -4,6 +4,9 @@
 // and with them the relative bias of the tile: a value for each distance, as a score's bias depends on key - query only.
 // Which tiles of keys there are to look at, and which keys of them are hidden, `list_keys` has said; what a query gets depends on neither
 // the rows beside it nor M_TILES.
+//
+// Sources come as a batch of one length, or packed, one behind another without padding between them: then `list_queries` has said which queries
+// of which source a CTA has. Tiles begin where a source begins, so that a packed source gets the bits that it would get in a batch.
 #pragma once
 #include "tensor_cores.cuh"
 #if STORAGE == FLOAT32
@@ -58,9 +61,9 @@ __device__ __forceinline__ float most_of_four(float value)
 // What a CTA copies into shared memory.
 template <int M_TILES> struct AttentionTiles {
     typedef AttentionMemory<M_TILES> Memory;
-    const stored* qkv;   // of the row and head: [S][3 HD]
+    const stored* qkv;   // of the source and head: [S][3 HD]
     const float* bias;   // of the head, [2 limit + 1]
-    const float* hide;   // of the row
+    const float* hide;   // of the source
     unsigned memory;
     int query0, length, limit;
     bool uniform;
@@ -244,21 +247,29 @@ template <int M_TILES> struct AttentionState {
     }
 };
 
-// Grid (tiles of QUERIES, H, B).
+// Grid (tiles of QUERIES, H, B), or (H, places): those without queries come last.
 template <int M_TILES>
-__device__ __forceinline__ void attend(const stored* qkv, const float* hide, const int* lists, const float* bias, stored* out, int length,
-                                       int key_tiles, int limit)
+__device__ __forceinline__ void attend(const stored* qkv, const float* hide, const int* lists, const float* bias, stored* out, const int4* places,
+                                       int length, int key_tiles, int limit)
 {
     extern __shared__ __align__(16) char attention_memory[];
     typedef AttentionMemory<M_TILES> Memory;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, row = blockIdx.z;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int head = blockIdx.y, row = blockIdx.z, query0 = blockIdx.x * Memory::QUERIES;
+    long long begin = (long long)row * length;  // the source's first token
+    if (places) {
+        const int4 place = places[blockIdx.y];
+        head = blockIdx.x, begin = place.x, length = place.y, query0 = place.z, row = place.w;
+        if (length == 0)
+            return;
+    }
     const int* list = lists + (long long)row * (key_tiles + 2);
     const int count = list[0];
     const bool uniform = list[1];
     list += 2;
     const unsigned memory = (unsigned)__cvta_generic_to_shared(attention_memory);
-    const AttentionTiles<M_TILES> tiles = {qkv + (long long)row * length * (3 * HD) + head * D, bias + head * (2 * limit + 1),
-                                           hide + (long long)row * key_tiles * KEYS, memory, (int)blockIdx.x * Memory::QUERIES, length, limit, uniform};
+    const AttentionTiles<M_TILES> tiles = {qkv + begin * (3 * HD) + head * D, bias + head * (2 * limit + 1),
+                                           hide + (long long)row * key_tiles * KEYS, memory, query0, length, limit, uniform};
     const int first = warp * M_TILES * 16;  // query of the warp within the CTA
     const float* line = (const float*)(attention_memory + Memory::BIAS) + Memory::QUERIES - 1 - first - lane / 4 + lane % 4 * 2;
     const float* own_hide = (const float*)(attention_memory + Memory::HIDE) + lane % 4 * 2;
@@ -290,37 +301,44 @@ __device__ __forceinline__ void attend(const stored* qkv, const float* hide, con
         wait_for_group<0>();
         __syncthreads();
     }
-    state.write(attention_memory + first * PITCH, out + (long long)row * length * HD + head * D, tiles.query0 + first, length, lane);
+    state.write(attention_memory + first * PITCH, out + begin * HD + head * D, tiles.query0 + first, length, lane);
 }
 
 // qkv [B][S][3][H][D]; hide float32 [B][key_tiles * 64] and lists int32 [B][key_tiles + 2] of `list_keys`; bias float32 [H][2 limit + 1], of
-// key - query from -limit to limit, times log2(e); out [B][S][H][D].
+// key - query from -limit to limit, times log2(e); out [B][S][H][D]; places: null. Packed: qkv [T][3][H][D], out [T][H][D], places of
+// `list_queries`, which `length` is not needed with; nothing is written for tokens of no source.
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attend_encoder(const stored* qkv, const float* hide, const int* lists, const float* bias, stored* out, int length, int key_tiles, int limit)
+attend_encoder(const stored* qkv, const float* hide, const int* lists, const float* bias, stored* out, const int4* places, int length,
+               int key_tiles, int limit)
 {
-    attend<1>(qkv, hide, lists, bias, out, length, key_tiles, limit);
+    attend<1>(qkv, hide, lists, bias, out, places, length, key_tiles, limit);
 }
 
 // The same with as many queries of a CTA as fit: fewer reads of keys and values, and fewer CTAs.
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attend_encoder_wide(const stored* qkv, const float* hide, const int* lists, const float* bias, stored* out, int length, int key_tiles, int limit)
+attend_encoder_wide(const stored* qkv, const float* hide, const int* lists, const float* bias, stored* out, const int4* places, int length,
+                    int key_tiles, int limit)
 {
-    attend<MOST_TILES>(qkv, hide, lists, bias, out, length, key_tiles, limit);
+    attend<MOST_TILES>(qkv, hide, lists, bias, out, places, length, key_tiles, limit);
 }
 
-// Which keys of a row are to be looked at: those that the mask shows, or all tokens where it hides every one, with equal weights.
+// Which keys of a source are to be looked at: those that the mask shows, or all tokens where it hides every one, with equal weights.
 //   mask int64 [B][S], 0 hides a token, NO_KEY: there is none; hide float32 [B][key_tiles * 64], 0 or -inf;
-//   lists int32 [B][key_tiles + 2]: number of tiles, whether weights are equal, then 2 * tile + (has it hidden keys)
+//   lists int32 [B][key_tiles + 2]: number of tiles, whether weights are equal, then 2 * tile + (has it hidden keys);
+//   starts: null, or of packed sources int64 [B + 1], the first token of each, and behind the last one's last; then mask is [T].
 // Grid (B), a whole number of warps.
-extern "C" __global__ void list_keys(const long long* mask, float* hide, int* lists, int length, int key_tiles)
+extern "C" __global__ void list_keys(const long long* mask, const long long* starts, float* hide, int* lists, int length, int key_tiles)
 {
-    mask += (long long)blockIdx.x * length, hide += (long long)blockIdx.x * key_tiles * KEYS, lists += (long long)blockIdx.x * (key_tiles + 2);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    long long begin = (long long)blockIdx.x * length;
+    if (starts)
+        begin = starts[blockIdx.x], length = starts[blockIdx.x + 1] - begin;
+    mask += begin, hide += (long long)blockIdx.x * key_tiles * KEYS, lists += (long long)blockIdx.x * (key_tiles + 2);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (length + KEYS - 1) / KEYS;
     bool shows = false;
     for (int i = threadIdx.x; i < length; i += blockDim.x)
         shows |= mask[i] != 0 && mask[i] != NO_KEY;
     const bool uniform = !__syncthreads_or(shows);
-    for (int tile = warp; tile < key_tiles; tile += blockDim.x / 32) {
+    for (int tile = warp; tile < tiles; tile += blockDim.x / 32) {
         bool used[2];
         for (int k = 0; k < 2; ++k) {
             const int key = tile * KEYS + k * 32 + lane;
@@ -335,8 +353,8 @@ extern "C" __global__ void list_keys(const long long* mask, float* hide, int* li
     if (warp > 0)
         return;
     int count = 0;
-    for (int tile0 = 0; tile0 < key_tiles; tile0 += 32) {
-        const int entry = tile0 + lane < key_tiles ? lists[2 + tile0 + lane] : -1;
+    for (int tile0 = 0; tile0 < tiles; tile0 += 32) {
+        const int entry = tile0 + lane < tiles ? lists[2 + tile0 + lane] : -1;
         const unsigned there = __ballot_sync(0xffffffffu, entry >= 0);  // all lanes have read before one writes
         if (entry >= 0)
             lists[2 + count + __popc(there & ((1u << lane) - 1))] = entry;
@@ -345,4 +363,23 @@ extern "C" __global__ void list_keys(const long long* mask, float* hide, int* li
     }
     if (lane == 0)
         lists[0] = count, lists[1] = uniform;
+}
+
+// Which queries each CTA of `attend_encoder` has of packed sources, one source after the other.
+//   starts int64 [sources + 1], as of `list_keys`; queries: of a CTA; places [count]: a source's first token, its length (0: no source is left),
+//   the first query in it, and its number
+// Grid (count / 128), 128 threads.
+extern "C" __global__ void list_queries(const long long* starts, int4* places, int sources, int count, int queries)
+{
+    const int place = blockIdx.x * blockDim.x + threadIdx.x;
+    if (place >= count)
+        return;
+    int4 found = make_int4(0, 0, 0, 0);
+    for (int source = 0, left = place; source < sources; ++source) {
+        const int begin = starts[source], length = starts[source + 1] - begin, tiles = (length + queries - 1) / queries;
+        if (left >= 0 && left < tiles)
+            found = make_int4(begin, length, left * queries, source);
+        left -= tiles;
+    }
+    places[place] = found;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -115,6 +116,29 @@ def attend_encoder(qkv: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor, he
         weights = scores.masked_fill(~shown, -torch.inf).softmax(-1)
         made.append((weights @ v[row]).transpose(0, 1).flatten(1))
     return torch.stack(made)
+
+
+def attend_packed(
+    qkv: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor, bias: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """As `attend_encoder` of sources that lie one behind another; what belongs to none becomes NaN.
+
+    Args:
+        qkv: [T, 3 * H * D].
+        mask: int64 [T].
+        starts: int64 [B + 1], the first token of each source, and behind the last token of all.
+        bias: see `attend_encoder`.
+        heads: H.
+
+    Returns:
+        [T, H * D].
+    """
+    made = qkv.new_full((len(qkv), qkv.shape[1] // 3), torch.nan)
+    places = starts.tolist()
+    for begin, end in pairwise(places):
+        if end > begin:
+            made[begin:end] = attend_encoder(qkv[None, begin:end], mask[None, begin:end], bias, heads)[0]
+    return made
 
 
 def add_and_norm(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,7 +23,7 @@ from t5_trt.runtime.kernel_encoder import open_encoder
 from t5_trt.runtime.kernel_rows import KernelRowBuffers
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
-from t5_trt.runtime.row_sources import RowSources
+from t5_trt.runtime.row_sources import BatchSize, RowSources, Source
 from t5_trt.runtime.session import GenerationStep, TokenSelector
 from t5_trt.runtime.torch_layers import TorchDecoder
 from t5_trt.runtime.weight_updates import WeightUpdates
@@ -184,13 +184,15 @@ class CudaSession:
         with self._at_work():
             return self._steps.row_buffers(rows)
 
-    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
+    @property
+    def batch_size(self) -> BatchSize | None:
+        """See `t5_trt.runtime.row_buffers.RowSession`."""
+        return self._encoder.batch_size
+
+    def encode_rows(self, sources: Sequence[Source]) -> RowSources:
         """See `t5_trt.runtime.row_buffers.RowSession.encode_rows`: in the encoder's stream."""
-        beside = self._encoder.beside
-        with beside.current(), taking_turns(self._lock, self._encoding, self._forget):
-            ids, mask = beside.upload(ids_and_mask)
-            _, cross = self._encoder.encode(ids, None, mask)
-            return beside.sources(cross.kv, self.cross_bias(mask, cross)[:, 0, 0])
+        with self._encoder.beside.current(), taking_turns(self._lock, self._encoding, self._forget):
+            return self._encoder.encode_rows(sources, self._hidden)
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""

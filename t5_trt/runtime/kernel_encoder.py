@@ -13,7 +13,7 @@ from t5_trt.graph.fp16_scaling import Fp16Scaling
 from t5_trt.graph.parameters import CROSS_KV, EMBEDDING
 from t5_trt.kernels.compile import LEAST_CAPABILITY, architecture_name, stored_cubin
 from t5_trt.kernels.decode_step import model_constants
-from t5_trt.kernels.encoder import MOST_CTAS, SOURCE, EncoderKernels, refusal, relative_bias
+from t5_trt.kernels.encoder import MOST_CTAS, SOURCE, EncoderKernels, KeyLists, refusal, relative_bias
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.torch_layers import TorchEncoder
 
@@ -23,8 +23,8 @@ logger = logging.getLogger("t5_trt")
 class KernelEncoder(TorchEncoder):
     """A `TorchEncoder` with kernels between the matrix products.
 
-    The products include padding, because results for padding are returned too, as by Hugging Face, and a captured size is fixed.
-    Attention skips tiles of keys that are all padding.
+    The products of a batch include padding, because results for padding are returned too, as by Hugging Face, and a captured size is
+    fixed. Attention skips tiles of keys that are all padding. Packed sources have no padding between them.
 
     Args:
         kernels: compiled for the model.
@@ -32,6 +32,7 @@ class KernelEncoder(TorchEncoder):
     """
 
     name = "encoder (kernels)"
+    packs = True
 
     def __init__(
         self, kernels: EncoderKernels, arch: Architecture, weights: DeviceWeights, scaling: Fp16Scaling, precision: str
@@ -45,13 +46,20 @@ class KernelEncoder(TorchEncoder):
         """See `TorchEncoder.run`."""
         if len(mask) > MOST_CTAS:
             return super().run(input_ids, inputs_embeds, mask)
-        arch, weights, kernels = self._arch, self._weights, self._kernels
         stream = self._embed(input_ids, inputs_embeds)
         if inputs_embeds is not None:
             # it may be the caller's tensor, and the kernels add to it
             stream = stream.clone(memory_format=torch.contiguous_format)
-        shape, stream = mask.shape, stream.view(-1, arch.d_model)
-        keys = kernels.list_keys(mask.to(torch.int64).contiguous())
+        return self._layers(stream, self._kernels.list_keys(mask.to(torch.int64).contiguous()))
+
+    def run_packed(self, ids: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """See `TorchEncoder.run_packed`."""
+        return self._layers(self._embed(ids, None), self._kernels.list_packed(mask, starts))
+
+    def _layers(self, stream: torch.Tensor, keys: KeyLists) -> torch.Tensor:
+        """Hidden states of a stream, float32 [B, S, E] or [T, E], which is overwritten."""
+        arch, weights, kernels = self._arch, self._weights, self._kernels
+        shape, stream = stream.shape[:-1], stream.view(-1, arch.d_model)
         dtype, final = weights[EMBEDDING].dtype, weights["encoder.final_layer_norm.weight"]
         made = kernels.add_and_norm(stream, None, 1.0, arch.epsilon, None, dtype)
         biases: dict[

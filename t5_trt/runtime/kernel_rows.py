@@ -15,6 +15,7 @@ nothing but memory: it grows by doubling, and every growth costs new captures.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from t5_trt.runtime.row_buffers import RowBuffers
 
 #: rows of a group, of which kernels compute all or none
 GROUP = 8
+#: steps that may be started before anyone has seen the tokens of the first of them: what the host does between two steps may take as long
+STEPS_AHEAD = 2
 
 
 def padded_count(count: int, rows: int) -> int:
@@ -62,6 +65,34 @@ class FetchedTokens:
         return self._memory[: self._count].tolist()  # type: ignore[no-any-return]
 
 
+class HandedNumbers:
+    """Numbers on their way from the host to a GPU.
+
+    Args:
+        rows: entries of each of the four kinds.
+        on_gpu: they go to one.
+
+    Attributes:
+        written: int32 [4, rows].
+    """
+
+    def __init__(self, rows: int, on_gpu: bool) -> None:
+        self._memory = torch.zeros((4, rows), dtype=torch.int32, pin_memory=on_gpu)
+        self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self.written = self._memory.numpy()
+
+    def begin(self, target: torch.Tensor) -> None:
+        """Start to copy them."""
+        target.copy_(self._memory, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(target.device))
+
+    def wait(self) -> None:
+        """Wait until they are copied: what is on its way must stay as it is."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
 class KernelRowBuffers(RowBuffers):
     """As `RowBuffers`, with int32 numbers that the host hands over in one copy before each step.
 
@@ -87,41 +118,39 @@ class KernelRowBuffers(RowBuffers):
         self.best = torch.zeros(rows, dtype=torch.int32, device=device)
         self.logits = torch.zeros((rows, arch.vocab_size), device=device)
         self._arch = arch
-        self._host = torch.zeros((4, rows), dtype=torch.int32, pin_memory=on_gpu)
-        self._written = self._host.numpy()
+        self._chosen, self._given = self.numbers[0], self.numbers[1:]
         self._own = np.arange(rows, 2 * rows, dtype=np.int32)  # the places of the host's tokens
-        self._copied: Any = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        self._fetched = [FetchedTokens(rows, on_gpu) for _ in range(2)]
+        # the last one is the latest
+        self._handed = deque(HandedNumbers(rows, on_gpu) for _ in range(STEPS_AHEAD + 1))
+        self._fetched = deque(FetchedTokens(rows, on_gpu) for _ in range(STEPS_AHEAD + 1))
 
     def feed(self, tokens: Sequence[int], places: Sequence[int] | None = None) -> None:
         """See `RowBuffers.feed`; the GPU gets them with the step."""
-        if self._copied is not None:
-            self._copied.synchronize()  # what is still being copied must stay as it is
-        count = self.count
-        self._written[0, :count], self._written[0, count:], self._written[3] = tokens, 0, self._own
+        self._handed.rotate(-1)
+        self._handed[-1].wait()
+        count, written = self.count, self._handed[-1].written
+        written[0, :count], written[0, count:], written[3] = tokens, 0, self._own
         if places is not None:
             given = np.array(places, dtype=np.int32)
-            self._written[3, :count] = np.where(given < 0, self._own[:count], given)
+            written[3, :count] = np.where(given < 0, self._own[:count], given)
 
     def hand_over(self) -> None:
         """Copy the numbers of the rows in use to the GPU; those of all others are 0."""
-        count = self.count
-        self._written[1, :count], self._written[2, :count] = self._lengths[:count], self._sources[:count]
-        self._written[1:3, count:] = 0
-        self.numbers[0].copy_(self.best)  # not by the step, which may run more than once before it is captured
-        self.numbers[1:].copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self.numbers.device))
+        count, written = self.count, self._handed[-1].written
+        written[1, :count], written[2, :count] = self._lengths[:count], self._sources[:count]
+        written[1:3, count:] = 0
+        self._chosen.copy_(self.best)  # not by the step, which may run more than once before it is captured
+        self._handed[-1].begin(self._given)
 
     def take_tokens(self, count: int) -> None:
         """What a step of the first rows does first: find their tokens."""
         torch.index_select(self.numbers.view(-1), 0, self.numbers[4, :count], out=self.tokens[:count, 0])
 
     def fetch(self, made: torch.Tensor) -> FetchedTokens:
-        """See `RowBuffers.fetch`. Two steps' tokens can be under way."""
-        self._fetched.reverse()
-        self._fetched[0].begin(made)
-        return self._fetched[0]
+        """See `RowBuffers.fetch`. The tokens of `STEPS_AHEAD` steps can be under way, and of one that is being read."""
+        self._fetched.rotate(-1)
+        self._fetched[-1].begin(made)
+        return self._fetched[-1]
 
     def step(self, count: int, kernels: DecodeKernels, weights: StepWeights, embedding_scale: float) -> DecodeStep:
         """The step over the first `count` rows. All such steps share what kernels hand on, as none runs beside another."""
@@ -145,6 +174,6 @@ class KernelRowBuffers(RowBuffers):
 
     def _forget_addresses(self) -> None:
         """See `RowBuffers`; a step under way still uses them."""
-        if self._copied is not None:
+        if self.numbers.is_cuda:
             torch.cuda.current_stream(self.numbers.device).synchronize()
         super()._forget_addresses()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from t5_trt.runtime.kv_buffers import SMALLEST_BUCKET, CrossStates, DecoderState
 from t5_trt.runtime.onnxruntime_binding import BoundRows, BoundStep, LoadedGraph, bind
 from t5_trt.runtime.open_graph import open_graph
 from t5_trt.runtime.row_buffers import RowBuffers
-from t5_trt.runtime.row_sources import RowSources, encode_in_turn
+from t5_trt.runtime.row_sources import RowSources, Source, encode_in_turn, own_size
 from t5_trt.runtime.session import TokenSelector
 from t5_trt.runtime.top_tokens import best
 
@@ -56,7 +56,7 @@ class OrtSession:
         BackendError: onnxruntime cannot be imported.
     """
 
-    backend = "onnxruntime"
+    backend, batch_size = "onnxruntime", staticmethod(own_size)
     device = torch.device("cpu")
     dtype = torch.float32
     selector_tokens = SMALLEST_BUCKET
@@ -195,9 +195,9 @@ class OrtSession:
         kind = RowBuffers if self._steps is None else CpuRowBuffers
         return kind(self.arch, rows, dtype=real, bias_dtype=real, hidden=hidden, device=self.device)
 
-    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
+    def encode_rows(self, sources: Sequence[Source]) -> RowSources:
         """See `t5_trt.runtime.row_buffers.RowSession.encode_rows`."""
-        return encode_in_turn(self, ids_and_mask)
+        return encode_in_turn(self, sources, own_size)
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from t5_trt.runtime.kernel_decoder import BY_KERNELS, KernelDecoder
 from t5_trt.runtime.kernel_rows import KernelRowBuffers
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
-from t5_trt.runtime.row_sources import RowSources, encode_in_turn
+from t5_trt.runtime.row_sources import RowSources, Source, common_size, encode_in_turn
 from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 from t5_trt.runtime.step_buffers import Slot, cache_rows, made_rows
 from t5_trt.runtime.step_decoder import StepDecoder
@@ -61,6 +61,7 @@ class TrtSession:
 
     backend = "tensorrt"
     selector_tokens = 512  # a larger buffer costs nothing: a token selector's kernels read only the tokens in use
+    batch_size = staticmethod(common_size)
 
     def __init__(
         self,
@@ -287,9 +288,9 @@ class TrtSession:
         with self._at_work():
             return self._kernels.row_buffers(rows)
 
-    def encode_rows(self, ids_and_mask: torch.Tensor) -> RowSources:
+    def encode_rows(self, sources: Sequence[Source]) -> RowSources:
         """See `t5_trt.runtime.row_buffers.RowSession.encode_rows`."""
-        return encode_in_turn(self, ids_and_mask)
+        return encode_in_turn(self, sources, common_size)
 
     def step_rows(self, rows: RowBuffers, *, best_only: bool = False) -> torch.Tensor:
         """See `t5_trt.runtime.row_buffers.RowSession.step_rows`."""

@@ -32,9 +32,13 @@ class TorchEncoder:
         weights: in the session's type, with the norms' weights and the fp16 factors in the matrices, [inputs, outputs].
         scaling: those factors.
         precision: of the session.
+
+    Attributes:
+        packs: whether it takes packed sources.
     """
 
     name = "encoder (torch)"
+    packs = False
 
     def __init__(self, arch: Architecture, weights: DeviceWeights, scaling: Fp16Scaling, precision: str) -> None:
         self._arch, self._weights, self._scaling = arch, weights, scaling
@@ -74,6 +78,16 @@ class TorchEncoder:
             .mul(weights["encoder.final_layer_norm.weight"].float())
             .to(dtype)
         )
+
+    def run_packed(self, ids: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, E] of sources that lie one behind another; those of tokens that belong to none are undefined.
+
+        Args:
+            ids: int64 [T].
+            mask: int64 [T], as of `run`.
+            starts: int64 [R + 1], the first token of each source, and behind the last token of all; a source may have none.
+        """
+        raise NotImplementedError(f"the {self.name} takes batches of padded sources only; see `packs`")
 
     def cross(self, hidden: torch.Tensor) -> torch.Tensor:
         """Cross-attention keys and values [L, 2, B, H, S, D] of hidden states [B, S, E]."""

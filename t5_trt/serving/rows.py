@@ -26,8 +26,9 @@ class Row:
     Attributes:
         plain: it takes the token of the largest logit from now on.
         token: the last one that is known, which the next step decodes unless one is on its way.
-        place: of the row in the step that makes its next token; -1 while none does.
-        left: tokens that may still come.
+        place: of the row in the last step that was started; -1 where all of its tokens are known.
+        under_way: steps whose tokens are not known.
+        left: tokens that may still come, those of steps under way counted.
         vacant: its place is free.
         vacant_steps: which have decoded it since.
         over: the request has ended, whatever is on its way.
@@ -43,7 +44,7 @@ class Row:
         self._eos = job.prepared.eos
         self.plain = not job.prepared.do_sample and not job.prepared.processors
         self.token = job.prepared.prompt[-1]
-        self.place, self.vacant, self.vacant_steps, self.over = -1, False, 0, False
+        self.place, self.under_way, self.vacant, self.vacant_steps, self.over = -1, 0, False, 0, False
         self.left = job.prepared.limit - len(job.prepared.prompt)
 
     @property

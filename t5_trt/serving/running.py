@@ -1,18 +1,21 @@
 """The rows that decode: their steps, the tokens that steps make, and their ends.
 
-Where buffers remember what a step chose (on a GPU), the next step starts before the host has seen those tokens, and the host's work is
-done meanwhile. So a request that ends by an end token has one step too many, whose token nobody gets; an end by a length is known before.
+Where buffers remember what a step chose (on a GPU), the next `STEPS_AHEAD` steps start before the host has seen those tokens, and the
+host's work is done meanwhile. So a request that ends by an end token has that many steps too many, whose tokens nobody gets; an end by a
+length is known before.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import torch
 
 from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.runtime.cuda_graph import at_home
+from t5_trt.runtime.kernel_rows import STEPS_AHEAD
 from t5_trt.runtime.row_buffers import RowSession
 from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.handle import Job
@@ -59,7 +62,7 @@ class RunningRows:
         self._place: int | None = None  # of the row that `add` gave last; None behind all others
         self._leaving: list[Row] = []  # have no place any more; their last tokens are on their way
         self._choosing = 0  # rows that do not always take the token of the largest logit
-        self._started: StartedStep | None = None  # the step whose tokens nobody has seen
+        self._started: deque[StartedStep] = deque()  # steps whose tokens nobody has seen
         self._session, self._most, self._longest = session, most, longest
         self._limited = any(limit is not None for limit in longest)
         self._outbox, self._end, self._count = outbox, end, count
@@ -73,8 +76,8 @@ class RunningRows:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to do: rows, or a step whose tokens nobody has seen."""
-        return self.active > 0 or self._started is not None
+        """Whether there is something to do: rows, or steps whose tokens nobody has seen."""
+        return self.active > 0 or bool(self._started)
 
     @property
     def free(self) -> int:
@@ -100,7 +103,7 @@ class RunningRows:
         """Free the places of rows whose last token is on its way, and end those that must not go on."""
         for row in self.rows:
             job = row.job
-            if row.place >= 0 and row.left == 1:
+            if 0 < row.left == row.under_way:
                 if not row.vacant:
                     self._free(row)
                     self._leaving.append(row)
@@ -112,16 +115,16 @@ class RunningRows:
     def step(self, *, on_gpu: bool) -> None:
         """Decode one token of every row, and tell what steps have made; what is told waits in the outbox while rows decode on a GPU."""
         if self.active and self._buffers.remembers_tokens and not self._limited and not self._choosing:
-            before, self._started = self._started, self._start()
-            self._tell(before)
+            self._started.append(self._start())
+            self._tell(STEPS_AHEAD)
             self._outbox.send()
             return
-        self._tell(self._started)
+        self._tell()
         if self.active:
-            self._started = self._start()
+            self._started.append(self._start())
             if on_gpu:
                 self._outbox.send()
-            self._tell(self._started)
+            self._tell()
         if not (on_gpu and self.active):
             self._outbox.send()
         if not self.active:
@@ -130,7 +133,7 @@ class RunningRows:
     def fail(self) -> list[Job]:
         """Give up all rows; return their requests."""
         jobs = [row.job for row in (*(row for row in self.rows if not row.vacant), *self._leaving)]
-        self.rows, self._holes, self._leaving, self._started = [], [], [], None
+        self.rows, self._holes, self._leaving, self._started = [], [], [], deque()
         self.active = self._choosing = 0
         return jobs
 
@@ -151,16 +154,20 @@ class RunningRows:
             made = self._chosen(made, failures)
         for place, row in enumerate(rows):
             row.place = place
+            row.under_way += 1
         return StartedStep(list(rows), buffers.fetch(made), failures)
 
-    def _tell(self, started: StartedStep | None) -> None:
-        """Give each request the token that a step made for it; rows of those that end with it become free."""
-        if started is None:
-            return
+    def _tell(self, ahead: int = 0) -> None:
+        """Give requests the tokens that steps made for them, but for those of so many steps; rows of those that end become free."""
+        while len(self._started) > ahead:
+            self._tell_of(self._started.popleft())
+
+    def _tell_of(self, started: StartedStep) -> None:
+        """Give each request the token of a step."""
         tokens = started.tokens.tolist()  # the one wait for a GPU
-        if started is self._started:
-            self._started = None
-            for row in started.rows:
+        for row in started.rows:
+            row.under_way -= 1
+            if not self._started:
                 row.place = -1
         for place, error in started.failures.items():
             if not started.rows[place].over:

@@ -21,7 +21,7 @@ from t5_trt.serving.groups import GroupRunner, closed
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
 from t5_trt.serving.running import RunningRows
-from t5_trt.serving.sources import EncodedSource, EncodingBatch, by_length, common_size, own_size
+from t5_trt.serving.sources import EncodedSource, EncodingBatch, by_length
 from t5_trt.serving.stats import Stats, end_named
 
 logger = logging.getLogger("t5_trt")
@@ -33,9 +33,9 @@ ENCODED_TOKENS, ENCODED_AHEAD = 1024, 256
 ENCODED_TOKENS_GPU, AHEAD_GPU = 4096, 32
 #: requests beyond the free rows that are begun together, or half of all such; small batches leave a GPU idle
 AHEAD_TOGETHER = 24
-#: requests that are begun together at most: a batch of TensorRT's engines by default
+#: requests that are begun together at most: a batch of TensorRT's engines by default, and of packed sources
 ENCODED_ROWS_GPU = 32
-#: source tokens that are encoded as fast as a batch is begun; see `by_length`
+#: source tokens that are encoded as fast as a batch of padded sources is begun; see `by_length`
 BEGIN_TOKENS, BEGIN_TOKENS_GPU = 32, 640
 #: how often waiting groups are looked through for cancelled ones while no row is in use
 _LOOK_S = 0.05
@@ -230,9 +230,12 @@ class Scheduler:
 
     def _batches(self, jobs: list[Job]) -> list[list[Job]]:
         """Requests that are to be encoded together."""
+        size = self._session.batch_size
+        if size is None:
+            return [jobs]
         if self._on_gpu:
-            return by_length(jobs, common_size, BEGIN_TOKENS_GPU, CAPTURED_TOKENS)
-        return by_length(jobs, own_size, BEGIN_TOKENS)
+            return by_length(jobs, size, BEGIN_TOKENS_GPU, CAPTURED_TOKENS)
+        return by_length(jobs, size, BEGIN_TOKENS)
 
     def _most_arrivals(self, free: int, entering: bool) -> int:
         """Requests to take out of the queue; `free` rows have none, fewer than 0 where more requests than rows are on their way."""
@@ -268,7 +271,7 @@ class Scheduler:
         """Have batches encoded that are entering, behind a number of those that are being encoded already."""
         while begun < len(self._entering):
             try:
-                self._entering[begun] = self._entering[begun].begun(self._session, in_common_sizes=self._on_gpu)
+                self._entering[begun] = self._entering[begun].begun(self._session)
                 begun += 1
             except Exception as error:
                 for job in self._entering[begun].jobs:

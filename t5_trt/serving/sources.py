@@ -1,17 +1,14 @@
-"""Sources of requests that are about to get rows: encoded in batches, on a GPU some of them before there are rows for them."""
+"""Sources of requests that are about to get rows: encoded together, on a GPU some of them before there are rows for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from t5_trt.engine.profiles import power_of_two
-from t5_trt.runtime.captured_encoder import CAPTURED_TOKENS
-from t5_trt.runtime.row_buffers import SMALLEST_SOURCE, RowSession
-from t5_trt.runtime.row_sources import RowSources
+from t5_trt.runtime.row_buffers import RowSession
+from t5_trt.runtime.row_sources import BatchSize, RowSources
 from t5_trt.serving.handle import Job
 
 
@@ -42,23 +39,10 @@ class EncodingBatch:
     jobs: Sequence[Job]
     sources: RowSources | None = None
 
-    def begun(self, session: RowSession, *, in_common_sizes: bool) -> EncodingBatch:
-        """Have a session encode them.
-
-        Args:
-            session: of the model.
-            in_common_sizes: pad small batches to sizes that many have, as encoders on a GPU are captured by size.
-        """
-        lengths = self._lengths
-        rows, tokens = len(lengths), max(lengths)
-        if in_common_sizes:
-            common = common_size(rows, tokens)
-            rows, tokens = common if common[0] * common[1] <= CAPTURED_TOKENS else (rows, tokens)
-        ids_and_mask = np.zeros((2, rows, tokens), np.int64)
-        ids, mask = ids_and_mask
-        for place, (job, length) in enumerate(zip(self.jobs, lengths, strict=True)):
-            ids[place, :length], mask[place, :length] = job.input_ids[0].numpy(), job.attention_mask[0].numpy()
-        return EncodingBatch(self.jobs, session.encode_rows(torch.from_numpy(ids_and_mask)))
+    def begun(self, session: RowSession) -> EncodingBatch:
+        """Have a session encode them."""
+        sources = [(job.input_ids[0].numpy(), job.attention_mask[0].numpy()) for job in self.jobs]
+        return EncodingBatch(self.jobs, session.encode_rows(sources))
 
     @property
     def done(self) -> bool:
@@ -69,20 +53,12 @@ class EncodingBatch:
         """What each row will read. On a GPU the current stream waits for it, the host does not."""
         assert self.sources is not None
         self.sources.follow()
-        cross, bias = self.sources.cross, self.sources.bias
-        return [
-            EncodedSource(job, cross[:, :, place, :, :length], bias[place, :length])
-            for place, (job, length) in enumerate(zip(self.jobs, self._lengths, strict=True))
-        ]
-
-    @property
-    def _lengths(self) -> list[int]:
-        return [job.input_ids.shape[1] for job in self.jobs]
+        return [EncodedSource(job, *own) for job, own in zip(self.jobs, self.sources.split(), strict=True)]
 
 
 def by_length(
     jobs: Sequence[Job],
-    size: Callable[[int, int], tuple[int, int]],
+    size: BatchSize,
     begin_tokens: int,
     most_tokens: int | None = None,
 ) -> list[list[Job]]:
@@ -90,7 +66,7 @@ def by_length(
 
     Args:
         jobs: requests.
-        size: (requests, tokens of the longest) -> rows and tokens that are encoded, padding counted.
+        size: of a batch, padding counted.
         begin_tokens: as many take as long as to begin a batch.
         most_tokens: of a batch of several requests, padding counted.
     """
@@ -114,16 +90,3 @@ def by_length(
         batches.insert(0, ordered[begins[end] : end])
         end = begins[end]
     return batches
-
-
-def own_size(rows: int, tokens: int) -> tuple[int, int]:
-    """The size of a batch without padding of its own."""
-    return rows, tokens
-
-
-def common_size(rows: int, tokens: int) -> tuple[int, int]:
-    """The next size of those that many batches have: rows are powers of two, tokens are those and one and a half times those."""
-    room = power_of_two(tokens, SMALLEST_SOURCE)
-    if tokens <= room // 4 * 3 and room >= 4 * SMALLEST_SOURCE:  # smaller steps are none of a captured encoder's
-        room = room // 4 * 3
-    return power_of_two(rows, 1), room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +80,34 @@ def check(arch: Architecture, dtype: torch.dtype, mask: torch.Tensor, seed: int)
     assert torch.equal(made[1], made[2]), "nor does another run"
     last = own.attend(qkv[-1:].clone(), own.list_keys(mask[-1:].clone()), bias)
     assert torch.equal(last, made[0][-1:]), "nor do other rows"
+
+
+def check_packed(arch: Architecture, dtype: torch.dtype, lengths: Sequence[int], chance: random.Random) -> torch.Tensor:
+    """Sources of some lengths one behind another, in a drawn order, of which the last one shows nothing.
+
+    Returns:
+        What attention has left behind the last source.
+    """
+    own, order = kernels(arch, dtype), chance.sample(lengths, len(lengths))
+    room = sum(order) + 77
+    starts = torch.tensor([0, *order]).cumsum(0)
+    qkv = random_qkv(1, room, arch, dtype, len(lengths))[0]
+    qkv[starts[-1] :] = torch.nan  # which nothing may read
+    mask = torch.tensor([int(chance.random() < 0.9) for _ in range(room)]).cuda()
+    mask[starts[-2] :] = 0  # the last source shows nothing
+    table = 3 * torch.randn((arch.num_buckets, arch.num_heads), device="cuda")
+    buckets = distance_buckets(arch.num_buckets, arch.max_distance, bidirectional=True).cuda()
+    bias, given = relative_bias(table, buckets), starts.cuda()
+    made = [own.attend(qkv, own.list_packed(mask, given, wide=wide), bias) for wide in (False, True, None)]
+    for begin, length in zip(starts.tolist(), order, strict=False):
+        part = slice(begin, begin + length)
+        if length:
+            alone = own.attend(qkv[None, part].clone(), own.list_keys(mask[None, part].clone()), bias)[0]
+            assert all(torch.equal(each[part], alone) for each in made), length
+    expected = reference.attend_packed(qkv.double(), mask, starts, table.double()[buckets].t(), arch.num_heads)
+    used = int(starts[-1])
+    assert error(made[0][:used], expected[:used]) < ROUNDED[dtype]
+    return torch.stack(made)[:, used:]
 
 
 def check_residual_sum_and_norm(size: int) -> None:

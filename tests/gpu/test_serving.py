@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from t5_trt.serving import Engine
 from t5_trt.serving.handle import Job
 from t5_trt.serving.rows import Row, device_processors
 from t5_trt.serving.settings import SettingsReader
+from tests.gpu.encoder_cases import error
 from tests.row_cases import Alone
 from tests.row_cases import step as row_step
 from tests.serving_requests import LONG, PATIENCE_S, drawn_settings, source, until
@@ -111,24 +113,26 @@ def test_a_row_taken_over_has_the_bits_of_a_cache_of_its_own(model_of: Any) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_sources_are_encoded_beside_steps_without_waiting(model_of: Any, precision: str) -> None:
-    """The bits are those of the session's other form, and the host waits for nothing once a size is captured."""
+    """The values are those of each source alone, and the host waits for nothing once a size is captured."""
     session = model_of(precision=precision).session
-    given = torch.stack((torch.randint(2, VOCAB, (4, 32)), torch.ones((4, 32), dtype=torch.int64)))
-    given[1, 1, 20:] = 0
-    ids, mask = given.cuda()
+    sources = [(np.array(source(length, length)), np.ones(length, np.int64)) for length in (32, 5, 64, 17)]
+    sources[2][1][20:] = 0
     for _ in range(2):  # the second one is captured
-        session.encode_rows(given)
+        session.encode_rows(sources)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sources = session.encode_rows(given)
-        sources.follow()
+        made = session.encode_rows(sources)
+        made.follow()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    copied = sources.cross.clone(), sources.bias.clone()
-    _, cross = session.encode(ids, None, mask)
-    assert torch.equal(copied[0], cross.kv) and sources.done
-    assert torch.equal(copied[1], session.cross_bias(mask, cross)[:, 0, 0])
+    copied = [(cross.clone(), bias.clone()) for cross, bias in made.split()]
+    for (ids, mask), (cross, bias) in zip(sources, copied, strict=True):
+        given = torch.from_numpy(mask)[None].cuda()
+        _, alone = session.encode(torch.from_numpy(ids)[None].cuda(), None, given)
+        assert error(cross, alone.kv[:, :, 0]) < (1e-5 if precision == "fp32" else 1e-2)
+        assert torch.equal(bias, session.cross_bias(given, alone)[0, 0, 0])
+    assert made.done
 
 
 def test_rows_decode_while_the_encoder_is_busy(model_of: Any) -> None:

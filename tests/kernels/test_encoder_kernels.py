@@ -19,7 +19,7 @@ from t5_trt.kernels import reference
 from t5_trt.kernels.compile import compile_cubin
 from t5_trt.kernels.decode_step import model_constants
 from t5_trt.kernels.encoder import KERNELS, SOURCE, refusal, relative_bias
-from t5_trt.runtime.captured_encoder import CapturedEncoder
+from t5_trt.runtime.captured_encoder import CapturedEncoder, CapturedSizes
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.kernel_encoder import KernelEncoder, open_encoder
 from t5_trt.runtime.torch_layers import NO_KEY, TorchEncoder
@@ -131,10 +131,35 @@ def check_attention(kernels: EmulatedKernels, arch: Architecture, dtype: torch.d
     assert torch.equal(alone, made[0][1:2]), "nor do other rows"
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "lengths"),
+    [(SMALL, torch.float16, (0, 130, 1, 64, 33, 0, 128, 7)), (FORTY, torch.bfloat16, (70, 3)), (NARROW, torch.float16, (0, 0))],
+    ids=["many", "two", "none"],
+)  # fmt: skip
+def test_packed_sources_get_the_bits_of_each_alone(
+    emulated: Callable[..., EmulatedKernels], arch: Architecture, dtype: torch.dtype, lengths: tuple[int, ...]
+) -> None:
+    kernels, generator, room = emulated(arch, dtype), torch.Generator().manual_seed(0), sum(lengths) + 5
+    qkv = torch.randn((room, 3 * arch.num_heads * arch.d_kv), generator=generator).to(dtype)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    qkv[starts[-1] :] = torch.nan  # which nothing may read
+    mask = torch.ones(room, dtype=torch.int64)
+    mask[starts[1] : starts[1] + 70] = 0  # a part of a source, or all of it
+    table = 3 * torch.randn((arch.num_buckets, arch.num_heads), generator=generator)
+    bias = relative_bias(table, distance_buckets(arch.num_buckets, 20, bidirectional=True))
+    made = [kernels.attend(qkv, kernels.list_packed(mask, starts, wide=wide), bias) for wide in (False, True)]
+    for begin, length in zip(starts.tolist(), lengths, strict=False):
+        own = slice(begin, begin + length)
+        if length:
+            alone = kernels.attend(qkv[None, own].clone(), kernels.list_keys(mask[None, own].clone()), bias)[0]
+            assert all(torch.equal(each[own], alone) for each in made), length
+    assert all(each[starts[-1] :].isnan().all() for each in made), "nothing is written behind the last source"
+
+
 def test_tiles_that_hide_all_are_left_out(emulated: Callable[..., EmulatedKernels]) -> None:
     mask = torch.zeros((2, 64 * 35 + 5), dtype=torch.int64)
     mask[0, 64:128], mask[0, 64 * 34 + 1] = 1, 1
-    _, lists = emulated(SMALL).list_keys(mask)
+    lists = emulated(SMALL).list_keys(mask).lists
     assert lists[0, :4].tolist() == [2, 0, 2, 2 * 34 + 1]
     assert lists[1].tolist() == [36, 1, *(2 * tile for tile in range(35)), 2 * 35 + 1]
 
@@ -201,6 +226,19 @@ def test_encoder_equals_hugging_face(emulated: Callable[..., EmulatedKernels], k
 
 
 @torch.no_grad()
+def test_packed_encoder_gives_what_a_batch_gives(emulated: Callable[..., EmulatedKernels]) -> None:
+    encoder, lengths = Encoders(make_hugging_face("t5-v1.1"), emulated).kernels, (21, 1, 64, 40)
+    starts = torch.tensor([0, *lengths, 0, 0]).cumsum(0)
+    ids, mask = torch.randint(2, 90, (sum(lengths) + 6,)), torch.ones(sum(lengths) + 6, dtype=torch.int64)
+    mask[23:50] = 0
+    hidden = encoder.run_packed(ids, mask, starts)
+    for begin, length in zip(starts.tolist(), lengths, strict=False):
+        own = slice(begin, begin + length)
+        expected = encoder.run(ids[None, own], None, mask[None, own])[0]
+        assert hidden[own].isfinite().all() and error(hidden[own], expected) < 2e-3
+
+
+@torch.no_grad()
 def test_overflowing_checkpoint_stays_finite(emulated: Callable[..., EmulatedKernels]) -> None:
     hugging_face, inputs = swollen(make_hugging_face("t5-v1.1"), 30.0, 1e3), batch(3)
     ours = Encoders(hugging_face, emulated)
@@ -216,7 +254,7 @@ def test_padded_size_gives_what_the_exact_one_gives(emulated: Callable[..., Emul
     mask[1] = 0
     captured = CapturedEncoder(
         lambda *given: (encoder.run(given[0], None, given[1]), torch.empty(0, 0, 0, 0, 32, 0)),
-        CPU,
+        CapturedSizes(CPU),
     )
     assert error(captured.run(ids, mask)[0], encoder.run(ids, None, mask)) < 2e-3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_of_their_own(session
 
 def test_a_row_taken_over_gets_the_logits_of_a_cache_of_its_own(session: Any) -> None:
     check_row_taken_over(session)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float16, 8), (torch.bfloat16, 6), (torch.float32, 5)])
+def test_sources_are_copied_whole_whatever_the_width_of_heads(session: Any, dtype: torch.dtype, width: int) -> None:
+    arch = replace(session.arch, d_kv=width)
+    rows = kernel_rows.KernelRowBuffers(arch, 3, dtype=dtype, hidden=-1e4, device=torch.device("cpu"))
+    packed = torch.randn((arch.decoder_layers, 2, 1, arch.num_heads, 40, width)).to(dtype)
+    parts = [packed[:, :, 0, :, begin:end] for begin, end in ((0, 7), (7, 40), (39, 40))]
+    for part in parts:
+        rows.add(part, torch.zeros(part.shape[3]))
+    rows.remove(0)
+    for row, part in ((0, parts[2]), (1, parts[1])):
+        assert torch.equal(rows.cross[:, :, row, :, : part.shape[3]], part)
 
 
 def test_best_tokens_are_those_of_the_logits(session: Any) -> None:

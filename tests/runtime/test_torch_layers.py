@@ -14,7 +14,7 @@ from t5_trt.kernels import reference
 from t5_trt.kernels.step_memory import StepWeights
 from t5_trt.kernels.step_weights import StepWeightsMaker, unpacked_layer
 from t5_trt.kernels.weights import unpack_matrix
-from t5_trt.runtime.captured_encoder import CapturedEncoder
+from t5_trt.runtime.captured_encoder import CapturedEncoder, CapturedSizes
 from t5_trt.runtime.device_weights import DeviceWeights
 from t5_trt.runtime.torch_layers import TorchDecoder, TorchEncoder
 from tests.tiny_models import KINDS, VOCAB, batch, make_hugging_face, swollen
@@ -144,7 +144,7 @@ def test_encoder_of_a_size_seen_once_runs_padded_as_its_graph_does(monkeypatch: 
         return Replayed(work)
 
     monkeypatch.setattr("t5_trt.runtime.captured_encoder.capture", capture)
-    encoder = CapturedEncoder(encode, CPU)
+    encoder = CapturedEncoder(encode, CapturedSizes(CPU))
     for length in (5, 7, 16, 3):
         ids, mask = torch.randint(2, 9, (2, length)), torch.ones(2, length, dtype=torch.int64)
         hidden, cross = encoder.run(ids, mask)

@@ -16,9 +16,9 @@ import torch
 from t5_trt.errors import BackendError, RequestCancelledError
 from t5_trt.runtime.kernel_rows import FetchedTokens
 from t5_trt.runtime.row_buffers import RowBuffers
-from t5_trt.runtime.row_sources import RowSources
+from t5_trt.runtime.row_sources import RowSources, Source, common_size, own_size
 from t5_trt.serving import Engine, running
-from t5_trt.serving.sources import by_length, common_size, own_size
+from t5_trt.serving.sources import by_length
 from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
 from tests.stand_in_kernels import kernels_pair
 from tests.tiny_models import make_hugging_face
@@ -26,7 +26,7 @@ from tests.tiny_models import make_hugging_face
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, Any]:
-    return kernels_pair(monkeypatch, tmp_path)
+    return kernels_pair(monkeypatch, tmp_path, packs=True)
 
 
 @pytest.fixture
@@ -56,21 +56,42 @@ def test_random_requests_get_the_tokens_of_generate_alone(ours: Any) -> None:
 def test_more_sources_are_encoded_than_there_are_free_rows(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     session, sizes = ours.session, []
     encode = session.encode_rows
-    monkeypatch.setattr(session, "encode_rows", lambda given: sizes.append(tuple(given[0].shape)) or encode(given))
+    monkeypatch.setattr(
+        session, "encode_rows", lambda given: sizes.append([len(ids) for ids, _ in given]) or encode(given)
+    )
     with engine_as_on_a_gpu(ours, max_rows=8) as engine:
         long = [engine.submit(source(seed), **LONG) for seed in range(7)]
         until(lambda: engine.stats().running == 7 and engine.stats().steps > 8)
         sizes.clear()
         with engine._scheduler._lock:  # all of them wait before the next look
-            made = [engine_job(engine, source(seed, 9)) for seed in range(6)]
+            made = [engine_job(engine, source(seed, 9 + 20 * seed % 70)) for seed in range(6)]
         for job in made:
             job.wait(None, PATIENCE_S)
         for handle in long:
             handle.cancel()
-    # one free row and half of 8: five of them, in a size of powers of two; then the rest once those have rows
-    assert sizes == [(8, 16), (1, 16)]
+    # one free row and half of 8: five of them, whatever their lengths; then the rest once those have rows
+    assert sizes == [[9, 29, 49, 69, 19], [39]]
     for seed, job in enumerate(made):
-        assert torch.equal(job.sequences, alone(ours, source(seed, 9), max_new_tokens=6))
+        assert torch.equal(job.sequences, alone(ours, source(seed, 9 + 20 * seed % 70), max_new_tokens=6))
+
+
+def test_an_encoder_of_padded_batches_gets_batches_of_similar_lengths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, ours = kernels_pair(monkeypatch, tmp_path)
+    encoder, sizes = ours.session._encoder, []
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda *given: sizes.append(tuple(given[0].shape)) or encode(*given))
+    lengths = (9, 90, 13, 100, 11)
+    with engine_as_on_a_gpu(ours, max_rows=8) as engine:
+        with engine._scheduler._lock:
+            made = [engine_job(engine, source(length, length)) for length in lengths]
+        engine._scheduler._calls.put(None)
+        for job in made:
+            job.wait(None, PATIENCE_S)
+    assert sizes == [(4, 16), (2, 128)]
+    for job, length in zip(made, lengths, strict=True):
+        assert torch.equal(job.sequences, alone(ours, source(length, length), max_new_tokens=6))
 
 
 class Held(RowSources):
@@ -84,7 +105,7 @@ class Held(RowSources):
         return not self.held.is_set()
 
     def follow(self) -> None:
-        self.followed.append(len(self.bias))
+        self.followed.append(len(self.places))
 
 
 @pytest.fixture
@@ -92,9 +113,9 @@ def held(ours: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The encoder of a GPU that takes as long as this is set."""
     encode = ours.session.encode_rows
 
-    def encode_rows(given: torch.Tensor) -> Held:
+    def encode_rows(given: Sequence[Source]) -> Held:
         sources = encode(given)
-        return Held(sources.cross, sources.bias)
+        return Held(sources.cross, sources.bias, sources.places)
 
     monkeypatch.setattr(ours.session, "encode_rows", encode_rows)
     Held.held.clear()
@@ -235,7 +256,9 @@ def test_a_step_by_an_engine_is_refused_with_what_to_do(monkeypatch: pytest.Monk
         Engine(ours)
 
 
-def test_a_step_starts_before_the_last_one_s_tokens_are_known(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_steps_start_before_the_tokens_of_the_last_one_are_known(
+    ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     step, tolist = ours.session.step_rows, FetchedTokens.tolist
 
@@ -252,11 +275,30 @@ def test_a_step_starts_before_the_last_one_s_tokens_are_known(ours: Any, monkeyp
     with engine_as_on_a_gpu(ours, max_rows=2) as engine:
         greedy = engine.submit(source(), max_new_tokens=5).result(PATIENCE_S)
         until(lambda: engine.stats().running == 0)
-        assert events == ["step", "step", "read", "step", "read", "step", "read", "step", "read", "read"]
+        assert events == ["step"] * 3 + ["read", "step"] * 2 + ["read"] * 3
         events.clear()
         engine.submit(source(), max_new_tokens=3, do_sample=True, seed=1).result(PATIENCE_S)
         assert events == ["step", "read"] * 3
     assert torch.equal(greedy, alone(ours, source(), max_new_tokens=5))
+
+
+def test_rows_come_and_go_while_steps_are_under_way(ours: Any) -> None:
+    """Of every length from one token on; rows that choose stop the steps ahead, and those go on after them."""
+    chance = random.Random(7)
+    requests = [(source(seed, 3 + seed), {"max_new_tokens": 1 + seed % 5}) for seed in range(30)]
+    for place in (11, 12, 25):
+        requests[place][1].update(do_sample=True, seed=place)
+    with engine_as_on_a_gpu(ours, max_rows=4) as engine:
+        handles = []
+        for ids, settings in requests:
+            handles.append(engine.submit(ids, **settings))
+            if chance.random() < 0.3:
+                until(lambda: handles[-1].tokens)
+        results = [handle.result(PATIENCE_S) for handle in handles]
+        until(lambda: engine.stats().running == 0)
+        assert engine.stats().tokens == sum(len(handle.tokens) for handle in handles)
+    for (ids, settings), result in zip(requests, results, strict=True):
+        assert torch.equal(result, alone(ours, ids, **settings))
 
 
 def test_requests_that_end_by_their_end_token_get_nothing_behind_it(ours: Any) -> None:

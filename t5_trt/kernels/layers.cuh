@@ -51,7 +51,7 @@ project_qkv(const uint4* weights, const stored* copy, const float* squares, cons
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
     product<QkvProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
-        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int first, int output, int row, const auto* y, int place) {
+        [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int first, int output, int row, const Outputs<QkvProduct>* y, int place) {
         if (row >= rows)
             return;
         const long long at = ((long long)row * H * capacity + place) * D;
@@ -137,7 +137,7 @@ feed_forward_in(const uint4* weights, const stored* copy, const float* squares, 
                 int rows, float epsilon)
 {
     product<InProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
-                       [&](int first, int output, int row, const auto* y, int) {
+                       [&](int first, int output, int row, const Outputs<InProduct>* y, int) {
         if (row >= rows)
             return;
 #pragma unroll

@@ -5,6 +5,9 @@
 __device__ __forceinline__ float times(float x, float a, float b) { return x * a * b; }
 __device__ __forceinline__ float4 times(const float4& x, float a, float b) { return {x.x * a * b, x.y * a * b, x.z * a * b, x.w * a * b}; }
 
+// What a thread hands over of a tile of outputs for a row.
+template <class P> using Outputs = decltype(P::total(0, 0, 0, 0));
+
 // What all products do: load weights, wait, multiply, and hand every output to `finish(tile, output, row, values, early)`. 16 neighbouring
 // threads have the 16 outputs of a tile for one row, or four have four each (WIDTH), `values` has an entry for each of TOGETHER tiles from `tile` on, and `early` is what
 // `before(output, row)` returned right after the wait: values that `finish` needs from memory. Outputs of tiles beyond the last one mean
@@ -40,7 +43,7 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
             const int i = round * P::THREADS + own, output = i % A_ROW * P::WIDTH, row = i / A_ROW;
             if (i >= COUNT || (TEAMS > 1 && team != turn % TEAMS))
                 break;
-            decltype(P::total(0, 0, 0, 0)) values[P::TOGETHER];
+            Outputs<P> values[P::TOGETHER];
 #pragma unroll
             for (int t = 0; t < P::TOGETHER; ++t)
                 values[t] = times(P::total(turn, t, output, row), (P::IS_NORMED ? factors[row] : 1.f),

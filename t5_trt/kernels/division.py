@@ -90,8 +90,8 @@ def _row_tiles(arch: Architecture, rows: int, *, half: bool, large: bool) -> int
 
 
 def _group_row_tiles(rows: int, qkv: int) -> int:
-    """Tiles of 8 rows of a CTA of `group_product.cuh`: half as many where processors would have nothing to do."""
-    return 4 if rows <= 64 and qkv // 4 < PROCESSORS else 8
+    """Tiles of 8 rows of a CTA of ``group_product.cuh``: half as many where most processors would have nothing to do."""
+    return 4 if rows <= 64 and qkv // 4 < PROCESSORS // 2 else 8
 
 
 def _in_whole_steps(arch: Architecture) -> bool:

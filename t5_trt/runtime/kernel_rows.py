@@ -2,7 +2,8 @@
 
 How data flows, all of it in the order of one stream:
 
-    host     tokens, positions, source lengths, where tokens come from -> page-locked int32 [4, R] -> one copy to the GPU before each step
+    host     tokens, positions, source lengths, where tokens come from -> page-locked int32 [4, R] -> one copy to the GPU before each step,
+             but for one that follows another one of the same rows
     tokens   the host's, or what the step before chose for a row, which need not have come to the host
     joining  the encoder's K and V of a source -> the row's part of `cross`; its own cache needs nothing, as its position is 0
     step     a CUDA graph over the first rows, their number rounded up: rows of padding stand at position 0 and write where nobody reads
@@ -31,6 +32,8 @@ from t5_trt.runtime.row_buffers import RowBuffers
 GROUP = 8
 #: steps that may be started before anyone has seen the tokens of the first of them: what the host does between two steps may take as long
 STEPS_AHEAD = 2
+#: steps that are started at once at most, see `RowBuffers.follow`
+STEPS_AT_ONCE = 2
 
 
 def padded_count(count: int, rows: int) -> int:
@@ -122,7 +125,9 @@ class KernelRowBuffers(RowBuffers):
         self._own = np.arange(rows, 2 * rows, dtype=np.int32)  # the places of the host's tokens
         # the last one is the latest
         self._handed = deque(HandedNumbers(rows, on_gpu) for _ in range(STEPS_AHEAD + 1))
-        self._fetched = deque(FetchedTokens(rows, on_gpu) for _ in range(STEPS_AHEAD + 1))
+        self._fetched = deque(FetchedTokens(rows, on_gpu) for _ in range(STEPS_AHEAD + 2 * STEPS_AT_ONCE - 1))
+        self._follows = False
+        self._in_place = torch.arange(rows, dtype=torch.int32, device=device)  # the places of what the last step chose
 
     def feed(self, tokens: Sequence[int], places: Sequence[int] | None = None) -> None:
         """See `RowBuffers.feed`; the GPU gets them with the step."""
@@ -134,12 +139,22 @@ class KernelRowBuffers(RowBuffers):
             given = np.array(places, dtype=np.int32)
             written[3, :count] = np.where(given < 0, self._own[:count], given)
 
+    def follow(self) -> None:
+        """See `RowBuffers.follow`; the host has no numbers for such a step."""
+        self._follows = True
+
     def hand_over(self) -> None:
-        """Copy the numbers of the rows in use to the GPU; those of all others are 0."""
-        count, written = self.count, self._handed[-1].written
+        """Copy the numbers of the rows in use to the GPU, where those of all others are 0; or have the next step follow the last one."""
+        count = self.count
+        self._chosen.copy_(self.best)  # not by the step, which may run more than once before it is captured
+        if self._follows:
+            self.positions[:count].add_(1)
+            self.numbers[4, :count].copy_(self._in_place[:count])
+            self._follows = False
+            return
+        written = self._handed[-1].written
         written[1, :count], written[2, :count] = self._lengths[:count], self._sources[:count]
         written[1:3, count:] = 0
-        self._chosen.copy_(self.best)  # not by the step, which may run more than once before it is captured
         self._handed[-1].begin(self._given)
 
     def take_tokens(self, count: int) -> None:
@@ -147,7 +162,7 @@ class KernelRowBuffers(RowBuffers):
         torch.index_select(self.numbers.view(-1), 0, self.numbers[4, :count], out=self.tokens[:count, 0])
 
     def fetch(self, made: torch.Tensor) -> FetchedTokens:
-        """See `RowBuffers.fetch`. The tokens of `STEPS_AHEAD` steps can be under way, and of one that is being read."""
+        """See `RowBuffers.fetch`. The tokens of `STEPS_AHEAD` steps can be under way, and of those that are started and read at once."""
         self._fetched.rotate(-1)
         self._fetched[-1].begin(made)
         return self._fetched[-1]

@@ -158,13 +158,17 @@ class RowBuffers:
         assert places is None
         self.tokens.numpy()[: self.count, 0] = tokens
 
+    def follow(self) -> None:
+        """Have the next step of the same rows decode what the last one chose; with `remembers_tokens` only."""
+        raise RuntimeError("these rows do not remember what a step chose; expected their tokens by `feed`.")
+
     def fetch(self, made: torch.Tensor) -> SupportsToList:
         """Bring tokens [count] of a step to the host; with `remembers_tokens` this does not wait for them."""
         return made
 
-    def fit(self) -> None:
-        """Make room for one more token of the longest row in use; give up room that no row has needed for some steps."""
-        tokens = bucket_length(int(self._lengths[: self.count].max(initial=0)) + 1, self.smallest[0])
+    def fit(self, more: int = 1) -> None:
+        """Make room for more tokens of the longest row in use; give up room that no row has needed for some steps."""
+        tokens = bucket_length(int(self._lengths[: self.count].max(initial=0)) + more, self.smallest[0])
         too_much = tokens * self.slack < self.capacity or self._source_room() * self.slack < self.source_capacity
         self._too_much = self._too_much + 1 if too_much else 0
         gives_up = self._too_much > KEPT_STEPS
@@ -265,7 +269,7 @@ class RowSession(Session, Protocol):
         """Decode one token of each row in use, and write its K and V into the row's cache. On a GPU this returns before it is done.
 
         Args:
-            rows: with the tokens to decode (`RowBuffers.feed`), and room for them (`RowBuffers.fit`).
+            rows: with the tokens to decode (`RowBuffers.feed` or `follow`), and room for them (`RowBuffers.fit`).
             best_only: give tokens in place of logits.
 
         Returns:

@@ -122,7 +122,10 @@ class Job:
                     self._futures.append(entry)
                     if self._reached(count):
                         return True
-                await asyncio.wait([future], timeout=None if end is None else max(end - time.monotonic(), 0))
+                if end is None:
+                    await future
+                else:
+                    await asyncio.wait([future], timeout=max(end - time.monotonic(), 0))
             except asyncio.CancelledError:
                 self.cancelled = True
                 raise

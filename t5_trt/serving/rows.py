@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +71,15 @@ class Row:
             self._history.index_copy_(1, self._position.add_(1), chosen[:, None])
         return chosen
 
-    def take(self, token: int) -> bool:
-        """Give the request a token; whether it is over with it."""
-        self.token = token
-        self.job.put(token)
-        self.left -= 1
-        return token in self._eos or self.left <= 0
+    def take(self, tokens: Sequence[int]) -> tuple[int, bool]:
+        """Give the request tokens up to its end; how many these are, and whether it is over with them."""
+        for count, token in enumerate(tokens, 1):
+            self.token = token
+            self.job.put(token)
+            self.left -= 1
+            if token in self._eos or self.left <= 0:
+                return count, True
+        return len(tokens), False
 
     @property
     def result(self) -> torch.Tensor:
@@ -109,17 +112,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class StartedStep:
-    """A step that runs or has run.
+class StartedSteps:
+    """Steps of the same rows that run or have run.
 
     Attributes:
-        rows: of the step, in its order.
-        tokens: one for each.
+        rows: of the steps, in their order.
+        tokens: of each step, one for each row.
         failures: of single rows, by their place.
     """
 
     rows: list[Row]
-    tokens: SupportsToList
+    tokens: Sequence[SupportsToList]
     failures: dict[int, Exception]
 
 

@@ -2,7 +2,7 @@
 
 Where buffers remember what a step chose (on a GPU), the next `STEPS_AHEAD` steps start before the host has seen those tokens, and the
 host's work is done meanwhile. So a request that ends by an end token has that many steps too many, whose tokens nobody gets; an end by a
-length is known before.
+length is known before. Where many rows decode, `STEPS_AT_ONCE` steps start at once: what the host does for a step takes longer than the step.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import torch
 
 from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.runtime.cuda_graph import at_home
-from t5_trt.runtime.kernel_rows import STEPS_AHEAD
+from t5_trt.runtime.kernel_rows import STEPS_AHEAD, STEPS_AT_ONCE
 from t5_trt.runtime.row_buffers import RowSession
 from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
-from t5_trt.serving.rows import Row, StartedStep, device_processors
+from t5_trt.serving.rows import Row, StartedSteps, device_processors
 from t5_trt.serving.settings import Prepared
 from t5_trt.serving.sources import EncodedSource
 from t5_trt.validation import check_length
 
 #: steps that decode a row without a request: a client that has its answer mostly asks again, and to move a row into the place costs more
 VACANT_STEPS = 4
+#: rows from which several steps start at once, as the host's part grows with them
+MANY_ROWS = 32
 #: ends a request with a result or an error
 End = Callable[[Job, torch.Tensor | None, BaseException | None], None]
 
@@ -62,7 +64,7 @@ class RunningRows:
         self._place: int | None = None  # of the row that `add` gave last; None behind all others
         self._leaving: list[Row] = []  # have no place any more; their last tokens are on their way
         self._choosing = 0  # rows that do not always take the token of the largest logit
-        self._started: deque[StartedStep] = deque()  # steps whose tokens nobody has seen
+        self._started: deque[StartedSteps] = deque()  # steps whose tokens nobody has seen
         self._session, self._most, self._longest = session, most, longest
         self._limited = any(limit is not None for limit in longest)
         self._outbox, self._end, self._count = outbox, end, count
@@ -103,7 +105,7 @@ class RunningRows:
         """Free the places of rows whose last token is on its way, and end those that must not go on."""
         for row in self.rows:
             job = row.job
-            if 0 < row.left == row.under_way:
+            if 0 < row.left <= row.under_way:
                 if not row.vacant:
                     self._free(row)
                     self._leaving.append(row)
@@ -115,7 +117,7 @@ class RunningRows:
     def step(self, *, on_gpu: bool) -> None:
         """Decode one token of every row, and tell what steps have made; what is told waits in the outbox while rows decode on a GPU."""
         if self.active and self._buffers.remembers_tokens and not self._limited and not self._choosing:
-            self._started.append(self._start())
+            self._started.append(self._start(STEPS_AT_ONCE if self.active >= MANY_ROWS else 1))
             self._tell(STEPS_AHEAD)
             self._outbox.send()
             return
@@ -142,47 +144,54 @@ class RunningRows:
         self._buffers.release()
         self._buffers = self._session.row_buffers(self._most)
 
-    def _start(self) -> StartedStep:
-        """Start a step of all rows; on a GPU this waits for nothing but tokens that logits processors look at."""
+    def _start(self, count: int = 1) -> StartedSteps:
+        """Start steps of all rows; on a GPU this waits for nothing but tokens that logits processors look at."""
         self._close_holes(0 if self._limited else VACANT_STEPS)
-        rows, buffers = self.rows, self._buffers
-        buffers.fit()
-        buffers.feed([row.token for row in rows], [row.place for row in rows] if buffers.remembers_tokens else None)
-        made = self._session.step_rows(buffers, best_only=not self._choosing)
+        rows, buffers, tokens = self.rows, self._buffers, []
+        buffers.fit(count)
         failures: dict[int, Exception] = {}
-        if self._choosing:
-            made = self._chosen(made, failures)
+        for step in range(count):
+            if step:
+                buffers.follow()
+            else:
+                buffers.feed(
+                    [row.token for row in rows], [row.place for row in rows] if buffers.remembers_tokens else None
+                )
+            made = self._session.step_rows(buffers, best_only=not self._choosing)
+            if self._choosing:
+                made = self._chosen(made, failures)
+            tokens.append(buffers.fetch(made))
         for place, row in enumerate(rows):
             row.place = place
-            row.under_way += 1
-        return StartedStep(list(rows), buffers.fetch(made), failures)
+            row.under_way += count
+        return StartedSteps(list(rows), tokens, failures)
 
     def _tell(self, ahead: int = 0) -> None:
         """Give requests the tokens that steps made for them, but for those of so many steps; rows of those that end become free."""
-        while len(self._started) > ahead:
+        while self._started and sum(len(each.tokens) for each in self._started) - len(self._started[0].tokens) >= ahead:
             self._tell_of(self._started.popleft())
 
-    def _tell_of(self, started: StartedStep) -> None:
-        """Give each request the token of a step."""
-        tokens = started.tokens.tolist()  # the one wait for a GPU
-        for row in started.rows:
-            row.under_way -= 1
-            if not self._started:
-                row.place = -1
+    def _tell_of(self, started: StartedSteps) -> None:
+        """Give each request the tokens of some steps."""
+        steps = [tokens.tolist() for tokens in started.tokens]  # the one wait for a GPU
+        count, known = len(steps), not self._started
         for place, error in started.failures.items():
             if not started.rows[place].over:
                 self._leave(started.rows[place], error=error)
         told = 0
-        for row, token in zip(started.rows, tokens, strict=True):
+        for row, tokens in zip(started.rows, zip(*steps, strict=True), strict=True):
+            row.under_way -= count
+            if known:
+                row.place = -1
             if row.over:
                 continue
-            told += 1
-            over = row.take(token)
+            taken, over = row.take(tokens)
+            told += taken
             if row.job.readers:
                 self._outbox.tell(row.job)
             if over:
                 self._leave(row, row.result)
-        self._count(1, told)
+        self._count(count, told)
 
     def _chosen(self, logits: torch.Tensor, failures: dict[int, Exception]) -> torch.Tensor:
         """The next token of every row, int64 [rows], where the logits are; errors of single rows by their place."""

@@ -174,7 +174,10 @@ def test_best_tokens_are_those_of_the_logits(model_of: Any) -> None:
         each.enter(rows)
     for number in range(12):
         rows.fit()
-        rows.feed(tokens)
+        if number % 3 == 1:
+            rows.follow()
+        else:
+            rows.feed(tokens)
         found = session.step_rows(rows, best_only=number % 3 < 2)
         chosen = found.tolist() if number % 3 < 2 else found.argmax(-1).tolist()
         expected = [int(each.logits(token).argmax()) for each, token in zip(inside, tokens, strict=True)]
@@ -209,6 +212,24 @@ def test_a_step_and_the_choice_of_tokens_wait_for_nothing(model_of: Any) -> None
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 0 <= int(chosen) < VOCAB
+
+
+def test_many_rows_get_the_tokens_of_generate_alone(model_of: Any) -> None:
+    """Two steps start at once; some requests end by an end token, others by their length, and some leave."""
+    ours, chance = model_of(), random.Random(11)
+    requests = []
+    for seed in range(120):
+        ids = source(seed, chance.randint(1, 150))
+        requests.append((ids, {"max_new_tokens": chance.randint(1, 40), "eos_token_id": chance.randrange(VOCAB)}))
+    with Engine(ours, max_rows=48, max_waiting=200) as engine:
+        handles = [engine.submit(ids, **settings) for ids, settings in requests]
+        for place in range(5, 120, 17):
+            handles[place].cancel()
+        for place, (handle, (ids, settings)) in enumerate(zip(handles, requests, strict=True)):
+            if place % 17 != 5:
+                made = handle.result(PATIENCE_S)
+                assert torch.equal(made, alone(ours, ids, **settings)) and handle.tokens == made[0, 1:].tolist()
+        until(lambda: engine.stats().running == 0)
 
 
 def test_random_requests_get_the_tokens_of_generate_alone(model_of: Any) -> None:

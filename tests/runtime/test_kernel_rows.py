@@ -68,9 +68,12 @@ def test_best_tokens_are_those_of_the_logits(session: Any) -> None:
     tokens = [5, 6, 7]
     for each in alone:
         each.enter(rows)
-    for _ in range(4):
+    for number in range(6):
         rows.fit()
-        rows.feed(tokens)
+        if number % 3:
+            rows.follow()
+        else:
+            rows.feed(tokens)
         found = session.step_rows(rows, best_only=True).tolist()
         inputs = (torch.tensor([[token]]) for token in tokens)
         tokens = [int(session.decode(each.state, fed).argmax()) for each, fed in zip(alone, inputs, strict=True)]

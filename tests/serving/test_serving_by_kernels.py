@@ -40,6 +40,13 @@ def engine_as_on_a_gpu(ours: Any, **options: Any) -> Engine:
     return engine
 
 
+@pytest.fixture(params=[running.MANY_ROWS, 1], ids=["a step at once", "two steps at once"])
+def steps_at_once(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows as few rows, and as if they were many."""
+    monkeypatch.setattr(running, "MANY_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("steps_at_once")
 def test_random_requests_get_the_tokens_of_generate_alone(ours: Any) -> None:
     chance = random.Random(3)
     requests = [(source(place, chance.randint(1, 40)), drawn_settings(chance)) for place in range(40)]
@@ -279,9 +286,15 @@ def test_two_steps_start_before_the_tokens_of_the_last_one_are_known(
         events.clear()
         engine.submit(source(), max_new_tokens=3, do_sample=True, seed=1).result(PATIENCE_S)
         assert events == ["step", "read"] * 3
-    assert torch.equal(greedy, alone(ours, source(), max_new_tokens=5))
+        events.clear()
+        monkeypatch.setattr(running, "MANY_ROWS", 1)
+        greedy_again = engine.submit(source(), max_new_tokens=5).result(PATIENCE_S)
+        until(lambda: engine.stats().running == 0)
+        assert events == [*["step"] * 4, *["read"] * 2, *["step"] * 2, *["read"] * 4]  # the sixth token is nobody's
+    assert torch.equal(greedy, alone(ours, source(), max_new_tokens=5)) and torch.equal(greedy, greedy_again)
 
 
+@pytest.mark.usefixtures("steps_at_once")
 def test_rows_come_and_go_while_steps_are_under_way(ours: Any) -> None:
     """Of every length from one token on; rows that choose stop the steps ahead, and those go on after them."""
     chance = random.Random(7)
@@ -301,6 +314,7 @@ def test_rows_come_and_go_while_steps_are_under_way(ours: Any) -> None:
         assert torch.equal(result, alone(ours, ids, **settings))
 
 
+@pytest.mark.usefixtures("steps_at_once")
 def test_requests_that_end_by_their_end_token_get_nothing_behind_it(ours: Any) -> None:
     wanted = []
     for seed in range(12):

@@ -5,7 +5,7 @@
 //   E, H, D, FF    d_model, heads, d_kv, inner size of the feed-forward layer
 //   V              rows of the output matrix
 //   ROW_TILES      tiles of 8 rows that one CTA of a layer's products serves with one load of the weights (1, 2 or 4); ADD_ROW_TILES likewise of
-//                  those that add to the stream
+//                  those that add to the stream, QUERY_ROW_TILES of project_query
 //   QKV_TILES, IN_TILES  tiles of 16 outputs of a CTA of project_qkv and feed_forward_in (gate and up count as one), the widest products of a
 //                  layer: made by streamed_product.cuh if STREAMED, by group_product.cuh if WARPGROUPS or by tiled_product.cuh if TILED (none of
 //                  them in float32), else by product.cuh.

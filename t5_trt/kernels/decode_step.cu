@@ -12,7 +12,7 @@ constexpr int SHARERS = 1;  // there is no attend_shared
 // count as one), its rows, bytes of dynamic shared memory. Last, the most rows of a CTA of attend_shared.
 extern "C" {
 __device__ int geometry[] = {
-    QKV_TILES, QkvProduct::OWN_ROWS, QkvProduct::SHARED, ADD_TILES, AddProduct::OWN_ROWS, AddProduct::SHARED, QUERY_TILES, ROWS, QueryProduct::SHARED,
+    QKV_TILES, QkvProduct::OWN_ROWS, QkvProduct::SHARED, ADD_TILES, AddProduct::OWN_ROWS, AddProduct::SHARED, QUERY_TILES, QueryProduct::OWN_ROWS, QueryProduct::SHARED,
     IN_TILES, InProduct::OWN_ROWS, InProduct::SHARED, ADD_TILES, OutProduct::OWN_ROWS, OutProduct::SHARED, HEAD_WIDE, HEAD_ROWS, HEAD_SHARED,
     SHARERS,
 };

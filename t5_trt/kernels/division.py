@@ -46,8 +46,12 @@ def divide_products(
     row_tiles = _row_tiles(arch, rows, half=half, large=large)
     model, inner, hidden = tiles(arch.d_model), tiles(arch.num_heads * arch.d_kv), tiles(arch.d_ff)
     qkv = 3 * inner
-    # twice as many CTAs where half of the processors would have none
-    add_row_tiles = 2 if large and row_tiles == 4 and 2 * model * _groups(rows, row_tiles) <= PROCESSORS else row_tiles
+
+    def own_row_tiles(count: int) -> int:
+        """Two row tiles a CTA instead of four, and so twice as many CTAs, where half of the processors would have none."""
+        return 2 if large and row_tiles == 4 and 2 * count * _groups(rows, row_tiles) <= PROCESSORS else row_tiles
+
+    add_row_tiles, query_row_tiles = own_row_tiles(model), own_row_tiles(inner)
 
     def outputs(count: int, own_row_tiles: int) -> int:
         """Two tiles of outputs a CTA where processors would have a second CTA to run."""
@@ -64,7 +68,8 @@ def divide_products(
         "WARPGROUPS": groups,
         "QKV_TILES": _evenly(qkv) if streamed else wide,
         "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
-        "QUERY_TILES": outputs(inner, row_tiles),
+        "QUERY_TILES": outputs(inner, query_row_tiles),
+        "QUERY_ROW_TILES": query_row_tiles,
         "ADD_TILES": outputs(model, add_row_tiles),
         "ADD_ROW_TILES": add_row_tiles,
     } | _divide_head(rows, row_tiles, half=half, large=large, int8=int8)

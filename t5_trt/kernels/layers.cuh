@@ -21,7 +21,7 @@ template <int TOTAL, int OUT_TILES, int> using WideProduct = NarrowProduct<TOTAL
 constexpr int IN_EACH = 1 + GATED;  // tiles of outputs of feed_forward_in for one of its results: gate and up
 typedef WideProduct<3 * HD_TILES, QKV_TILES, 2 - QKV_TILES % 2> QkvProduct;
 typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, HD_K, false> AddProduct;
-typedef NarrowProduct<HD_TILES, QUERY_TILES, ROW_TILES, E_K, true> QueryProduct;
+typedef NarrowProduct<HD_TILES, QUERY_TILES, QUERY_ROW_TILES, E_K, true> QueryProduct;
 typedef WideProduct<IN_EACH * FF_TILES, IN_EACH * IN_TILES, GATED || IN_TILES % 2 == 0 ? 2 : 1> InProduct;
 typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, FF_K, false> OutProduct;
 

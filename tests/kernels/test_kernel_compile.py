@@ -115,28 +115,28 @@ def test_token_selection_kernels_compile(name: str, options: dict[str, int], arc
 
 
 def test_each_processor_has_a_cta_and_few_have_two() -> None:
-    names = ("ROW_TILES", "QKV_TILES", "QUERY_TILES", "ADD_TILES", "ADD_ROW_TILES", "WARPGROUPS")
+    names = ("ROW_TILES", "QKV_TILES", "QUERY_TILES", "QUERY_ROW_TILES", "ADD_TILES", "ADD_ROW_TILES", "WARPGROUPS")
 
     def chosen(arch: Architecture, rows: int, capability: int = 9) -> tuple[int, ...]:
         wanted = constants(arch, torch.float16, rows, capability)
         return tuple(wanted[name] for name in names)
 
     assert [chosen(BASE, rows) for rows in (1, 32, 64, 128)] == [
-        (1, 2, 1, 1, 1, 0),
-        (2, 4, 1, 1, 2, 0),
-        (2, 4, 2, 2, 2, 4),
-        (4, 4, 2, 2, 4, 8),
+        (1, 2, 1, 1, 1, 1, 0),
+        (2, 4, 1, 2, 1, 2, 0),
+        (2, 4, 2, 2, 2, 2, 4),
+        (4, 4, 2, 4, 2, 4, 8),
     ]
     large = replace(BASE, d_model=1024, num_heads=16, d_ff=4096)
     assert [chosen(large, rows) for rows in (1, 32, 64, 128)] == [
-        (1, 1, 1, 1, 1, 0),
-        (4, 2, 1, 1, 2, 0),
-        (4, 4, 1, 1, 4, 4),
-        (4, 4, 2, 2, 4, 8),
+        (1, 1, 1, 1, 1, 1, 0),
+        (4, 2, 1, 2, 1, 2, 0),
+        (4, 4, 1, 4, 1, 4, 4),
+        (4, 4, 2, 4, 2, 4, 8),
     ]
     assert chosen(WIDE, 64)[-1] == 8  # enough CTAs with 64 rows each
-    assert chosen(BASE, 64, 10) == (2, 2, 2, 2, 2, 0)
-    assert chosen(BASE, 128, 8) == (4, 2, 1, 1, 4, 0)  # other GPUs were not measured
+    assert chosen(BASE, 64, 10) == (2, 2, 2, 2, 2, 2, 0)
+    assert chosen(BASE, 128, 8) == (4, 2, 1, 4, 1, 4, 0)  # other GPUs were not measured
 
 
 def test_ctas_make_many_tiles_one_after_the_other() -> None:

@@ -65,7 +65,7 @@ def constants(
         | ({"INT8": 1} if int8 else {})
         | {"V": arch.vocab_size}
         | divide_products(arch, dtype, rows, capability, int8=int8)
-        | {"ATTENTION_WARPS": attention_warps(arch.num_heads * rows, beams)}
+        | {"ATTENTION_WARPS": attention_warps(arch.num_heads * rows, beams, wide=arch.d_kv > 64)}
     )
 
 

@@ -125,13 +125,14 @@ def _divide_head(rows: int, row_tiles: int, *, half: bool, large: bool, int8: bo
     }
 
 
-def attention_warps(heads: int, beams: int = 1) -> int:
+def attention_warps(heads: int, beams: int = 1, *, wide: bool = False) -> int:
     """Number of warps for the keys of one head of one row.
 
     Args:
         heads: of all rows together.
         beams: rows that share a source.
+        wide: d_kv is above 64, so that fewer CTAs of eight warps fit on a processor.
     """
-    if heads <= 512 or (beams > 1 and heads <= 2048):
+    if heads <= (256 if wide else 512) or (beams > 1 and heads <= 2048):
         return 8
     return 4 if heads <= 2048 or beams > 1 else 2

@@ -42,6 +42,7 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
 
 def test_numbers_of_warps_that_are_chosen_compile() -> None:
     assert {attention_warps(12 * rows, beams) for rows in range(1, 257) for beams in (1, 4)} == {2, 4, 8}
+    assert [attention_warps(32 * rows, wide=True) for rows in (1, 8, 16, 32, 128)] == [8, 8, 4, 4, 2]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ from t5_trt.graph.parameters import EMBEDDING, Weights, parameters
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 TILE = 16
+#: bytes of matrices up to which each thread reads all of them for rows of its own, as they stay in the processor's caches; above, each
+#: reads a part of them for all rows
+CACHED_BYTES = 8 << 20
 _long, _int, _float, _address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
@@ -56,7 +59,7 @@ class Model(ctypes.Structure):
 
     _fields_ = [
         *((name, _long) for name in ("d_model", "d_kv", "heads", "d_ff", "layers", "vocabulary", "longest_distance")),
-        *((name, _int) for name in ("activation", "gated", "embedding_type")),
+        *((name, _int) for name in ("activation", "gated", "embedding_type", "by_rows")),
         *((name, _float) for name in ("epsilon", "output_scale")),
         *((name, _address) for name in ("embedding", "buckets", "final_norm")),
         ("head", Group),
@@ -149,7 +152,7 @@ class CpuWeights:
         after_packing: Callable[[str], None] | None = None,
     ) -> None:
         self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized or {}
-        self._after_packing = after_packing
+        self._after_packing, self._multiplied = after_packing, frozenset(groups)
         self.groups = parameters(arch)
         self.kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
         self.packed = self._room_for_bytes(groups)
@@ -194,6 +197,7 @@ class CpuWeights:
             activation=ACTIVATIONS.index(arch.activation),
             gated=int(arch.gated),
             embedding_type=TYPES[embedding.dtype],
+            by_rows=int(self._matrix_bytes <= CACHED_BYTES),
             epsilon=arch.epsilon,
             output_scale=1.0,
         )
@@ -271,6 +275,13 @@ class CpuWeights:
         """The address of a tensor that lives as long as these weights."""
         self.kept[name] = tensor
         return tensor.data_ptr()
+
+    @property
+    def _matrix_bytes(self) -> int:
+        """Bytes of the matrices that are multiplied by."""
+        inside = {key for name in self._multiplied - self.packed.keys() for key in self.groups[name].parts}
+        read = [self.rounded.get(key, self._weights[key]) for key in inside]
+        return sum(each.nbytes for each in (*self.packed.values(), *read))
 
     def _room_for_bytes(self, groups: Collection[str]) -> dict[str, torch.Tensor]:
         """Memory for matrices in 8 bits."""

@@ -79,6 +79,7 @@ static void scores_of(const float *query, const float *keys, const Places *place
     int64_t t = 0;
     for (; t + SUMS_AT_ONCE <= count; t += SUMS_AT_ONCE) {
         Floats lanes[SUMS_AT_ONCE];
+#pragma GCC unroll 8
         for (int k = 0; k < SUMS_AT_ONCE; k++)
             lanes[k] = lanes_of_dot(query, keys + offset_of(places, cache, t + k, width), width);
         several_sums(lanes, scores + t);

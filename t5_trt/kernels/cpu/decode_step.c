@@ -16,19 +16,26 @@ static void keep_new(const Decoder *decoder, int64_t layer, int64_t row, int64_t
         memcpy(entry(&step->cache, layer, kind, row, head) + position * model->d_kv, made, (size_t)model->d_kv * sizeof *made);
 }
 
-static void self_attention(const Decoder *decoder, int64_t layer, int64_t row, int64_t query, int64_t head, float *scores) {
+// The bias of each distance for all heads, the longest distance first: that of a row's keys in their order is a piece of it.
+static void lay_out_distances(Decoder *decoder, int64_t layer, float *lines) {
+    const Model *model = &decoder->model;
+    for (int64_t head = 0; head < model->heads; head++, lines += decoder->lines_room)
+        for (int64_t distance = 0; distance < decoder->lines_room; distance++) {
+            int64_t place = distance < model->longest_distance ? distance : model->longest_distance;
+            lines[decoder->lines_room - 1 - distance] = model->of[layer].bias[model->buckets[place] * model->heads + head];
+        }
+}
+
+static void self_attention(const Decoder *decoder, const float *lines, int64_t layer, int64_t row, int64_t query, int64_t head, float *scores) {
     const Step *step = decoder->step;
     const Model *model = &decoder->model;
     int64_t inner = model->heads * model->d_kv, start = step->positions[row * step->position_step], position = start + query;
     int64_t keys = position + 1, index = row * step->queries + query, first = row / step->beams * step->beams;
     Places places = {step->ancestors ? step->ancestors + row * step->ancestors_row : NULL, row, first};
-    const float *bias = model->of[layer].bias;
+    const float *bias = lines + head * decoder->lines_room + decoder->lines_room - keys;
     scores_of(decoder->made + index * 3 * inner + head * model->d_kv, entry(&step->cache, layer, 0, 0, head), &places,
               &step->cache, keys, model->d_kv, scores);
-    for (int64_t t = 0; t < keys; t++) {
-        int64_t distance = position - t < model->longest_distance ? position - t : model->longest_distance;
-        scores[t] += bias[model->buckets[distance] * model->heads + head];
-    }
+    for (int64_t t = 0; t < keys; t++) scores[t] += bias[t];
     if (step->key_bias) {
         for (int64_t t = 0; t < keys; t++) scores[t] += step->key_bias[row * step->key_bias_row + t];
         // a query whose keys are all hidden reads all of them alike, later ones too, as in Hugging Face's class
@@ -62,7 +69,7 @@ static int64_t next_task(_Atomic int64_t *tasks, const Share *share, int64_t *do
     return share->columns > 1 ? atomic_fetch_add(tasks, 1) : (*done)++;
 }
 
-static void attend_to_self(Decoder *decoder, int64_t layer, const Share *share) {
+static void attend_to_self(Decoder *decoder, const float *lines, int64_t layer, const Share *share) {
     const Step *step = decoder->step;
     int64_t heads = decoder->model.heads, queries = step->queries, first = share->first * heads;
     int64_t count = share->end * heads - first, done = 0, task;
@@ -75,7 +82,7 @@ static void attend_to_self(Decoder *decoder, int64_t layer, const Share *share) 
     while ((task = next_task(&decoder->tasks[2 * layer], share, &done)) < count) {
         int64_t position = (first + task) / heads, row = position / queries, query = position % queries, head = task % heads;
         if (queries == 1) keep_new(decoder, layer, row, query, head);
-        self_attention(decoder, layer, row, query, head, scores);
+        self_attention(decoder, lines, layer, row, query, head, scores);
     }
     meet(decoder, share);
 }
@@ -148,12 +155,14 @@ static void decode_share(Decoder *decoder, const Share *share) {
     float *inside = inside_of(decoder, share, wide);
     Results stream = {decoder->stream, model->d_model, 1};
     Reading mixed = {AS_THEY_ARE, decoder->mixed, inner, NULL, 1.0f}, activated = {ACTIVATED, inside, wide, NULL, 1.0f};
+    float *lines = decoder->lines + share->index * model->heads * decoder->lines_room;
     embed(decoder, share);
     for (int64_t l = 0; l < model->layers; l++) {
         const Layer *layer = &model->of[l];
         Reading normed = {NORMED, decoder->stream, model->d_model, layer->self_norm, 1.0f};
         multiply(decoder, &layer->qkv, &normed, (Results){decoder->made, 3 * inner, 0}, share);
-        attend_to_self(decoder, l, share);
+        if (!l || layer->bias != model->of[l - 1].bias) lay_out_distances(decoder, l, lines);
+        attend_to_self(decoder, lines, l, share);
         multiply(decoder, &layer->self_o, &mixed, stream, share);
         normed.norm = layer->cross_norm;
         multiply(decoder, &layer->cross_q, &normed, (Results){decoder->made, 3 * inner, 0}, share);

@@ -88,7 +88,7 @@ typedef struct {
     int64_t chunks, positions_of_row;  // of the call, see `cut`
     _Atomic int64_t taken;             // chunks of all phases
     _Atomic int64_t *tasks;  // counters: tasks of attentions that are taken, or chunks of phases that are done
-    float *lines;            // of an encoder: bias of each head by distance, [2, heads, lines_room], for layers in turn
+    float *lines;            // bias by distance, [heads, lines_room]: of an encoder twice, for layers in turn; of a decoder for each thread
     int64_t lines_room;
     const Step *step;
     const Sources *sources;

@@ -15,11 +15,7 @@ static int make_room_for_sources(Decoder *encoder, const Sources *sources) {
     const Model *model = &encoder->model;
     int64_t wide = inside_of_layer(model), length = sources->length, distances = 2 * length - 1;
     for (int64_t g = 0; g < model->cross_groups; g++) wide = wide > model->cross_kv[g].outputs ? wide : model->cross_kv[g].outputs;
-    if (distances > encoder->lines_room) {
-        encoder->lines_room = 0;
-        if (!grow(&encoder->lines, 2 * model->heads * distances * 4)) return 0;
-        encoder->lines_room = distances;
-    }
+    if (!make_room_for_lines(encoder, distances, 2)) return 0;
     for (int64_t l = 0; l <= model->layers; l++) atomic_store(&encoder->tasks[l], 0);
     return make_room_for_rows(encoder, sources->batch * length, wide, 2) &&
            make_room_for_scores(encoder, QUERIES_AT_ONCE * rounded_up(length));

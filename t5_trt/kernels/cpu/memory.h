@@ -49,13 +49,25 @@ static int make_room_for_scores(Decoder *decoder, int64_t count) {
     return 1;
 }
 
+// Room for the bias of each head by distance, some times.
+static int make_room_for_lines(Decoder *decoder, int64_t distances, int64_t times) {
+    if (distances <= decoder->lines_room) return 1;
+    decoder->lines_room = 0;
+    int64_t room = (2 * distances + LANES - 1) / LANES * LANES;
+    if (!grow(&decoder->lines, times * decoder->model.heads * room * 4)) return 0;
+    decoder->lines_room = room;
+    return 1;
+}
+
 static int make_room(Decoder *decoder, const Step *step) {
     const Model *model = &decoder->model;
-    int64_t keys = step->source_length;
+    int64_t keys = step->source_length, own = 0;
     for (int64_t row = 0; row < step->rows; row++) {
-        int64_t own = step->positions[row * step->position_step] + step->queries;
-        keys = own > keys ? own : keys;
+        int64_t of_row = step->positions[row * step->position_step] + step->queries;
+        own = of_row > own ? of_row : own;
     }
+    keys = own > keys ? own : keys;
+    if (!make_room_for_lines(decoder, own, decoder->team->count)) return 0;
     for (int64_t i = 0; i < 2 * model->layers; i++) atomic_store(&decoder->tasks[i], 0);
     return make_room_for_rows(decoder, step->rows * step->queries, inside_of_layer(model), 1) && make_room_for_scores(decoder, keys);
 }

@@ -28,6 +28,13 @@ _long, _int, _float, _address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, 
 _NORMS = {"self_norm": "qkv", "cross_norm": "cross_q", "feed_forward_norm": "wi"}
 
 
+def stay_cached(arch: Architecture, groups: Collection[str], bytes_of_number: int) -> bool:
+    """Whether the matrices of some groups stay in the processor's caches from call to call, see `CACHED_BYTES`."""
+    known = parameters(arch)
+    numbers = sum(known[name].inputs * sum(known[name].widths) for name in groups)
+    return numbers * bytes_of_number <= CACHED_BYTES
+
+
 def packed_bytes(inputs: int, outputs: int) -> int:
     """Bytes of a matrix in 8 bits as `t5_pack` lays it out: outputs in tiles, inputs in fours."""
     return -(-outputs // TILE) * TILE * (-(-inputs // 4) * 4)
@@ -152,7 +159,9 @@ class CpuWeights:
         after_packing: Callable[[str], None] | None = None,
     ) -> None:
         self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized or {}
-        self._after_packing, self._multiplied = after_packing, frozenset(groups)
+        self._after_packing = after_packing
+        size = 1 if quantized else (matrices or torch.float32).itemsize
+        self._stay_cached = stay_cached(arch, groups, size)
         self.groups = parameters(arch)
         self.kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
         self.packed = self._room_for_bytes(groups)
@@ -197,7 +206,7 @@ class CpuWeights:
             activation=ACTIVATIONS.index(arch.activation),
             gated=int(arch.gated),
             embedding_type=TYPES[embedding.dtype],
-            by_rows=int(self._matrix_bytes <= CACHED_BYTES),
+            by_rows=int(self._stay_cached),
             epsilon=arch.epsilon,
             output_scale=1.0,
         )
@@ -275,13 +284,6 @@ class CpuWeights:
         """The address of a tensor that lives as long as these weights."""
         self.kept[name] = tensor
         return tensor.data_ptr()
-
-    @property
-    def _matrix_bytes(self) -> int:
-        """Bytes of the matrices that are multiplied by."""
-        inside = {key for name in self._multiplied - self.packed.keys() for key in self.groups[name].parts}
-        read = [self.rounded.get(key, self._weights[key]) for key in inside]
-        return sum(each.nbytes for each in (*self.packed.values(), *read))
 
     def _room_for_bytes(self, groups: Collection[str]) -> dict[str, torch.Tensor]:
         """Memory for matrices in 8 bits."""

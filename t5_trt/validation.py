@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from t5_trt.errors import InputError
@@ -100,6 +101,9 @@ def check_mask(name: str, mask: Any, rows: int, tokens: int, device: torch.devic
         raise InputError(
             f"{name} got shape {tuple(mask.shape)}; expected [{rows}, {tokens}], one value per token, 0 for padding."
         )
+    if device.type == "cpu" and mask.device == device and mask.dtype == torch.int64:
+        # NumPy keeps Python's interpreter, which torch's operations hand to other threads for a while
+        return torch.from_numpy((mask.numpy() != 0).astype(np.int64))
     return (mask.to(device) != 0).long()
 
 

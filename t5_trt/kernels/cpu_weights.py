@@ -18,11 +18,21 @@ from t5_trt.graph.parameters import EMBEDDING, Weights, parameters
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 TILE = 16
+#: bytes of matrices up to which each thread reads all of them for rows of its own, as they stay in the processor's caches; above, each
+#: reads a part of them for all rows
+CACHED_BYTES = 8 << 20
 _long, _int, _float, _address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
 #: field of `Layer` for a norm -> the group behind it
 _NORMS = {"self_norm": "qkv", "cross_norm": "cross_q", "feed_forward_norm": "wi"}
+
+
+def stay_cached(arch: Architecture, groups: Collection[str], bytes_of_number: int) -> bool:
+    """Whether the matrices of some groups stay in the processor's caches from call to call, see `CACHED_BYTES`."""
+    known = parameters(arch)
+    numbers = sum(known[name].inputs * sum(known[name].widths) for name in groups)
+    return numbers * bytes_of_number <= CACHED_BYTES
 
 
 def packed_bytes(inputs: int, outputs: int) -> int:
@@ -56,7 +66,7 @@ class Model(ctypes.Structure):
 
     _fields_ = [
         *((name, _long) for name in ("d_model", "d_kv", "heads", "d_ff", "layers", "vocabulary", "longest_distance")),
-        *((name, _int) for name in ("activation", "gated", "embedding_type")),
+        *((name, _int) for name in ("activation", "gated", "embedding_type", "by_rows")),
         *((name, _float) for name in ("epsilon", "output_scale")),
         *((name, _address) for name in ("embedding", "buckets", "final_norm")),
         ("head", Group),
@@ -150,6 +160,8 @@ class CpuWeights:
     ) -> None:
         self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized or {}
         self._after_packing = after_packing
+        size = 1 if quantized else (matrices or torch.float32).itemsize
+        self._stay_cached = stay_cached(arch, groups, size)
         self.groups = parameters(arch)
         self.kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
         self.packed = self._room_for_bytes(groups)
@@ -194,6 +206,7 @@ class CpuWeights:
             activation=ACTIVATIONS.index(arch.activation),
             gated=int(arch.gated),
             embedding_type=TYPES[embedding.dtype],
+            by_rows=int(self._stay_cached),
             epsilon=arch.epsilon,
             output_scale=1.0,
         )

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from t5_trt.graph.architecture import Architecture
-from t5_trt.graph.parameters import EMBEDDING, Weights, step_matrices
+from t5_trt.graph.parameters import EMBEDDING, Weights, encoder_groups, step_matrices
 from t5_trt.kernels.cpu_decoder import Call, CpuDecoder
 from t5_trt.kernels.cpu_encoder import CpuEncoder
-from t5_trt.kernels.cpu_weights import CpuTeam
+from t5_trt.kernels.cpu_weights import CpuTeam, stay_cached
 from t5_trt.runtime.kv_buffers import Binding, DecoderState
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.tensor_file import StoredTensors
@@ -30,6 +30,9 @@ ENCODER_BY_C_CODE, BY_C_CODE = "encoder (C code)", "decoder (C code)"
 #: tokens of all sources of a call up to which the C code encodes; above, ONNX Runtime's products, in larger blocks, are as fast: with 2
 #: threads from 128 tokens on (T5-base shapes, AVX-512)
 ENCODED_TOKENS = 96
+#: and where each thread takes rows of its own, as matrices stay in caches (`t5_trt.kernels.cpu_weights.CACHED_BYTES`): ONNX Runtime is as
+#: fast from 400 tokens on, but its threads do not take over what another one is late with
+ENCODED_TOKENS_CACHED = 1024
 #: in 8 bits the C code is faster up to 256 tokens and more; not where the processor has AMX, which ONNX Runtime uses and the C code does not
 ENCODED_TOKENS_INT8 = 64
 
@@ -103,6 +106,9 @@ class CpuSteps:
     ) -> None:
         self._arch, self._weights, self._quantized, self._matrices = arch, weights, quantized, matrices
         self._team = CpuTeam(library, threads, spinning)
+        self._encoded = ENCODED_TOKENS if quantized is None else ENCODED_TOKENS_INT8
+        if stay_cached(arch, encoder_groups(arch), torch.float32.itemsize if quantized is None else 1):
+            self._encoded = ENCODED_TOKENS_CACHED
         self._made: CpuDecoder | None = None
         self._encoder_made: CpuEncoder | None = None
         self._making = threading.Lock()
@@ -115,7 +121,7 @@ class CpuSteps:
 
     def encodes(self, tokens: int) -> bool:
         """Whether so many tokens of all sources of a call are for the C code."""
-        return tokens <= (ENCODED_TOKENS if self._quantized is None else ENCODED_TOKENS_INT8)
+        return tokens <= self._encoded
 
     def encode(self, source: torch.Tensor, bias: torch.Tensor, hidden: torch.Tensor, cross: torch.Tensor) -> None:
         """Encode sources; see `CpuEncoder.encode`."""

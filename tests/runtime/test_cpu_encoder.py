@@ -13,11 +13,12 @@ from t5_trt.engine.store import EngineStore
 from t5_trt.errors import InputError
 from t5_trt.graph.int8 import quantize
 from t5_trt.graph.parameters import CROSS_KV, parameters
+from t5_trt.kernels import cpu_weights
 from t5_trt.kernels.cpu_compile import load_library
 from t5_trt.runtime import cpu_steps
 from t5_trt.runtime.onnxruntime_session import OrtSession
 from tests.conftest import SHIPPED, pair_of
-from tests.runtime.test_cpu_steps import sessions_of
+from tests.runtime.test_cpu_steps import TEAMS, sessions_of
 from tests.tiny_models import KINDS, VOCAB, batch
 
 #: sums in another order; both are as far from float64
@@ -32,6 +33,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The C code encodes calls of any number of tokens."""
     monkeypatch.setattr(cpu_steps, "ENCODED_TOKENS", 10**6)
     monkeypatch.setattr(cpu_steps, "ENCODED_TOKENS_INT8", 10**6)
+    monkeypatch.setattr(cpu_steps, "ENCODED_TOKENS_CACHED", 10**6)
 
 
 def encoded(session: OrtSession, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[Any, Any]:
@@ -115,15 +117,18 @@ def test_matrices_in_8_bits(kind: str) -> None:
 @pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("in_8_bits", [False, True])
-def test_bits_of_a_source_do_not_depend_on_threads_nor_other_sources_nor_padding(kind: str, in_8_bits: bool) -> None:
+def test_bits_of_a_source_do_not_depend_on_threads_nor_other_sources_nor_padding(
+    kind: str, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = pair_of(kind)[1]
     arch, weights = ours.architecture, ours.state_dict()
     quantized = dict(quantize(arch, weights)) if in_8_bits else None
     length, source = 29, ids_of(1, 29)
     hidden, kv = encoded(sessions_of(arch, weights, quantized)[0], source)
-    for threads, spinning in ((1, True), (2, True), (3, False)):
+    for threads, spinning, cached in TEAMS:
+        monkeypatch.setattr(cpu_weights, "CACHED_BYTES", cached)
         session = sessions_of(arch, weights, quantized, threads=threads, spinning=spinning)[0]
-        for rows, padding in ((1, 0), (1, 1), (2, 3), (3, 20), (8, 7)):
+        for rows, padding in ((1, 0), (1, 1), (2, 3), (3, 20), (8, 7), (16, 4)):
             ids = ids_of(rows, length + padding, seed=rows)
             mask = torch.ones_like(ids)
             ids[-1, :length], mask[-1, length:] = source[0], 0
@@ -158,12 +163,16 @@ def test_weights_that_change_are_read(in_8_bits: bool) -> None:
             assert torch.equal(got, expected) and not torch.equal(got, old)
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("in_8_bits", [False, True])
-def test_many_tokens_are_encoded_by_the_graphs(in_8_bits: bool) -> None:
+def test_many_tokens_are_encoded_by_the_graphs(in_8_bits: bool, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them where the matrices stay in caches."""
+    monkeypatch.setattr(cpu_weights, "CACHED_BYTES", 10**9 if cached else 0)
     ours = pair_of("t5-v1.1")[1]
     quantized = dict(quantize(ours.architecture, ours.state_dict())) if in_8_bits else None
     own = sessions_of(ours.architecture, ours.state_dict(), quantized)[0]
     most = cpu_steps.ENCODED_TOKENS_INT8 if in_8_bits else cpu_steps.ENCODED_TOKENS
+    most = cpu_steps.ENCODED_TOKENS_CACHED if cached else most
     hidden, _ = encoded(own, ids_of(2, most // 2))
     own.project_cross(hidden)
     assert own.loaded_graphs() == BY_C_CODE

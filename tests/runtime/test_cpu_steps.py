@@ -14,6 +14,7 @@ from t5_trt.config import default_engine_cache_dir
 from t5_trt.engine.store import EngineStore
 from t5_trt.graph.int8 import quantize
 from t5_trt.graph.parameters import parameters
+from t5_trt.kernels import cpu_weights
 from t5_trt.kernels.cpu_compile import load_library
 from t5_trt.kernels.cpu_decoder import Call, CpuDecoder
 from t5_trt.kernels.cpu_weights import CpuTeam
@@ -26,6 +27,8 @@ from tests.tiny_models import KINDS, batch, make_hugging_face
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 #: of the logits' length, where rows are rounded to 8 bits in another way
 CLOSE_INT8 = 0.08
+#: threads, whether they spin, and `cpu_weights.CACHED_BYTES`: up to it each thread takes rows, above they share outputs
+TEAMS = ((1, True, 0), (2, True, 0), (3, False, 0), (2, True, 10**9), (3, False, 10**9))
 
 
 def sessions_of(
@@ -102,7 +105,9 @@ def test_matrices_in_8_bits(kind: str, unsigned: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["t5-v1.0", "t5-v1.1", "mt5"])
 @pytest.mark.parametrize("in_8_bits", [False, True])
-def test_bits_of_a_row_do_not_depend_on_other_rows_nor_on_threads(kind: str, in_8_bits: bool) -> None:
+def test_bits_of_a_row_do_not_depend_on_other_rows_nor_on_threads(
+    kind: str, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = pair_of(kind)[1]
     arch, weights = ours.architecture, ours.state_dict()
     quantized = dict(quantize(arch, weights)) if in_8_bits else None
@@ -111,7 +116,8 @@ def test_bits_of_a_row_do_not_depend_on_other_rows_nor_on_threads(kind: str, in_
     _, cross = own.encode(sources["input_ids"][:1], None, sources["attention_mask"][:1])
     tokens = tokens_of(1, 6)
     logits = []
-    for threads, spinning in ((1, True), (2, True), (3, False)):
+    for threads, spinning, cached in TEAMS:
+        monkeypatch.setattr(cpu_weights, "CACHED_BYTES", cached)
         session = sessions_of(arch, weights, quantized, threads=threads, spinning=spinning)[0]
         for rows in (1, 2, 3, 7, 16, 33):
             state = session.start(cross.for_beams(rows), 8, sources["attention_mask"][:1])
@@ -178,6 +184,24 @@ def test_calls_of_several_threads_wait_for_one_another() -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 4 and all(torch.equal(each, expected) for each in found)
+
+
+def test_threads_that_come_late_leave_steps_as_they_are() -> None:
+    """Jobs that threads may miss and jobs of all of them in turns, with more threads than processors."""
+    ours = pair_of("t5-v1.1")[1]
+    sessions = [sessions_of(ours.architecture, ours.state_dict(), threads=threads, spinning=False)[0] for threads in (1, 5)]
+    sources = batch()
+    found = []
+    for session in sessions:
+        _, cross = session.encode(sources["input_ids"], None, sources["attention_mask"])
+        _, single = session.encode(sources["input_ids"][:1], None, sources["attention_mask"][:1])
+        many = session.start(cross.for_beams(4), 200, sources["attention_mask"])
+        one = session.start(single, 200, sources["attention_mask"][:1])
+        tokens, logits = tokens_of(many.rows, 200), []
+        for place in range(200):
+            logits += [session.decode(state, tokens[: state.rows, place, None])[-1] for state in (many, one)]
+        found.append(torch.stack(logits))
+    assert torch.equal(*found)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

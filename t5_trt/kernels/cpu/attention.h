@@ -49,19 +49,27 @@ static void softmax(float *scores, int64_t count) {
     for (int64_t i = 0; i < room; i += LANES) store(scores + i, load(scores + i) * by);
 }
 
-// `held` vectors of the sum of values by their weights, or where it is 0 the first `rest` numbers of one.
+// `held` vectors of the sum of values by their weights, or where it is 0 the first `rest` numbers of one. Every other value is added to
+// sums of its own: additions to one sum wait for one another.
 INLINE void part_of_sum(const int held, int64_t rest, const float *weights, const float *values, const Places *places,
                         const Cache *cache, int64_t count, int64_t width, float *to) {
-    Floats sums[4] = {};
-    for (int64_t t = 0; t < count; t++) {
-        const float *value = values + offset_of(places, cache, t, width);
-        Floats weight = all(weights[t]);
+    Floats sums[2][4] = {};
+    for (int64_t t = 0; t < count; t += 2)
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+            if (odd && t + 1 == count) break;
+            const float *value = values + offset_of(places, cache, t + odd, width);
+            Floats weight = all(weights[t + odd]);
 #pragma GCC unroll 4
-        for (int v = 0; v < held; v++) sums[v] = fused(weight, load(value + v * LANES), sums[v]);
-        if (!held) sums[0] = fused(weight, load_some(value, rest), sums[0]);
+            for (int v = 0; v < held; v++) sums[odd][v] = fused(weight, load(value + v * LANES), sums[odd][v]);
+            if (!held) sums[odd][0] = fused(weight, load_some(value, rest), sums[odd][0]);
+        }
+#pragma GCC unroll 4
+    for (int v = 0; v < held; v++) store(to + v * LANES, sums[0][v] + sums[1][v]);
+    if (!held) {
+        Floats sum = sums[0][0] + sums[1][0];
+        memcpy(to, &sum, (size_t)rest * sizeof *to);
     }
-    for (int v = 0; v < held; v++) store(to + v * LANES, sums[v]);
-    if (!held) memcpy(to, &sums[0], (size_t)rest * sizeof *to);
 }
 
 // The sum of values by their weights, [width]. `values` is of row 0 of the cache.
@@ -69,6 +77,7 @@ static void weighted_sum(const float *weights, const float *values, const Places
                          int64_t width, float *to) {
     int64_t i = 0;
     for (; i + 4 * LANES <= width; i += 4 * LANES) part_of_sum(4, 0, weights, values + i, places, cache, count, width, to + i);
+    for (; i + 2 * LANES <= width; i += 2 * LANES) part_of_sum(2, 0, weights, values + i, places, cache, count, width, to + i);
     for (; i + LANES <= width; i += LANES) part_of_sum(1, 0, weights, values + i, places, cache, count, width, to + i);
     if (i < width) part_of_sum(0, width - i, weights, values + i, places, cache, count, width, to + i);
 }
@@ -78,9 +87,21 @@ static void scores_of(const float *query, const float *keys, const Places *place
                       int64_t width, float *scores) {
     int64_t t = 0;
     for (; t + SUMS_AT_ONCE <= count; t += SUMS_AT_ONCE) {
-        Floats lanes[SUMS_AT_ONCE];
-        for (int k = 0; k < SUMS_AT_ONCE; k++)
-            lanes[k] = lanes_of_dot(query, keys + offset_of(places, cache, t + k, width), width);
+        Floats lanes[SUMS_AT_ONCE] = {};
+        const float *key[SUMS_AT_ONCE];
+        int64_t i = 0;
+#pragma GCC unroll 8
+        for (int k = 0; k < SUMS_AT_ONCE; k++) key[k] = keys + offset_of(places, cache, t + k, width);
+        for (; i + LANES <= width; i += LANES) {  // the sums of `lanes_of_dot`
+            Floats part = load(query + i);
+#pragma GCC unroll 8
+            for (int k = 0; k < SUMS_AT_ONCE; k++) lanes[k] = fused(part, load(key[k] + i), lanes[k]);
+        }
+        if (i < width) {
+            Floats part = load_some(query + i, width - i);
+#pragma GCC unroll 8
+            for (int k = 0; k < SUMS_AT_ONCE; k++) lanes[k] = fused(part, load_some(key[k] + i, width - i), lanes[k]);
+        }
         several_sums(lanes, scores + t);
     }
     for (; t < count; t++) scores[t] = dot(query, keys + offset_of(places, cache, t, width), width);

@@ -6,6 +6,8 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum { OUTPUTS_AT_ONCE = SUMS_AT_ONCE, ROWS_AT_ONCE = 3, INPUTS_AT_ONCE = 1024 };  // as many sums as there are registers
 enum { TILE = 16, BYTE_ROWS_AT_ONCE = 8 };  // outputs of a tile of 8-bit weights; rows of 8 bits
 
+typedef float OutputsAt __attribute__((vector_size(4 * SUMS_AT_ONCE), aligned(4), may_alias));
+
 // One matrix of a group: float32 or bfloat16 as in the checkpoint, [outputs, inputs]; 8 bits as `t5_pack` lays them out.
 typedef struct {
     const void *weights;
@@ -56,8 +58,10 @@ INLINE float one_weight(int type, const void *weights, int64_t at) {
 // prefetched.
 INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const void *weights, int64_t first, const float *rows,
                       int64_t width, int64_t inputs, int64_t from, int64_t to, float results[ROWS_AT_ONCE][OUTPUTS_AT_ONCE]) {
-    Floats sums[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];
+    Floats sums[ROWS_AT_ONCE][OUTPUTS_AT_ONCE];  // in registers: all loops over them are unrolled
+#pragma GCC unroll 3
     for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 8
         for (int o = 0; o < OUTPUTS; o++) sums[m][o] = all(0.0f);
     int64_t i = from;
     for (; i + LANES <= to; i += LANES) {
@@ -74,11 +78,18 @@ INLINE void dot_block(const int OUTPUTS, const int ROWS, const int type, const v
             for (int m = 0; m < ROWS; m++) sums[m][o] = fused(weight, row[m], sums[m][o]);
         }
     }
-    if (i < to)
+    if (i < to) {
+        Floats row[ROWS_AT_ONCE];
+#pragma GCC unroll 3
+        for (int m = 0; m < ROWS; m++) row[m] = load_some(rows + m * width + i, to - i);
+#pragma GCC unroll 8
         for (int o = 0; o < OUTPUTS; o++) {
             Floats weight = load_some_weights(type, weights, (first + o) * inputs + i, to - i);
-            for (int m = 0; m < ROWS; m++) sums[m][o] = fused(weight, load_some(rows + m * width + i, to - i), sums[m][o]);
+#pragma GCC unroll 3
+            for (int m = 0; m < ROWS; m++) sums[m][o] = fused(weight, row[m], sums[m][o]);
         }
+    }
+#pragma GCC unroll 3
     for (int m = 0; m < ROWS; m++) {
         if (OUTPUTS == 1) results[m][0] = sum_of(sums[m][0]);
         else several_sums(sums[m], results[m]);
@@ -211,7 +222,12 @@ INLINE void float_block(const int OUTPUTS, const int type, const Group *group, c
             else dot_block(OUTPUTS, 1, type, part->weights, first, row, rows->width, inputs, from, to, found);
             for (int r = 0; r < at_once; r++, m++) {
                 float *at = results->to + m * results->stride + before + first;
-                for (int o = 0; o < OUTPUTS; o++) at[o] = results->adds || from ? at[o] + found[r][o] : found[r][o];
+                if (OUTPUTS == OUTPUTS_AT_ONCE) {
+                    OutputsAt made = *(const OutputsAt *)found[r];
+                    if (results->adds || from) made += *(const OutputsAt *)at;
+                    *(OutputsAt *)at = made;
+                } else
+                    for (int o = 0; o < OUTPUTS; o++) at[o] = results->adds || from ? at[o] + found[r][o] : found[r][o];
             }
         }
     }

@@ -80,9 +80,10 @@ typedef struct {
     float scale;
 } Reading;
 
-static void prepare_row(const Decoder *decoder, const Group *group, const Reading *reading, int64_t row, const Rows *rows) {
+static void prepare_row(const Decoder *decoder, const Group *group, const Reading *reading, int64_t position, int64_t row,
+                        const Rows *rows) {
     const Model *model = &decoder->model;
-    const float *from = reading->from + row * reading->stride;
+    const float *from = reading->from + position * reading->stride;
     float *to = rows->floats + (group->type == INT8 ? 0 : row * rows->width);  // rounded at once: room for one will do
     if (reading->source == NORMED)
         normalize(from, reading->norm, length_factor(from, group->inputs, model->epsilon) * reading->scale, group->inputs, to);
@@ -92,26 +93,37 @@ static void prepare_row(const Decoder *decoder, const Group *group, const Readin
     if (group->type == INT8) round_row(rows, row, to, group->inputs);
 }
 
-// The rows that a group reads: few are made by every thread, many by all threads together.
-static Rows prepare(Decoder *decoder, const Group *group, const Reading *reading, int64_t count, int index) {
-    int threads = decoder->team->count;
-    Rows rows = decoder->own[index];
+// Rows of some width for the positions of a share; those of other shares are not in their way, whatever width these have.
+static Rows rows_of_share(const Decoder *decoder, const Rows *rows, int64_t width, const Share *share) {
+    int64_t first = share->first, skipped = first * decoder->widest;
+    return (Rows){rows->floats + skipped, rows->bytes + skipped, rows->scales + first, rows->sums + first, width};
+}
+
+// The rows that a group reads, from the share's first position on: few are made by every thread, many by all threads together.
+static Rows prepare(Decoder *decoder, const Group *group, const Reading *reading, const Share *share) {
+    int64_t count = share->end - share->first;
+    Rows rows = decoder->own[share->index];
     rows.width = group->type == INT8 ? padded(group->inputs) : group->inputs;
-    if (count * group->inputs <= PRIVATE || threads == 1) {
-        for (int64_t row = 0; row < count; row++) prepare_row(decoder, group, reading, row, &rows);
+    if (share->columns == 1 ? count <= decoder->own_room : count * group->inputs <= PRIVATE) {
+        for (int64_t row = 0; row < count; row++) prepare_row(decoder, group, reading, share->first + row, row, &rows);
         return rows;
     }
-    Rows shared = decoder->shared;
-    shared.width = rows.width;
-    Rows mine = shared;
+    Rows shared = rows_of_share(decoder, &decoder->shared, rows.width, share), mine = shared;
     if (group->type == INT8) mine.floats = rows.floats;  // where this thread makes a row before it is rounded
-    for (int64_t row = index; row < count; row += threads) prepare_row(decoder, group, reading, row, &mine);
-    barrier(decoder->team);
+    for (int64_t row = share->column; row < count; row += share->columns)
+        prepare_row(decoder, group, reading, share->first + row, row, &mine);
+    meet(decoder, share);
     return shared;
 }
 
-static void multiply(Decoder *decoder, const Group *group, const Reading *reading, Results results, int index) {
-    Rows rows = prepare(decoder, group, reading, decoder->count, index);
-    product(group, &rows, decoder->count, results, index, decoder->team->count);
-    barrier(decoder->team);
+// A thread's share of a group's results.
+static void multiply_rows(const Group *group, const Rows *rows, Results results, const Share *share) {
+    results.to += share->first * results.stride;
+    product(group, rows, share->end - share->first, results, share->column, share->columns);
+}
+
+static void multiply(Decoder *decoder, const Group *group, const Reading *reading, Results results, const Share *share) {
+    Rows rows = prepare(decoder, group, reading, share);
+    multiply_rows(group, &rows, results, share);
+    meet(decoder, share);
 }

@@ -1,4 +1,4 @@
-// A team of threads that work on one step together, with barriers between its parts.
+// A team of threads that work on one step together: with barriers between its parts, or each on parts that it takes as it comes.
 //
 // Whoever waits looks for the event for some time and then sleeps: a thread that only looked would keep the processor from the one it
 // waits for, as soon as other processes are busy too.
@@ -65,8 +65,9 @@ struct Team {
     _Atomic int users;      // whoever opened it, and decoders and encoders, in whatever order they end
     pid_t process;          // a fork has no threads but the one that called it
     pthread_mutex_t calls;  // one step at a time
-    Event jobs, phase;
-    _Atomic int arrived;
+    Event jobs;             // counted up when a job begins and when it ends: the count is odd while there is one
+    Event phase, left;
+    _Atomic int arrived, inside;  // at a barrier; threads that may run the job
     void (*run)(void *job, int index);
     void *job;
     Member *members;
@@ -86,11 +87,14 @@ static void barrier(Team *team) {
 static void *work(void *argument) {
     Member *member = argument;
     Team *team = member->team;
-    for (unsigned done = 0;; done++) {
-        wait_for(&team->jobs, done, team->looks);
+    for (unsigned known = 0;;) {
+        wait_for(&team->jobs, known, team->looks);
         if (team->closing) return NULL;
-        team->run(team->job, member->index);
-        barrier(team);
+        atomic_fetch_add(&team->inside, 1);  // before looking for the job: from now on its caller waits for this thread
+        known = atomic_load(&team->jobs.count);
+        if (known & 1) team->run(team->job, member->index);
+        atomic_fetch_sub(&team->inside, 1);
+        announce(&team->left);
     }
 }
 
@@ -132,11 +136,13 @@ static void take_team(Team *team) {
 }
 static void give_team_back(Team *team) { pthread_mutex_unlock(&team->calls); }
 
-// Run a job by all threads, the calling one among them.
+// Run a job by the calling thread and those others that come before it has done its part. A job with barriers is run by all.
 static void run_job(Team *team, void (*run)(void *, int), void *job) {
     team->run = run;
     team->job = job;
     if (team->count > 1) announce(&team->jobs);
     run(job, 0);
-    barrier(team);
+    if (team->count == 1) return;
+    atomic_fetch_add(&team->jobs.count, 1);  // whoever comes now does not run it
+    for (unsigned left; left = atomic_load(&team->left.count), atomic_load(&team->inside);) wait_for(&team->left, left, team->looks);
 }

@@ -44,9 +44,13 @@ INLINE Floats fused(Floats a, Floats b, Floats c) {
 
 // The first `count` lanes, and zeros.
 INLINE Floats load_some(const float *from, int64_t count) {
+#if LANES == 16
+    return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+#else
     float lanes[LANES] = {0};
     memcpy(lanes, from, (size_t)count * sizeof *lanes);
     return load(lanes);
+#endif
 }
 
 // bfloat16 is the upper half of a float32

@@ -189,7 +189,9 @@ def test_calls_of_several_threads_wait_for_one_another() -> None:
 def test_threads_that_come_late_leave_steps_as_they_are() -> None:
     """Jobs that threads may miss and jobs of all of them in turns, with more threads than processors."""
     ours = pair_of("t5-v1.1")[1]
-    sessions = [sessions_of(ours.architecture, ours.state_dict(), threads=threads, spinning=False)[0] for threads in (1, 5)]
+    sessions = [
+        sessions_of(ours.architecture, ours.state_dict(), threads=threads, spinning=False)[0] for threads in (1, 5)
+    ]
     sources = batch()
     found = []
     for session in sessions:

@@ -61,7 +61,8 @@ typedef struct {
 } Member;
 
 struct Team {
-    int count, looks, closing;
+    int count, looks;
+    _Atomic int closing;
     _Atomic int users;      // whoever opened it, and decoders and encoders, in whatever order they end
     pid_t process;          // a fork has no threads but the one that called it
     pthread_mutex_t calls;  // one step at a time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the engines of this run; T5_TRT_TEST_STORE keeps them from one run to the next."""
     kept = os.environ.get("T5_TRT_TEST_STORE")
     return Path(kept) if kept else tmp_path_factory.mktemp("engines") / "store"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory for results holds NaN before a kernel writes it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["kernels", "engine"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,16 +29,9 @@ from tests.gpu.encoder_cases import (
 from tests.gpu.step_cases import SMALL
 from tests.tiny_models import KINDS, VOCAB, batch, make_hugging_face
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 CASES = 24
 SEED = int(os.environ.get("T5_TRT_TEST_SEED", "0"))
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory for results holds NaN before a kernel writes it."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tests.gpu.step_cases import SMALL
 from tests.tiny_models import KINDS, VOCAB, make_hugging_face
 
 SEED = int(os.environ.get("T5_TRT_TEST_SEED", "0"))
+pytestmark = pytest.mark.usefixtures("poisoned")
 #: lengths of packed sources: one, those that fill tiles of 64 or 128 exactly, none of some, many, every length from 1 to 512
 LENGTHS = {
     "one": (37,),
@@ -31,14 +32,6 @@ LENGTHS = {
 }
 #: largest error of encoders' results, beside the largest value
 NEAR = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2, "int8": 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory for results holds NaN before a kernel writes it."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDED))

@@ -184,7 +184,14 @@ def test_warp_groups_make_the_same_bits(emulated: Any, arch: Architecture, rows:
 def test_results_do_not_depend_on_what_a_cta_takes(emulated: Any) -> None:
     """Two of five tiles of outputs, fewer rows where the stream is added to, and a copy of the rows that shared memory does not hold."""
     rows = 40
-    own = {"QUERY_TILES": 2, "ADD_TILES": 2, "ROW_TILES": 4, "ADD_ROW_TILES": 2, "QUERY_ROW_TILES": 4, "HEAD_ROOM": 6 * 1024}
+    own = {
+        "QUERY_TILES": 2,
+        "ADD_TILES": 2,
+        "ROW_TILES": 4,
+        "ADD_ROW_TILES": 2,
+        "QUERY_ROW_TILES": 4,
+        "HEAD_ROOM": 6 * 1024,
+    }
     wanted = run(GATED, emulated(GATED, rows, int8=False), rows, int8=False).made
     got = run(GATED, emulated(GATED, rows, int8=False, **own), rows, int8=False).made
     assert {name for name in wanted if not torch.equal(wanted[name], got[name])} == set()

@@ -1,4 +1,4 @@
-// The body of a kernel that makes a product: of product.cuh, streamed_product.cuh or tiled_product.cuh.
+// The body of a kernel that makes a product: of product.cuh, streamed_product.cuh, group_product.cuh or tiled_product.cuh.
 #pragma once
 #include "product.cuh"
 

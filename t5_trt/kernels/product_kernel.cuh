@@ -9,9 +9,9 @@ __device__ __forceinline__ float4 times(const float4& x, float a, float b) { ret
 template <class P> using Outputs = decltype(P::total(0, 0, 0, 0));
 
 // What all products do: load weights, wait, multiply, and hand every output to `finish(tile, output, row, values, early)`. 16 neighbouring
-// threads have the 16 outputs of a tile for one row, or four have four each (WIDTH), `values` has an entry for each of TOGETHER tiles from `tile` on, and `early` is what
-// `before(output, row)` returned right after the wait: values that `finish` needs from memory. Outputs of tiles beyond the last one mean
-// nothing. A product of several turns hands over the tiles of one after the other.
+// threads have the 16 outputs of a tile for one row, or four threads have four each (WIDTH). `values` has an entry for each of TOGETHER tiles
+// from `tile` on, and `early` is what `before(output, row)` returned right after the wait: values that `finish` needs from memory. Outputs of
+// tiles beyond the last one mean nothing. A product of several turns hands over the tiles of one after the other.
 template <class P, class Before, class Finish>
 __device__ __forceinline__ void product(const uint4* weights, const void* x, const Norm& norm, int rows, Before before, Finish finish)
 {

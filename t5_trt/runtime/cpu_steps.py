@@ -64,7 +64,6 @@ class CpuRowBuffers(RowBuffers):
     """As `RowBuffers`; a step reads only what a row has written, and its source up to the last token that is not hidden."""
 
     reads_empty_places = False
-    slack = 4  # room that is not used costs little, and every change of it new views for each number of rows
 
     def add(self, cross: torch.Tensor, cross_bias: torch.Tensor, row: int | None = None) -> int:
         """See `RowBuffers.add`."""

@@ -168,9 +168,8 @@ def measure(model: Any, clients: int, lengths: str, rounds: int, per_client: int
             ways["engine"](crowd)
         ways["static"](crowd)
         capacity = count / ways["engine"](crowd).wall
-        ways["engine"](
-            arrivals(count, EASY * capacity, lengths, clients)
-        )  # few sources at a time have sizes of their own
+        # few sources at a time have sizes of their own
+        ways["engine"](arrivals(count, EASY * capacity, lengths, clients))
         rates: dict[str, list[float]] = {name: [] for name in ways}
         found: Record = {"capacity_requests_per_s": round(capacity, 1)}
         for number in range(rounds):

@@ -28,11 +28,16 @@ _long, _int, _float, _address = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, 
 _NORMS = {"self_norm": "qkv", "cross_norm": "cross_q", "feed_forward_norm": "wi"}
 
 
-def stay_cached(arch: Architecture, groups: Collection[str], bytes_of_number: int) -> bool:
-    """Whether the matrices of some groups stay in the processor's caches from call to call, see `CACHED_BYTES`."""
+def stay_cached(
+    arch: Architecture,
+    groups: Collection[str],
+    quantized: Mapping[str, torch.Tensor] | None,
+    matrices: torch.dtype | None = None,
+) -> bool:
+    """Whether the matrices of some groups stay in the processor's caches from call to call, see `CACHED_BYTES`; arguments as of `CpuWeights`."""
     known = parameters(arch)
-    numbers = sum(known[name].inputs * sum(known[name].widths) for name in groups)
-    return numbers * bytes_of_number <= CACHED_BYTES
+    size = 1 if quantized else (matrices or torch.float32).itemsize
+    return size * sum(known[name].inputs * sum(known[name].widths) for name in groups) <= CACHED_BYTES
 
 
 def packed_bytes(inputs: int, outputs: int) -> int:
@@ -160,8 +165,7 @@ class CpuWeights:
     ) -> None:
         self._library, self._arch, self._weights, self._quantized = library, arch, weights, quantized or {}
         self._after_packing = after_packing
-        size = 1 if quantized else (matrices or torch.float32).itemsize
-        self._stay_cached = stay_cached(arch, groups, size)
+        self._stay_cached = stay_cached(arch, groups, quantized, matrices)
         self.groups = parameters(arch)
         self.kept: dict[str, torch.Tensor] = {}  # memory that the structures point to
         self.packed = self._room_for_bytes(groups)

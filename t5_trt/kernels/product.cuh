@@ -161,6 +161,7 @@ struct Product {
     static constexpr int REGION = most(STAGED ? HELD * OWN_ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
     static constexpr int SHARED = WARPS * REGION;
     static_assert(SHARED <= SHARED_BYTES, "shared memory");
+    static_assert(!WARPGROUPS || STAGED, "what `fetch` reads into registers is not in the order of warp groups");
 
     Weights held[OUT_TILES][HELD];
     float sums[OUT_TILES][SUMS];

@@ -130,7 +130,6 @@ struct TiledCopies {
     }
     __device__ __forceinline__ void end_turn(int) {}
 
-
     // Where the first half's sum of an output of a tile for a row lies, all counted from the first; the second half's is SUMS behind.
     static __device__ __forceinline__ const float* sum_of(int tile, int output, int row)
     {

@@ -107,7 +107,7 @@ class CpuSteps:
         self._arch, self._weights, self._quantized, self._matrices = arch, weights, quantized, matrices
         self._team = CpuTeam(library, threads, spinning)
         self._encoded = ENCODED_TOKENS if quantized is None else ENCODED_TOKENS_INT8
-        if stay_cached(arch, encoder_groups(arch), torch.float32.itemsize if quantized is None else 1):
+        if stay_cached(arch, encoder_groups(arch), quantized):
             self._encoded = ENCODED_TOKENS_CACHED
         self._made: CpuDecoder | None = None
         self._encoder_made: CpuEncoder | None = None

@@ -29,7 +29,7 @@ class LaunchedKernels:
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any, early: bool = True) -> None:
         """See `DecodeKernels.launch`."""
-        if name == "attend_self":
+        if name in ("attend_self", "attend_moved"):
             self.attend_self(grid[1], early, *arguments)
         elif name == "attend_cross":
             self.attend_cross(grid[1], *arguments)
@@ -50,8 +50,8 @@ class LaunchedKernels:
         for cache, made in zip((keys, values), new, strict=True):
             cache.view(-1, width)[heads_of.flatten().long()] = made.reshape(-1, width).to(cache.dtype)
 
-    def attend_self(self, rows: int, early: bool, query: Any, keys: Any, values: Any, bias: Any, position: Any, ancestors: Any, attended: Any,
-                    parts: Any, arrived: Any, room: int, distances: int, beams: int, stride: int) -> None:  # fmt: skip
+    def attend_self(self, rows: int, early: bool, query: Any, keys: Any, values: Any, bias: Any, position: Any, attended: Any, parts: Any,
+                    arrived: Any, room: int, distances: int, ancestors: Any = None, beams: int = 1, stride: int = 0) -> None:  # fmt: skip
         holders = torch.arange(rows)[:, None].expand(rows, room)
         if ancestors is not None:
             holders = holders // beams * beams + ancestors[:rows, :room]

@@ -1,6 +1,6 @@
 // Attention of one new token of every row over cached keys and values.
 //
-// A CTA of ATTENTION_WARPS warps takes CHUNK keys of one head of one row; grid (H, rows, chunks). Where a row has more keys, every CTA
+// A CTA of ATTENTION_WARPS warps, of which a multiprocessor must have room for ATTENTION_CTAS, takes CHUNK keys of one head of one row; grid (H, rows, chunks). Where a row has more keys, every CTA
 // leaves its part, and the last one to finish adds the parts up in the order of the chunks. Chunks begin at fixed keys, so a result does
 // not depend on how much room the cache has, nor on other rows.
 //
@@ -11,14 +11,11 @@
 #pragma once
 #include "attention_sums.cuh"
 
-// CTAs that an SM must have room for: as many as registers allow without spilling, and no more than any GPU can hold.
-#define ATTENTION_CTAS (ATTENTION_WARPS == 8 ? (__CUDA_ARCH__ >= 900 && STORAGE != FLOAT32 && D <= 64 ? 4 : 2) : ATTENTION_WARPS == 4 ? 5 : ATTENTION_WARPS == 2 ? 10 : 12)
+// CTAs of attend_cross that an SM must have room for. It needs fewer registers than the others: without being asked, six or twelve fit, too.
+#define CROSS_CTAS least(ATTENTION_CTAS, ATTENTION_WARPS == 8 ? 4 : 20 / ATTENTION_WARPS)
 
-// First key of a share in its chunk. Eight shares take the keys in turns.
-__device__ __forceinline__ int share_start(unsigned share) { return share / 8 * (KEYS_A_PASS * PASSES) + share % 8 * GROUPS; }
-
-// How many shares `keys` keys of a chunk make, some of which may have none: those of whole turns, and of at least one.
-__device__ __forceinline__ unsigned shares_of(int keys) { return 8 * ((max(keys, 1) - 1) / (KEYS_A_PASS * PASSES) + 1); }
+// How many shares `keys` keys of a chunk make; one if there are none.
+__device__ __forceinline__ unsigned shares_of(int keys) { return (max(keys, 1) + SHARE - 1) / SHARE; }
 
 // Where the keys and values of a row and head lie for one lane, and which keys count.
 struct Place {
@@ -39,13 +36,16 @@ struct Share {
     uint4 key[PASSES], value[PASSES];    // zeros in place of keys that do not count
 };
 
+// Whether passes without keys are made, too, so that no branch keeps the passes of a share from running side by side: where there are few rows.
+constexpr bool STRAIGHT = ATTENTION_WARPS == 8;
+
 // For each pass of a share that has keys: call of(pass).
 template <class Of>
 __device__ __forceinline__ void each_pass(int left, Of of)
 {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-        if (left <= i * KEYS_A_PASS)
+        if (!STRAIGHT && left <= i * GROUPS)
             break;
         of(i);
     }
@@ -59,8 +59,8 @@ __device__ __forceinline__ void load_places(const Place& at, Share& held)
         const unsigned char* beam_of = at.beam_of + held.own;
         each_pass(held.left, [&](int i) {
             held.beam[i] = 0;
-            if (at.group + i * KEYS_A_PASS < held.left)
-                held.beam[i] = beam_of[i * KEYS_A_PASS];
+            if (at.group + i * GROUPS < held.left)
+                held.beam[i] = beam_of[i * GROUPS];
         });
     }
     held.bias = 0.f;
@@ -78,8 +78,8 @@ __device__ __forceinline__ void load_vectors(const Place& at, const char* from, 
     there = threadIdx.x % KEY_LANES < VECTORS ? there - at.group : 0;
     each_pass(held.left, [&](int i) {
         vectors[i] = uint4{};
-        const char* vector = (MOVED ? further(own, held.beam[i], at.row_bytes) : own) + i * (int)(KEYS_A_PASS * KEY_BYTES);
-        if (i * KEYS_A_PASS < there)
+        const char* vector = (MOVED ? further(own, held.beam[i], at.row_bytes) : own) + i * (int)(GROUPS * KEY_BYTES);
+        if (i * GROUPS < there)
             vectors[i] = __ldcg((const uint4*)vector);
     });
 }
@@ -88,13 +88,13 @@ __device__ __forceinline__ void load_vectors(const Place& at, const char* from, 
 template <bool MOVED>
 __device__ __forceinline__ void load_newest(const Place& at, int newest, Share& held)
 {
-    if (newest < 0 || newest % KEYS_A_PASS >= GROUPS)  // another share's
+    if (newest < 0 || newest >= SHARE)  // another share's
         return;
     each_pass(held.left, [&](int i) {
-        if (newest != at.group + i * KEYS_A_PASS || threadIdx.x % KEY_LANES >= VECTORS)
+        if (newest != at.group + i * GROUPS || threadIdx.x % KEY_LANES >= VECTORS)
             return;
         const auto load = [&](const char* from) {
-            const char* key = further(from, held.own + i * KEYS_A_PASS, KEY_BYTES);
+            const char* key = further(from, held.own + i * GROUPS, KEY_BYTES);
             return __ldcg((const uint4*)(MOVED ? further(key, held.beam[i], at.row_bytes) : key));
         };
         held.key[i] = load(at.keys), held.value[i] = load(at.values);
@@ -113,7 +113,7 @@ __device__ __forceinline__ float score(const Place& at, const float* q, int left
         for (int j = 0; j < VECTOR; ++j)
             sum = fmaf(q[j], x[j], sum);
         sum = sum_lanes(sum, 1, KEY_LANES);
-        scores[i] = at.group + i * KEYS_A_PASS < left ? sum : -INFINITY;
+        scores[i] = at.group + i * GROUPS < left ? sum : -INFINITY;
         largest = fmaxf(largest, scores[i]);
     });
     return largest;
@@ -151,14 +151,16 @@ __device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, un
 {
     const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
     Share held;
-    held.left = at.end - at.start - share_start(warp);
-    held.own = at.start + share_start(warp) + at.group;
+    held.left = at.end - at.start - (int)warp * SHARE;
+    held.own = at.start + warp * SHARE + at.group;
     load_places<SELF, MOVED>(at, held);
     const int there = held.left + min(old - at.end, 0);
     load_vectors<MOVED>(at, at.keys, held, there, held.key);
     load_vectors<MOVED>(at, at.values, held, there, held.value);
     let_next_start();
     wait_for_inputs();
+    if (warp >= shares)
+        return;
     if (SELF && old < at.end)
         load_newest<MOVED>(at, there, held);
     float q[VECTOR];
@@ -175,8 +177,7 @@ __device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, un
         const float own_bias = held.bias;
         float scores[PASSES];
         if (more) {
-            const int step = SHARES == 8 ? ATTENTION_WARPS * GROUPS : share_start(next) - share_start(share);
-            held.left -= step, held.own += step;
+            held.left -= ATTENTION_WARPS * SHARE, held.own += ATTENTION_WARPS * SHARE;
             load_places<SELF, MOVED>(at, held);
         }
         const float largest = score(at, q, left, own_bias, held.key, scores);
@@ -210,7 +211,7 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     at.end = min(at.count, at.start + CHUNK);
     at.width = width;
     at.group = (threadIdx.x & 31) / KEY_LANES;
-    at.of_bias = part < PASSES ? part * KEYS_A_PASS + at.group : CHUNK;
+    at.of_bias = part < PASSES ? part * GROUPS + at.group : CHUNK;
     at.bias = bias + (SELF ? head : source) * (unsigned long long)(unsigned)width;
     at.beam_of = ancestors + row * (unsigned long long)(unsigned)stride;
     at.row_bytes = H * capacity * KEY_BYTES;
@@ -227,17 +228,23 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
-attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position,
-            const unsigned char* ancestors, stored* attended, float* parts, int* arrived, int capacity, int distances, int beams, int stride)
+attend_self(const float* query, const stored* keys, const stored* values, const float* bias, const int* position, stored* attended, float* parts,
+            int* arrived, int capacity, int distances)
 {
     __shared__ SharedSums all;
-    if (ancestors)
-        attend<true, true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride, all);
-    else
-        attend<true, false>(query, keys, values, bias, position, nullptr, attended, parts, arrived, capacity, distances, beams, stride, all);
+    attend<true, false>(query, keys, values, bias, position, nullptr, attended, parts, arrived, capacity, distances, 1, 0, all);
 }
 
+// A kernel of its own, as few rows are the slower the more code there is.
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, ATTENTION_CTAS)
+attend_moved(const float* query, const stored* keys, const stored* values, const float* bias, const int* position, stored* attended, float* parts,
+             int* arrived, int capacity, int distances, const unsigned char* ancestors, int beams, int stride)
+{
+    __shared__ SharedSums all;
+    attend<true, true>(query, keys, values, bias, position, ancestors, attended, parts, arrived, capacity, distances, beams, stride, all);
+}
+
+extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, CROSS_CTAS)
 attend_cross(const float* query, const stored* keys, const stored* values, const float* mask, const int* lengths, stored* attended,
              float* parts, int* arrived, int capacity, int width, int beams)
 {

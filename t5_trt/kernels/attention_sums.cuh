@@ -3,15 +3,15 @@
 #include "attention_chunks.cuh"
 
 #ifndef ATTENTION_WARPS
-#error "ATTENTION_WARPS must be 1, 2, 4 or 8"
+#error "ATTENTION_WARPS must be 1, 2, 4 or 8, and ATTENTION_CTAS a number of CTAs"
 #endif
 __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;                   // 16-byte loads of a key
 constexpr int KEY_LANES = power_of_two(VECTORS < 2 ? 2 : VECTORS);   // lanes that share a key
 constexpr int GROUPS = 32 / KEY_LANES;                               // keys that a warp takes at once
-constexpr int KEYS_A_PASS = 8 * GROUPS;                              // of eight shares
-constexpr int PASSES = least(4, CHUNK / KEYS_A_PASS);              // keys of a lane in a share
-constexpr int SHARES = CHUNK / (PASSES * GROUPS);                    // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
+constexpr int PASSES = least(4, CHUNK / (8 * GROUPS));               // keys of a lane in a share
+constexpr int SHARE = PASSES * GROUPS;                               // keys of a share
+constexpr int SHARES = CHUNK / SHARE;                                // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
 constexpr int STREAMS = SHARES * GROUPS;                             // what groups of lanes sum by themselves
 static_assert(D % VECTOR == 0 && VECTORS <= 32, "d_kv");
 static_assert(ATTENTION_WARPS <= 8 && 8 % ATTENTION_WARPS == 0, "ATTENTION_WARPS");
@@ -36,7 +36,7 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
     Sums sums[STREAMS_A_LANE];
 #pragma unroll
     for (int i = 0; i < STREAMS_A_LANE; ++i) {
-        sums[i] = SHARES == 8 || i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
+        sums[i] = i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
         merged.largest = fmaxf(merged.largest, sums[i].largest);
     }
 #pragma unroll
@@ -49,20 +49,17 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
     }
     merged.sum = sum_lanes(merged.sum, 1, 32);
 #pragma unroll
-    for (unsigned eight = 0; eight < SHARES; eight += 8) {
-        if (eight && eight >= shares)
+    for (unsigned i = 0; i < SHARES; ++i) {
+        if (i >= shares)
             break;
+        const unsigned stream = i * GROUPS;
+        const float factor = __shfl_sync(0xffffffffu, sums[stream / 32].largest, stream % 32 + lane / KEY_LANES);
 #pragma unroll
-        for (unsigned i = eight; i < eight + 8; ++i) {
-            const unsigned stream = i * GROUPS;
-            const float factor = __shfl_sync(0xffffffffu, sums[stream / 32].largest, stream % 32 + lane / KEY_LANES);
+        for (int s = 0; s < SLICES_A_WARP; ++s) {
+            const Slice part = all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane];
 #pragma unroll
-            for (int s = 0; s < SLICES_A_WARP; ++s) {
-                const Slice part = all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane];
-#pragma unroll
-                for (int j = 0; j < SLICE; ++j)
-                    merged.values[s].value[j] = fmaf(factor, part.value[j], merged.values[s].value[j]);
-            }
+            for (int j = 0; j < SLICE; ++j)
+                merged.values[s].value[j] = fmaf(factor, part.value[j], merged.values[s].value[j]);
         }
     }
 #pragma unroll

@@ -40,10 +40,19 @@ constexpr int PARTIALS = (E_TILES + 15) / 16 * 16;  // partial sums of squares o
 
 extern __shared__ __align__(16) char shared[];  // of the size that the host gives
 
+// 16 bytes of weights, which are read once. The compiler may move such a load over everything.
 __device__ __forceinline__ uint4 load_streaming(const void* from)
 {
     uint4 value;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from));
+    return value;
+}
+// Likewise, but it stays before a wait that follows.
+__device__ __forceinline__ uint4 load_before_wait(const void* from)
+{
+    uint4 value;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from));
     return value;
 }

@@ -16,7 +16,7 @@ import torch
 
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.kernels.compile import bindings, checked
-from t5_trt.kernels.division import attention_warps, divide_products
+from t5_trt.kernels.division import divide_attention, divide_products
 from t5_trt.kernels.launching import LoadedModule, launch
 from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights, padded, tiles
 
@@ -24,7 +24,7 @@ STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: keys of one head that a CTA of an attention kernel takes (``CHUNK`` in ``attention.cuh``)
 CHUNK = 128
 KERNELS = (
-    "embed", "project_qkv", "attend_self", "add_attention", "project_query", "attend_cross", "feed_forward_in",
+    "embed", "project_qkv", "attend_self", "attend_moved", "add_attention", "project_query", "attend_cross", "feed_forward_in",
     "feed_forward_out", "output_head",
 )  # fmt: skip
 #: d_kv of models that have ``attend_shared``, in half precision
@@ -47,7 +47,6 @@ def constants(
     rows: int,
     capability: int = 8,
     *,
-    beams: int = 1,
     int8: bool = False,
 ) -> dict[str, int]:
     """Compile-time constants of the kernels for a model and a number of rows.
@@ -57,7 +56,6 @@ def constants(
         dtype: of weights and caches.
         rows: of a step.
         capability: the GPU's compute capability, its major number.
-        beams: rows that share a source.
         int8: matrices are in 8 bits, and all else is float16.
     """
     return (
@@ -65,7 +63,7 @@ def constants(
         | ({"INT8": 1} if int8 else {})
         | {"V": arch.vocab_size}
         | divide_products(arch, dtype, rows, capability, int8=int8)
-        | {"ATTENTION_WARPS": attention_warps(arch.num_heads * rows, beams, wide=arch.d_kv > 64)}
+        | divide_attention(arch.num_heads * rows, capability, wide=arch.d_kv * dtype.itemsize > 128)
     )
 
 
@@ -232,13 +230,14 @@ class DecodeStep:
         keys, values = given.kv[layer]
         cross_keys, cross_values = given.cross[layer]
         heads, room, width = self.arch.num_heads, keys.shape[2], cross_keys.shape[2]
-        stride = 0 if given.ancestors is None else given.ancestors.shape[1]
+        # where beams' keys and values lie, if that is not in order
+        moved = () if given.ancestors is None else (given.ancestors, given.neighbours or given.beams, given.ancestors.shape[1])
         places = given.position if given.places is None else given.places
         start("project_qkv", grids["project_qkv"], stream, own.qkv, b.copy, b.squares, scales, other, b.query, keys, values,
                places, rows, room, epsilon)  # fmt: skip
         # it reads all keys but its row's newest one before its wait, and other rows may have written some of them just now
-        start("attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position, given.ancestors, b.attended,
-               b.parts, b.arrived, room, own.bias.shape[1], given.neighbours or given.beams, stride, early=given.places is None)  # fmt: skip
+        start("attend_moved" if moved else "attend_self", (heads, rows, self._chunks[0]), stream, b.query, keys, values, own.bias, given.position,
+               b.attended, b.parts, b.arrived, room, own.bias.shape[1], *moved, early=given.places is None)  # fmt: skip
         start("add_attention", grids["add_attention"], stream, own.self_out, b.attended, b.stream, b.copy, b.squares, other, rows,
                own.self_scale)  # fmt: skip
         start("project_query", grids["project_query"], stream, own.query, b.copy, b.squares, other, scales, b.query, rows,

@@ -125,14 +125,17 @@ def _divide_head(rows: int, row_tiles: int, *, half: bool, large: bool, int8: bo
     }
 
 
-def attention_warps(heads: int, beams: int = 1, *, wide: bool = False) -> int:
-    """Number of warps for the keys of one head of one row.
+def divide_attention(heads: int, capability: int, *, wide: bool) -> dict[str, int]:
+    """Warps for the keys of one head of one row, and how many such CTAs a processor must have room for.
+
+    As many warps as can be if all heads are to be at work at once.
 
     Args:
         heads: of all rows together.
-        beams: rows that share a source.
-        wide: d_kv is above 64, so that fewer CTAs of eight warps fit on a processor.
+        capability: the GPU's compute capability, its major number.
+        wide: a key takes more than 128 bytes, and so more registers.
     """
-    if heads <= (256 if wide else 512) or (beams > 1 and heads <= 2048):
-        return 8
-    return 4 if heads <= 2048 or beams > 1 else 2
+    few = 4 if capability in LARGE_SHARED and not wide else 2
+    choices = [(8, few), (4, 5), (4, 6)] if wide else [(8, few), (4, 5), (4, 6), (2, 10), (2, 12)]
+    warps, ctas = next((choice for choice in choices if heads <= choice[1] * PROCESSORS), choices[-1])
+    return {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}

@@ -169,7 +169,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
 #pragma unroll
     for (int i = 0; i < HEAD_STEP; ++i)
         if (has && i < E_K)
-            held[i] = load_weights(weights_at<E_K>(weights, tile, i), lane);
+            held[i] = load_weights(weights_at<E_K>(weights, tile, i), lane, true);
     float output_scales[2] = {1.f, 1.f};  // of this lane's outputs
 #if INT8
     if (has)
@@ -199,7 +199,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
         end_group();  // an empty one, too: the wait counts groups
         multiply_head_step(base, shared + step % HEAD_DEPTH * HEAD_SLOT, held, sums, lane, [&](int i) {
             if (has && base + i + HEAD_STEP < E_K)
-                held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_STEP), lane);
+                held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_STEP), lane, false);
         });
     }
 #pragma unroll

@@ -53,12 +53,14 @@ template <int TOTAL, int OUT_TILES> __device__ __forceinline__ int tile_of(int t
     return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile;
 }
 
-__device__ __forceinline__ Weights load_weights(const uint4* from, int lane)
+// A lane's weights of a k tile; `early` if a wait follows, for which the compiler must not delay the load.
+__device__ __forceinline__ Weights load_weights(const uint4* from, int lane, bool early)
 {
+    const auto load = [&](int i) { return early ? load_before_wait(from + i) : load_streaming(from + i); };
 #if STORAGE == FLOAT32
-    return {load_streaming(from + lane), load_streaming(from + 32 + lane)};
+    return {load(lane), load(32 + lane)};
 #else
-    return load_streaming(from + lane);
+    return load(lane);
 #endif
 }
 
@@ -180,7 +182,7 @@ struct Product {
         first = warp * PER_WARP, last = min(first + PER_WARP, K_TILES);
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            load(i, first + i);
+            load(i, first + i, true);
 #pragma unroll
         for (int tile = 0; tile < OUT_TILES; ++tile)
 #pragma unroll
@@ -188,12 +190,12 @@ struct Product {
                 sums[tile][i] = 0.f;
     }
 
-    __device__ __forceinline__ void load(int place, int k_tile)
+    __device__ __forceinline__ void load(int place, int k_tile, bool early = false)
     {
         if ((EVEN && PER_WARP == HELD) || k_tile < last)
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
-                held[tile][place] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), k_tile), lane);
+                held[tile][place] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), k_tile), lane, early);
     }
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }

@@ -21,9 +21,13 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
     __shared__ __align__(16) float output_scales[INT8 ? P::TILES * 16 : 1];
     const int row0 = blockIdx.y * P::OWN_ROWS, tile0 = blockIdx.x * P::TILES;
     const int own = TEAMS > 1 ? threadIdx.x % COUNT : threadIdx.x, team = TEAMS > 1 ? threadIdx.x / COUNT : 0;
+    constexpr bool FEW_ROWS = ROW_TILES == 1;  // then it is worth more that the next kernel loads its weights early than that these come first
+    if (FEW_ROWS)
+        let_next_start();
     copy_scales<P>(weights, tile0, output_scales);
     P work(weights, tile0);
-    let_next_start();
+    if (!FEW_ROWS)
+        let_next_start();
     wait_for_inputs();
     decltype(before(0, 0)) early[ROUNDS];
 #pragma unroll

@@ -38,17 +38,17 @@ struct StreamedProduct {
         first = warp * PER_WARP, last = min(first + PER_WARP, K_TILES);
 #pragma unroll
         for (int tile = 0; tile < HELD; ++tile)
-            load(tile);
+            load(tile, true);
     }
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
 
-    __device__ __forceinline__ void load(int tile)
+    __device__ __forceinline__ void load(int tile, bool early = false)
     {
 #pragma unroll
         for (int i = 0; i < PER_WARP; ++i)
             if (has(first + i))
-                held[tile % HELD][i] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), first + i), lane);
+                held[tile % HELD][i] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), first + i), lane, early);
     }
 
     // Start to read the rows from `row0` on.

@@ -170,10 +170,10 @@ class KernelDecoder:
         """See `t5_trt.runtime.step_decoder.StepDecoder.weight_bytes`."""
         return self.weights.nbytes
 
-    def kernels(self, rows: int, beams: int = 1) -> DecodeKernels:
-        """The loaded kernels for a number of rows, of which `beams` share a source; compiled at the first use unless they are in the store."""
+    def kernels(self, rows: int) -> DecodeKernels:
+        """The loaded kernels for a number of rows; compiled at the first use unless they are in the store."""
         major, minor = torch.cuda.get_device_capability(self._device)
-        wanted = constants(self._arch, self._dtype, rows, major, beams=beams, int8=self.weights.int8)
+        wanted = constants(self._arch, self._dtype, rows, major, int8=self.weights.int8)
         key = tuple(wanted.values())
         if key not in self._kernels:
             cubin = stored_cubin("decode_step.cu", wanted, architecture_name(major, minor), self._store)
@@ -330,6 +330,6 @@ class KernelDecoder:
         chunks = -(-max(shapes.T, shapes.S) // CHUNK)
         buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device, int8=self.weights.int8)
         slot.step = DecodeStep(
-            arch, self.kernels(rows, shapes.N), self.weights, buffers, inputs, arch.epsilon, self._embedding_scale
+            arch, self.kernels(rows), self.weights, buffers, inputs, arch.epsilon, self._embedding_scale
         )
         return slot

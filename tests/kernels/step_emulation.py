@@ -19,7 +19,7 @@ KERNELS = ("embed", *PRODUCTS)
 EMULATED = {
     "types.cuh": ("widen", "narrow", "narrow_two"),
     "tensor_cores.cuh": ("multiply_tiles", "copy_async", "copy_word_async", "end_group", "wait_for_group"),
-    "common.cuh": ("load_streaming",),
+    "common.cuh": ("load_streaming", "load_before_wait"),
     "int8_weights.cuh": ("subtract_two",),
     "product.cuh": (),
     "product_kernel.cuh": (),

@@ -27,7 +27,7 @@ INSTRUCTIONS = {
     "cvt.rn.bf16x2.f32": "both = float_to_bfloat16(low) | float_to_bfloat16(high) << 16;",
     "mad.wide.u32": "there = base + (unsigned long long)count * size;",
     "ex2.approx.ftz.f32": "result = exp2f(x);",
-    "ld.global.nc": "",
+    "ld.global": "",
     "griddepcontrol": "",
 }
 PROGRAM = """
@@ -57,9 +57,12 @@ PRODUCT = """
 static void multiply_tiles(float* c, const uint4& a, const uint2& b) { multiply_fragments(c, a, b, widen); }
 """
 CALLS = """
-    if (warps == WARPS) kernel = own
+    if (warps == WARPS) kernel = own && given[5]
+        ? (void (*)())[] { FORM::attend_moved(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
+              memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), memory<unsigned char>(5), number(11), number(12)); }
+        : own
         ? (void (*)())[] { FORM::attend_self(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
-              memory<unsigned char>(5), memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), number(11), number(12)); }
+              memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10)); }
         : (void (*)())[] { FORM::attend_cross(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
               memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), number(11)); };
 """
@@ -94,7 +97,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype
     assert compiler, "these tests need a C++ compiler"
     folder = tmp_path_factory.mktemp("attention")
     variants = (
-        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention_sums.cuh')}\n{source('attention.cuh')}\n}}\n#undef ATTENTION_CTAS"
+        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention_sums.cuh')}\n{source('attention.cuh')}\n}}\n#undef CROSS_CTAS"
         for warps in WARPS
     )
     calls = "".join(CALLS.replace("FORM", f"warps{warps}").replace("WARPS", str(warps)) for warps in WARPS)
@@ -108,7 +111,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype
         program = "shared.cpp" if shape in TILED else "warps.cpp"
         library = folder / f"attention_{STORAGE[dtype]}_{size}.so"
         flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-w", "-ffp-contract=off", f"-I{Path(__file__).parent}"]
-        defined = [f"-DSTORAGE={STORAGE[dtype]}", f"-DD={size}"]
+        defined = [f"-DSTORAGE={STORAGE[dtype]}", f"-DD={size}", "-DATTENTION_CTAS=4"]
         subprocess.run([compiler, *flags, *defined, "-o", library, folder / program], check=True)
         return ctypes.CDLL(str(library)).run
 

@@ -15,24 +15,24 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
 from t5_trt.kernels.decode_step import KERNELS, constants, has_shared_attention, refusal
-from t5_trt.kernels.division import attention_warps
+from t5_trt.kernels.division import PROCESSORS, divide_attention
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, ODD, WIDE, usage
 
-#: (GPU, rows, warps of attention, on which no other kernel depends). GPUs of one major number share their instructions and
-#: registers, so their numbers of rows add up
+#: (GPU, rows, warps and CTAs of attention, on which no other kernel depends). GPUs of one major number share their instructions
+#: and registers, so their numbers of rows add up
 BUILDS = [
-    ("sm_80", 1, 8), ("sm_80", 64, 1), ("sm_86", 32, 2), ("sm_89", 128, 4),
-    ("sm_90a", 1, 1), ("sm_90a", 32, 8), ("sm_90a", 64, 2), ("sm_90a", 128, 4),
-    ("sm_100", 32, 8), ("sm_100", 128, 4),
-    ("sm_120", 1, 2), ("sm_120", 32, 8), ("sm_120", 64, 1), ("sm_120", 128, 4),
+    ("sm_80", 1, 8, 2), ("sm_80", 64, 1, 12), ("sm_86", 32, 2, 12), ("sm_89", 128, 4, 6),
+    ("sm_90a", 1, 1, 12), ("sm_90a", 32, 8, 4), ("sm_90a", 64, 2, 12), ("sm_90a", 128, 4, 6),
+    ("sm_100", 32, 8, 4), ("sm_100", 128, 4, 6),
+    ("sm_120", 1, 2, 12), ("sm_120", 32, 8, 2), ("sm_120", 64, 1, 12), ("sm_120", 128, 4, 6),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("architecture", "rows", "warps"), BUILDS)
-def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int) -> None:
+@pytest.mark.parametrize(("architecture", "rows", "warps", "ctas"), BUILDS)
+def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int, ctas: int) -> None:
     major = int(architecture.strip("sm_a")) // 10
-    wanted = constants(BASE, torch.float16, rows, major) | {"ATTENTION_WARPS": warps}
+    wanted = constants(BASE, torch.float16, rows, major) | {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}
     cubin, log = compile_cubin("decode_step.cu", wanted, architecture)
     assert cubin[:4] == b"\x7fELF"
     used = usage(log)
@@ -40,9 +40,17 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
 
 
-def test_numbers_of_warps_that_are_chosen_compile() -> None:
-    assert {attention_warps(12 * rows, beams) for rows in range(1, 257) for beams in (1, 4)} == {2, 4, 8}
-    assert [attention_warps(32 * rows, wide=True) for rows in (1, 8, 16, 32, 128)] == [8, 8, 4, 4, 2]
+def test_attention_has_all_heads_at_work_at_once_if_they_fit() -> None:
+    """With as many warps each as can be; what is chosen is among what compiles without spills above, or has fewer CTAs."""
+    compiled = {(warps, ctas) for _, _, warps, ctas in BUILDS}
+    for heads in range(1, 3000):
+        warps, ctas = divide_attention(heads, 9, wide=False).values()
+        assert heads <= PROCESSORS * ctas or heads > PROCESSORS * 12
+        assert any(warps == other and ctas <= most for other, most in compiled)
+    chosen = [tuple(divide_attention(12 * rows, 9, wide=False).values()) for rows in (1, 32, 48, 64, 96, 128, 256)]
+    assert chosen == [(8, 4), (8, 4), (4, 5), (4, 6), (2, 10), (2, 12), (2, 12)]
+    chosen = [tuple(divide_attention(32 * rows, 9, wide=True).values()) for rows in (1, 8, 16, 32, 128)]
+    assert chosen == [(8, 2), (8, 2), (4, 5), (4, 6), (4, 6)]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 // Attention of one new token of every row over cached keys and values.
 //
-// A CTA of ATTENTION_WARPS warps, of which a multiprocessor must have room for ATTENTION_CTAS, takes CHUNK keys of one head of one row; grid (H, rows, chunks). Where a row has more keys, every CTA
-// leaves its part, and the last one to finish adds the parts up in the order of the chunks. Chunks begin at fixed keys, so a result does
-// not depend on how much room the cache has, nor on other rows.
+// A CTA of ATTENTION_WARPS warps takes CHUNK keys of one head of one row; grid (H, rows, chunks). A multiprocessor must have room for
+// ATTENTION_CTAS of them. Where a row has more keys, every CTA leaves its part, and the last one to finish adds the parts up in the order of
+// the chunks. Chunks begin at fixed keys, so a result does not depend on how much room the cache has, nor on other rows.
 //
-// The keys of a chunk are dealt to shares of up to PASSES * GROUPS keys. A group of lanes sums its keys of a share, relative to their
+// A share is SHARE neighbouring keys of a chunk. A group of lanes sums its keys of a share, relative to their
 // largest score, and leaves that in shared memory; then the sums of all shares are added up in the order of the shares. A warp takes one
 // share after the other, so a result does not depend on the number of warps either: few rows want many warps, for many rows each warp
 // should do as much as it can.

@@ -1,4 +1,4 @@
-// How attention deals its keys, and how their sums are added up: see attention.cuh.
+// How attention shares its keys out, and how their sums are added up: see attention.cuh.
 #pragma once
 #include "attention_chunks.cuh"
 
@@ -9,7 +9,7 @@ __host__ __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * 
 constexpr int VECTORS = (D + VECTOR - 1) / VECTOR;                   // 16-byte loads of a key
 constexpr int KEY_LANES = power_of_two(VECTORS < 2 ? 2 : VECTORS);   // lanes that share a key
 constexpr int GROUPS = 32 / KEY_LANES;                               // keys that a warp takes at once
-constexpr int PASSES = least(4, CHUNK / (8 * GROUPS));               // keys of a lane in a share
+constexpr int PASSES = least(4, CHUNK / (8 * GROUPS));               // keys of a lane in a share: a chunk has eight or more
 constexpr int SHARE = PASSES * GROUPS;                               // keys of a share
 constexpr int SHARES = CHUNK / SHARE;                                // of a chunk: 8, or 16 or 32 where a key takes 16 or 32 lanes
 constexpr int STREAMS = SHARES * GROUPS;                             // what groups of lanes sum by themselves

@@ -230,8 +230,9 @@ class DecodeStep:
         keys, values = given.kv[layer]
         cross_keys, cross_values = given.cross[layer]
         heads, room, width = self.arch.num_heads, keys.shape[2], cross_keys.shape[2]
-        # where beams' keys and values lie, if that is not in order
-        moved = () if given.ancestors is None else (given.ancestors, given.neighbours or given.beams, given.ancestors.shape[1])
+        moved: tuple[Any, ...] = ()  # where beams' keys and values lie, if they move
+        if given.ancestors is not None:
+            moved = (given.ancestors, given.neighbours or given.beams, given.ancestors.shape[1])
         places = given.position if given.places is None else given.places
         start("project_qkv", grids["project_qkv"], stream, own.qkv, b.copy, b.squares, scales, other, b.query, keys, values,
                places, rows, room, epsilon)  # fmt: skip

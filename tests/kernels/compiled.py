@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import replace
 
 from t5_trt.graph.architecture import Architecture
@@ -27,3 +28,18 @@ def usage(log: str) -> dict[str, tuple[int, int]]:
         assert registers and spilled, part
         found[name] = (int(registers[1]), int(spilled[1]))
     return found
+
+
+#: operations of sm_90, in the lowest 12 bits of an instruction: a load, the start of the next kernel, and the wait for the one before
+LOAD, LETS_START, WAITS = 0x981, 0x82D, 0x82E
+
+
+def operations(cubin: bytes, kernel: str) -> list[int]:
+    """What a kernel's instructions do, in their order in memory: 16 bytes each in an ELF section of its own."""
+    (sections,), (size, count, names) = struct.unpack_from("<40xQ", cubin), struct.unpack_from("<58xHHH", cubin)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
+    text = headers[names][4]
+    for name, _, _, _, start, length in headers:
+        if cubin[text + name : cubin.index(b"\0", text + name)] == f".text.{kernel}".encode():
+            return [word & 0xFFF for (word,) in struct.iter_unpack("<Q8x", cubin[start : start + length])]
+    raise KeyError(kernel)

@@ -17,7 +17,7 @@ from t5_trt.kernels.compile import compile_cubin, stored_cubin
 from t5_trt.kernels.decode_step import KERNELS, constants, has_shared_attention, refusal
 from t5_trt.kernels.division import PROCESSORS, divide_attention
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
-from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, ODD, WIDE, usage
+from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, LETS_START, LOAD, ODD, WAITS, WIDE, operations, usage
 
 #: (GPU, rows, warps and CTAs of attention, on which no other kernel depends). GPUs of one major number share their instructions
 #: and registers, so their numbers of rows add up
@@ -38,6 +38,25 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
     used = usage(log)
     assert set(used) == {*KERNELS, "attend_shared"}
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_weights_are_loaded_before_the_wait(rows: int) -> None:
+    """The compiler may move loads behind it, which costs half a microsecond a kernel. With few rows the next kernel starts first."""
+    cubin, _ = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows, 9), "sm_90a")
+    k_tiles_of_a_warp = {
+        "project_qkv": 3,
+        "add_attention": 3,
+        "project_query": 3,
+        "feed_forward_in": 3,
+        "feed_forward_out": 12,
+    }
+    for kernel, k_tiles in k_tiles_of_a_warp.items():
+        made = operations(cubin, kernel)
+        wait, start = made.index(WAITS), made.index(LETS_START)
+        loads = [place for place, operation in enumerate(made[:wait]) if operation == LOAD]
+        assert len(loads) in (k_tiles, 2 * k_tiles, 4 * k_tiles), (kernel, len(loads))
+        assert start < loads[0] if rows == 1 else start > loads[-1], kernel
 
 
 def test_attention_has_all_heads_at_work_at_once_if_they_fit() -> None:

@@ -53,6 +53,8 @@ ROUNDING = 1e-3
 M_ARENA_MAX = -8
 #: for finding out, after the run, whether results that differ are ties
 TIES_S = 60.0
+#: at most, until what else the process opened at the end of a run is closed again
+REST_S = 10.0
 
 
 def _parts(rows: list[list[int]], expected: list[list[int]]) -> dict[str, Any]:
@@ -152,9 +154,13 @@ class Soak:
             slope = self.slope(name)
             if slope is not None and slope > LIMIT_MB and slope * span > NOISE_MB:
                 found.append(f"{name} grows by {slope:.2f} in 1,000 requests; at most {LIMIT_MB} is allowed")
+        return found + self.grown(steady[-1])
+
+    def grown(self, last: Usage) -> list[str]:
+        """What there is more of than in the warm-up: threads or open files."""
+        found = []
         for name in ("threads", "open_files"):
-            before = max(getattr(usage, name) for usage in self.usage[: self.warm + 1])
-            after = getattr(steady[-1], name)
+            before, after = max(getattr(usage, name) for usage in self.usage[: self.warm + 1]), getattr(last, name)
             if after > before:
                 found.append(f"{name} grew from {before} to {after}")
         return found
@@ -167,6 +173,15 @@ def _open_files(process: psutil.Process) -> int:
         looks.append(process.num_fds())
         time.sleep(0.02)
     return min(looks)
+
+
+def last_look(seen: Soak, count: int, on_gpu: bool) -> Usage:
+    """What is used once all requests are answered. A leak stays, so what else the process has open gets time to be closed."""
+    end, usage = time.monotonic() + REST_S, Usage.now(count, on_gpu)
+    while seen.grown(usage) and time.monotonic() < end:
+        time.sleep(0.2)
+        usage = Usage.now(count, on_gpu)
+    return usage
 
 
 def soak(
@@ -222,6 +237,8 @@ def soak(
                 seen.warm = len(seen.usage)
             if verbose and count % (50 * SAMPLE_EVERY) == 0:
                 print(f"{elapsed / 60:.1f} min", seen.usage[-1], f"different: {len(seen.different)}", flush=True)
+    if seen.usage:
+        seen.usage.append(last_look(seen, count, on_gpu))
     end = time.monotonic() + TIES_S
     for request, rows, found in seen.unexplained:
         found["tie"] = is_tie(hugging_face, request, rows, seen.rounding, end)

@@ -6,13 +6,14 @@ import ctypes
 import gc
 import itertools
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.soak import Sizes, Soak, Usage, gpu_memory_mb, main, soak
+from benchmarks.soak import Sizes, Soak, Usage, gpu_memory_mb, last_look, main, soak
 from tests.conftest import pair_of
 
 SMALL = Sizes(batch=3, source_tokens=24, new_tokens=12)
@@ -47,6 +48,18 @@ def test_growth_is_noticed(growth_mb: float, files: int, problems: int) -> None:
         Usage(100 * place, 500 + growth_mb * place / 10, 4, 9 + (files if place > 5 else 0)) for place in range(20)
     ]
     assert len(Soak(usage=usage, warm=2, compared=1).broken()) == problems
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_file_that_is_closed_again_is_no_growth(monkeypatch: pytest.MonkeyPatch, stays: bool) -> None:
+    monkeypatch.setattr("benchmarks.soak.REST_S", 1.0 if stays else 10.0)
+    seen = Soak(usage=[Usage.now(0, False)] * 2, warm=1, compared=1)
+    with open(os.devnull) as first, open(os.devnull) as second:
+        closing = threading.Timer(0.5, lambda: stays or (first.close(), second.close()))
+        closing.start()
+        grown = seen.grown(last_look(seen, 1, False))
+        closing.join()
+    assert any("open_files grew" in problem for problem in grown) == stays
 
 
 def test_status(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,13 +175,17 @@ def _open_files(process: psutil.Process) -> int:
     return min(looks)
 
 
-def last_look(seen: Soak, count: int, on_gpu: bool) -> Usage:
-    """What is used once all requests are answered. A leak stays, so what else the process has open gets time to be closed."""
+def look_last(seen: Soak, count: int, on_gpu: bool) -> None:
+    """Add what is used once all requests are answered, unless the run was too short for a look before. A leak stays, so what else the
+    process has open gets time to be closed.
+    """
+    if not seen.usage:
+        return
     end, usage = time.monotonic() + REST_S, Usage.now(count, on_gpu)
     while seen.grown(usage) and time.monotonic() < end:
         time.sleep(0.2)
         usage = Usage.now(count, on_gpu)
-    return usage
+    seen.usage.append(usage)
 
 
 def soak(
@@ -237,8 +241,7 @@ def soak(
                 seen.warm = len(seen.usage)
             if verbose and count % (50 * SAMPLE_EVERY) == 0:
                 print(f"{elapsed / 60:.1f} min", seen.usage[-1], f"different: {len(seen.different)}", flush=True)
-    if seen.usage:
-        seen.usage.append(last_look(seen, count, on_gpu))
+    look_last(seen, count, on_gpu)
     end = time.monotonic() + TIES_S
     for request, rows, found in seen.unexplained:
         found["tie"] = is_tie(hugging_face, request, rows, seen.rounding, end)

@@ -152,8 +152,7 @@ def run(
                     f"{elapsed / 60:.1f} min", made.seen.usage[-1], f"different: {len(made.seen.different)}", flush=True
                 )
             time.sleep(max((sum(process.cpu_times()[:2]) - busy) / cores - (time.monotonic() - start), 0))
-        if made.seen.usage:
-            made.seen.usage.append(soak.last_look(made.seen, made.count, on_gpu=False))
+        soak.look_last(made.seen, made.count, on_gpu=False)
         stats = service.engine.stats()
         made.seen.steps = stats.steps
         made.seen.ended.update(

@@ -136,6 +136,6 @@ def divide_attention(heads: int, capability: int, *, wide: bool) -> dict[str, in
         wide: a key takes more than 128 bytes, and so more registers.
     """
     few = 4 if capability in LARGE_SHARED and not wide else 2
-    choices = [(8, few), (4, 5), (4, 6)] if wide else [(8, few), (4, 5), (4, 6), (2, 10), (2, 12)]
+    choices = [(8, few), (4, 5), (4, 6)] + ([] if wide else [(2, 10), (2, 12)])
     warps, ctas = next((choice for choice in choices if heads <= choice[1] * PROCESSORS), choices[-1])
     return {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}

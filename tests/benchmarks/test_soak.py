@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.soak import Sizes, Soak, Usage, gpu_memory_mb, last_look, main, soak
+from benchmarks.soak import Sizes, Soak, Usage, gpu_memory_mb, look_last, main, soak
 from tests.conftest import pair_of
 
 SMALL = Sizes(batch=3, source_tokens=24, new_tokens=12)
@@ -57,7 +57,8 @@ def test_file_that_is_closed_again_is_no_growth(monkeypatch: pytest.MonkeyPatch,
     with open(os.devnull) as first, open(os.devnull) as second:
         closing = threading.Timer(0.5, lambda: stays or (first.close(), second.close()))
         closing.start()
-        grown = seen.grown(last_look(seen, 1, False))
+        look_last(seen, 1, False)
+        grown = seen.grown(seen.usage[-1])
         closing.join()
     assert any("open_files grew" in problem for problem in grown) == stays
 

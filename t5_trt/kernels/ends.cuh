@@ -104,7 +104,10 @@ constexpr int HEAD_WIDE = HEAD_WARPS, HEAD_ROWS = HEAD_ROW_TILES * 8;
 constexpr int HEAD_STEPS = (E_K + HEAD_STEP - 1) / HEAD_STEP, HEAD_SLOT = HEAD_ROW_TILES * HEAD_STEP * BLOCK;
 constexpr int HEAD_DEPTH = least(HEAD_STEPS, HEAD_ROOM / HEAD_SLOT);                // steps that shared memory holds
 constexpr int HEAD_LEAD = HEAD_STEPS > HEAD_DEPTH ? HEAD_DEPTH - 1 : HEAD_DEPTH;  // of which so many are on their way
-constexpr int HEAD_SHARED = HEAD_DEPTH * HEAD_SLOT;
+// Many rows hand over their logits row by row, from shared memory in place of the rows' copy: [row][token], and no bank conflicts.
+constexpr bool HEAD_BY_ROWS = HEAD_ROW_TILES > 8;
+constexpr int HEAD_TOKENS = HEAD_WARPS * 16, HEAD_STRIDE = HEAD_TOKENS + 4;
+constexpr int HEAD_SHARED = most(HEAD_DEPTH * HEAD_SLOT, HEAD_BY_ROWS ? HEAD_ROWS * HEAD_STRIDE * 4 : 0);
 static_assert(HEAD_LEAD > 0, "shared memory of output_head");
 
 // Start to copy a step of the CTA's rows into shared memory, as a group.
@@ -156,13 +159,104 @@ __device__ __forceinline__ void multiply_head_step(int base, const char* rows, c
 #endif
 }
 
+// Where `output_head` leaves what it makes, see above.
+struct HeadOutput {
+    float* logits;
+    unsigned long long* best;
+    const unsigned char* hidden;
+    const double* until;
+    const int* position;
+    int row0, rows;
+    __device__ __forceinline__ bool hides(int local) const { return hides_at(hidden, until, position, row0 + local, rows); }
+};
+
+// The logit of a lane's sum `i` of row tile `t`: its row, output and value.
+struct HeadLogit { int local, output; float value; };
+__device__ __forceinline__ HeadLogit head_logit(const float (*sums)[4], int t, int i, const float* factors, float scale, const float* output_scales)
+{
+    const int lane = threadIdx.x & 31, local = t * 8 + (lane & 3) * 2 + (i & 1);
+    return {local, (lane >> 2) + (i & 2) * 4, sums[t][i] * (factors[local] * scale) * output_scales[i >> 1]};
+}
+
+// Few rows: logits straight from registers, best tokens of a warp's tile, then of the CTA.
+__device__ __forceinline__ void leave_tiles(const HeadOutput& to, const float (*sums)[4], const float* factors, float scale, const float* output_scales)
+{
+    __shared__ unsigned long long tops[HEAD_WARPS][HEAD_ROWS];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile = blockIdx.x * HEAD_WARPS + warp;
+#pragma unroll
+    for (int t = 0; t < HEAD_ROW_TILES; ++t)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {  // the two rows of this lane
+            const int local = t * 8 + (lane & 3) * 2 + j, row = to.row0 + local;
+            const bool hides = to.hides(local);
+            unsigned long long top = 0;
+#pragma unroll
+            for (int i = j; i < 4; i += 2) {  // and its two outputs
+                const HeadLogit own = head_logit(sums, t, i, factors, scale, output_scales);
+                const int token = tile * 16 + own.output;
+                if (token < V && row < to.rows) {
+                    if (to.logits)
+                        to.logits[(long long)row * V + token] = own.value;
+                    top = max(top, ranked(own.value, token, to.hidden, hides));
+                }
+            }
+            if (!to.best)
+                continue;
+#pragma unroll
+            for (int step = 4; step < 32; step <<= 1)
+                top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
+            if (lane < 4)
+                tops[warp][local] = top;
+        }
+    if (!to.best)
+        return;
+    __syncthreads();
+    if (threadIdx.x < HEAD_ROWS && to.row0 + threadIdx.x < to.rows) {
+        unsigned long long top = 0;
+#pragma unroll
+        for (int i = 0; i < HEAD_WARPS; ++i)
+            top = max(top, tops[i][threadIdx.x]);
+        atomicMax(to.best + to.row0 + threadIdx.x, top);
+    }
+}
+
+// A row's logits in shared memory, from token `first` on, by a warp; null for what is not wanted or not hidden.
+__device__ __forceinline__ void leave_row(const float* made, int first, float* logits, unsigned long long* best, const unsigned char* hidden)
+{
+    const int lane = threadIdx.x & 31;
+    unsigned top = 0, token = 0;
+#pragma unroll
+    for (int i = 0; i < HEAD_TOKENS; i += 128) {
+        const float4 four = *(const float4*)(made + i + lane * 4);
+        const float values[4] = {four.x, four.y, four.z, four.w};
+        const int own = first + i + lane * 4;
+        if (logits && V % 4 == 0 && own < V)
+            *(float4*)(logits + own) = four;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (own + j >= V)
+                break;
+            if (logits && V % 4)
+                logits[own + j] = values[j];
+            const unsigned key = sortable(hidden && hidden[own + j] ? -INFINITY : values[j]);
+            if (key > top)
+                top = key, token = own + j;
+        }
+    }
+    if (!best)
+        return;
+    const unsigned most = lanes_max(top), lowest = lowest_with(most, top, token);
+    if (lane == 0)
+        atomicMax(best, ((unsigned long long)most << 32) | ~lowest);
+}
+
 // A warp makes a tile of 16 outputs with all of k, from a copy of the stream in shared memory. Grid (HEAD_WARPS output tiles, groups of HEAD_ROWS).
 extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32)
 output_head(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* logits, unsigned long long* best,
             const unsigned char* hidden, const double* until, const int* position, int rows, float epsilon, float scale)
 {
-    __shared__ unsigned long long tops[HEAD_WARPS][HEAD_ROWS];
     __shared__ float factors[HEAD_ROWS];
+    __shared__ bool hides[HEAD_BY_ROWS ? HEAD_ROWS : 1];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile = blockIdx.x * HEAD_WARPS + warp, row0 = blockIdx.y * HEAD_ROWS;
     const bool has = tile < V_TILES;
     uint4 held[HEAD_STEP];
@@ -185,6 +279,8 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
         end_group();
     }
     norm_factors<HEAD_WARPS * 32, HEAD_ROWS>({squares, scales, nullptr, epsilon}, row0, rows, factors);
+    if (HEAD_BY_ROWS && threadIdx.x < HEAD_ROWS)
+        hides[threadIdx.x] = hides_at(hidden, until, position, row0 + threadIdx.x, rows);
     float sums[HEAD_ROW_TILES][4] = {};
 #pragma unroll 1
     for (int step = 0; step < HEAD_STEPS; ++step) {
@@ -202,41 +298,25 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
                 held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_STEP), lane, false);
         });
     }
+    if constexpr (!HEAD_BY_ROWS) {
+        leave_tiles({logits, best, hidden, until, position, row0, rows}, sums, factors, scale, output_scales);
+        return;
+    }
+    // a warp has a whole row of the CTA's logits at once, so that the code for the best token is there once and not for every row tile
+    __syncthreads();  // no warp reads the copy of the rows any more
+    float* made = (float*)shared;
 #pragma unroll
     for (int t = 0; t < HEAD_ROW_TILES; ++t)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {  // the two rows of this lane
-            const int local = t * 8 + (lane & 3) * 2 + j, row = row0 + local;
-            const float factor = factors[local] * scale;
-            const bool hides = hides_at(hidden, until, position, row, rows);
-            unsigned long long top = 0;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {  // and its two outputs
-                const int token = tile * 16 + (lane >> 2) + i * 8;
-                const float logit = sums[t][i * 2 + j] * factor * output_scales[i];
-                if (has && token < V && row < rows) {
-                    if (logits)
-                        logits[(long long)row * V + token] = logit;
-                    top = max(top, ranked(logit, token, hidden, hides));
-                }
-            }
-            if (!best)
-                continue;
-#pragma unroll
-            for (int step = 4; step < 32; step <<= 1)
-                top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
-            if (lane < 4)
-                tops[warp][local] = top;
+        for (int i = 0; i < 4; ++i) {
+            const HeadLogit own = head_logit(sums, t, i, factors, scale, output_scales);
+            made[own.local * HEAD_STRIDE + warp * 16 + own.output] = own.value;
         }
-    if (!best)
-        return;
     __syncthreads();
-    if (threadIdx.x < HEAD_ROWS && row0 + threadIdx.x < rows) {
-        unsigned long long top = 0;
-#pragma unroll
-        for (int i = 0; i < HEAD_WARPS; ++i)
-            top = max(top, tops[i][threadIdx.x]);
-        atomicMax(best + row0 + threadIdx.x, top);
-    }
+#pragma unroll 1
+    for (int local = warp; local < HEAD_ROWS; local += HEAD_WARPS)
+        if (row0 + local < rows)
+            leave_row(made + local * HEAD_STRIDE, blockIdx.x * HEAD_TOKENS, logits ? logits + (long long)(row0 + local) * V : nullptr,
+                      best ? best + row0 + local : nullptr, hides[local] ? hidden : nullptr);
 }
 #endif

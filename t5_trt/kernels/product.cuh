@@ -98,7 +98,10 @@ template <int THREADS, int COUNT>
 __device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int rows, float* factors)
 {
 #pragma unroll
-    for (int i = threadIdx.x; i < COUNT * 4; i += THREADS) {
+    for (int first = 0; first < COUNT * 4; first += THREADS) {  // of a constant number of turns, so that there is no code for more
+        const int i = first + threadIdx.x;
+        if (i >= COUNT * 4)
+            break;
         const int local = i >> 2, row = row0 + local, lane = i & 3;
         float sum = 0.f, scale = 1.f;
         if (row < rows) {

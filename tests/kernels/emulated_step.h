@@ -27,6 +27,13 @@ static unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long valu
     const unsigned low = __float_as_uint(__shfl_xor_sync(mask, __uint_as_float(value), step));
     return (unsigned long long)__float_as_uint(__shfl_xor_sync(mask, __uint_as_float(value >> 32), step)) << 32 | low;
 }
+static unsigned lanes_max(unsigned value)
+{
+    for (int step = 1; step < 32; step <<= 1)
+        value = std::max(value, __float_as_uint(__shfl_xor_sync(~0u, __uint_as_float(value), step)));
+    return value;
+}
+static unsigned lowest_with(unsigned key, unsigned own, unsigned id) { return ~lanes_max(own == key ? ~id : 0); }
 static void atomicMax(unsigned long long* at, unsigned long long value) { *at = std::max(*at, value); }
 static unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
 {

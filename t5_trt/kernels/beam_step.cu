@@ -134,9 +134,13 @@ extern "C" __global__ void beam_step(
     int count, int stride, int mails)
 {
     const int entry = blockIdx.x, first = entry * BEAMS;
+    // what the last step left is there before the kernel in front of this one ends
+    const bool ended = report[0] != 0, can_improve = improvable[entry], is_expired = expired[0];
+    const long long place = position[0] + 1, made = place + 1 - limits[0], last = limits[1];
+    const float penalty = penalties[made];
+    for (int beam = threadIdx.x; beam < BEAMS; beam += blockDim.x)
+        merged[beam] = beam_scores[first + beam], was_full[beam] = full[first + beam];
     wait_for_inputs();
-    const bool ended = report[0] != 0;
-    const long long place = position[0] + 1, made = place + 1 - limits[0];
 #if SPANS
     merge_lists(found + (long long)entry * LISTED, found_tokens + (long long)entry * LISTED,
                 statistics ? statistics + entry * LISTS * 2 : statistics, running_scores + first, vocabulary);
@@ -150,19 +154,15 @@ extern "C" __global__ void beam_step(
     if (threadIdx.x < LANES) {
         bool every_hit = true, every_full = true;
         for (int beam = 0; beam < BEAMS; ++beam)
-            every_full &= full[first + beam];
-        __syncwarp();
-        for (int beam = threadIdx.x; beam < BEAMS; beam += LANES)
-            merged[beam] = beam_scores[first + beam], was_full[beam] = full[first + beam];
-        const bool can_improve = improvable[entry];
+            every_full &= was_full[beam];
         for (int i = threadIdx.x; i < CANDIDATES; i += LANES) {
-            bool over = place + 1 >= limits[1] || expired[0];
+            bool over = place + 1 >= last || is_expired;
             for (int end = 0; end < ends; ++end)
                 over |= id_of[i] == eos[end];
             hit[i] = over;
             every_hit &= over;
             running[i] = over ? score_of[i] + NEVER : score_of[i];
-            float final_score = score_of[i] / penalties[made];
+            float final_score = score_of[i] / penalty;
             if (stops_early && every_full)
                 final_score += NEVER;
             if (!can_improve)
@@ -189,7 +189,7 @@ extern "C" __global__ void beam_step(
                     running_scores[first + beam] = running[going[beam]];
                     worst = beam == 0 || merged[source] < worst ? merged[source] : worst;
                 }
-                const float hope = running[going[0]] / penalties[hopeful ? limits[2] - limits[0] : made];
+                const float hope = running[going[0]] / (hopeful ? penalties[limits[2] - limits[0]] : penalty);
                 bool better = false;
                 for (int beam = 0; beam < BEAMS; ++beam) {
                     const int source = best[beam];

@@ -8,6 +8,7 @@ Nothing here waits for the GPU or allocates memory, so that a step can be captur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from t5_trt.graph.architecture import ACTIVATIONS, Architecture
 from t5_trt.kernels.compile import bindings, checked
-from t5_trt.kernels.division import divide_attention, divide_products
+from t5_trt.kernels.division import LARGE_SHARED, SHARED_PERCENT, divide_attention, divide_products, shared_memory
 from t5_trt.kernels.launching import LoadedModule, launch
 from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights, padded, tiles
 
@@ -31,6 +32,8 @@ KERNELS = (
 SHARED_WIDTHS = (64, 128)
 #: kernels in the order of ``geometry`` in ``decode_step.cu``
 PRODUCTS = ("project_qkv", "add_attention", "project_query", "feed_forward_in", "feed_forward_out", "output_head")
+#: products with few outputs, of which several CTAs fit on a multiprocessor at few rows
+SMALL_PRODUCTS = ("add_attention", "project_query", "feed_forward_out")
 
 
 def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
@@ -129,12 +132,27 @@ class DecodeKernels:
         self.geometry = {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
         #: most rows of one source that a CTA of ``attend_shared`` takes; 1: there is no such kernel
         self.sharers = numbers[3 * len(PRODUCTS)]
-        for name, own in self.geometry.items():
-            self._module.allow_shared(name, own.shared)
+        device = checked(driver.cuCtxGetDevice())
+        self._gpu = tuple(
+            checked(driver.cuDeviceGetAttribute(attribute, device))
+            for attribute in (
+                driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
+        )
+        for name in PRODUCTS:
+            self._module.allow_shared(name, self._shared(name, 1))
+            if self._gpu[0] in LARGE_SHARED and name != "output_head":  # of which two CTAs need it all
+                self._module.prefer_shared(name, SHARED_PERCENT)
+
+    def _shared(self, name: str, ctas: int) -> int:
+        """Bytes of dynamic shared memory of a kernel."""
+        own = self.geometry[name].shared if name in self.geometry else 0
+        return shared_memory(own, ctas, *self._gpu) if name in SMALL_PRODUCTS else own
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any, early: bool = True) -> None:
         """Start a kernel, see `t5_trt.kernels.launching.launch`; `early` where the GPU can."""
-        shared = self.geometry[name].shared if name in self.geometry else 0
+        shared = self._shared(name, math.prod(grid))
         # the first kernel starts after all earlier work: later kernels read positions and lengths before their wait
         early = early and self.early and name != "embed"
         launch(self._functions[name], grid, self.threads[name], stream, arguments, shared=shared, early=early)

@@ -27,6 +27,11 @@ GROUPS = 9
 #: parts of k that are summed by themselves, and most k tiles of one that are copied together
 PARTS, MOST_IN_STEP = 16, 6
 KILOBYTE = 1024
+#: bytes of shared memory of which no two CTAs fit on a multiprocessor of such a GPU
+ALONE = 116 * KILOBYTE
+#: percent of the shared memory of such a multiprocessor (196 of 228 KB) that all products of a layer ask for: it is divided anew only when no CTA is
+#: left on it, so that no kernel whose part is another one can start early there. With all of it the L1 cache, through which weights come, is too small
+SHARED_PERCENT = 85
 
 
 def divide_products(
@@ -139,3 +144,18 @@ def divide_attention(heads: int, capability: int, *, wide: bool) -> dict[str, in
     choices = [(8, few), (4, 5), (4, 6)] + ([] if wide else [(2, 10), (2, 12)])
     warps, ctas = next((choice for choice in choices if heads <= choice[1] * PROCESSORS), choices[-1])
     return {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}
+
+
+def shared_memory(needed: int, ctas: int, capability: int, processors: int) -> int:
+    """Bytes of shared memory for each CTA of a product with few outputs.
+
+    Where every CTA can have a multiprocessor of its own, it takes so much that no other product's CTA fits beside it. Otherwise those that start
+    early would share the few multiprocessors that the kernel before leaves free, while others stand idle.
+
+    Args:
+        needed: bytes that it uses.
+        ctas: of the kernel.
+        capability: the GPU's compute capability, its major number.
+        processors: the GPU's multiprocessors.
+    """
+    return max(needed, ALONE) if capability in LARGE_SHARED and ctas <= processors else needed

@@ -40,6 +40,14 @@ class LoadedModule:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(self.functions[name], attribute, size))
 
+    def prefer_shared(self, name: str, percent: int) -> None:
+        """Ask for a division of a multiprocessor's memory between shared memory and the L1 cache while a kernel runs on it: `percent` of the most
+        shared memory that there can be, or the next larger one of the sizes that the GPU has.
+        """
+        driver = bindings("driver")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        checked(driver.cuFuncSetAttribute(self.functions[name], attribute, percent))
+
 
 def launch(
     function: Any,

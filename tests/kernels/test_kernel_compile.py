@@ -15,7 +15,7 @@ from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
 from t5_trt.kernels.decode_step import KERNELS, constants, has_shared_attention, refusal
-from t5_trt.kernels.division import PROCESSORS, divide_attention
+from t5_trt.kernels.division import PROCESSORS, divide_attention, shared_memory
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, LETS_START, LOAD, ODD, WAITS, WIDE, operations, usage
 
@@ -70,6 +70,16 @@ def test_attention_has_all_heads_at_work_at_once_if_they_fit() -> None:
     assert chosen == [(8, 4), (8, 4), (4, 5), (4, 6), (2, 10), (2, 12), (2, 12)]
     chosen = [tuple(divide_attention(32 * rows, 9, wide=True).values()) for rows in (1, 8, 16, 32, 128)]
     assert chosen == [(8, 2), (8, 2), (4, 5), (4, 6), (4, 6)]
+
+
+def test_small_products_have_multiprocessors_to_themselves() -> None:
+    """No two of their CTAs fit on one, if there are enough multiprocessors, and on GPUs whose CTAs may take so much."""
+    of_a_processor, of_a_cta = 228 * 1024, 227 * 1024  # compute capability 9.0 and 10.0, CUDA C++ Programming Guide
+    for needed in (0, 40 * 1024, 98 * 1024, 200 * 1024):
+        for capability in (9, 10):
+            assert of_a_cta >= shared_memory(needed, 132, capability, 132) > of_a_processor // 2
+            assert shared_memory(needed, 133, capability, 132) == needed
+        assert shared_memory(needed, 1, 8, 108) == shared_memory(needed, 1, 12, 170) == needed
 
 
 @pytest.mark.parametrize(

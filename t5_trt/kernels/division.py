@@ -29,8 +29,9 @@ PARTS, MOST_IN_STEP = 16, 6
 KILOBYTE = 1024
 #: bytes of shared memory of which no two CTAs fit on a multiprocessor of such a GPU
 ALONE = 116 * KILOBYTE
-#: percent of the shared memory of such a multiprocessor (196 of 228 KB) that all products of a layer ask for: it is divided anew only when no CTA is
-#: left on it, so that no kernel whose part is another one can start early there. With all of it the L1 cache, through which weights come, is too small
+#: percent of the shared memory of such a multiprocessor (196 of 228 KB) that all products of a layer ask for: a change of the division between shared
+#: memory and L1 cache may need a synchronization, and so keeps a kernel from starting early. With all of it the L1 cache, through which weights come, is
+#: too small
 SHARED_PERCENT = 85
 
 

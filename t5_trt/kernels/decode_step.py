@@ -112,10 +112,11 @@ class DecodeKernels:
     Args:
         cubin: compiled with `constants`.
         constants: as given to the compiler.
+        device: the GPU, whose context is the current one.
         early: start each kernel before the one before it has ended (sm_90 and newer).
     """
 
-    def __init__(self, cubin: bytes, constants: Mapping[str, int], *, early: bool) -> None:
+    def __init__(self, cubin: bytes, constants: Mapping[str, int], device: torch.device, *, early: bool) -> None:
         driver = bindings("driver")
         names = (*KERNELS, "attend_shared") if has_shared_attention(constants) else KERNELS
         self._module = LoadedModule(cubin, names)
@@ -132,14 +133,8 @@ class DecodeKernels:
         self.geometry = {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
         #: most rows of one source that a CTA of ``attend_shared`` takes; 1: there is no such kernel
         self.sharers = numbers[3 * len(PRODUCTS)]
-        device = checked(driver.cuCtxGetDevice())
-        self._gpu = tuple(
-            checked(driver.cuDeviceGetAttribute(attribute, device))
-            for attribute in (
-                driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-            )
-        )
+        gpu = torch.cuda.get_device_properties(device)
+        self._gpu = gpu.major, gpu.multi_processor_count
         for name in PRODUCTS:
             self._module.allow_shared(name, self._shared(name, 1))
             if self._gpu[0] in LARGE_SHARED and name != "output_head":  # of which two CTAs need it all

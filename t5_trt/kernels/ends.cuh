@@ -159,7 +159,7 @@ __device__ __forceinline__ void multiply_head_step(int base, const char* rows, c
 #endif
 }
 
-// Where `output_head` leaves what it makes, see above.
+// What `output_head` is given beside its product, see above.
 struct HeadOutput {
     float* logits;
     unsigned long long* best;
@@ -167,7 +167,6 @@ struct HeadOutput {
     const double* until;
     const int* position;
     int row0, rows;
-    __device__ __forceinline__ bool hides(int local) const { return hides_at(hidden, until, position, row0 + local, rows); }
 };
 
 // The logit of a lane's sum `i` of row tile `t`: its row, output and value.
@@ -188,7 +187,7 @@ __device__ __forceinline__ void leave_tiles(const HeadOutput& to, const float (*
 #pragma unroll
         for (int j = 0; j < 2; ++j) {  // the two rows of this lane
             const int local = t * 8 + (lane & 3) * 2 + j, row = to.row0 + local;
-            const bool hides = to.hides(local);
+            const bool hides = hides_at(to.hidden, to.until, to.position, row, to.rows);
             unsigned long long top = 0;
 #pragma unroll
             for (int i = j; i < 4; i += 2) {  // and its two outputs

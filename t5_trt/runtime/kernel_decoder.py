@@ -178,7 +178,7 @@ class KernelDecoder:
         if key not in self._kernels:
             cubin = stored_cubin("decode_step.cu", wanted, architecture_name(major, minor), self._store)
             torch.cuda.current_stream(self._device).synchronize()  # makes torch's context current
-            self._kernels[key] = DecodeKernels(cubin, wanted, early=major >= 9)
+            self._kernels[key] = DecodeKernels(cubin, wanted, self._device, early=major >= 9)
         return self._kernels[key]
 
     def _decode_positions(self, state: DecoderState, tokens: torch.Tensor, logits: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ def kernels(arch: Architecture, dtype: torch.dtype, rows: int, *, early: bool = 
     key = tuple(sorted(wanted.items()))
     if key not in _cubins:
         _cubins[key] = compile_cubin("decode_step.cu", wanted, architecture_name(major, minor))[0]
-    return DecodeKernels(_cubins[key], wanted, early=early and major >= 9)
+    return DecodeKernels(_cubins[key], wanted, torch.device("cuda"), early=early and major >= 9)
 
 
 def real(dtype: torch.dtype) -> torch.dtype:

@@ -17,23 +17,18 @@ static uint4 load_before_wait(const void* from) { return load_streaming(from); }
 static void prefetch(const void*) {}
 static void let_next_start() {}
 static void wait_for_inputs() {}
-static unsigned sortable(float value)
-{
-    const unsigned bits = __float_as_uint(value + 0.f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 static unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long value, int step)
 {
     const unsigned low = __float_as_uint(__shfl_xor_sync(mask, __uint_as_float(value), step));
     return (unsigned long long)__float_as_uint(__shfl_xor_sync(mask, __uint_as_float(value >> 32), step)) << 32 | low;
 }
-static unsigned lanes_max(unsigned value)
+static unsigned __reduce_max_sync(unsigned mask, unsigned value)
 {
     for (int step = 1; step < 32; step <<= 1)
-        value = std::max(value, __float_as_uint(__shfl_xor_sync(~0u, __uint_as_float(value), step)));
+        value = std::max(value, __float_as_uint(__shfl_xor_sync(mask, __uint_as_float(value), step)));
     return value;
 }
-static unsigned lowest_with(unsigned key, unsigned own, unsigned id) { return ~lanes_max(own == key ? ~id : 0); }
+static unsigned __reduce_min_sync(unsigned mask, unsigned value) { return ~__reduce_max_sync(mask, ~value); }
 static void atomicMax(unsigned long long* at, unsigned long long value) { *at = std::max(*at, value); }
 static unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
 {

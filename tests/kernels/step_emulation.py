@@ -17,6 +17,7 @@ from tests.kernels.emulation import call, compiled_library, entry, without
 KERNELS = ("embed", *PRODUCTS)
 #: file -> its functions that are written in PTX, or whose callers differ on a CPU
 EMULATED = {
+    "launch.cuh": ("let_next_start", "wait_for_inputs", "send_report"),
     "types.cuh": ("widen", "narrow", "narrow_two"),
     "tensor_cores.cuh": ("multiply_tiles", "copy_async", "copy_word_async", "end_group", "wait_for_group"),
     "common.cuh": ("load_streaming", "load_before_wait"),

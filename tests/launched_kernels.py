@@ -19,7 +19,7 @@ class LaunchedKernels:
     the stream itself, and hand on what they make row by row.
     """
 
-    geometry = {name: Geometry(1, 8, 0) for name in PRODUCTS}
+    geometry = {name: Geometry(1, 8, 0, 1) for name in PRODUCTS}
     sharers = 1
 
     def __init__(self, arch: Architecture) -> None:

@@ -10,7 +10,10 @@
 //                  layer: made by streamed_product.cuh if STREAMED, by group_product.cuh if WARPGROUPS or by tiled_product.cuh if TILED (none of
 //                  them in float32), else by product.cuh.
 //                  QUERY_TILES of project_query, ADD_TILES of those that add
-//   HEAD_ROW_TILES row tiles of a CTA of the output matrix (not in float32), HEAD_WARPS of it, HEAD_ROOM bytes of shared memory for its rows
+//   ADD_SPLIT, OUT_SPLIT  0, or tiles of 16 outputs of a CTA of add_attention and feed_forward_out, which are then made by split_product.cuh:
+//                  SPLIT_CTAS CTAs share k, for SPLIT_ROW_TILES row tiles
+//   HEAD_ROW_TILES row tiles of a CTA of the output matrix (not in float32), HEAD_WARPS of it, HEAD_ROOM bytes of shared memory for its rows;
+//                  HEAD_ASKS: weights are asked for ahead of their loads
 //   WARPGROUPS     0, or tiles of 8 rows of a CTA of group_product.cuh; then the output matrix is multiplied by warp groups, too
 //   GATED, ACTIVATION (0 relu, 1 gelu, 2 gelu_new, 3 silu)
 //   INT8           1: matrices are in 8 bits (int8_weights.cuh), everything else in half precision; absent in all other cases

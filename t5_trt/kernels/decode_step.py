@@ -9,7 +9,7 @@ Nothing here waits for the GPU or allocates memory, so that a step can be captur
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,11 +99,22 @@ class Geometry:
         wide: tiles of outputs of a CTA.
         rows: of a CTA.
         shared: bytes of dynamic shared memory.
+        cluster: CTAs of a cluster, which make the same outputs, each of a part of k.
     """
 
     wide: int
     rows: int
     shared: int
+    cluster: int
+
+    @classmethod
+    def of_products(cls, numbers: Sequence[int]) -> dict[str, Geometry]:
+        """By product, from the entries of ``geometry``."""
+        return {name: cls(*numbers[4 * i : 4 * i + 4]) for i, name in enumerate(PRODUCTS)}
+
+    def grid(self, outputs: int, rows: int) -> tuple[int, int]:
+        """CTAs along both axes, for tiles of outputs in all and rows."""
+        return -(-outputs // self.wide) * self.cluster, -(-rows // self.rows)
 
 
 class DecodeKernels:
@@ -130,9 +141,9 @@ class DecodeKernels:
         self.constants = dict(constants)
         self.early = early
         numbers = self._module.numbers("geometry")
-        self.geometry = {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
+        self.geometry = Geometry.of_products(numbers)
         #: most rows of one source that a CTA of ``attend_shared`` takes; 1: there is no such kernel
-        self.sharers = numbers[3 * len(PRODUCTS)]
+        self.sharers = numbers[-1]
         gpu = torch.cuda.get_device_properties(device)
         self._gpu = gpu.major, gpu.multi_processor_count
         for name in PRODUCTS:
@@ -180,9 +191,7 @@ class DecodeStep:
         model, inner, hidden = (padded(size, int8=self.weights.int8) // 16 for size in sizes)
         out_tiles = zip(PRODUCTS, (3 * inner, model, inner, hidden, model, tiles(arch.vocab_size)), strict=True)
         rows, geometry = len(self.inputs.tokens), self.kernels.geometry
-        self._grids = {
-            name: (-(-count // geometry[name].wide), -(-rows // geometry[name].rows)) for name, count in out_tiles
-        }
+        self._grids = {name: geometry[name].grid(count, rows) for name, count in out_tiles}
         beams, sharers = self.inputs.beams, self.kernels.sharers
         shared = self.inputs.shares_keys and sharers > 1
         self._cross = "attend_shared" if shared else "attend_cross"

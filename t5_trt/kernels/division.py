@@ -27,6 +27,11 @@ GROUPS = 9
 #: parts of k that are summed by themselves, and most k tiles of one that are copied together
 PARTS, MOST_IN_STEP = 16, 6
 KILOBYTE = 1024
+#: the compute capability on which products are split among the CTAs of a cluster (``split_product.cuh``). An H200 has room for 30 clusters of four
+CLUSTERS = 9
+NOT_SPLIT = {"ADD_SPLIT": 0, "OUT_SPLIT": 0, "SPLIT_ROW_TILES": 1, "SPLIT_CTAS": 1}
+#: k from which it pays to split a product with 1,024 outputs, for 9 to 32 rows and for others
+LONG_K, VERY_LONG_K = 4096, 16384
 #: bytes of shared memory of which no two CTAs fit on a multiprocessor of such a GPU
 ALONE = 116 * KILOBYTE
 #: percent of the shared memory of such a multiprocessor (196 of 228 KB) that all products of a layer ask for: a change of the division between shared
@@ -67,18 +72,48 @@ def divide_products(
     groups = _group_row_tiles(rows, qkv) if tiled and capability == GROUPS and not int8 and _in_whole_steps(arch) else 0
     streamed = large and not tiled and min(qkv, hidden) > 2 * PROCESSORS and arch.d_model <= STREAMED_MODEL
     wide = 4 if groups else _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
-    return {
-        "ROW_TILES": row_tiles,
-        "TILED": int(tiled),
-        "STREAMED": int(streamed),
-        "WARPGROUPS": groups,
-        "QKV_TILES": _evenly(qkv) if streamed else wide,
-        "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
-        "QUERY_TILES": outputs(inner, query_row_tiles),
-        "QUERY_ROW_TILES": query_row_tiles,
-        "ADD_TILES": outputs(model, add_row_tiles),
-        "ADD_ROW_TILES": add_row_tiles,
-    } | _divide_head(rows, row_tiles, half=half, large=large, int8=int8)
+    split = _split(arch, rows, int8=int8) if half and capability == CLUSTERS else NOT_SPLIT
+    return (
+        {
+            "ROW_TILES": row_tiles,
+            "TILED": int(tiled),
+            "STREAMED": int(streamed),
+            "WARPGROUPS": groups,
+            "QKV_TILES": _evenly(qkv) if streamed else wide,
+            "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
+            "QUERY_TILES": outputs(inner, query_row_tiles),
+            "QUERY_ROW_TILES": query_row_tiles,
+            "ADD_TILES": outputs(model, add_row_tiles),
+            "ADD_ROW_TILES": add_row_tiles,
+        }
+        | split
+        | _divide_head(
+            rows, row_tiles, half=half, large=large, int8=int8, asks=rows <= 8 and arch.d_model < LARGE_MODEL
+        )
+    )
+
+
+def _split(arch: Architecture, rows: int, *, int8: bool) -> dict[str, int]:
+    """Where CTAs of a cluster share k of the products that add to the stream: how many of them, and outputs and rows of each.
+
+    That is where CTAs with all of k would read many more bytes out of the L2 cache, and all clusters find room at once.
+    """
+    wide, parts = tiles(arch.d_model), PARTS * (32 if int8 else 16)
+    inner, ff = (
+        k if k % parts == 0 else 0 for k in (arch.num_heads * arch.d_kv, arch.d_ff)
+    )  # parts have whole k tiles
+    row_tiles = next(count for count in (1, 2, 4, 8) if rows <= 8 * count or count == 8)
+    ctas, add, out = 4, 0, 0
+    if 48 <= wide < 64:
+        out = 4 if not int8 and rows >= TILED_ROWS and ff >= (3072 if rows <= 64 else 2048) else 0
+    elif wide == 64 and 8 < rows <= 64:
+        add = 3 if inner >= LONG_K else 0
+        out = 3 if ff >= (LONG_K if rows <= 32 else VERY_LONG_K) else 0
+    elif wide == 64 and rows <= 8 and (int8 or rows > 1) and ff >= VERY_LONG_K:
+        ctas, out = 8, 5
+    if not add + out:
+        return NOT_SPLIT
+    return {"ADD_SPLIT": add, "OUT_SPLIT": out, "SPLIT_ROW_TILES": row_tiles, "SPLIT_CTAS": ctas}
 
 
 def _evenly(count: int) -> int:
@@ -120,10 +155,11 @@ def _wide_tiles(arch: Architecture, rows: int, row_tiles: int, *, half: bool, ti
     return 4 if row_tiles == 2 else 2  # sums of four row tiles would not fit into shared memory
 
 
-def _divide_head(rows: int, row_tiles: int, *, half: bool, large: bool, int8: bool) -> dict[str, int]:
+def _divide_head(rows: int, row_tiles: int, *, half: bool, large: bool, int8: bool, asks: bool) -> dict[str, int]:
     head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
     return {
         "HEAD_ROW_TILES": head_row_tiles if half else row_tiles,
+        "HEAD_ASKS": int(asks),
         # 16 warps leave too few registers to convert 8-bit weights
         "HEAD_WARPS": 16 if head_row_tiles > 8 and half and not int8 else 8,
         # two CTAs on a processor, unless the rows of one fill it

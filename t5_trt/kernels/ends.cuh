@@ -106,22 +106,25 @@ constexpr int HEAD_DEPTH = least(HEAD_STEPS, HEAD_ROOM / HEAD_SLOT);            
 constexpr int HEAD_LEAD = HEAD_STEPS > HEAD_DEPTH ? HEAD_DEPTH - 1 : HEAD_DEPTH;  // of which so many are on their way
 // Many rows hand over their logits row by row, from shared memory in place of the rows' copy: [row][token], and no bank conflicts.
 constexpr bool HEAD_BY_ROWS = HEAD_ROW_TILES > 8;
+constexpr int HEAD_AT_ONCE = least(4, HEAD_ROWS / HEAD_WARPS);  // rows that a warp then has at once
 constexpr int HEAD_TOKENS = HEAD_WARPS * 16, HEAD_STRIDE = HEAD_TOKENS + 4;
 constexpr int HEAD_SHARED = most(HEAD_DEPTH * HEAD_SLOT, HEAD_BY_ROWS ? HEAD_ROWS * HEAD_STRIDE * 4 : 0);
 static_assert(HEAD_LEAD > 0, "shared memory of output_head");
 
-// Start to copy a step of the CTA's rows into shared memory, as a group.
+// Start to copy a step of the CTA's rows into shared memory.
 __device__ __forceinline__ void copy_head_rows(int step, const stored* copy, int row0, int rows)
 {
-    const int pieces = least(HEAD_STEP, E_K - step * HEAD_STEP) * ROW_PIECES;  // of 16 bytes, of a row tile
     const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + step % HEAD_DEPTH * HEAD_SLOT;
-    const uint4* from = (const uint4*)copy + ((long long)(row0 >> 3) * E_K + step * HEAD_STEP) * ROW_PIECES;
+    copy_row_tiles<HEAD_WARPS * 32, HEAD_ROW_TILES, HEAD_STEP, E_K>(to, copy, 0, step * HEAD_STEP, row0, rows, threadIdx.x);
+}
+
+// The loads of a step's weights follow one another slowly; so all of them are on their way to the L2 cache before.
+__device__ __forceinline__ void ask_for_step(const uint4* weights, int k_tiles, int lane)
+{
 #pragma unroll
-    for (int i = threadIdx.x; i < HEAD_ROW_TILES * HEAD_STEP * ROW_PIECES; i += HEAD_WARPS * 32) {
-        const int tile = i / (HEAD_STEP * ROW_PIECES), piece = i % (HEAD_STEP * ROW_PIECES);
-        if (E_K % HEAD_STEP == 0 || piece < pieces)
-            copy_async(to + i * 16, from + (long long)tile * E_K * ROW_PIECES + piece, row0 + tile * 8 < rows);
-    }
+    for (int line = 0; line < HEAD_STEP * 4; line += 32)
+        if (line + lane < k_tiles * 4)
+            prefetch(weights + (line + lane) * 8);
 }
 
 // Multiply a step's k tiles, from `base` on, by the rows at `rows`; load(i) loads the weights of the next step in place of k tile `i`.
@@ -219,34 +222,78 @@ __device__ __forceinline__ void leave_tiles(const HeadOutput& to, const float (*
     }
 }
 
-// A row's logits in shared memory, from token `first` on, by a warp; null for what is not wanted or not hidden.
-__device__ __forceinline__ void leave_row(const float* made, int first, float* logits, unsigned long long* best, const unsigned char* hidden)
+// Four neighbouring logits, of tokens from `token` on, in memory, if there are such tokens.
+__device__ __forceinline__ void leave_logits(float* logits, int token, const float4& four)
 {
-    const int lane = threadIdx.x & 31;
-    unsigned top = 0, token = 0;
+    if (V % 4 == 0) {
+        if (V % HEAD_TOKENS == 0 || token < V)
+            *(float4*)(logits + token) = four;
+        return;
+    }
+    const float values[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < HEAD_TOKENS; i += 128) {
-        const float4 four = *(const float4*)(made + i + lane * 4);
-        const float values[4] = {four.x, four.y, four.z, four.w};
-        const int own = first + i + lane * 4;
-        if (logits && V % 4 == 0 && own < V)
-            *(float4*)(logits + own) = four;
+    for (int i = 0; i < 4; ++i)
+        if (token + i < V)
+            logits[token + i] = values[i];
+}
+
+// Hide those that `hidden` says: a byte for every token.
+__device__ __forceinline__ void hide(float4& four, const unsigned char* hidden, int token)
+{
+    const auto hides = [&](int i) { return token + i < V && hidden[token + i]; };
+    four = {hides(0) ? -INFINITY : four.x, hides(1) ? -INFINITY : four.y, hides(2) ? -INFINITY : four.z, hides(3) ? -INFINITY : four.w};
+}
+
+// The largest of what a lane has of a row's logits: its key, and its token, counted from the lane's first one.
+struct Top { unsigned key, token; };
+
+// Logits of HEAD_AT_ONCE rows in shared memory, every HEAD_WARPS-th from `local` on, by a warp, which then waits once for all of them.
+__device__ __forceinline__ void leave_rows(const HeadOutput& to, const float* made, const bool* hides, int local)
+{
+    constexpr int FOURS = HEAD_TOKENS / 128;
+    const int lane = threadIdx.x & 31, first = blockIdx.x * HEAD_TOKENS + lane * 4;
+    float4 values[HEAD_AT_ONCE][FOURS];
+    Top tops[HEAD_AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (own + j >= V)
-                break;
-            if (logits && V % 4)
-                logits[own + j] = values[j];
-            const unsigned key = sortable(hidden && hidden[own + j] ? -INFINITY : values[j]);
-            if (key > top)
-                top = key, token = own + j;
+    for (int r = 0; r < HEAD_AT_ONCE; ++r)
+#pragma unroll
+        for (int i = 0; i < FOURS; ++i)
+            values[r][i] = *(const float4*)(made + (local + r * HEAD_WARPS) * HEAD_STRIDE + i * 128 + lane * 4);
+#pragma unroll
+    for (int r = 0; r < HEAD_AT_ONCE; ++r) {
+        const int own = local + r * HEAD_WARPS, row = to.row0 + own;
+#pragma unroll
+        for (int i = 0; i < FOURS; ++i) {
+            if (to.logits && row < to.rows)
+                leave_logits(to.logits + (long long)row * V, first + i * 128, values[r][i]);
+            if (to.hidden && hides[own])
+                hide(values[r][i], to.hidden, first + i * 128);
+        }
+        tops[r] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < FOURS; ++i) {
+            const float four[4] = {values[r][i].x, values[r][i].y, values[r][i].z, values[r][i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const unsigned key = sortable(four[j]);
+                if (key > tops[r].key)
+                    tops[r] = {key, (unsigned)(i * 128 + j)};
+            }
         }
     }
-    if (!best)
+    if (!to.best)
         return;
-    const unsigned most = lanes_max(top), lowest = lowest_with(most, top, token);
-    if (lane == 0)
-        atomicMax(best, ((unsigned long long)most << 32) | ~lowest);
+    unsigned most[HEAD_AT_ONCE], lowest[HEAD_AT_ONCE];
+#pragma unroll
+    for (int r = 0; r < HEAD_AT_ONCE; ++r)
+        most[r] = lanes_max(tops[r].key);
+#pragma unroll
+    for (int r = 0; r < HEAD_AT_ONCE; ++r)
+        lowest[r] = lowest_with(most[r], tops[r].key, first + tops[r].token);
+#pragma unroll
+    for (int r = 0; r < HEAD_AT_ONCE; ++r)
+        if (lane == r && to.row0 + local + r * HEAD_WARPS < to.rows)
+            atomicMax(to.best + to.row0 + local + r * HEAD_WARPS, ((unsigned long long)most[r] << 32) | ~lowest[r]);
 }
 
 // A warp makes a tile of 16 outputs with all of k, from a copy of the stream in shared memory. Grid (HEAD_WARPS output tiles, groups of HEAD_ROWS).
@@ -258,11 +305,12 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     __shared__ bool hides[HEAD_BY_ROWS ? HEAD_ROWS : 1];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tile = blockIdx.x * HEAD_WARPS + warp, row0 = blockIdx.y * HEAD_ROWS;
     const bool has = tile < V_TILES;
+    const uint4* own = count_from(weights_at<E_K>(weights, tile, 0) + lane);
     uint4 held[HEAD_STEP];
 #pragma unroll
     for (int i = 0; i < HEAD_STEP; ++i)
         if (has && i < E_K)
-            held[i] = load_weights(weights_at<E_K>(weights, tile, i), lane, true);
+            held[i] = load_weights(own + i * WEIGHT_PIECES, true);
     float output_scales[2] = {1.f, 1.f};  // of this lane's outputs
 #if INT8
     if (has)
@@ -292,9 +340,11 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
         if (HEAD_STEPS > HEAD_DEPTH && step + HEAD_LEAD < HEAD_STEPS)
             copy_head_rows(step + HEAD_LEAD, copy, row0, rows);
         end_group();  // an empty one, too: the wait counts groups
+        if (HEAD_ASKS && has && base + HEAD_STEP < E_K)
+            ask_for_step(weights_at<E_K>(weights, tile, base + HEAD_STEP), least(HEAD_STEP, E_K - base - HEAD_STEP), lane);
         multiply_head_step(base, shared + step % HEAD_DEPTH * HEAD_SLOT, held, sums, lane, [&](int i) {
             if (has && base + i + HEAD_STEP < E_K)
-                held[i] = load_weights(weights_at<E_K>(weights, tile, base, i, HEAD_STEP), lane, false);
+                held[i] = load_weights(own + base * WEIGHT_PIECES + (i + HEAD_STEP) * WEIGHT_PIECES, false);
         });
     }
     if constexpr (!HEAD_BY_ROWS) {
@@ -309,13 +359,12 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const HeadLogit own = head_logit(sums, t, i, factors, scale, output_scales);
-            made[own.local * HEAD_STRIDE + warp * 16 + own.output] = own.value;
+            const bool there = V % HEAD_TOKENS == 0 || tile * 16 + own.output < V;
+            made[own.local * HEAD_STRIDE + warp * 16 + own.output] = there ? own.value : -INFINITY;
         }
     __syncthreads();
 #pragma unroll 1
-    for (int local = warp; local < HEAD_ROWS; local += HEAD_WARPS)
-        if (row0 + local < rows)
-            leave_row(made + local * HEAD_STRIDE, blockIdx.x * HEAD_TOKENS, logits ? logits + (long long)(row0 + local) * V : nullptr,
-                      best ? best + row0 + local : nullptr, hides[local] ? hidden : nullptr);
+    for (int local = warp; local < HEAD_ROWS; local += HEAD_AT_ONCE * HEAD_WARPS)
+        leave_rows({logits, best, hidden, until, position, row0, rows}, made, hides, local);
 }
 #endif

@@ -3,6 +3,7 @@
 #pragma once
 #include "group_product.cuh"
 #include "product_kernel.cuh"
+#include "split_product.cuh"
 #include "streamed_product.cuh"
 #include "tiled_product.cuh"
 
@@ -20,10 +21,22 @@ template <int TOTAL, int OUT_TILES, int> using WideProduct = NarrowProduct<TOTAL
 #endif
 constexpr int IN_EACH = 1 + GATED;  // tiles of outputs of feed_forward_in for one of its results: gate and up
 typedef WideProduct<3 * HD_TILES, QKV_TILES, 2 - QKV_TILES % 2> QkvProduct;
+#if ADD_SPLIT
+typedef SplitProduct<E_TILES, ADD_SPLIT, SPLIT_ROW_TILES, HD_K> AddProduct;
+#define ADD_CLUSTER __cluster_dims__(CLUSTER)
+#else
 typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, HD_K, false> AddProduct;
+#define ADD_CLUSTER
+#endif
 typedef NarrowProduct<HD_TILES, QUERY_TILES, QUERY_ROW_TILES, E_K, true> QueryProduct;
 typedef WideProduct<IN_EACH * FF_TILES, IN_EACH * IN_TILES, GATED || IN_TILES % 2 == 0 ? 2 : 1> InProduct;
+#if OUT_SPLIT
+typedef SplitProduct<E_TILES, OUT_SPLIT, SPLIT_ROW_TILES, FF_K> OutProduct;
+#define OUT_CLUSTER __cluster_dims__(CLUSTER)
+#else
 typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, FF_K, false> OutProduct;
+#define OUT_CLUSTER
+#endif
 
 // Store what a thread has of an output, or of four neighbouring ones.
 __device__ __forceinline__ void put(float* to, float value) { *to = value; }
@@ -91,44 +104,101 @@ __device__ __forceinline__ void leave_copy(stored* copy, int row, int column, fl
 #endif
 }
 
-// Add a product to the stream, and leave a copy of what it then holds and the sums of its squares.
-//   stream float32 [rows][E_PAD]; copy as of `project_qkv`, to be multiplied by `scales` [rows]; squares float32 [rows][PARTIALS]
-template <class P>
-__device__ __forceinline__ void add_product(const uint4* weights, const stored* x, float* stream, stored* copy, float* squares,
-                                            const float* scales, int rows, float factor)
+// What products that add are given: stream float32 [rows][E_PAD]; copy as of `project_qkv`, to be multiplied by `scales` [rows]; squares float32
+// [rows][PARTIALS]; a factor.
+struct Stream { float* stream; stored* copy; float* squares; const float* scales; int rows; float factor; };
+
+// An element of the stream before a product is added: a thread's for an output of a tile and a row.
+struct Element { float value, scale; };
+__device__ __forceinline__ Element element(const Stream& to, int tile, int output, int row)
 {
-    struct Before { float stream[ADD_TILES], scale; };
-    const int tile0 = blockIdx.x * ADD_TILES;
-    const auto at = [&](int i, int output, int row) { return stream + (long long)row * E_PAD + (tile0 + i) * 16 + output; };
-    const auto has = [&](int i, int row) { return row < rows && (E_TILES % ADD_TILES == 0 || tile0 + i < E_TILES); };
-    product<P>(weights, x, {}, rows, [&](int output, int row) {
+    const bool there = row < to.rows && tile < E_TILES;
+    return {there ? __ldcg(to.stream + (long long)row * E_PAD + tile * 16 + output) : 0.f, row < to.rows ? __ldcg(to.scales + row) : 0.f};
+}
+// Add to it, and leave a copy of what it then is and the sum of the squares of a tile's 16 outputs, which neighbouring threads have.
+__device__ __forceinline__ void add_to(const Stream& to, int tile, int output, int row, const Element& before, float made)
+{
+    const float sum = before.value + made * to.factor;
+    const bool there = row < to.rows && tile < E_TILES;
+    if (there) {
+        to.stream[(long long)row * E_PAD + tile * 16 + output] = sum;
+        leave_copy(to.copy, row, tile * 16 + output, sum, before.scale);
+    }
+    const float square = sum_lanes(sum * sum, 1, 16);
+    if (output == 0 && there)
+        to.squares[(long long)row * PARTIALS + tile] = square;
+}
+
+template <class P> __device__ __forceinline__ void add_whole(const uint4* weights, const stored* x, const Stream& to)
+{
+    struct Before { Element tile[P::TILES]; };
+    product<P>(weights, x, {}, to.rows, [&](int output, int row) {
         Before read;
 #pragma unroll
-        for (int i = 0; i < ADD_TILES; ++i)
-            read.stream[i] = has(i, row) ? __ldcg(at(i, output, row)) : 0.f;
-        read.scale = row < rows ? __ldcg(scales + row) : 0.f;
+        for (int i = 0; i < P::TILES; ++i)
+            read.tile[i] = element(to, blockIdx.x * P::TILES + i, output, row);
         return read;
-    }, [&](int, int output, int row, const float* y, const Before& before) {
+    }, [&](int first, int output, int row, const float* y, const Before& before) {
 #pragma unroll
-        for (int i = 0; i < ADD_TILES; ++i) {
-            const float sum = before.stream[i] + y[i] * factor;
-            if (has(i, row)) {
-                *at(i, output, row) = sum;
-                leave_copy(copy, row, (tile0 + i) * 16 + output, sum, before.scale);
-            }
-            const float square = sum_lanes(sum * sum, 1, 16);
-            if (output == 0 && has(i, row))
-                squares[(long long)row * PARTIALS + tile0 + i] = square;
-        }
+        for (int i = 0; i < P::TILES; ++i)
+            add_to(to, first + i, output, row, before.tile[i], y[i]);
     });
 }
 
+#if ADD_SPLIT || OUT_SPLIT
+// Elements that a thread of a cluster's CTA adds to at most. For each: call of(round, tile, row), both counted from the CTA's first one, by whole
+// warps, so that there may be a tile more than the CTA has.
+template <class P> constexpr int ROUNDS = (P::SENT + P::THREADS - 1) / P::THREADS;
+template <class P, class Of> __device__ __forceinline__ void each_element(Of of)
+{
+    constexpr int COUNT = ROUNDS<P>, IN_WARPS = (P::SENT + 31) / 32 * 32;
+#pragma unroll
+    for (int round = 0; round < COUNT; ++round) {
+        const int i = round * P::THREADS + threadIdx.x;
+        if (P::SENT % P::THREADS == 0 || i < IN_WARPS)
+            of(round, i / 16 / P::HANDED, i / 16 % P::HANDED);
+    }
+}
+
+// The same by a cluster.
+template <class P> __device__ __forceinline__ void add_split(const uint4* weights, const stored* x, const Stream& to)
+{
+    const int cta = blockIdx.x % CLUSTER, tile0 = blockIdx.x / CLUSTER * P::TILES, row0 = blockIdx.y * P::OWN_ROWS, output = threadIdx.x % 16;
+    const int handed0 = row0 + cta * P::HANDED;
+    const auto tile_at = [&](int tile) { return tile < P::TILES ? tile0 + tile : E_TILES; };
+    Element before[ROUNDS<P>];
+    float output_scales[ROUNDS<P>];
+    P work(weights, tile0, cta);
+    let_next_start();
+    wait_for_inputs();
+    each_element<P>([&](int round, int tile, int row) {
+        before[round] = element(to, tile_at(tile), output, handed0 + row);
+        output_scales[round] = INT8 ? ((const float*)weights_at<P::INPUTS>(weights, min(tile_at(tile), E_TILES - 1), P::INPUTS))[output] : 1.f;
+    });
+    work.begin(x, row0, to.rows);
+    work.run(x, row0, to.rows);
+    each_element<P>([&](int round, int tile, int row) {
+        add_to(to, tile_at(tile), output, handed0 + row, before[round], P::total(tile, output, row) * output_scales[round]);
+    });
+}
+#endif
+
+template <class P> __device__ __forceinline__ void add_product(const uint4* weights, const stored* x, const Stream& to)
+{
+#if ADD_SPLIT || OUT_SPLIT
+    if constexpr (P::CLUSTER_CTAS > 1)
+        return add_split<P>(weights, x, to);
+    else
+#endif
+        add_whole<P>(weights, x, to);
+}
+
 // stream += factor * attention's output matrix [E][HD] * attended.
-extern "C" __global__ void __launch_bounds__(AddProduct::THREADS, 1)
+extern "C" __global__ void ADD_CLUSTER __launch_bounds__(AddProduct::THREADS, 1)
 add_attention(const uint4* weights, const stored* attended, float* stream, stored* copy, float* squares, const float* scales, int rows,
               float factor)
 {
-    add_product<AddProduct>(weights, attended, stream, copy, squares, scales, rows, factor);
+    add_product<AddProduct>(weights, attended, {stream, copy, squares, scales, rows, factor});
 }
 
 // inner = activation(wi * norm(stream)), or activation(wi_0 * ..) * (wi_1 * ..), whose tiles alternate in `weights` [FF or 2 FF][E].
@@ -150,9 +220,9 @@ feed_forward_in(const uint4* weights, const stored* copy, const float* squares, 
 }
 
 // stream += factor * wo [E][FF] * inner.
-extern "C" __global__ void __launch_bounds__(OutProduct::THREADS, 1)
+extern "C" __global__ void OUT_CLUSTER __launch_bounds__(OutProduct::THREADS, 1)
 feed_forward_out(const uint4* weights, const stored* inner, float* stream, stored* copy, float* squares, const float* scales, int rows,
                  float factor)
 {
-    add_product<OutProduct>(weights, inner, stream, copy, squares, scales, rows, factor);
+    add_product<OutProduct>(weights, inner, {stream, copy, squares, scales, rows, factor});
 }

@@ -1,80 +1,15 @@
 // Products of a weight matrix with the rows of a request: y[row][out] = sum over k of W[out][k] x[row][k].
 //
-// A CTA makes 16 * OUT_TILES outputs for 8 * OWN_ROW_TILES rows. Its warps share k, each with a fixed range of k tiles. The sums of
-// each half of the warps are added in their order, then both: a result depends on neither the number of rows nor what the others hold.
-// Weights are stored tile by tile: [out tile][k tile][lane], 16 bytes a lane in the order of mma.m16n8k16's A fragments (float32:
-// two times 16 bytes; lane l has row l % 16 and 8 columns from l / 16 * 8; 8 bits: int8_weights.cuh). A k tile is 16 columns, of 8-bit weights
-// 32. x is what `activation_index` describes.
+// A CTA makes 16 * OUT_TILES outputs for 8 * OWN_ROW_TILES rows. Its warps share k, each with a fixed range of k tiles. Their sums are added in a
+// fixed order, so a result depends on neither the number of rows nor what the others hold: of a product that norms those of each half of the warps
+// one after the other, then both (`TiledCopies` has halves, too), of others in pairs (CTAs that share k have neighbouring warps' parts).
 //
 // NORMED: RMSNorm of x, whose weight is in W, is a factor of each row's outputs. It comes from sums of squares over 16 columns each,
 // [row][PARTIALS], of the float32 stream that x is a rounded copy of, and from the power of two that this copy was multiplied by.
 #pragma once
-#include "int8_weights.cuh"
+#include "operands.cuh"
 
 constexpr int PRODUCT_WARPS = 16, HALVES = 2;  // parts of k of a layer's product, and the sums that they are first added to
-
-#if STORAGE == FLOAT32
-struct Weights { uint4 low, high; };
-#else
-typedef uint4 Weights;
-#endif
-#if INT8
-typedef uint4 Rows;  // a lane's B fragments of 8 rows and a k tile
-#else
-typedef uint2 Rows;
-#endif
-constexpr int BLOCK = 8 * K_TILE * 2, ROW_PIECES = BLOCK / 16;  // bytes of 8 rows and a k tile in half precision, and pieces of 16
-
-#if STORAGE != FLOAT32
-// A lane's B fragments of 8 rows and a k tile in shared memory.
-__device__ __forceinline__ Rows lane_rows(const char* block, int lane)
-{
-#if WARPGROUPS
-    return {((const unsigned*)block)[lane], ((const unsigned*)block)[32 + lane]};
-#else
-    return ((const Rows*)block)[lane];
-#endif
-}
-#endif
-
-// Where the weights of a tile of outputs and a k tile begin; its number in summands, as their order decides which addresses registers hold.
-template <int K_TILES, class... Ints> __device__ __forceinline__ const uint4* weights_at(const uint4* matrix, int tile, Ints... k_tile)
-{
-#if INT8
-    return matrix + (long long)tile * (K_TILES * 32 + SCALE_PIECES) + (0 + ... + k_tile) * 32;
-#else
-    return matrix + (((long long)tile * K_TILES) + ... + k_tile) * (STORAGE == FLOAT32 ? 64 : 32);
-#endif
-}
-
-// The number of a tile of outputs of a CTA whose first one is `tile0`; the last of TOTAL in place of tiles beyond it.
-template <int TOTAL, int OUT_TILES> __device__ __forceinline__ int tile_of(int tile0, int tile)
-{
-    return TOTAL % OUT_TILES ? min(tile0 + tile, TOTAL - 1) : tile0 + tile;
-}
-
-// A lane's weights of a k tile; `early` if a wait follows, for which the compiler must not delay the load.
-__device__ __forceinline__ Weights load_weights(const uint4* from, int lane, bool early)
-{
-    const auto load = [&](int i) { return early ? load_before_wait(from + i) : load_streaming(from + i); };
-#if STORAGE == FLOAT32
-    return {load(lane), load(32 + lane)};
-#else
-    return load(lane);
-#endif
-}
-
-// Start to copy the scales of a CTA's outputs into shared memory; they are there after a wait for all groups and a barrier.
-template <class P> __device__ __forceinline__ void copy_scales(const uint4* matrix, int tile0, float* to)
-{
-#if INT8
-    const int tile = threadIdx.x >> 2, piece = threadIdx.x & 3;
-    if (tile < P::TILES)
-        copy_async((unsigned)__cvta_generic_to_shared(to + threadIdx.x * 4),
-                   weights_at<P::INPUTS>(matrix, (tile_of<P::TOTAL_TILES, P::TILES>(tile0, tile)), P::INPUTS) + piece, true);
-    end_group();
-#endif
-}
 
 // Shared memory that a CTA may take: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on.
 constexpr int SHARED_BYTES = 98 * 1024;
@@ -91,6 +26,9 @@ __device__ __forceinline__ float scale_for(float factor)
 {
     return STORAGE == FLOAT32 ? 1.f : fminf(fmaxf(__uint_as_float(__float_as_uint(factor) & 0x7f800000u) * 0.125f, 0x1p-100f), 0x1p100f);
 }
+
+// Of a power of two between 2^-126 and 2^126.
+__device__ __forceinline__ float reciprocal(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
 
 // The factors that RMSNorm multiplies the CTA's outputs by, a row each; a barrier must follow. Four threads a row: every CTA reads the sums
 // of squares once, because all CTAs read the same few lines of the L2 cache at the same time.
@@ -112,9 +50,9 @@ __device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int row
                 sum += (part.x + part.y) + (part.z + part.w);
             }
         }
-        const float factor = rsqrtf(sum_lanes(sum, 1, 4) / E + norm.epsilon);
+        const float factor = rsqrtf(sum_lanes(sum, 1, 4) * (1.f / E) + norm.epsilon);
         if (lane == 0) {
-            factors[local] = factor / scale;
+            factors[local] = factor * reciprocal(scale);
             if (blockIdx.x == 0 && row < rows && norm.next_scales)
                 norm.next_scales[row] = scale_for(factor);
         }
@@ -128,6 +66,19 @@ __host__ __device__ constexpr int even_part(int count, int limit)
     return largest_part(count, limit) * 2 >= limit ? largest_part(count, limit) : limit;
 }
 
+// Neighbours are added, then neighbouring sums, until one is left: of COUNT values, a power of two.
+__device__ __forceinline__ float add(float a, float b) { return a + b; }
+__device__ __forceinline__ float4 add(const float4& a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+template <int COUNT, class T> __device__ __forceinline__ T sum_in_pairs(T* values)
+{
+#pragma unroll
+    for (int step = 1; step < COUNT; step *= 2)
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2 * step)
+            values[i] = add(values[i], values[i + step]);
+    return values[0];
+}
+
 // Most k tiles that registers hold; on older GPUs the compiler would spill some of 16.
 #if __CUDA_ARCH__ >= 900
 constexpr int MOST_HELD = 16;
@@ -139,6 +90,7 @@ constexpr int MOST_HELD = 12;
 template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, int WARPS, bool NORMED>
 struct Product {
     static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, WIDTH = 1, INPUTS = K_TILES, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8;
+    static constexpr int CLUSTER_CTAS = 1;
     static constexpr bool IS_NORMED = NORMED;
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
 #if STORAGE == FLOAT32
@@ -150,7 +102,7 @@ struct Product {
 #if INT8
     // a k tile's rows take as many registers as its weights
     static constexpr bool STAGED = OWN_ROW_TILES > 1 || PER_WARP * (OUT_TILES + 1) > 16;
-    static constexpr int MOST = least(12, 16 / OUT_TILES - OWN_ROW_TILES);
+        static constexpr int MOST = least(12, 16 / OUT_TILES - OWN_ROW_TILES);
 #else
     static constexpr bool STAGED = OWN_ROW_TILES > 1;  // rows go through shared memory, so that all loads are under way at once
     static constexpr int MOST = least(MOST_HELD, (PER_WARP * OUT_TILES > 24 && OUT_TILES > 1 ? 16 : 24) / OUT_TILES);
@@ -162,10 +114,12 @@ struct Product {
     static constexpr int HELD = K_TILES % WARPS ? LIMIT : even_part(PER_WARP, LIMIT);  // k tiles whose weights are in registers, and rows on their way
     static constexpr int CTAS = INT8 && !STAGED && OUT_TILES * (HELD + 1) + HELD <= 8 ? 2 : 1;  // that an SM has registers for: twice the loads
     static constexpr bool EVEN = K_TILES % WARPS == 0 && PER_WARP % HELD == 0;  // no k tile is missing anywhere
+    static constexpr bool UNROLLED = EVEN && PER_WARP * OUT_TILES * OWN_ROW_TILES <= 64;  // there is no loop, as long as its code stays short
     static constexpr int PARTS = OUT_TILES * OWN_ROWS * STRIDE;
     static constexpr int REGION = most(STAGED ? HELD * OWN_ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
     static constexpr int SHARED = WARPS * REGION;
     static_assert(SHARED <= SHARED_BYTES, "shared memory");
+    
     static_assert(!WARPGROUPS || STAGED, "what `fetch` reads into registers is not in the order of warp groups");
 
     Weights held[OUT_TILES][HELD];
@@ -173,19 +127,20 @@ struct Product {
 #if STORAGE != FLOAT32
     Rows read[STAGED ? 1 : HELD];
 #endif
-    const uint4* matrix;
+    const uint4* matrix;  // a lane's weights of the first tile of outputs and the warp's first k tile
     char* region;
     int tile0, first, last, lane;
 
     // Start to load weights for the outputs from a tile on; nothing that another kernel writes is read.
-    __device__ __forceinline__ Product(const uint4* weights, int first_tile) : matrix(weights), tile0(first_tile)
+    __device__ __forceinline__ Product(const uint4* weights, int first_tile) : tile0(first_tile)
     {
         const int warp = threadIdx.x >> 5;
         lane = threadIdx.x & 31, region = shared + warp * REGION;
         first = warp * PER_WARP, last = min(first + PER_WARP, K_TILES);
+        matrix = count_from(weights_at<K_TILES>(weights, tile0, first) + lane);
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            load(i, first + i, true);
+            load(i, first, i, has(first + i), true);
 #pragma unroll
         for (int tile = 0; tile < OUT_TILES; ++tile)
 #pragma unroll
@@ -193,12 +148,12 @@ struct Product {
                 sums[tile][i] = 0.f;
     }
 
-    __device__ __forceinline__ void load(int place, int k_tile, bool early = false)
+    __device__ __forceinline__ void load(int place, int k_tile, int more, bool there, bool early = false)
     {
-        if ((EVEN && PER_WARP == HELD) || k_tile < last)
+        if (there)
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
-                held[tile][place] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), k_tile), lane, early);
+                held[tile][place] = load_weights(of_tile<TOTAL, OUT_TILES, K_TILES>(matrix, tile0, tile) + (k_tile - first + more) * WEIGHT_PIECES, early);
     }
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
@@ -209,7 +164,7 @@ struct Product {
 #if STORAGE != FLOAT32
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            fetch(read, i, x, row0, rows, first + i, has(first + i));
+            fetch(i, x, row0, rows, first, i, has(first + i));
 #endif
     }
 
@@ -233,25 +188,44 @@ struct Product {
                 if (has(base + i))
                     multiply(i, (const float*)x, row0, base + i);
                 if constexpr (PER_WARP > HELD)
-                    load(i, base + i + HELD);
+                    load(i, base, i + HELD, EVEN ? base + HELD < last : base + i + HELD < last);
             }
 #else
-#pragma unroll 1
-        for (int base = first; base < last; base += HELD)
-            if constexpr (STAGED)
-                multiply_staged(read, x, row0, rows, base);
-            else
+        if constexpr (UNROLLED) {
 #pragma unroll
-                for (int i = 0; i < HELD; ++i) {
-                    if (has(base + i))
-                        multiply(i, [&](int) { return read[i]; });
-                    if constexpr (PER_WARP > HELD) {
-                        load(i, base + i + HELD);
-                        fetch(read, i, x, row0, rows, base + i + HELD, base + i + HELD < last);
-                    }
-                }
+            for (int done = 0; done < PER_WARP; done += HELD)
+                multiply_round(x, row0, rows, first, done);
+        } else
+#pragma unroll 1
+            for (int base = first; base < last; base += HELD)
+                multiply_round(x, row0, rows, base, 0);
 #endif
     }
+
+#if STORAGE != FLOAT32
+    // Multiply by HELD k tiles from `base` + `done` on, and start to read the next ones.
+    __device__ __forceinline__ void multiply_round(const void* x, int row0, int rows, int base, int done)
+    {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const int next = done + i + HELD;
+            const bool has_next = UNROLLED ? next < PER_WARP : base + (EVEN ? HELD : next) < last;
+            if constexpr (STAGED) {
+                wait_for_group<HELD - 1>();
+                __syncwarp();  // other lanes have copied a part
+            }
+            if (has(base + done + i))
+                multiply(i, [&](int t) { return STAGED ? lane_rows(region + (i * OWN_ROW_TILES + t) * BLOCK, lane) : read[STAGED ? 0 : i]; });
+            if constexpr (PER_WARP > HELD) {
+                if (STAGED)
+                    __syncwarp();
+                load(i, base, next, has_next);
+                fetch(i, x, row0, rows, base, next, has_next);
+            } else if (STAGED)
+                end_group();  // an empty one: the next wait counts groups
+        }
+    }
+#endif
 
 #if STORAGE == FLOAT32
     __device__ __forceinline__ void multiply(int place, const float* x, int row0, int k_tile)
@@ -273,40 +247,17 @@ struct Product {
         }
     }
 #else
-    // HELD k tiles of all rows from shared memory, and the next ones on their way.
-    template <int PLACES>
-    __device__ __forceinline__ void multiply_staged(Rows (&read)[PLACES], const void* x, int row0, int rows, int base)
-    {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            wait_for_group<HELD - 1>();
-            __syncwarp();  // other lanes have copied a part
-            if (has(base + i))
-                multiply(i, [&](int t) { return lane_rows(region + (i * OWN_ROW_TILES + t) * BLOCK, lane); });
-            if constexpr (PER_WARP > HELD) {
-                __syncwarp();
-                load(i, base + i + HELD);
-                fetch(read, i, x, row0, rows, base + i + HELD, base + i + HELD < last);
-            } else
-                end_group();  // an empty one: the next wait counts groups
-        }
-    }
-
-    // Start to read a lane's B fragments of a k tile: of 8 rows into a register, or of all rows into shared memory.
-    template <int PLACES>
-    __device__ __forceinline__ void fetch(Rows (&read)[PLACES], int place, const void* x, int row0, int rows, int k_tile, bool there)
+    // Start to read a lane's B fragments of k tile `k_tile` + `more`: of 8 rows into a register, or of all rows into shared memory.
+    __device__ __forceinline__ void fetch(int place, const void* x, int row0, int rows, int k_tile, int more, bool there)
     {
         if constexpr (!STAGED) {
             if (there)
-                read[place] = row0 < rows ? __ldcg((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane) : Rows{};
+                read[place] = load_fragments((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane_of_rows(lane, rows - row0)
+                                             + more * 32);
         } else {
-            const unsigned to = (unsigned)__cvta_generic_to_shared(region) + place * OWN_ROW_TILES * BLOCK + lane * 16;
+            const unsigned to = (unsigned)__cvta_generic_to_shared(region) + place * OWN_ROW_TILES * BLOCK;
             if (there)
-#pragma unroll
-                for (int t = 0; t < OWN_ROW_TILES; t += 32 / ROW_PIECES) {  // a row tile's pieces by as many lanes
-                    const int tile = (row0 >> 3) + t + lane / ROW_PIECES;
-                    copy_async(to + t * BLOCK, (const uint4*)x + ((long long)tile * K_TILES + k_tile) * ROW_PIECES + lane % ROW_PIECES, tile * 8 < rows);
-                }
+                copy_row_tiles<32, OWN_ROW_TILES, 1, K_TILES>(to, x, k_tile, more, row0, rows, lane);
             end_group();
         }
     }
@@ -367,10 +318,18 @@ struct Product {
     static __device__ __forceinline__ float total(int, int tile, int output, int row)
     {
         static_assert(WARPS % HALVES == 0, "warps");
-        float sums[HALVES] = {};
+        const auto of = [&](int warp) { return ((const float*)(shared + warp * REGION))[(tile * OWN_ROWS + row) * STRIDE + output]; };
+        float sums[WARPS] = {};
+        if constexpr (NORMED) {
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i)
-            sums[i / (WARPS / HALVES)] += ((const float*)(shared + i * REGION))[(tile * OWN_ROWS + row) * STRIDE + output];
-        return sums[0] + sums[1];
+            for (int i = 0; i < WARPS; ++i)
+                sums[i / (WARPS / HALVES)] += of(i);
+            return sums[0] + sums[1];
+        } else {
+#pragma unroll
+            for (int i = 0; i < WARPS; ++i)
+                sums[i] = of(i);
+            return sum_in_pairs<WARPS>(sums);
+        }
     }
 };

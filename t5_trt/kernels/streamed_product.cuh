@@ -11,7 +11,7 @@ constexpr int STREAMED_BYTES = 220 * 1024;
 template <int TOTAL, int OUT_TILES, int IN_ONE, int OWN_ROW_TILES, int K_TILES>
 struct StreamedProduct {
     static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = IN_ONE, TURNS = OUT_TILES / IN_ONE, WIDTH = 1, INPUTS = K_TILES;
-    static constexpr int WARPS = PRODUCT_WARPS, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8, CTAS = 1;
+    static constexpr int WARPS = PRODUCT_WARPS, THREADS = WARPS * 32, OWN_ROWS = OWN_ROW_TILES * 8, CTAS = 1, CLUSTER_CTAS = 1;
     static constexpr bool IS_NORMED = true, STAGED = OWN_ROW_TILES > 1;  // rows lie in shared memory, those of one row tile in registers
     static constexpr int PER_WARP = (K_TILES + WARPS - 1) / WARPS;
     static constexpr bool EVEN = K_TILES % WARPS == 0;
@@ -26,16 +26,17 @@ struct StreamedProduct {
     Weights held[HELD][PER_WARP];
     Rows read[STAGED ? 1 : PER_WARP];
     float sums[IN_ONE][OWN_ROW_TILES * 4];
-    const uint4* matrix;
+    const uint4* matrix;  // a lane's weights of the first tile of outputs and the warp's first k tile
     char* region;
     int tile0, first, last, lane;
 
     // Start to load weights; nothing that another kernel writes is read.
-    __device__ __forceinline__ StreamedProduct(const uint4* weights, int first_tile) : matrix(weights), tile0(first_tile)
+    __device__ __forceinline__ StreamedProduct(const uint4* weights, int first_tile) : tile0(first_tile)
     {
         const int warp = threadIdx.x >> 5;
         lane = threadIdx.x & 31, region = shared + warp * ROW_BYTES;
         first = warp * PER_WARP, last = min(first + PER_WARP, K_TILES);
+        matrix = count_from(weights_at<K_TILES>(weights, tile0, first) + lane);
 #pragma unroll
         for (int tile = 0; tile < HELD; ++tile)
             load(tile, true);
@@ -48,7 +49,7 @@ struct StreamedProduct {
 #pragma unroll
         for (int i = 0; i < PER_WARP; ++i)
             if (has(first + i))
-                held[tile % HELD][i] = load_weights(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), first + i), lane, early);
+                held[tile % HELD][i] = load_weights(of_tile<TOTAL, OUT_TILES, K_TILES>(matrix, tile0, tile) + i * WEIGHT_PIECES, early);
     }
 
     // Start to read the rows from `row0` on.
@@ -59,14 +60,10 @@ struct StreamedProduct {
             if (!has(first + i))
                 continue;
             if constexpr (!STAGED)
-                read[i] = row0 < rows ? __ldcg((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + first + i) * 32 + lane) : Rows{};
+                read[i] = load_fragments((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + first) * 32 + lane_of_rows(lane, rows - row0) + i * 32);
             else
-#pragma unroll
-                for (int t = 0; t < OWN_ROW_TILES; t += 32 / ROW_PIECES) {  // a row tile's pieces by as many lanes
-                    const int tile = (row0 >> 3) + t + lane / ROW_PIECES;
-                    copy_async((unsigned)__cvta_generic_to_shared(region) + (i * OWN_ROW_TILES + t) * BLOCK + lane * 16,
-                               (const uint4*)x + ((long long)tile * K_TILES + first + i) * ROW_PIECES + lane % ROW_PIECES, tile * 8 < rows);
-                }
+                copy_row_tiles<32, OWN_ROW_TILES, 1, K_TILES>((unsigned)__cvta_generic_to_shared(region) + i * OWN_ROW_TILES * BLOCK, x, first, i,
+                                                              row0, rows, lane);
         }
         end_group();
     }

@@ -18,7 +18,8 @@ __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefe
 template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, int HALF_WARPS>
 struct TiledCopies {
     static constexpr int TOTAL_TILES = TOTAL, TILES = OUT_TILES, TOGETHER = OUT_TILES, TURNS = 1, INPUTS = K_TILES, OWN_ROWS = OWN_ROW_TILES * 8;
-    static constexpr int THREADS = HALVES * HALF_WARPS * 32;
+    static constexpr int CLUSTER_CTAS = 1;
+    static constexpr int HALF_THREADS = HALF_WARPS * 32, THREADS = HALVES * HALF_THREADS;
     static constexpr int PARTS = PRODUCT_WARPS / HALVES, PER_PART = (K_TILES + PRODUCT_WARPS - 1) / PRODUCT_WARPS;  // k tiles of a part
     static constexpr int MOST = INT8 ? 3 : 6, STEPS_A_PART = (PER_PART + MOST - 1) / MOST, STEPS = PARTS * STEPS_A_PART;
     static constexpr int STEP = (PER_PART + STEPS_A_PART - 1) / STEPS_A_PART;  // k tiles of each half that are copied together
@@ -37,7 +38,7 @@ struct TiledCopies {
     // Start to copy weights; nothing that another kernel writes is read.
     __device__ __forceinline__ TiledCopies(const uint4* weights, int first_tile) : matrix(weights), tile0(first_tile)
     {
-        lane = threadIdx.x & 31, half = threadIdx.x / (HALF_WARPS * 32);
+        lane = threadIdx.x & 31, half = threadIdx.x / HALF_THREADS;
 #pragma unroll
         for (int step = 0; step < LEAD; ++step)
             copy_weights(step);
@@ -47,7 +48,9 @@ struct TiledCopies {
     }
 
     __device__ __forceinline__ int part_of(int step) const { return half * PARTS + step / STEPS_A_PART; }
-    __device__ __forceinline__ int first_of(int step) const { return part_of(step) * PER_PART + step % STEPS_A_PART * STEP; }
+    // The first k tile of a step, counted from the half's first one; and in all.
+    static __device__ __forceinline__ int in_half(int step) { return step / STEPS_A_PART * PER_PART + step % STEPS_A_PART * STEP; }
+    __device__ __forceinline__ int first_of(int step) const { return half * (PARTS * PER_PART) + in_half(step); }
     __device__ __forceinline__ int count_of(int step) const
     {
         return EVEN ? STEP : min(STEP, min((part_of(step) + 1) * PER_PART, K_TILES) - first_of(step));  // below 1: none
@@ -56,10 +59,21 @@ struct TiledCopies {
 
     __device__ __forceinline__ void copy_weights(int step)
     {
-        const int first = first_of(step), pieces = count_of(step) * 32;
-        const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + place_of(step);
+        unsigned to = (unsigned)__cvta_generic_to_shared(shared) + place_of(step);
+        if constexpr (EVEN && HALF_WARPS % OUT_TILES == 0) {  // a warp has k tiles of one tile of outputs, constant distances apart
+            constexpr int BESIDE = HALF_WARPS / OUT_TILES;
+            const int warp = threadIdx.x / 32 % HALF_WARPS, tile = warp % OUT_TILES, beside = warp / OUT_TILES;
+            const uint4* from = weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, tile)), half * (PARTS * PER_PART) + beside) + lane;
+            to += ((tile * STEP + beside) * 32 + lane) * 16;
 #pragma unroll
-        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 32; i += HALF_WARPS * 32) {
+            for (int k = 0; k < STEP; k += BESIDE)
+                if (STEP % BESIDE == 0 || k + beside < STEP)
+                    copy_async(to + k * 512, from + (in_half(step) + k) * 32, true);
+            return;
+        }
+        const int first = first_of(step), pieces = count_of(step) * 32;
+#pragma unroll
+        for (int i = threadIdx.x % HALF_THREADS; i < OUT_TILES * STEP * 32; i += HALF_THREADS) {
             const int piece = i % (STEP * 32);
             if (EVEN || piece < pieces)
                 copy_async(to + i * 16, weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, i / (STEP * 32))), first) + piece, true);
@@ -71,7 +85,7 @@ struct TiledCopies {
     {
         const int first = first_of(step), lines = count_of(step) * 4;
 #pragma unroll
-        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OUT_TILES * STEP * 4; i += HALF_WARPS * 32) {
+        for (int i = threadIdx.x % HALF_THREADS; i < OUT_TILES * STEP * 4; i += HALF_THREADS) {
             const int line = i % (STEP * 4);
             if (EVEN || line < lines)
                 prefetch(weights_at<K_TILES>(matrix, (tile_of<TOTAL, OUT_TILES>(tile0, i / (STEP * 4))), first) + line * 8);
@@ -80,12 +94,15 @@ struct TiledCopies {
 
     __device__ __forceinline__ void copy_rows(int step, const void* x, int row0, int rows)
     {
-        const int first = first_of(step), pieces = count_of(step) * ROW_PIECES;
         const unsigned to = (unsigned)__cvta_generic_to_shared(shared) + place_of(step) + WEIGHT_BYTES;
+        if (EVEN)
+            return copy_row_tiles<HALF_THREADS, OWN_ROW_TILES, STEP, K_TILES>(to, x, half * (PARTS * PER_PART), in_half(step), row0, rows,
+                                                                              threadIdx.x % HALF_THREADS);
+        const int first = first_of(step), pieces = count_of(step) * ROW_PIECES;
 #pragma unroll
-        for (int i = threadIdx.x % (HALF_WARPS * 32); i < OWN_ROW_TILES * STEP * ROW_PIECES; i += HALF_WARPS * 32) {
+        for (int i = threadIdx.x % HALF_THREADS; i < OWN_ROW_TILES * STEP * ROW_PIECES; i += HALF_THREADS) {
             const int tile = (row0 >> 3) + i / (STEP * ROW_PIECES), piece = i % (STEP * ROW_PIECES);
-            if (EVEN || piece < pieces)
+            if (piece < pieces)
                 copy_async(to + i * 16, (const uint4*)x + ((long long)tile * K_TILES + first) * ROW_PIECES + piece, tile * 8 < rows);
         }
     }

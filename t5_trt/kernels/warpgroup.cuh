@@ -32,7 +32,7 @@ __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.a
 // between tiles of 8 rows.
 __device__ __forceinline__ unsigned long long describe_rows(const char* at, int stride)
 {
-    const unsigned address = (unsigned)__cvta_generic_to_shared(at);
+    const unsigned address = (unsigned)__cvta_generic_to_shared(at) & 0x3ffff;  // in a cluster the bits above say which CTA's memory it is
     return (unsigned long long)(address >> 4) | (unsigned long long)(128 >> 4) << 16 | (unsigned long long)(stride >> 4) << 32;
 }
 

@@ -5,7 +5,8 @@
 #include "emulated_warp.h"
 
 #define __host__
-#define shared attention_memory
+#define __cluster_dims__(...)
+#define shared (attention_memory + own_cta * CTA_MEMORY)
 template <class T> static T __ldcg(const T* from) { return *from; }
 static uint4 load_streaming(const void* from)
 {
@@ -15,6 +16,8 @@ static uint4 load_streaming(const void* from)
 }
 static uint4 load_before_wait(const void* from) { return load_streaming(from); }
 static void prefetch(const void*) {}
+static const uint4* count_from(const uint4* address) { return address; }
+template <class T> static T load_fragments(const T* from) { return *from; }
 static void let_next_start() {}
 static void wait_for_inputs() {}
 static unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long value, int step)
@@ -49,7 +52,7 @@ static std::map<unsigned, std::deque<std::vector<std::function<void()>>>> produc
 static std::map<std::pair<unsigned, float*>, Sums> sums_of;
 static auto& own_products()
 {
-    auto& groups = products_of[threadIdx.x];
+    auto& groups = products_of[own_thread()];
     if (groups.empty())
         groups.emplace_back();
     return groups;
@@ -74,7 +77,7 @@ template <int ROW_COUNT, bool ADDS> void multiply_group(float* sums, const uint4
     for (int i = 0; i < 32; ++i)
         weights[i] = lane_of(lane / 4 * 4 + i % 8 / 2).a[i % 16 / 8 * 4 + i / 16 * 2 + i % 2];
     meet_warp();
-    Sums& own = sums_of[{threadIdx.x, sums}];
+    Sums& own = sums_of[{own_thread(), sums}];
     if (own.under_way++ == 0)
         own.kept.assign(sums, sums + ROW_COUNT / 2);
     else if (!ADDS)
@@ -84,7 +87,7 @@ template <int ROW_COUNT, bool ADDS> void multiply_group(float* sums, const uint4
         if (!std::isnan(sums[0]))
             fprintf(stderr, "sums of a product were changed before it was made\n"), abort();
         for (int i = 0; i < ROW_COUNT / 2; ++i) {
-            const char* row = attention_memory + (rows & 0x3fff) * 16 + i / 4 * (rows >> 32) * 16 + (lane % 4 * 2 + i % 2) * 16;
+            const char* row = shared + (rows & 0x3fff) * 16 + i / 4 * (rows >> 32) * 16 + (lane % 4 * 2 + i % 2) * 16;
             float sum = ADDS ? own.kept[i] : 0.f;
             for (int k = 0; k < 16; ++k) {
                 unsigned short value;
@@ -97,3 +100,32 @@ template <int ROW_COUNT, bool ADDS> void multiply_group(float* sums, const uint4
             std::copy(own.kept.begin(), own.kept.end(), sums);
     });
 }
+
+// Clusters. A mailbox holds the bytes that are still to come.
+static std::map<std::pair<int, int>, Meeting> groups_of_threads;
+static void arrive_at_cluster() { ++arrived_at_cluster, ++progress; }
+static void wait_for_cluster()
+{
+    while (arrived_at_cluster < (long)threads.size())
+        give_way();
+}
+static void meet_threads(int group, int count) { meet(groups_of_threads[{own_cta, group}], count); }
+static void open_mailbox(unsigned long long* box, int bytes) { *box = bytes; }
+static void send(float* to, unsigned long long* box, int cta, const float4& values)
+{
+    const long away = (long)(cta - own_cta) * CTA_MEMORY;
+    if (arrived_at_cluster < (long)threads.size())
+        fprintf(stderr, "a CTA sends before the others have come\n"), abort();
+    unsigned long long& left = *(unsigned long long*)((char*)box + away);
+    if (left < 16 || left > CTA_MEMORY)
+        fprintf(stderr, "more bytes are sent than the mailbox was opened for\n"), abort();
+    memcpy((char*)to + away, &values, 16);
+    left -= 16, ++progress;
+}
+static bool has_come(unsigned long long* box)
+{
+    if (*box)
+        give_way();
+    return *box == 0;
+}
+static void stop_kernel() { abort(); }

@@ -1,4 +1,4 @@
-// Runs CUDA kernels on a CPU, a CTA at a time: each of its threads is a coroutine that goes on until it needs the others. Asynchronous copies
+// Runs CUDA kernels on a CPU, a CTA or a cluster of CTAs at a time: each of its threads is a coroutine that goes on until it needs the others. Asynchronous copies
 // are done when they are waited for, not before, and shared memory begins with NaN; a barrier that some threads never reach is an error.
 // What warps do together follows the fragments of PTX's documentation (ldmatrix, mma.m16n8k16).
 #pragma once
@@ -31,7 +31,12 @@ static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static dim3 blockIdx, blockDim, gridDim, threadIdx;
-alignas(16) char attention_memory[1 << 18];
+extern "C" { int cluster_ctas = 1; }  // CTAs of a cluster, along x
+constexpr int MOST_CTAS = 8, CTA_MEMORY = 1 << 18;
+alignas(16) char attention_memory[MOST_CTAS * CTA_MEMORY];
+static int own_cta;  // of the cluster
+static unsigned first_block;
+static long arrived_at_cluster;  // threads
 
 struct Copy { unsigned to; const void* from; int bytes; bool there; };
 struct Thread {
@@ -43,17 +48,22 @@ struct Thread {
 struct Meeting { int arrived = 0; long round = 0; };
 struct Lane { float a[8], b[4]; unsigned word; };
 static std::vector<Thread> threads;
-static std::vector<Meeting> meetings;  // of each warp, then of the CTA
+static std::vector<Meeting> meetings;  // of each warp of the cluster, then of each CTA
 static std::vector<Lane> lanes;
 static ucontext_t host;
 static long progress;
 static std::function<void()> body;
 
+static unsigned own_thread() { return own_cta * blockDim.x + threadIdx.x; }  // of the cluster
+static void become(unsigned thread)
+{
+    own_cta = thread / blockDim.x, threadIdx.x = thread % blockDim.x, blockIdx.x = first_block + own_cta;
+}
 static void give_way()
 {
-    const unsigned own = threadIdx.x;
+    const unsigned own = own_thread();
     swapcontext(&threads[own].context, &host);
-    threadIdx.x = own;
+    become(own);
 }
 static void meet(Meeting& meeting, int count)
 {
@@ -63,10 +73,10 @@ static void meet(Meeting& meeting, int count)
     while (meeting.round == round)
         give_way();
 }
-static void meet_warp() { meet(meetings[threadIdx.x / 32], 32); }
+static void meet_warp() { meet(meetings[own_thread() / 32], 32); }
 static void __syncwarp() { meet_warp(); }
-static void __syncthreads() { meet(meetings.back(), threads.size()); }
-static Lane& lane_of(int lane) { return lanes[threadIdx.x / 32 * 32 + lane]; }
+static void __syncthreads() { meet(meetings[threads.size() / 32 + own_cta], blockDim.x); }
+static Lane& lane_of(int lane) { return lanes[own_thread() / 32 * 32 + lane]; }
 static int own_lane() { return threadIdx.x % 32; }
 
 static unsigned __ballot_sync(unsigned, bool value)
@@ -83,7 +93,7 @@ static bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, v
 static bool __all_sync(unsigned mask, bool value) { return !~__ballot_sync(mask, value); }
 static bool __syncthreads_or(bool value)
 {
-    lanes[threadIdx.x].word = value;
+    lanes[own_thread()].word = value;
     __syncthreads();
     bool any = false;
     for (const Lane& lane : lanes)
@@ -123,14 +133,14 @@ static void copy_some(unsigned to, const void* from, bool there, int bytes)
 {
     if (to % bytes || (uintptr_t)from % bytes)
         fprintf(stderr, "a copy of %d bytes is not aligned\n", bytes), abort();
-    threads[threadIdx.x].groups.back().push_back({to, from, bytes, there});
+    threads[own_thread()].groups.back().push_back({to, from, bytes, there});
 }
 static void copy_async(unsigned to, const void* from, bool there) { copy_some(to, from, there, 16); }
 static void copy_word_async(unsigned to, const void* from, bool there) { copy_some(to, from, there, 4); }
-static void end_group() { threads[threadIdx.x].groups.emplace_back(); }
+static void end_group() { threads[own_thread()].groups.emplace_back(); }
 template <int LATER> void wait_for_group()
 {
-    auto& groups = threads[threadIdx.x].groups;
+    auto& groups = threads[own_thread()].groups;
     for (; groups.size() > LATER + 1; groups.pop_front())
         for (const Copy& copy : groups.front())
             copy.there ? (void)memcpy(attention_memory + (int)copy.to, copy.from, copy.bytes) : (void)memset(attention_memory + (int)copy.to, 0, copy.bytes);
@@ -182,15 +192,17 @@ static void multiply_tiles(float* c, const uint4& a, const uint2& b)
 static void start_thread()
 {
     body();
-    threads[threadIdx.x].done = true;
+    threads[own_thread()].done = true;
     ++progress;
-    swapcontext(&threads[threadIdx.x].context, &host);
+    swapcontext(&threads[own_thread()].context, &host);
 }
-static void run_block(int count)
+static void run_cluster(int count)
 {
-    memset(attention_memory, 0xff, sizeof attention_memory);
+    count *= cluster_ctas;
+    memset(attention_memory, 0xff, (size_t)cluster_ctas * CTA_MEMORY);
+    arrived_at_cluster = 0;
     threads = std::vector<Thread>(count);
-    meetings.assign(count / 32 + 1, {});
+    meetings.assign(count / 32 + cluster_ctas, {});
     lanes.assign(count, {});
     for (Thread& thread : threads) {
         thread.stack.resize(1 << 16);
@@ -203,7 +215,7 @@ static void run_block(int count)
         const long before = progress;
         for (unsigned i = 0; i < threads.size(); ++i)
             if (!threads[i].done) {
-                threadIdx.x = i;
+                become(i);
                 swapcontext(&host, &threads[i].context);
                 left -= threads[i].done;
             }
@@ -215,8 +227,10 @@ template <class Body> void run_grid(int x, int y, int z, int count, Body work)
 {
     body = work;
     blockDim = {(unsigned)count, 1, 1}, gridDim = {(unsigned)x, (unsigned)y, (unsigned)z};
+    if (x % cluster_ctas)
+        fprintf(stderr, "a grid of %d CTAs has no whole clusters\n", x), abort();
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-                run_block(count);
+            for (first_block = 0; first_block < gridDim.x; first_block += cluster_ctas)
+                run_cluster(count);
 }

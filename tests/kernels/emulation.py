@@ -88,7 +88,7 @@ def host_source() -> str:
 def without(text: str, names: Iterable[str]) -> str:
     """A source less some of its functions."""
     for name in names:
-        pattern = rf"^(template <[\w ,]+> )?__device__ (__forceinline__|inline) [\w ]+ {name}\([^)]*\)\s*\{{(.*\}}$|\n(.*\n)*?\}}$)"
+        pattern = rf"^(template <[\w ,]+> )?__device__ (__forceinline__|inline) [\w *]+[ *]{name}\([^)]*\)\s*\{{(.*\}}$|\n(.*\n)*?\}}$)"
         text, count = re.subn(pattern, "", text, flags=re.MULTILINE)
         assert count, name
     return text

@@ -22,10 +22,20 @@ EMULATED = {
     "tensor_cores.cuh": ("multiply_tiles", "copy_async", "copy_word_async", "end_group", "wait_for_group"),
     "common.cuh": ("load_streaming", "load_before_wait"),
     "int8_weights.cuh": ("subtract_two",),
+    "operands.cuh": ("count_from", "load_fragments"),
     "product.cuh": (),
     "product_kernel.cuh": (),
     "streamed_product.cuh": (),
     "warpgroup.cuh": ("begin_products", "end_products", "wait_for_products", "show_to_products", "multiply_group"),
+    "split_product.cuh": (
+        "arrive_at_cluster",
+        "wait_for_cluster",
+        "open_mailbox",
+        "send",
+        "has_come",
+        "stop_kernel",
+        "meet_threads",
+    ),
     "tiled_copies.cuh": ("prefetch",),
     "tiled_product.cuh": (),
     "group_product.cuh": (),
@@ -52,13 +62,14 @@ class EmulatedStep:
             entry(name, text) for name in KERNELS
         )
         self._library = compiled_library(source, wanted, folder)
-        numbers = list((ctypes.c_int * (3 * len(PRODUCTS))).in_dll(self._library, "geometry"))
-        self.geometry = {name: Geometry(*numbers[3 * i : 3 * i + 3]) for i, name in enumerate(PRODUCTS)}
+        self.geometry = Geometry.of_products((ctypes.c_int * (4 * len(PRODUCTS))).in_dll(self._library, "geometry"))
         threads = list((ctypes.c_int * len(KERNELS)).in_dll(self._library, "threads_of"))
         self._threads = dict(zip(KERNELS, threads, strict=True))
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
         """Run a kernel; as of `t5_trt.kernels.decode_step.DecodeKernels`."""
+        cluster = self.geometry[name].cluster if name in self.geometry else 1
+        ctypes.c_int.in_dll(self._library, "cluster_ctas").value = cluster
         call(self._library, name, grid, self._threads[name], arguments)
 
 
@@ -70,7 +81,7 @@ def host_source() -> str:
         text += without(own, emulated)
     geometry = (folder / "decode_step.cu").read_text()
     text += "constexpr int SHARERS = 1;\n"  # attention is not emulated here
-    text += geometry[geometry.index('extern "C" {') :]
+    text += geometry[geometry.index("#define OF") :]
     products = ["QkvProduct", "AddProduct", "QueryProduct", "InProduct", "OutProduct"]
     threads = ", ".join(("EMBED_THREADS", *(f"{product}::THREADS" for product in products), "HEAD_WARPS * 32"))
     text += f'extern "C" {{ int threads_of[] = {{{threads}}}; }}\n'

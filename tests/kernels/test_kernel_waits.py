@@ -12,9 +12,12 @@ from tests.conftest import ROOT
 SOURCES = sorted([*ROOT.glob("t5_trt/**/*.cu"), *ROOT.glob("t5_trt/**/*.cuh")])
 #: loops that count, and over what: a name, a member or a number against another one, perhaps with sums; nothing is read from memory
 COUNTS = re.compile(r"^[\w.\s+*/%()&:-]+(<=|<|>=|>)[\w.\s+*/%()&:-]+$")
-#: instructions that wait for what comes by itself: the kernel before, own copies and products, the blocks of a cluster, which run at the same time
+#: instructions that wait for what comes by itself: the kernel before, own copies and products, the blocks of a cluster and what they send (``cluster``
+#: in the scope of a try_wait), as they run at the same time; and those that only say so
 WAITS = re.compile(
     r"griddepcontrol\.wait|cp\.async\.wait_(group|all)|wgmma\.wait_group[\w.]*|barrier\.cluster\.(arrive|wait)\b.*"
+    r"|mbarrier\.try_wait\.parity\.acquire\.cluster\.shared::cta\.b64"
+    r"|mbarrier\.(init|arrive\.expect_tx)\.shared::cta\.b64|fence\.mbarrier_init\.release\.cluster|cluster\.mbarrier::complete_tx::bytes[\w.]*"
 )
 READS = re.compile(r"\b(atomic\w+|__ld\w+|volatile)\b|\[|\*\s*\(")
 

@@ -23,6 +23,8 @@ GATED = replace(ODD, d_model=72, d_ff=104, num_heads=3, d_kv=24, vocab_size=67, 
 LONG = replace(ODD, d_model=16, d_ff=6200, num_heads=1, d_kv=16, vocab_size=20, activation="relu", gated=False)
 #: what warp groups can multiply
 GROUPED = replace(ODD, d_model=256, d_ff=72, num_heads=3, d_kv=24, vocab_size=67)
+#: every part of k has whole k tiles
+SPLIT = replace(ODD, d_model=256, d_ff=512, num_heads=4, d_kv=64, vocab_size=20, gated=False)
 TOLERANCE = 2e-3
 MOST_ROWS = 70
 
@@ -73,9 +75,7 @@ def run(arch: Architecture, kernels: EmulatedStep, rows: int, *, int8: bool) -> 
     scales, other = b.scales
 
     def start(name: str, *arguments: Any) -> None:
-        geometry = kernels.geometry[name]
-        grid = (-(-outputs[name] // geometry.wide), -(-rows // geometry.rows))
-        kernels.launch(name, grid, 0, *arguments)
+        kernels.launch(name, kernels.geometry[name].grid(outputs[name], rows), 0, *arguments)
 
     made, expected = {}, {}
 
@@ -207,3 +207,32 @@ def test_results_do_not_depend_on_whether_a_cta_makes_tiles_one_after_the_other(
         wanted = run(arch, emulated(arch, rows, int8=int8), rows, int8=int8).made
         got = run(arch, emulated(arch, rows, int8=int8, **own), rows, int8=int8).made
         assert {name for name in wanted if not torch.equal(wanted[name], got[name])} == set()
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "int8", "split"),
+    [
+        (SPLIT, 40, False, {"ADD_SPLIT": 3, "OUT_SPLIT": 4, "SPLIT_ROW_TILES": 8, "SPLIT_CTAS": 4}),
+        (
+            replace(SPLIT, d_model=72),
+            17,
+            False,
+            {"ADD_SPLIT": 2, "OUT_SPLIT": 2, "SPLIT_ROW_TILES": 4, "SPLIT_CTAS": 2},
+        ),
+        (replace(SPLIT, d_ff=5120), 3, True, {"OUT_SPLIT": 5, "SPLIT_ROW_TILES": 1, "SPLIT_CTAS": 8}),
+    ],
+    ids=["warp groups, and a tile that is not there", "rows of a second group", "int8, more than registers hold"],
+)
+def test_results_do_not_depend_on_whether_ctas_of_a_cluster_share_k(
+    emulated: Any, arch: Architecture, rows: int, int8: bool, split: dict[str, int]
+) -> None:
+    whole = {"ADD_SPLIT": 0, "OUT_SPLIT": 0, "SPLIT_ROW_TILES": 1, "SPLIT_CTAS": 1}
+    wanted = run(arch, emulated(arch, rows, int8=int8, **whole), rows, int8=int8)
+    kernels = emulated(arch, rows, int8=int8, **whole | split)
+    assert kernels.geometry["feed_forward_out"].cluster == split["SPLIT_CTAS"]
+    got = run(arch, kernels, rows, int8=int8).made
+    assert {name for name, made in wanted.made.items() if not torch.equal(made, got[name])} == set()
+    assert (
+        float((got["stream"].double() - wanted.expected["stream"]).norm() / wanted.expected["stream"].norm())
+        < TOLERANCE
+    )

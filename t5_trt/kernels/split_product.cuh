@@ -71,6 +71,7 @@ struct SplitProduct {
     static constexpr int RECEIVED = PARTS * most(PART_BYTES, SUMS * 4), BOX = RECEIVED + CLUSTER * SENT * 4, SHARED = BOX + 16;  // bytes before each
     static constexpr bool GROUPED = WARPGROUPS && OUT_TILES % 4 == 0;  // a warp group multiplies
     static_assert(K_TILES % PRODUCT_WARPS == 0 && OWN_ROWS % CLUSTER == 0, "whole parts");
+    static_assert(SHARED <= 224 * 1024, "shared memory");
 
     uint4 held[DEPTH * STEP];
     float sums[OWN_ROW_TILES * 4];

@@ -217,11 +217,11 @@ def test_results_do_not_depend_on_whether_a_cta_makes_tiles_one_after_the_other(
             replace(SPLIT, d_model=72),
             17,
             False,
-            {"ADD_SPLIT": 2, "OUT_SPLIT": 2, "SPLIT_ROW_TILES": 4, "SPLIT_CTAS": 2},
+            {"ADD_SPLIT": 2, "OUT_SPLIT": 2, "SPLIT_ROW_TILES": 2, "SPLIT_CTAS": 2},
         ),
         (replace(SPLIT, d_ff=5120), 3, True, {"OUT_SPLIT": 5, "SPLIT_ROW_TILES": 1, "SPLIT_CTAS": 8}),
     ],
-    ids=["warp groups, and a tile that is not there", "rows of a second group", "int8, more than registers hold"],
+    ids=["warp groups, and a tile that is not there", "a second group of rows", "int8, more than registers hold"],
 )
 def test_results_do_not_depend_on_whether_ctas_of_a_cluster_share_k(
     emulated: Any, arch: Architecture, rows: int, int8: bool, split: dict[str, int]

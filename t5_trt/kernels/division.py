@@ -73,24 +73,19 @@ def divide_products(
     streamed = large and not tiled and min(qkv, hidden) > 2 * PROCESSORS and arch.d_model <= STREAMED_MODEL
     wide = 4 if groups else _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
     split = _split(arch, rows, int8=int8) if half and capability == CLUSTERS else NOT_SPLIT
-    return (
-        {
-            "ROW_TILES": row_tiles,
-            "TILED": int(tiled),
-            "STREAMED": int(streamed),
-            "WARPGROUPS": groups,
-            "QKV_TILES": _evenly(qkv) if streamed else wide,
-            "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
-            "QUERY_TILES": outputs(inner, query_row_tiles),
-            "QUERY_ROW_TILES": query_row_tiles,
-            "ADD_TILES": outputs(model, add_row_tiles),
-            "ADD_ROW_TILES": add_row_tiles,
-        }
-        | split
-        | _divide_head(
-            rows, row_tiles, half=half, large=large, int8=int8, asks=rows <= 8 and arch.d_model < LARGE_MODEL
-        )
-    )
+    own = {
+        "ROW_TILES": row_tiles,
+        "TILED": int(tiled),
+        "STREAMED": int(streamed),
+        "WARPGROUPS": groups,
+        "QKV_TILES": _evenly(qkv) if streamed else wide,
+        "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
+        "QUERY_TILES": outputs(inner, query_row_tiles),
+        "QUERY_ROW_TILES": query_row_tiles,
+        "ADD_TILES": outputs(model, add_row_tiles),
+        "ADD_ROW_TILES": add_row_tiles,
+    }
+    return own | split | _divide_head(arch, rows, row_tiles, half=half, large=large, int8=int8)
 
 
 def _split(arch: Architecture, rows: int, *, int8: bool) -> dict[str, int]:
@@ -99,9 +94,8 @@ def _split(arch: Architecture, rows: int, *, int8: bool) -> dict[str, int]:
     That is where CTAs with all of k would read many more bytes out of the L2 cache, and all clusters find room at once.
     """
     wide, parts = tiles(arch.d_model), PARTS * (32 if int8 else 16)
-    inner, ff = (
-        k if k % parts == 0 else 0 for k in (arch.num_heads * arch.d_kv, arch.d_ff)
-    )  # parts have whole k tiles
+    inner = arch.num_heads * arch.d_kv
+    inner, ff = (k if k % parts == 0 else 0 for k in (inner, arch.d_ff))  # parts have whole k tiles
     row_tiles = next(count for count in (1, 2, 4, 8) if rows <= 8 * count or count == 8)
     ctas, add, out = 4, 0, 0
     if 48 <= wide < 64:
@@ -155,11 +149,13 @@ def _wide_tiles(arch: Architecture, rows: int, row_tiles: int, *, half: bool, ti
     return 4 if row_tiles == 2 else 2  # sums of four row tiles would not fit into shared memory
 
 
-def _divide_head(rows: int, row_tiles: int, *, half: bool, large: bool, int8: bool, asks: bool) -> dict[str, int]:
+def _divide_head(
+    arch: Architecture, rows: int, row_tiles: int, *, half: bool, large: bool, int8: bool
+) -> dict[str, int]:
     head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
     return {
         "HEAD_ROW_TILES": head_row_tiles if half else row_tiles,
-        "HEAD_ASKS": int(asks),
+        "HEAD_ASKS": int(rows <= 8 and arch.d_model < LARGE_MODEL),
         # 16 warps leave too few registers to convert 8-bit weights
         "HEAD_WARPS": 16 if head_row_tiles > 8 and half and not int8 else 8,
         # two CTAs on a processor, unless the rows of one fill it

@@ -347,8 +347,9 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
                 held[i] = load_weights(own + base * WEIGHT_PIECES + (i + HEAD_STEP) * WEIGHT_PIECES, false);
         });
     }
+    const HeadOutput to = {logits, best, hidden, until, position, row0, rows};
     if constexpr (!HEAD_BY_ROWS) {
-        leave_tiles({logits, best, hidden, until, position, row0, rows}, sums, factors, scale, output_scales);
+        leave_tiles(to, sums, factors, scale, output_scales);
         return;
     }
     // a warp has a whole row of the CTA's logits at once, so that the code for the best token is there once and not for every row tile
@@ -365,6 +366,6 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     __syncthreads();
 #pragma unroll 1
     for (int local = warp; local < HEAD_ROWS; local += HEAD_AT_ONCE * HEAD_WARPS)
-        leave_rows({logits, best, hidden, until, position, row0, rows}, made, hides, local);
+        leave_rows(to, made, hides, local);
 }
 #endif

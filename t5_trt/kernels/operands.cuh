@@ -109,6 +109,9 @@ __device__ __forceinline__ Weights load_weights(const uint4* from, bool early)
 #endif
 }
 
+// Have weights come into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // Start to copy the scales of a CTA's outputs into shared memory; they are there after a wait for all groups and a barrier.
 template <class P> __device__ __forceinline__ void copy_scales(const uint4* matrix, int tile0, float* to)
 {

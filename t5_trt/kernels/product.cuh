@@ -16,6 +16,14 @@ constexpr int SHARED_BYTES = 98 * 1024;
 
 constexpr int STRIDE = 20;  // of the sums of a row in shared memory: 16, and no bank conflicts
 
+// Leave a lane's accumulators of mma for COUNT / 4 row tiles in shared memory: [row][STRIDE].
+template <int COUNT> __device__ __forceinline__ void store_sums(float* to, const float* sums, int lane)
+{
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        to[((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[i];
+}
+
 // What a kernel that norms reads of its rows besides x, and the powers of two that it leaves for the next copy of the stream.
 struct Norm { const float *squares, *scales; float* next_scales; float epsilon; };
 
@@ -102,7 +110,7 @@ struct Product {
 #if INT8
     // a k tile's rows take as many registers as its weights
     static constexpr bool STAGED = OWN_ROW_TILES > 1 || PER_WARP * (OUT_TILES + 1) > 16;
-        static constexpr int MOST = least(12, 16 / OUT_TILES - OWN_ROW_TILES);
+    static constexpr int MOST = least(12, 16 / OUT_TILES - OWN_ROW_TILES);
 #else
     static constexpr bool STAGED = OWN_ROW_TILES > 1;  // rows go through shared memory, so that all loads are under way at once
     static constexpr int MOST = least(MOST_HELD, (PER_WARP * OUT_TILES > 24 && OUT_TILES > 1 ? 16 : 24) / OUT_TILES);
@@ -119,7 +127,6 @@ struct Product {
     static constexpr int REGION = most(STAGED ? HELD * OWN_ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
     static constexpr int SHARED = WARPS * REGION;
     static_assert(SHARED <= SHARED_BYTES, "shared memory");
-    
     static_assert(!WARPGROUPS || STAGED, "what `fetch` reads into registers is not in the order of warp groups");
 
     Weights held[OUT_TILES][HELD];
@@ -140,7 +147,7 @@ struct Product {
         matrix = count_from(weights_at<K_TILES>(weights, tile0, first) + lane);
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
-            load(i, first, i, has(first + i), true);
+            load(i, first + i, has(first + i), true);
 #pragma unroll
         for (int tile = 0; tile < OUT_TILES; ++tile)
 #pragma unroll
@@ -148,15 +155,17 @@ struct Product {
                 sums[tile][i] = 0.f;
     }
 
-    __device__ __forceinline__ void load(int place, int k_tile, int more, bool there, bool early = false)
+    __device__ __forceinline__ void load(int place, int k_tile, bool there, bool early = false)
     {
         if (there)
 #pragma unroll
             for (int tile = 0; tile < OUT_TILES; ++tile)
-                held[tile][place] = load_weights(of_tile<TOTAL, OUT_TILES, K_TILES>(matrix, tile0, tile) + (k_tile - first + more) * WEIGHT_PIECES, early);
+                held[tile][place] = load_weights(of_tile<TOTAL, OUT_TILES, K_TILES>(matrix, tile0, tile) + (k_tile - first) * WEIGHT_PIECES, early);
     }
 
     __device__ __forceinline__ bool has(int k_tile) const { return EVEN || k_tile < last; }
+    // Whether there is a k tile `next` ones behind the first of a round, in the next round: all of them or none, if none is missing anywhere.
+    __device__ __forceinline__ bool has_next(int base, int next) const { return base + (EVEN ? HELD : next) < last; }
 
     // Start to read the rows from `row0` on.
     __device__ __forceinline__ void begin(const void* x, int row0, int rows)
@@ -188,7 +197,7 @@ struct Product {
                 if (has(base + i))
                     multiply(i, (const float*)x, row0, base + i);
                 if constexpr (PER_WARP > HELD)
-                    load(i, base, i + HELD, EVEN ? base + HELD < last : base + i + HELD < last);
+                    load(i, base + i + HELD, has_next(base, i + HELD));
             }
 #else
         if constexpr (UNROLLED) {
@@ -209,7 +218,7 @@ struct Product {
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             const int next = done + i + HELD;
-            const bool has_next = UNROLLED ? next < PER_WARP : base + (EVEN ? HELD : next) < last;
+            const bool there = UNROLLED ? next < PER_WARP : has_next(base, next);
             if constexpr (STAGED) {
                 wait_for_group<HELD - 1>();
                 __syncwarp();  // other lanes have copied a part
@@ -219,8 +228,8 @@ struct Product {
             if constexpr (PER_WARP > HELD) {
                 if (STAGED)
                     __syncwarp();
-                load(i, base, next, has_next);
-                fetch(i, x, row0, rows, base, next, has_next);
+                load(i, base + next, there);
+                fetch(i, x, row0, rows, base, next, there);
             } else if (STAGED)
                 end_group();  // an empty one: the next wait counts groups
         }
@@ -306,9 +315,7 @@ struct Product {
                     own[row * STRIDE + lane] = sum;
             }
 #else
-#pragma unroll
-            for (int i = 0; i < SUMS; ++i)
-                own[((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[tile][i];
+            store_sums<SUMS>(own, sums[tile], lane);
 #endif
         }
         __syncthreads();

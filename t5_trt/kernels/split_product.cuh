@@ -91,7 +91,7 @@ struct SplitProduct {
         arrive_at_cluster();
 #pragma unroll
         for (int i = 0; i < DEPTH * STEP; ++i)
-            held[i] = load_before_wait(matrix + i * 32);
+            held[i] = load_weights(matrix + i * WEIGHT_PIECES, true);
 #pragma unroll
         for (int i = 0; i < OWN_ROW_TILES * 4; ++i)
             sums[i] = 0.f;
@@ -132,7 +132,7 @@ struct SplitProduct {
                     meet_threads(1 + part, TEAM);
 #pragma unroll
                     for (int i = 0; i < STEP; ++i)
-                        held[place * STEP + i] = load_streaming(matrix + ((step + DEPTH) * STEP + i) * 32);
+                        held[place * STEP + i] = load_weights(matrix + ((step + DEPTH) * STEP + i) * WEIGHT_PIECES, false);
                     copy_rows(step + DEPTH, x, row0, rows);
                 }
                 end_group();  // an empty one, too: the wait counts groups
@@ -186,10 +186,7 @@ struct SplitProduct {
     __device__ __forceinline__ void leave()
     {
         __syncthreads();  // rows lie where the sums go
-        float* own = (float*)shared + part * SUMS + tile * OWN_ROWS * STRIDE;
-#pragma unroll
-        for (int i = 0; i < OWN_ROW_TILES * 4; ++i)
-            own[((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[i];
+        store_sums<OWN_ROW_TILES * 4>((float*)shared + part * SUMS + tile * OWN_ROWS * STRIDE, sums, lane);
         wait_for_cluster();  // the others' mailboxes are open
         __syncthreads();
     }

@@ -90,9 +90,7 @@ struct StreamedProduct {
             if (tile + HELD < OUT_TILES)
                 load(tile + HELD);
             float* own = (float*)(shared + WARPS * ROW_BYTES + turn % BUFFERS * TURN + ((threadIdx.x >> 5) * IN_ONE + i) * SUMS);
-#pragma unroll
-            for (int j = 0; j < OWN_ROW_TILES * 4; ++j)
-                own[((j >> 2) * 8 + (lane & 3) * 2 + (j & 1)) * STRIDE + (lane >> 2) + ((j & 2) << 2)] = sums[i][j];
+            store_sums<OWN_ROW_TILES * 4>(own, sums[i], lane);
         }
         __syncthreads();
     }

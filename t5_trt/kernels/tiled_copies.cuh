@@ -12,8 +12,6 @@
 #define TILED_SHARED (208 * 1024)
 #endif
 
-__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // TOTAL: tiles of outputs in all.
 template <int TOTAL, int OUT_TILES, int OWN_ROW_TILES, int K_TILES, int HALF_WARPS>
 struct TiledCopies {
@@ -136,13 +134,7 @@ struct TiledCopies {
         float* own = (float*)shared + half * SUMS;
 #pragma unroll
         for (int t = 0; t < WARP_TILES; ++t)
-#pragma unroll
-            for (int r = 0; r < WARP_ROW_TILES; ++r)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = (first_row_tile + r) * 8 + (lane & 3) * 2 + (i & 1);
-                    own[((first_tile + t) * OWN_ROWS + row) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[t][r][i];
-                }
+            store_sums<WARP_ROW_TILES * 4>(own + ((first_tile + t) * OWN_ROWS + first_row_tile * 8) * STRIDE, sums[t][0], lane);
         __syncthreads();
     }
     __device__ __forceinline__ void end_turn(int) {}

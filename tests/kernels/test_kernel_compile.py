@@ -67,13 +67,12 @@ def test_most_addresses_are_distances_in_instructions() -> None:
 
 
 def test_ctas_share_k_where_clusters_have_room_and_k_whole_parts() -> None:
-    split = ("ADD_SPLIT", "OUT_SPLIT", "SPLIT_ROW_TILES", "SPLIT_CTAS")
 
     def chosen(arch: Architecture, rows: int, capability: int = 9, dtype: torch.dtype = torch.float16, *, int8: bool = False) -> tuple[int, ...]:  # fmt: skip
         made = constants(arch, dtype, rows, capability, int8=int8)
-        return tuple(made[name] for name in split)
+        return tuple(made[name] for name in NOT_SPLIT)
 
-    whole = tuple(NOT_SPLIT[name] for name in split)
+    whole = tuple(NOT_SPLIT.values())
     assert chosen(BASE, 128) == (0, 4, 8, 4)
     assert chosen(WIDE, 32) == (3, 3, 4, 4)
     assert chosen(WIDE, 1, int8=True) == chosen(WIDE, 8) == (0, 5, 1, 8)

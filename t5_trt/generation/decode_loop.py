@@ -146,6 +146,8 @@ class DecodeLoop(ABC):
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
         watcher, made, deadline = Watcher(step.selector, ahead), 0, request.deadline
         for number in range(1, self._steps + 1):
+            for each in request.checks:
+                each.check()
             self._check_length(self.state.length + 1)
             if self.state.length == self.state.capacity:
                 self.state.reserve(1)

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from transformers import GenerationConfig
 
-from t5_trt.generation.request import Request
+from t5_trt.generation.request import Request, StepCheck
 
 #: number of prepared requests that are kept, least recently used first out
 KEPT = 64
-#: arguments with numeric values: all settings except those whose meaning changes with every call, or that change what is returned
-_NAMES = frozenset(vars(GenerationConfig())) - {"max_time", "return_dict_in_generate"}
+#: arguments with numeric values: all settings except the one whose meaning changes with every call
+_NAMES = frozenset(vars(GenerationConfig())) - {"max_time"}
 _TENSORS = ("input_ids", "attention_mask")
+_CRITERIA = "stopping_criteria"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def request_key(inputs: Any, kwargs: Mapping[str, Any]) -> RequestKey | None:
 
     Args:
         inputs: the first argument.
-        kwargs: the others; besides ids and mask, settings that are numbers, bools or None.
+        kwargs: the others; besides ids, mask and checks between steps, settings that are numbers, bools or None.
     """
     ids, mask = (kwargs.get(name) for name in _TENSORS)
     if inputs is not None and ids is not None:
@@ -63,10 +64,20 @@ def request_key(inputs: Any, kwargs: Mapping[str, Any]) -> RequestKey | None:
     ids = inputs if ids is None else ids
     if not (_is_ids(ids) and _is_ids(mask) and mask.shape == ids.shape):
         return None
-    plain = [(name, type(value), value) for name, value in kwargs.items() if name not in _TENSORS]
+    left_out = _TENSORS if step_checks(kwargs) is None else (*_TENSORS, _CRITERIA)
+    plain = [(name, type(value), value) for name, value in kwargs.items() if name not in left_out]
     if not all(name in _NAMES and kind in (bool, int, float, type(None)) for name, kind, _ in plain):
         return None
     return RequestKey(len(ids), str(ids.device), tuple(sorted(plain, key=lambda entry: entry[0])))
+
+
+def step_checks(kwargs: Mapping[str, Any]) -> list[StepCheck] | None:
+    """The criteria of a call of ``generate``, if all of them are checks between steps; otherwise None."""
+    criteria = kwargs.get(_CRITERIA)
+    if criteria is None:
+        return []
+    known = isinstance(criteria, list) and all(type(criterion) is StepCheck for criterion in criteria)
+    return list(criteria) if known else None
 
 
 def _is_ids(tensor: Any) -> TypeGuard[torch.Tensor]:

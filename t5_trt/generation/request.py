@@ -5,7 +5,7 @@
 | greedy, sampling, beam search, beam sampling | yes | yes |
 | processors in `t5_trt.generation.processors.CAPTURABLE` | yes | yes |
 | any other processor (custom, prefix constraints, watermark, ...) | yes | no: called after each step |
-| criteria: length, end tokens, time | yes | yes |
+| criteria: length, end tokens, time, `StepCheck` | yes | yes |
 | any other criterion (custom, stop strings) | yes | no: called after each step |
 | output_scores, output_logits | yes | no: copied after each step |
 | streamers, decoder prompts, several end tokens, num_return_sequences | yes | yes |
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,6 +46,24 @@ class GenerationPath:
         return self.loop + (f" ({self.reason})" if self.reason else "")
 
 
+class StepCheck(stopping_criteria.StoppingCriteria):  # type: ignore[misc]
+    """Called before every step to end the whole call by an error. It reads no tokens and ends no row.
+
+    Steps run ahead of it and are captured, and a preparation is kept, as if the call had no such criterion.
+
+    Args:
+        check: raises the error.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """In Transformers' loop: check, and end none of the rows of `input_ids`."""
+        self.check()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @dataclass(frozen=True)
 class Request:
     """The arguments of ``GenerationMixin._sample`` and ``_beam_search``.
@@ -73,10 +91,12 @@ class Request:
         """The caller's cache; None if there is none."""
         return self.model_kwargs.get(CACHE)
 
-    def for_inputs(self, model_kwargs: dict[str, Any]) -> Request:
-        """This request for other inputs; cached properties are kept."""
+    def for_inputs(self, model_kwargs: dict[str, Any], checks: Sequence[StepCheck] = ()) -> Request:
+        """This request for other inputs, with these checks in place of its own; cached properties are kept."""
         other = copy.copy(self)
         other.__dict__["model_kwargs"] = model_kwargs
+        others = [criterion for criterion in self.criteria if type(criterion) is not StepCheck]
+        other.__dict__["criteria"] = StoppingCriteriaList([*others, *checks])
         return other
 
     @cached_property
@@ -110,6 +130,11 @@ class Request:
         return int(self.config._pad_token_tensor)
 
     @property
+    def checks(self) -> list[StepCheck]:
+        """What may end the call between two steps."""
+        return [c for c in self.criteria if type(c) is StepCheck]
+
+    @property
     def custom_criteria(self) -> list[Any]:
         """Criteria that must be called after every step."""
         return [c for c in self.criteria if type(c) not in _CRITERIA]
@@ -139,6 +164,7 @@ _CRITERIA = (
     stopping_criteria.MaxLengthCriteria,
     stopping_criteria.MaxTimeCriteria,
     stopping_criteria.EosTokenCriteria,
+    StepCheck,
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from operator import attrgetter
@@ -21,8 +22,8 @@ from t5_trt.compat import CACHE, takes_old_cache_names
 from t5_trt.generation.decode_loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
 from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
 from t5_trt.generation.kv_cache import EngineCache
-from t5_trt.generation.prepared import Prepared, PreparedRequests, request_key
-from t5_trt.generation.request import GenerationPath, Request, refusal
+from t5_trt.generation.prepared import Prepared, PreparedRequests, request_key, step_checks
+from t5_trt.generation.request import GenerationPath, Request, StepCheck, refusal
 from t5_trt.modeling.forward import EngineForward
 from t5_trt.modeling.generation_context import generating, generation_of
 from t5_trt.modeling.inputs import INNER_VALUES
@@ -106,8 +107,9 @@ class EngineGeneration:
                 return _moved(reference.generate(inputs, generation_config, *args, **kwargs), home)
             known = self._prepared.find(key, *self._preparation)
             if known is not None:
-                ids = kwargs.get("input_ids")
-                return _moved(self._repeat(known, inputs if ids is None else ids, kwargs["attention_mask"]), home)
+                ids, checks = kwargs.get("input_ids"), step_checks(kwargs) or ()
+                ids = inputs if ids is None else ids
+                return _moved(self._repeat(known, ids, kwargs["attention_mask"], checks), home)
             self._last_path = GenerationPath("transformers", "this decoding method")
             return _moved(super().generate(inputs, generation_config, *args, **kwargs), home)  # type: ignore[misc]
 
@@ -221,7 +223,9 @@ class EngineGeneration:
         return (self.generation_config, self.config), _of_class(type(self))
 
     @torch.no_grad()
-    def _repeat(self, known: Prepared, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _repeat(
+        self, known: Prepared, ids: torch.Tensor, mask: torch.Tensor, checks: Sequence[StepCheck]
+    ) -> torch.Tensor:
         """Run a request with an earlier preparation: encode as Transformers does, then run the loop."""
         self._last_path = GenerationPath("device")
         wanted = {name: getattr(known.request.config, name) for name in INNER_VALUES}
@@ -230,7 +234,7 @@ class EngineGeneration:
         if known.expand > 1:
             _, inputs = self._expand_inputs_for_generation(known.expand, **inputs)
         inputs[CACHE] = EngineCache(self._runner.architecture.decoder_layers, 0)
-        return self._run_loop(known.loop, known.request.for_inputs(inputs)).sequences
+        return self._run_loop(known.loop, known.request.for_inputs(inputs, checks)).sequences
 
     def _first_run(self, loop: type[DecodeLoop], request: Request) -> Outcome:
         prompt = check_token_ids("decoder_input_ids", request.prompt, self._runner.architecture.vocab_size, self.device)

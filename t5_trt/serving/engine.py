@@ -25,8 +25,8 @@ class Engine:
     """Runs requests of one model, each in a row of its own, from any number of threads and event loops.
 
     Requests take free rows in the order in which they came. Every row has its own position, source, end and settings, and gets the tokens
-    that ``generate()`` alone would give it. Requests with beams or several results run in ``generate()``, one after the other, in a second
-    thread. The model's weights must stay as they are while the engine is open; ``model.generate()`` can be used beside it.
+    that ``generate()`` alone would give it. Requests with beams or several results run in ``generate()``, in a second thread: those that
+    wait and have equal settings in one batch. The model's weights must stay as they are while the engine is open; ``model.generate()`` can be used beside it.
 
         with Engine(model) as engine:
             handle = engine.submit(tokenizer("some text"), max_new_tokens=32)
@@ -36,7 +36,7 @@ class Engine:
         model: on ONNX Runtime, or on a GPU where the library's kernels do the decoder step: with ``backend="cuda"``, or
             ``backend="tensorrt"`` and ``decode="kernels"``. The first `Engine` of a model waits there until kernels are compiled. With
             TensorRT, requests may wait for encoder engines of new sizes; ``building="background"`` avoids that.
-        max_rows: requests that decode at a time.
+        max_rows: requests that decode at a time; also the rows (requests times beams or results) of a batch in ``generate()``.
         max_waiting: requests that may wait for a row; more are refused.
 
     Raises:

@@ -1,4 +1,12 @@
-"""Runs requests of several rows (beams, several results) by ``generate()``, one after the other, beside the shared rows."""
+"""Runs requests of several rows (beams, several results) by ``generate()``, beside the shared rows.
+
+Those with equal settings that wait at the same time run in one call, as far as the number of rows allows:
+
+    waiting ── first one, and others with its settings ──> generate(sources padded to the longest)
+                    between two steps: who was cancelled, or is late, gets an error; the call ends early if nobody is left
+               rows of each request, cut to their own length ──> its Job
+               an error: each of them by itself, so that it meets only the request that is at fault
+"""
 
 from __future__ import annotations
 
@@ -6,33 +14,40 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteriaList
 
 from t5_trt.errors import EngineClosedError
+from t5_trt.generation.request import StepCheck
 from t5_trt.runtime.cuda_graph import at_home, outside_capture
 from t5_trt.serving.handle import Job
 
 
 class GroupRunner:
-    """A thread that runs requests in their order.
+    """A thread that runs requests, the one that waits longest next.
 
     Args:
         model: see `t5_trt.serving.engine.Engine`.
-        ended: called when a request has ended, with its error or None.
+        max_rows: most rows of a call that runs several requests.
+        lock: of what waits and of the counts.
+        ended: called when a request ends, with its error or None.
 
     Attributes:
         waiting: requests that have not started. The owner's lock guards it.
-        running: the request that runs.
+        running: number of requests that run; likewise.
     """
 
-    def __init__(self, model: Any, lock: threading.Lock, ended: Callable[[BaseException | None], None]) -> None:
+    def __init__(
+        self, model: Any, max_rows: int, lock: threading.Lock, ended: Callable[[BaseException | None], None]
+    ) -> None:
         self.waiting: deque[Job] = deque()
-        self.running: Job | None = None
-        self._model, self._lock, self._ended = model, lock, ended
+        self.running = 0
+        self._model, self._max_rows, self._lock, self._ended = model, max_rows, lock, ended
         self._stopped = False
         self._calls: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -56,58 +71,104 @@ class GroupRunner:
 
     def _run(self) -> None:
         with at_home(self._model.device):
-            self._take_turns()
+            while True:
+                self._calls.get()
+                if self._stopped:
+                    return
+                jobs = self._next()
+                if jobs:  # they may have been removed meanwhile, or have run with others
+                    self._generate(jobs)
+                del jobs
 
-    def _take_turns(self) -> None:
-        while True:
-            self._calls.get()
-            if self._stopped:
+    def _next(self) -> list[Job]:
+        """Take the requests that run next: with the first one those of equal settings. One with a seed draws alone."""
+        with self._lock:
+            first = self.waiting[0] if self.waiting else None
+            if first is None:
+                return []
+            jobs = [first]
+            if not _seeded(first):
+                equal = [job for job in self.waiting if job.prepared is first.prepared and not _seeded(job)]
+                jobs = equal[: max(1, self._max_rows // first.prepared.rows)]
+            for job in jobs:
+                self.waiting.remove(job)
+            self.running = len(jobs)
+            return jobs
+
+    def _generate(self, jobs: list[Job]) -> None:
+        """Run requests of equal settings to their ends."""
+        left = list(jobs)
+        try:
+            made = self._made(jobs, StepCheck(partial(self._look, left)))
+        except _NobodyWaitsError:
+            return
+        except BaseException as error:
+            if len(jobs) == 1:
+                self._end(jobs[0], error=error)
                 return
-            with self._lock:
-                job = self.running = self.waiting.popleft() if self.waiting else None
-            if job is None:  # it was removed meanwhile
-                continue
-            self._generate(job)
-            self.running = None
-            self._ended(job.error)
-            del job
+            for job in left:
+                self._generate([job])
+            return
+        for job, rows in zip(jobs, made.chunk(len(jobs)), strict=True):
+            if job in left:
+                self._end(job, _cut(rows, job))
 
-    def _generate(self, job: Job) -> None:
-        stop = StoppingCriteriaList([_Stop(self, job)])
+    def _made(self, jobs: list[Job], check: StepCheck) -> torch.Tensor:
+        """The results of one call: int64 [requests * results, tokens]."""
+        ids, mask = (
+            pad_sequence([source[0] for source in sources], batch_first=True)
+            for sources in ([job.input_ids for job in jobs], [job.attention_mask for job in jobs])
+        )
+        seed = jobs[0].seed if _seeded(jobs[0]) else None
         # a seed must not affect other draws of the process
         devices = [self._model.device] if self._model.device.type == "cuda" else []
-        try:
-            with nullcontext() if job.seed is None else torch.random.fork_rng(devices):
-                if job.seed is not None:
-                    with outside_capture():  # which puts the generator back
-                        torch.manual_seed(job.seed)
-                made = self._model.generate(
-                    input_ids=job.input_ids,
-                    attention_mask=job.attention_mask,
-                    stopping_criteria=stop,
-                    **job.prepared.arguments,
-                )
-        except BaseException as error:
-            job.finish(error=error)
-            return
-        for token in made[0, len(job.prepared.prompt) :].tolist():
-            job.put(token)
-        job.finish(made)
+        with nullcontext() if seed is None else torch.random.fork_rng(devices):
+            if seed is not None:
+                with outside_capture():  # which puts the generator back
+                    torch.manual_seed(seed)
+            made: torch.Tensor = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                stopping_criteria=StoppingCriteriaList([check]),
+                **jobs[0].prepared.arguments,
+            )
+        return made
+
+    def _look(self, left: list[Job]) -> None:
+        """End those of the requests of a call that must stop, and take them out; raise if no other is left."""
+        for job in list(left):
+            error = closed() if self._stopped else job.overdue()
+            if error is not None:
+                left.remove(job)
+                self._end(job, error=error)
+        if not left:
+            raise _NobodyWaitsError
+
+    def _end(self, job: Job, rows: torch.Tensor | None = None, error: BaseException | None = None) -> None:
+        if rows is not None:
+            for token in rows[0, len(job.prepared.prompt) :].tolist():
+                job.put(token)
+        with self._lock:
+            self.running -= 1
+        self._ended(error)  # first: whoever gets the error finds it counted
+        job.finish(rows, error)
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]
-    """Ends a call of ``generate()`` by an error once its request must stop."""
+class _NobodyWaitsError(Exception):
+    """All requests of a call have ended before it."""
 
-    def __init__(self, runner: GroupRunner, job: Job) -> None:
-        self._runner, self._job = runner, job
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        reason = self._job.overdue()
-        if self._runner._stopped:
-            reason = closed()
-        if reason is not None:
-            raise reason
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+def _seeded(job: Job) -> bool:
+    """Whether a request needs certain draws."""
+    return job.seed is not None and job.prepared.do_sample
+
+
+def _cut(rows: torch.Tensor, job: Job) -> torch.Tensor:
+    """A request's results, int64 [results, tokens], without the padding that longer ones of other requests need."""
+    prompt, eos = len(job.prepared.prompt), job.prepared.eos
+    new = rows[:, prompt:].tolist()
+    ends = [next((place + 1 for place, token in enumerate(row) if token in eos), len(row)) for row in new]
+    return rows[:, : prompt + max(ends)].clone()
 
 
 def closed() -> EngineClosedError:

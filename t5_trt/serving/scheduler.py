@@ -76,7 +76,7 @@ class Scheduler:
         self._lock = threading.Lock()  # of what waits, and of the counts
         self._next_look = 0.0
         self._waiting: deque[Job] = deque()
-        self._groups = GroupRunner(model, self._lock, self._count)
+        self._groups = GroupRunner(model, max_rows, self._lock, self._count)
         self._counts: Counter[str] = Counter()  # fields of `Stats`
         self._calls: SimpleQueue[None] = SimpleQueue()  # no lock, because a finalizer may run this
         self._closing = self._stopped = False
@@ -114,7 +114,7 @@ class Scheduler:
         """The current counts."""
         with self._lock:
             running = len(self._running) + sum(len(batch.jobs) for batch in self._entering)
-            running += self._groups.running is not None
+            running += self._groups.running
             return Stats(waiting=self._without_rows(), running=running, **self._counts)
 
     def close(self, grace: float) -> None:

@@ -74,6 +74,7 @@ class Prepared:
         limit: largest length in tokens, with the prompt.
         do_sample: draw tokens.
         in_group: it needs several rows (beams, several results), so ``generate()`` runs it.
+        rows: that it needs.
         arguments: of ``generate()``.
     """
 
@@ -83,6 +84,7 @@ class Prepared:
     limit: int
     do_sample: bool
     in_group: bool
+    rows: int
     arguments: dict[str, Any]
     hidden_until: int = 0
 
@@ -167,6 +169,7 @@ class SettingsReader:
             limit=request.limit,
             do_sample=bool(request.config.do_sample),
             in_group=mode in _BEAMS or request.config.num_return_sequences > 1,
+            rows=max(1, request.config.num_beams, request.config.num_return_sequences),
             arguments=arguments,
             hidden_until=0 if request.config.do_sample else _hidden_until(request.processors, frozenset(request.eos)),
         )

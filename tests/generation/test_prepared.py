@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from t5_trt import InputError, TRTT5ForConditionalGeneration
 from t5_trt.generation.prepared import request_key
-from t5_trt.generation.request import GenerationPath
+from t5_trt.generation.request import GenerationPath, StepCheck
 from tests.cases import CORE, MORE, OTHER_LOOP, assert_same
 from tests.tiny_models import batch, make_hugging_face
 
@@ -125,6 +125,35 @@ def test_equal_calls_have_equal_keys() -> None:
     others = [{"attention_mask": None}, {"attention_mask": inputs["attention_mask"].bool()}, {"eos_token_id": [1]}]
     others += [{"input_ids": inputs["input_ids"].int()}, {"attention_mask": inputs["attention_mask"][:, 1:]}]
     assert [request_key(None, {**inputs, **other}) for other in others] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["tokens", "beams", "other loop"]
+)
+def test_a_check_between_steps_can_end_a_call_and_costs_no_preparation(
+    prepared: list[int], arguments: dict[str, Any]
+) -> None:
+    _, ours = new_pair()
+    request = {**batch(), "max_new_tokens": 6, "min_new_tokens": 6, **arguments}
+    expected = ours.generate(**request)
+    calls: list[int] = []
+
+    def checked(last: int) -> StoppingCriteriaList:
+        def check() -> None:
+            calls.append(1)
+            if len(calls) == last:
+                raise ZeroDivisionError("nobody waits")
+
+        calls.clear()
+        return StoppingCriteriaList([StepCheck(check)])
+
+    assert torch.equal(ours.generate(**request, stopping_criteria=checked(7)), expected) and len(calls) == 6
+    for last in (1, 3):
+        with pytest.raises(ZeroDivisionError, match="nobody waits"):
+            ours.generate(**request, stopping_criteria=checked(last))
+        assert len(calls) == last
+    assert torch.equal(ours.generate(**request), expected) and len(calls) == 3
+    assert len(prepared) == (5 if "use_cache" in arguments else 1)
 
 
 def test_requests_that_are_prepared_every_time(prepared: list[int]) -> None:

@@ -297,6 +297,23 @@ def test_long_output_grows_its_cache_beside_others(model_of: Any) -> None:
         assert torch.equal(found, alone(ours, source(seed, 7 * seed), max_new_tokens=20))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_requests_with_beams_run_together_and_leave_between_captured_steps(model_of: Any, precision: str) -> None:
+    model = model_of(precision=precision)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 24}
+    sources = [source(seed, 30) for seed in range(4)]
+    with Engine(model, max_rows=12) as engine:
+        for _ in range(3):
+            leaves = engine.submit(source(), num_beams=3, **LONG)
+            until(lambda: engine.stats().running == 1 and not engine.stats().waiting)
+            handles = [engine.submit(ids, **settings) for ids in sources]
+            leaves.cancel()
+            with pytest.raises(RequestCancelledError):
+                leaves.result(PATIENCE_S)
+            found = [handle.result(PATIENCE_S) for handle in handles]
+            assert all(map(torch.equal, found, [alone(model, ids, **settings) for ids in sources]))
+
+
 def test_generate_runs_beside_the_engine(model_of: Any) -> None:
     """In another thread and on another stream, with captures of its own."""
     ours = model_of()

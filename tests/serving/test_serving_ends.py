@@ -75,7 +75,7 @@ def test_a_request_that_nobody_waits_for_frees_its_row_within_two_steps(engine: 
 @pytest.mark.parametrize("settings", [LONG, {**LONG, "num_beams": 2}])
 def test_too_many_requests_are_refused_at_once(engine: Engine, settings: dict[str, Any]) -> None:
     running = [engine.submit(source(), **settings) for _ in range(4)]
-    until(lambda: engine.stats().running == (1 if "num_beams" in settings else 4))
+    until(lambda: engine.stats().running == 4 or ("num_beams" in settings and engine.stats().running > 0))
     room = 8 - engine.stats().waiting
     waiting = [engine.submit(source(), **settings) for _ in range(room)]
     begin = time.monotonic()

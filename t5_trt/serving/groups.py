@@ -125,7 +125,7 @@ class GroupRunner:
         with nullcontext() if seed is None else torch.random.fork_rng(devices):
             if seed is not None:
                 with outside_capture():  # which puts the generator back
-                    torch.manual_seed(seed)
+                    self._seed(seed)
             made: torch.Tensor = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -133,6 +133,12 @@ class GroupRunner:
                 **jobs[0].prepared.arguments,
             )
         return made
+
+    def _seed(self, seed: int) -> None:
+        """Have the model draw as after ``torch.manual_seed``, which would seed other GPUs of the process, too."""
+        torch.default_generator.manual_seed(seed)
+        if self._model.device.type == "cuda":
+            torch.cuda.manual_seed(seed)  # of the current one; see `at_home`
 
     def _look(self, left: list[Job]) -> None:
         """End those of the requests of a call that must stop, and take them out; raise if no other is left."""

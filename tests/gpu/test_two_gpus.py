@@ -111,3 +111,17 @@ def test_engines_serve_from_both_gpus_at_once(store: Path) -> None:
     for i, wanted in enumerate(expected):
         for got in results[2 * i : 2 * i + 2]:
             assert got.flatten().tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize(("device", "other"), [DEVICES, DEVICES[::-1]])
+def test_a_served_seed_leaves_the_generators_of_both_gpus_alone(device: str, other: str, store: Path) -> None:
+    model = cuda_model(make_hugging_face("t5-v1.0"), store, device=device)
+    ids = torch.tensor([[5, 9, 2, 44]], device=device)
+    drawn: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 12}
+    torch.manual_seed(3)
+    expected = model.generate(ids, **drawn).cpu()
+    torch.manual_seed(8)
+    before = [torch.cuda.get_rng_state(each) for each in DEVICES]
+    with torch.cuda.device(other), Engine(model) as engine:
+        assert torch.equal(engine.submit(ids[0].cpu(), seed=3, **drawn).result(60), expected)
+    assert all(map(torch.equal, [torch.cuda.get_rng_state(each) for each in DEVICES], before))

@@ -168,12 +168,14 @@ def test_waiting_requests_are_encoded_with_the_one_that_a_row_is_free_for(
         assert torch.equal(found, alone(fresh, source(seed, 9), max_new_tokens=5))
 
 
-def test_draws_leave_the_global_generator_alone(engine: Engine) -> None:
+def test_draws_leave_the_global_generators_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
+    seeded: list[int] = []  # all GPUs of the process
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.random.get_rng_state()
     for settings in ({}, {"num_beams": 2}):
         engine.submit(source(), do_sample=True, seed=3, max_new_tokens=5, **settings).result(PATIENCE_S)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), before) and not seeded
 
 
 def test_a_handle_knows_its_times_and_the_tokens_that_end_it(engine: Engine) -> None:

@@ -20,7 +20,7 @@ from transformers.generation import logits_process
 from t5_trt.errors import InputError
 from t5_trt.runtime.session import Hiding
 
-#: (tokens int64 [rows, M], their number int64 [1], scores float32 [rows, V]) -> scores
+#: (tokens int64 [rows, M], their number int64 [1], or [rows, 1] where rows differ, scores float32 [rows, V]) -> scores
 Apply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: (processor, device) -> a parameter value of it, []
 Read = Callable[[Any, torch.device], torch.Tensor]
@@ -34,11 +34,13 @@ class CapturableProcessor:
     Attributes:
         apply: see `Apply`.
         numbers: tensors [] on the device that `apply` reads, and where their values come from.
+        by_row: see `Kind`.
         hides: tokens, bool [V], and the length [] below which `apply` hides them; None if it does more than that.
     """
 
     apply: Apply
     numbers: Sequence[tuple[torch.Tensor, Read]]
+    by_row: bool = True
     hides: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def load(self, processor: Any) -> None:
@@ -54,10 +56,12 @@ class CapturableProcessors:
         forms: see `CapturableProcessor`.
 
     Attributes:
+        by_row: see `Kind`.
         hiding: the effect of all processors, if they only hide the same tokens up to some length; else None.
     """
 
     def __init__(self, forms: Sequence[CapturableProcessor]) -> None:
+        self.by_row = all(form.by_row for form in forms)
         self._forms = forms
         self._loaded: Sequence[Any] | None = None
         hides = [form.hides for form in forms if form.hides is not None]
@@ -80,7 +84,7 @@ class CapturableProcessors:
         return len(self._forms)
 
     def __call__(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, V] of the token after the one at `position` (int64 [1])."""
+        """Scores [rows, V] of the token after the one at `position` (int64 [1], or [rows, 1] where rows differ)."""
         if self._forms:
             length = position + 1
             for form in self._forms:
@@ -132,7 +136,7 @@ def capturable_processors(
         hides = None
         if kind.hides_ends_below is not None:
             hides = _marked(processor.eos_token_id, vocab_size, device), getattr(mine, kind.hides_ends_below)
-        forms.append(CapturableProcessor(kind.make(mine, vocab_size, capacity, device), numbers, hides))
+        forms.append(CapturableProcessor(kind.make(mine, vocab_size, capacity, device), numbers, kind.by_row, hides))
     return forms
 
 
@@ -268,6 +272,11 @@ def _repetition_penalty(processor: Any, vocab_size: int, capacity: int, device: 
     return apply
 
 
+def _last(tokens: torch.Tensor, length: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Tokens at places (below 0) before the end of each row, [rows, places]; the first one where a row is too short."""
+    return tokens.gather(1, (length + places).clamp(min=0).expand(len(tokens), -1))
+
+
 def _no_repeat_ngram(processor: Any, vocab_size: int, capacity: int, device: torch.device) -> Apply:
     size = processor.ngram_size
     if size > capacity:
@@ -275,7 +284,7 @@ def _no_repeat_ngram(processor: Any, vocab_size: int, capacity: int, device: tor
     starts, prefix_places = torch.arange(capacity - size + 1, device=device), torch.arange(1 - size, 0, device=device)
 
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        prefix = tokens.index_select(1, (length + prefix_places).clamp(min=0))  # [rows, size - 1], the last tokens
+        prefix = _last(tokens, length, prefix_places)  # [rows, size - 1]
         windows = tokens.unfold(1, size, 1)  # [rows, starts, size]
         whole = starts + size <= length  # with too few tokens for the prefix there is no window
         repeats = (windows[..., :-1] == prefix[:, None]).all(-1) & whole
@@ -315,7 +324,7 @@ def _sequence_bias(processor: Any, vocab_size: int, capacity: int, device: torch
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         bias = single.expand_as(scores).clone() if longer else single
         for places, prefixes, last, amounts in longer:
-            recent = tokens.index_select(1, (length + places).clamp(min=0))  # [rows, prefix]
+            recent = _last(tokens, length, places)  # [rows, prefix]
             fits = (recent[:, None] == prefixes).all(-1) & (length + places[0] >= spare)
             bias.index_add_(1, last, torch.where(fits, amounts, 0.0))
         return scores + bias
@@ -345,7 +354,7 @@ def _decaying_length(processor: Any, vocab_size: int, capacity: int, device: tor
     growth = torch.tensor(growths, dtype=torch.float32, device=device)
 
     def apply(tokens: torch.Tensor, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        penalty = (scores.abs() * growth.index_select(0, length)).masked_fill(~(ends & scores.isfinite()), 0.0)
+        penalty = (scores.abs() * growth[length]).masked_fill(~(ends & scores.isfinite()), 0.0)
         return scores + penalty
 
     return apply
@@ -359,20 +368,22 @@ class Kind:
         make: (a copy of the processor with `numbers` in it, vocab_size, capacity, device) -> what it does.
         numbers: attribute of that copy -> where its value comes from.
         hides_ends_below: the number that is a length, if the processor only hides the end tokens of shorter sequences.
+        by_row: the bits of a row do not depend on the number of rows, on a GPU either. Sums along a row do there (``torch.cumsum``).
     """
 
     make: Callable[[Any, int, int, torch.device], Apply]
     numbers: Mapping[str, Read] = field(default_factory=dict)
     hides_ends_below: str | None = None
+    by_row: bool = True
 
 
 #: the processors that can be part of a captured step
 CAPTURABLE: dict[type, Kind] = {
     logits_process.TemperatureLogitsWarper: Kind(_temperature, {"temperature": _divisor("temperature")}),
     logits_process.TopKLogitsWarper: Kind(_as_is),
-    logits_process.TopPLogitsWarper: Kind(_as_is, {"top_p": _real("top_p")}),
+    logits_process.TopPLogitsWarper: Kind(_as_is, {"top_p": _real("top_p")}, by_row=False),
     logits_process.MinPLogitsWarper: Kind(_as_is, {"min_p": _real("min_p")}),
-    logits_process.TypicalLogitsWarper: Kind(_as_is, {"mass": _real("mass")}),
+    logits_process.TypicalLogitsWarper: Kind(_as_is, {"mass": _real("mass")}, by_row=False),
     logits_process.EpsilonLogitsWarper: Kind(_as_is, {"epsilon": _real("epsilon")}),
     logits_process.InfNanRemoveLogitsProcessor: Kind(_as_is),
     logits_process.LogitNormalization: Kind(_as_is),

@@ -6,7 +6,7 @@ It consists of torch operations on buffers of fixed size, so that a session may 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,26 +171,51 @@ class GpuDraws:
                 self._generator.set_offset(self._start + each * counted)
 
 
-def draw(
-    scores: torch.Tensor, count: int, *, capturable: bool, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Draw without replacement: the indices that ``torch.multinomial`` gives for the same state of the generator.
+def draw(scores: torch.Tensor, count: int, *, capturable: bool) -> torch.Tensor:
+    """Draw without replacement: the indices that ``torch.multinomial`` gives for the same state of the global generator.
 
     Args:
         scores: float32 [rows, V], logarithms of the probabilities up to a constant for each row.
         count: indices for each row.
         capturable: leave out ``torch.multinomial``'s check of its input, which waits for the device.
-        generator: on the device; None is the global one.
 
     Returns:
         int64 [rows, count].
     """
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
-    with outside_capture() if scores.is_cuda else nullcontext():
+    with _drawing(scores):
         if not capturable:
-            return torch.multinomial(probabilities, count, generator=generator)
-        variates = torch.empty_like(probabilities).exponential_(generator=generator)
-    # dividing by exponential variates turns drawing into taking the largest: the way torch.multinomial does it
-    # (aten/src/ATen/native/Distributions.cpp; https://github.com/pytorch/pytorch/issues/11931)
-    keys = probabilities / variates
+            return torch.multinomial(probabilities, count)
+        variates = torch.empty_like(probabilities).exponential_()
+    keys = _keys(probabilities, variates)
     return keys.argmax(-1, keepdim=True) if count == 1 else keys.topk(count).indices
+
+
+def draw_each(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw an index for each row from its own generator: the one that ``torch.multinomial`` gives for that row alone.
+
+    Args:
+        scores: float32 [rows, V], as of `draw`.
+        generators: of the rows, on the device.
+
+    Returns:
+        int64 [rows].
+    """
+    probabilities = torch.nn.functional.softmax(scores, dim=-1)
+    variates = torch.empty_like(probabilities)
+    with _drawing(scores):
+        for row, generator in enumerate(generators):
+            variates[row : row + 1].exponential_(generator=generator)
+    return _keys(probabilities, variates).argmax(-1)
+
+
+def _drawing(scores: torch.Tensor) -> AbstractContextManager[Any]:
+    return outside_capture() if scores.is_cuda else nullcontext()
+
+
+def _keys(probabilities: torch.Tensor, variates: torch.Tensor) -> torch.Tensor:
+    """Numbers whose largest ones are draws: dividing by exponential variates is how ``torch.multinomial`` draws.
+
+    Source: aten/src/ATen/native/Distributions.cpp; https://github.com/pytorch/pytorch/issues/11931.
+    """
+    return probabilities / variates

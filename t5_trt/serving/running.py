@@ -7,21 +7,18 @@ length is known before. Where many rows decode, `STEPS_AT_ONCE` steps start at o
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable
 
 import torch
 
-from t5_trt.generation.processors import CapturableProcessors
 from t5_trt.runtime.cuda_graph import at_home
 from t5_trt.runtime.kernel_rows import STEPS_AHEAD, STEPS_AT_ONCE
 from t5_trt.runtime.row_buffers import RowSession
-from t5_trt.runtime.top_tokens import best
+from t5_trt.serving.choice import TokenChoice
 from t5_trt.serving.handle import Job
 from t5_trt.serving.outbox import Outbox
-from t5_trt.serving.rows import Row, StartedSteps, device_processors
-from t5_trt.serving.settings import Prepared
+from t5_trt.serving.rows import Row, StartedSteps
 from t5_trt.serving.sources import EncodedSource
 from t5_trt.validation import check_length
 
@@ -68,7 +65,7 @@ class RunningRows:
         self._session, self._most, self._longest = session, most, longest
         self._limited = any(limit is not None for limit in longest)
         self._outbox, self._end, self._count = outbox, end, count
-        self._processing: weakref.WeakKeyDictionary[Prepared, CapturableProcessors | None] = weakref.WeakKeyDictionary()
+        self._choice = TokenChoice(session.arch.vocab_size, session.device)
         with at_home(session.device):
             self._buffers = session.row_buffers(most)
 
@@ -88,7 +85,7 @@ class RunningRows:
 
     def add(self, job: Job) -> None:
         """Give a request a free place; `take_in` must follow."""
-        row = Row(job, self._processors)
+        row = Row(job)
         self.active += 1
         self._choosing += not row.plain
         self._place = self._holes.pop() if self._holes else None
@@ -159,7 +156,8 @@ class RunningRows:
                 )
             made = self._session.step_rows(buffers, best_only=not self._choosing)
             if self._choosing:
-                made = self._chosen(made, failures)
+                made = self._choice(made, rows, failures)
+                self._choosing = sum(not (row.plain or row.vacant) for row in rows)
             tokens.append(buffers.fetch(made))
         for place, row in enumerate(rows):
             row.place = place
@@ -192,36 +190,6 @@ class RunningRows:
             if over:
                 self._leave(row, row.result)
         self._count(count, told)
-
-    def _chosen(self, logits: torch.Tensor, failures: dict[int, Exception]) -> torch.Tensor:
-        """The next token of every row, int64 [rows], where the logits are; errors of single rows by their place."""
-        choosing = self._hide_ends(logits)
-        chosen = best(logits)
-        for place in choosing:
-            try:
-                chosen[place : place + 1] = self.rows[place].choose(logits[place : place + 1])
-            except Exception as error:  # of this request alone
-                failures[place] = error
-        return chosen
-
-    def _hide_ends(self, logits: torch.Tensor) -> list[int]:
-        """Hide the end tokens of rows that take none yet and do nothing else; the places of rows that choose in other ways."""
-        choosing: list[int] = []
-        hidden: dict[frozenset[int], list[int]] = {}  # places by end tokens
-        for place, row in enumerate(self.rows):
-            if row.plain or row.vacant:
-                continue
-            if row.hides_end:
-                hidden.setdefault(row.job.prepared.eos, []).append(place)
-            elif row.plain:
-                self._choosing -= 1
-            else:
-                choosing.append(place)
-        for ends, places in hidden.items():
-            known = [end for end in ends if 0 <= end < logits.shape[1]]
-            rows, tokens = (torch.tensor(each, dtype=torch.int64, device=logits.device) for each in (places, known))
-            logits[rows[:, None], tokens] = -torch.inf
-        return choosing
 
     def _leave(self, row: Row, result: torch.Tensor | None = None, error: BaseException | None = None) -> None:
         """End a row's request."""
@@ -262,10 +230,3 @@ class RunningRows:
         except ValueError as error:
             return error
         return None
-
-    def _processors(self, prepared: Prepared) -> CapturableProcessors | None:
-        """See `device_processors`; equal settings have the same."""
-        if prepared not in self._processing:
-            session = self._session
-            self._processing[prepared] = device_processors(prepared, session.arch.vocab_size, session.device)
-        return self._processing[prepared]

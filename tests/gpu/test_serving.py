@@ -15,8 +15,9 @@ import torch
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.errors import BackendError, RequestCancelledError
 from t5_trt.serving import Engine
+from t5_trt.serving.choice import TokenChoice
 from t5_trt.serving.handle import Job
-from t5_trt.serving.rows import Row, device_processors
+from t5_trt.serving.rows import Row
 from t5_trt.serving.settings import SettingsReader
 from tests.gpu.encoder_cases import error
 from tests.row_cases import Alone
@@ -193,14 +194,14 @@ def test_a_step_and_the_choice_of_tokens_wait_for_nothing(model_of: Any) -> None
     each.enter(rows)
     sampled = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2}
     prepared = reader.read(None, {**sampled, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "max_new_tokens": 30})
-    process = device_processors(prepared, VOCAB, session.device)
-    ids = torch.tensor([source()])
-    row = Row(Job(ids, torch.ones_like(ids), prepared, 3, None), lambda _: process)
+    ids, choice = torch.tensor([source()]), TokenChoice(VOCAB, session.device)
+    failures: dict[int, Exception] = {}
+    row = Row(Job(ids, torch.ones_like(ids), prepared, 3, None))
     for best_only in (True, False, True, False):  # the first two are captured
         rows.fit()
         rows.feed([4])
         session.step_rows(rows, best_only=best_only)
-    row.choose(session.step_rows(rows))
+    choice(session.step_rows(rows), [row], failures)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -208,10 +209,10 @@ def test_a_step_and_the_choice_of_tokens_wait_for_nothing(model_of: Any) -> None
         rows.feed([4])
         session.step_rows(rows, best_only=True)
         rows.feed([4])
-        chosen = row.choose(session.step_rows(rows))
+        chosen = choice(session.step_rows(rows), [row], failures)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert 0 <= int(chosen) < VOCAB
+    assert 0 <= int(chosen) < VOCAB and not failures
 
 
 def test_many_rows_get_the_tokens_of_generate_alone(model_of: Any) -> None:

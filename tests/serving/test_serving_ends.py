@@ -22,6 +22,7 @@ from t5_trt.errors import (
     RequestTimeoutError,
 )
 from t5_trt.serving import Engine, Handle
+from t5_trt.serving.choice import TokenChoice
 from t5_trt.serving.rows import Row
 from tests.conftest import ROOT
 from tests.serving_requests import LONG, PATIENCE_S, alone, source, until
@@ -109,20 +110,22 @@ def test_beams_that_wait_can_time_out_while_no_row_is_in_use(engine: Engine) -> 
 def test_an_error_in_one_request_leaves_the_others_alone(
     engine: Engine, v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = Row.choose
+    choose = TokenChoice._choose
 
-    def failing(row: Row, logits: torch.Tensor) -> torch.Tensor:
-        if len(row.job.tokens) == 3:
+    def failing(self: TokenChoice, logits: torch.Tensor, rows: list[Row], *rest: Any) -> None:
+        if any(len(row.job.tokens) == 3 and row.job.input_ids.shape[1] == 9 for row in rows):
             raise ZeroDivisionError("of one row")
-        return choose(row, logits)
+        choose(self, logits, rows, *rest)
 
-    monkeypatch.setattr(Row, "choose", failing)
-    good = engine.submit(source(), max_new_tokens=40)
-    bad = engine.submit(source(), repetition_penalty=1.3, min_new_tokens=9, max_new_tokens=40)
+    monkeypatch.setattr(TokenChoice, "_choose", failing)
+    plain, settings = {"max_new_tokens": 40}, {"repetition_penalty": 1.3, "min_new_tokens": 9, "max_new_tokens": 40}
+    good = [engine.submit(source(), **plain), engine.submit(source(), **settings)]
+    bad = engine.submit(source(0, 9), **settings)
     with pytest.raises(ZeroDivisionError, match="of one row"):
         bad.result(PATIENCE_S)
     assert len(bad.tokens) == 3
-    assert torch.equal(good.result(PATIENCE_S), alone(v11[1], source(), max_new_tokens=40))
+    for handle, each in zip(good, (plain, settings), strict=True):
+        assert torch.equal(handle.result(PATIENCE_S), alone(v11[1], source(), **each))
 
 
 @pytest.mark.parametrize("method", ["encode", "step_rows"])

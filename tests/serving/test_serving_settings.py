@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from t5_trt.errors import BackendError, InputError
 from t5_trt.serving import Engine
-from t5_trt.serving.rows import Row
+from t5_trt.serving.choice import TokenChoice
 from t5_trt.serving.settings import SettingsReader
 from tests.serving_requests import alone, source
 from tests.tiny_models import VOCAB
@@ -183,7 +183,7 @@ def test_least_lengths_cost_no_processor(v11: tuple[Any, Any], monkeypatch: pyte
     def unexpected(*args: Any) -> None:
         raise AssertionError("a processor was called")
 
-    monkeypatch.setattr(Row, "choose", unexpected)
+    monkeypatch.setattr(TokenChoice, "_choose", unexpected)
     settings = [
         {"eos_token_id": ends, "max_new_tokens": 30, **least}
         for least in ({"min_new_tokens": 12}, {"min_length": 20}, {"min_length": 5, "min_new_tokens": 9}, {})

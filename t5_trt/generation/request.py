@@ -3,7 +3,7 @@
 | part of a request | device loop | captured with the step |
 |---|---|---|
 | greedy, sampling, beam search, beam sampling | yes | yes |
-| processors in `t5_trt.generation.processors.CAPTURABLE` | yes | yes |
+| processors in `t5_trt.generation.processor_forms.CAPTURABLE` | yes | yes |
 | any other processor (custom, prefix constraints, watermark, ...) | yes | no: called after each step |
 | criteria: length, end tokens, time, `StepCheck` | yes | yes |
 | any other criterion (custom, stop strings) | yes | no: called after each step |

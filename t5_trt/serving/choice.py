@@ -2,7 +2,7 @@
 
     logits [R, V] ── hide end tokens of rows that take none yet ── best ──> tokens [R] of most rows
                   └─ rows of one `Prepared`: [k, V] ── processors ── best, or drawn ──> tokens [k] in their places
-                         places, lengths and histories of the rows: one copy from the host, int64 [k, 2 + M]
+                         lengths and histories of the rows: one copy from the host, int64 [k, 1 + M]
 
 A choice is ten to thirty of torch's operations, whether of one row or of many. Only draws are one operation a row, as each row has its generator.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from t5_trt.generation.sampling import draw_each
 from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.rows import Row
 from t5_trt.serving.settings import Prepared
+
+#: scores that a CPU processes together: more of them leave its cache between two operations
+CACHED_SCORES = 1 << 16
 
 
 class TokenChoice:
@@ -59,24 +63,35 @@ class TokenChoice:
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], places: list[int], chosen: torch.Tensor) -> None:
         """Choose the tokens of rows that choose together."""
-        prepared, room = rows[0].job.prepared, rows[0].room
-        facts = np.empty((len(rows), 2 + room), dtype=np.int64)
-        for fact, row, place in zip(facts, rows, places, strict=True):
-            fact[0], fact[1] = place, row.length - 1
-            fact[2:] = row.history[:room]
-        at, position, history = torch.from_numpy(facts).to(self._device, non_blocking=True).tensor_split((1, 2), dim=1)
-        scores = logits.index_select(0, at[:, 0])
-        process = self._processors(prepared, room)
-        if process is not None:
-            scores = process(history, position, scores)
-        else:  # one row
-            for processor in prepared.processors:
-                scores = processor(history[:, : rows[0].length], scores)
+        prepared = rows[0].job.prepared
+        at = self._at(places)
+        scores = logits[at]
+        if prepared.processors:
+            scores = self._processed(scores, rows)
         if prepared.do_sample:
-            tokens = draw_each(scores, [row.generator(self._device) for row in rows])
+            chosen[at] = draw_each(scores, [row.generator(self._device) for row in rows])
         else:
-            tokens = best(scores)
-        chosen.index_copy_(0, at[:, 0], tokens)
+            chosen[at] = best(scores)
+
+    def _at(self, places: list[int]) -> Any:
+        """An index of the places: a slice where it can be, which costs nothing."""
+        if places[-1] - places[0] == len(places) - 1:
+            return slice(places[0], places[-1] + 1)
+        return torch.tensor(places).to(self._device, non_blocking=True)
+
+    def _processed(self, scores: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        """Scores [k, V] after the processors of rows of equal settings."""
+        room = rows[0].room
+        facts = np.empty((len(rows), 1 + room), dtype=np.int64)
+        for fact, row in zip(facts, rows, strict=True):
+            fact[0], fact[1:] = row.length - 1, row.history[:room]
+        on_device = torch.from_numpy(facts).to(self._device, non_blocking=True)
+        process = self._processors(rows[0].job.prepared, room)
+        if process is not None:
+            return process(on_device[:, 1:], on_device[:, :1], scores)
+        for processor in rows[0].job.prepared.processors:  # one row
+            scores = processor(on_device[:, 1 : 1 + rows[0].length], scores)
+        return scores
 
     def _groups(self, places: list[int], rows: Sequence[Row]) -> list[list[int]]:
         """Places of rows that choose together."""
@@ -88,7 +103,8 @@ class TokenChoice:
                 together.setdefault(key, []).append(place)
             else:
                 alone.append([place])
-        return [*together.values(), *alone]
+        most = len(rows) if self._device.type == "cuda" else max(1, CACHED_SCORES // self._vocab_size)
+        return [*(group[at : at + most] for group in together.values() for at in range(0, len(group), most)), *alone]
 
     def _share(self, prepared: Prepared, room: int) -> bool:
         """Whether several rows get the tokens that each would get alone."""

@@ -15,8 +15,8 @@ from transformers.generation import logits_process as transformers_processors
 from t5_trt import TRTT5ForConditionalGeneration
 from t5_trt.compat import CACHE
 from t5_trt.generation import decode_loop
+from t5_trt.generation.processor_forms import CAPTURABLE
 from t5_trt.generation.processors import (
-    CAPTURABLE,
     CapturableProcessors,
     capturable_processors,
     fingerprint,

@@ -11,6 +11,8 @@ import torch
 from tests.tiny_models import VOCAB
 
 PATIENCE_S = 60
+#: seeds of settings that several requests have: sampling with top-k, with top-p, processors, beams
+SHARED = (0, 9, 5, 26, 27)
 LONG = {"max_new_tokens": 5000, "min_new_tokens": 5000}
 
 
@@ -35,7 +37,14 @@ def until(condition: Any) -> None:
 
 
 def drawn_settings(chance: random.Random, vocabulary: int = VOCAB) -> dict[str, Any]:
-    """Settings of one request."""
+    """Settings of one request: its own, or as often some that others have, too, so that they choose tokens or run together."""
+    if chance.random() < 0.5:
+        return _drawn_settings(chance, vocabulary)
+    settings = _drawn_settings(random.Random(chance.choice(SHARED)), vocabulary)
+    return settings | ({"seed": chance.randrange(10**6)} if "seed" in settings else {})
+
+
+def _drawn_settings(chance: random.Random, vocabulary: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"max_new_tokens": chance.choice((1, 2, 8, 30, 70))}
     kind = chance.choice(("greedy", "greedy", "processed", "sampled", "sampled", "beams"))
     if kind == "processed":

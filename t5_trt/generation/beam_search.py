@@ -132,7 +132,9 @@ class BeamSelector:
         self._improvable.fill_(True)
         self.report.zero_()
         self.expired.zero_()
-        self._limits.copy_(torch.tensor([prompt.shape[1], limit, longest]))
+        self._limits.copy_(
+            torch.tensor([prompt.shape[1], limit, longest]), non_blocking=True
+        )  # the encoder may still run
         if self.mailbox is not None:
             self.mailbox.start_anew()
         self._end_behind(len(prompt) // self._rules.num_beams)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -249,7 +248,7 @@ class BeamLoop(DecodeLoop):
     def __init__(
         self, session: Session, state: DecoderState, request: Request, check_length: Callable[[int], None]
     ) -> None:
-        self.rules = beam_rules(request.config, request.eos)
+        self.rules = beam_rules(request)
         self.beams = self.rules.num_beams
         super().__init__(session, state, request, check_length)
 
@@ -271,16 +270,9 @@ class BeamLoop(DecodeLoop):
         return Outcome(sequences, sequences_scores=scores, beam_indices=indices)
 
 
-def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
-    """The rules of a generation config, as ``GenerationMixin._beam_search`` reads them.
-
-    Args:
-        config: a ``GenerationConfig`` with its special tokens prepared.
-        eos: tokens that end a row by a stopping criterion.
-    """
-    ends, pad = config._eos_token_tensor, config._pad_token_tensor
-    # padding after the end of a row: `pad or eos` as in Transformers' loop, so a pad token 0 is not used
-    fill = -1 if ends is None else int(pad) if pad is not None and int(pad) else int(ends[0])
+def beam_rules(request: Request) -> BeamRules:
+    """The rules of a request's config, as ``GenerationMixin._beam_search`` reads them."""
+    config, ends = request.config, request.config._eos_token_tensor
     return BeamRules(
         num_beams=config.num_beams,
         candidates=max(2, 1 + (0 if ends is None else len(ends))) * config.num_beams,
@@ -289,6 +281,6 @@ def beam_rules(config: Any, eos: tuple[int, ...]) -> BeamRules:
         early_stopping="never" if config.early_stopping == "never" else config.early_stopping is True,
         do_sample=bool(config.do_sample),
         orders_draws=bool(config.do_sample) and orders_drawn_beams(),
-        eos=eos,
-        fill=fill,
+        eos=request.eos,
+        fill=request.beam_fill,
     )

@@ -33,11 +33,25 @@ class EngineEncoderOutput(BaseModelOutput):
             mask: the same, checked: int64 [B, S].
         """
         hidden = self["last_hidden_state"]
-        # plain attributes are not ModelOutput fields: tuple(), ** and copies drop them, as intended
-        self._cross, self._source, self._version, self._maker = cross, hidden, hidden._version, weakref.ref(session)
-        self._given_mask, self._mask = version_of(given_mask), mask
-        self._updates = session.updates
+        # plain attributes are not ModelOutput fields: tuple(), ** and copies drop them, as intended. Setting them one by one takes 2 us each
+        self.__dict__.update(
+            _cross=cross, _source=hidden, _version=hidden._version, _maker=weakref.ref(session), _updates=session.updates,
+            _given_mask=version_of(given_mask), _mask=mask,
+        )  # fmt: skip
         return self
+
+
+def share(encoder_outputs: Any, session: Session, given_mask: Any, beams: int) -> bool:
+    """Have the K/V of an output that nobody else holds serve `beams` decoder rows of each source; its hidden states need not be repeated then.
+
+    Returns:
+        False where it has no K/V of its hidden states, or the mask is not the encoder's: everything is as before.
+    """
+    cross, mask = recall(encoder_outputs, session), recall_mask(encoder_outputs, given_mask)
+    if cross is None or mask is None:
+        return False
+    encoder_outputs.remember(cross.for_beams(beams), session, given_mask, mask)
+    return True
 
 
 def recall(encoder_outputs: Any, session: Session) -> CrossStates | None:

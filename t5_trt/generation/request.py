@@ -129,6 +129,14 @@ class Request:
             return None
         return int(self.config._pad_token_tensor)
 
+    @cached_property
+    def beam_fill(self) -> int:
+        """Token id behind the end of a beam: the padding, or an end token if that is 0 or None, as in Transformers' loop; -1 without any."""
+        ends, pad = self.config._eos_token_tensor, self.config._pad_token_tensor
+        if ends is None:
+            return -1
+        return int(pad) if pad is not None and int(pad) else int(ends[0])
+
     @property
     def checks(self) -> list[StepCheck]:
         """What may end the call between two steps."""

@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, Gene
 
 from t5_trt.compat import CACHE, takes_old_cache_names
 from t5_trt.generation.decode_loop import BeamLoop, DecodeLoop, Outcome, TokenLoop
-from t5_trt.generation.encoder_output import EngineEncoderOutput, recall
+from t5_trt.generation.encoder_output import EngineEncoderOutput, recall, recall_mask, share
 from t5_trt.generation.kv_cache import EngineCache
 from t5_trt.generation.prepared import Prepared, PreparedRequests, request_key, step_checks
 from t5_trt.generation.request import GenerationPath, Request, StepCheck, refusal
@@ -181,7 +181,8 @@ class EngineGeneration:
         self, expand_size: int = 1, is_encoder_decoder: bool = True, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         given = model_kwargs.get("encoder_outputs")
-        cross = recall(given, self._runner.opened())
+        session = self._runner.opened()
+        cross, mask = recall(given, session), recall_mask(given, model_kwargs.get("attention_mask"))
         if given is not None and expand_size > 1:  # Transformers' method writes into the caller's object
             model_kwargs["encoder_outputs"] = copy.copy(given)
         with ordinary_tensors():
@@ -190,7 +191,9 @@ class EngineGeneration:
             )
         if cross is not None and expand_size > 1:
             expanded = EngineEncoderOutput(**model_kwargs["encoder_outputs"])
-            model_kwargs["encoder_outputs"] = expanded.remember(cross.for_beams(expand_size), self._runner.opened())
+            cross = cross.for_beams(expand_size)
+            expanded.remember(cross, session, model_kwargs.get("attention_mask"), mask)
+            model_kwargs["encoder_outputs"] = expanded
         return input_ids, model_kwargs
 
     def _takes(self, request: Request) -> bool:
@@ -231,7 +234,7 @@ class EngineGeneration:
         wanted = {name: getattr(known.request.config, name) for name in INNER_VALUES}
         encoded = self.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True, **wanted)
         inputs = {"encoder_outputs": encoded, "attention_mask": mask}
-        if known.expand > 1:
+        if known.expand > 1 and not share(encoded, self._runner.opened(), mask, known.expand):
             _, inputs = self._expand_inputs_for_generation(known.expand, **inputs)
         inputs[CACHE] = EngineCache(self._runner.architecture.decoder_layers, 0)
         return self._run_loop(known.loop, known.request.for_inputs(inputs, checks)).sequences

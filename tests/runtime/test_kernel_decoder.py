@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from t5_trt.generation.decode_loop import DecodeLoop
 from tests.stand_in_kernels import kernels_pair
 from tests.tiny_models import batch
 
@@ -36,6 +38,41 @@ def test_tokens_equal_hugging_face(pair: tuple[Any, Any], rows: int, arguments: 
         assert torch.equal(*made)
     ours = pair[1]
     assert ours.last_generation_path.loop == "device" and ours.session.backend == "cuda"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 4}], ids=str)
+def test_the_host_waits_for_nothing_between_encoder_and_steps(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    """In a call like an earlier one, on a GPU: it reads no number back, and copies no hidden states for each beam."""
+    ours, seen = pair[1], []
+    encode, drive = ours.session.encode, DecodeLoop._drive
+    request = {**batch(3), "max_new_tokens": 6, **arguments}
+    expected = ours.generate(**request)
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+            made = function(*given, **(named or {}))
+            seen.append((function._schema.name, made.dim() if isinstance(made, torch.Tensor) else 0))
+            return made
+
+    def encoded(*given: Any) -> Any:
+        made = encode(*given)
+        seen.clear()
+        return made
+
+    def driven(*given: Any) -> Any:
+        between.extend(seen)
+        return drive(*given)
+
+    between: list[tuple[str, int]] = []
+    monkeypatch.setattr(ours.session, "encode", encoded)
+    monkeypatch.setattr(DecodeLoop, "_drive", driven)
+    with Operations():
+        got = ours.generate(**request)
+    assert torch.equal(got, expected) and len(between) > 5
+    assert not [name for name, _ in between if name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")]
+    assert ("aten::clone", 3) not in between
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation import logits_process as transformers_processors
 from transformers.generation.streamers import BaseStreamer
 
+from t5_trt.generation.processor_forms import CAPTURABLE
 from t5_trt.generation.processors import CapturableProcessors
 from tests.conftest import pair_of
 from tests.tiny_models import VOCAB, batch
@@ -237,7 +238,7 @@ def same_values(process: CapturableProcessors, processor: Any, device: str) -> b
         got = process(tokens, torch.tensor([length - 1], device=device), scores.clone())
         assert torch.equal(got, expected), length
         changed |= not torch.equal(got, scores)
-        if process.by_row or device == "cpu":  # rows of a server have lengths of their own
+        if CAPTURABLE[type(processor)].by_row or device == "cpu":  # rows of a server have lengths of their own
             own = [1 + (length + 5 * row) % 20 for row in range(6)]
             alone = [processor(tokens[row : row + 1, :n], scores[row : row + 1].clone()) for row, n in enumerate(own)]
             got = process(tokens, torch.tensor(own, device=device)[:, None] - 1, scores.clone())

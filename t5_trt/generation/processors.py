@@ -27,13 +27,11 @@ class CapturableProcessor:
     Attributes:
         apply: see `Apply`.
         numbers: tensors [] on the device that `apply` reads, and where their values come from.
-        by_row: see `Kind`.
         hides: tokens, bool [V], and the length [] below which `apply` hides them; None if it does more than that.
     """
 
     apply: Apply
     numbers: Sequence[tuple[torch.Tensor, Read]]
-    by_row: bool = True
     hides: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def load(self, processor: Any) -> None:
@@ -49,12 +47,10 @@ class CapturableProcessors:
         forms: see `CapturableProcessor`.
 
     Attributes:
-        by_row: see `Kind`.
         hiding: the effect of all processors, if they only hide the same tokens up to some length; else None.
     """
 
     def __init__(self, forms: Sequence[CapturableProcessor]) -> None:
-        self.by_row = all(form.by_row for form in forms)
         self._forms = forms
         self._loaded: Sequence[Any] | None = None
         hides = [form.hides for form in forms if form.hides is not None]
@@ -129,7 +125,7 @@ def capturable_processors(
         hides = None
         if kind.hides_ends_below is not None:
             hides = marked(processor.eos_token_id, vocab_size, device), getattr(mine, kind.hides_ends_below)
-        forms.append(CapturableProcessor(kind.make(mine, vocab_size, capacity, device), numbers, kind.by_row, hides))
+        forms.append(CapturableProcessor(kind.make(mine, vocab_size, capacity, device), numbers, hides))
     return forms
 
 
@@ -145,6 +141,12 @@ def fingerprint(processor: Any) -> Hashable:
     numbers = CAPTURABLE[type(processor)].numbers
     settings = ((name, _frozen(value)) for name, value in sorted(vars(processor).items()) if name not in numbers)
     return type(processor).__name__, tuple(settings)
+
+
+def identity(processor: Any) -> Hashable:
+    """Equal for processors that do the same: the class and its settings with their types."""
+    settings = sorted(vars(processor).items())
+    return type(processor), tuple((name, type(value), _frozen(value)) for name, value in settings)
 
 
 def _frozen(value: Any) -> Hashable:

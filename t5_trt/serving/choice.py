@@ -1,7 +1,7 @@
-"""The choice of tokens of rows that sample or have processors: rows of equal settings choose together.
+"""The choice of tokens of rows that sample or have processors: rows that choose alike do it together.
 
     logits [R, V] ── hide end tokens of rows that take none yet ── best ──> tokens [R] of most rows
-                  └─ rows of one `Prepared`: [k, V] ── processors ── best, or drawn ──> tokens [k] in their places
+                  └─ rows of one `Prepared.choice`: [k, V] ── processors ── best, or drawn ──> tokens [k] in their places
                          lengths and histories of the rows: one copy from the host, int64 [k, 1 + M]
 
 A choice is ten to thirty of torch's operations, whether of one row or of many. Only draws are one operation a row, as each row has its generator.
@@ -9,7 +9,7 @@ A choice is ten to thirty of torch's operations, whether of one row or of many. 
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +24,8 @@ from t5_trt.serving.settings import Prepared
 
 #: scores that a CPU processes together: more of them leave its cache between two operations
 CACHED_SCORES = 1 << 16
+#: forms of processors that are kept, least recently used first out
+KEPT = 64
 
 
 class TokenChoice:
@@ -36,9 +38,7 @@ class TokenChoice:
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
-        self._forms: weakref.WeakKeyDictionary[Prepared, dict[int, CapturableProcessors | None]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._forms: OrderedDict[tuple[str, int], CapturableProcessors] = OrderedDict()
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[Row], failures: dict[int, Exception]) -> torch.Tensor:
         """The next token of every row, int64 [R]; on a GPU this does not wait, unless a processor has no form that does not.
@@ -62,7 +62,7 @@ class TokenChoice:
         return chosen
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], places: list[int], chosen: torch.Tensor) -> None:
-        """Choose the tokens of rows that choose together."""
+        """Choose the tokens of rows that choose alike."""
         prepared = rows[0].job.prepared
         at = self._at(places)
         scores = logits[at]
@@ -80,47 +80,43 @@ class TokenChoice:
         return torch.tensor(places).to(self._device, non_blocking=True)
 
     def _processed(self, scores: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-        """Scores [k, V] after the processors of rows of equal settings."""
-        room = rows[0].room
-        facts = np.empty((len(rows), 1 + room), dtype=np.int64)
+        """Scores [k, V] after the processors of rows that choose alike."""
+        prepared, room = rows[0].job.prepared, max(row.room for row in rows)
+        facts = np.zeros((len(rows), 1 + room), dtype=np.int64)
         for fact, row in zip(facts, rows, strict=True):
-            fact[0], fact[1:] = row.length - 1, row.history[:room]
+            fact[0], fact[1 : 1 + row.room] = row.length - 1, row.history[: row.room]
         on_device = torch.from_numpy(facts).to(self._device, non_blocking=True)
-        process = self._processors(rows[0].job.prepared, room)
-        if process is not None:
-            return process(on_device[:, 1:], on_device[:, :1], scores)
-        for processor in rows[0].job.prepared.processors:  # one row
+        if prepared.choice is not None:
+            return self._processors(prepared, room)(on_device[:, 1:], on_device[:, :1], scores)
+        for processor in prepared.processors:  # one row
             scores = processor(on_device[:, 1 : 1 + rows[0].length], scores)
         return scores
 
     def _groups(self, places: list[int], rows: Sequence[Row]) -> list[list[int]]:
         """Places of rows that choose together."""
-        together: dict[tuple[Prepared, int], list[int]] = {}
+        together: dict[str, list[int]] = {}
         alone: list[list[int]] = []
         for place in places:
-            key = rows[place].job.prepared, rows[place].room
-            if self._share(*key):
-                together.setdefault(key, []).append(place)
+            prepared = rows[place].job.prepared
+            if prepared.choice is not None and (prepared.by_row or self._device.type == "cpu"):
+                together.setdefault(prepared.choice, []).append(place)
             else:
                 alone.append([place])
         most = len(rows) if self._device.type == "cuda" else max(1, CACHED_SCORES // self._vocab_size)
         return [*(group[at : at + most] for group in together.values() for at in range(0, len(group), most)), *alone]
 
-    def _share(self, prepared: Prepared, room: int) -> bool:
-        """Whether several rows get the tokens that each would get alone."""
-        try:
-            process = self._processors(prepared, room)
-        except Exception:  # a value that cannot be used; each row's own choice raises it again
-            return False
-        return process is not None and (process.by_row or self._device.type == "cpu")
-
-    def _processors(self, prepared: Prepared, room: int) -> CapturableProcessors | None:
-        """The forms of a request's processors that do not wait for a GPU, for a width of histories; None where one of them has none."""
-        known = self._forms.setdefault(prepared, {})
-        if room not in known:
+    def _processors(self, prepared: Prepared, room: int) -> CapturableProcessors:
+        """The forms of a request's processors, for a width of histories."""
+        assert prepared.choice is not None
+        key = prepared.choice, room
+        if key not in self._forms:
             forms = capturable_processors(prepared.processors, self._vocab_size, room, self._device)
-            known[room] = None if forms is None else CapturableProcessors(forms)
-        return known[room]
+            assert forms is not None
+            self._forms[key] = CapturableProcessors(forms)
+        self._forms.move_to_end(key)
+        while len(self._forms) > KEPT:
+            self._forms.popitem(last=False)
+        return self._forms[key]
 
     def _hide_ends(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
         """Hide the end tokens of rows that take none yet and do nothing else; the places of rows that choose in other ways."""

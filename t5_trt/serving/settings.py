@@ -10,6 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from t5_trt.errors import InputError
 from t5_trt.generation.prepared import SettingsSnapshot
+from t5_trt.generation.processor_forms import CAPTURABLE
+from t5_trt.generation.processors import identity, is_capturable
 from t5_trt.generation.request import Request, refusal
 from t5_trt.validation import check_token_ids
 
@@ -87,6 +90,18 @@ class Prepared:
     rows: int
     arguments: dict[str, Any]
     hidden_until: int = 0
+
+    @cached_property
+    def choice(self) -> str | None:
+        """Equal where tokens are chosen alike, whatever the lengths; None where a processor has no form for many rows."""
+        if not all(map(is_capturable, self.processors)):
+            return None
+        return repr((self.do_sample, *map(identity, self.processors)))  # a string computes its hash once
+
+    @cached_property
+    def by_row(self) -> bool:
+        """Whether processors with such forms leave a row's bits independent of others on a GPU, too."""
+        return all(CAPTURABLE[type(processor)].by_row for processor in self.processors)
 
 
 class SettingsReader:

@@ -17,7 +17,8 @@ from t5_trt.errors import BackendError, RequestCancelledError
 from t5_trt.runtime.kernel_rows import FetchedTokens
 from t5_trt.runtime.row_buffers import RowBuffers
 from t5_trt.runtime.row_sources import RowSources, Source, common_size, own_size
-from t5_trt.serving import Engine, choice, running
+from t5_trt.serving import Engine, running
+from t5_trt.serving import settings as settings_module
 from t5_trt.serving.sources import by_length
 from tests.serving_requests import LONG, PATIENCE_S, alone, drawn_settings, source, until
 from tests.stand_in_kernels import kernels_pair
@@ -245,7 +246,7 @@ def test_an_encoded_request_that_waits_can_be_cancelled(ours: Any) -> None:
 
 
 def test_processors_without_a_device_form_are_called(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "capturable_processors", lambda *args: None)
+    monkeypatch.setattr(settings_module, "is_capturable", lambda processor: False)
     settings = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "max_new_tokens": 20}
     with engine_as_on_a_gpu(ours, max_rows=2) as engine:
         found = engine.submit(source(), **settings).result(PATIENCE_S)

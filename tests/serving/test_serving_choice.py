@@ -1,8 +1,7 @@
-"""Rows of equal settings choose their tokens together, and each gets those of `generate()` alone."""
+"""Rows that choose alike do it together, and each gets the tokens of `generate()` alone."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,19 +45,20 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_rows_of_equal_settings_choose_together(
+def test_rows_that_choose_alike_do_it_together(
     v11: tuple[Any, Any], sizes: list[int], settings: dict[str, Any]
 ) -> None:
     """They have joined one after the other, so their histories have other lengths."""
-    settings = {"max_new_tokens": 80, "min_new_tokens": 50, **settings}
+    settings = {"min_new_tokens": 50, **settings}
     with Engine(v11[1], max_rows=6) as engine:
         handles = []
-        for place in range(6):
-            handles.append(engine.submit(source(place, 3 + 4 * place), seed=place, **settings))
+        asked = [settings | {"max_new_tokens": 80 - place % 2} for place in range(6)]
+        for place, each in enumerate(asked):
+            handles.append(engine.submit(source(place, 3 + 4 * place), seed=place, **each))
             until(lambda: len(handles[-1].tokens) > 2 or handles[-1].done)
         found = [handle.result(PATIENCE_S) for handle in handles]
     assert max(sizes) > 1
-    wanted = [alone(v11[1], source(place, 3 + 4 * place), place, **settings) for place in range(6)]
+    wanted = [alone(v11[1], source(place, 3 + 4 * place), place, **each) for place, each in enumerate(asked)]
     assert [rows.tolist() for rows in found] == [rows.tolist() for rows in wanted]
 
 
@@ -95,17 +95,40 @@ def test_histories_are_as_wide_as_their_rows_need(v11: tuple[Any, Any], monkeypa
 def test_sums_along_rows_keep_them_apart_on_a_gpu(v11: tuple[Any, Any]) -> None:
     """There the order of `torch.cumsum`'s additions depends on the number of rows."""
     reader, ids = SettingsReader(v11[1]), torch.tensor([source()])
-    choosing = TokenChoice(VOCAB, torch.device("cpu"))
     groups = []
     for device in ("cpu", "cuda"):
+        choosing = TokenChoice(VOCAB, torch.device(device))
         for settings in ({"top_k": 5}, {"top_p": 0.5}, {"typical_p": 0.5}, {"temperature": 0.5}):
             prepared = reader.read(None, {"do_sample": True, **settings})
             rows = [Row(Job(ids, torch.ones_like(ids), prepared, None, None)) for _ in range(3)]
-            choosing._processors(prepared, rows[0].room)  # made where there is a device
-            choosing._device = SimpleNamespace(type=device)  # type: ignore[assignment]
             groups.append(len(choosing._groups([0, 1, 2], rows)))
-            choosing._device = torch.device("cpu")
     assert groups == [1, 1, 1, 1, 1, 3, 3, 1]
+
+
+def test_lengths_keep_no_rows_apart_but_values_do(v11: tuple[Any, Any]) -> None:
+    reader, ids = SettingsReader(v11[1]), torch.tensor([source()])
+    settings: list[dict[str, Any]] = [
+        {"max_new_tokens": 5, "temperature": 0.5},
+        {"max_new_tokens": 300, "temperature": 0.5, "eos_token_id": [1, 7]},
+        {"max_new_tokens": 5, "temperature": 0.6},
+        {"max_new_tokens": 5, "temperature": 0.5, "top_k": 0},
+        {"max_new_tokens": 5, "temperature": 0.5, "min_new_tokens": 2},
+        {"max_new_tokens": 5, "temperature": 0.5, "decoder_start_token_id": 9},
+    ]
+    rows = [
+        Row(Job(ids, torch.ones_like(ids), reader.read(None, {"do_sample": True, **each}), None, None))
+        for each in settings
+    ]
+    groups = TokenChoice(VOCAB, torch.device("cpu"))._groups(list(range(len(rows))), rows)
+    assert sorted(groups) == [[0, 1, 5], [2], [3], [4]]
+
+
+def test_few_forms_of_processors_are_kept(v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "KEPT", 3)
+    with Engine(v11[1]) as engine:
+        for penalty in (1.1, 1.2, 1.3, 1.4, 1.5):
+            engine.submit(source(), repetition_penalty=penalty, max_new_tokens=3).result(PATIENCE_S)
+        assert len(engine._scheduler._running._choice._forms) == 3
 
 
 @pytest.mark.parametrize("size", [7, 211, 32128])

@@ -1,9 +1,9 @@
 """The engine of serving against static batches on an NVIDIA GPU: tokens per second, and the time to the first token.
 
-    python -m benchmarks.serving_gpu --out FOLDER [--backends cuda] [--clients 64,256] [--lengths uniform,skewed] [--layers 12]
+    python -m benchmarks.serving_gpu --out FOLDER [--backends cuda] [--clients 64,256] [--lengths uniform,skewed] [--searches greedy,sampled]
 
 T5-base shapes with random weights, fp16. Requests of 16 to 512 source and 16 to 256 new tokens arrive as a Poisson process; lengths are
-drawn evenly, or evenly in their logarithms ("skewed": many short ones, few long ones). As many clients are served at a time as the engine
+drawn evenly, or evenly in their logarithms ("skewed": many short ones, few long ones); tokens are chosen in one of `SEARCHES`. As many clients are served at a time as the engine
 has rows. Static batches take requests in the order of their arrival, as many as wait and at most as many as there are rows, and
 `generate()` makes each batch's longest output. Both get the same arrivals: first more than they can serve, which gives tokens per second
 (those that were asked for), then 0.7 times what the engine can serve, which gives waiting times. Rounds take turns; medians count.
@@ -36,6 +36,12 @@ from t5_trt.serving import Engine
 from t5_trt.tools.records import Record
 
 SOURCE, NEW = (16, 512), (16, 256)
+#: settings of ``generate()`` by the way to choose tokens
+SEARCHES: dict[str, Record] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 0.7, "top_k": 50},
+    "penalty": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+}
 #: requests of a run, for each client
 PER_CLIENT = 6
 #: runs of the engine before it is measured
@@ -102,13 +108,13 @@ def drawn(chance: random.Random, bounds: tuple[int, int], lengths: str) -> int:
     return round(math.exp(chance.uniform(math.log(bounds[0]), math.log(bounds[1]))))
 
 
-def served(engine: Engine, requests: Sequence[Arrival]) -> Run:
+def served(engine: Engine, requests: Sequence[Arrival], search: Record) -> Run:
     """The engine's run."""
     run, before = Run(), engine.stats().steps
 
     async def client(place: int, begin: float) -> None:
         arrival = requests[place]
-        handle = engine.submit(arrival.ids, max_new_tokens=arrival.new)
+        handle = engine.submit(arrival.ids, max_new_tokens=arrival.new, **search)
         async for _ in handle:  # all others are read at the end
             run.first.append(time.perf_counter() - begin - arrival.at)
             break
@@ -131,7 +137,7 @@ def served(engine: Engine, requests: Sequence[Arrival]) -> Run:
     return run
 
 
-def in_batches(model: Any, requests: Sequence[Arrival], rows: int) -> Run:
+def in_batches(model: Any, requests: Sequence[Arrival], rows: int, search: Record) -> Run:
     """The static batches' run. The first token of a request that can be read is there with its last one."""
     run, begin, place = Run(), time.perf_counter(), 0
     while place < len(requests):
@@ -144,7 +150,8 @@ def in_batches(model: Any, requests: Sequence[Arrival], rows: int) -> Run:
             length = arrival.ids.shape[1]
             ids[row, :length], mask[row, :length] = arrival.ids[0], 1
         inputs = kernel_models.on_device({"input_ids": ids, "attention_mask": mask})
-        made = model.generate(**inputs, max_new_tokens=max(arrival.new for arrival in batch)).tolist()
+        longest = max(arrival.new for arrival in batch)
+        made = model.generate(**inputs, max_new_tokens=longest, **search).tolist()
         end = time.perf_counter() - begin
         for row, arrival in enumerate(batch):
             run.whole.append(end - arrival.at)
@@ -155,13 +162,13 @@ def in_batches(model: Any, requests: Sequence[Arrival], rows: int) -> Run:
     return run
 
 
-def measure(model: Any, clients: int, lengths: str, rounds: int, per_client: int) -> Record:
+def measure(model: Any, clients: int, lengths: str, rounds: int, per_client: int, search: Record) -> Record:
     """One case."""
     count = per_client * clients
     with Engine(model, max_rows=clients, max_waiting=count) as engine:
         ways: dict[str, Callable[[Sequence[Arrival]], Run]] = {
-            "engine": lambda requests: served(engine, requests),
-            "static": lambda requests: in_batches(model, requests, clients),
+            "engine": lambda requests: served(engine, requests, search),
+            "static": lambda requests: in_batches(model, requests, clients, search),
         }
         for seed in range(clients, clients + WARM_UPS):  # captures: sizes of encoders are captured when they come again
             crowd = arrivals(count, 1e6, lengths, seed)
@@ -177,9 +184,11 @@ def measure(model: Any, clients: int, lengths: str, rounds: int, per_client: int
             runs = {name: way(requests) for name, way in ways.items()}
             for name, run in runs.items():
                 rates[name].append(run.rate(requests))
-        equal = sum(runs["engine"].tokens[place] == runs["static"].tokens[place] for place in range(count))
         steps = runs["engine"].steps
-        found |= {"requests": count, "equal_requests": equal, "step_ms": round(runs["engine"].wall / steps * 1e3, 3)}
+        found |= {"requests": count, "step_ms": round(runs["engine"].wall / steps * 1e3, 3)}
+        if not search.get("do_sample"):  # draws differ
+            equal = sum(runs["engine"].tokens[place] == runs["static"].tokens[place] for place in range(count))
+            found["equal_requests"] = equal
         found["rows_in_use"] = round(sum(arrival.new for arrival in requests) / steps, 1)
         easy = arrivals(count, EASY * capacity, lengths, clients)
         for name, way in ways.items():
@@ -195,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backends", default="cuda", help="comma-separated; those whose step the kernels do")
     parser.add_argument("--clients", default="64,256", help="comma-separated numbers, also of rows")
     parser.add_argument("--lengths", default="uniform,skewed", help="comma-separated ways to draw them")
+    parser.add_argument("--searches", default="greedy", help=f"comma-separated, of {', '.join(SEARCHES)}")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--per-client", type=int, default=PER_CLIENT, help="requests of a run, for each client")
@@ -210,13 +220,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = open_model(backend, hugging_face, "fp16", given.store)
         model.generation_config.eos_token_id = None  # every request makes all of its tokens
         for lengths in given.lengths.split(","):
-            for clients in map(int, given.clients.split(",")):
+            cases = [(n, way) for n in map(int, given.clients.split(",")) for way in given.searches.split(",")]
+            for clients, way in cases:
                 if time.monotonic() > end:
-                    print(f"{backend}, {lengths}, {clients} clients: no time left", flush=True)
+                    print(f"{backend}, {lengths}, {clients} clients, {way}: no time left", flush=True)
                     continue
                 found: Record = {"model": base_name(given.layers), "precision": "fp16", "backend": backend}
                 found |= {"batch": clients, "stage": f"{lengths} lengths", "source_tokens": SOURCE, "new_tokens": NEW}
-                case = partial(measure, model, clients, lengths, given.rounds, given.per_client)
+                found["stage"] += "" if way == "greedy" else f", {way}"
+                case = partial(measure, model, clients, lengths, given.rounds, given.per_client, SEARCHES[way])
                 attempt(found, "serving", case)
                 keep(given.out, "serving", [found], backend)
                 print(summary(found), flush=True)
@@ -235,8 +247,8 @@ def summary(found: Record) -> str:
     return (
         f"{case}: engine {engine['tokens_per_s']} tokens/s, static batches {static['tokens_per_s']}, ratio {made['ratio']}; first token "
         f"p50 {engine['first_token_ms']['p50']} p95 {engine['first_token_ms']['p95']} ms (static {static['first_token_ms']['p50']}, "
-        f"{static['first_token_ms']['p95']}), step {made['step_ms']} ms of {made['rows_in_use']} rows, {made['equal_requests']} of "
-        f"{made['requests']} equal"
+        f"{static['first_token_ms']['p95']}), step {made['step_ms']} ms of {made['rows_in_use']} rows, "
+        f"{made.get('equal_requests', 'draws')} of {made['requests']} equal"
     )
 
 

@@ -40,6 +40,17 @@ def test_both_ways_serve_the_same_requests(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_searches_are_cases_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        given = ["--lengths", "skewed", "--searches", "sampled,penalty", "--rounds", "1", "--per-client", "4"]
+        serving_gpu.main(["--out", str(tmp_path), "--clients", "3", *given])
+    sampled, penalty = json.loads((tmp_path / "serving.json").read_text())
+    assert end.value.code == 0 and sampled["stage"] == "skewed lengths, sampled"
+    assert "equal_requests" not in sampled["serving"] and penalty["serving"]["equal_requests"] == 12
+    assert "draws of 12 equal" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_what_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> Any:
         raise ZeroDivisionError("here")

@@ -200,11 +200,21 @@ class DecodeLoop(ABC):
 
     def _shrunk(self, step: GenerationStep, report: torch.Tensor, made: int) -> GenerationStep:
         self._keep(step.selector, made)
-        going = (report[1 : 1 + len(self._entries)] == 0).nonzero()[:, 0]
+        finished = report[1 : 1 + len(self._entries)] != 0
+        self._tell(self._entries[finished], made)
+        going = (~finished).nonzero()[:, 0]
         device = self.session.device
         self.state = self.state.select_entries(going.to(device))
         self._entries = self._entries[going]
         return self._moved(step, going.to(device))
+
+    def _tell(self, entries: torch.Tensor, made: int) -> None:
+        """Tell the request's checks the results of entries that have ended."""
+        for check in self.request.checks:
+            if check.ended is not None:
+                assert self._kept is not None
+                places = entries.to(self.session.device)
+                check.ended(entries.tolist(), self.outcome([kept[places] for kept in self._kept], made).sequences)
 
     def _keep(self, selector: TokenSelector, made: int) -> None:
         """Copy the results of the entries that are still decoded to their places in the full results."""

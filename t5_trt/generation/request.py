@@ -53,10 +53,14 @@ class StepCheck(stopping_criteria.StoppingCriteria):  # type: ignore[misc]
 
     Args:
         check: raises the error.
+        ended: called when sources are left out of the steps that follow, because they have ended, with their places in the batch and their
+            results, int64 [sources * results, tokens]; the call returns them, too. None is not called.
     """
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self.check = check
+    def __init__(
+        self, check: Callable[[], None], ended: Callable[[list[int], torch.Tensor], None] | None = None
+    ) -> None:
+        self.check, self.ended = check, ended
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """In Transformers' loop: check, and end none of the rows of `input_ids`."""

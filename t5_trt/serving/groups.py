@@ -4,6 +4,7 @@ Those with equal settings that wait at the same time run in one call, as far as 
 
     waiting ── first one, and others with its settings ──> generate(sources padded to the longest)
                     between two steps: who was cancelled, or is late, gets an error; the call ends early if nobody is left
+                    once half of the sources have ended: their requests have their results
                rows of each request, cut to their own length ──> its Job
                an error: each of them by itself, so that it meets only the request that is at fault
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
@@ -99,19 +100,17 @@ class GroupRunner:
         """Run requests of equal settings to their ends."""
         left = list(jobs)
         try:
-            made = self._made(jobs, StepCheck(partial(self._look, left)))
+            made = self._made(jobs, StepCheck(partial(self._look, left), partial(self._tell, jobs, left)))
         except _NobodyWaitsError:
             return
         except BaseException as error:
-            if len(jobs) == 1:
-                self._end(jobs[0], error=error)
-                return
-            for job in left:
-                self._generate([job])
+            if len(left) == 1:
+                self._end(left[0], error=error)
+            else:
+                for job in left:
+                    self._generate([job])
             return
-        for job, rows in zip(jobs, made.chunk(len(jobs)), strict=True):
-            if job in left:
-                self._end(job, _cut(rows, job))
+        self._tell(jobs, left, range(len(jobs)), made)
 
     def _made(self, jobs: list[Job], check: StepCheck) -> torch.Tensor:
         """The results of one call: int64 [requests * results, tokens]."""
@@ -139,6 +138,13 @@ class GroupRunner:
         torch.default_generator.manual_seed(seed)
         if self._model.device.type == "cuda":
             torch.cuda.manual_seed(seed)  # of the current one; see `at_home`
+
+    def _tell(self, jobs: list[Job], left: list[Job], places: Sequence[int], made: torch.Tensor) -> None:
+        """End the requests at some places of a call with their results, int64 [places * results, tokens], and take them out of those left."""
+        for place, rows in zip(places, made.chunk(len(places)), strict=True):
+            if jobs[place] in left:
+                left.remove(jobs[place])
+                self._end(jobs[place], _cut(rows.cpu(), jobs[place]))
 
     def _look(self, left: list[Job]) -> None:
         """End those of the requests of a call that must stop, and take them out; raise if no other is left."""

@@ -127,6 +127,28 @@ def test_one_that_leaves_gets_its_error_at_once_and_the_others_go_on(engine: Eng
     assert (engine.stats().cancelled, engine.stats().timed_out, engine.stats().completed) == (3, 1, 1)
 
 
+def test_short_ones_have_their_results_before_the_longest_one_ends(engine: Engine, v11: tuple[Any, Any]) -> None:
+    settings = {
+        "num_beams": 2,
+        "eos_token_id": ENDS,
+        "early_stopping": True,
+    }  # so that a limit changes nothing before it
+    wanted = {seed: alone(v11[1], source(seed), max_new_tokens=60, **settings) for seed in range(30)}
+    short = [seed for seed, rows in wanted.items() if rows.shape[1] < 12][:3]
+    endless = 6
+    assert wanted[endless].shape[1] == 61
+    blocking = busy(engine)
+    long = engine.submit(source(endless), max_new_tokens=5000, **settings)
+    handles = [engine.submit(source(seed), max_new_tokens=5000, **settings) for seed in short]
+    blocking.cancel()
+    found = [handle.result(PATIENCE_S) for handle in handles]
+    assert not long.done and engine.stats().running == 1
+    long.cancel()
+    with pytest.raises(RequestCancelledError):
+        long.result(PATIENCE_S)
+    assert all(torch.equal(rows, wanted[seed]) for seed, rows in zip(short, found, strict=True))
+
+
 def test_an_error_ends_only_the_request_that_is_at_fault(
     engine: Engine, v11: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

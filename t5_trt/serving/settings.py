@@ -10,7 +10,6 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from t5_trt.errors import InputError
 from t5_trt.generation.prepared import SettingsSnapshot
 from t5_trt.generation.processor_forms import CAPTURABLE
-from t5_trt.generation.processors import identity, is_capturable
+from t5_trt.generation.processors import identity
 from t5_trt.generation.request import Request, refusal
 from t5_trt.validation import check_token_ids
 
@@ -79,6 +78,8 @@ class Prepared:
         in_group: it needs several rows (beams, several results), so ``generate()`` runs it.
         rows: that it needs.
         arguments: of ``generate()``.
+        choice: equal where tokens are chosen alike, whatever the lengths; None where a processor has no form for many rows.
+        by_row: such forms leave a row's bits independent of other rows on a GPU, too.
     """
 
     prompt: tuple[int, ...]
@@ -89,19 +90,9 @@ class Prepared:
     in_group: bool
     rows: int
     arguments: dict[str, Any]
+    choice: str | None
+    by_row: bool
     hidden_until: int = 0
-
-    @cached_property
-    def choice(self) -> str | None:
-        """Equal where tokens are chosen alike, whatever the lengths; None where a processor has no form for many rows."""
-        if not all(map(is_capturable, self.processors)):
-            return None
-        return repr((self.do_sample, *map(identity, self.processors)))  # a string computes its hash once
-
-    @cached_property
-    def by_row(self) -> bool:
-        """Whether processors with such forms leave a row's bits independent of others on a GPU, too."""
-        return all(CAPTURABLE[type(processor)].by_row for processor in self.processors)
 
 
 class SettingsReader:
@@ -186,6 +177,8 @@ class SettingsReader:
             in_group=mode in _BEAMS or request.config.num_return_sequences > 1,
             rows=max(1, request.config.num_beams, request.config.num_return_sequences),
             arguments=arguments,
+            choice=_choice(request),
+            by_row=all(type(each) in CAPTURABLE and CAPTURABLE[type(each)].by_row for each in request.processors),
             hidden_until=0 if request.config.do_sample else _hidden_until(request.processors, frozenset(request.eos)),
         )
 
@@ -205,6 +198,13 @@ class SettingsReader:
             model, source, encoder_outputs=BaseModelOutput(last_hidden_state=states), custom_generate=keep, **arguments
         )
         return found[0]
+
+
+def _choice(request: Request) -> str | None:
+    """See `Prepared.choice`. A string, as that computes its hash once."""
+    if not request.known_processors:
+        return None
+    return repr((bool(request.config.do_sample), *map(identity, request.processors)))
 
 
 def _hidden_until(processors: Sequence[Any], eos: frozenset[int]) -> int:

@@ -246,7 +246,7 @@ def test_an_encoded_request_that_waits_can_be_cancelled(ours: Any) -> None:
 
 
 def test_processors_without_a_device_form_are_called(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings_module, "is_capturable", lambda processor: False)
+    monkeypatch.setattr(settings_module, "_choice", lambda request: None)
     settings = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "max_new_tokens": 20}
     with engine_as_on_a_gpu(ours, max_rows=2) as engine:
         found = engine.submit(source(), **settings).result(PATIENCE_S)

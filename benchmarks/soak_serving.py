@@ -17,6 +17,7 @@ import json
 import random
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,10 @@ class Run:
         self._service, self._server, self._client = service, server, client
         self._tokenizer, self._lines = tokenizer, lines
         self._chance, self._threads = random.Random(seed), ThreadPoolExecutor(HTTP_CLIENTS)
+        everyone = threading.Barrier(
+            HTTP_CLIENTS
+        )  # a pool starts a thread only when all others are busy, which may be after the warm-up
+        list(self._threads.map(lambda _: everyone.wait(), range(HTTP_CLIENTS)))
         self.seen, self.count = Seen(), 0
 
     def round(self, size: int) -> None:

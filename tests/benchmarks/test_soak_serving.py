@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,17 @@ def service(shipped: tuple[Any, Any, Any]) -> Service:
     return Service(ours, tokenizer, "soak", Limits(), max_rows=soak_serving.ROWS, max_waiting=soak_serving.WAITING)
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """As in the benchmark: with more, torch starts others for each thread that first has enough to do, some after the short warm-up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.timeout(300 + REQUESTS)
+@pytest.mark.usefixtures("one_torch_thread")
 def test_requests_with_clients_of_every_kind_get_the_tokens_of_generate_alone(
     service: Service, shipped: tuple[Any, Any, Any]
 ) -> None:

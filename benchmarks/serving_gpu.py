@@ -3,10 +3,11 @@
     python -m benchmarks.serving_gpu --out FOLDER [--backends cuda] [--clients 64,256] [--lengths uniform,skewed] [--searches greedy,sampled]
 
 T5-base shapes with random weights, fp16. Requests of 16 to 512 source and 16 to 256 new tokens arrive as a Poisson process; lengths are
-drawn evenly, or evenly in their logarithms ("skewed": many short ones, few long ones); tokens are chosen in one of `SEARCHES`. As many clients are served at a time as the engine
-has rows. Static batches take requests in the order of their arrival, as many as wait and at most as many as there are rows, and
-`generate()` makes each batch's longest output. Both get the same arrivals: first more than they can serve, which gives tokens per second
-(those that were asked for), then 0.7 times what the engine can serve, which gives waiting times. Rounds take turns; medians count.
+drawn evenly, or evenly in their logarithms ("skewed": many short ones, few long ones); `SEARCHES` has the ways to choose tokens. As many
+clients are served at a time as the engine has rows. Static batches take requests in the order of their arrival, as many as wait and at most
+as many as there are rows, and `generate()` makes each batch's longest output. Both get the same arrivals: first more than they can serve,
+which gives tokens per second (those that were asked for), then 0.7 times what the engine can serve, which gives waiting times. Rounds take
+turns; medians count.
 """
 
 from __future__ import annotations
@@ -226,8 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"{backend}, {lengths}, {clients} clients, {way}: no time left", flush=True)
                     continue
                 found: Record = {"model": base_name(given.layers), "precision": "fp16", "backend": backend}
-                found |= {"batch": clients, "stage": f"{lengths} lengths", "source_tokens": SOURCE, "new_tokens": NEW}
-                found["stage"] += "" if way == "greedy" else f", {way}"
+                stage = f"{lengths} lengths" + ("" if way == "greedy" else f", {way}")
+                found |= {"batch": clients, "stage": stage, "source_tokens": SOURCE, "new_tokens": NEW}
                 case = partial(measure, model, clients, lengths, given.rounds, given.per_client, SEARCHES[way])
                 attempt(found, "serving", case)
                 keep(given.out, "serving", [found], backend)

@@ -81,9 +81,8 @@ class Run:
         self._service, self._server, self._client = service, server, client
         self._tokenizer, self._lines = tokenizer, lines
         self._chance, self._threads = random.Random(seed), ThreadPoolExecutor(HTTP_CLIENTS)
-        everyone = threading.Barrier(
-            HTTP_CLIENTS
-        )  # a pool starts a thread only when all others are busy, which may be after the warm-up
+        # a pool starts a thread only when all others are busy, which may be after the warm-up
+        everyone = threading.Barrier(HTTP_CLIENTS)
         list(self._threads.map(lambda _: everyone.wait(), range(HTTP_CLIENTS)))
         self.seen, self.count = Seen(), 0
 

@@ -132,9 +132,8 @@ class BeamSelector:
         self._improvable.fill_(True)
         self.report.zero_()
         self.expired.zero_()
-        self._limits.copy_(
-            torch.tensor([prompt.shape[1], limit, longest]), non_blocking=True
-        )  # the encoder may still run
+        # without a wait: the encoder may still run
+        self._limits.copy_(torch.tensor([prompt.shape[1], limit, longest]), non_blocking=True)
         if self.mailbox is not None:
             self.mailbox.start_anew()
         self._end_behind(len(prompt) // self._rules.num_beams)

@@ -143,9 +143,9 @@ class DecodeLoop(ABC):
         request = self.request
         # don't run ahead: user callbacks must run once per step
         ahead = STEPS_AHEAD if request.known_processors and not request.custom_criteria else 0
-        watcher, made, deadline = Watcher(step.selector, ahead), 0, request.deadline
+        watcher, made, deadline, checks = Watcher(step.selector, ahead), 0, request.deadline, request.checks
         for number in range(1, self._steps + 1):
-            for each in request.checks:
+            for each in checks:
                 each.check()
             self._check_length(self.state.length + 1)
             if self.state.length == self.state.capacity:

@@ -26,7 +26,8 @@ class Engine:
 
     Requests take free rows in the order in which they came. Every row has its own position, source, end and settings, and gets the tokens
     that ``generate()`` alone would give it. Requests with beams or several results run in ``generate()``, in a second thread: those that
-    wait and have equal settings in one batch. The model's weights must stay as they are while the engine is open; ``model.generate()`` can be used beside it.
+    wait and have equal settings in one batch. The model's weights must stay as they are while the engine is open; ``model.generate()``
+    can be used beside it.
 
         with Engine(model) as engine:
             handle = engine.submit(tokenizer("some text"), max_new_tokens=32)

@@ -26,7 +26,7 @@ from transformers import StoppingCriteriaList
 from t5_trt.errors import EngineClosedError
 from t5_trt.generation.request import StepCheck
 from t5_trt.runtime.cuda_graph import at_home, outside_capture
-from t5_trt.serving.handle import Job
+from t5_trt.serving.handle import Job, length
 
 
 class GroupRunner:
@@ -141,10 +141,10 @@ class GroupRunner:
 
     def _tell(self, jobs: list[Job], left: list[Job], places: Sequence[int], made: torch.Tensor) -> None:
         """End the requests at some places of a call with their results, int64 [places * results, tokens], and take them out of those left."""
-        for place, rows in zip(places, made.chunk(len(places)), strict=True):
+        for place, rows in zip(places, made.cpu().chunk(len(places)), strict=True):
             if jobs[place] in left:
                 left.remove(jobs[place])
-                self._end(jobs[place], _cut(rows.cpu(), jobs[place]))
+                self._end(jobs[place], _cut(rows, jobs[place]))
 
     def _look(self, left: list[Job]) -> None:
         """End those of the requests of a call that must stop, and take them out; raise if no other is left."""
@@ -177,10 +177,9 @@ def _seeded(job: Job) -> bool:
 
 def _cut(rows: torch.Tensor, job: Job) -> torch.Tensor:
     """A request's results, int64 [results, tokens], without the padding that longer ones of other requests need."""
-    prompt, eos = len(job.prepared.prompt), job.prepared.eos
-    new = rows[:, prompt:].tolist()
-    ends = [next((place + 1 for place, token in enumerate(row) if token in eos), len(row)) for row in new]
-    return rows[:, : prompt + max(ends)].clone()
+    prompt = len(job.prepared.prompt)
+    longest = max(length(row, job.prepared.eos)[0] for row in rows[:, prompt:].tolist())
+    return rows[:, : prompt + longest].clone()
 
 
 def closed() -> EngineClosedError:

@@ -294,3 +294,9 @@ class TokenIterator:
             raise StopAsyncIteration
         self._count += 1
         return found[0]
+
+
+def length(tokens: list[int], ends: frozenset[int]) -> tuple[int, bool]:
+    """The number of a sequence's tokens up to its end token, and whether it has one; padding may follow."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    return (len(tokens), False) if end is None else (end + 1, True)

@@ -13,6 +13,7 @@ import torch
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import reference
 from t5_trt.kernels.decode_step import PRODUCTS
+from t5_trt.kernels.division import NOT_SPLIT
 from t5_trt.kernels.step_memory import StepBuffers, padded, tiles
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_activations, unpack_matrix
 from tests.kernels.compiled import ODD
@@ -226,9 +227,8 @@ def test_results_do_not_depend_on_whether_a_cta_makes_tiles_one_after_the_other(
 def test_results_do_not_depend_on_whether_ctas_of_a_cluster_share_k(
     emulated: Any, arch: Architecture, rows: int, int8: bool, split: dict[str, int]
 ) -> None:
-    whole = {"ADD_SPLIT": 0, "OUT_SPLIT": 0, "SPLIT_ROW_TILES": 1, "SPLIT_CTAS": 1}
-    wanted = run(arch, emulated(arch, rows, int8=int8, **whole), rows, int8=int8)
-    kernels = emulated(arch, rows, int8=int8, **whole | split)
+    wanted = run(arch, emulated(arch, rows, int8=int8, **NOT_SPLIT), rows, int8=int8)
+    kernels = emulated(arch, rows, int8=int8, **NOT_SPLIT | split)
     assert kernels.geometry["feed_forward_out"].cluster == split["SPLIT_CTAS"]
     got = run(arch, kernels, rows, int8=int8).made
     assert {name for name, made in wanted.made.items() if not torch.equal(made, got[name])} == set()

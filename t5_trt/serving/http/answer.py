@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from t5_trt.serving.handle import Handle
+from t5_trt.serving.handle import Handle, length
 from t5_trt.serving.http.text import Decoder, TextStream
 
 
@@ -87,9 +87,3 @@ class Stopper:
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of a text that begin a stop."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def length(tokens: list[int], ends: frozenset[int]) -> tuple[int, bool]:
-    """The number of a sequence's tokens up to its end token, and whether it has one; padding may follow."""
-    end = next((place for place, token in enumerate(tokens) if token in ends), None)
-    return (len(tokens), False) if end is None else (end + 1, True)

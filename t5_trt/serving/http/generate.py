@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from t5_trt.errors import T5TRTError
-from t5_trt.serving.handle import Handle
-from t5_trt.serving.http.answer import Answer, length
+from t5_trt.serving.handle import Handle, length
+from t5_trt.serving.http.answer import Answer
 from t5_trt.serving.http.bodies import BodyRoute
 from t5_trt.serving.http.events import event, merged, streamed
 from t5_trt.serving.http.failures import invalid

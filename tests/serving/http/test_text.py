@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from t5_trt.serving.http.answer import Stopper, length
+from t5_trt.serving.handle import length
+from t5_trt.serving.http.answer import Stopper
 from t5_trt.serving.http.text import Decoder, TextStream
 
 HALF = "\N{REPLACEMENT CHARACTER}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -93,5 +92,4 @@ def end(server: Server, service: Service) -> None:
     """Begin the end, as a signal does, and wait until requests are refused."""
     loop = server.servers[0].get_loop()
     loop.call_soon_threadsafe(server.end)
-    until(lambda: not service.ready)
-    time.sleep(0.05)
+    until(lambda: not service.ready and service.engine.closed)

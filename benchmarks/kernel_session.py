@@ -41,6 +41,7 @@ BARE_TESTS = (
     "test_parity_cuda.py",
     "test_adapters.py",
     "test_serving.py",
+    "test_token_choice.py",
     "test_positions.py",
     "test_two_gpus.py",
 )

@@ -23,6 +23,8 @@ from t5_trt.generation.processors import CapturableProcessors, capturable_proces
 from t5_trt.generation.report_reader import STEPS_AHEAD, Watcher
 from t5_trt.generation.request import Request
 from t5_trt.generation.sampling import GpuDraws, RowTokenSelector, StopTokens
+from t5_trt.generation.token_rules import DeviceRules, TokenRules
+from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.kv_buffers import DecoderState, bucket_length
 from t5_trt.runtime.session import GenerationStep, Session, TokenSelector
 from t5_trt.runtime.torch_threads import one_torch_thread
@@ -122,10 +124,13 @@ class DecodeLoop(ABC):
 
     def processing(self) -> CapturableProcessors:
         """The request's processors in capturable form: new for each selector, which keeps their parameter values."""
-        device = self.session.device
-        forms = capturable_processors(self.request.processors, self.session.arch.vocab_size, self.capacity, device)
+        device, processors, vocabulary = self.session.device, self.request.processors, self.session.arch.vocab_size
+        forms = capturable_processors(processors, vocabulary, self.capacity, device)
         assert forms is not None
-        return CapturableProcessors(forms)
+        rules = None
+        if cuda_kernels.choice_kernels(device, vocabulary):
+            rules = DeviceRules(TokenRules.of(processors), device, draws=bool(self.request.config.do_sample))
+        return CapturableProcessors(forms, rules)
 
     def _step(self) -> GenerationStep:
         entries, key = len(self._entries), None

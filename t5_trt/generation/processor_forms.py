@@ -33,11 +33,14 @@ def _real(name: str, *, more: Callable[[Any], float] = lambda processor: 0) -> R
 def _divisor(name: str) -> Read:
     """The operand of `_divide`: the reciprocal if torch divides by a Python float by multiplying."""
 
-    def read(processor: Any, device: torch.device) -> torch.Tensor:
-        number = float(getattr(processor, name))
-        return torch.tensor(_reciprocal(number, device) if _multiplies(device) else number, dtype=torch.float32)
+    return lambda processor, device: torch.tensor(
+        divisor_operand(getattr(processor, name), device), dtype=torch.float32
+    )
 
-    return read
+
+def divisor_operand(number: float, device: torch.device) -> float:
+    """What torch divides scores by: the number, or what it multiplies them with instead."""
+    return _reciprocal(float(number), device) if _multiplies(device) else float(number)
 
 
 @lru_cache(1024)

@@ -17,6 +17,7 @@ import torch
 from transformers.generation import logits_process
 
 from t5_trt.generation.processor_forms import CAPTURABLE, HIDDEN, Apply, Read, marked
+from t5_trt.generation.token_rules import DeviceRules
 from t5_trt.runtime.session import Hiding
 
 
@@ -45,13 +46,14 @@ class CapturableProcessors:
 
     Args:
         forms: see `CapturableProcessor`.
+        rules: of the same processors, where kernels do a part of the work.
 
     Attributes:
         hiding: the effect of all processors, if they only hide the same tokens up to some length; else None.
     """
 
-    def __init__(self, forms: Sequence[CapturableProcessor]) -> None:
-        self._forms = forms
+    def __init__(self, forms: Sequence[CapturableProcessor], rules: DeviceRules | None = None) -> None:
+        self._forms, self._rules = forms, rules
         self._loaded: Sequence[Any] | None = None
         hides = [form.hides for form in forms if form.hides is not None]
         self.hiding: Hiding | None = None
@@ -73,12 +75,58 @@ class CapturableProcessors:
         return len(self._forms)
 
     def __call__(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, V] of the token after the one at `position` (int64 [1], or [rows, 1] where rows differ)."""
-        if self._forms:
+        """Scores [rows, V] of the token after the one at `position` (int64 [1], or [rows, 1] where rows differ).
+
+        With `rules`, `scores` may be overwritten.
+        """
+        if self._rules is None:
+            return self._apply(self._forms, tokens, position, scores)
+        return self._apply(
+            self._forms[self._rules.parts[1] :], tokens, position, self._edited(tokens, position, scores)
+        )
+
+    def _apply(
+        self, forms: Sequence[CapturableProcessor], tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor
+    ) -> torch.Tensor:
+        if forms:
             length = position + 1
-            for form in self._forms:
+            for form in forms:
                 scores = form.apply(tokens, length, scores)
         return scores
+
+    def _edited(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores after all processors but those that the choice itself includes."""
+        assert self._rules is not None
+        front, edited = self._rules.parts
+        scores = self._apply(self._forms[:front], tokens, position, scores).contiguous()
+        if edited > front:
+            self._rules.edit(tokens, position, scores)
+        return scores
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `choose` has kernels for it."""
+        return self._rules is not None
+
+    def choose(
+        self,
+        tokens: torch.Tensor,
+        position: torch.Tensor,
+        logits: torch.Tensor,
+        variates: torch.Tensor | None,
+        chosen: torch.Tensor,
+    ) -> None:
+        """Choose the next token of every row by kernels.
+
+        Args:
+            tokens: int64 [rows, M].
+            position: int64 [1].
+            logits: float32 [rows, V], which may be overwritten.
+            variates: exponential ones for draws, as of the logits; None takes the best tokens.
+            chosen: int64 [rows], gets the tokens.
+        """
+        assert self._rules is not None
+        self._rules.choose(self._edited(tokens, position, logits), variates, chosen)
 
     def hidden(self, position: torch.Tensor) -> torch.Tensor | None:
         """With `hiding` on a CPU: its tokens, uint8 [V], if they are hidden after the token at `position`; else None."""
@@ -99,6 +147,8 @@ class CapturableProcessors:
         self._loaded = None
         for form, processor in zip(self._forms, processors, strict=True):
             form.load(processor)
+        if self._rules is not None:
+            self._rules.load(processors)
         self._set_hiding()
         self._loaded = processors
 

@@ -124,6 +124,10 @@ class RowTokenSelector:
         """
         if following is not None and following.best is not None:
             chosen = self._chosen
+        elif self.process.chooses:
+            chosen = self._chosen
+            variates = exponential_variates(logits) if self.draws else None
+            self.process.choose(self.tokens, position, logits, variates, chosen)
         else:
             scores = self.process.overwrite(self.tokens, position, logits)
             chosen = draw(scores, 1, capturable=self.capturable).flatten() if self.draws else best(scores)
@@ -183,12 +187,17 @@ def draw(scores: torch.Tensor, count: int, *, capturable: bool) -> torch.Tensor:
         int64 [rows, count].
     """
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
-    with _drawing(scores):
-        if not capturable:
+    if not capturable:
+        with _drawing(scores):
             return torch.multinomial(probabilities, count)
-        variates = torch.empty_like(probabilities).exponential_()
-    keys = _keys(probabilities, variates)
+    keys = _keys(probabilities, exponential_variates(scores))
     return keys.argmax(-1, keepdim=True) if count == 1 else keys.topk(count).indices
+
+
+def exponential_variates(scores: torch.Tensor) -> torch.Tensor:
+    """As many as there are scores, from the global generator of their device."""
+    with _drawing(scores):
+        return torch.empty_like(scores).exponential_()
 
 
 def draw_each(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:

@@ -23,6 +23,9 @@ from t5_trt.runtime.session import MAILS, Hiding, Mailbox, NextStep
 
 logger = logging.getLogger("t5_trt")
 THREADS = 256
+#: of a row whose token is chosen; the largest vocabulary of that kernel
+CHOICE_THREADS, MOST_TOKENS = 1024, 1 << 20
+_DRAWING_BLOCK = 256
 #: beams whose rows a thread keeps in registers
 MOST_BEAMS = 16
 #: most candidates of a batch entry in a step of beam search
@@ -91,7 +94,7 @@ def token_step(
 
 def beam_lists(scores: torch.Tensor, candidates: int, beams: int) -> tuple[torch.Tensor, ...] | None:
     """Memory for `beam_candidates`: scores float32 and tokens int32 [R, spans, K], and float32 [R, spans, 2]; None without a kernel."""
-    if not _runs_kernels(scores) or beams > MOST_BEAMS or candidates > MOST_CANDIDATES:
+    if not _runs_kernels(scores.device) or beams > MOST_BEAMS or candidates > MOST_CANDIDATES:
         return None
     rows, vocabulary = scores.shape
     shape = (rows, -(-vocabulary // _span(vocabulary)[0]), candidates)
@@ -174,9 +177,69 @@ def beam_step(
     return True
 
 
+def choice_kernels(device: torch.device, vocabulary: int) -> bool:
+    """Whether `edit_scores` and `choose_tokens` run on a device, for a number of tokens."""
+    if not _runs_kernels(device) or vocabulary > MOST_TOKENS:
+        return False
+    return all(_function(name, device.index, ()) is not None for name in ("edit_scores", "choose_tokens"))
+
+
+def edit_scores(
+    scores: torch.Tensor, rules: torch.Tensor, tokens: torch.Tensor, ends: torch.Tensor, position: torch.Tensor | None
+) -> None:
+    """Write into scores what the tokens that rows have do to them, see ``kernels/edit_scores.cu``.
+
+    Args:
+        scores: float32 [R, V] where there are `choice_kernels`, like all tensors contiguous.
+        rules: int64 [r, 12], entries of `t5_trt.generation.token_rules.RULES`, or [1, 12] for all r rows.
+        tokens: int64 [r, M].
+        ends: int64 [r, E], end tokens, or [1, E] likewise.
+        position: int64 [1], of the last token, where rules have no lengths.
+    """
+    numbers = (int(len(rules) > 1), tokens.shape[1], ends.shape[1], scores.shape[1])
+    function = _function("edit_scores", scores.device.index, ())
+    _launch(function, (len(tokens), 1, 1), THREADS, scores.device, (scores, rules, tokens, ends, position), numbers)
+
+
+def choose_tokens(
+    scores: torch.Tensor, rules: torch.Tensor, variates: torch.Tensor | None, chosen: torch.Tensor, rows: int
+) -> None:
+    """Choose a token of every row, see ``kernels/choose_tokens.cu``.
+
+    Args:
+        scores: float32 [R, V], as of `edit_scores`.
+        rules: likewise.
+        variates: exponential ones, float32 [R, V]; None takes those of the generators that the rules name.
+        chosen: int64 [R], gets the tokens of the r rows.
+        rows: r.
+    """
+    numbers = (int(len(rules) > 1), scores.shape[1], drawing_threads(scores.shape[1], scores.device))
+    function = _function("choose_tokens", scores.device.index, ())
+    _launch(function, (rows, 1, 1), CHOICE_THREADS, scores.device, (scores, rules, variates, chosen), numbers)
+
+
+def drawing_threads(count: int, device: torch.device) -> int:
+    """Threads by which torch draws random numbers for a tensor of `count` elements on a GPU.
+
+    Source: ``calc_execution_policy`` in aten/src/ATen/native/cuda/DistributionTemplates.h.
+    """
+    blocks = -(-count // _DRAWING_BLOCK)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        blocks = min(
+            blocks, properties.multi_processor_count * (properties.max_threads_per_multi_processor // _DRAWING_BLOCK)
+        )
+    return blocks * _DRAWING_BLOCK
+
+
+def drawn(count: int, device: torch.device) -> int:
+    """By how much a generator's offset grows when torch draws for `count` elements; the same source."""
+    return ((count - 1) // (drawing_threads(count, device) * 4) + 1) * 4
+
+
 def mailbox(report: torch.Tensor) -> Mailbox | None:
     """A mailbox for the reports of a token selector's kernels; None if there are no kernels."""
-    return Mailbox(len(report), report.device) if _runs_kernels(report) else None
+    return Mailbox(len(report), report.device) if _runs_kernels(report.device) else None
 
 
 def _mail(mailbox: Mailbox | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -192,8 +255,8 @@ def _span(vocabulary: int) -> tuple[int, int]:
     return (LARGE_SPAN, LARGE_WARPS) if vocabulary > LARGE_VOCABULARY else (SPAN, WARPS)
 
 
-def _runs_kernels(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda
+def _runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _launch(

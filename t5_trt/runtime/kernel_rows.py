@@ -143,6 +143,10 @@ class KernelRowBuffers(RowBuffers):
         """See `RowBuffers.follow`; the host has no numbers for such a step."""
         self._follows = True
 
+    def remember(self, made: torch.Tensor) -> None:
+        """See `RowBuffers.remember`."""
+        self.best[: len(made)].copy_(made)
+
     def hand_over(self) -> None:
         """Copy the numbers of the rows in use to the GPU, where those of all others are 0; or have the next step follow the last one."""
         count = self.count

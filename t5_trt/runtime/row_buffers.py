@@ -162,6 +162,9 @@ class RowBuffers:
         """Have the next step of the same rows decode what the last one chose; with `remembers_tokens` only."""
         raise RuntimeError("these rows do not remember what a step chose; expected their tokens by `feed`.")
 
+    def remember(self, made: torch.Tensor) -> None:
+        """Have the next step find these tokens of the last one, [count], in place of the best ones; where `remembers_tokens`."""
+
     def fetch(self, made: torch.Tensor) -> SupportsToList:
         """Bring tokens [count] of a step to the host; with `remembers_tokens` this does not wait for them."""
         return made

@@ -1,6 +1,7 @@
-"""The choice of tokens of rows that sample or have processors: rows that choose alike do it together.
+"""The choice of tokens of rows that sample or have processors: those that kernels know by `RuledChoice`, others that choose alike together.
 
     logits [R, V] ── hide end tokens of rows that take none yet ── best ──> tokens [R] of most rows
+                  ├─ rows with `Prepared.rules` on a GPU ── ruled_choice.py
                   └─ rows of one `Prepared.choice`: [k, V] ── processors ── best, or drawn ──> tokens [k] in their places
                          lengths and histories of the rows: one copy from the host, int64 [k, 1 + M]
 
@@ -18,8 +19,10 @@ import torch
 
 from t5_trt.generation.processors import CapturableProcessors, capturable_processors
 from t5_trt.generation.sampling import draw_each
+from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.rows import Row
+from t5_trt.serving.ruled_choice import RuledChoice
 from t5_trt.serving.settings import Prepared
 
 #: scores that a CPU processes together: more of them leave its cache between two operations
@@ -39,6 +42,8 @@ class TokenChoice:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._forms: OrderedDict[tuple[str, int], CapturableProcessors] = OrderedDict()
+        by_kernels = cuda_kernels.choice_kernels(device, vocab_size)
+        self._ruled = RuledChoice(vocab_size, device) if by_kernels else None
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[Row], failures: dict[int, Exception]) -> torch.Tensor:
         """The next token of every row, int64 [R]; on a GPU this does not wait, unless a processor has no form that does not.
@@ -48,8 +53,13 @@ class TokenChoice:
             rows: those of the logits; who has become `plain` says so afterwards.
             failures: gets errors of single rows by their place.
         """
-        groups = self._groups(self._hide_ends(logits, rows), rows)
-        chosen = best(logits)
+        places, chosen = self._hide_ends(logits, rows), best(logits)
+        if self._ruled is not None:
+            ruled = [place for place in places if rows[place].job.prepared.rules is not None]
+            if ruled:
+                self._ruled(logits, [rows[place] for place in ruled], ruled, chosen)
+                places = [place for place in places if rows[place].job.prepared.rules is None]
+        groups = self._groups(places, rows)
         while groups:
             places = groups.pop()
             try:
@@ -60,6 +70,10 @@ class TokenChoice:
                 else:
                     groups += [[place] for place in places]
         return chosen
+
+    def waits_for(self, row: Row) -> bool:
+        """Whether the host must know all of a row's tokens before it can start the choice of the next one."""
+        return row.looks_back or (self._ruled is None and not row.plain and row.job.prepared.hidden_until == 0)
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], places: list[int], chosen: torch.Tensor) -> None:
         """Choose the tokens of rows that choose alike."""

@@ -50,6 +50,24 @@ class Row:
         return len(self._prepared.prompt) + len(self.job.tokens)
 
     @property
+    def next_length(self) -> int:
+        """The number of tokens that it has when the next step that is started chooses one: those of steps under way are there by then."""
+        return self.length + self.under_way
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether its next token depends on its tokens, other than by their number and the last one."""
+        rules = self._prepared.rules
+        return not self.plain and self._prepared.hidden_until == 0 and (rules is None or rules.looks_back)
+
+    def pass_over(self, drawn: int, device: torch.device) -> tuple[int, int]:
+        """The seed and the offset of its generator, on a GPU, which then is as after so many numbers."""
+        generator = self.generator(device)
+        offset = generator.get_offset()
+        generator.set_offset(offset + drawn)
+        return generator.initial_seed() & (1 << 64) - 1, offset
+
+    @property
     def room(self) -> int:
         """How much of its history processors get: more than it has tokens, and few numbers for all lengths."""
         return bucket_length(self.length + 1) if len(self.history) else 0
@@ -58,7 +76,7 @@ class Row:
     def hides_end(self) -> bool:
         """Whether the next token is that of the largest logit but for the end tokens; once it is not, the row is `plain`."""
         prepared = self._prepared
-        hides = self.length < prepared.hidden_until
+        hides = self.next_length < prepared.hidden_until
         self.plain |= prepared.hidden_until > 0 and not hides
         return hides
 

@@ -113,7 +113,7 @@ class RunningRows:
 
     def step(self, *, on_gpu: bool) -> None:
         """Decode one token of every row, and tell what steps have made; what is told waits in the outbox while rows decode on a GPU."""
-        if self.active and self._buffers.remembers_tokens and not self._limited and not self._choosing:
+        if self.active and self._buffers.remembers_tokens and not self._limited and not self._waits:
             self._started.append(self._start(STEPS_AT_ONCE if self.active >= MANY_ROWS else 1))
             self._tell(STEPS_AHEAD)
             self._outbox.send()
@@ -128,6 +128,11 @@ class RunningRows:
             self._outbox.send()
         if not self.active:
             self._close_holes()  # rows hold their requests
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the choice of a row's next token needs tokens on the host."""
+        return self._choosing > 0 and any(self._choice.waits_for(row) for row in self.rows if not row.vacant)
 
     def fail(self) -> list[Job]:
         """Give up all rows; return their requests."""
@@ -157,11 +162,13 @@ class RunningRows:
             made = self._session.step_rows(buffers, best_only=not self._choosing)
             if self._choosing:
                 made = self._choice(made, rows, failures)
+                buffers.remember(made)
                 self._choosing = sum(not (row.plain or row.vacant) for row in rows)
             tokens.append(buffers.fetch(made))
+            for row in rows:
+                row.under_way += 1
         for place, row in enumerate(rows):
             row.place = place
-            row.under_way += count
         return StartedSteps(list(rows), tokens, failures)
 
     def _tell(self, ahead: int = 0) -> None:

@@ -28,6 +28,7 @@ from t5_trt.generation.prepared import SettingsSnapshot
 from t5_trt.generation.processor_forms import CAPTURABLE
 from t5_trt.generation.processors import identity
 from t5_trt.generation.request import Request, refusal
+from t5_trt.generation.token_rules import TokenRules
 from t5_trt.validation import check_token_ids
 
 #: number of prepared settings that are kept, least recently used first out
@@ -71,6 +72,7 @@ class Prepared:
     Attributes:
         prompt: the decoder's prompt, one token.
         processors: logits processors in order, without state between calls.
+        rules: of the processors, where kernels know all of them.
         hidden_until: greedy search does not choose the end tokens before this length, and the processors do nothing else; 0 if they do.
         eos: tokens that end it.
         limit: largest length in tokens, with the prompt.
@@ -92,6 +94,7 @@ class Prepared:
     arguments: dict[str, Any]
     choice: str | None
     by_row: bool
+    rules: TokenRules | None = None
     hidden_until: int = 0
 
 
@@ -179,6 +182,7 @@ class SettingsReader:
             arguments=arguments,
             choice=_choice(request),
             by_row=all(type(each) in CAPTURABLE and CAPTURABLE[type(each)].by_row for each in request.processors),
+            rules=_rules(request),
             hidden_until=0 if request.config.do_sample else _hidden_until(request.processors, frozenset(request.eos)),
         )
 
@@ -205,6 +209,12 @@ def _choice(request: Request) -> str | None:
     if not request.known_processors:
         return None
     return repr((bool(request.config.do_sample), *map(identity, request.processors)))
+
+
+def _rules(request: Request) -> TokenRules | None:
+    """See `Prepared.rules`."""
+    rules = TokenRules.of(request.processors) if request.known_processors else None
+    return None if rules is None or rules.front else rules
 
 
 def _hidden_until(processors: Sequence[Any], eos: frozenset[int]) -> int:

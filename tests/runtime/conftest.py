@@ -36,6 +36,10 @@ static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits,
 #define __shared__ static
 #define __syncthreads()
 #define __syncthreads_and(value) (value)
+#define __syncthreads_count(value) (int)(value)
+#define DIVIDES 1
+#define __logf(value) logf(value)
+struct float4 { float x, y, z, w; };
 #define __threadfence()
 #define __threadfence_system()
 struct uint4 { unsigned x, y, z, w; };
@@ -104,7 +108,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, host_kernels: Callable[..., Any]) ->
 
     monkeypatch.setattr(cuda_kernels, "_function", function)
     monkeypatch.setattr(cuda_kernels, "_launch", launch)
-    monkeypatch.setattr(cuda_kernels, "_runs_kernels", lambda tensor: True)
+    monkeypatch.setattr(cuda_kernels, "_runs_kernels", lambda device: True)
 
 
 @pytest.fixture

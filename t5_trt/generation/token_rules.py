@@ -22,7 +22,7 @@ from t5_trt.runtime import cuda_kernels
 #: ``Rules`` of kernels/token_rules.cuh
 RULES = np.dtype(
     [(name, np.float64) for name in ("penalty", "divisor", "until", "temperature", "top_p")]
-    + [(name, np.int64) for name in ("ngram", "top_k", "draws", "place", "length")]
+    + [(name, np.int64) for name in ("ngram", "top_k", "draws", "place", "length", "slot", "first")]
     + [(name, np.uint64) for name in ("seed", "offset")]
 )
 _EDITS = (
@@ -82,7 +82,9 @@ class TokenRules:
         """
         made = np.zeros(1, RULES)
         made["penalty"] = made["divisor"] = made["temperature"] = made["top_p"] = 1.0
-        made["draws"], made["place"], made["length"] = draws, -1, -1
+        made["draws"] = draws
+        for name in ("place", "length", "slot", "first"):
+            made[name] = -1
         for each in (*self.edits, *self.warps):
             if isinstance(each, logits_process.RepetitionPenaltyLogitsProcessor):
                 made["penalty"], made["divisor"] = each.penalty, divisor_operand(each.penalty, device)
@@ -127,7 +129,7 @@ class DeviceRules:
 
     def edit(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> None:
         """Write the edits into scores, float32 [R, V]; the other arguments as of `CapturableProcessors`."""
-        cuda_kernels.edit_scores(scores, self._table, tokens, self._ends, position)
+        cuda_kernels.edit_scores(scores, self._table, tokens, self._ends, position, len(tokens))
 
     def choose(self, scores: torch.Tensor, variates: torch.Tensor | None, chosen: torch.Tensor) -> None:
         """Choose tokens by edited scores, see `t5_trt.runtime.cuda_kernels.choose_tokens`."""

@@ -2,14 +2,14 @@
 //
 // One CTA for a row, all of whose sums are added in a fixed order: a row depends on no other row. What Transformers' TemperatureLogitsWarper,
 // TopKLogitsWarper and TopPLogitsWarper keep is kept here, but for a token at the very edge of top-p, as sums are rounded differently. Draws are those of
-// `torch.multinomial`: the largest p / variate. Tokens are few after top-k, and mostly after top-p: they are listed in shared memory and sorted there.
-// Where they are not, thresholds are found by bisection over all scores.
+// `torch.multinomial`: the largest p / variate. Tokens are few after top-k, and mostly after top-p: these are listed in shared memory and compared with
+// one another. Where they are not few, thresholds are found by bisection over all scores.
 //   scores float32 [.][vocabulary]; variates float32 likewise, or null: those of `torch.Tensor.exponential_` for [1][vocabulary] and the row's generator,
-//   by `spread` threads; chosen int64 [.]
+//   by `spread` threads; chosen int64 [.]; tokens int64 [.][capacity] or null: what is chosen is put behind the tokens of rows with a slot
 #include "token_rules.cuh"
 
 constexpr int WARPS = 32;     // at most, of a CTA
-constexpr int LISTED = 2048;  // tokens at most
+constexpr int LISTED = 2048;  // entries at most
 constexpr int FEW = 512, SOME = 256;  // the largest top-k for a list, and how many of the best threads' tokens it has without top-k
 constexpr int TOKEN_BITS = 20;        // of a vocabulary
 
@@ -104,73 +104,61 @@ struct Variates {
     }
 };
 
-// Tokens by falling scores, of equal ones the last first, as a stable sort by rising scores has them from its end.
-struct List { float scores[LISTED]; int tokens[LISTED]; };
+// Some tokens of a row, in any order. A weight is exp(score - the largest one) in units of 2^-40, so that sums do not depend on their order.
+struct Entry { float score; int token; unsigned long long weight; };
+constexpr float ONE = 0x1p40f;
 
-// The largest key that at least `wanted` threads reach.
+// A key that at least `wanted` threads reach, to its upper bits.
 __device__ inline unsigned reached_by(unsigned own, int wanted)
 {
     unsigned least = 0;
-    for (unsigned bit = 0x80000000u; bit; bit >>= 1)
+    for (unsigned bit = 0x80000000u; bit >= 1u << 15; bit >>= 1)
         if (__syncthreads_count(own >= (least | bit)) >= wanted)
             least |= bit;
     return least;
 }
 
-// Sorts the `count` tokens of a list; a barrier follows.
-__device__ inline void sort(const List& from, List& to, int count)
+// Draw from the best tokens of a row: `outside` is the weight of all others. -1 if top-p may go beyond them. Of equal scores top-p removes those of lower
+// tokens first, as a stable sort has it.
+__device__ inline int draw_from(Entry* entries, int count, float largest, float outside, const Rules& rules, const Variates& variates)
 {
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const float score = from.scores[i];
-        const int token = from.tokens[i];
-        int rank = 0;
-        for (int j = 0; j < count; ++j)
-            rank += from.scores[j] > score || (from.scores[j] == score && from.tokens[j] > token);
-        to.scores[rank] = score, to.tokens[rank] = token;
+        const float score = entries[i].score;
+        int higher = 0;
+        if (rules.top_k > 0)
+            for (int j = 0; j < count; ++j)
+                higher += entries[j].score > score;
+        entries[i].weight = rules.top_k > 0 && higher >= rules.top_k ? 0 : (unsigned long long)(expf(score - largest) * ONE);
     }
     __syncthreads();
-}
-
-// Draw from a sorted list: `outside` is the sum of the weights of tokens that are not in it, a token's weight being exp(its score - the largest one).
-// -1 if top-p may go beyond the list.
-__device__ inline int draw_from(List& list, int count, float outside, const Rules& rules, const Variates& variates)
-{
-    if (rules.top_k > 0 && rules.top_k < count) {
-        const float least = list.scores[rules.top_k - 1];
-        int kept = (int)rules.top_k;
-        while (kept < count && list.scores[kept] == least)
-            ++kept;
-        count = kept;
-    }
-    const float largest = list.scores[0];
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += blockDim.x)
-        list.scores[i] = expf(list.scores[i] - largest);
-    __syncthreads();
-    float total = outside, sum = outside;
-    for (int i = count - 1; i >= 0; --i)
-        total += list.scores[i];
-    if (rules.top_p < 1.) {
-        const float edge = (float)(1. - rules.top_p);
-        int kept = count;
-        for (int i = count - 1; i > 0 && kept == i + 1; --i) {
-            sum += list.scores[i];
-            if (sum / total <= edge)
-                kept = i;
+    const float edge = (float)(1. - rules.top_p);
+    bool beyond = false;
+    Best own = {-1.f, 0};
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        const Entry entry = entries[i];
+        bool kept = entry.weight > 0;
+        if (rules.top_p < 1.) {
+            const unsigned long long rest = (unsigned long long)(outside * ONE);
+            unsigned long long total = rest, sum = rest;
+            bool best = true, last = true;
+            for (int j = 0; j < count; ++j) {
+                const Entry other = entries[j];
+                const bool below = other.score < entry.score || (other.score == entry.score && other.token <= entry.token);
+                total += other.weight, sum += below ? other.weight : 0;
+                best &= below, last &= !below || j == i;
+            }
+            kept &= best || (float)sum / (float)total > edge;
+            beyond |= kept && last && !best && outside > 0.f;
         }
-        if (kept == count && outside > 0.f && count > 1)
-            return -1;
-        count = kept, total = 0.f;
-        for (int i = count - 1; i >= 0; --i)
-            total += list.scores[i];
+        if (kept)
+            own = better(own, {expf(entry.score - largest) / variates.of(entry.token), entry.token});
     }
-    Best own = {-1.f, list.tokens[0]};
-    for (int i = threadIdx.x; i < count; i += blockDim.x)
-        own = better(own, {list.scores[i] / total / variates.of(list.tokens[i]), list.tokens[i]});
+    if (__syncthreads_or(beyond))
+        return -1;
     return best_of_block(own).token;
 }
 
-// The place of a token in the order of the list, from its end.
+// The place of a token in the order of rising scores, of equal ones by the tokens.
 typedef unsigned long long Place;
 __device__ inline Place place_in_order(float score, int token) { return (Place)sortable(score) << TOKEN_BITS | token; }
 
@@ -205,30 +193,30 @@ __device__ inline int draw_from_all(const Scores& scores, float largest, const R
     const unsigned finite = sortable(-INFINITY) + 1, reached = rules.top_k > 0 ? reached_by_scores(scores, rules.top_k) : 0;
     Place from = (Place)(reached > finite ? reached : finite) << TOKEN_BITS;
     int own_last = 0;  // the last of the best tokens, which always stays
-    scores.each([&](float score, int token) { own_last = score == largest ? token : own_last; });
+    if (rules.top_p < 1.)
+        scores.each([&](float score, int token) { own_last = score == largest ? token : own_last; });
     const Place last = place_in_order(largest, (int)best_of_block({(float)own_last, 0}).value);
-    float total = sum_between(scores, largest, from, last);
     if (rules.top_p < 1.) {
-        const float edge = (float)(1. - rules.top_p);
+        const float edge = (float)(1. - rules.top_p), total = sum_between(scores, largest, from, last);
         Place removed = 0;
         for (Place bit = 1ull << (32 + TOKEN_BITS - 1); bit; bit >>= 1)
             if (sum_between(scores, largest, from, removed | bit) / total <= edge)
                 removed |= bit;
         from = removed >= last ? last : removed + 1 > from ? removed + 1 : from;
-        total = sum_between(scores, largest, from, last);
     }
     Best own = {-1.f, scores.count};
     scores.each([&](float score, int token) {
         if (place_in_order(score, token) >= from)
-            own = better(own, {expf(score - largest) / total / variates.of(token), token});
+            own = better(own, {expf(score - largest) / variates.of(token), token});
     });
     return best_of_block(own).token;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) choose_tokens(
-    const float* scores, const Rules* rules, const float* variates, long long* chosen, int by_row, int vocabulary, int spread)
+    const float* scores, const Rules* rules, const float* variates, long long* chosen, long long* tokens, int by_row, int vocabulary, int spread,
+    int capacity)
 {
-    __shared__ List found, sorted;
+    __shared__ Entry entries[LISTED];
     __shared__ int listed;
     let_next_start();
     wait_for_inputs();
@@ -254,19 +242,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) choose_tokens(
                 if (sortable(score) >= least && score > -INFINITY) {
                     const int at = atomicAdd(&listed, 1);
                     if (at < LISTED)
-                        found.scores[at] = score, found.tokens[at] = id;
+                        entries[at].score = score, entries[at].token = id;
                 } else if (own.top_k <= 0)
                     outside += expf(score - best.value);
             });
-            outside = sum_of_block(outside);  // and the list is there
-            if (listed <= LISTED) {
-                sort(found, sorted, listed);
-                token = draw_from(sorted, listed, outside, own, drawn);
-            }
+            outside = sum_of_block(outside);  // and the entries are there
+            if (listed <= LISTED)
+                token = draw_from(entries, listed, best.value, outside, own, drawn);
         }
         if (token < 0)
             token = draw_from_all(row, best.value, own, drawn);
     }
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         chosen[place] = token;
+        if (tokens && own.slot >= 0)
+            tokens[own.slot * capacity + own.length] = token;
+    }
 }

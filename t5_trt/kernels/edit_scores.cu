@@ -2,7 +2,7 @@
 //
 // One CTA for a row. Results are those of Transformers' RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor, MinLengthLogitsProcessor and
 // MinNewTokensLengthLogitsProcessor, bit for bit.
-//   scores float32 [.][vocabulary]; tokens int64 [rows][capacity]; ends int64 [rows or 1][count], below 0 where there are fewer; position int64 [1]
+//   scores float32 [.][vocabulary]; tokens int64 [.][capacity]; ends int64 [rows or 1][count], below 0 where there are fewer; position int64 [1]
 #include "token_rules.cuh"
 
 // Whether `token` is one of the vocabulary's.
@@ -47,15 +47,20 @@ __device__ inline void ban_repeats(float* scores, int size, const long long* tok
 }
 
 extern "C" __global__ void edit_scores(
-    float* scores, const Rules* rules, const long long* tokens, const long long* ends, const long long* position, int by_row, int capacity, int count,
+    float* scores, const Rules* rules, long long* tokens, const long long* ends, const long long* position, int by_row, int capacity, int count,
     int vocabulary)
 {
     let_next_start();
     wait_for_inputs();
     const Rules& own = own_rules(rules, by_row);
     const int length = (int)(own.length < 0 ? position[0] + 1 : own.length);
-    const long long* row = tokens + (long long)blockIdx.x * capacity;
+    long long* row = tokens + (own.slot < 0 ? blockIdx.x : own.slot) * capacity;
     scores += place_of(own) * vocabulary;
+    if (length == 1 && own.first >= 0) {
+        if (threadIdx.x == 0)
+            row[0] = own.first;
+        __syncthreads();
+    }
     if (own.penalty != 1.)
         penalize(scores, own, row, length, vocabulary);
     if (own.ngram > 0)

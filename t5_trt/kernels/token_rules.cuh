@@ -12,6 +12,8 @@ struct Rules {
     long long draws;          // 0: the best token
     long long place;          // of the row among the scores; -1: that of its CTA
     long long length;         // tokens of the row; -1: one more than `position`
+    long long slot;           // of the row's tokens among `tokens`; -1: that of its CTA
+    long long first;          // the token that a row of one token has, if it is not yet among `tokens`; -1: it is
     unsigned long long seed, offset;  // of torch's generator, where there are no variates
 };
 

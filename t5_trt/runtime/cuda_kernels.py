@@ -185,24 +185,35 @@ def choice_kernels(device: torch.device, vocabulary: int) -> bool:
 
 
 def edit_scores(
-    scores: torch.Tensor, rules: torch.Tensor, tokens: torch.Tensor, ends: torch.Tensor, position: torch.Tensor | None
+    scores: torch.Tensor,
+    rules: torch.Tensor,
+    tokens: torch.Tensor,
+    ends: torch.Tensor,
+    position: torch.Tensor | None,
+    rows: int,
 ) -> None:
     """Write into scores what the tokens that rows have do to them, see ``kernels/edit_scores.cu``.
 
     Args:
         scores: float32 [R, V] where there are `choice_kernels`, like all tensors contiguous.
-        rules: int64 [r, 12], entries of `t5_trt.generation.token_rules.RULES`, or [1, 12] for all r rows.
-        tokens: int64 [r, M].
+        rules: int64 [r, 14], entries of `t5_trt.generation.token_rules.RULES`, or [1, 14] for all r rows.
+        tokens: int64 [r or more, M].
         ends: int64 [r, E], end tokens, or [1, E] likewise.
         position: int64 [1], of the last token, where rules have no lengths.
+        rows: r.
     """
     numbers = (int(len(rules) > 1), tokens.shape[1], ends.shape[1], scores.shape[1])
     function = _function("edit_scores", scores.device.index, ())
-    _launch(function, (len(tokens), 1, 1), THREADS, scores.device, (scores, rules, tokens, ends, position), numbers)
+    _launch(function, (rows, 1, 1), THREADS, scores.device, (scores, rules, tokens, ends, position), numbers)
 
 
 def choose_tokens(
-    scores: torch.Tensor, rules: torch.Tensor, variates: torch.Tensor | None, chosen: torch.Tensor, rows: int
+    scores: torch.Tensor,
+    rules: torch.Tensor,
+    variates: torch.Tensor | None,
+    chosen: torch.Tensor,
+    rows: int,
+    tokens: torch.Tensor | None = None,
 ) -> None:
     """Choose a token of every row, see ``kernels/choose_tokens.cu``.
 
@@ -212,10 +223,13 @@ def choose_tokens(
         variates: exponential ones, float32 [R, V]; None takes those of the generators that the rules name.
         chosen: int64 [R], gets the tokens of the r rows.
         rows: r.
+        tokens: as of `edit_scores`, which gets them, too, where rules have slots and lengths.
     """
-    numbers = (int(len(rules) > 1), scores.shape[1], drawing_threads(scores.shape[1], scores.device))
+    capacity = 0 if tokens is None else tokens.shape[1]
+    numbers = (int(len(rules) > 1), scores.shape[1], drawing_threads(scores.shape[1], scores.device), capacity)
     function = _function("choose_tokens", scores.device.index, ())
-    _launch(function, (rows, 1, 1), CHOICE_THREADS, scores.device, (scores, rules, variates, chosen), numbers)
+    pointers = (scores, rules, variates, chosen, tokens)
+    _launch(function, (rows, 1, 1), CHOICE_THREADS, scores.device, pointers, numbers)
 
 
 def drawing_threads(count: int, device: torch.device) -> int:

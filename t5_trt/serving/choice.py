@@ -36,14 +36,15 @@ class TokenChoice:
 
     Args:
         vocab_size: V.
+        rows: most rows.
         device: of the logits.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, rows: int, device: torch.device) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._forms: OrderedDict[tuple[str, int], CapturableProcessors] = OrderedDict()
         by_kernels = cuda_kernels.choice_kernels(device, vocab_size)
-        self._ruled = RuledChoice(vocab_size, device) if by_kernels else None
+        self._ruled = RuledChoice(vocab_size, rows, device) if by_kernels else None
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[Row], failures: dict[int, Exception]) -> torch.Tensor:
         """The next token of every row, int64 [R]; on a GPU this does not wait, unless a processor has no form that does not.
@@ -53,12 +54,14 @@ class TokenChoice:
             rows: those of the logits; who has become `plain` says so afterwards.
             failures: gets errors of single rows by their place.
         """
-        places, chosen = self._hide_ends(logits, rows), best(logits)
-        if self._ruled is not None:
-            ruled = [place for place in places if rows[place].job.prepared.rules is not None]
+        if self._ruled is None:
+            places, chosen = self._hide_ends(logits, rows), best(logits)
+        else:
+            places = [place for place, row in enumerate(rows) if not row.vacant and self.waits_for(row)]
+            ruled = sorted(set(range(len(rows))) - set(places))
+            chosen = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
             if ruled:
                 self._ruled(logits, [rows[place] for place in ruled], ruled, chosen)
-                places = [place for place in places if rows[place].job.prepared.rules is None]
         groups = self._groups(places, rows)
         while groups:
             places = groups.pop()
@@ -73,7 +76,13 @@ class TokenChoice:
 
     def waits_for(self, row: Row) -> bool:
         """Whether the host must know all of a row's tokens before it can start the choice of the next one."""
-        return row.looks_back or (self._ruled is None and not row.plain and row.job.prepared.hidden_until == 0)
+        prepared = row.job.prepared
+        return not row.plain and prepared.hidden_until == 0 and (self._ruled is None or prepared.rules is None)
+
+    def forget(self, row: Row) -> None:
+        """Free what is kept of a row that is over."""
+        if self._ruled is not None:
+            self._ruled.forget(row)
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], places: list[int], chosen: torch.Tensor) -> None:
         """Choose the tokens of rows that choose alike."""

@@ -29,6 +29,7 @@ class Row:
         vacant: its place is free.
         vacant_steps: which have decoded it since.
         over: the request has ended, whatever is on its way.
+        slot: where a GPU keeps its tokens; None if it keeps none.
     """
 
     def __init__(self, job: Job) -> None:
@@ -42,6 +43,7 @@ class Row:
         self.plain = not job.prepared.do_sample and not job.prepared.processors
         self.token = job.prepared.prompt[-1]
         self.place, self.under_way, self.vacant, self.vacant_steps, self.over = -1, 0, False, 0, False
+        self.slot: int | None = None
         self.left = job.prepared.limit - len(job.prepared.prompt)
 
     @property
@@ -53,12 +55,6 @@ class Row:
     def next_length(self) -> int:
         """The number of tokens that it has when the next step that is started chooses one: those of steps under way are there by then."""
         return self.length + self.under_way
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether its next token depends on its tokens, other than by their number and the last one."""
-        rules = self._prepared.rules
-        return not self.plain and self._prepared.hidden_until == 0 and (rules is None or rules.looks_back)
 
     def pass_over(self, drawn: int, device: torch.device) -> tuple[int, int]:
         """The seed and the offset of its generator, on a GPU, which then is as after so many numbers."""

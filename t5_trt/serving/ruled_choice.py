@@ -1,6 +1,7 @@
-"""The choice of tokens by our kernels for rows of any settings that these know: two kernels for all of them, and one copy from the host.
+"""The choice of tokens by our kernels for rows of any settings that these know: at most two kernels for all rows, and one copy from the host.
 
-rules, end tokens and histories of the rows: int64 [k * (12 + E + M)]
+host    rules and end tokens of the rows, int64 [k * (14 + E)] -> one copy before each step
+tokens  int64 [slots, M] on the GPU, of rows whose next token depends on them: kernels write them, so no step waits for the host
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from t5_trt.generation.token_rules import RULES, TokenRules
 from t5_trt.runtime import cuda_kernels
+from t5_trt.runtime.kv_buffers import bucket_length
 from t5_trt.serving.rows import Row
 from t5_trt.serving.settings import Prepared
 
@@ -28,35 +30,56 @@ class RuledChoice:
 
     Args:
         vocab_size: V.
+        rows: most rows.
         device: of the logits, with `t5_trt.runtime.cuda_kernels.choice_kernels`.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, rows: int, device: torch.device) -> None:
         self._device, self._drawn = device, cuda_kernels.drawn(vocab_size, device)
         self._kernel_draws = draws_as_torch(vocab_size, device)
         self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._best = TokenRules.of([]).numbers(device, draws=False).view(np.int64)
+        self._tokens = torch.zeros((rows, 0), dtype=torch.int64, device=device)
+        self._free = list(range(rows))  # slots of `_tokens`
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[Row], places: Sequence[int], chosen: torch.Tensor) -> None:
         """Choose the tokens of some rows; this waits for nothing.
 
         Args:
             logits: float32 [R, V], which may be overwritten.
-            rows: some of them, all with `Prepared.rules`.
+            rows: some of them, all plain, vacant or with `Prepared.rules`.
             places: of these rows.
             chosen: int64 [R], gets their tokens.
         """
-        variates = None
-        numbers = np.concatenate([self._numbers(row.job.prepared) for row in rows])
+        table = np.stack([self._numbers(row) for row in rows])
+        numbers = table.view(RULES)[:, 0]
         numbers["place"], numbers["length"] = places, [row.next_length for row in rows]
-        if numbers["draws"].any():
-            variates = self._prepare_draws(logits, rows, numbers)
-        edits = bool(
-            ((numbers["penalty"] != 1) | (numbers["ngram"] > 0) | (numbers["until"] > numbers["length"])).any()
-        )
-        table, ends, tokens = self._copied(rows, numbers, edits=edits)
+        variates = self._prepare_draws(logits, rows, numbers) if numbers["draws"].any() else None
+        looks_back = ((numbers["penalty"] != 1) | (numbers["ngram"] > 0)).nonzero()[0].tolist()
+        for at in looks_back:
+            numbers["slot"][at], numbers["first"][at] = self._slot(rows[at]), rows[at].job.prepared.prompt[0]
+        edits = bool(looks_back) or bool((numbers["until"] > numbers["length"]).any())
+        rules, ends = self._copied(rows, table, edits=edits)
         if edits:
-            cuda_kernels.edit_scores(logits, table, tokens, ends, None)
-        cuda_kernels.choose_tokens(logits, table, variates, chosen, len(rows))
+            cuda_kernels.edit_scores(logits, rules, self._tokens, ends, None, len(rows))
+        cuda_kernels.choose_tokens(logits, rules, variates, chosen, len(rows), self._tokens)
+
+    def forget(self, row: Row) -> None:
+        """Free what is kept of a row that is over; steps under way may still use it, which no later step does before them."""
+        if row.slot is not None:
+            self._free.append(row.slot)
+            row.slot = None
+
+    def _slot(self, row: Row) -> int:
+        """Where the tokens of a row are, with room for all that it may have."""
+        if row.slot is None:
+            row.slot = self._free.pop()
+            wanted = bucket_length(row.job.prepared.limit + 1)
+            if wanted > self._tokens.shape[1]:
+                wider = self._tokens.new_zeros((len(self._tokens), wanted))
+                wider[:, : self._tokens.shape[1]] = self._tokens
+                self._tokens = wider
+        return row.slot
 
     def _prepare_draws(self, logits: torch.Tensor, rows: Sequence[Row], numbers: Any) -> torch.Tensor | None:
         """Give rows that draw what their generators stand at, and move these on; or draw their variates."""
@@ -70,45 +93,47 @@ class RuledChoice:
             variates[int(numbers["place"][at])].exponential_(generator=rows[at].generator(self._device))
         return variates
 
-    def _copied(self, rows: Sequence[Row], numbers: Any, *, edits: bool) -> tuple[torch.Tensor, ...]:
-        """Rules [k, 12], end tokens [k, E] and histories [k, M] on the device."""
-        count, lists = len(rows), [_rules(row.job.prepared).ends if edits else () for row in rows]
-        room = max((row.room for row in rows if row.looks_back), default=0) if edits else 0
-        widths = (_WIDTH, max(map(len, lists)), room)
-        memory = torch.empty(count * sum(widths), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+    def _copied(self, rows: Sequence[Row], table: Any, *, edits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rules [k, 14] and end tokens [k, E] on the device."""
+        lists = [_ends(row) for row in rows] if edits else [()]
+        width = max(map(len, lists))
+        memory = torch.empty(len(rows) * (_WIDTH + width), dtype=torch.int64, pin_memory=self._device.type == "cuda")
         flat = memory.numpy()
-        flat[: count * _WIDTH] = numbers.view(np.int64)
-        ends, tokens = (part.reshape(count, -1) for part in np.split(flat[count * _WIDTH :], [count * widths[1]]))
-        ends.fill(-1)
-        for row, own, its_ends, history in zip(rows, lists, ends, tokens, strict=True):
-            its_ends[: len(own)] = own
-            if row.looks_back and edits:
-                history[: row.room] = row.history[: row.room]
-        parts = memory.to(self._device, non_blocking=True).split([count * width for width in widths])
-        return tuple(part.view(count, width) for part, width in zip(parts, widths, strict=True))
+        flat[: table.size] = table.reshape(-1)
+        if width:
+            ends = flat[table.size :].reshape(len(rows), width)
+            ends.fill(-1)
+            for own, its in zip(lists, ends, strict=True):
+                its[: len(own)] = own
+        on_device = memory.to(self._device, non_blocking=True)
+        return on_device[: table.size].view(len(rows), _WIDTH), on_device[table.size :].view(len(rows), width)
 
-    def _numbers(self, prepared: Prepared) -> Any:
-        """What the kernels read of a request's settings, `RULES` [1]."""
-        assert prepared.choice is not None
+    def _numbers(self, row: Row) -> Any:
+        """What the kernels read of a row's settings, int64 [14]."""
+        prepared = row.job.prepared
+        if row.vacant or row.plain or (not row.hides_end and row.plain):  # it may have become plain just now
+            return self._best
+        assert prepared.choice is not None and prepared.rules is not None
         if prepared.choice not in self._kept:
-            self._kept[prepared.choice] = _rules(prepared).numbers(self._device, draws=prepared.do_sample)
+            made = prepared.rules.numbers(self._device, draws=prepared.do_sample)
+            self._kept[prepared.choice] = made.view(np.int64)
         self._kept.move_to_end(prepared.choice)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return self._kept[prepared.choice]
 
 
-def _rules(prepared: Prepared) -> TokenRules:
-    assert prepared.rules is not None
-    return prepared.rules
+def _ends(row: Row) -> tuple[int, ...]:
+    prepared: Prepared = row.job.prepared
+    return () if prepared.rules is None else prepared.rules.ends
 
 
 @cache
 def draws_as_torch(vocab_size: int, device: torch.device) -> bool:
     """Whether the kernel draws for a generator what torch draws: that depends on how torch deals numbers out to threads, which may change."""
-    seeds, scores = (0, 1, 1 << 40, 12345), torch.zeros((4, vocab_size), device=device)
     if device.type != "cuda":
         return False
+    seeds, scores = (0, 1, 1 << 40, 12345), torch.zeros((4, vocab_size), device=device)
     numbers = np.repeat(TokenRules.of([]).numbers(device, draws=True), len(seeds))
     wanted = []
     for place, seed in enumerate(seeds):

@@ -65,7 +65,7 @@ class RunningRows:
         self._session, self._most, self._longest = session, most, longest
         self._limited = any(limit is not None for limit in longest)
         self._outbox, self._end, self._count = outbox, end, count
-        self._choice = TokenChoice(session.arch.vocab_size, session.device)
+        self._choice = TokenChoice(session.arch.vocab_size, most, session.device)
         with at_home(session.device):
             self._buffers = session.row_buffers(most)
 
@@ -137,6 +137,8 @@ class RunningRows:
     def fail(self) -> list[Job]:
         """Give up all rows; return their requests."""
         jobs = [row.job for row in (*(row for row in self.rows if not row.vacant), *self._leaving)]
+        for row in self.rows:
+            self._choice.forget(row)
         self.rows, self._holes, self._leaving, self._started = [], [], [], deque()
         self.active = self._choosing = 0
         return jobs
@@ -210,6 +212,7 @@ class RunningRows:
     def _free(self, row: Row) -> None:
         """Free the place of a row."""
         row.vacant = True
+        self._choice.forget(row)
         self.active -= 1
         self._holes.append(self.rows.index(row))
         self._choosing -= not row.plain

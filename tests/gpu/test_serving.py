@@ -194,7 +194,7 @@ def test_a_step_and_the_choice_of_tokens_wait_for_nothing(model_of: Any) -> None
     each.enter(rows)
     sampled = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2}
     prepared = reader.read(None, {**sampled, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "max_new_tokens": 30})
-    ids, choice = torch.tensor([source()]), TokenChoice(VOCAB, session.device)
+    ids, choice = torch.tensor([source()]), TokenChoice(VOCAB, 8, session.device)
     failures: dict[int, Exception] = {}
     row = Row(Job(ids, torch.ones_like(ids), prepared, 3, None))
     for best_only in (True, False, True, False):  # the first two are captured
@@ -365,3 +365,28 @@ def test_tensorrt_with_the_kernels_serves_rows_and_without_them_says_what_to_do(
             assert torch.equal(handle.result(5 * PATIENCE_S), alone(ours, source(seed, 12), max_new_tokens=20))
     with pytest.raises(BackendError, match=r"backend 'tensorrt': .*decode='kernels'"):
         Engine(TRTT5ForConditionalGeneration.from_model(make_hugging_face("t5-v1.1"), decode="engine", **options))
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_rows_of_all_settings_get_the_tokens_of_generate_alone(model_of: Any, others: bool) -> None:
+    """By the kernels of the choice, steps ahead of the host; with `others` beside rows that the host must look at before each step."""
+    ours, chance = model_of(), random.Random(5)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"min_new_tokens": 12},
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.9},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "repetition_penalty": 1.2, "min_new_tokens": 5},
+    ]
+    kinds += [{"exponential_decay_length_penalty": (3, 1.2)}, {"do_sample": True, "min_p": 0.1}] if others else []
+    requests = [
+        (source(seed, chance.randint(1, 90)), {**chance.choice(kinds), "max_new_tokens": chance.randint(1, 60)})
+        for seed in range(100)
+    ]
+    with Engine(ours, max_rows=40, max_waiting=200) as engine:
+        handles = [engine.submit(ids, seed=seed, **each) for seed, (ids, each) in enumerate(requests)]
+        found = [handle.result(PATIENCE_S) for handle in handles]
+        assert len(engine._scheduler._running._choice._ruled._free) == 40
+    for seed, ((ids, each), tokens) in enumerate(zip(requests, found, strict=True)):
+        assert torch.equal(tokens, alone(ours, ids, seed, **each)), each

@@ -57,7 +57,7 @@ def choose(library: Any, scores: torch.Tensor, rules: torch.Tensor, variates: to
     rows, vocabulary = scores.shape
     chosen = torch.full((rows,), -1)
     threads = -(-vocabulary // 256) * 256
-    call(library, "choose_tokens", (rows,), THREADS, (scores, rules, variates, chosen, 1, vocabulary, threads))
+    call(library, "choose_tokens", (rows,), THREADS, (scores, rules, variates, chosen, None, 1, vocabulary, threads, 0))
     return chosen.tolist()
 
 
@@ -124,7 +124,7 @@ def test_rows_have_places_and_rules_of_their_own(library: Any) -> None:
     scores, variates = scores_of("peaked", 1003), torch.ones(4, 1003)
     rules = packed(TokenRules.of([]), 2, place=[3, 1], top_k=[1, 0], draws=[1, 0])
     chosen, best = torch.full((4,), -1), scores.argmax(-1).tolist()
-    call(library, "choose_tokens", (2,), THREADS, (scores, rules, variates, chosen, 1, 1003, 1024))
+    call(library, "choose_tokens", (2,), THREADS, (scores, rules, variates, chosen, None, 1, 1003, 1024, 0))
     assert chosen.tolist() == [-1, best[1], -1, best[3]]
 
 
@@ -171,5 +171,5 @@ def test_variates_are_those_of_philox(library: Any) -> None:
     """The known answer for zeros (kat_vectors of Random123), by one thread that draws four: the largest has the smallest variate."""
     words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     chosen, rules = torch.zeros(1, dtype=torch.int64), packed(TokenRules.of([]), 1, place=0)
-    call(library, "choose_tokens", (1,), THREADS, (torch.zeros((1, 4)), rules, None, chosen, 1, 4, 1))
+    call(library, "choose_tokens", (1,), THREADS, (torch.zeros((1, 4)), rules, None, chosen, None, 1, 4, 1, 0))
     assert chosen.item() == words.index(max(words))

@@ -36,6 +36,7 @@ static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits,
 #define __shared__ static
 #define __syncthreads()
 #define __syncthreads_and(value) (value)
+#define __syncthreads_or(value) (value)
 #define __syncthreads_count(value) (int)(value)
 #define DIVIDES 1
 #define __logf(value) logf(value)

@@ -97,7 +97,7 @@ def test_sums_along_rows_keep_them_apart_on_a_gpu(v11: tuple[Any, Any]) -> None:
     reader, ids = SettingsReader(v11[1]), torch.tensor([source()])
     groups = []
     for device in ("cpu", "cuda"):
-        choosing = TokenChoice(VOCAB, torch.device(device))
+        choosing = TokenChoice(VOCAB, 8, torch.device(device))
         for settings in ({"top_k": 5}, {"top_p": 0.5}, {"typical_p": 0.5}, {"temperature": 0.5}):
             prepared = reader.read(None, {"do_sample": True, **settings})
             rows = [Row(Job(ids, torch.ones_like(ids), prepared, None, None)) for _ in range(3)]
@@ -119,7 +119,7 @@ def test_lengths_keep_no_rows_apart_but_values_do(v11: tuple[Any, Any]) -> None:
         Row(Job(ids, torch.ones_like(ids), reader.read(None, {"do_sample": True, **each}), None, None))
         for each in settings
     ]
-    groups = TokenChoice(VOCAB, torch.device("cpu"))._groups(list(range(len(rows))), rows)
+    groups = TokenChoice(VOCAB, 8, torch.device("cpu"))._groups(list(range(len(rows))), rows)
     assert sorted(groups) == [[0, 1, 5], [2], [3], [4]]
 
 

@@ -11,7 +11,7 @@
 constexpr int WARPS = 32;     // at most, of a CTA
 constexpr int LISTED = 2048;  // entries at most
 constexpr int FEW = 512, SOME = 256;  // the largest top-k for a list, and how many of the best threads' tokens it has without top-k
-constexpr int TOKEN_BITS = 20;        // of a vocabulary
+constexpr int KEY_BITS = 32, TOKEN_BITS = 20;  // of a score's key and of a token
 
 struct Best { float value; int token; };
 __device__ inline Best better(const Best& a, const Best& b)
@@ -19,34 +19,43 @@ __device__ inline Best better(const Best& a, const Best& b)
     return b.value > a.value || (b.value == a.value && b.token < a.token) ? b : a;
 }
 
-__device__ inline float sum_of_block(float own)
+// What all threads of a CTA have: sums in a fixed order, and the best. `room` has a place for each warp; a barrier must lie between two uses of it.
+__device__ inline float sum_of_block(float own, float* room)
 {
-    __shared__ float sums[WARPS];
+    const int lane = threadIdx.x % LANES;
     for (int step = 1; step < LANES; step <<= 1)
         own += __shfl_xor_sync(0xffffffffu, own, step);
-    __syncthreads();  // the sum before has been read
-    if (threadIdx.x % LANES == 0)
-        sums[threadIdx.x / LANES] = own;
+    if (lane == 0)
+        room[threadIdx.x / LANES] = own;
     __syncthreads();
-    float sum = 0.f;
-    for (int i = 0; i < blockDim.x / LANES; ++i)
-        sum += sums[i];
-    return sum;
+    own = lane < blockDim.x / LANES ? room[lane] : 0.f;
+    for (int step = 1; step < LANES; step <<= 1)
+        own += __shfl_xor_sync(0xffffffffu, own, step);
+    return own;
+}
+__device__ inline float sum_of_block(float own)
+{
+    __shared__ float room[WARPS];
+    __syncthreads();  // the sum before has been read
+    return sum_of_block(own, room);
 }
 
-__device__ inline Best best_of_block(Best own)
+__device__ inline Best best_of_warp(Best own)
 {
-    __shared__ Best found[WARPS];
     for (int step = 1; step < LANES; step <<= 1)
         own = better(own, {__shfl_xor_sync(0xffffffffu, own.value, step), __shfl_xor_sync(0xffffffffu, own.token, step)});
-    __syncthreads();
-    if (threadIdx.x % LANES == 0)
-        found[threadIdx.x / LANES] = own;
-    __syncthreads();
-    own = found[0];
-    for (int i = 1; i < blockDim.x / LANES; ++i)
-        own = better(own, found[i]);
     return own;
+}
+__device__ inline Best best_of_block(Best own)
+{
+    __shared__ Best room[WARPS];
+    const int lane = threadIdx.x % LANES;
+    own = best_of_warp(own);
+    __syncthreads();
+    if (lane == 0)
+        room[threadIdx.x / LANES] = own;
+    __syncthreads();
+    return best_of_warp(room[lane < blockDim.x / LANES ? lane : 0]);
 }
 
 // The scores of a row, divided by the temperature. Each thread goes over the same ones every time.
@@ -158,55 +167,84 @@ __device__ inline int draw_from(Entry* entries, int count, float largest, float 
     return best_of_block(own).token;
 }
 
-// The place of a token in the order of rising scores, of equal ones by the tokens.
-typedef unsigned long long Place;
-__device__ inline Place place_in_order(float score, int token) { return (Place)sortable(score) << TOKEN_BITS | token; }
-
-// The weights of the tokens from one place to another, both included.
-__device__ inline float sum_between(const Scores& scores, float largest, Place from, Place to)
+// Searches by bisection go three bits at a time: what `Sum` gives a score counts at the limits above its key.
+constexpr int BITS = 3, LIMITS = (1 << BITS) - 1;
+struct Limits { float below[LIMITS + 1]; };  // below[c]: of keys from `from` to `from` + c * step - 1; of a block
+template <class Key, class Weight>
+__device__ inline Limits sums_below(const Scores& scores, unsigned from, unsigned step, Key key, Weight weight)
 {
-    float sum = 0.f;
+    __shared__ float room[LIMITS][WARPS];
+    float sums[LIMITS] = {};
     scores.each([&](float score, int token) {
-        const Place place = place_in_order(score, token);
-        if (place >= from && place <= to)
-            sum += expf(score - largest);
+        const unsigned above = key(score, token) - from;
+        const float own = weight(score, token);
+#pragma unroll
+        for (int c = 0; c < LIMITS; ++c)
+            sums[c] += above < (c + 1) * step ? own : 0.f;
     });
-    return sum_of_block(sum);
+    Limits made;
+    made.below[0] = 0.f;
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < LIMITS; ++c)
+        made.below[c + 1] = sum_of_block(sums[c], room[c]);
+    return made;
 }
 
-// The largest key that at least `wanted` scores reach.
-__device__ inline unsigned reached_by_scores(const Scores& scores, long long wanted)
+// The largest key of so many bits below which there is not more than `most`; `before` becomes the sum below it.
+template <class Key, class Weight>
+__device__ inline unsigned search(const Scores& scores, int bits, float most, float& before, Key key, Weight weight)
 {
-    unsigned least = 0;
-    for (unsigned bit = 0x80000000u; bit; bit >>= 1) {
-        int count = 0;
-        scores.each([&](float score, int) { count += sortable(score) >= (least | bit); });
-        if (sum_of_block((float)count) >= wanted)
-            least |= bit;
+    unsigned from = 0;
+    for (int left = bits, own; left > 0; left -= own) {
+        own = left < BITS ? left : BITS;
+        const Limits sums = sums_below(scores, from, 1u << (left - own), key, weight);
+        int steps = 0;
+        while (steps < (1 << own) - 1 && before + sums.below[steps + 1] <= most)
+            ++steps;
+        from += (unsigned)steps << (left - own), before += sums.below[steps];
     }
-    return least;
+    return from;
 }
 
 // Draw from all scores.
 __device__ inline int draw_from_all(const Scores& scores, float largest, const Rules& rules, const Variates& variates)
 {
-    const unsigned finite = sortable(-INFINITY) + 1, reached = rules.top_k > 0 ? reached_by_scores(scores, rules.top_k) : 0;
-    Place from = (Place)(reached > finite ? reached : finite) << TOKEN_BITS;
-    int own_last = 0;  // the last of the best tokens, which always stays
-    if (rules.top_p < 1.)
-        scores.each([&](float score, int token) { own_last = score == largest ? token : own_last; });
-    const Place last = place_in_order(largest, (int)best_of_block({(float)own_last, 0}).value);
+    const auto key = [](float score, int) { return sortable(score); };
+    const auto weight = [&](float score, int) { return expf(score - largest); };
+    unsigned from = sortable(-INFINITY) + 1;
+    if (rules.top_k > 0 && rules.top_k < scores.count) {  // not more than so many may be below the least one
+        float before = 0.f;
+        const float most = (float)(scores.count - rules.top_k);
+        const unsigned least = search(scores, KEY_BITS, most, before, key, [](float, int) { return 1.f; });
+        from = least > from ? least : from;
+    }
+    // the lowest key and, of equal scores, the lowest token that top-p keeps
+    unsigned kept = from;
+    int kept_token = 0;
     if (rules.top_p < 1.) {
-        const float edge = (float)(1. - rules.top_p), total = sum_between(scores, largest, from, last);
-        Place removed = 0;
-        for (Place bit = 1ull << (32 + TOKEN_BITS - 1); bit; bit >>= 1)
-            if (sum_between(scores, largest, from, removed | bit) / total <= edge)
-                removed |= bit;
-        from = removed >= last ? last : removed + 1 > from ? removed + 1 : from;
+        const auto counts = [&](float score, int) { return sortable(score) >= from ? expf(score - largest) : 0.f; };
+        float total = 0.f, before = 0.f;
+        scores.each([&](float score, int token) { total += counts(score, token); });
+        total = sum_of_block(total);
+        const float most = (float)(1. - rules.top_p) * total;
+        kept = search(scores, KEY_BITS, most, before, key, counts);
+        kept = kept > from ? kept : from;
+        const unsigned top = sortable(largest), edge = kept < top ? kept : top;
+        int equal = 0, last = 0;
+        scores.each([&](float score, int token) { if (sortable(score) == edge) ++equal, last = token; });
+        if (sum_of_block((float)equal) > 1.f) {
+            last = (int)best_of_block({(float)last, 0}).value;
+            const auto token_at_edge = [&](float score, int token) { return sortable(score) == edge ? (unsigned)token : 0xffffffffu; };
+            kept_token = kept > top ? last : (int)search(scores, TOKEN_BITS, most, before, token_at_edge, weight);
+            kept_token = kept_token < last ? kept_token : last;  // the last of the best ones stays
+        }
+        kept = edge;
     }
     Best own = {-1.f, scores.count};
     scores.each([&](float score, int token) {
-        if (place_in_order(score, token) >= from)
+        const unsigned its = sortable(score);
+        if (its > kept || (its == kept && token >= kept_token))
             own = better(own, {expf(score - largest) / variates.of(token), token});
     });
     return best_of_block(own).token;

@@ -13,7 +13,7 @@ import torch
 from transformers.generation import logits_process as processors
 
 from t5_trt import kernels
-from t5_trt.generation.token_rules import RULES, TokenRules
+from t5_trt.generation.token_rules import TokenRules
 from tests.kernels.emulation import call, compiled_library, entry, without
 
 CPU = torch.device("cpu")

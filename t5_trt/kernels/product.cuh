@@ -14,14 +14,18 @@ constexpr int PRODUCT_WARPS = 16, HALVES = 2;  // parts of k of a layer's produc
 // Shared memory that a CTA may take: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on.
 constexpr int SHARED_BYTES = 98 * 1024;
 
-constexpr int STRIDE = 20;  // of the sums of a row in shared memory: 16, and no bank conflicts
+constexpr int STRIDE = 20;  // of the sums of a row in shared memory, of which there are 16: two rows have twice as much
 
-// Leave a lane's accumulators of mma for COUNT / 4 row tiles in shared memory: [row][STRIDE].
+// Where the 16 sums of a row begin, counted from those of an even row. Neither a lane's accumulators nor two rows that a warp reads together, 16 sums of
+// each, lie in the same banks.
+__device__ __forceinline__ int sums_of_row(int row) { return (row >> 1) * (2 * STRIDE) + (row & 1) * 16; }
+
+// Leave a lane's accumulators of mma for COUNT / 4 row tiles in shared memory.
 template <int COUNT> __device__ __forceinline__ void store_sums(float* to, const float* sums, int lane)
 {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-        to[((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) * STRIDE + (lane >> 2) + ((i & 2) << 2)] = sums[i];
+        to[sums_of_row((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) + (lane >> 2) + ((i & 2) << 2)] = sums[i];
 }
 
 // What a kernel that norms reads of its rows besides x, and the powers of two that it leaves for the next copy of the stream.
@@ -312,7 +316,7 @@ struct Product {
             for (int row = 0; row < OWN_ROWS; ++row) {
                 const float sum = sums[tile][row] + __shfl_xor_sync(0xffffffffu, sums[tile][row], 16);
                 if (lane < 16)
-                    own[row * STRIDE + lane] = sum;
+                    own[sums_of_row(row) + lane] = sum;
             }
 #else
             store_sums<SUMS>(own, sums[tile], lane);
@@ -325,7 +329,7 @@ struct Product {
     static __device__ __forceinline__ float total(int, int tile, int output, int row)
     {
         static_assert(WARPS % HALVES == 0, "warps");
-        const auto of = [&](int warp) { return ((const float*)(shared + warp * REGION))[(tile * OWN_ROWS + row) * STRIDE + output]; };
+        const auto of = [&](int warp) { return ((const float*)(shared + warp * REGION))[tile * OWN_ROWS * STRIDE + sums_of_row(row) + output]; };
         float sums[WARPS] = {};
         if constexpr (NORMED) {
 #pragma unroll

@@ -205,7 +205,7 @@ struct SplitProduct {
             float4 parts[PARTS];
 #pragma unroll
             for (int p = 0; p < PARTS; ++p)
-                parts[p] = *(const float4*)((float*)shared + p * SUMS + from * STRIDE + column);
+                parts[p] = *(const float4*)((float*)shared + p * SUMS + sums_of_row(from) + column);
             send(received + (own_tile * HANDED + row % HANDED) * 16 + column, box, row / HANDED, sum_in_pairs<PARTS>(parts));
         }
         receive(box);

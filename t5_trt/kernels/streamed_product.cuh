@@ -125,7 +125,7 @@ struct StreamedProduct {
         float sums[HALVES] = {};
 #pragma unroll
         for (int i = 0; i < WARPS; ++i)
-            sums[i / (WARPS / HALVES)] += ((const float*)(shared + WARPS * ROW_BYTES + turn % BUFFERS * TURN + (i * IN_ONE + tile) * SUMS))[row * STRIDE + output];
+            sums[i / (WARPS / HALVES)] += ((const float*)(shared + WARPS * ROW_BYTES + turn % BUFFERS * TURN + (i * IN_ONE + tile) * SUMS))[sums_of_row(row) + output];
         return sums[0] + sums[1];
     }
 };

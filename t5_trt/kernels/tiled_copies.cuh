@@ -142,6 +142,6 @@ struct TiledCopies {
     // Where the first half's sum of an output of a tile for a row lies, all counted from the first; the second half's is SUMS behind.
     static __device__ __forceinline__ const float* sum_of(int tile, int output, int row)
     {
-        return (const float*)shared + (tile * OWN_ROWS + row) * STRIDE + output;
+        return (const float*)shared + tile * OWN_ROWS * STRIDE + sums_of_row(row) + output;
     }
 };

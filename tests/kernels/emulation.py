@@ -60,7 +60,8 @@ def compiled_library(source: str, wanted: dict[str, int], folder: Path) -> ctype
     path, library = folder / "kernels.cpp", folder / "kernels.so"
     path.write_text(source)
     defined = [f"-D{name}={value}" for name, value in wanted.items()]
-    flags = ["-shared", "-fPIC", "-O2", "-std=c++17", "-w"]
+    # statics of templates would be one for all libraries of a process, whatever their sizes
+    flags = ["-shared", "-fPIC", "-O2", "-std=c++17", "-w", "-fno-gnu-unique"]
     subprocess.run([compiler, *flags, *defined, "-o", str(library), str(path)], check=True)
     return ctypes.CDLL(str(library))
 

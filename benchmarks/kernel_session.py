@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
 #: records that agree in these are of one case: the newer one replaces the older one
 CASE = (
     "part", "python", "backend", "model", "precision", "batch", "num_beams", "source_tokens", "new_tokens", "positions", "tool", "stage",
+    "search",
 )  # fmt: skip
 BARE_TESTS = (
     "test_kernels.py",
@@ -72,6 +73,7 @@ PARTS: dict[str, list[list[str]]] = {
             "{python} -m benchmarks.decode_first --out {out} {layers}",
             "{python} -m benchmarks.encoder --out {out} {layers}",
             "{python} -m benchmarks.positions --out {out} {layers}",
+            "{python} -m benchmarks.token_choice --out {out} {layers}",
         ]
     ],
     "tokens": [

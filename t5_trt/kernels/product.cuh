@@ -18,14 +18,15 @@ constexpr int STRIDE = 20;  // of the sums of a row in shared memory, of which t
 
 // Where the 16 sums of a row begin, counted from those of an even row. Neither a lane's accumulators nor two rows that a warp reads together, 16 sums of
 // each, lie in the same banks.
-__device__ __forceinline__ int sums_of_row(int row) { return (row >> 1) * (2 * STRIDE) + (row & 1) * 16; }
+struct SumsOfRow { __device__ __forceinline__ int operator()(int row) const { return (row >> 1) * (2 * STRIDE) + (row & 1) * 16; } };
+__device__ __forceinline__ int sums_of_row(int row) { return SumsOfRow()(row); }
 
 // Leave a lane's accumulators of mma for COUNT / 4 row tiles in shared memory.
-template <int COUNT> __device__ __forceinline__ void store_sums(float* to, const float* sums, int lane)
+template <int COUNT, class Place = SumsOfRow> __device__ __forceinline__ void store_sums(float* to, const float* sums, int lane, Place place = {})
 {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-        to[sums_of_row((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) + (lane >> 2) + ((i & 2) << 2)] = sums[i];
+        to[place((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) + (lane >> 2) + ((i & 2) << 2)] = sums[i];
 }
 
 // What a kernel that norms reads of its rows besides x, and the powers of two that it leaves for the next copy of the stream.

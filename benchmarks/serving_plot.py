@@ -66,7 +66,8 @@ def draw_serving(records: Sequence[Record], path: Path) -> None:
 
 
 def _case(record: Record) -> str:
-    return f"{record['batch']} clients\n{record['stage']}\n{record['backend']}"
+    stage = record["stage"].replace(", ", "\n")
+    return f"{record['batch']} clients\n{stage}\n{record['backend']}"
 
 
 def _label(panel: Any, bars: Any) -> None:

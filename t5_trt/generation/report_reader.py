@@ -14,7 +14,7 @@ from t5_trt.runtime.session import Mailbox, TokenSelector
 
 #: steps that the host may be ahead of the newest report it has seen: enough to hide the host's work, few enough to waste little
 #: after the end
-STEPS_AHEAD = 4
+STEPS_AHEAD = 2
 #: seconds after which a missing report is checked for an error of the GPU
 PATIENCE = 1.0
 

@@ -90,9 +90,15 @@ def model() -> None:
         ours = TRTT5ForConditionalGeneration.from_model(
             hugging_face, backend="cuda", precision="fp16", engine_cache_dir=store
         )
-        for rows, beams in ((1, 1), (3, 1), (3, 4)):
+        searches: tuple[dict[str, Any], ...] = (
+            {},
+            {"num_beams": 4},
+            {"do_sample": True, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2},
+            {"do_sample": True, "top_k": 0, "top_p": 0.999, "no_repeat_ngram_size": 2},
+        )
+        for rows, search in ((1, searches[0]), *((3, search) for search in searches)):
             inputs = {name: tensor.cuda() for name, tensor in batch(rows).items()}
-            ours.generate(**inputs, num_beams=beams, max_new_tokens=5, min_new_tokens=5)
+            ours.generate(**inputs, **search, max_new_tokens=5, min_new_tokens=5)
     torch.cuda.synchronize()
 
 

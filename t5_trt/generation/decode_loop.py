@@ -127,10 +127,11 @@ class DecodeLoop(ABC):
         device, processors, vocabulary = self.session.device, self.request.processors, self.session.arch.vocab_size
         forms = capturable_processors(processors, vocabulary, self.capacity, device)
         assert forms is not None
-        rules = None
-        if cuda_kernels.choice_kernels(device, vocabulary):
-            rules = DeviceRules(TokenRules.of(processors), device, draws=bool(self.request.config.do_sample))
-        return CapturableProcessors(forms, rules)
+        made, draws = CapturableProcessors(forms), bool(self.request.config.do_sample)
+        chooses = draws or (len(made) > 0 and made.hiding is None)  # else the step does it, or the search for beams
+        if chooses and cuda_kernels.choice_kernels(device, vocabulary):
+            return CapturableProcessors(forms, DeviceRules(TokenRules.of(processors), device, draws=draws))
+        return made
 
     def _step(self) -> GenerationStep:
         entries, key = len(self._entries), None

@@ -120,12 +120,15 @@ class DeviceRules:
         self._write(rules)
 
     def load(self, processors: Sequence[Any]) -> None:
-        """Take the numbers of other processors of the same kinds."""
-        self._write(TokenRules.of(processors))
+        """Take the numbers of other processors of the same kinds. This does not wait for the GPU."""
+        front, edited = self.parts
+        self._write(
+            TokenRules(*(tuple(part) for part in (processors[:front], processors[front:edited], processors[edited:])))
+        )
 
     def _write(self, rules: TokenRules) -> None:
         numbers = rules.numbers(self._table.device, draws=self._draws)
-        self._table.copy_(torch.from_numpy(numbers.view(np.int64))[None])
+        self._table.copy_(torch.from_numpy(numbers.view(np.int64))[None], non_blocking=True)
 
     def edit(self, tokens: torch.Tensor, position: torch.Tensor, scores: torch.Tensor) -> None:
         """Write the edits into scores, float32 [R, V]; the other arguments as of `CapturableProcessors`."""

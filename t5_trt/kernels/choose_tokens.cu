@@ -11,7 +11,7 @@
 constexpr int WARPS = 32;     // at most, of a CTA
 constexpr int LISTED = 2048;  // entries at most
 constexpr int FEW = 512, SOME = 256;  // the largest top-k for a list, and how many of the best threads' tokens it has without top-k
-constexpr int KEY_BITS = 32, TOKEN_BITS = 20;  // of a score's key and of a token
+constexpr int KEY_BITS = 32, LOWER_BITS = 15, TOKEN_BITS = 20;  // of a score's key, those that a list of the best leaves out, and of a token
 
 struct Best { float value; int token; };
 __device__ inline Best better(const Best& a, const Best& b)
@@ -121,9 +121,9 @@ constexpr float ONE = 0x1p40f;
 __device__ inline unsigned reached_by(unsigned own, int wanted)
 {
     unsigned least = 0;
-    for (unsigned bit = 0x80000000u; bit >= 1u << 15; bit >>= 1)
-        if (__syncthreads_count(own >= (least | bit)) >= wanted)
-            least |= bit;
+    for (int bit = KEY_BITS - 1; bit >= LOWER_BITS; --bit)
+        if (__syncthreads_count(own >= (least | 1u << bit)) >= wanted)
+            least |= 1u << bit;
     return least;
 }
 
@@ -199,9 +199,10 @@ __device__ inline unsigned search(const Scores& scores, int bits, float most, fl
     for (int left = bits, own; left > 0; left -= own) {
         own = left < BITS ? left : BITS;
         const Limits sums = sums_below(scores, from, 1u << (left - own), key, weight);
+        const int most_steps = (1 << own) - 1;
         int steps = 0;
-        while (steps < (1 << own) - 1 && before + sums.below[steps + 1] <= most)
-            ++steps;
+        for (int more = 1; more <= most_steps; ++more)
+            steps += steps == more - 1 && before + sums.below[more] <= most;
         from += (unsigned)steps << (left - own), before += sums.below[steps];
     }
     return from;

@@ -37,11 +37,11 @@ __device__ inline void ban_repeats(float* scores, int size, const long long* tok
 {
     const long long* prefix = tokens + length - (size - 1);
     for (int start = threadIdx.x; start + size <= length; start += blockDim.x) {
-        int same = 0;
-        while (same < size - 1 && tokens[start + same] == prefix[same])
-            ++same;
+        bool same = true;
+        for (int i = 0; i < size - 1; ++i)
+            same &= tokens[start + i] == prefix[i];
         const long long last = tokens[start + size - 1];
-        if (same == size - 1 && known(last, vocabulary))
+        if (same && known(last, vocabulary))
             scores[last] = -INFINITY;
     }
 }

@@ -20,6 +20,7 @@ import torch
 from t5_trt.generation.processors import CapturableProcessors, capturable_processors
 from t5_trt.generation.sampling import draw_each
 from t5_trt.runtime import cuda_kernels
+from t5_trt.runtime.cuda_graph import at_home
 from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.rows import Row
 from t5_trt.serving.ruled_choice import RuledChoice
@@ -61,7 +62,8 @@ class TokenChoice:
             ruled = sorted(set(range(len(rows))) - set(places))
             chosen = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
             if ruled:
-                self._ruled(logits, [rows[place] for place in ruled], ruled, chosen)
+                with at_home(self._device):
+                    self._ruled(logits, [rows[place] for place in ruled], ruled, chosen)
         groups = self._groups(places, rows)
         while groups:
             places = groups.pop()
@@ -77,7 +79,7 @@ class TokenChoice:
     def waits_for(self, row: Row) -> bool:
         """Whether the host must know all of a row's tokens before it can start the choice of the next one."""
         prepared = row.job.prepared
-        return not row.plain and prepared.hidden_until == 0 and (self._ruled is None or prepared.rules is None)
+        return not row.plain and (prepared.hidden_until == 0 if self._ruled is None else prepared.rules is None)
 
     def forget(self, row: Row) -> None:
         """Free what is kept of a row that is over."""

@@ -31,7 +31,7 @@ class RuledChoice:
     Args:
         vocab_size: V.
         rows: most rows.
-        device: of the logits, with `t5_trt.runtime.cuda_kernels.choice_kernels`.
+        device: of the logits, with `t5_trt.runtime.cuda_kernels.choice_kernels`; the thread's current one when it is made and called.
     """
 
     def __init__(self, vocab_size: int, rows: int, device: torch.device) -> None:

@@ -65,8 +65,8 @@ class RunningRows:
         self._session, self._most, self._longest = session, most, longest
         self._limited = any(limit is not None for limit in longest)
         self._outbox, self._end, self._count = outbox, end, count
-        self._choice = TokenChoice(session.arch.vocab_size, most, session.device)
         with at_home(session.device):
+            self._choice = TokenChoice(session.arch.vocab_size, most, session.device)
             self._buffers = session.row_buffers(most)
 
     def __len__(self) -> int:

@@ -165,6 +165,8 @@ def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int)
     ("name", "options"),
     [
         ("token_step", {}),
+        ("edit_scores", {}),
+        ("choose_tokens", {}),
         ("reorder_rows", {"BEAMS": 4}),
         ("beam_candidates", {"SPAN": SPAN, "WARPS": WARPS, "CANDIDATES": 8}),
         ("beam_candidates", {"SPAN": LARGE_SPAN, "WARPS": LARGE_WARPS, "CANDIDATES": MOST_CANDIDATES}),

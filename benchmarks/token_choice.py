@@ -1,4 +1,4 @@
-"""Time the choice of tokens on an NVIDIA GPU: steps of generate() that sample or have processors, by our kernels and by torch's operations.
+"""Time steps of generate() that sample or have processors on an NVIDIA GPU, by our kernels and by torch's operations.
 
     python -m benchmarks.token_choice --out FOLDER [--batches 1,32,128] [--layers 2]
 

@@ -5,7 +5,7 @@ It consists of torch operations on buffers of fixed size, so that a session may 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -211,11 +211,16 @@ def draw_each(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> to
         int64 [rows].
     """
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
-    variates = torch.empty_like(probabilities)
+    return _keys(probabilities, variates_of(scores, dict(enumerate(generators)))).argmax(-1)
+
+
+def variates_of(scores: torch.Tensor, generators: Mapping[int, torch.Generator]) -> torch.Tensor:
+    """As `exponential_variates`, but each row's are those that its own generator gives for it alone; rows without one get none."""
+    variates = torch.empty_like(scores)
     with _drawing(scores):
-        for row, generator in enumerate(generators):
+        for row, generator in generators.items():
             variates[row : row + 1].exponential_(generator=generator)
-    return _keys(probabilities, variates).argmax(-1)
+    return variates
 
 
 def _drawing(scores: torch.Tensor) -> AbstractContextManager[Any]:

@@ -69,6 +69,18 @@ class TokenRules:
         return next((_ends(each) for each in self.edits if hasattr(each, "eos_token_id")), ())
 
     @cached_property
+    def until(self) -> int:
+        """The length in tokens below which edits hide `ends`; 0 if none does."""
+        lengths = [
+            each.min_length
+            if isinstance(each, logits_process.MinLengthLogitsProcessor)
+            else each.prompt_length_to_skip + each.min_new_tokens
+            for each in self.edits
+            if hasattr(each, "eos_token_id")
+        ]
+        return max(lengths, default=0)
+
+    @cached_property
     def looks_back(self) -> bool:
         """Whether edits look at a row's tokens, not only at their number."""
         return any(isinstance(each, _EDITS[:2]) for each in self.edits)
@@ -82,7 +94,7 @@ class TokenRules:
         """
         made = np.zeros(1, RULES)
         made["penalty"] = made["divisor"] = made["temperature"] = made["top_p"] = 1.0
-        made["draws"] = draws
+        made["draws"], made["until"] = draws, self.until
         for name in ("place", "length", "slot", "first"):
             made[name] = -1
         for each in (*self.edits, *self.warps):
@@ -96,10 +108,6 @@ class TokenRules:
                 made["top_k"] = each.top_k
             elif isinstance(each, logits_process.TopPLogitsWarper):
                 made["top_p"] = each.top_p
-            elif isinstance(each, logits_process.MinLengthLogitsProcessor):
-                made["until"] = np.maximum(made["until"], each.min_length)
-            else:
-                made["until"] = np.maximum(made["until"], each.prompt_length_to_skip + each.min_new_tokens)
         return made
 
 

@@ -167,7 +167,7 @@ __device__ inline int draw_from(Entry* entries, int count, float largest, float 
     return best_of_block(own).token;
 }
 
-// Searches by bisection go three bits at a time: what `Sum` gives a score counts at the limits above its key.
+// Searches by bisection go three bits at a time: what `weight` gives a score counts at the limits above its `key`.
 constexpr int BITS = 3, LIMITS = (1 << BITS) - 1;
 struct Limits { float below[LIMITS + 1]; };  // below[c]: of keys from `from` to `from` + c * step - 1; of a block
 template <class Key, class Weight>

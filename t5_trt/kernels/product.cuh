@@ -16,17 +16,19 @@ constexpr int SHARED_BYTES = 98 * 1024;
 
 constexpr int STRIDE = 20;  // of the sums of a row in shared memory, of which there are 16: two rows have twice as much
 
-// Where the 16 sums of a row begin, counted from those of an even row. Neither a lane's accumulators nor two rows that a warp reads together, 16 sums of
-// each, lie in the same banks.
-struct SumsOfRow { __device__ __forceinline__ int operator()(int row) const { return (row >> 1) * (2 * STRIDE) + (row & 1) * 16; } };
-__device__ __forceinline__ int sums_of_row(int row) { return SumsOfRow()(row); }
+// Where the 16 sums of a row begin, counted from those of an even row. A lane's accumulators do not lie in the same banks, nor do those of two rows that a
+// warp reads together, 16 sums of each, if these lie IN_PAIRS.
+template <bool IN_PAIRS = true> __device__ __forceinline__ int sums_of_row(int row)
+{
+    return IN_PAIRS ? (row >> 1) * (2 * STRIDE) + (row & 1) * 16 : row * STRIDE;
+}
 
 // Leave a lane's accumulators of mma for COUNT / 4 row tiles in shared memory.
-template <int COUNT, class Place = SumsOfRow> __device__ __forceinline__ void store_sums(float* to, const float* sums, int lane, Place place = {})
+template <int COUNT, bool IN_PAIRS = true> __device__ __forceinline__ void store_sums(float* to, const float* sums, int lane)
 {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-        to[place((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) + (lane >> 2) + ((i & 2) << 2)] = sums[i];
+        to[sums_of_row<IN_PAIRS>((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) + (lane >> 2) + ((i & 2) << 2)] = sums[i];
 }
 
 // What a kernel that norms reads of its rows besides x, and the powers of two that it leaves for the next copy of the stream.

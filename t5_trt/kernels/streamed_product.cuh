@@ -21,8 +21,7 @@ struct StreamedProduct {
     static constexpr int TURN = WARPS * IN_ONE * SUMS;
     static constexpr int BUFFERS = TURNS == 1 || WARPS * ROW_BYTES + 2 * TURN > STREAMED_BYTES ? 1 : 2;  // of sums, so that turns may overlap
     static constexpr int SHARED = WARPS * ROW_BYTES + BUFFERS * TURN;
-    // of the sums of a row; as in product.cuh from two row tiles on, where it is faster
-    struct Place { __device__ __forceinline__ int operator()(int row) const { return STAGED ? sums_of_row(row) : row * STRIDE; } };
+    static constexpr bool IN_PAIRS = STAGED;  // rows' sums, see `sums_of_row`: with one row tile it is slower
     static_assert(OUT_TILES % IN_ONE == 0 && SHARED <= STREAMED_BYTES, "tiles of a CTA");
 
     Weights held[HELD][PER_WARP];
@@ -92,7 +91,7 @@ struct StreamedProduct {
             if (tile + HELD < OUT_TILES)
                 load(tile + HELD);
             float* own = (float*)(shared + WARPS * ROW_BYTES + turn % BUFFERS * TURN + ((threadIdx.x >> 5) * IN_ONE + i) * SUMS);
-            store_sums<OWN_ROW_TILES * 4>(own, sums[i], lane, Place());
+            store_sums<OWN_ROW_TILES * 4, IN_PAIRS>(own, sums[i], lane);
         }
         __syncthreads();
     }
@@ -127,7 +126,7 @@ struct StreamedProduct {
         float sums[HALVES] = {};
 #pragma unroll
         for (int i = 0; i < WARPS; ++i)
-            sums[i / (WARPS / HALVES)] += ((const float*)(shared + WARPS * ROW_BYTES + turn % BUFFERS * TURN + (i * IN_ONE + tile) * SUMS))[Place()(row) + output];
+            sums[i / (WARPS / HALVES)] += ((const float*)(shared + WARPS * ROW_BYTES + turn % BUFFERS * TURN + (i * IN_ONE + tile) * SUMS))[sums_of_row<IN_PAIRS>(row) + output];
         return sums[0] + sums[1];
     }
 };

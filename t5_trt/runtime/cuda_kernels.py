@@ -232,6 +232,7 @@ def choose_tokens(
     _launch(function, (rows, 1, 1), CHOICE_THREADS, scores.device, pointers, numbers)
 
 
+@cache
 def drawing_threads(count: int, device: torch.device) -> int:
     """Threads by which torch draws random numbers for a tensor of `count` elements on a GPU.
 

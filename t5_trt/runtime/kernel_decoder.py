@@ -27,6 +27,7 @@ from t5_trt.runtime.cuda_graph import CaptureError, GraphMemory, NotCaptured, ca
 from t5_trt.runtime.kernel_positions import PROGRAMS_KEPT, PositionsStep, positions_at_once
 from t5_trt.runtime.kernel_rows import KernelRowBuffers, padded_count
 from t5_trt.runtime.kv_buffers import CrossStates, DecoderState, bucket_length
+from t5_trt.runtime.recently_used import keep
 from t5_trt.runtime.session import TokenSelector
 from t5_trt.runtime.step_buffers import (
     CapturedStep,
@@ -185,12 +186,7 @@ class KernelDecoder:
         """Decode P tokens of every row, int64 [R, P], which one step takes; the logits go to float32 [R, P, V]."""
         state.materialize()
         slot, count = self._slot(state), tokens.shape[1]
-        if count not in slot.several:
-            slot.several[count] = self._positions_step(slot, count)
-        positions = slot.several[count]
-        slot.several.move_to_end(count)
-        while len(slot.several) > PROGRAMS_KEPT:
-            slot.several.popitem(last=False)
+        positions = keep(slot.several, count, PROGRAMS_KEPT, lambda: self._positions_step(slot, count))
         positions.feed(tokens, state.length)
         work = partial(self._run_positions, positions)
         # at the second use, as a capture takes milliseconds and most prompts' lengths do not come again

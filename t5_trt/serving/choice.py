@@ -21,6 +21,7 @@ from t5_trt.generation.processors import CapturableProcessors, capturable_proces
 from t5_trt.generation.sampling import draw_each
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.cuda_graph import at_home
+from t5_trt.runtime.recently_used import keep
 from t5_trt.runtime.top_tokens import best
 from t5_trt.serving.rows import Row
 from t5_trt.serving.ruled_choice import RuledChoice
@@ -58,8 +59,10 @@ class TokenChoice:
         if self._ruled is None:
             places, chosen = self._hide_ends(logits, rows), best(logits)
         else:
-            places = [place for place, row in enumerate(rows) if not row.vacant and self.waits_for(row)]
-            ruled = sorted(set(range(len(rows))) - set(places))
+            waits = [self.waits_for(row) for row in rows]
+            places, ruled = (
+                [place for place, each in enumerate(waits) if each == waiting] for waiting in (True, False)
+            )
             chosen = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
             if ruled:
                 with at_home(self._device):
@@ -79,7 +82,9 @@ class TokenChoice:
     def waits_for(self, row: Row) -> bool:
         """Whether the host must know all of a row's tokens before it can start the choice of the next one."""
         prepared = row.job.prepared
-        return not row.plain and (prepared.hidden_until == 0 if self._ruled is None else prepared.rules is None)
+        if row.plain or row.vacant:
+            return False
+        return prepared.hidden_until == 0 if self._ruled is None else prepared.rules is None
 
     def forget(self, row: Row) -> None:
         """Free what is kept of a row that is over."""
@@ -134,14 +139,13 @@ class TokenChoice:
         """The forms of a request's processors, for a width of histories."""
         assert prepared.choice is not None
         key = prepared.choice, room
-        if key not in self._forms:
+
+        def make() -> CapturableProcessors:
             forms = capturable_processors(prepared.processors, self._vocab_size, room, self._device)
             assert forms is not None
-            self._forms[key] = CapturableProcessors(forms)
-        self._forms.move_to_end(key)
-        while len(self._forms) > KEPT:
-            self._forms.popitem(last=False)
-        return self._forms[key]
+            return CapturableProcessors(forms)
+
+        return keep(self._forms, key, KEPT, make)
 
     def _hide_ends(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
         """Hide the end tokens of rows that take none yet and do nothing else; the places of rows that choose in other ways."""

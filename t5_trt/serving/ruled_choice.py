@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from t5_trt.generation.sampling import variates_of
 from t5_trt.generation.token_rules import RULES, TokenRules
 from t5_trt.runtime import cuda_kernels
 from t5_trt.runtime.kv_buffers import bucket_length
+from t5_trt.runtime.recently_used import keep
 from t5_trt.serving.rows import Row
-from t5_trt.serving.settings import Prepared
 
 #: settings whose numbers are kept, least recently used first out
 KEPT = 256
@@ -55,10 +56,10 @@ class RuledChoice:
         numbers = table.view(RULES)[:, 0]
         numbers["place"], numbers["length"] = places, [row.next_length for row in rows]
         variates = self._prepare_draws(logits, rows, numbers) if numbers["draws"].any() else None
-        looks_back = ((numbers["penalty"] != 1) | (numbers["ngram"] > 0)).nonzero()[0].tolist()
+        looks_back = [at for at, row in enumerate(rows) if not row.vacant and _looks_back(row)]
         for at in looks_back:
             numbers["slot"][at], numbers["first"][at] = self._slot(rows[at]), rows[at].job.prepared.prompt[0]
-        edits = bool(looks_back) or bool((numbers["until"] > numbers["length"]).any())
+        edits = len(looks_back) > 0 or bool((numbers["until"] > numbers["length"]).any())
         rules, ends = self._copied(rows, table, edits=edits)
         if edits:
             cuda_kernels.edit_scores(logits, rules, self._tokens, ends, None, len(rows))
@@ -88,10 +89,7 @@ class RuledChoice:
             for at in drawing:
                 numbers["seed"][at], numbers["offset"][at] = rows[at].pass_over(self._drawn, self._device)
             return None
-        variates = torch.empty_like(logits)
-        for at in drawing:
-            variates[int(numbers["place"][at])].exponential_(generator=rows[at].generator(self._device))
-        return variates
+        return variates_of(logits, {int(numbers["place"][at]): rows[at].generator(self._device) for at in drawing})
 
     def _copied(self, rows: Sequence[Row], table: Any, *, edits: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Rules [k, 14] and end tokens [k, E] on the device."""
@@ -114,18 +112,18 @@ class RuledChoice:
         if row.vacant or row.plain or (not row.hides_end and row.plain):  # it may have become plain just now
             return self._best
         assert prepared.choice is not None and prepared.rules is not None
-        if prepared.choice not in self._kept:
-            made = prepared.rules.numbers(self._device, draws=prepared.do_sample)
-            self._kept[prepared.choice] = made.view(np.int64)
-        self._kept.move_to_end(prepared.choice)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[prepared.choice]
+        rules, draws = prepared.rules, prepared.do_sample
+        return keep(self._kept, prepared.choice, KEPT, lambda: rules.numbers(self._device, draws=draws).view(np.int64))
 
 
 def _ends(row: Row) -> tuple[int, ...]:
-    prepared: Prepared = row.job.prepared
-    return () if prepared.rules is None else prepared.rules.ends
+    rules = row.job.prepared.rules
+    return () if rules is None else rules.ends
+
+
+def _looks_back(row: Row) -> bool:
+    rules = row.job.prepared.rules
+    return rules is not None and rules.looks_back
 
 
 @cache

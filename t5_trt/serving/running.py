@@ -132,7 +132,7 @@ class RunningRows:
     @property
     def _waits(self) -> bool:
         """Whether the choice of a row's next token needs tokens on the host."""
-        return self._choosing > 0 and any(self._choice.waits_for(row) for row in self.rows if not row.vacant)
+        return self._choosing > 0 and any(map(self._choice.waits_for, self.rows))
 
     def fail(self) -> list[Job]:
         """Give up all rows; return their requests."""

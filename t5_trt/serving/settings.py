@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-)
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
@@ -29,6 +24,7 @@ from t5_trt.generation.processor_forms import CAPTURABLE
 from t5_trt.generation.processors import identity
 from t5_trt.generation.request import Request, refusal
 from t5_trt.generation.token_rules import TokenRules
+from t5_trt.runtime.recently_used import keep
 from t5_trt.validation import check_token_ids
 
 #: number of prepared settings that are kept, least recently used first out
@@ -130,12 +126,7 @@ class SettingsReader:
         key = self._key(config, settings)
         if key is None:
             return self._prepare(config, settings)
-        if key not in self._kept:
-            self._kept[key] = self._prepare(config, settings)
-        self._kept.move_to_end(key)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+        return keep(self._kept, key, KEPT, lambda: self._prepare(config, settings))
 
     def _key(self, config: Any, settings: Mapping[str, Any]) -> str | None:
         """A key that is equal for equal settings and model settings; None if they cannot be compared."""
@@ -169,6 +160,7 @@ class SettingsReader:
         if reason is not None:
             raise InputError(f"the settings ask for {reason}, which requests in shared rows cannot have. {_ELSE}")
         assert request.limit is not None
+        rules = _rules(request)
         vocabulary = self._model.session.arch.vocab_size  # an id outside of it would end the requests of all rows
         prompt = check_token_ids("decoder_start_token_id", request.prompt, vocabulary, request.prompt.device)
         return Prepared(
@@ -182,8 +174,8 @@ class SettingsReader:
             arguments=arguments,
             choice=_choice(request),
             by_row=all(type(each) in CAPTURABLE and CAPTURABLE[type(each)].by_row for each in request.processors),
-            rules=_rules(request),
-            hidden_until=0 if request.config.do_sample else _hidden_until(request.processors, frozenset(request.eos)),
+            rules=rules,
+            hidden_until=_hidden_until(request, rules),
         )
 
     def _request(self, arguments: dict[str, Any]) -> Request:
@@ -217,19 +209,11 @@ def _rules(request: Request) -> TokenRules | None:
     return None if rules is None or rules.front else rules
 
 
-def _hidden_until(processors: Sequence[Any], eos: frozenset[int]) -> int:
-    """The length in tokens up to which processors hide the end tokens; 0 if one of them does anything else."""
-    until = 0
-    for processor in processors:
-        if type(processor) is MinLengthLogitsProcessor:
-            until = max(until, processor.min_length)
-        elif type(processor) is MinNewTokensLengthLogitsProcessor:
-            until = max(until, processor.prompt_length_to_skip + processor.min_new_tokens)
-        else:
-            return 0
-        if frozenset(processor.eos_token_id.tolist()) != eos:
-            return 0
-    return until
+def _hidden_until(request: Request, rules: TokenRules | None) -> int:
+    """See `Prepared.hidden_until`."""
+    if rules is None or request.config.do_sample or rules.warps or rules.looks_back:
+        return 0
+    return rules.until if frozenset(rules.ends) == frozenset(request.eos) else 0
 
 
 _ELSE = "Use model.generate() for it."

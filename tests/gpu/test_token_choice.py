@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +9,7 @@ from t5_trt.generation.processors import CapturableProcessors, capturable_proces
 from t5_trt.generation.token_rules import DeviceRules, TokenRules
 from t5_trt.runtime import cuda_kernels
 from t5_trt.serving.ruled_choice import draws_as_torch
-from tests.kernels.test_token_choice_emulated import EDITS, WARPS, scores_of
+from tests.kernels.test_token_choice_emulated import EDITS, WARPS, packed, scores_of
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -21,13 +18,6 @@ ROWS = 37
 
 def rows_of(kind: str, vocabulary: int) -> torch.Tensor:
     return torch.cat([scores_of(kind, vocabulary)] * 10)[:ROWS].to(GPU)
-
-
-def packed(rules: TokenRules, rows: int, *, draws: bool = True, **numbers: Any) -> torch.Tensor:
-    table = np.repeat(rules.numbers(GPU, draws=draws), rows)
-    for name, values in numbers.items():
-        table[name] = values
-    return torch.from_numpy(table.view(np.int64).reshape(rows, -1)).to(GPU)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 1003, 32128, 250_112, 600_000])
@@ -46,7 +36,7 @@ def test_draws_are_those_of_the_warpers(name: str, kind: str, vocabulary: int) -
         torch.zeros((ROWS, 64), dtype=torch.int64, device=GPU), torch.zeros(1, dtype=torch.int64, device=GPU), scores
     )
     variates = torch.empty_like(scores).exponential_(generator=torch.Generator(GPU).manual_seed(3))
-    table, chosen = packed(TokenRules.of(WARPS[name]), ROWS), torch.zeros(ROWS, dtype=torch.int64, device=GPU)
+    table, chosen = packed(TokenRules.of(WARPS[name]), ROWS, GPU), torch.zeros(ROWS, dtype=torch.int64, device=GPU)
     cuda_kernels.choose_tokens(scores, table, variates, chosen, ROWS)
     wanted = (expected.softmax(-1) / variates).argmax(-1)
     assert int((chosen != wanted).sum()) <= (1 if any("TopP" in type(each).__name__ for each in WARPS[name]) else 0)
@@ -58,7 +48,7 @@ def test_draws_are_those_of_the_warpers(name: str, kind: str, vocabulary: int) -
 
 def test_the_best_tokens() -> None:
     scores, chosen = rows_of("equal", 32128), torch.zeros(ROWS, dtype=torch.int64, device=GPU)
-    cuda_kernels.choose_tokens(scores, packed(TokenRules.of([]), 1, draws=False), None, chosen, ROWS)
+    cuda_kernels.choose_tokens(scores, packed(TokenRules.of([]), 1, GPU, draws=0), None, chosen, ROWS)
     assert torch.equal(chosen, torch.from_numpy(scores.cpu().numpy().argmax(-1)).to(GPU))  # the first of equal ones
 
 

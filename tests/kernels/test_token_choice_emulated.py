@@ -45,12 +45,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return compiled_library(f"{header}\n{text}\n{calls}", {}, tmp_path_factory.mktemp("choice"))
 
 
-def packed(rules: TokenRules, rows: int, **numbers: Any) -> torch.Tensor:
+def packed(rules: TokenRules, rows: int, device: torch.device = CPU, **numbers: Any) -> torch.Tensor:
     """The rules of all rows, with some numbers of their own."""
-    table = np.repeat(rules.numbers(CPU, draws=True), rows)
+    table = np.repeat(rules.numbers(device, draws=True), rows)
     for name, values in numbers.items():
         table[name] = values
-    return torch.from_numpy(table.view(np.int64).reshape(rows, -1))
+    return torch.from_numpy(table.view(np.int64).reshape(rows, -1)).to(device)
 
 
 def choose(library: Any, scores: torch.Tensor, rules: torch.Tensor, variates: torch.Tensor | None) -> list[int]:

@@ -32,8 +32,6 @@ KERNELS = (
 SHARED_WIDTHS = (64, 128)
 #: kernels in the order of ``geometry`` in ``decode_step.cu``
 PRODUCTS = ("project_qkv", "add_attention", "project_query", "feed_forward_in", "feed_forward_out", "output_head")
-#: products with few outputs, of which several CTAs fit on a multiprocessor at few rows
-SMALL_PRODUCTS = ("add_attention", "project_query", "feed_forward_out")
 
 
 def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
@@ -154,7 +152,7 @@ class DecodeKernels:
     def _shared(self, name: str, ctas: int) -> int:
         """Bytes of dynamic shared memory of a kernel."""
         own = self.geometry[name].shared if name in self.geometry else 0
-        return shared_memory(own, ctas, *self._gpu) if name in SMALL_PRODUCTS else own
+        return shared_memory(own, ctas, *self._gpu) if name in PRODUCTS and name != "output_head" else own
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any, early: bool = True) -> None:
         """Start a kernel, see `t5_trt.kernels.launching.launch`; `early` where the GPU can."""

@@ -26,6 +26,8 @@ MOST_TILES = 8
 GROUPS = 9
 #: parts of k that are summed by themselves, and most k tiles of one that are copied together
 PARTS, MOST_IN_STEP = 16, 6
+#: k tiles whose weights a warp can hold in registers (``MOST_HELD`` in ``product.cuh``)
+HELD_TILES = 16
 KILOBYTE = 1024
 #: the compute capability on which products are split among the CTAs of a cluster (``split_product.cuh``). An H200 has room for 30 clusters of four
 CLUSTERS = 9
@@ -58,11 +60,15 @@ def divide_products(
     model, inner, hidden = tiles(arch.d_model), tiles(arch.num_heads * arch.d_kv), tiles(arch.d_ff)
     qkv = 3 * inner
 
+    split = _split(arch, rows, int8=int8) if half and capability == CLUSTERS else NOT_SPLIT
+
     def own_row_tiles(count: int) -> int:
         """Two row tiles a CTA instead of four, and so twice as many CTAs, where half of the processors would have none."""
         return 2 if large and row_tiles == 4 and 2 * count * _groups(rows, row_tiles) <= PROCESSORS else row_tiles
 
-    add_row_tiles, query_row_tiles = own_row_tiles(model), own_row_tiles(inner)
+    # in half precision it is worth more that the next kernel finds processors without work, and loads its weights meanwhile
+    add_row_tiles = row_tiles if split["OUT_SPLIT"] and not int8 else own_row_tiles(model)
+    query_row_tiles = own_row_tiles(inner) if int8 else row_tiles
 
     def outputs(count: int, own_row_tiles: int) -> int:
         """Two tiles of outputs a CTA where processors would have a second CTA to run."""
@@ -72,14 +78,19 @@ def divide_products(
     groups = _group_row_tiles(rows, qkv) if tiled and capability == GROUPS and not int8 and _in_whole_steps(arch) else 0
     streamed = large and not tiled and min(qkv, hidden) > 2 * PROCESSORS and arch.d_model <= STREAMED_MODEL
     wide = 4 if groups else _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
-    split = _split(arch, rows, int8=int8) if half and capability == CLUSTERS else NOT_SPLIT
+    if streamed:
+        in_tiles = _evenly(hidden)
+    elif large and row_tiles == 1:
+        in_tiles = _leaving_half(arch, hidden, int8=int8)
+    else:
+        in_tiles = max(wide // 2, 1) if arch.gated and half else wide
     own = {
         "ROW_TILES": row_tiles,
         "TILED": int(tiled),
         "STREAMED": int(streamed),
         "WARPGROUPS": groups,
         "QKV_TILES": _evenly(qkv) if streamed else wide,
-        "IN_TILES": _evenly(hidden) if streamed else max(wide // 2, 1) if arch.gated and half else wide,
+        "IN_TILES": in_tiles,
         "QUERY_TILES": outputs(inner, query_row_tiles),
         "QUERY_ROW_TILES": query_row_tiles,
         "ADD_TILES": outputs(model, add_row_tiles),
@@ -101,8 +112,9 @@ def _split(arch: Architecture, rows: int, *, int8: bool) -> dict[str, int]:
     if 48 <= wide < 64:
         out = 4 if not int8 and rows >= TILED_ROWS and ff >= (3072 if rows <= 64 else 2048) else 0
     elif wide == 64 and 8 < rows <= 64:
-        add = 3 if inner >= LONG_K else 0
-        out = 3 if ff >= (LONG_K if rows <= 32 else VERY_LONG_K) else 0
+        few = not int8 and (rows <= 16 or 24 < rows <= 32)  # clusters find room beside attention's CTAs
+        add = (4 if few else 3) if inner >= LONG_K else 0
+        out = (4 if rows <= 16 and ff < VERY_LONG_K else 3) if ff >= (LONG_K if rows <= 32 else VERY_LONG_K) else 0
     elif wide == 64 and rows <= 8 and (int8 or rows > 1) and ff >= VERY_LONG_K:
         ctas, out = 8, 5
     if not add + out:
@@ -114,6 +126,14 @@ def _evenly(count: int) -> int:
     """Tiles of outputs of a CTA if all processors have as many, in as few rounds as can be."""
     rounds = -(-count // (PROCESSORS * MOST_TILES))
     return -(-count // (PROCESSORS * rounds))
+
+
+def _leaving_half(arch: Architecture, count: int, *, int8: bool) -> int:
+    """Tiles of outputs (gate and up count as one) of a CTA of ``feed_forward_in`` if half of the processors are left to ``feed_forward_out``, which then
+    loads its weights meanwhile; fewer if a CTA could not hold their weights.
+    """
+    part = -(-arch.d_model // (PARTS * (32 if int8 else 16)))
+    return max(1, min(-(-count // (PROCESSORS // 2)), HELD_TILES // (part * (1 + arch.gated))))
 
 
 def _groups(rows: int, row_tiles: int) -> int:

@@ -9,7 +9,8 @@
 //   QKV_TILES, IN_TILES  tiles of 16 outputs of a CTA of project_qkv and feed_forward_in (gate and up count as one), the widest products of a
 //                  layer: made by streamed_product.cuh if STREAMED, by group_product.cuh if WARPGROUPS or by tiled_product.cuh if TILED (none of
 //                  them in float32), else by product.cuh.
-//                  QUERY_TILES of project_query, ADD_TILES of those that add
+//                  QKV_TOGETHER, IN_TOGETHER: those of them that streamed_product.cuh makes at the same time. QUERY_TILES of project_query, ADD_TILES of
+//                  those that add
 //   ADD_SPLIT, OUT_SPLIT  0, or tiles of 16 outputs of a CTA of add_attention and feed_forward_out, which are then made by split_product.cuh:
 //                  SPLIT_CTAS CTAs share k, for SPLIT_ROW_TILES row tiles
 //   HEAD_ROW_TILES row tiles of a CTA of the output matrix (not in float32), HEAD_WARPS of it, HEAD_ROOM bytes of shared memory for its rows;

@@ -84,13 +84,16 @@ def divide_products(
         in_tiles = _leaving_half(arch, hidden, int8=int8)
     else:
         in_tiles = max(wide // 2, 1) if arch.gated and half else wide
+    qkv_tiles = _evenly(qkv) if streamed else wide
     own = {
         "ROW_TILES": row_tiles,
         "TILED": int(tiled),
         "STREAMED": int(streamed),
         "WARPGROUPS": groups,
-        "QKV_TILES": _evenly(qkv) if streamed else wide,
+        "QKV_TILES": qkv_tiles,
+        "QKV_TOGETHER": _together(qkv_tiles, row_tiles, int8=int8),
         "IN_TILES": in_tiles,
+        "IN_TOGETHER": 1 if arch.gated else _together(in_tiles, row_tiles, int8=int8),
         "QUERY_TILES": outputs(inner, query_row_tiles),
         "QUERY_ROW_TILES": query_row_tiles,
         "ADD_TILES": outputs(model, add_row_tiles),
@@ -126,6 +129,14 @@ def _evenly(count: int) -> int:
     """Tiles of outputs of a CTA if all processors have as many, in as few rounds as can be."""
     rounds = -(-count // (PROCESSORS * MOST_TILES))
     return -(-count // (PROCESSORS * rounds))
+
+
+def _together(count: int, row_tiles: int, *, int8: bool) -> int:
+    """Of `count` tiles of outputs of a CTA, those that are made at the same time: half of them, but two for many rows; in 8 bits all for one row tile."""
+    if int8:
+        return count if row_tiles == 1 else 2 - count % 2
+    most = min(count // 2, 4) if row_tiles <= 2 else 2
+    return next(part for part in (4, 3, 2, 1) if part <= max(most, 1) and count % part == 0)
 
 
 def _leaving_half(arch: Architecture, count: int, *, int8: bool) -> int:

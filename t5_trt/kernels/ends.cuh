@@ -77,7 +77,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
             const unsigned char* hidden, const double* until, const int* position, int rows, float epsilon, float scale)
 {
     const auto before = [&](int, int row) { return hides_at(hidden, until, position, row, rows); };
-    product<HeadProduct>(weights, copy, {squares, scales, nullptr, epsilon}, rows, before, [&](int first, int output, int row, const float* y, bool hides) {
+    product<HeadProduct, HEAD_WIDE>(weights, copy, {squares, scales, nullptr, epsilon}, rows, before, [&](int first, int output, int row, const float* y, bool hides) {
         unsigned long long top = 0;
 #pragma unroll
         for (int i = 0; i < HEAD_WIDE; ++i) {

@@ -20,7 +20,7 @@ template <int TOTAL, int OUT_TILES, int> using WideProduct = TiledProduct<TOTAL,
 template <int TOTAL, int OUT_TILES, int> using WideProduct = NarrowProduct<TOTAL, OUT_TILES, ROW_TILES, E_K, true>;
 #endif
 constexpr int IN_EACH = 1 + GATED;  // tiles of outputs of feed_forward_in for one of its results: gate and up
-typedef WideProduct<3 * HD_TILES, QKV_TILES, 2 - QKV_TILES % 2> QkvProduct;
+typedef WideProduct<3 * HD_TILES, QKV_TILES, QKV_TOGETHER> QkvProduct;
 #if ADD_SPLIT
 typedef SplitProduct<E_TILES, ADD_SPLIT, SPLIT_ROW_TILES, HD_K> AddProduct;
 #define ADD_CLUSTER __cluster_dims__(CLUSTER)
@@ -29,7 +29,7 @@ typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, HD_K, false> AddProduct
 #define ADD_CLUSTER
 #endif
 typedef NarrowProduct<HD_TILES, QUERY_TILES, QUERY_ROW_TILES, E_K, true> QueryProduct;
-typedef WideProduct<IN_EACH * FF_TILES, IN_EACH * IN_TILES, GATED || IN_TILES % 2 == 0 ? 2 : 1> InProduct;
+typedef WideProduct<IN_EACH * FF_TILES, IN_EACH * IN_TILES, IN_EACH * IN_TOGETHER> InProduct;
 #if OUT_SPLIT
 typedef SplitProduct<E_TILES, OUT_SPLIT, SPLIT_ROW_TILES, FF_K> OutProduct;
 #define OUT_CLUSTER __cluster_dims__(CLUSTER)
@@ -63,13 +63,14 @@ extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, QkvProduct::CT
 project_qkv(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query,
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
 {
-    product<QkvProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
+    product<QkvProduct, 1>(weights, copy, {squares, scales, next_scales, epsilon}, rows,
         [&](int, int row) { return row < rows ? position[row] : 0; }, [&](int first, int output, int row, const Outputs<QkvProduct>* y, int place) {
         if (row >= rows)
             return;
         const long long at = ((long long)row * H * capacity + place) * D;
+        constexpr int HANDED = Teams<QkvProduct, 1>::HANDED;
 #pragma unroll
-        for (int i = 0; i < QkvProduct::TOGETHER; ++i) {
+        for (int i = 0; i < HANDED; ++i) {
             // each of the three has HD_TILES tiles of its own
             const int which = (first + i) / HD_TILES, column = (first + i) % HD_TILES * 16 + output;
             if (column >= HD || which > 2)
@@ -87,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(QueryProduct::THREADS, 1)
 project_query(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query, int rows,
               float epsilon)
 {
-    product<QueryProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
+    product<QueryProduct, QUERY_TILES>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
                           [&](int tile0, int output, int row, const float* y, int) {
 #pragma unroll
         for (int i = 0; i < QUERY_TILES; ++i)
@@ -132,7 +133,7 @@ __device__ __forceinline__ void add_to(const Stream& to, int tile, int output, i
 template <class P> __device__ __forceinline__ void add_whole(const uint4* weights, const stored* x, const Stream& to)
 {
     struct Before { Element tile[P::TILES]; };
-    product<P>(weights, x, {}, to.rows, [&](int output, int row) {
+    product<P, P::TILES>(weights, x, {}, to.rows, [&](int output, int row) {
         Before read;
 #pragma unroll
         for (int i = 0; i < P::TILES; ++i)
@@ -206,12 +207,13 @@ extern "C" __global__ void __launch_bounds__(InProduct::THREADS, InProduct::CTAS
 feed_forward_in(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, stored* inner,
                 int rows, float epsilon)
 {
-    product<InProduct>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
+    product<InProduct, IN_EACH>(weights, copy, {squares, scales, next_scales, epsilon}, rows, Nothing(),
                        [&](int first, int output, int row, const Outputs<InProduct>* y, int) {
         if (row >= rows)
             return;
+        constexpr int HANDED = Teams<InProduct, IN_EACH>::HANDED / IN_EACH;
 #pragma unroll
-        for (int i = 0; i < InProduct::TOGETHER / IN_EACH; ++i) {
+        for (int i = 0; i < HANDED; ++i) {
             const int tile = first / IN_EACH + i;
             if (tile < FF_TILES)
                 put_activated(inner + activation_index(row, tile * 16 + output, FF_PAD), y[IN_EACH * i], y[IN_EACH * i + GATED]);

@@ -8,19 +8,29 @@ __device__ __forceinline__ float4 times(const float4& x, float a, float b) { ret
 // What a thread hands over of a tile of outputs for a row.
 template <class P> using Outputs = decltype(P::total(0, 0, 0, 0));
 
+// How a product's threads share what they hand over. A team has a thread for every output of a tile and row (or four outputs). Teams take turns, as far as
+// there are turns; those of one turn share its tiles, by UNIT that stay together.
+template <class P, int UNIT> struct Teams {
+    static constexpr int COUNT = 16 / P::WIDTH * P::OWN_ROWS, ALL = most(1, P::THREADS / COUNT), TURNS = least(P::TURNS, ALL);
+    static constexpr int OF_A_TURN = largest_part(P::TOGETHER / UNIT, least(P::TOGETHER / UNIT, ALL / TURNS));
+    static constexpr int HANDED = P::TOGETHER / OF_A_TURN;  // tiles of which a thread has outputs
+};
+
 // What all products do: load weights, wait, multiply, and hand every output to `finish(tile, output, row, values, early)`. 16 neighbouring
-// threads have the 16 outputs of a tile for one row, or four threads have four each (WIDTH). `values` has an entry for each of TOGETHER tiles
+// threads have the 16 outputs of a tile for one row, or four threads have four each (WIDTH). `values` has an entry for each of HANDED tiles
 // from `tile` on, and `early` is what `before(output, row)` returned right after the wait: values that `finish` needs from memory. Outputs of
 // tiles beyond the last one mean nothing. A product of several turns hands over the tiles of one after the other.
-template <class P, class Before, class Finish>
+template <class P, int UNIT, class Before, class Finish>
 __device__ __forceinline__ void product(const uint4* weights, const void* x, const Norm& norm, int rows, Before before, Finish finish)
 {
-    constexpr int A_ROW = 16 / P::WIDTH, COUNT = A_ROW * P::OWN_ROWS, ROUNDS = (COUNT + P::THREADS - 1) / P::THREADS;
-    constexpr int TEAMS = most(1, least(P::TURNS, P::THREADS / COUNT));  // of threads, which hand over in turns
+    typedef Teams<P, UNIT> T;
+    constexpr int A_ROW = 16 / P::WIDTH, COUNT = T::COUNT, ROUNDS = (COUNT + P::THREADS - 1) / P::THREADS, HANDED = T::HANDED;
     __shared__ float factors[P::OWN_ROWS];
     __shared__ __align__(16) float output_scales[INT8 ? P::TILES * 16 : 1];
     const int row0 = blockIdx.y * P::OWN_ROWS, tile0 = blockIdx.x * P::TILES;
-    const int own = TEAMS > 1 ? threadIdx.x % COUNT : threadIdx.x, team = TEAMS > 1 ? threadIdx.x / COUNT : 0;
+    constexpr bool SHARES = T::TURNS * T::OF_A_TURN > 1;
+    const int own = SHARES ? threadIdx.x % COUNT : threadIdx.x, team = SHARES ? threadIdx.x / COUNT : 0;
+    const int first = team / T::TURNS * HANDED;  // of a turn's tiles, that this thread hands over
     constexpr bool FEW_ROWS = ROW_TILES == 1;  // then it is worth more that the next kernel loads its weights early than that these come first
     if (FEW_ROWS)
         let_next_start();
@@ -45,14 +55,14 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
 #pragma unroll
         for (int round = 0; round < ROUNDS; ++round) {
             const int i = round * P::THREADS + own, output = i % A_ROW * P::WIDTH, row = i / A_ROW;
-            if (i >= COUNT || (TEAMS > 1 && team != turn % TEAMS))
+            if (i >= COUNT || (SHARES && (team % T::TURNS != turn % T::TURNS || first >= P::TOGETHER)))
                 break;
-            Outputs<P> values[P::TOGETHER];
+            Outputs<P> values[HANDED];
 #pragma unroll
-            for (int t = 0; t < P::TOGETHER; ++t)
-                values[t] = times(P::total(turn, t, output, row), (P::IS_NORMED ? factors[row] : 1.f),
-                                  INT8 ? output_scales[(turn * P::TOGETHER + t) * 16 + output] : 1.f);
-            finish(tile0 + turn * P::TOGETHER, output, row0 + row, values, early[round]);
+            for (int t = 0; t < HANDED; ++t)
+                values[t] = times(P::total(turn, first + t, output, row), (P::IS_NORMED ? factors[row] : 1.f),
+                                  INT8 ? output_scales[(turn * P::TOGETHER + first + t) * 16 + output] : 1.f);
+            finish(tile0 + turn * P::TOGETHER + first, output, row0 + row, values, early[round]);
         }
         work.end_turn(turn);
     }

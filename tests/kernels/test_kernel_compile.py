@@ -43,19 +43,20 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
 @pytest.mark.parametrize("rows", [1, 32])
 def test_weights_are_loaded_before_the_wait(rows: int) -> None:
     """The compiler may move loads behind it, which costs half a microsecond a kernel. With few rows the next kernel starts first."""
-    cubin, _ = compile_cubin("decode_step.cu", constants(BASE, torch.float16, rows, 9), "sm_90a")
-    k_tiles_of_a_warp = {
-        "project_qkv": 3,
-        "add_attention": 3,
-        "project_query": 3,
-        "feed_forward_in": 3,
-        "feed_forward_out": 12,
+    wanted = constants(BASE, torch.float16, rows, 9)
+    cubin, _ = compile_cubin("decode_step.cu", wanted, "sm_90a")
+    loads_of_a_lane = {  # k tiles of a warp, and tiles of outputs
+        "project_qkv": 3 * wanted["QKV_TILES"],
+        "add_attention": 3 * wanted["ADD_TILES"],
+        "project_query": 3 * wanted["QUERY_TILES"],
+        "feed_forward_in": 3 * wanted["IN_TILES"],
+        "feed_forward_out": 12 * wanted["ADD_TILES"],
     }
-    for kernel, k_tiles in k_tiles_of_a_warp.items():
+    for kernel, count in loads_of_a_lane.items():
         made = operations(cubin, kernel)
         wait, start = made.index(WAITS), made.index(LETS_START)
         loads = [place for place, operation in enumerate(made[:wait]) if operation == LOAD]
-        assert len(loads) in (k_tiles, 2 * k_tiles, 4 * k_tiles), (kernel, len(loads))
+        assert len(loads) == count, kernel
         assert start < loads[0] if rows == 1 else start > loads[-1], kernel
 
 
@@ -74,7 +75,9 @@ def test_ctas_share_k_where_clusters_have_room_and_k_whole_parts() -> None:
 
     whole = tuple(NOT_SPLIT.values())
     assert chosen(BASE, 128) == (0, 4, 8, 4)
-    assert chosen(WIDE, 32) == (3, 3, 4, 4)
+    assert [chosen(WIDE, rows)[:2] for rows in (16, 24, 32, 64)] == [(4, 3), (3, 3), (4, 3), (3, 3)]
+    assert chosen(WIDE, 32, int8=True)[:2] == (3, 3)
+    assert [chosen(replace(WIDE, d_ff=4096, num_heads=8), rows)[:2] for rows in (16, 32)] == [(0, 4), (0, 3)]
     assert chosen(WIDE, 1, int8=True) == chosen(WIDE, 8) == (0, 5, 1, 8)
     assert chosen(WIDE, 1) == chosen(BASE, 32) == chosen(LARGE, 32) == whole
     assert chosen(replace(BASE, d_ff=3080), 128) == whole  # parts of k would end within a k tile
@@ -100,7 +103,7 @@ def test_attention_has_all_heads_at_work_at_once_if_they_fit() -> None:
     assert chosen == [(8, 2), (8, 2), (4, 5), (4, 6), (4, 6)]
 
 
-def test_small_products_have_multiprocessors_to_themselves() -> None:
+def test_products_have_multiprocessors_to_themselves() -> None:
     """No two of their CTAs fit on one, if there are enough multiprocessors, and on GPUs whose CTAs may take so much."""
     of_a_processor, of_a_cta = 228 * 1024, 227 * 1024  # compute capability 9.0 and 10.0, CUDA C++ Programming Guide
     for needed in (0, 40 * 1024, 98 * 1024, 200 * 1024):
@@ -198,7 +201,7 @@ def test_each_processor_has_a_cta_and_few_have_two() -> None:
     large = replace(BASE, d_model=1024, num_heads=16, d_ff=4096)
     assert [chosen(large, rows) for rows in (1, 32, 64, 128)] == [
         (1, 1, 1, 1, 1, 1, 0),
-        (4, 2, 1, 2, 1, 2, 0),
+        (4, 2, 1, 4, 1, 4, 0),
         (4, 4, 1, 4, 1, 4, 4),
         (4, 4, 2, 4, 2, 4, 8),
     ]
@@ -207,12 +210,37 @@ def test_each_processor_has_a_cta_and_few_have_two() -> None:
     assert chosen(BASE, 128, 8) == (4, 2, 1, 4, 1, 4, 0)  # other GPUs were not measured
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_half_of_the_processors_are_left_to_feed_forward_out(rows: int, int8: bool) -> None:
+    """So that it loads its weights while feed_forward_in runs; no more than registers hold."""
+    large = replace(BASE, d_model=1024, num_heads=16, d_ff=4096)
+
+    def tiles_of_a_cta(arch: Architecture) -> int:
+        return constants(arch, torch.float16, rows, 9, int8=int8)["IN_TILES"]
+
+    ctas = {
+        arch: -(-arch.d_ff // (16 * tiles_of_a_cta(arch)))
+        for arch in (BASE, large, replace(BASE, d_ff=2048, gated=True))
+    }
+    assert set(ctas.values()) == {64}
+    assert tiles_of_a_cta(GATED) == (3 if int8 else 2)  # 4 k tiles a part, and gate and up
+    assert tiles_of_a_cta(HUGE) == 1
+
+
 def test_ctas_make_many_tiles_one_after_the_other() -> None:
     def chosen(arch: Architecture, rows: int, capability: int = 9) -> tuple[int, int, int]:
         wanted = constants(arch, torch.float16, rows, capability)
         return wanted["STREAMED"], wanted["QKV_TILES"], wanted["IN_TILES"]
 
+    def together(arch: Architecture, rows: int, *, int8: bool = False) -> tuple[int, int]:
+        wanted = constants(arch, torch.float16, rows, 9, int8=int8)
+        return wanted["QKV_TOGETHER"], wanted["IN_TOGETHER"]
+
     assert [chosen(WIDE, rows) for rows in (1, 32)] == [(1, 6, 8)] * 2
+    assert [together(WIDE, rows) for rows in (1, 16, 32)] == [(3, 4), (3, 4), (2, 2)]
+    assert [together(WIDE, rows, int8=True) for rows in (1, 16)] == [(6, 8), (2, 2)]
+    assert together(LARGE, 8) == (1, 1)
     assert chosen(LARGE, 8) == (1, 3, 3)
     assert chosen(replace(WIDE, num_heads=128, d_ff=65536), 1) == (1, 8, 8)  # T5-11B, in several rounds
     assert [chosen(arch, 8)[0] for arch in (BASE, GATED, HUGE)] == [0, 0, 0]

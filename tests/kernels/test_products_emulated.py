@@ -198,16 +198,32 @@ def test_results_do_not_depend_on_what_a_cta_takes(emulated: Any) -> None:
     assert {name for name in wanted if not torch.equal(wanted[name], got[name])} == set()
 
 
-@pytest.mark.parametrize(("rows", "int8"), [(3, True), (9, False)], ids=["one row tile, int8", "rows in shared memory"])
+@pytest.mark.parametrize(
+    ("rows", "int8", "together"),
+    [(3, True, (2, 1)), (3, True, (4, 3)), (9, False, (2, 1))],
+    ids=["one row tile, int8", "all tiles at once, shared by teams of threads", "rows in shared memory"],
+)
 def test_results_do_not_depend_on_whether_a_cta_makes_tiles_one_after_the_other(
-    emulated: Any, rows: int, int8: bool
+    emulated: Any, rows: int, int8: bool, together: tuple[int, int]
 ) -> None:
     """Two at a time (query, key, value), and gate and up of three: more than registers hold, and the last CTA has fewer."""
-    own = {"STREAMED": 1, "QKV_TILES": 4, "IN_TILES": 3}
+    own = {"STREAMED": 1, "QKV_TILES": 4, "IN_TILES": 3, "QKV_TOGETHER": together[0], "IN_TOGETHER": together[1]}
     for arch in (GATED, replace(GATED, d_model=1100, d_ff=70, gated=False)):
         wanted = run(arch, emulated(arch, rows, int8=int8), rows, int8=int8).made
         got = run(arch, emulated(arch, rows, int8=int8, **own), rows, int8=int8).made
         assert {name for name in wanted if not torch.equal(wanted[name], got[name])} == set()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_results_do_not_depend_on_how_threads_share_tiles(emulated: Any, gated: bool) -> None:
+    """Four teams of threads for four tiles of outputs or two pairs of them, for three, or for one."""
+    arch = replace(GATED, gated=gated)
+    results = [
+        run(arch, emulated(arch, 3, int8=False, QKV_TILES=qkv, IN_TILES=inner), 3, int8=False).made
+        for qkv, inner in ((1, 1), (4, 2 if gated else 4), (3, 1 if gated else 3))
+    ]
+    for got in results[1:]:
+        assert {name for name in got if not torch.equal(results[0][name], got[name])} == set()
 
 
 @pytest.mark.parametrize(

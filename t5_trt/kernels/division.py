@@ -211,7 +211,7 @@ def divide_attention(heads: int, capability: int, *, wide: bool) -> dict[str, in
 
 
 def shared_memory(needed: int, ctas: int, capability: int, processors: int) -> int:
-    """Bytes of shared memory for each CTA of a product with few outputs.
+    """Bytes of shared memory for each CTA of a layer's product.
 
     Where every CTA can have a multiprocessor of its own, it takes so much that no other product's CTA fits beside it. Otherwise those that start
     early would share the few multiprocessors that the kernel before leaves free, while others stand idle.

@@ -24,6 +24,8 @@
 
 // looks before a thread sleeps, where threads may wait busily and where they may not
 enum { LOOKS_SPINNING = 1 << 11, LOOKS_BRIEF = 1 << 5 };
+// See `wait_at_barrier`.
+enum { IN_VAIN = 1 << 5, MOST_DOUBT = 7 * IN_VAIN, FIRST_BRIEF = 1 << 3 };
 
 // A number that is counted up when something has happened.
 typedef struct {
@@ -31,9 +33,10 @@ typedef struct {
     _Atomic int sleepers;
 } Event;
 
-static void wait_for(Event *event, unsigned seen, int looks) {
+// Wait until a count is not `seen` any more. Returns whether that took more than `looks` looks.
+static int wait_for(Event *event, unsigned seen, int looks) {
     for (; looks; looks--) {
-        if (atomic_load_explicit(&event->count, memory_order_acquire) != seen) return;
+        if (atomic_load_explicit(&event->count, memory_order_acquire) != seen) return 0;
         PAUSE();
     }
     atomic_fetch_add(&event->sleepers, 1);
@@ -45,6 +48,7 @@ static void wait_for(Event *event, unsigned seen, int looks) {
 #endif
     }
     atomic_fetch_sub(&event->sleepers, 1);
+    return 1;
 }
 
 static void announce(Event *event) {
@@ -69,11 +73,27 @@ struct Team {
     Event jobs;             // counted up when a job begins and when it ends: the count is odd while there is one
     Event phase, left;
     _Atomic int arrived, inside;  // at a barrier; threads that may run the job
+    _Atomic int brief, doubt;     // see `wait_at_barrier`
     void (*run)(void *job, int index);
     void *job;
     Member *members;
     pthread_t *threads;
 };
+
+// Threads come to a barrier at nearly the same time. Where many looks are in vain again and again, other processes have the processor of the thread that is
+// waited for, and each such wait keeps one from those. So the next waits sleep after few looks (`brief`), then many are tried again; each trial in vain
+// doubles the number of brief waits. `doubt` forgets a single one within IN_VAIN waits.
+static void wait_at_barrier(Team *team, unsigned phase) {
+    int brief = atomic_load_explicit(&team->brief, memory_order_relaxed), doubt = atomic_load_explicit(&team->doubt, memory_order_relaxed);
+    if (brief > 0) {
+        atomic_store_explicit(&team->brief, brief - 1, memory_order_relaxed);
+        wait_for(&team->phase, phase, LOOKS_BRIEF);
+    } else if (wait_for(&team->phase, phase, team->looks)) {
+        doubt = doubt < MOST_DOUBT ? doubt + IN_VAIN : MOST_DOUBT;
+        atomic_store_explicit(&team->doubt, doubt, memory_order_relaxed);
+        if (doubt > IN_VAIN) atomic_store_explicit(&team->brief, FIRST_BRIEF << doubt / IN_VAIN, memory_order_relaxed);
+    } else if (doubt) atomic_store_explicit(&team->doubt, doubt - 1, memory_order_relaxed);
+}
 
 // Wait until all threads of the team are here.
 static void barrier(Team *team) {
@@ -82,7 +102,7 @@ static void barrier(Team *team) {
     if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 == team->count) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
         announce(&team->phase);
-    } else wait_for(&team->phase, phase, team->looks);
+    } else wait_at_barrier(team, phase);
 }
 
 static void *work(void *argument) {

@@ -32,6 +32,8 @@ KERNELS = (
 SHARED_WIDTHS = (64, 128)
 #: kernels in the order of ``geometry`` in ``decode_step.cu``
 PRODUCTS = ("project_qkv", "add_attention", "project_query", "feed_forward_in", "feed_forward_out", "output_head")
+#: those of a layer; of output_head two CTAs need all shared memory of a multiprocessor
+LAYER_PRODUCTS = PRODUCTS[:-1]
 
 
 def refusal(arch: Architecture, dtype: torch.dtype) -> str | None:
@@ -146,13 +148,13 @@ class DecodeKernels:
         self._gpu = gpu.major, gpu.multi_processor_count
         for name in PRODUCTS:
             self._module.allow_shared(name, self._shared(name, 1))
-            if self._gpu[0] in LARGE_SHARED and name != "output_head":  # of which two CTAs need it all
+            if self._gpu[0] in LARGE_SHARED and name in LAYER_PRODUCTS:
                 self._module.prefer_shared(name, SHARED_PERCENT)
 
     def _shared(self, name: str, ctas: int) -> int:
         """Bytes of dynamic shared memory of a kernel."""
         own = self.geometry[name].shared if name in self.geometry else 0
-        return shared_memory(own, ctas, *self._gpu) if name in PRODUCTS and name != "output_head" else own
+        return shared_memory(own, ctas, *self._gpu) if name in LAYER_PRODUCTS else own
 
     def launch(self, name: str, grid: tuple[int, ...], stream: int, *arguments: Any, early: bool = True) -> None:
         """Start a kernel, see `t5_trt.kernels.launching.launch`; `early` where the GPU can."""

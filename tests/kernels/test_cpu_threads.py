@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from t5_trt.kernels.cpu_compile import COMPILERS
 from tests.conftest import ROOT
+from tests.kernels.test_cpu_compile import CC, needs_compiler
 
-CC = next((path for path in map(shutil.which, COMPILERS) if path), None)
-pytestmark = pytest.mark.skipif(CC is None, reason="there is no C compiler")
+pytestmark = needs_compiler
 SOURCE = """
 #include "threads.h"
 static Team team;

@@ -36,9 +36,6 @@ struct Share {
     uint4 key[PASSES], value[PASSES];    // zeros in place of keys that do not count
 };
 
-// Whether passes without keys are made, too, so that no branch keeps the passes of a share from running side by side: where there are few rows.
-constexpr bool STRAIGHT = ATTENTION_WARPS == 8;
-
 // For each pass of a share that has keys: call of(pass).
 template <class Of>
 __device__ __forceinline__ void each_pass(int left, Of of)
@@ -90,14 +87,14 @@ __device__ __forceinline__ void load_newest(const Place& at, int newest, Share& 
 {
     if (newest < 0 || newest >= SHARE)  // another share's
         return;
+    const char *keys = further(at.keys, held.own, KEY_BYTES), *values = further(at.values, held.own, KEY_BYTES);
     each_pass(held.left, [&](int i) {
         if (newest != at.group + i * GROUPS || threadIdx.x % KEY_LANES >= VECTORS)
             return;
-        const auto load = [&](const char* from) {
-            const char* key = further(from, held.own + i * GROUPS, KEY_BYTES);
-            return __ldcg((const uint4*)(MOVED ? further(key, held.beam[i], at.row_bytes) : key));
+        const auto load = [&](const char* own) {
+            return __ldcg((const uint4*)((MOVED ? further(own, held.beam[i], at.row_bytes) : own) + i * (int)(GROUPS * KEY_BYTES)));
         };
-        held.key[i] = load(at.keys), held.value[i] = load(at.values);
+        held.key[i] = load(keys), held.value[i] = load(values);
     });
 }
 
@@ -145,9 +142,9 @@ __device__ __forceinline__ void leave_sums(unsigned share, int left, const uint4
         all.of[share * GROUPS + lane / KEY_LANES] = {largest, sum};
 }
 
-// Every ATTENTION_WARPS-th of a chunk's shares, from share `warp` on; `query` is this lane's part.
+// Every ATTENTION_WARPS-th of a chunk's shares, from share `warp` on; this lane's part of `queries` begins at `own_query`.
 template <bool SELF, bool MOVED>
-__device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, unsigned shares, const float* query, SharedSums& all)
+__device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, unsigned shares, const float* queries, unsigned own_query, SharedSums& all)
 {
     const int old = SELF ? at.count - 1 : at.count;  // keys that are there before the wait
     Share held;
@@ -161,12 +158,16 @@ __device__ __forceinline__ void attend_shares(const Place& at, unsigned warp, un
     wait_for_inputs();
     if (warp >= shares)
         return;
+    float4 query[VECTOR / 4];
+#pragma unroll
+    for (int i = 0; i < VECTOR / 4; ++i)
+        query[i] = threadIdx.x % KEY_LANES < VECTORS ? __ldcg((const float4*)(queries + own_query) + i) : float4{};
     if (SELF && old < at.end)
         load_newest<MOVED>(at, there, held);
     float q[VECTOR];
 #pragma unroll
     for (int i = 0; i < VECTOR; i += 4) {
-        const float4 four = threadIdx.x % KEY_LANES < VECTORS ? __ldcg((const float4*)(query + i)) : float4{};
+        const float4 four = query[i / 4];
         q[i] = LOG2E * four.x, q[i + 1] = LOG2E * four.y, q[i + 2] = LOG2E * four.z, q[i + 3] = LOG2E * four.w;
     }
 #pragma unroll 1
@@ -221,8 +222,10 @@ __device__ __forceinline__ void attend(const float* query, const stored* keys, c
     at.values = further((const char*)values + lane_bytes, holder, at.row_bytes);
     if (at.start >= at.count && at.start > 0)  // not the first chunk of a row that has no keys
         return let_next_start();
-    const unsigned shares = shares_of(at.end - at.start);
-    attend_shares<SELF, MOVED>(at, warp, shares, query + row * HD_PAD + head * D + part * VECTOR, all);
+    // these through shuffles, so that the compiler does not put off what it takes to find them until after the wait
+    const unsigned shares = __shfl_sync(0xffffffffu, shares_of(at.end - at.start), 0);
+    const unsigned own_query = __shfl_sync(0xffffffffu, row * HD_PAD + head * D + part * VECTOR, threadIdx.x & 31);
+    attend_shares<SELF, MOVED>(at, warp, shares, query, own_query, all);
     __syncthreads();
     leave_result(merge(all, shares), at.count, attended, parts, arrived);
 }

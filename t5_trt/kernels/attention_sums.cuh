@@ -25,6 +25,9 @@ struct alignas(SLICE * 4) Slice { float value[SLICE]; };
 struct Sums { float largest, sum; };
 struct SharedSums { Sums of[STREAMS]; Slice values[SHARES][SLICES][32]; };
 
+// Whether passes and shares without keys are made, too, so that no branch keeps them from running side by side: where there are few rows.
+constexpr bool STRAIGHT = ATTENTION_WARPS == 8;
+
 // A warp's slices of the sums of all shares; all lanes of a slice's group of lanes have the same.
 struct Merged { float largest, sum; Slice values[SLICES_A_WARP]; };
 
@@ -39,18 +42,15 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
         sums[i] = i * 32 + lane < shares * GROUPS ? all.of[i * 32 + lane] : Sums{HIDDEN, 0.f};
         merged.largest = fmaxf(merged.largest, sums[i].largest);
     }
-#pragma unroll
-    for (int step = 1; step < 32; step <<= 1)
-        merged.largest = fmaxf(merged.largest, __shfl_xor_sync(0xffffffffu, merged.largest, step));
+    merged.largest = from_sortable(lanes_max(sortable(merged.largest)));
 #pragma unroll
     for (int i = 0; i < STREAMS_A_LANE; ++i) {
         sums[i].largest = exp2_fast(sums[i].largest - merged.largest);  // how this stream counts
         merged.sum = fmaf(sums[i].largest, sums[i].sum, merged.sum);
     }
-    merged.sum = sum_lanes(merged.sum, 1, 32);
 #pragma unroll
     for (unsigned i = 0; i < SHARES; ++i) {
-        if (i >= shares)
+        if (!STRAIGHT && i >= shares)
             break;
         const unsigned stream = i * GROUPS;
         const float factor = __shfl_sync(0xffffffffu, sums[stream / 32].largest, stream % 32 + lane / KEY_LANES);
@@ -59,14 +59,20 @@ __device__ __forceinline__ Merged merge(const SharedSums& all, unsigned shares)
             const Slice part = all.values[i][(warp + s * ATTENTION_WARPS) % SLICES][lane];
 #pragma unroll
             for (int j = 0; j < SLICE; ++j)
-                merged.values[s].value[j] = fmaf(factor, part.value[j], merged.values[s].value[j]);
+                merged.values[s].value[j] = fmaf(factor, i < shares ? part.value[j] : 0.f, merged.values[s].value[j]);
         }
     }
 #pragma unroll
-    for (int s = 0; s < SLICES_A_WARP; ++s)
+    for (int step = 1; step < 32; step <<= 1) {  // sums over lanes, side by side
+        merged.sum += __shfl_xor_sync(0xffffffffu, merged.sum, step);
+        if (step < KEY_LANES)
+            continue;
 #pragma unroll
-        for (int j = 0; j < SLICE; ++j)
-            merged.values[s].value[j] = sum_lanes(merged.values[s].value[j], KEY_LANES, 32);
+        for (int s = 0; s < SLICES_A_WARP; ++s)
+#pragma unroll
+            for (int j = 0; j < SLICE; ++j)
+                merged.values[s].value[j] += __shfl_xor_sync(0xffffffffu, merged.values[s].value[j], step);
+    }
     return merged;
 }
 

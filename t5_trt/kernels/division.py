@@ -26,8 +26,8 @@ MOST_TILES = 8
 GROUPS = 9
 #: parts of k that are summed by themselves, and most k tiles of one that are copied together
 PARTS, MOST_IN_STEP = 16, 6
-#: k tiles whose weights a warp can hold in registers (``MOST_HELD`` in ``product.cuh``)
-HELD_TILES = 16
+#: k tiles of several tiles of outputs whose weights a warp can hold in registers (``product.cuh``)
+HELD_TILES = 24
 KILOBYTE = 1024
 #: the compute capability on which products are split among the CTAs of a cluster (``split_product.cuh``). An H200 has room for 30 clusters of four
 CLUSTERS = 9
@@ -67,8 +67,11 @@ def divide_products(
         return 2 if large and row_tiles == 4 and 2 * count * _groups(rows, row_tiles) <= PROCESSORS else row_tiles
 
     # in half precision it is worth more that the next kernel finds processors without work, and loads its weights meanwhile
-    add_row_tiles = row_tiles if split["OUT_SPLIT"] and not int8 else own_row_tiles(model)
-    query_row_tiles = own_row_tiles(inner) if int8 else row_tiles
+    if split["OUT_SPLIT"] and not int8:
+        add_row_tiles = row_tiles if rows <= 64 else 2
+    else:
+        add_row_tiles = own_row_tiles(model)
+    query_row_tiles = own_row_tiles(inner) if int8 or arch.d_model < LARGE_MODEL else row_tiles
 
     def outputs(count: int, own_row_tiles: int) -> int:
         """Two tiles of outputs a CTA where processors would have a second CTA to run."""
@@ -80,11 +83,13 @@ def divide_products(
     wide = 4 if groups else _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
     if streamed:
         in_tiles = _evenly(hidden)
+        qkv_tiles = _evenly(qkv)
     elif large and row_tiles == 1:
         in_tiles = _leaving_half(arch, hidden, int8=int8)
+        qkv_tiles = 3 if wide == 1 and rows > 4 else wide
     else:
         in_tiles = max(wide // 2, 1) if arch.gated and half else wide
-    qkv_tiles = _evenly(qkv) if streamed else wide
+        qkv_tiles = wide
     own = {
         "ROW_TILES": row_tiles,
         "TILED": int(tiled),
@@ -141,10 +146,11 @@ def _together(count: int, row_tiles: int, *, int8: bool) -> int:
 
 def _leaving_half(arch: Architecture, count: int, *, int8: bool) -> int:
     """Tiles of outputs (gate and up count as one) of a CTA of ``feed_forward_in`` if half of the processors are left to ``feed_forward_out``, which then
-    loads its weights meanwhile; fewer if a CTA could not hold their weights.
+    loads its weights meanwhile, or more than half; fewer if a CTA could not hold their weights.
     """
     part = -(-arch.d_model // (PARTS * (32 if int8 else 16)))
-    return max(1, min(-(-count // (PROCESSORS // 2)), HELD_TILES // (part * (1 + arch.gated))))
+    least = 1 if int8 else 3 if arch.gated else 4
+    return max(1, min(max(-(-count // (PROCESSORS // 2)), least), HELD_TILES // (part * (1 + arch.gated))))
 
 
 def _groups(rows: int, row_tiles: int) -> int:
@@ -155,7 +161,7 @@ def _row_tiles(arch: Architecture, rows: int, *, half: bool, large: bool) -> int
     """Sizes at which sharing a load of the weights among rows beats more CTAs."""
     if rows <= 8:
         return 1
-    if large and 16 < rows <= 64 and arch.d_model >= LARGE_MODEL:
+    if large and 16 < rows <= (64 if arch.d_model >= LARGE_MODEL else 32):
         return 4
     return 2 if rows <= 64 or not half else 4
 
@@ -186,7 +192,7 @@ def _divide_head(
     head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
     return {
         "HEAD_ROW_TILES": head_row_tiles if half else row_tiles,
-        "HEAD_ASKS": int(rows <= 8 and arch.d_model < LARGE_MODEL),
+        "HEAD_ASKS": int(rows <= 8 and (arch.d_model < LARGE_MODEL or (rows == 1 and arch.d_model == LARGE_MODEL))),
         # 16 warps leave too few registers to convert 8-bit weights
         "HEAD_WARPS": 16 if head_row_tiles > 8 and half and not int8 else 8,
         # two CTAs on a processor, unless the rows of one fill it
@@ -205,7 +211,7 @@ def divide_attention(heads: int, capability: int, *, wide: bool) -> dict[str, in
         wide: a key takes more than 128 bytes, and so more registers.
     """
     few = 4 if capability in LARGE_SHARED and not wide else 2
-    choices = [(8, few), (4, 5), (4, 6)] + ([] if wide else [(2, 10), (2, 12)])
+    choices = [(8, 2), (8, few), (4, 5), (4, 6)] + ([] if wide else [(2, 10), (2, 12)])
     warps, ctas = next((choice for choice in choices if heads <= choice[1] * PROCESSORS), choices[-1])
     return {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}
 

@@ -319,13 +319,17 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
             output_scales[i] = ((const float*)weights_at<E_K>(weights, tile, E_K))[(lane >> 2) + i * 8];
 #endif
     let_next_start();
+    NormFactors<HEAD_WARPS * 32, HEAD_ROWS> of_norm({squares, scales, nullptr, epsilon}, row0, rows);
+    constexpr bool LATE = decltype(of_norm)::LATE;
     wait_for_inputs();
+    of_norm.load();
 #pragma unroll
     for (int step = 0; step < HEAD_LEAD; ++step) {
         copy_head_rows(step, copy, row0, rows);
         end_group();
     }
-    norm_factors<HEAD_WARPS * 32, HEAD_ROWS>({squares, scales, nullptr, epsilon}, row0, rows, factors);
+    if (!LATE)
+        of_norm.leave(factors);
     if (HEAD_BY_ROWS && threadIdx.x < HEAD_ROWS)
         hides[threadIdx.x] = hides_at(hidden, until, position, row0 + threadIdx.x, rows);
     float sums[HEAD_ROW_TILES][4] = {};
@@ -347,13 +351,15 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
                 held[i] = load_weights(own + base * WEIGHT_PIECES + (i + HEAD_STEP) * WEIGHT_PIECES, false);
         });
     }
+    if (LATE)
+        of_norm.leave(factors);
+    __syncthreads();  // no warp reads the copy of the rows any more
     const HeadOutput to = {logits, best, hidden, until, position, row0, rows};
     if constexpr (!HEAD_BY_ROWS) {
         leave_tiles(to, sums, factors, scale, output_scales);
         return;
     }
     // a warp has a whole row of the CTA's logits at once, so that the code for the best token is there once and not for every row tile
-    __syncthreads();  // no warp reads the copy of the rows any more
     float* made = (float*)shared;
 #pragma unroll
     for (int t = 0; t < HEAD_ROW_TILES; ++t)

@@ -18,7 +18,7 @@ struct GroupProduct : TiledCopies<TOTAL, 4, WARPGROUPS, K_TILES, 4> {
 
     __device__ __forceinline__ GroupProduct(const uint4* weights, int first_tile) : Copies(weights, first_tile) {}
 
-    // Multiply, and leave the sums for `total`.
+    // Multiply, and leave the sums for `total`; a barrier must follow.
     __device__ __forceinline__ void run(int, const void* x, int row0, int rows)
     {
         const int warp = (threadIdx.x >> 5) % 4;

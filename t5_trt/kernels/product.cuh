@@ -4,9 +4,9 @@
 // fixed order, so a result depends on neither the number of rows nor what the others hold: of a product that norms those of each half of the warps
 // one after the other, then both (`TiledCopies` has halves, too), of others in pairs (CTAs that share k have neighbouring warps' parts).
 //
-// NORMED: RMSNorm of x, whose weight is in W, is a factor of each row's outputs. It comes from sums of squares over 16 columns each,
-// [row][PARTIALS], of the float32 stream that x is a rounded copy of, and from the power of two that this copy was multiplied by.
+// NORMED: RMSNorm of x, whose weight is in W, is a factor of each row's outputs (norm.cuh).
 #pragma once
+#include "norm.cuh"
 #include "operands.cuh"
 
 constexpr int PRODUCT_WARPS = 16, HALVES = 2;  // parts of k of a layer's product, and the sums that they are first added to
@@ -29,49 +29,6 @@ template <int COUNT, bool IN_PAIRS = true> __device__ __forceinline__ void store
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
         to[sums_of_row<IN_PAIRS>((i >> 2) * 8 + (lane & 3) * 2 + (i & 1)) + (lane >> 2) + ((i & 2) << 2)] = sums[i];
-}
-
-// What a kernel that norms reads of its rows besides x, and the powers of two that it leaves for the next copy of the stream.
-struct Norm { const float *squares, *scales; float* next_scales; float epsilon; };
-
-// The power of two by which the stream is multiplied before it is rounded to `stored`: its root mean square, of which `factor` is the
-// reciprocal, becomes about 1/8. The next product may then add a hundred thousand times as much without leaving float16's range, and
-// what is 1/500 of it still has all of float16's digits. Any power of two gives the same digits.
-__device__ __forceinline__ float scale_for(float factor)
-{
-    return STORAGE == FLOAT32 ? 1.f : fminf(fmaxf(__uint_as_float(__float_as_uint(factor) & 0x7f800000u) * 0.125f, 0x1p-100f), 0x1p100f);
-}
-
-// Of a power of two between 2^-126 and 2^126.
-__device__ __forceinline__ float reciprocal(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
-
-// The factors that RMSNorm multiplies the CTA's outputs by, a row each; a barrier must follow. Four threads a row: every CTA reads the sums
-// of squares once, because all CTAs read the same few lines of the L2 cache at the same time.
-template <int THREADS, int COUNT>
-__device__ __forceinline__ void norm_factors(const Norm& norm, int row0, int rows, float* factors)
-{
-#pragma unroll
-    for (int first = 0; first < COUNT * 4; first += THREADS) {  // of a constant number of turns, so that there is no code for more
-        const int i = first + threadIdx.x;
-        if (i >= COUNT * 4)
-            break;
-        const int local = i >> 2, row = row0 + local, lane = i & 3;
-        float sum = 0.f, scale = 1.f;
-        if (row < rows) {
-            scale = __ldcg(norm.scales + row);
-#pragma unroll
-            for (int j = 0; j < PARTIALS / 16; ++j) {
-                const float4 part = __ldcg((const float4*)(norm.squares + (long long)row * PARTIALS) + j * 4 + lane);
-                sum += (part.x + part.y) + (part.z + part.w);
-            }
-        }
-        const float factor = rsqrtf(sum_lanes(sum, 1, 4) * (1.f / E) + norm.epsilon);
-        if (lane == 0) {
-            factors[local] = factor * reciprocal(scale);
-            if (blockIdx.x == 0 && row < rows && norm.next_scales)
-                norm.next_scales[row] = scale_for(factor);
-        }
-    }
 }
 
 // The largest part of `limit` or less that goes into `count` without rest, which saves a loop its conditions; `limit` if that is too small.
@@ -184,7 +141,7 @@ struct Product {
 #endif
     }
 
-    // Multiply by them, and leave the sums for `total`.
+    // Multiply by them, and leave the sums for `total`; a barrier must follow.
     __device__ __forceinline__ void run(int, const void* x, int row0, int rows)
     {
         multiply_all(x, row0, rows);
@@ -325,7 +282,6 @@ struct Product {
             store_sums<SUMS>(own, sums[tile], lane);
 #endif
         }
-        __syncthreads();
     }
 
     // One output of a tile for one row, both counted from the first.

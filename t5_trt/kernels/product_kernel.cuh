@@ -38,20 +38,37 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
     P work(weights, tile0);
     if (!FEW_ROWS)
         let_next_start();
-    wait_for_inputs();
+    typedef NormFactors<P::THREADS, P::OWN_ROWS> Factors;
+    Factors of_norm(norm, row0, rows);
+    constexpr bool LATE = P::IS_NORMED && Factors::LATE && P::CTAS == 1;  // two CTAs have no registers for that
     decltype(before(0, 0)) early[ROUNDS];
+    const auto read_early = [&] {
 #pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int i = round * P::THREADS + own;
-        if (i < COUNT)
-            early[round] = before(i % A_ROW * P::WIDTH, row0 + i / A_ROW);
-    }
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int i = round * P::THREADS + own;
+            if (i < COUNT)
+                early[round] = before(i % A_ROW * P::WIDTH, row0 + i / A_ROW);
+        }
+    };
+    constexpr bool FIRST = INT8 && !FEW_ROWS;  // while 8-bit weights leave registers free
+    wait_for_inputs();
+    if (P::IS_NORMED && !LATE)
+        of_norm.load();
+    if (FIRST)
+        read_early();
     work.begin(x, row0, rows);
-    if constexpr (P::IS_NORMED)
-        norm_factors<P::THREADS, P::OWN_ROWS>(norm, row0, rows, factors);
+    if (LATE)
+        of_norm.load();
+    if (!FIRST)
+        read_early();
+    if (P::IS_NORMED && !LATE)
+        of_norm.leave(factors);
 #pragma unroll
     for (int turn = 0; turn < P::TURNS; ++turn) {
         work.run(turn, x, row0, rows);
+        if (LATE && turn == 0)
+            of_norm.leave(factors);
+        __syncthreads();
 #pragma unroll
         for (int round = 0; round < ROUNDS; ++round) {
             const int i = round * P::THREADS + own, output = i % A_ROW * P::WIDTH, row = i / A_ROW;
@@ -66,6 +83,8 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
         }
         work.end_turn(turn);
     }
+    if (P::IS_NORMED)
+        of_norm.leave_scales();
 }
 
 struct Nothing { __device__ __forceinline__ int operator()(int, int) const { return 0; } };

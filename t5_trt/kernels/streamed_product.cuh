@@ -69,7 +69,7 @@ struct StreamedProduct {
         end_group();
     }
 
-    // Make the sums of a turn's tiles and leave them for `total`.
+    // Make the sums of a turn's tiles and leave them for `total`; a barrier must follow.
     __device__ __forceinline__ void run(int turn, const void*, int, int)
     {
         if (turn == 0) {
@@ -93,7 +93,6 @@ struct StreamedProduct {
             float* own = (float*)(shared + WARPS * ROW_BYTES + turn % BUFFERS * TURN + ((threadIdx.x >> 5) * IN_ONE + i) * SUMS);
             store_sums<OWN_ROW_TILES * 4, IN_PAIRS>(own, sums[i], lane);
         }
-        __syncthreads();
     }
 
     // Multiply by the k tile `i` of the warp's.

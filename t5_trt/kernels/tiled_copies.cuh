@@ -126,7 +126,7 @@ struct TiledCopies {
         end_group();  // an empty one, too: the wait counts groups
     }
 
-    // Leave the sums of both halves for `total`; those of a warp are of some tiles of outputs and some tiles of rows.
+    // Leave the sums of both halves for `total`, after a barrier; those of a warp are of some tiles of outputs and some tiles of rows.
     template <int WARP_TILES, int WARP_ROW_TILES>
     __device__ __forceinline__ void leave(const float (&sums)[WARP_TILES][WARP_ROW_TILES][4], int first_tile, int first_row_tile)
     {
@@ -135,7 +135,6 @@ struct TiledCopies {
 #pragma unroll
         for (int t = 0; t < WARP_TILES; ++t)
             store_sums<WARP_ROW_TILES * 4>(own + ((first_tile + t) * OWN_ROWS + first_row_tile * 8) * STRIDE, sums[t][0], lane);
-        __syncthreads();
     }
     __device__ __forceinline__ void end_turn(int) {}
 

@@ -21,7 +21,7 @@ struct TiledProduct : TiledCopies<TOTAL, OUT_TILES, 8, K_TILES, OUT_TILES / (OUT
         warp_tile = warp / ROW_WARPS * WARP_TILES, warp_row_tile = warp % ROW_WARPS * WARP_ROW_TILES;
     }
 
-    // Multiply, and leave the sums for `total`.
+    // Multiply, and leave the sums for `total`; a barrier must follow.
     __device__ __forceinline__ void run(int, const void* x, int row0, int rows)
     {
 #pragma unroll 1

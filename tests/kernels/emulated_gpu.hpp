@@ -55,8 +55,14 @@ static const T* everyone(const T& value)
 template <class T> static T shuffle(T value, unsigned from) { return everyone(value)[from % 32]; }
 template <class T> static T __shfl_xor_sync(unsigned, T value, int step) { return shuffle(value, (current->index % 32) ^ step); }
 template <class T> static T __shfl_sync(unsigned, T value, int lane) { return shuffle(value, lane); }
-static unsigned __reduce_max_sync(unsigned, unsigned) { abort(); }
-static unsigned __reduce_min_sync(unsigned, unsigned) { abort(); }
+static unsigned __reduce_max_sync(unsigned, unsigned value)
+{
+    const unsigned* all = everyone(value);
+    for (int lane = 0; lane < 32; ++lane)
+        value = value > all[lane] ? value : all[lane];
+    return value;
+}
+static unsigned __reduce_min_sync(unsigned mask, unsigned value) { return ~__reduce_max_sync(mask, ~value); }
 
 template <class T> static T __ldcg(const T* at) { return *at; }
 static int atomicAdd(int* at, int value) { int old = *at; *at += value; return old; }

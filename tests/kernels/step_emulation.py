@@ -21,6 +21,7 @@ EMULATED = {
     "types.cuh": ("widen", "narrow", "narrow_two"),
     "tensor_cores.cuh": ("multiply_tiles", "copy_async", "copy_word_async", "end_group", "wait_for_group"),
     "common.cuh": ("load_streaming", "load_before_wait"),
+    "norm.cuh": ("load_in_order",),
     "int8_weights.cuh": ("subtract_two",),
     "operands.cuh": ("count_from", "load_fragments", "prefetch"),
     "product.cuh": (),

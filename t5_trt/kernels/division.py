@@ -87,6 +87,9 @@ def divide_products(
     elif large and row_tiles == 1:
         in_tiles = _leaving_half(arch, hidden, int8=int8)
         qkv_tiles = 3 if wide == 1 and rows > 4 else wide
+    elif large and row_tiles == 4 and not (tiled or int8 or arch.gated) and arch.d_model >= LARGE_MODEL:
+        in_tiles = 3
+        qkv_tiles = wide
     else:
         in_tiles = max(wide // 2, 1) if arch.gated and half else wide
         qkv_tiles = wide

@@ -11,8 +11,13 @@
 
 constexpr int PRODUCT_WARPS = 16, HALVES = 2;  // parts of k of a layer's product, and the sums that they are first added to
 
-// Shared memory that a CTA may take: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on.
+// Shared memory that a CTA takes for rows: two of them fit on an SM of sm_90, one on that of every GPU from sm_80 on. Sums may take more where there is more.
 constexpr int SHARED_BYTES = 98 * 1024;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1100)
+constexpr int MOST_SHARED = SHARED_BYTES;
+#else
+constexpr int MOST_SHARED = 224 * 1024;
+#endif
 
 constexpr int STRIDE = 20;  // of the sums of a row in shared memory, of which there are 16: two rows have twice as much
 
@@ -90,7 +95,7 @@ struct Product {
     static constexpr int PARTS = OUT_TILES * OWN_ROWS * STRIDE;
     static constexpr int REGION = most(STAGED ? HELD * OWN_ROW_TILES * BLOCK : 0, PARTS * 4);  // shared memory of a warp: rows, then sums
     static constexpr int SHARED = WARPS * REGION;
-    static_assert(SHARED <= SHARED_BYTES, "shared memory");
+    static_assert(SHARED <= MOST_SHARED, "shared memory");
     static_assert(!WARPGROUPS || STAGED, "what `fetch` reads into registers is not in the order of warp groups");
 
     Weights held[OUT_TILES][HELD];

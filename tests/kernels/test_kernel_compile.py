@@ -227,6 +227,9 @@ def test_half_of_the_processors_are_left_to_feed_forward_out(rows: int, int8: bo
     assert ctas == ([64, 64, 64] if int8 else [48, 64, 43])  # float16 has at least four tiles, or three of gate and up
     assert tiles_of_a_cta(GATED) == 3  # 4 k tiles a part, and gate and up
     assert tiles_of_a_cta(HUGE) == 1
+    assert [constants(large, torch.float16, rows, 9, int8=int8)["IN_TILES"] for rows in (16, 17, 32)] == (
+        [4, 2, 2] if int8 else [4, 3, 3]
+    )
 
 
 def test_ctas_make_many_tiles_one_after_the_other() -> None:

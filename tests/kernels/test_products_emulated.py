@@ -214,12 +214,13 @@ def test_results_do_not_depend_on_whether_a_cta_makes_tiles_one_after_the_other(
         assert {name for name in wanted if not torch.equal(wanted[name], got[name])} == set()
 
 
+@pytest.mark.parametrize("rows", [3, 20], ids=["one row tile", "four"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_results_do_not_depend_on_how_threads_share_tiles(emulated: Any, gated: bool) -> None:
-    """Four teams of threads for four tiles of outputs or two pairs of them, for three, or for one."""
+def test_results_do_not_depend_on_how_threads_share_tiles(emulated: Any, gated: bool, rows: int) -> None:
+    """Four teams of threads for four tiles of outputs or two pairs of them, for three, or for one; or, for four row tiles, one."""
     arch = replace(GATED, gated=gated)
     results = [
-        run(arch, emulated(arch, 3, int8=False, QKV_TILES=qkv, IN_TILES=inner), 3, int8=False).made
+        run(arch, emulated(arch, rows, int8=False, QKV_TILES=qkv, IN_TILES=inner), rows, int8=False).made
         for qkv, inner in ((1, 1), (4, 2 if gated else 4), (3, 1 if gated else 3))
     ]
     for got in results[1:]:

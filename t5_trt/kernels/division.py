@@ -67,10 +67,8 @@ def divide_products(
         return 2 if large and row_tiles == 4 and 2 * count * _groups(rows, row_tiles) <= PROCESSORS else row_tiles
 
     # in half precision it is worth more that the next kernel finds processors without work, and loads its weights meanwhile
-    if split["OUT_SPLIT"] and not int8:
-        add_row_tiles = row_tiles if rows <= 64 else 2
-    else:
-        add_row_tiles = own_row_tiles(model)
+    beside_split = row_tiles if rows <= 64 else 2
+    add_row_tiles = beside_split if split["OUT_SPLIT"] and not int8 else own_row_tiles(model)
     query_row_tiles = own_row_tiles(inner) if int8 or arch.d_model < LARGE_MODEL else row_tiles
 
     def outputs(count: int, own_row_tiles: int) -> int:
@@ -81,18 +79,14 @@ def divide_products(
     groups = _group_row_tiles(rows, qkv) if tiled and capability == GROUPS and not int8 and _in_whole_steps(arch) else 0
     streamed = large and not tiled and min(qkv, hidden) > 2 * PROCESSORS and arch.d_model <= STREAMED_MODEL
     wide = 4 if groups else _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
+    qkv_tiles, in_tiles = wide, max(wide // (1 + arch.gated), 1)
     if streamed:
-        in_tiles = _evenly(hidden)
-        qkv_tiles = _evenly(qkv)
+        qkv_tiles, in_tiles = _evenly(qkv), _evenly(hidden)
     elif large and row_tiles == 1:
+        qkv_tiles = max(1, min(3, _held(arch, int8=int8))) if wide == 1 and rows > 4 else wide
         in_tiles = _leaving_half(arch, hidden, int8=int8)
-        qkv_tiles = 3 if wide == 1 and rows > 4 else wide
-    elif large and row_tiles == 4 and not (tiled or int8 or arch.gated) and arch.d_model >= LARGE_MODEL:
+    elif large and row_tiles == 4 and arch.d_model == LARGE_MODEL and not (tiled or int8 or arch.gated):
         in_tiles = 3
-        qkv_tiles = wide
-    else:
-        in_tiles = max(wide // 2, 1) if arch.gated and half else wide
-        qkv_tiles = wide
     own = {
         "ROW_TILES": row_tiles,
         "TILED": int(tiled),
@@ -151,9 +145,13 @@ def _leaving_half(arch: Architecture, count: int, *, int8: bool) -> int:
     """Tiles of outputs (gate and up count as one) of a CTA of ``feed_forward_in`` if half of the processors are left to ``feed_forward_out``, which then
     loads its weights meanwhile, or more than half; fewer if a CTA could not hold their weights.
     """
-    part = -(-arch.d_model // (PARTS * (32 if int8 else 16)))
     least = 1 if int8 else 3 if arch.gated else 4
-    return max(1, min(max(-(-count // (PROCESSORS // 2)), least), HELD_TILES // (part * (1 + arch.gated))))
+    return max(1, min(max(-(-count // (PROCESSORS // 2)), least), _held(arch, int8=int8) // (1 + arch.gated)))
+
+
+def _held(arch: Architecture, *, int8: bool) -> int:
+    """Tiles of outputs whose weights a warp can hold in registers, of its part of d_model."""
+    return HELD_TILES // -(-arch.d_model // (PARTS * (32 if int8 else 16)))
 
 
 def _groups(rows: int, row_tiles: int) -> int:
@@ -195,7 +193,7 @@ def _divide_head(
     head_row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 or not large else 8 if rows <= 64 else 16
     return {
         "HEAD_ROW_TILES": head_row_tiles if half else row_tiles,
-        "HEAD_ASKS": int(rows <= 8 and (arch.d_model < LARGE_MODEL or (rows == 1 and arch.d_model == LARGE_MODEL))),
+        "HEAD_ASKS": int(rows <= 8 if arch.d_model < LARGE_MODEL else rows == 1 and arch.d_model == LARGE_MODEL),
         # 16 warps leave too few registers to convert 8-bit weights
         "HEAD_WARPS": 16 if head_row_tiles > 8 and half and not int8 else 8,
         # two CTAs on a processor, unless the rows of one fill it

@@ -50,16 +50,16 @@ __device__ __forceinline__ void product(const uint4* weights, const void* x, con
                 early[round] = before(i % A_ROW * P::WIDTH, row0 + i / A_ROW);
         }
     };
-    constexpr bool FIRST = INT8 && !FEW_ROWS;  // while 8-bit weights leave registers free
+    constexpr bool EARLY_FIRST = INT8 && !FEW_ROWS;  // or 8-bit weights would leave too few registers
     wait_for_inputs();
     if (P::IS_NORMED && !LATE)
         of_norm.load();
-    if (FIRST)
+    if (EARLY_FIRST)
         read_early();
     work.begin(x, row0, rows);
     if (LATE)
         of_norm.load();
-    if (!FIRST)
+    if (!EARLY_FIRST)
         read_early();
     if (P::IS_NORMED && !LATE)
         of_norm.leave(factors);

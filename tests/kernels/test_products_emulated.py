@@ -148,8 +148,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
 
 @pytest.mark.parametrize(
     ("arch", "counts", "int8"),
-    [(GATED, (40, 9, 3), True), (LONG, (9, 3), True), (GATED, (3,), False)],
-    ids=["int8", "int8, more than registers hold", "float16"],
+    [
+        (GATED, (40, 9, 3), True),
+        (LONG, (9, 3), True),
+        (GATED, (3,), False),
+        (replace(GATED, d_model=2100, d_ff=24), (9, 3), False),
+    ],
+    ids=["int8", "int8, more than registers hold", "float16", "more sums of squares than registers hold"],
 )
 def test_products_equal_references_and_rows_do_not_depend_on_their_number(
     emulated: Any, arch: Architecture, counts: tuple[int, ...], int8: bool

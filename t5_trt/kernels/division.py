@@ -79,14 +79,12 @@ def divide_products(
     groups = _group_row_tiles(rows, qkv) if tiled and capability == GROUPS and not int8 and _in_whole_steps(arch) else 0
     streamed = large and not tiled and min(qkv, hidden) > 2 * PROCESSORS and arch.d_model <= STREAMED_MODEL
     wide = 4 if groups else _wide_tiles(arch, rows, row_tiles, half=half, tiled=tiled, int8=int8)
-    qkv_tiles, in_tiles = wide, max(wide // (1 + arch.gated), 1)
     if streamed:
         qkv_tiles, in_tiles = _evenly(qkv), _evenly(hidden)
-    elif large and row_tiles == 1:
-        qkv_tiles = max(1, min(3, _held(arch, int8=int8))) if wide == 1 and rows > 4 else wide
-        in_tiles = _leaving_half(arch, hidden, int8=int8)
-    elif large and row_tiles == 4 and arch.d_model == LARGE_MODEL and not (tiled or int8 or arch.gated):
-        in_tiles = 3
+    elif large and not tiled:
+        qkv_tiles, in_tiles = _tiles_at_once(arch, rows, row_tiles, wide, int8=int8)
+    else:
+        qkv_tiles, in_tiles = wide, max(wide // (1 + arch.gated), 1)
     own = {
         "ROW_TILES": row_tiles,
         "TILED": int(tiled),
@@ -139,6 +137,18 @@ def _together(count: int, row_tiles: int, *, int8: bool) -> int:
         return count if row_tiles == 1 else 2 - count % 2
     most = min(count // 2, 4) if row_tiles <= 2 else 2
     return next(part for part in (4, 3, 2, 1) if part <= max(most, 1) and count % part == 0)
+
+
+def _tiles_at_once(arch: Architecture, rows: int, row_tiles: int, wide: int, *, int8: bool) -> tuple[int, int]:
+    """Tiles of outputs of a CTA of ``project_qkv`` and of ``feed_forward_in`` that makes all of them at the same time, from registers."""
+    qkv_tiles, in_tiles = wide, max(wide // (1 + arch.gated), 1)
+    if row_tiles == 1:
+        in_tiles = _leaving_half(arch, tiles(arch.d_ff), int8=int8)
+        if wide == 1 and rows > 4:
+            qkv_tiles = max(1, min(3, _held(arch, int8=int8)))
+    elif row_tiles == 4 and arch.d_model == LARGE_MODEL and not (int8 or arch.gated):
+        in_tiles = 3
+    return qkv_tiles, in_tiles
 
 
 def _leaving_half(arch: Architecture, count: int, *, int8: bool) -> int:

@@ -153,9 +153,9 @@ def _tiles_at_once(arch: Architecture, rows: int, row_tiles: int, wide: int, *, 
 
 def _leaving_half(arch: Architecture, count: int, *, int8: bool) -> int:
     """Tiles of outputs (gate and up count as one) of a CTA of ``feed_forward_in`` if half of the processors are left to ``feed_forward_out``, which then
-    loads its weights meanwhile, or more than half; fewer if a CTA could not hold their weights.
+    loads its weights meanwhile, or more than half, as long as there are 32 CTAs; fewer tiles if a CTA could not hold their weights.
     """
-    least = 1 if int8 else 3 if arch.gated else 4
+    least = 1 if int8 else min(3 if arch.gated else 4, count // 32)
     return max(1, min(max(-(-count // (PROCESSORS // 2)), least), _held(arch, int8=int8) // (1 + arch.gated)))
 
 

@@ -225,6 +225,7 @@ def test_half_of_the_processors_are_left_to_feed_forward_out(rows: int, int8: bo
         -(-arch.d_ff // (16 * tiles_of_a_cta(arch))) for arch in (BASE, large, replace(BASE, d_ff=2048, gated=True))
     ]
     assert ctas == ([64, 64, 64] if int8 else [48, 64, 43])  # float16 has at least four tiles, or three of gate and up
+    assert tiles_of_a_cta(replace(BASE, d_model=512, d_ff=1024, gated=True)) == (1 if int8 else 2)  # 32 CTAs
     assert tiles_of_a_cta(GATED) == 3  # 4 k tiles a part, and gate and up
     assert tiles_of_a_cta(HUGE) == 1
     assert [constants(large, torch.float16, rows, 9, int8=int8)["IN_TILES"] for rows in (16, 17, 32)] == (

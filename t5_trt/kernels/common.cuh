@@ -61,6 +61,32 @@ __device__ __forceinline__ uint4 load_before_wait(const void* from)
     return value;
 }
 
+// Loads of what kernels before have written, which the compiler must not delay: it puts them all behind the products of a round.
+__device__ __forceinline__ float load_in_order(const float* from)
+{
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+}
+__device__ __forceinline__ float4 load_in_order(const float4* from)
+{
+    float4 value;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "l"(from));
+    return value;
+}
+__device__ __forceinline__ uint2 load_in_order(const uint2* from)
+{
+    uint2 value;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+    return value;
+}
+__device__ __forceinline__ uint4 load_in_order(const uint4* from)
+{
+    uint4 value;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from));
+    return value;
+}
+
 // Where element `column` of a row lies in the activations of `columns` (a multiple of K_TILE) that a product reads: [row / 8][column / K_TILE]
 // [row % 8][column % K_TILE], so that a warp reads the B fragments of 8 rows and a k tile as neighbouring bytes (`pack_matrix` in weights.py
 // says which columns a lane has); plain [row][column] in float32. With WARPGROUPS a row tile's 16 columns are [half][row % 8][8], where a half has

@@ -143,7 +143,7 @@ def _tiles_at_once(arch: Architecture, rows: int, row_tiles: int, wide: int, *, 
     """Tiles of outputs of a CTA of ``project_qkv`` and of ``feed_forward_in`` that makes all of them at the same time, from registers."""
     qkv_tiles, in_tiles = wide, max(wide // (1 + arch.gated), 1)
     if row_tiles == 1:
-        in_tiles = _leaving_half(arch, tiles(arch.d_ff), int8=int8)
+        in_tiles = _leaving_half(arch, int8=int8)
         if wide == 1 and rows > 4:
             qkv_tiles = max(1, min(3, _held(arch, int8=int8)))
     elif row_tiles == 4 and arch.d_model == LARGE_MODEL and not (int8 or arch.gated):
@@ -151,10 +151,11 @@ def _tiles_at_once(arch: Architecture, rows: int, row_tiles: int, wide: int, *, 
     return qkv_tiles, in_tiles
 
 
-def _leaving_half(arch: Architecture, count: int, *, int8: bool) -> int:
+def _leaving_half(arch: Architecture, *, int8: bool) -> int:
     """Tiles of outputs (gate and up count as one) of a CTA of ``feed_forward_in`` if half of the processors are left to ``feed_forward_out``, which then
     loads its weights meanwhile, or more than half, as long as there are 32 CTAs; fewer tiles if a CTA could not hold their weights.
     """
+    count = tiles(arch.d_ff)
     least = 1 if int8 else min(3 if arch.gated else 4, count // 32)
     return max(1, min(max(-(-count // (PROCESSORS // 2)), least), _held(arch, int8=int8) // (1 + arch.gated)))
 

@@ -353,7 +353,7 @@ output_head(const uint4* weights, const stored* copy, const float* squares, cons
     }
     if (LATE)
         of_norm.leave(factors);
-    __syncthreads();  // no warp reads the copy of the rows any more
+    __syncthreads();  // the factors are there, and no warp reads the copy of the rows any more
     const HeadOutput to = {logits, best, hidden, until, position, row0, rows};
     if constexpr (!HEAD_BY_ROWS) {
         leave_tiles(to, sums, factors, scale, output_scales);

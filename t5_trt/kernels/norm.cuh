@@ -20,20 +20,6 @@ __device__ __forceinline__ float scale_for(float factor)
 // Of a power of two between 2^-126 and 2^126.
 __device__ __forceinline__ float reciprocal(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
 
-// Loads that the compiler must not delay.
-__device__ __forceinline__ float load_in_order(const float* from)
-{
-    float value;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
-    return value;
-}
-__device__ __forceinline__ float4 load_in_order(const float4* from)
-{
-    float4 value;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "l"(from));
-    return value;
-}
-
 // The factors of a CTA's COUNT rows, by four threads a row. Every CTA reads all sums of squares, which takes as long as reading the rows: so they are asked
 // for beside them and, for few rows, added up when the sums of products are there.
 template <int THREADS, int COUNT> struct NormFactors {

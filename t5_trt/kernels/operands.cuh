@@ -20,18 +20,6 @@ constexpr int WEIGHT_PIECES = STORAGE == FLOAT32 ? 64 : 32;  // of 16 bytes, of 
 constexpr int BLOCK = 8 * K_TILE * 2, ROW_PIECES = BLOCK / 16;  // bytes of 8 rows and a k tile in half precision, and pieces of 16
 
 #if STORAGE != FLOAT32
-// A lane's B fragments of 8 rows and a k tile in memory. The compiler must not delay these loads: it puts them all behind the products of a round.
-__device__ __forceinline__ Rows load_fragments(const Rows* from)
-{
-    Rows own;
-#if INT8
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(own.x), "=r"(own.y), "=r"(own.z), "=r"(own.w) : "l"(from));
-#else
-    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(own.x), "=r"(own.y) : "l"(from));
-#endif
-    return own;
-}
-
 // A lane's B fragments of 8 rows and a k tile in shared memory.
 __device__ __forceinline__ Rows lane_rows(const char* block, int lane)
 {

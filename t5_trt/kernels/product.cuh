@@ -230,7 +230,7 @@ struct Product {
     {
         if constexpr (!STAGED) {
             if (there)
-                read[place] = load_fragments((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane_of_rows(lane, rows - row0)
+                read[place] = load_in_order((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + k_tile) * 32 + lane_of_rows(lane, rows - row0)
                                              + more * 32);
         } else {
             const unsigned to = (unsigned)__cvta_generic_to_shared(region) + place * OWN_ROW_TILES * BLOCK;

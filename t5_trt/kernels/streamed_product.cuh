@@ -61,7 +61,7 @@ struct StreamedProduct {
             if (!has(first + i))
                 continue;
             if constexpr (!STAGED)
-                read[i] = load_fragments((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + first) * 32 + lane_of_rows(lane, rows - row0) + i * 32);
+                read[i] = load_in_order((const Rows*)x + ((long long)(row0 >> 3) * K_TILES + first) * 32 + lane_of_rows(lane, rows - row0) + i * 32);
             else
                 copy_row_tiles<32, OWN_ROW_TILES, 1, K_TILES>((unsigned)__cvta_generic_to_shared(region) + i * OWN_ROW_TILES * BLOCK, x, first, i,
                                                               row0, rows, lane);

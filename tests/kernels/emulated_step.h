@@ -17,7 +17,6 @@ static uint4 load_streaming(const void* from)
 static uint4 load_before_wait(const void* from) { return load_streaming(from); }
 static void prefetch(const void*) {}
 static const uint4* count_from(const uint4* address) { return address; }
-template <class T> static T load_fragments(const T* from) { return *from; }
 template <class T> static T load_in_order(const T* from) { return *from; }
 static void let_next_start() {}
 static void wait_for_inputs() {}

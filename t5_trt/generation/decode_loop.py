@@ -12,12 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from t5_trt.compat import orders_drawn_beams
 from t5_trt.generation.beam_search import BeamRules, BeamSelector, finished_beams
+from t5_trt.generation.cached_property import cached_property
 from t5_trt.generation.eager import EagerBeamSelector, EagerCallbacks, EagerTokenSelector
 from t5_trt.generation.processors import CapturableProcessors, capturable_processors
 from t5_trt.generation.report_reader import STEPS_AHEAD, Watcher

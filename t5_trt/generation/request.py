@@ -18,7 +18,6 @@ import copy
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
 from t5_trt.compat import CACHE
+from t5_trt.generation.cached_property import cached_property
 from t5_trt.generation.kv_cache import EngineCache
 from t5_trt.generation.processors import fingerprint, is_capturable
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.generation import logits_process
 
+from t5_trt.generation.cached_property import cached_property
 from t5_trt.generation.processor_forms import divisor_operand
 from t5_trt.runtime import cuda_kernels
 

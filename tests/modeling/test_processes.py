@@ -100,6 +100,38 @@ def test_forked_while_a_thread_generates() -> None:
     assert lines == ["[0, 0, 0, 0, 0, 0]", "True"]
 
 
+def test_forked_while_a_thread_computes_a_cached_property() -> None:
+    """The child computes its own; Python 3.10 and 3.11 have a lock in `functools.cached_property`, which it would wait for."""
+    lines = run_script("""
+        from t5_trt.generation.cached_property import cached_property
+        class Sums:
+            computed = 0
+            def __init__(self, waits):
+                self.waits = waits
+            @cached_property
+            def total(self):
+                self.computed += 1
+                if self.waits:
+                    begun.set()
+                    forked.wait()
+                return 42
+        begun, forked = threading.Event(), threading.Event()
+        first, second = Sums(True), Sums(False)
+        thread = threading.Thread(target=lambda: first.total)
+        thread.start()
+        begun.wait()
+        process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(second.total))
+        process.start()
+        process.join(60)
+        print(process.exitcode)
+        process.kill()
+        forked.set()
+        thread.join()
+        print(first.total, first.computed)
+    """)
+    assert lines == ["42", "42 1"]
+
+
 def test_data_loader_workers(tmp_path: Path) -> None:
     """The model is in the dataset: inherited by forked workers, pickled for spawned ones, for which torch moves its weights to shared memory."""
     lines = run_script(

@@ -75,6 +75,7 @@ __device__ inline void merge_lists(const float* found, const int* tokens, const 
                 }
         }
     }
+    __syncwarp();  // all lanes read what the winners wrote
 }
 #endif
 

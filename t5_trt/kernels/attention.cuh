@@ -1,4 +1,4 @@
-// Attention of one new token of every row over cached keys and values.
+// Attention of one new token of every row over cached keys and values, by ordinary multiply-adds: float32, or a d_kv that tile_attention.cuh does not take.
 //
 // A CTA of ATTENTION_WARPS warps takes CHUNK keys of one head of one row; grid (H, rows, chunks). A multiprocessor must have room for
 // ATTENTION_CTAS of them. Where a row has more keys, every CTA leaves its part, and the last one to finish adds the parts up in the order of

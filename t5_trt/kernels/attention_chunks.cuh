@@ -4,7 +4,6 @@
 
 constexpr int CHUNK = 128;            // keys of a CTA
 constexpr float HIDDEN = -3.0e38f;    // a score below all others
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr int PART = D + 2;           // what a chunk knows: the largest score, the sum of exponentials, the weighted sum of values [D]
 constexpr unsigned KEY_BYTES = D * sizeof(stored);
 

@@ -42,6 +42,10 @@ constexpr int E_TILES = E_PAD / 16, HD_TILES = HD_PAD / 16, FF_TILES = FF_PAD / 
 constexpr int ROWS = ROW_TILES * 8;               // rows of a CTA
 constexpr int PARTIALS = (E_TILES + 15) / 16 * 16;  // partial sums of squares of a row, with zeros behind them
 
+// Whether attention is made by the tensor cores (tile_attention.cuh), else by attention.cuh.
+#define TILE_ATTENTION (STORAGE != FLOAT32 && (D == 64 || D == 128))
+constexpr float LOG2E = 1.4426950408889634f;
+
 extern __shared__ __align__(16) char shared[];  // of the size that the host gives
 
 // 16 bytes of weights, which are read once. The compiler may move such a load over everything.
@@ -101,3 +105,27 @@ __device__ __forceinline__ long long activation_index(int row, int column, int c
     return (((long long)(row >> 3) * (columns >> K_BITS) + (column >> K_BITS)) * 8 + (row & 7)) * K_TILE + (column & (K_TILE - 1));
 #endif
 }
+
+// Store a query's element, or four neighbouring ones, where `query` is a row. With TILE_ATTENTION there are, of every eight columns, LOG2E times the
+// elements as `stored`, and behind these what is lost by that, also as `stored`; both stay finite in float16. Otherwise the elements in float32.
+#if TILE_ATTENTION
+__device__ __forceinline__ float finite(float x) { return STORAGE == FLOAT16 ? fminf(fmaxf(x, -65504.f), 65504.f) : x; }
+__device__ __forceinline__ float rest_of(float x) { return finite(x - widen(narrow(finite(x)))); }
+__device__ __forceinline__ stored* query_place(float* query, int column) { return (stored*)(query + column / 8 * 8) + column % 8; }
+__device__ __forceinline__ void put_query(float* query, int column, float value)
+{
+    stored* to = query_place(query, column);
+    value *= LOG2E;
+    to[0] = narrow(finite(value)), to[8] = narrow(rest_of(value));
+}
+__device__ __forceinline__ void put_query(float* query, int column, const float4& values)
+{
+    uint2* to = (uint2*)query_place(query, column);
+    const float4 own = {LOG2E * values.x, LOG2E * values.y, LOG2E * values.z, LOG2E * values.w};
+    to[0] = {narrow_two(finite(own.x), finite(own.y)), narrow_two(finite(own.z), finite(own.w))};
+    to[2] = {narrow_two(rest_of(own.x), rest_of(own.y)), narrow_two(rest_of(own.z), rest_of(own.w))};
+}
+#else
+__device__ __forceinline__ void put_query(float* query, int column, float value) { query[column] = value; }
+__device__ __forceinline__ void put_query(float* query, int column, const float4& values) { *(float4*)(query + column) = values; }
+#endif

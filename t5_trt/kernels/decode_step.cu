@@ -1,10 +1,10 @@
 // One decoder step for rows of requests, as a chain of small kernels in one stream: see t5_trt/kernels/decode_step.py.
-#include "attention.cuh"
 #include "ends.cuh"
 #include "layers.cuh"
-#if STORAGE != FLOAT32 && (D == 64 || D == 128)
-#include "shared_attention.cuh"
+#if TILE_ATTENTION
+#include "tile_attention.cuh"
 #else
+#include "attention.cuh"
 constexpr int SHARERS = 1;  // there is no attend_shared
 #endif
 

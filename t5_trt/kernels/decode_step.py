@@ -22,14 +22,15 @@ from t5_trt.kernels.launching import LoadedModule, launch
 from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights, padded, tiles
 
 STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+DTYPES = {number: dtype for dtype, number in STORAGE.items()}
 #: keys of one head that a CTA of an attention kernel takes (``CHUNK`` in ``attention.cuh``)
 CHUNK = 128
 KERNELS = (
     "embed", "project_qkv", "attend_self", "attend_moved", "add_attention", "project_query", "attend_cross", "feed_forward_in",
     "feed_forward_out", "output_head",
 )  # fmt: skip
-#: d_kv of models that have ``attend_shared``, in half precision
-SHARED_WIDTHS = (64, 128)
+#: d_kv of models whose attention is ``tile_attention.cuh``'s, in half precision; the others have no ``attend_shared``
+TILE_WIDTHS = (64, 128)
 #: kernels in the order of ``geometry`` in ``decode_step.cu``
 PRODUCTS = ("project_qkv", "add_attention", "project_query", "feed_forward_in", "feed_forward_out", "output_head")
 #: those of a layer; of output_head two CTAs need all shared memory of a multiprocessor
@@ -66,7 +67,12 @@ def constants(
         | ({"INT8": 1} if int8 else {})
         | {"V": arch.vocab_size}
         | divide_products(arch, dtype, rows, capability, int8=int8)
-        | divide_attention(arch.num_heads * rows, capability, wide=arch.d_kv * dtype.itemsize > 128)
+        | divide_attention(
+            arch.num_heads * rows,
+            capability,
+            wide=arch.d_kv * dtype.itemsize > 128,
+            tiled=has_tile_attention(arch.d_kv, dtype),
+        )
     )
 
 
@@ -83,9 +89,9 @@ def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def has_shared_attention(constants: Mapping[str, int]) -> bool:
-    """Whether there is ``attend_shared``, see ``shared_attention.cuh``."""
-    return constants["STORAGE"] != STORAGE[torch.float32] and constants["D"] in SHARED_WIDTHS
+def has_tile_attention(d_kv: int, dtype: torch.dtype) -> bool:
+    """Whether attention is made by the tensor cores, ``tile_attention.cuh``, and so there is ``attend_shared``."""
+    return dtype != torch.float32 and d_kv in TILE_WIDTHS
 
 
 ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for name in ACTIVATIONS}
@@ -129,7 +135,8 @@ class DecodeKernels:
 
     def __init__(self, cubin: bytes, constants: Mapping[str, int], device: torch.device, *, early: bool) -> None:
         driver = bindings("driver")
-        names = (*KERNELS, "attend_shared") if has_shared_attention(constants) else KERNELS
+        dtype = DTYPES[constants["STORAGE"]]
+        names = (*KERNELS, "attend_shared") if has_tile_attention(constants["D"], dtype) else KERNELS
         self._module = LoadedModule(cubin, names)
         self._functions = self._module.functions
         self.threads = {
@@ -193,7 +200,7 @@ class DecodeStep:
         rows, geometry = len(self.inputs.tokens), self.kernels.geometry
         self._grids = {name: geometry[name].grid(count, rows) for name, count in out_tiles}
         beams, sharers = self.inputs.beams, self.kernels.sharers
-        shared = self.inputs.shares_keys and sharers > 1
+        shared = beams > 1 and sharers > 1
         self._cross = "attend_shared" if shared else "attend_cross"
         ctas = rows // beams * -(-beams // sharers) if shared else rows
         self._grids[self._cross] = (arch.num_heads, ctas, self._chunks[1])

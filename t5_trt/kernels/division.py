@@ -94,7 +94,7 @@ def divide_products(
         "QKV_TOGETHER": _together(qkv_tiles, row_tiles, int8=int8),
         "IN_TILES": in_tiles,
         "IN_TOGETHER": 1 if arch.gated else _together(in_tiles, row_tiles, int8=int8),
-        "QUERY_TILES": outputs(inner, query_row_tiles),
+        "QUERY_TILES": _query_tiles(inner, int8=int8) if large and row_tiles == 1 else outputs(inner, query_row_tiles),
         "QUERY_ROW_TILES": query_row_tiles,
         "ADD_TILES": outputs(model, add_row_tiles),
         "ADD_ROW_TILES": add_row_tiles,
@@ -149,6 +149,11 @@ def _tiles_at_once(arch: Architecture, rows: int, row_tiles: int, wide: int, *, 
     elif row_tiles == 4 and arch.d_model == LARGE_MODEL and not (int8 or arch.gated):
         in_tiles = 3
     return qkv_tiles, in_tiles
+
+
+def _query_tiles(count: int, *, int8: bool) -> int:
+    """Tiles of outputs of a CTA of ``project_query``, of `count`, for up to 8 rows: two where that leaves processors to the next products."""
+    return 2 if count >= 48 and int8 == (16 * count >= LONG_K) else 1
 
 
 def _leaving_half(arch: Architecture, *, int8: bool) -> int:
@@ -212,7 +217,7 @@ def _divide_head(
     }
 
 
-def divide_attention(heads: int, capability: int, *, wide: bool) -> dict[str, int]:
+def divide_attention(heads: int, capability: int, *, wide: bool, tiled: bool) -> dict[str, int]:
     """Warps for the keys of one head of one row, and how many such CTAs a processor must have room for.
 
     As many warps as can be if all heads are to be at work at once.
@@ -221,9 +226,13 @@ def divide_attention(heads: int, capability: int, *, wide: bool) -> dict[str, in
         heads: of all rows together.
         capability: the GPU's compute capability, its major number.
         wide: a key takes more than 128 bytes, and so more registers.
+        tiled: by the tensor cores, ``tile_attention.cuh``.
     """
-    few = 4 if capability in LARGE_SHARED and not wide else 2
-    choices = [(8, 2), (8, few), (4, 5), (4, 6)] + ([] if wide else [(2, 10), (2, 12)])
+    if tiled:
+        choices = [(8, 2), (4, 4)] if wide else [(8, 2), (4, 5), (4, 6), (2, 10), (2, 12)]
+    else:
+        few = 4 if capability in LARGE_SHARED and not wide else 2
+        choices = [(8, 2), (8, few), (4, 5), (4, 6)] + ([] if wide else [(2, 10), (2, 12)])
     warps, ctas = next((choice for choice in choices if heads <= choice[1] * PROCESSORS), choices[-1])
     return {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}
 

@@ -39,13 +39,11 @@ typedef NarrowProduct<E_TILES, ADD_TILES, ADD_ROW_TILES, FF_K, false> OutProduct
 #endif
 
 // Store what a thread has of an output, or of four neighbouring ones.
-__device__ __forceinline__ void put(float* to, float value) { *to = value; }
-__device__ __forceinline__ void put(float* to, const float4& values) { *(float4*)to = values; }
-__device__ __forceinline__ float activated(float first, float second) { return GATED ? activate(first) * second : activate(first); }
-#if STORAGE != FLOAT32
 __device__ __forceinline__ void put(stored* to, float value) { *to = narrow(value); }
+#if STORAGE != FLOAT32
 __device__ __forceinline__ void put(stored* to, const float4& values) { *(uint2*)to = {narrow_two(values.x, values.y), narrow_two(values.z, values.w)}; }
 #endif
+__device__ __forceinline__ float activated(float first, float second) { return GATED ? activate(first) * second : activate(first); }
 __device__ __forceinline__ void put_activated(stored* to, float first, float second) { *to = narrow(activated(first, second)); }
 #if WARPGROUPS
 // Of four neighbouring columns two are in each half (`activation_index`).
@@ -57,8 +55,8 @@ __device__ __forceinline__ void put_activated(stored* to, const float4& first, c
 #endif
 
 // q, k and v of the normed stream; k and v go into the cache at each row's position.
-//   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD];
-//   keys, values [rows][H][capacity][D]; position int32 [rows]
+//   weights [3 HD][E]; copy of the stream, E_PAD columns; scales, next_scales float32 [rows]; query float32 [rows][HD_PAD], stored
+//   by `put_query`; keys, values [rows][H][capacity][D]; position int32 [rows]
 extern "C" __global__ void __launch_bounds__(QkvProduct::THREADS, QkvProduct::CTAS)
 project_qkv(const uint4* weights, const stored* copy, const float* squares, const float* scales, float* next_scales, float* query,
             stored* keys, stored* values, const int* position, int rows, int capacity, float epsilon)
@@ -76,7 +74,7 @@ project_qkv(const uint4* weights, const stored* copy, const float* squares, cons
             if (column >= HD || which > 2)
                 continue;
             if (which == 0)
-                put(query + (long long)row * HD_PAD + column, y[i]);
+                put_query(query + (long long)row * HD_PAD, column, y[i]);
             else
                 put((which == 1 ? keys : values) + at + (long long)(column / D) * capacity * D + column % D, y[i]);
         }
@@ -93,7 +91,7 @@ project_query(const uint4* weights, const stored* copy, const float* squares, co
 #pragma unroll
         for (int i = 0; i < QUERY_TILES; ++i)
             if (row < rows && (HD_TILES % QUERY_TILES == 0 || tile0 + i < HD_TILES))
-                query[(long long)row * HD_PAD + (tile0 + i) * 16 + output] = y[i];
+                put_query(query + (long long)row * HD_PAD, (tile0 + i) * 16 + output, y[i]);
     });
 }
 

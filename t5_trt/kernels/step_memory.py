@@ -73,7 +73,7 @@ class StepBuffers:
     copy: torch.Tensor  # the stream as products read it: [rows, E_PAD] in the weights' type
     squares: torch.Tensor  # float32 [rows, PARTIALS]
     scales: torch.Tensor  # float32 [2, rows], powers of two; kernels that norm change from one half to the other
-    query: torch.Tensor  # float32 [rows, HD_PAD]
+    query: torch.Tensor  # float32 [rows, HD_PAD], as `put_query` in common.cuh stores it
     attended: torch.Tensor
     inner: torch.Tensor
     parts: torch.Tensor
@@ -128,8 +128,6 @@ class StepInputs:
         places: int32 [R], where a row's new key and value go: the place in its sequence's cache, counted from the row's own cache in units of D,
             so that several rows may be positions of one sequence (`t5_trt.runtime.kernel_positions`). None: `position`, in the row's own cache.
         neighbours: rows from whose first one `ancestors` count; 0: `beams`.
-        shares_keys: rows of a source attend to it by ``attend_shared``, if there is such a kernel. Single steps and several positions of one
-            request must have the same, as its bits are not those of ``attend_cross``.
     """
 
     tokens: torch.Tensor
@@ -143,4 +141,3 @@ class StepInputs:
     ancestors: torch.Tensor | None = None
     places: torch.Tensor | None = None
     neighbours: int = 0
-    shares_keys: bool = False

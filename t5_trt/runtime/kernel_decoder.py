@@ -321,7 +321,6 @@ class KernelDecoder:
             shapes.N,
             slot.logits[:, 0],
             slot.ancestors,
-            shares_keys=shapes.N > 1,
         )
         chunks = -(-max(shapes.T, shapes.S) // CHUNK)
         buffers = StepBuffers.allocate(arch, dtype, rows, chunks, device, int8=self.weights.int8)

@@ -100,7 +100,6 @@ def make(
         lengths=torch.tensor(lengths, device="cuda", dtype=torch.int32),
         beams=beams,
         logits=torch.full((rows, arch.vocab_size), float("nan"), device="cuda"),
-        shares_keys=beams > 1,
     )
     for row, position in enumerate(positions):  # nothing behind a row's position may be read
         inputs.kv[:, :, row, :, position:] = float("nan")

@@ -16,6 +16,7 @@
 #define __threadfence_system()
 #define __syncwarp()
 #define __CUDA_ARCH__ 800
+struct float2 { float x, y; };
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float4 { float x, y, z, w; };

@@ -17,6 +17,7 @@ import torch
 from t5_trt import kernels
 from t5_trt.kernels import reference
 from t5_trt.kernels.decode_step import CHUNK, STORAGE
+from tests.kernels.queries import pack_query
 
 HEADS = 2
 WARPS = (1, 2, 4, 8)
@@ -27,7 +28,9 @@ INSTRUCTIONS = {
     "cvt.rn.bf16x2.f32": "both = float_to_bfloat16(low) | float_to_bfloat16(high) << 16;",
     "mad.wide.u32": "there = base + (unsigned long long)count * size;",
     "ex2.approx.ftz.f32": "result = exp2f(x);",
-    "ld.global": "",
+    "ld.global.L1::no_allocate": "value = *(const uint4*)from;",
+    "ld.global.nc": "",
+    "ld.global.cg": "",
     "griddepcontrol": "",
 }
 PROGRAM = """
@@ -43,7 +46,7 @@ namespace {  // shared memory of its own for each of the libraries
 static void** given;
 template <class T> static T* memory(int i) { return (T*)given[i]; }
 static int number(int i) { return *(int*)given[i]; }
-constexpr int TILES = 0;  // in place of a number of warps: attend_shared
+constexpr int TOGETHER = 0;  // in place of a number of warps: attend_shared
 extern "C" void run(int warps, int own, void** values, int rows, int chunks, int backwards)
 {
     given = values;
@@ -67,10 +70,10 @@ CALLS = """
               memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), number(11)); };
 """
 SHARED_CALL = """
-    if (warps == TILES) {
-        warps = shared_keys::SHARED_WARPS;
-        rows = rows / number(11) * ((number(11) + shared_keys::SHARERS - 1) / shared_keys::SHARERS);
-        kernel = [] { shared_keys::attend_shared(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
+    if (warps == TOGETHER) {
+        warps = warps4::SHARED_WARPS;
+        rows = rows / number(11) * ((number(11) + warps4::SHARERS - 1) / warps4::SHARERS);
+        kernel = [] { warps4::attend_shared(memory<float>(0), memory<stored>(1), memory<stored>(2), memory<float>(3), memory<int>(4),
             memory<stored>(6), memory<float>(7), memory<int>(8), number(9), number(10), number(11)); };
     }
 """
@@ -90,25 +93,31 @@ def source(name: str) -> str:
     return re.sub(r"#pragma unroll.*", "", text)
 
 
+def variants(*names: str) -> str:
+    """These sources for each number of warps."""
+    text = "\n".join(map(source, names))
+    forms = (
+        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{text}\n}}\n#undef CROSS_CTAS\n"
+        for warps in WARPS
+    )
+    return "".join(forms)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype, int], Any]:
-    """Both kernels for each type and d_kv: with every number of warps, or attend_shared."""
+    """All kernels for each type and d_kv, with every number of warps."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler, "these tests need a C++ compiler"
     folder = tmp_path_factory.mktemp("attention")
-    variants = (
-        f"#undef ATTENTION_WARPS\n#define ATTENTION_WARPS {warps}\nnamespace warps{warps} {{\n{source('attention_sums.cuh')}\n{source('attention.cuh')}\n}}\n#undef CROSS_CTAS"
-        for warps in WARPS
-    )
-    calls = "".join(CALLS.replace("FORM", f"warps{warps}").replace("WARPS", str(warps)) for warps in WARPS)
     shared = "\n".join(map(source, ("launch.cuh", "types.cuh", "common.cuh", "attention_chunks.cuh")))
-    keys = f"{PRODUCT}namespace shared_keys {{\n{source('shared_attention.cuh')}\n}}"
-    (folder / "warps.cpp").write_text(PROGRAM % (HEADS, shared + "\n".join(variants), calls))
-    (folder / "shared.cpp").write_text(PROGRAM % (HEADS, shared + keys, SHARED_CALL))
+    calls = "".join(CALLS.replace("FORM", f"warps{warps}").replace("WARPS", str(warps)) for warps in WARPS)
+    lanes, tiles = (variants("attention_sums.cuh", "attention.cuh"), PRODUCT + variants("tile_attention.cuh"))
+    (folder / "lanes.cpp").write_text(PROGRAM % (HEADS, shared + lanes, calls))
+    (folder / "tiles.cpp").write_text(PROGRAM % (HEADS, shared + tiles, calls + SHARED_CALL))
 
     def build(shape: tuple[torch.dtype, int]) -> Any:
         dtype, size = shape
-        program = "shared.cpp" if shape in TILED else "warps.cpp"
+        program = "tiles.cpp" if shape in TILED else "lanes.cpp"
         library = folder / f"attention_{STORAGE[dtype]}_{size}.so"
         flags = ["-shared", "-fPIC", "-O1", "-std=c++17", "-w", "-ffp-contract=off", f"-I{Path(__file__).parent}"]
         defined = [f"-DSTORAGE={STORAGE[dtype]}", f"-DD={size}", "-DATTENTION_CTAS=4"]
@@ -121,7 +130,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype
 
 SHAPES = [(torch.float16, 40), (torch.float16, 8), (torch.float32, 128)]
 TILED = [(torch.float16, 64), (torch.bfloat16, 128)]
-TILES = 0  # in place of a number of warps: attend_shared
+TOGETHER = 0  # in place of a number of warps: attend_shared
 
 
 @dataclass
@@ -142,7 +151,8 @@ class Request:
         capacity, width = self.keys.shape[2], -(-heads * size // 16) * 16
         chunks = -(-capacity // CHUNK)
         query = torch.full((rows, width), float("nan"))
-        query[:, : heads * size] = self.query.flatten(1)
+        tiled = (self.keys.dtype, size) in TILED
+        query[:, : heads * size] = (pack_query(self.query, self.keys.dtype) if tiled else self.query).flatten(1)
         made = torch.full((-(-rows // 8) * 8, width), float("nan")).to(self.keys.dtype)
         parts, arrived = (
             torch.full((rows, heads, chunks, size + 2), float("nan")),
@@ -202,17 +212,20 @@ def expected(made: Request, *, own: bool) -> torch.Tensor:
     return reference.attend_self(query, keys, values, bias, made.last)
 
 
+#: largest relative error of results, in the type that they are stored in
+ROUNDED = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 COUNTS = [1, 2, 5, 32, 33, 50, 64, 127, 128, 129, 300, 8]
 
 
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("own", [True, False], ids=["self", "cross"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{str(shape[0])[6:]}-{shape[1]}")
+@pytest.mark.parametrize("shape", SHAPES + TILED, ids=lambda shape: f"{str(shape[0])[6:]}-{shape[1]}")
 def test_bits_do_not_depend_on_the_number_of_warps(compiled: Any, shape: Any, own: bool, beams: int) -> None:
     made = request(*shape, COUNTS if own or beams == 1 else COUNTS[1::3], own=own, beams=beams)
-    results = [made.attended(compiled[shape], warps, own=own) for warps in WARPS]
+    forms = WARPS if own or shape not in TILED else (*WARPS, TOGETHER)
+    results = [made.attended(compiled[shape], form, own=own) for form in forms]
     wanted = expected(made, own=own)
-    assert float((results[0].double() - wanted).norm() / wanted.norm()) < (1e-6 if shape[0] == torch.float32 else 1e-3)
+    assert float((results[0].double() - wanted).norm() / wanted.norm()) < ROUNDED[shape[0]]
     results.append(made.attended(compiled[shape], 4, own=own, backwards=True))
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -221,21 +234,21 @@ def test_bits_do_not_depend_on_the_number_of_warps(compiled: Any, shape: Any, ow
 @pytest.mark.parametrize("shape", TILED, ids=lambda shape: f"{str(shape[0])[6:]}-{shape[1]}")
 def test_shared_keys_give_what_float64_gives(compiled: Any, shape: Any, beams: int) -> None:
     made = request(*shape, COUNTS, own=False, beams=beams)
-    result, wanted = made.attended(compiled[shape], TILES, own=False), expected(made, own=False)
+    result, wanted = made.attended(compiled[shape], TOGETHER, own=False), expected(made, own=False)
     rounded = 5e-4 if shape[0] == torch.float16 else 4e-3  # of the result, in the type that it is stored in
     assert float((result.double() - wanted).norm() / wanted.norm()) < rounded
-    assert torch.equal(made.attended(compiled[shape], TILES, own=False, backwards=True), result)
+    assert torch.equal(made.attended(compiled[shape], TOGETHER, own=False, backwards=True), result)
 
 
 def test_bits_do_not_depend_on_rows_that_share_keys(compiled: Any) -> None:
     shape = TILED[0]
     made = request(*shape, [5, 50, 200], own=False, beams=6)
-    together = made.attended(compiled[shape], TILES, own=False)
+    together = made.attended(compiled[shape], TOGETHER, own=False)
     for row in range(len(made.query)):
         source = row // made.beams
         part = [each[source : source + 1].contiguous() for each in (made.keys, made.values, made.bias, made.last)]
         alone = Request(made.query[row : row + 1], *part)
-        assert torch.equal(alone.attended(compiled[shape], TILES, own=False)[0], together[row])
+        assert torch.equal(alone.attended(compiled[shape], TOGETHER, own=False)[0], together[row])
 
 
 def test_large_queries_stay_finite(compiled: Any) -> None:
@@ -244,11 +257,11 @@ def test_large_queries_stay_finite(compiled: Any) -> None:
     made = request(*shape, [20, 40], own=False)
     made.query *= 3e4
     assert float(made.query.abs().max()) > 65504
-    result, wanted = made.attended(compiled[shape], TILES, own=False), expected(made, own=False)
+    result, wanted = made.attended(compiled[shape], TOGETHER, own=False), expected(made, own=False)
     assert float((result.double() - wanted).norm() / wanted.norm()) < 5e-4
 
 
-FORMS = [((torch.float32, 128), warps) for warps in WARPS] + [(TILED[0], TILES)]
+FORMS = [((torch.float32, 128), warps) for warps in WARPS] + [(TILED[0], form) for form in (*WARPS, TOGETHER)]
 
 
 @pytest.mark.parametrize(("shape", "form"), FORMS)
@@ -269,7 +282,7 @@ def test_source_that_is_hidden_gives_the_mean(compiled: Any, shape: Any, form: i
     assert torch.allclose(result.double(), means, atol=1e-6 if shape[0] == torch.float32 else 1e-3)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{str(shape[0])[6:]}-{shape[1]}")
+@pytest.mark.parametrize("shape", SHAPES + TILED, ids=lambda shape: f"{str(shape[0])[6:]}-{shape[1]}")
 def test_positions_of_a_sequence_get_the_bits_of_single_steps(compiled: Any, shape: Any) -> None:
     """Rows that are positions of three sequences read these sequences' caches, each up to its own position."""
     ends, count = [6, 40, 131], 5

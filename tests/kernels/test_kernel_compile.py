@@ -14,7 +14,7 @@ from t5_trt.errors import BackendError
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import compile as compiler
 from t5_trt.kernels.compile import compile_cubin, stored_cubin
-from t5_trt.kernels.decode_step import KERNELS, constants, has_shared_attention, refusal
+from t5_trt.kernels.decode_step import KERNELS, constants, has_tile_attention, refusal
 from t5_trt.kernels.division import NOT_SPLIT, PROCESSORS, divide_attention, shared_memory
 from t5_trt.runtime.cuda_kernels import LARGE_SPAN, LARGE_WARPS, MOST_BEAMS, MOST_CANDIDATES, SPAN, WARPS
 from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, LETS_START, LOAD, ODD, WAITS, WIDE, operations, usage
@@ -22,9 +22,9 @@ from tests.kernels.compiled import BASE, GATED, HUGE, LARGE, LETS_START, LOAD, O
 #: (GPU, rows, warps and CTAs of attention, on which no other kernel depends). GPUs of one major number share their instructions
 #: and registers, so their numbers of rows add up
 BUILDS = [
-    ("sm_80", 1, 8, 2), ("sm_80", 64, 1, 12), ("sm_86", 32, 2, 12), ("sm_89", 128, 4, 6),
-    ("sm_90a", 1, 1, 12), ("sm_90a", 32, 8, 4), ("sm_90a", 64, 2, 12), ("sm_90a", 128, 4, 6),
-    ("sm_100", 32, 8, 4), ("sm_100", 128, 4, 6),
+    ("sm_80", 1, 8, 2), ("sm_80", 64, 1, 12), ("sm_86", 32, 2, 10), ("sm_89", 128, 4, 6),
+    ("sm_90a", 1, 8, 2), ("sm_90a", 32, 4, 5), ("sm_90a", 64, 2, 12), ("sm_90a", 128, 4, 6),
+    ("sm_100", 32, 4, 5), ("sm_100", 128, 4, 6),
     ("sm_120", 1, 2, 12), ("sm_120", 32, 8, 2), ("sm_120", 64, 1, 12), ("sm_120", 128, 4, 6),
 ]  # fmt: skip
 
@@ -38,6 +38,19 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
     used = usage(log)
     assert set(used) == {*KERNELS, "attend_shared"}
     assert {name: spilled for name, (_, spilled) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "warps", "ctas"), [("sm_80", 4, 6), ("sm_90a", 8, 4), ("sm_90a", 2, 12), ("sm_120", 4, 5)]
+)
+def test_attention_of_other_widths_compiles_without_spills(architecture: str, warps: int, ctas: int) -> None:
+    """d_kv of 32: by attention.cuh, as in float32."""
+    arch = replace(BASE, d_kv=32)
+    wanted = constants(arch, torch.float16, 32, int(architecture.strip("sm_a")) // 10)
+    _, log = compile_cubin("decode_step.cu", wanted | {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}, architecture)
+    used = usage(log)
+    assert "attend_shared" not in used
+    assert {name: spilled for name, (_, spilled) in used.items() if spilled and name.startswith("attend")} == {}
 
 
 @pytest.mark.parametrize("rows", [1, 32])
@@ -90,17 +103,24 @@ def test_ctas_share_k_where_clusters_have_room_and_k_whole_parts() -> None:
                 assert clusters * ctas <= 120 or rows > 128, (rows, wide)  # those that an H200 runs at once
 
 
-def test_attention_has_all_heads_at_work_at_once_if_they_fit() -> None:
-    """With as many warps each as can be; what is chosen is among what compiles without spills above, or has fewer CTAs."""
-    compiled = {(warps, ctas) for _, _, warps, ctas in BUILDS}
+@pytest.mark.parametrize("tiled", [False, True])
+def test_attention_has_all_heads_at_work_at_once_if_they_fit(tiled: bool) -> None:
+    """What is chosen is among what compiles without spills above, or has fewer CTAs."""
+    compiled = {(warps, ctas) for _, _, warps, ctas in BUILDS} | ({(8, 4)} if not tiled else set())
+
+    def chosen(heads: int, *, wide: bool) -> tuple[int, int]:
+        made = divide_attention(heads, 9, wide=wide, tiled=tiled)
+        return made["ATTENTION_WARPS"], made["ATTENTION_CTAS"]
+
     for heads in range(1, 3000):
-        warps, ctas = divide_attention(heads, 9, wide=False).values()
+        warps, ctas = chosen(heads, wide=False)
         assert heads <= PROCESSORS * ctas or heads > PROCESSORS * 12
         assert any(warps == other and ctas <= most for other, most in compiled)
-    chosen = [tuple(divide_attention(12 * rows, 9, wide=False).values()) for rows in (1, 32, 48, 64, 96, 128, 256)]
-    assert chosen == [(8, 2), (8, 4), (4, 5), (4, 6), (2, 10), (2, 12), (2, 12)]
-    chosen = [tuple(divide_attention(32 * rows, 9, wide=True).values()) for rows in (1, 8, 16, 32, 128)]
-    assert chosen == [(8, 2), (8, 2), (4, 5), (4, 6), (4, 6)]
+    few = (4, 5) if tiled else (8, 4)
+    expected = [(8, 2), few, (4, 5), (4, 6), (2, 10), (2, 12), (2, 12)]
+    assert [chosen(12 * rows, wide=False) for rows in (1, 32, 48, 64, 96, 128, 256)] == expected
+    expected = [(8, 2), (8, 2), (4, 4), (4, 4), (4, 4)] if tiled else [(8, 2), (8, 2), (4, 5), (4, 6), (4, 6)]
+    assert [chosen(32 * rows, wide=True) for rows in (1, 8, 16, 32, 128)] == expected
 
 
 def test_products_have_multiprocessors_to_themselves() -> None:
@@ -160,7 +180,7 @@ def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int)
     assert refusal(arch, dtype) is None
     wanted = constants(arch, dtype, rows, 9)
     _, log = compile_cubin("decode_step.cu", wanted, "sm_90a")
-    assert set(usage(log)) == {*KERNELS, *(["attend_shared"] if has_shared_attention(wanted) else [])}
+    assert set(usage(log)) == {*KERNELS, *(["attend_shared"] if has_tile_attention(arch.d_kv, dtype) else [])}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_120"])
@@ -193,7 +213,7 @@ def test_each_processor_has_a_cta_and_few_have_two() -> None:
         return tuple(wanted[name] for name in names)
 
     assert [chosen(BASE, rows) for rows in (1, 16, 32, 64, 128)] == [
-        (1, 2, 1, 1, 1, 1, 0),
+        (1, 2, 2, 1, 1, 1, 0),
         (2, 4, 1, 2, 1, 2, 0),
         (4, 2, 1, 2, 1, 2, 0),
         (2, 4, 2, 2, 2, 2, 4),
@@ -201,8 +221,8 @@ def test_each_processor_has_a_cta_and_few_have_two() -> None:
     ]
     large = replace(BASE, d_model=1024, num_heads=16, d_ff=4096)
     assert [chosen(large, rows) for rows in (4, 8, 32, 64, 128)] == [
-        (1, 1, 1, 1, 1, 1, 0),
-        (1, 3, 1, 1, 1, 1, 0),
+        (1, 1, 2, 1, 1, 1, 0),
+        (1, 3, 2, 1, 1, 1, 0),
         (4, 2, 1, 4, 1, 4, 0),
         (4, 4, 1, 4, 1, 4, 4),
         (4, 4, 2, 4, 2, 4, 8),

@@ -12,11 +12,12 @@ import torch
 
 from t5_trt.graph.architecture import Architecture
 from t5_trt.kernels import reference
-from t5_trt.kernels.decode_step import PRODUCTS
+from t5_trt.kernels.decode_step import PRODUCTS, has_tile_attention
 from t5_trt.kernels.division import NOT_SPLIT
 from t5_trt.kernels.step_memory import StepBuffers, padded, tiles
 from t5_trt.kernels.weights import pack_gated, pack_head, pack_matrix, pack_stack, unpack_activations, unpack_matrix
 from tests.kernels.compiled import ODD
+from tests.kernels.queries import unpack_query
 from tests.kernels.step_emulation import EmulatedStep
 
 GATED = replace(ODD, d_model=72, d_ff=104, num_heads=3, d_kv=24, vocab_size=67, activation="gelu_new")
@@ -103,14 +104,20 @@ def run(arch: Architecture, kernels: EmulatedStep, rows: int, *, int8: bool) -> 
     )
     query, key, value = reference.project_qkv(m["qkv"], stream, 1e-6)
     places = torch.arange(rows)
-    keep("query", b.query[:rows, :inner], query)
+    tiled = has_tile_attention(width, torch.float16)
+
+    def read_query() -> torch.Tensor:
+        own = b.query[:rows, :inner]
+        return unpack_query(own, torch.float16) if tiled else own
+
+    keep("query", read_query(), query)
     keep("key", cache[0][places, :, position.long()].flatten(1), key)
     keep("value", cache[1][places, :, position.long()].flatten(1), value)
     start("add_attention", weights["self_out"], b.attended, b.stream, b.copy, b.squares, other, rows, 0.5)
     stream = reference.add_attention(m["self_out"], attended.double(), stream, 0.5)
     keep("attention", b.stream[:rows, : arch.d_model], stream)
     start("project_query", weights["query"], b.copy, b.squares, other, scales, b.query, rows, 1e-6)
-    keep("cross query", b.query[:rows, :inner], reference.project_query(m["query"], stream, 1e-6))
+    keep("cross query", read_query(), reference.project_query(m["query"], stream, 1e-6))
     start("add_attention", weights["self_out"], b.attended, b.stream, b.copy, b.squares, scales, rows, 2.0)
     stream = reference.add_attention(m["self_out"], attended.double(), stream, 2.0)
     start("feed_forward_in", weights["wi"], b.copy, b.squares, scales, other, b.inner, rows, 1e-6)

@@ -41,15 +41,16 @@ def test_kernels_compile_without_spills(architecture: str, rows: int, warps: int
 
 
 @pytest.mark.parametrize(
-    ("architecture", "warps", "ctas"), [("sm_80", 4, 6), ("sm_90a", 8, 4), ("sm_90a", 2, 12), ("sm_120", 4, 5)]
+    ("d_kv", "architecture", "warps", "ctas"),
+    [(32, "sm_80", 2, 12), (32, "sm_90a", 8, 4), (128, "sm_90a", 4, 4), (128, "sm_120", 8, 2)],
 )
-def test_attention_of_other_widths_compiles_without_spills(architecture: str, warps: int, ctas: int) -> None:
-    """d_kv of 32: by attention.cuh, as in float32."""
-    arch = replace(BASE, d_kv=32)
+def test_attention_of_other_widths_compiles_without_spills(d_kv: int, architecture: str, warps: int, ctas: int) -> None:
+    """d_kv of 32 is for attention.cuh, as in float32; 128 for tile_attention.cuh."""
+    arch = replace(BASE, d_kv=d_kv)
     wanted = constants(arch, torch.float16, 32, int(architecture.strip("sm_a")) // 10)
     _, log = compile_cubin("decode_step.cu", wanted | {"ATTENTION_WARPS": warps, "ATTENTION_CTAS": ctas}, architecture)
     used = usage(log)
-    assert "attend_shared" not in used
+    assert ("attend_shared" in used) == (d_kv == 128)
     assert {name: spilled for name, (_, spilled) in used.items() if spilled and name.startswith("attend")} == {}
 
 

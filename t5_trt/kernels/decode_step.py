@@ -22,7 +22,6 @@ from t5_trt.kernels.launching import LoadedModule, launch
 from t5_trt.kernels.step_memory import LayerWeights, StepBuffers, StepInputs, StepWeights, padded, tiles
 
 STORAGE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-DTYPES = {number: dtype for dtype, number in STORAGE.items()}
 #: keys of one head that a CTA of an attention kernel takes (``CHUNK`` in ``attention.cuh``)
 CHUNK = 128
 KERNELS = (
@@ -62,8 +61,9 @@ def constants(
         capability: the GPU's compute capability, its major number.
         int8: matrices are in 8 bits, and all else is float16.
     """
+    model = model_constants(arch, dtype)
     return (
-        model_constants(arch, dtype)
+        model
         | ({"INT8": 1} if int8 else {})
         | {"V": arch.vocab_size}
         | divide_products(arch, dtype, rows, capability, int8=int8)
@@ -71,7 +71,7 @@ def constants(
             arch.num_heads * rows,
             capability,
             wide=arch.d_kv * dtype.itemsize > 128,
-            tiled=has_tile_attention(arch.d_kv, dtype),
+            tiled=has_tile_attention(model),
         )
     )
 
@@ -89,9 +89,9 @@ def model_constants(arch: Architecture, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def has_tile_attention(d_kv: int, dtype: torch.dtype) -> bool:
+def has_tile_attention(constants: Mapping[str, int]) -> bool:
     """Whether attention is made by the tensor cores, ``tile_attention.cuh``, and so there is ``attend_shared``."""
-    return dtype != torch.float32 and d_kv in TILE_WIDTHS
+    return constants["STORAGE"] != STORAGE[torch.float32] and constants["D"] in TILE_WIDTHS
 
 
 ACTIVATION_NUMBERS = {name: ("relu", "gelu", "gelu_new", "silu").index(name) for name in ACTIVATIONS}
@@ -135,8 +135,7 @@ class DecodeKernels:
 
     def __init__(self, cubin: bytes, constants: Mapping[str, int], device: torch.device, *, early: bool) -> None:
         driver = bindings("driver")
-        dtype = DTYPES[constants["STORAGE"]]
-        names = (*KERNELS, "attend_shared") if has_tile_attention(constants["D"], dtype) else KERNELS
+        names = (*KERNELS, "attend_shared") if has_tile_attention(constants) else KERNELS
         self._module = LoadedModule(cubin, names)
         self._functions = self._module.functions
         self.threads = {

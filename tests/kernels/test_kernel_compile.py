@@ -181,7 +181,7 @@ def test_other_models_compile(arch: Architecture, dtype: torch.dtype, rows: int)
     assert refusal(arch, dtype) is None
     wanted = constants(arch, dtype, rows, 9)
     _, log = compile_cubin("decode_step.cu", wanted, "sm_90a")
-    assert set(usage(log)) == {*KERNELS, *(["attend_shared"] if has_tile_attention(arch.d_kv, dtype) else [])}
+    assert set(usage(log)) == {*KERNELS, *(["attend_shared"] if has_tile_attention(wanted) else [])}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_120"])

@@ -104,7 +104,7 @@ def run(arch: Architecture, kernels: EmulatedStep, rows: int, *, int8: bool) -> 
     )
     query, key, value = reference.project_qkv(m["qkv"], stream, 1e-6)
     places = torch.arange(rows)
-    tiled = has_tile_attention(width, torch.float16)
+    tiled = has_tile_attention(kernels.constants)
 
     def read_query() -> torch.Tensor:
         own = b.query[:rows, :inner]

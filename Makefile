@@ -48,14 +48,14 @@ sanitize: $(VENV)/installed
 	$(BIN)/python -m benchmarks.sanitize --out build/sanitize
 
 # the suite on the oldest supported versions, in an environment of its own. Left out is what does not depend on the versions of
-# Transformers and ONNX Runtime: tools, peers, the command's errors, packaging, documents, stores of files, HTTP around generate(),
-# what is compiled or built for GPUs, ranges of half precision, and the sessions over it (graphs are compared, and the 77 sets of
-# arguments run on stand-ins, in tests that stay)
+# Transformers and ONNX Runtime: tools, the command's errors, packaging, documents, stores of files, HTTP around generate(), what is
+# compiled or built for GPUs and the sessions over it (graphs are compared, and the 77 sets of arguments run on stand-ins, in tests
+# that stay)
 NOT_FOR_OLDEST = tests/audit tests/benchmarks tests/kernels tests/serving/http tests/serving/test_serving_ends.py tests/cli/test_serve.py \
     $(addprefix tests/engine/test_,faults.py rtx_build.py store.py) tests/examples/test_ray.py tests/examples/test_ray_serve.py tests/examples/test_triton.py \
     $(addprefix tests/test_,benchmarks.py documents.py imports.py install.py other_systems.py package.py release.py structure.py) \
-    $(addprefix tests/runtime/test_,buffers.py cuda_*.py encoder_forms.py idle_gpu.py kernel_*.py row_positions.py torch_layers.py) tests/graph/test_ranges.py \
-    $(addprefix tests/runtime/test_,captured_engines.py engine_checks.py step_by_kernels.py trt_session.py) $(addprefix tests/tools/test_,bench.py ctranslate2_peer.py) \
+    $(addprefix tests/runtime/test_,buffers.py cuda_*.py encoder_forms.py idle_gpu.py kernel_*.py row_positions.py torch_layers.py) \
+    $(addprefix tests/runtime/test_,captured_engines.py engine_checks.py step_by_kernels.py trt_session.py) tests/tools/test_bench.py \
     $(addprefix tests/cli/test_,build_and_cache.py failures.py) tests/serving/test_serving_by_kernels.py
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python $(SUITE) $(NOT_FOR_OLDEST:%=--ignore-glob '%')
